@@ -1,0 +1,42 @@
+# make demo, make test, make check: each sets up .venv first and needs nothing but Python 3.11 to 3.13.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+# The first of these that is a Python this project runs on; set PYTHON=... to choose another.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+LFW ?= $(abspath ../shared/data/lfw)
+
+.PHONY: demo test slow check format clean
+
+demo: .venv/installed
+	$(BIN)/python scripts/train.py configs/demo.py --workdir runs/demo
+
+test: check
+	ARCFACE_JAX_LFW="$$([ -d "$(LFW)" ] && echo "$(LFW)")" $(BIN)/python -m pytest -n 2
+
+slow: .venv/installed
+	ARCFACE_JAX_LFW="$$([ -d "$(LFW)" ] && echo "$(LFW)")" $(BIN)/python -m pytest -m slow
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq python3 python3-venv; fi
+	@[ -n "$(PYTHON)" ] || python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+		|| { echo "error: no Python 3.11 to 3.13 found; install one, or name it: make PYTHON=/path/to/python3.12"; exit 2; }
+	@$(or $(PYTHON),python3) -c 'import ensurepip' 2>/dev/null || apt-get install -y -qq python3-venv \
+		|| { echo "error: Python lacks its venv module; on Debian: apt-get install python3-venv"; exit 2; }
+	$(or $(PYTHON),python3) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[torch,test]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,186 @@
+"""Checkpoints with Orbax: saved in the background, restored on any number of devices.
+
+A checkpoint holds three items: `backbone` (parameters and BatchNorm statistics, all that inference
+needs), `training` (the rest of the state) and `dataset` (what the centers' rows stand for).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from arcface_jax import config as configs
+from arcface_jax import models, step
+from arcface_jax.config import Config
+from arcface_jax.errors import CheckpointError
+from arcface_jax.step import TrainState
+
+CONFIG = "config.json"
+Dataset = dict[str, int]
+"""num_classes and num_images of the training set."""
+
+_BACKBONE_FIELDS = ("params", "batch_stats")
+
+
+def open_workdir(config: Config) -> ocp.CheckpointManager:
+    """Makes WORKDIR with its config.json, or checks that the run it holds can go on.
+
+    Raises:
+      CheckpointError: the folder holds another run, every difference of which is named, or cannot
+        be written. Nothing that was there has changed.
+    """
+    workdir = Path(config.workdir)
+    if (workdir / CONFIG).exists():
+        different = configs.differences(read_config(workdir), config)
+        if different:
+            raise _not_resumable(workdir, different)
+    elif workdir.is_dir() and any(workdir.iterdir()):
+        raise CheckpointError(
+            f"--workdir {workdir} is not empty and holds no {CONFIG}: give a new or empty folder, "
+            "or that of a "
+            f"run to resume"
+        )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not (workdir / CONFIG).exists():
+            (workdir / CONFIG).write_text(configs.to_json(config))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+    options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep)
+    return ocp.CheckpointManager(_folder(workdir), options=options)
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration of a stored run.
+
+    Raises:
+      CheckpointError: the folder holds none.
+    """
+    path = workdir / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{workdir} holds no {CONFIG}: name the --workdir of a training run")
+    return configs.from_json(path.read_text(), source=str(path))
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, dataset: Dataset) -> None:
+    """Begins to save; the state may be used up by the next step at once.
+
+    A step that is saved already is left as it is.
+    """
+    number = int(state.step)
+    if number in manager.all_steps():
+        return
+    backbone, training = _split(state)
+    manager.save(
+        number,
+        args=ocp.args.Composite(
+            backbone=ocp.args.PyTreeSave(backbone),
+            training=ocp.args.PyTreeSave(training),
+            dataset=ocp.args.JsonSave(dataset),
+        ),
+    )
+
+
+def restore(
+    manager: ocp.CheckpointManager, fresh: TrainState, dataset: Dataset
+) -> TrainState | None:
+    """The newest state, placed as `fresh` on however many devices.
+
+    Args:
+      manager: of the workdir.
+      fresh: a state of the run's shapes, placed on the devices as the restored one shall be.
+      dataset: the training set, which must be the stored one.
+
+    Returns:
+      The state, or None where nothing was saved yet.
+
+    Raises:
+      CheckpointError: the checkpoint is of another training set.
+    """
+    number = manager.latest_step()
+    if number is None:
+        return None
+    stored = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))[
+        "dataset"
+    ]
+    different = [
+        f"{name}: the stored run has {stored[name]}, the training set here has {dataset[name]}"
+        for name in dataset
+        if stored[name] != dataset[name]
+    ]
+    if different:
+        raise _not_resumable(Path(manager.directory).parent, different)
+    backbone, training = _split(fresh)
+    restored = manager.restore(
+        number,
+        args=ocp.args.Composite(
+            backbone=_restore_args(backbone),
+            # The centers are stored with as many rows of padding as the devices wanted that wrote
+            # them: Orbax pads or cuts them to what is wanted here. The classes' rows are all
+            # there, for their number is the stored one.
+            training=_restore_args(training, strict_shapes=False),
+        ),
+    )
+    return TrainState(**restored["backbone"], **restored["training"])
+
+
+def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Arrays, int]:
+    """What inference needs of a run: configuration, params, batch_stats, and their step.
+
+    Raises:
+      CheckpointError: the folder holds no run, no checkpoint, or one of another network.
+    """
+    config = read_config(workdir)
+    manager = ocp.CheckpointManager(
+        _folder(workdir), options=ocp.CheckpointManagerOptions(create=False)
+    )
+    number = manager.latest_step()
+    if number is None:
+        raise CheckpointError(
+            f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
+        )
+    params, batch_stats = step.backbone(config).init(config.seed)
+    wanted = jax.device_put({"params": params, "batch_stats": batch_stats}, jax.local_devices()[0])
+    try:
+        args = ocp.args.Composite(backbone=_restore_args(wanted))
+        restored = manager.restore(number, args=args)["backbone"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"the checkpoint in {workdir} is not of the network {config.model.network} that its "
+            f"{CONFIG} names; "
+            f"put the right {CONFIG} back: {error}"
+        ) from error
+    return config, restored["params"], restored["batch_stats"], number
+
+
+def _folder(workdir: Path) -> Path:
+    return workdir.absolute() / "checkpoints"
+
+
+def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    fields = vars(state)
+    backbone = {name: fields[name] for name in _BACKBONE_FIELDS}
+    return backbone, {name: fields[name] for name in fields if name not in backbone}
+
+
+def _restore_args(like: Any, *, strict_shapes: bool = True) -> Any:
+    """Arguments to restore arrays of the shapes, types and placement of `like`."""
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+    )
+    args = jax.tree.map(
+        lambda x: ocp.ArrayRestoreArgs(
+            sharding=x.sharding, global_shape=x.shape, dtype=x.dtype, strict=strict_shapes
+        ),
+        abstract,
+    )
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=args)
+
+
+def _not_resumable(workdir: Path, different: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{workdir} holds a run that this command cannot resume:\n  "
+        + "\n  ".join(different)
+        + "\nGive the stored values to resume it, or another --workdir to begin a new run"
+    )

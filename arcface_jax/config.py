@@ -1,0 +1,330 @@
+"""The configuration: frozen dataclasses, recipes, the command line, and strict JSON.
+
+Every hyper-parameter default of the project stands here. A recipe (`configs/*.py`) states only what
+differs, the command line overrides the recipe, and `WORKDIR/config.json` records the outcome.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import tyro
+from pydantic.dataclasses import dataclass
+
+from arcface_jax.errors import ConfigError
+
+Network = Literal["r_tiny", "r18", "r34", "r50", "r100", "r200"]
+Dtype = Literal["float32", "bfloat16"]
+
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class SyntheticConfig:
+    """The drawn faces that `data.path = "synthetic"` trains on."""
+
+    identities: int = 400
+    """Identities to train on; evaluation pairs show others."""
+    images_per_identity: int = 30
+    """Images drawn of each."""
+    pairs: int = 600
+    """Verification pairs of unseen identities, a multiple of 20."""
+    pair_identities: int = 120
+    """Unseen identities that the pairs show."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """What to train on and how it reaches the devices."""
+
+    path: str = ""
+    """A folder with train.rec and train.idx, or the word "synthetic"."""
+    global_batch_size: int = 128
+    """Images per step, over all devices and hosts."""
+    flip: bool = True
+    """Mirror each training image with probability one half."""
+    threads: int = 4
+    """Threads that read and decode on each host."""
+    prefetch_batches: int = 4
+    """Batches decoded ahead of the step."""
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ModelConfig:
+    """The backbone."""
+
+    network: Network = "r50"
+    """Which backbone."""
+    embedding_size: int = 512
+    """Length of the embedding."""
+    dtype: Dtype = "bfloat16"
+    """Compute type of the convolutions; parameters, statistics and the last layers are float32."""
+    bn_batch_size: int = 128
+    """Images that share BatchNorm statistics; insightface's per-GPU batch."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class HeadConfig:
+    """The margin softmax over the class centers."""
+
+    loss: Literal["arcface", "cosface"] = "arcface"
+    """cos(theta + margin), or cos(theta) - margin."""
+    margin: float = 0.5
+    """Radians for arcface, cosine for cosface."""
+    scale: float = 64.0
+    """Factor on all cosines."""
+    gradient: Literal["exact", "straight_through"] = "straight_through"
+    """arcface: derivative sin(theta + m) / sin(theta), or 1 (arcface_torch since December 2022)."""
+    beyond_pi: Literal["none", "linear"] = "none"
+    """arcface where theta + margin > pi: cos(theta + m), or c - m sin(m) as in early 2022."""
+    dtype: Dtype = "bfloat16"
+    """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
+    block_size: int = 2048
+    """Classes a device looks at together; bounds the head's memory, changes no result."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class OptimizerConfig:
+    """SGD as torch defines it, for the backbone and the class centers."""
+
+    learning_rate: float = 0.1
+    """Base rate for the whole global batch."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    """On every trained array, BatchNorm included."""
+    clip_norm: float = 5.0
+    """Largest global norm of the backbone's gradient."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ScheduleConfig:
+    """The learning rate over the run."""
+
+    kind: Literal["polynomial", "step"] = "polynomial"
+    """Polynomial decay to zero, or a constant factor at given epochs."""
+    epochs: int = 20
+    warmup_epochs: float = 0.0
+    """Linear warm-up from zero."""
+    power: float = 1.0
+    """polynomial: the exponent."""
+    decay_epochs: tuple[int, ...] = ()
+    """step: epochs at whose beginning the rate falls."""
+    decay_factor: float = 0.1
+    """step: what the rate is multiplied by."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvaluationConfig:
+    """Verification during and after training."""
+
+    targets: tuple[str, ...] = ()
+    """Verification sets: .bin files, absolute or relative to data.path, or the word "synthetic"."""
+    every_epochs: float = 1.0
+    """How often; 0 evaluates at the end alone."""
+    batch_size: int = 256
+    """Images per forward pass, over all devices."""
+    baselines: bool = False
+    """Score the first set before training too: by raw pixels, and by the untrained network."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class CheckpointConfig:
+    """What is kept in WORKDIR/checkpoints."""
+
+    every_epochs: float = 1.0
+    """How often; 0 saves at the end (and on SIGTERM or Ctrl-C) alone."""
+    keep: int = 2
+    """How many of the newest stay on disk."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class LoggingConfig:
+    """What is written while training."""
+
+    every_steps: int = 20
+    """Steps between two lines of metrics.jsonl."""
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Config:
+    """One training run."""
+
+    workdir: str = ""
+    """Where everything is written; a run that stopped there is resumed by the same command."""
+    seed: int = 0
+    devices: int | None = None
+    """How many devices to use; all of them when not given."""
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    head: HeadConfig = HeadConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+# Fields that a resumed run may change: where it runs and what it writes, never what it computes.
+MAY_DIFFER_ON_RESUME = (
+    "workdir",
+    "devices",
+    "data.path",
+    "data.threads",
+    "data.prefetch_batches",
+    "head.block_size",
+    "evaluation.",
+    "checkpoint.",
+    "logging.",
+)
+
+_ADAPTER = pydantic.TypeAdapter(Config)
+
+
+def load(argv: Sequence[str], *, prog: str = "train.py") -> Config:
+    """Reads `RECIPE [--section.field value ...]`.
+
+    Args:
+      argv: the words of the command line behind the program's name.
+      prog: the program's name in usage messages.
+
+    Returns:
+      The configuration, its types checked; `validation.validate` checks the values.
+
+    Raises:
+      ConfigError: no recipe was named, or it cannot be read.
+      SystemExit: an option is unknown or has a wrong value (code 2, the message on stderr), or
+        --help.
+    """
+    recipe = Config()
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        recipe = read_recipe(Path(words.pop(0)))
+    elif "-h" not in words and "--help" not in words:
+        raise ConfigError(
+            f"{prog} needs a recipe as its first argument, for instance: "
+            f"python scripts/{prog} configs/lfw_tiny.py --data.path FOLDER --workdir runs/lfw_tiny"
+        )
+    return tyro.cli(Config, default=recipe, args=words, prog=f"{prog} RECIPE", config=_FLAGS)
+
+
+# `--model.network r50` for a field of a section, and no sub-commands or `--no-` twins to guess at.
+_FLAGS = (tyro.conf.FlagConversionOff,)
+
+
+def read_recipe(path: Path) -> Config:
+    """Runs `get_config()` of a recipe file.
+
+    Raises:
+      ConfigError: there is no such file, it has no get_config(), or it states an unknown field or a
+        value of the wrong type.
+    """
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "none"
+        raise ConfigError(f"no recipe at {path} (recipes in {path.parent}/: {known})")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # a .py file always has both
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        recipe = module.get_config()
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"recipe {path}: {_in_words(error)}") from error
+    except Exception as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error!r}") from error
+    if not isinstance(recipe, Config):
+        raise ConfigError(
+            f"recipe {path}: get_config() returned {type(recipe).__name__}, not a Config"
+        )
+    return recipe
+
+
+def to_json(config: Config) -> str:
+    """The whole configuration as indented JSON."""
+    return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
+
+
+def from_json(text: str, *, source: str) -> Config:
+    """The reverse of `to_json`, strict: an unknown key or a wrong type is an error.
+
+    Args:
+      text: the JSON.
+      source: where it came from, for the error message.
+
+    Raises:
+      ConfigError: naming every field at fault.
+    """
+    try:
+        return _ADAPTER.validate_json(text)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{source}: {_in_words(error)}") from error
+
+
+def _in_words(error: pydantic.ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        # A section's own class reports what a recipe gives it: DataConfig.threads.
+        field = ".".join([error.title, *map(str, item["loc"])]).removeprefix("Config.")
+        if item["type"] == "unexpected_keyword_argument":
+            lines.append(f"there is no {field}{_nearest(str(item['loc'][-1]))}")
+        else:
+            lines.append(f"{field}: {item['msg']} (got {item['input']!r})")
+    return "; ".join(lines)
+
+
+def _nearest(unknown: str) -> str:
+    """Where to look instead of an unknown field."""
+    names = flatten(Config())
+    near = difflib.get_close_matches(unknown, [name.rpartition(".")[2] for name in names])
+    likely = [name for name in names if name.rpartition(".")[2] in near]
+    meant = f"did you mean {' or '.join(likely)}? " if likely else ""
+    return f" ({meant}python scripts/train.py --help lists all)"
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """All fields by dotted name, values as in JSON."""
+    flat: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    visit("", json.loads(to_json(config)))
+    return flat
+
+
+def differences(stored: Config, asked: Config) -> list[str]:
+    """What keeps `asked` from resuming a run of `stored`: a line for each field, or nothing."""
+    old, new = flatten(stored), flatten(asked)
+    return [
+        f"{name}: the stored run has {old[name]!r}, this command asks for {new[name]!r}"
+        for name in old
+        if old[name] != new[name] and not name.startswith(MAY_DIFFER_ON_RESUME)
+    ]
+
+
+def batch_norm_groups(config: Config) -> int:
+    """Into how many slices of equal size BatchNorm divides the global batch."""
+    return max(1, config.data.global_batch_size // config.model.bn_batch_size)
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy with fields changed, named by section and field joined with two underscores.
+
+    `replace(config, data__path="faces", seed=1)` sets `data.path` and `seed`.
+    """
+    for name, value in changes.items():
+        head, _, rest = name.partition("__")
+        if rest:
+            value = replace(getattr(config, head), **{rest: value})
+        config = dataclasses.replace(config, **{head: value})
+    return config

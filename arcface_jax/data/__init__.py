@@ -1,0 +1,1 @@
+"""Where images come from: record files, drawn faces, pairs; and the batches made of them."""

@@ -1,0 +1,177 @@
+"""Verification sets: pairs of faces, and whether each pair shows one person."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from arcface_jax.config import Config
+from arcface_jax.data import sources, synthetic
+from arcface_jax.errors import ConfigError, DataError
+from arcface_jax.models import IMAGE_SIZE
+
+
+class PairSet(NamedTuple):
+    """A verification set in memory."""
+
+    name: str
+    """As in `eval/NAME/accuracy`."""
+    images: np.ndarray
+    """(2 n, 112, 112, 3) uint8 RGB; images 2 i and 2 i + 1 are pair i."""
+    same: np.ndarray
+    """(n,) bool."""
+
+
+def open_targets(config: Config) -> list[PairSet]:
+    """Reads every set of `evaluation.targets`.
+
+    Raises:
+      ConfigError: two sets have one name.
+      DataError: a file is missing or not a verification set.
+    """
+    sets = [_open_target(target, config) for target in config.evaluation.targets]
+    names = [pairs.name for pairs in sets]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"evaluation.targets: two sets have one name ({', '.join(names)}); rename a file"
+        )
+    return sets
+
+
+def _open_target(target: str, config: Config) -> PairSet:
+    if target == sources.SYNTHETIC:
+        drawn = config.data.synthetic
+        images, same = synthetic.verification_pairs(
+            seed=config.seed,
+            first_identity=drawn.identities,  # the first that is not trained on
+            identities=drawn.pair_identities,
+            pairs=drawn.pairs,
+        )
+        return PairSet(sources.SYNTHETIC, images, same)
+    return read_bin(Path(target) if Path(target).is_file() else Path(config.data.path) / target)
+
+
+def read_bin(path: Path) -> PairSet:
+    """Reads insightface's `.bin`: a pickle of (2 n encoded images, n booleans).
+
+    The pickle may come from anywhere: nothing is unpickled but tuples, lists, bytes, strings,
+    numbers, booleans and NumPy arrays. Pickles of Python 2 and 3 are read. Images of another size
+    are cut to their middle square and resized.
+
+    Raises:
+      DataError: there is no such file, or it is not of that form.
+    """
+    if not path.is_file():
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.bin"))) or "no .bin file"
+        raise DataError(
+            f"no verification set at {path} (in that folder: {near}): name existing sets with "
+            f"--evaluation.targets, or none: --evaluation.targets"
+        )
+    try:
+        encoded, same = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        encoded = [_encoded(item) for item in encoded]
+        same = np.array([bool(x) for x in (same.values if isinstance(same, _Array) else same)])
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
+    except Exception as error:
+        # pickle raises nearly any exception on damaged input.
+        raise DataError(
+            f"{path} is not a verification set, a pickle of (images, is-same list): {error!r}"
+        ) from error
+    if len(encoded) != 2 * len(same) or not len(same):
+        raise DataError(
+            f"{path}: {len(encoded)} images for {len(same)} pairs; there should be two images a "
+            "pair"
+        )
+    images = np.stack([_square(data, f"{path}, image {i}") for i, data in enumerate(encoded)])
+    return PairSet(path.stem, images, same)
+
+
+def _encoded(item: Any) -> bytes:
+    if isinstance(item, _Array):
+        return item.values.astype(np.uint8).tobytes()
+    if not isinstance(item, bytes):
+        raise DataError(f"an image is of type {type(item).__name__}; there should be its bytes")
+    return item
+
+
+def _square(data: bytes, where: str) -> np.ndarray:
+    image = sources.decode_any_size(data, where=where)
+    height, width = image.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = image[top : top + side, left : left + side]
+    return cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR)
+
+
+def _encode_latin(text: str, encoding: str) -> bytes:
+    """What `_codecs.encode` does in Python 3's pickles of protocol 2: bytes out of text."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
+    return text.encode("latin1")
+
+
+# NumPy trusts the pickles it reads: one of its dtypes can pass bytes off as pointers to objects,
+# which is as good as running code. So these stand in for its types, and know plain numbers alone.
+
+
+class _Dtype:
+    """`numpy.dtype`."""
+
+    def __init__(self, name: str | bytes, *_: Any):
+        self.plain = np.dtype(name.decode() if isinstance(name, bytes) else name)
+        if self.plain.kind not in "biuf":
+            raise DataError(f"the pickle holds an array of {self.plain}; numbers were expected")
+
+    def __setstate__(self, _: tuple) -> None:
+        """The byte order is of no matter to bytes, nor to whether a flag is 0."""
+
+
+class _Array:
+    """`numpy.ndarray`, without its shape."""
+
+    def __init__(self, *_: Any):
+        self.values = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, _, dtype, _, data = state
+        self.values = np.frombuffer(data, dtype.plain)
+
+
+def _array_from_buffer(data: bytes, dtype: _Dtype, *_: Any) -> _Array:
+    array = _Array()
+    array.values = np.frombuffer(data, dtype.plain)
+    return array
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> np.generic:
+    return np.frombuffer(data, dtype.plain)[0]
+
+
+_KNOWN = {
+    "__builtin__.bytes": bytes,
+    "__builtin__.str": bytes,
+    "builtins.bytes": bytes,
+    "_codecs.encode": _encode_latin,
+    "numpy.dtype": _Dtype,
+    "numpy.ndarray": _Array,
+    "numpy._core.multiarray._reconstruct": _Array,
+    "numpy._core.multiarray.scalar": _scalar,
+    "numpy._core.numeric._frombuffer": _array_from_buffer,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads plain containers, bytes and NumPy arrays; any other name in the pickle is an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        word = f"{module}.{name}".replace("numpy.core.", "numpy._core.")  # as NumPy 1 wrote it
+        if word not in _KNOWN:
+            raise DataError(
+                f"the pickle asks for {module}.{name}, which no verification set needs: it is not "
+                "such a set, or it was made to run code; do not open it with other tools"
+            )
+        return _KNOWN[word]

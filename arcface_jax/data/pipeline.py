@@ -1,0 +1,83 @@
+"""Batches in an order that depends on the seed and the step alone: a resumed run goes on exactly.
+
+Each epoch is a new permutation of all images; the last images that fill no batch are left out of
+it.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import grain
+import jax
+import numpy as np
+
+from arcface_jax.config import DataConfig
+from arcface_jax.data.sources import Source
+from arcface_jax.errors import DataError
+
+Batch = dict[str, np.ndarray]
+
+
+def steps_per_epoch(source: Source, *, global_batch_size: int) -> int:
+    """Whole batches in the training set.
+
+    Raises:
+      DataError: there is not one.
+    """
+    if len(source) < global_batch_size:
+        raise DataError(
+            f"the training set has {len(source)} images, fewer than one batch of "
+            f"{global_batch_size}: "
+            f"use --data.global-batch-size {len(source)} or less"
+        )
+    return len(source) // global_batch_size
+
+
+def batches(
+    source: Source, data: DataConfig, *, seed: int, start: int, stop: int
+) -> Iterator[Batch]:
+    """The batches of steps start .. stop - 1, read ahead by threads.
+
+    Args:
+      source: the training set.
+      data: batch size, threads, how far to read ahead.
+      seed: of the permutations.
+      start: the first step wanted; a resumed run names where it stopped.
+      stop: the step behind the last.
+
+    Yields:
+      This host's part of each global batch: "image" (b, 112, 112, 3) uint8, "label" (b,) int32.
+
+    Raises:
+      DataError: while iterating, where an image cannot be read.
+    """
+    read = _BatchReader(source, data.global_batch_size, seed)
+    options = grain.ReadOptions(
+        num_threads=data.threads, prefetch_buffer_size=data.prefetch_batches
+    )
+    steps = grain.MapDataset.range(start, stop).map(read)
+    return iter(steps.to_iter_dataset(options))
+
+
+class _BatchReader:
+    """Reads the batch of a step, or rather this host's share of it."""
+
+    def __init__(self, source: Source, global_batch_size: int, seed: int):
+        self._source = source
+        self._global = global_batch_size
+        self._share = global_batch_size // jax.process_count()
+        self._first = self._share * jax.process_index()
+        self._steps_per_epoch = steps_per_epoch(source, global_batch_size=global_batch_size)
+        # Images of all epochs in a row; a permutation that is computed element by element, never
+        # stored.
+        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self._order = cast(Sequence[int], order)  # none is filtered out, so none is None
+
+    def __call__(self, step: int) -> Batch:
+        epoch, number = divmod(int(step), self._steps_per_epoch)
+        first = epoch * len(self._source) + number * self._global + self._first
+        items = [self._source[int(self._order[first + i])] for i in range(self._share)]
+        return {
+            "image": np.stack([image for image, _ in items]),
+            "label": np.array([label for _, label in items], np.int32),
+        }

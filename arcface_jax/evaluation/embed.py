@@ -1,0 +1,40 @@
+"""Embeddings of many images, on all devices."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from arcface_jax import mesh as meshes
+
+Embed = Callable[[np.ndarray], np.ndarray]
+"""(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+
+
+def batched(embed: Callable[[jax.Array], jax.Array], *, batch_size: int, mesh: Mesh) -> Embed:
+    """Feeds a device function any number of images, in batches of one size.
+
+    Args:
+      embed: (batch_size, 112, 112, 3) uint8 on the devices to (batch_size, D) float32.
+      batch_size: a multiple of the number of devices; the last batch is filled up with black
+        images.
+      mesh: the devices, each of which takes an equal part of every batch.
+    """
+    gather = jax.jit(lambda x: x, out_shardings=meshes.replicated(mesh))
+    sharding = meshes.split(mesh)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        parts = []
+        for start in range(0, len(images), batch_size):
+            part = images[start : start + batch_size]
+            filled = np.zeros((batch_size, *images.shape[1:]), images.dtype)
+            filled[: len(part)] = part
+            # Every host holds all images and hands its devices their part.
+            batch = jax.make_array_from_callback(
+                filled.shape, sharding, lambda index, filled=filled: filled[index]
+            )
+            parts.append((gather(embed(batch)), len(part)))
+        return np.concatenate([np.asarray(out)[:count] for out, count in parts])
+
+    return run

@@ -1,0 +1,1 @@
+"""The class-center head: margins and the sharded softmax."""

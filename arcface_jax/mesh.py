@@ -1,0 +1,48 @@
+"""The device mesh: one axis, "data", over which the batch and the class centers are both split."""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from arcface_jax.errors import ConfigError
+
+AXIS = "data"
+
+
+def make(num_devices: int | None = None) -> Mesh:
+    """A mesh of the first `num_devices` devices of all hosts, or of all.
+
+    Raises:
+      ConfigError: there are fewer.
+    """
+    devices = jax.devices()
+    wanted = len(devices) if num_devices is None else num_devices
+    if not 1 <= wanted <= len(devices):
+        raise ConfigError(
+            f"devices {wanted}: this machine has {len(devices)} ({devices[0].platform}); "
+            f"use 1 to {len(devices)}, or leave the option out to use all"
+        )
+    # Auto: the partitioner splits the backbone's step; JAX's default would ask for it in the types.
+    return jax.make_mesh((wanted,), (AXIS,), (AxisType.Auto,), devices=devices[:wanted])
+
+
+def split(mesh: Mesh) -> NamedSharding:
+    """First axis over the devices: batches, embeddings, class centers."""
+    return NamedSharding(mesh, P(AXIS))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device: the backbone."""
+    return NamedSharding(mesh, P())
+
+
+def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This host's part of a batch, (b, ...), as part of the global arrays (B, ...)."""
+    sharding = split(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }

@@ -1,0 +1,164 @@
+"""Where numbers go while training: metrics.jsonl, TensorBoard, the terminal; and the clock."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from arcface_jax.errors import CheckpointError
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsFile:
+    """WORKDIR/metrics.jsonl and WORKDIR/tensorboard: one entry for each log step and evaluation.
+
+    Args:
+      workdir: of the run.
+      start: the step that the run resumes from; what an undone continuation wrote behind it is
+        dropped.
+      tensorboard: whether to write TensorBoard events too.
+    """
+
+    def __init__(self, workdir: Path, *, start: int, tensorboard: bool):
+        path = workdir / METRICS
+        try:
+            kept = [line for line in read(path) if line["step"] <= start] if path.exists() else []
+            # In one move, so that a run that is killed here keeps its history.
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(path)
+            self._events = (
+                SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+                if tensorboard
+                else None
+            )
+            self._file = path.open("a")
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one line, which is on disk when this returns."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; one that was cut off while being written is left out."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class Clock:
+    """Training time and the part of it spent waiting for data; pauses are left out."""
+
+    def __init__(self, *, global_batch_size: int):
+        self._batch = global_batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was timed so far."""
+        self._start, self._steps, self._waited, self._paused = time.perf_counter(), 0, 0.0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around every wait for a batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: compilation, evaluation, saving."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def count_step(self) -> None:
+        """A step was trained."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The metrics since the last reading, `perf/...`; empty if no step was timed."""
+        seconds = time.perf_counter() - self._start - self._paused
+        steps, waited = self._steps, self._waited
+        self.restart()
+        if not steps or seconds <= 0:
+            return {}
+        return {
+            "perf/images_per_sec": steps * self._batch / seconds,
+            "perf/steps_per_sec": steps / seconds,
+            "perf/data_wait_ms": 1e3 * waited / steps,
+            "perf/data_wait_share": waited / seconds,
+        }
+
+
+class Terminal:
+    """A progress bar, or plain lines where the output is not a terminal."""
+
+    def __init__(self, *, total_steps: int, start: int):
+        self._console = Console(file=sys.stderr)
+        self._total = total_steps
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "train", total=total_steps, completed=start, status="compiling"
+            )
+            self._bar.start()
+
+    def advance(self) -> None:
+        """A step was handed to the devices."""
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """The numbers of a log step."""
+        words = [f"loss {values['train/loss']:.3f}", f"acc {values['train/accuracy']:.3f}"]
+        if "perf/images_per_sec" in values:
+            words.append(f"{values['perf/images_per_sec']:.0f} img/s")
+            words.append(f"data wait {values['perf/data_wait_share']:.0%}")
+        if self._bar is not None:
+            self._bar.update(self._task, status="  ".join(words))
+        else:
+            left = ""
+            if "perf/steps_per_sec" in values:
+                seconds = (self._total - step) / values["perf/steps_per_sec"]
+                left = f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
+            self.say(f"step {step}/{self._total}  {'  '.join(words)}{left}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Takes the bar down."""
+        if self._bar is not None:
+            self._bar.stop()

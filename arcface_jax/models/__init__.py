@@ -1,0 +1,95 @@
+"""Backbones: `build` makes one by name, as two pure functions on plain dicts of arrays."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from arcface_jax.errors import ConfigError
+from arcface_jax.models import iresnet, layers
+
+IMAGE_SIZE = 112
+
+Arrays = dict[str, jax.Array | np.ndarray]
+
+
+class Backbone(NamedTuple):
+    """A network as functions; all state is in dicts with insightface's dotted names.
+
+    A name is insightface's `state_dict` name with another last word: `kernel`, `scale`, `bias`,
+    `mean`, `var`, `slope`.
+    """
+
+    init: Callable[[int], tuple[Arrays, Arrays]]
+    """seed -> (params, batch_stats), float32 NumPy arrays."""
+    apply: Callable[..., tuple[jax.Array, Arrays]]
+    """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=...) -> (embeddings (B, D)
+    float32, not normalised; batch_stats, moved if train)."""
+
+
+def build(
+    network: str,
+    *,
+    embedding_size: int = 512,
+    bn_groups: int = 1,
+    split_batch: bool = False,
+    dtype: str = "float32",
+) -> Backbone:
+    """Makes a backbone.
+
+    Args:
+      network: a name in `NETWORKS`.
+      embedding_size: D.
+      bn_groups: slices of a training batch with BatchNorm statistics of their own.
+      split_batch: whether several devices share the batch; changes no result.
+      dtype: compute type of the convolutional part.
+
+    Raises:
+      ConfigError: no network has that name.
+    """
+    if network not in NETWORKS:
+        raise ConfigError(f"unknown network {network!r}: use one of {', '.join(NETWORKS)}")
+
+    def module(init: layers.Initializer) -> nnx.Module:
+        return iresnet.IResNet(
+            iresnet.ARCHITECTURES[network],
+            embedding_size=embedding_size,
+            bn_groups=bn_groups,
+            split_batch=split_batch,
+            dtype=jnp.dtype(dtype),
+            init=init,
+        )
+
+    graph, *_ = nnx.split(module(layers.ShapeInitializer()), nnx.Param, nnx.BatchStat)
+
+    def init(seed: int) -> tuple[Arrays, Arrays]:
+        module_with_weights = module(layers.RandomInitializer(seed))
+        _, params, batch_stats = nnx.split(module_with_weights, nnx.Param, nnx.BatchStat)
+        return _flatten(params), _flatten(batch_stats)
+
+    def apply(
+        params: Arrays, batch_stats: Arrays, images: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, Arrays]:
+        model = nnx.merge(graph, _unflatten(params), _unflatten(batch_stats))
+        embeddings = model(images, train=train)
+        return embeddings, _flatten(nnx.state(model, nnx.BatchStat)) if train else batch_stats
+
+    return Backbone(init, apply)
+
+
+NETWORKS = tuple(iresnet.ARCHITECTURES)
+
+
+def _flatten(state: nnx.State) -> Arrays:
+    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+
+
+def _unflatten(arrays: Arrays) -> nnx.State:
+    flat: Any = {
+        tuple(int(word) if word.isdigit() else word for word in name.split(".")): array
+        for name, array in arrays.items()
+    }
+    return nnx.from_flat_state(flat)

@@ -1,0 +1,223 @@
+"""The layers that the backbones are made of. Images are (B, H, W, channels), parameters float32."""
+
+import math
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+_NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+class Initializer(Protocol):
+    """Where a layer's first weights come from."""
+
+    def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
+        """Normal with mean 0, float32."""
+        ...
+
+    def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
+        """Uniform in [-bound, bound), float32."""
+        ...
+
+
+class RandomInitializer:
+    """Draws with NumPy: the same weights on every backend, and nothing to compile."""
+
+    def __init__(self, seed: int):
+        self._rng = np.random.default_rng(seed)
+
+    def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
+        """See `Initializer`."""
+        return self._rng.standard_normal(shape, np.float32) * np.float32(std)
+
+    def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
+        """See `Initializer`."""
+        return (self._rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
+
+
+class ShapeInitializer:
+    """Draws nothing: for building a network whose weights come from elsewhere."""
+
+    def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
+        """See `Initializer`; a view of one zero."""
+        return np.broadcast_to(np.float32(0), shape)
+
+    def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
+        """See `Initializer`; a view of one zero."""
+        return np.broadcast_to(np.float32(0), shape)
+
+
+class Conv(nnx.Module):
+    """A convolution without bias, padded by half its kernel as torch's `padding=kernel//2`."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        kernel: int,
+        stride: int = 1,
+        split_batch: bool,
+        dtype: jnp.dtype,
+        init: Initializer,
+    ):
+        shape = (kernel, kernel, in_channels, out_channels)
+        self.kernel = nnx.Param(init.normal(shape, std=0.1))
+        self.stride = stride
+        self.dtype = dtype
+        # The chunks of the other form would cross the devices.
+        self.convolve = _plain_conv if split_batch else _chunked_conv
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
+
+
+def _plain_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    half = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), [(half, half)] * 2, dimension_numbers=_NHWC
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _chunked_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A convolution whose gradient is computed in chunks of the batch where that is faster."""
+    return _plain_conv(x, kernel, stride)
+
+
+def _chunked_conv_forward(x: jax.Array, kernel: jax.Array, stride: int):
+    return _plain_conv(x, kernel, stride), (x, kernel)
+
+
+def _chunked_conv_backward(stride: int, saved, d_out: jax.Array):
+    x, kernel = saved
+    _, pull_x = jax.vjp(lambda x: _plain_conv(x, kernel, stride), x)
+    _, pull_kernel = jax.vjp(lambda kernel: _plain_conv(x, kernel, stride), kernel)
+    d_kernel = lax.platform_dependent(
+        x,
+        d_out,
+        cpu=partial(_kernel_gradient_by_chunks, size=kernel.shape[0], stride=stride),
+        default=lambda x, d_out: pull_kernel(d_out)[0],
+    )
+    return pull_x(d_out)[0], d_kernel
+
+
+_chunked_conv.defvjp(_chunked_conv_forward, _chunked_conv_backward)
+
+
+def _kernel_gradient_by_chunks(
+    x: jax.Array, d_out: jax.Array, *, size: int, stride: int
+) -> jax.Array:
+    """The gradient of a convolution's kernel as a sum of small matrix products.
+
+    On XLA's CPU backend its own form, a convolution whose window is the whole image, takes more
+    than half of a training step. A few images at a time, the patches fit into the cache, and the
+    product is 2 to 18 times faster (docs/benchmarks.md).
+
+    Args:
+      x: (B, H, W, channels in), the convolution's input.
+      d_out: (B, h, w, channels out), the gradient of its output.
+      size: side of the square kernel.
+      stride: the convolution's stride.
+
+    Returns:
+      (size, size, channels in, channels out), in the type of x.
+    """
+    batch, height, width, channels = d_out.shape
+    chunk = next(n for n in (4, 3, 2, 1) if batch % n == 0)
+    x, d_out = (a.reshape(batch // chunk, chunk, *a.shape[1:]) for a in (x, d_out))
+    padding = ((0, 0), *((size // 2, size // 2),) * 2, (0, 0))
+
+    def add(i, total):
+        image = jnp.pad(x[i], padding)
+        taps = [
+            image[:, row : row + stride * height : stride, col : col + stride * width : stride]
+            for row in range(size)
+            for col in range(size)
+        ]
+        patches = jnp.concatenate([tap[:, :height, :width] for tap in taps], axis=-1)
+        gradient = d_out[i]
+        return total + lax.dot_general(
+            patches.reshape(-1, patches.shape[-1]),
+            gradient.reshape(-1, channels),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+
+    total = jnp.zeros((size * size * x.shape[-1], channels), jnp.float32)
+    total = lax.fori_loop(0, batch // chunk, add, total)
+    return total.reshape(size, size, x.shape[-1], channels).astype(x.dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation as torch computes it, with statistics in float32 and over groups.
+
+    In training the batch is cut into `groups` slices, each normalised by its own statistics: with a
+    slice per GPU this is insightface's BatchNorm, written without naming devices. The running
+    statistics move by `momentum` towards the groups' mean, the variance unbiased as in torch.
+    The output has the input's type.
+    """
+
+    momentum = 0.1
+    epsilon = 1e-5
+
+    def __init__(self, channels: int, *, groups: int = 1, train_scale: bool = True):
+        scale = np.ones((channels,), np.float32)
+        # insightface freezes the scale of the last layer at 1: state, not a parameter.
+        self.scale = nnx.Param(scale) if train_scale else nnx.BatchStat(scale)
+        self.bias = nnx.Param(np.zeros((channels,), np.float32))
+        self.mean = nnx.BatchStat(np.zeros((channels,), np.float32))
+        self.var = nnx.BatchStat(np.ones((channels,), np.float32))
+        self.groups = groups
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if not train:
+            factor = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
+            offset = self.bias[...] - self.mean[...] * factor
+            shape = (1,) * (x.ndim - 1) + (-1,)
+            return (x.astype(jnp.float32) * factor.reshape(shape) + offset.reshape(shape)).astype(
+                x.dtype
+            )
+        grouped = x.reshape(self.groups, -1, *x.shape[1:]).astype(jnp.float32)
+        axes = tuple(range(1, grouped.ndim - 1))
+        mean = grouped.mean(axes, keepdims=True)
+        var = jnp.square(grouped - mean).mean(axes, keepdims=True)
+        count = grouped.size // (self.groups * x.shape[-1])
+        self._move(mean, var * (count / max(count - 1, 1)))
+        shape = (1,) * (grouped.ndim - 1) + (-1,)
+        factor = self.scale[...].reshape(shape) * lax.rsqrt(var + self.epsilon)
+        y = (grouped - mean) * factor + self.bias[...].reshape(shape)
+        return y.reshape(x.shape).astype(x.dtype)
+
+    def _move(self, mean: jax.Array, var: jax.Array) -> None:
+        for running, batch in ((self.mean, mean), (self.var, var)):
+            target = batch.reshape(self.groups, -1).mean(0)
+            running[...] = running[...] + self.momentum * (target - running[...])
+
+
+class PReLU(nnx.Module):
+    """max(x, 0) + slope * min(x, 0), one slope a channel, 0.25 at first."""
+
+    def __init__(self, channels: int):
+        self.slope = nnx.Param(np.full((channels,), 0.25, np.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        slope = self.slope[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return jnp.where(x >= 0, x, slope * x)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias in float32, initialised as torch does: uniform within 1/sqrt(inputs)."""
+
+    def __init__(self, in_features: int, out_features: int, *, init: Initializer):
+        bound = 1 / math.sqrt(in_features)
+        self.kernel = nnx.Param(init.uniform((in_features, out_features), bound=bound))
+        self.bias = nnx.Param(init.uniform((out_features,), bound=bound))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32) @ self.kernel[...] + self.bias[...][None]

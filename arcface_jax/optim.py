@@ -1,0 +1,61 @@
+"""The learning-rate schedule, and the backbone's optimizer: SGD as torch defines it.
+
+The class centers are updated with the same rate, momentum and decay inside the head, block by
+block.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from arcface_jax.config import OptimizerConfig, ScheduleConfig
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch: int) -> Schedule:
+    """The learning rate of each optimizer step.
+
+    Warm-up gives step k of w the rate base * k / w, so the first update has rate 0 / w;
+    arcface_torch gives its very first update the full base rate, an accident that is not repeated.
+    Polynomial: base * (1 - (k - w) / (total - w)) ** power. Step: base * factor ** (decay epochs
+    behind).
+
+    Args:
+      schedule: the recipe's section.
+      base_rate: rate for the whole global batch.
+      steps_per_epoch: optimizer steps.
+
+    Returns:
+      A function from the step, () int32 beginning with 0, to the rate, () float32.
+    """
+    total = schedule.epochs * steps_per_epoch
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if schedule.kind == "polynomial":
+        after = optax.polynomial_schedule(base_rate, 0.0, schedule.power, max(total - warmup, 1))
+    else:
+        after = optax.piecewise_constant_schedule(
+            base_rate,
+            {
+                epoch * steps_per_epoch - warmup: schedule.decay_factor
+                for epoch in schedule.decay_epochs
+            },
+        )
+    warm = optax.linear_schedule(0.0, base_rate, max(warmup, 1))
+    joined = optax.join_schedules([warm, after], [warmup])
+    return lambda step: jnp.asarray(joined(step), jnp.float32)
+
+
+def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+    """Clips, decays, accumulates momentum: gives what is subtracted, times the rate.
+
+    buf = momentum * buf + clipped gradient + decay * parameter, as `torch.optim.SGD` without
+    dampening.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.add_decayed_weights(optimizer.weight_decay),
+        optax.trace(decay=optimizer.momentum),
+    )

@@ -1,0 +1,159 @@
+"""The training state and the one train step: forward, head, backward, update."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from arcface_jax import mesh as meshes
+from arcface_jax import models, optim, preprocess
+from arcface_jax.config import Config, batch_norm_groups
+from arcface_jax.heads import margin_softmax
+from arcface_jax.models import Arrays
+
+Metrics = dict[str, jax.Array]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "params", "batch_stats", "opt_state", "centers", "centers_momentum"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes and a checkpoint holds."""
+
+    step: jax.Array
+    """() int32, optimizer steps done."""
+    params: Arrays
+    """Backbone parameters by dotted name, float32, on every device."""
+    batch_stats: Arrays
+    """BatchNorm's running statistics, the same way."""
+    opt_state: optax.OptState
+    """The backbone's momentum, the same way."""
+    centers: jax.Array
+    """(C_padded, D) float32 class centers, split over the devices."""
+    centers_momentum: jax.Array
+    """(C_padded, D) float32, split the same way."""
+
+
+def backbone(config: Config, *, mesh: Mesh | None = None) -> models.Backbone:
+    """The backbone that a configuration names, to be trained on a mesh or only to be applied."""
+    return models.build(
+        config.model.network,
+        embedding_size=config.model.embedding_size,
+        bn_groups=batch_norm_groups(config),
+        split_batch=mesh is not None and mesh.size > 1,
+        dtype=config.model.dtype,
+    )
+
+
+def shardings(mesh: Mesh) -> TrainState:
+    """How each part of the state lies on the devices: a prefix of the state's tree."""
+    names = [field.name for field in dataclasses.fields(TrainState)]
+    placed: dict[str, Any] = dict.fromkeys(names, meshes.replicated(mesh))
+    placed["centers"] = placed["centers_momentum"] = meshes.split(mesh)
+    return TrainState(**placed)
+
+
+def init_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
+    """The state before the first step, on the devices.
+
+    The same seed gives the same weights and centers on any number of devices.
+    """
+    params, batch_stats = jax.device_put(
+        backbone(config).init(config.seed), meshes.replicated(mesh)
+    )
+
+    def start(params: Arrays, batch_stats: Arrays) -> TrainState:
+        centers = margin_softmax.init_centers(
+            jax.random.key(config.seed),
+            num_classes=num_classes,
+            embedding_size=config.model.embedding_size,
+            num_devices=mesh.size,
+        )
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=optim.make_optimizer(config.optimizer).init(params),
+            centers=centers,
+            centers_momentum=jnp.zeros_like(centers),
+        )
+
+    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(params, batch_stats)
+
+
+def make_train_step(
+    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Compiles, at its first call, the step of a configuration.
+
+    Returns:
+      (state, {"image": (B, 112, 112, 3) uint8, "label": (B,) int32}) -> (state, metrics); the
+      state it is given is used up. Metrics are () float32 on the devices, named as in
+      metrics.jsonl.
+    """
+    network = backbone(config, mesh=mesh)
+    optimizer = optim.make_optimizer(config.optimizer)
+
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        rate = schedule(state.step)
+        images = batch["image"]
+        if config.data.flip:
+            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+            images = preprocess.random_flip(images, key)
+        images = preprocess.normalise(images)
+
+        def forward(params: Arrays):
+            return network.apply(params, state.batch_stats, images, train=True)
+
+        embeddings, pull_embeddings, batch_stats = jax.vjp(forward, state.params, has_aux=True)
+        head = margin_softmax.apply(
+            embeddings,
+            batch["label"],
+            state.centers,
+            state.centers_momentum,
+            rate,
+            num_classes=num_classes,
+            head=config.head,
+            optimizer=config.optimizer,
+            mesh=mesh,
+        )
+        (gradients,) = pull_embeddings(head.d_embeddings)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+        metrics = {
+            "train/loss": head.loss,
+            "train/accuracy": head.accuracy,
+            "train/target_cosine": head.target_cosine,
+            "train/gradient_norm": optax.tree.norm(gradients),
+            "train/lr": rate,
+        }
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            centers=head.centers,
+            centers_momentum=head.momentum,
+        ), metrics
+
+    placed = shardings(mesh)
+    # Stated, for a state that came out placed in another way would compile the step again.
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+
+
+def make_embed(network: models.Backbone) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
+    """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32."""
+
+    def embed(params: Arrays, batch_stats: Arrays, images: jax.Array) -> jax.Array:
+        return network.apply(params, batch_stats, preprocess.normalise(images), train=False)[0]
+
+    return jax.jit(embed)

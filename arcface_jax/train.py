@@ -1,0 +1,247 @@
+"""Training, from a configuration to a trained and verified working directory."""
+
+import math
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from arcface_jax import checkpoint, mesh, optim, step, validation
+from arcface_jax.config import Config
+from arcface_jax.data import pairs, pipeline, sources
+from arcface_jax.data.pairs import PairSet
+from arcface_jax.errors import ConfigError, DataError, UserError
+from arcface_jax.evaluation import embed, plots, verification
+from arcface_jax.evaluation.verification import Verification
+from arcface_jax.metrics import Clock, MetricsFile, Terminal
+
+# Steps that may be handed to the devices before the first of them is done: enough to keep them
+# busy, and few enough that batches do not pile up in their memory.
+_STEPS_AHEAD = 2
+
+
+class Outcome(NamedTuple):
+    """What a call of `train` came to."""
+
+    step: int
+    results: dict[str, float]
+    """`eval/NAME/accuracy` and so on of the last evaluation; `baseline/...` where asked for."""
+    files: list[Path]
+    """What was written for people to look at."""
+    stopped_by: signal.Signals | None
+    """The signal that ended the run before its last step; everything is saved."""
+
+
+def train(config: Config) -> Outcome:
+    """Trains, or goes on where WORKDIR stopped.
+
+    Args:
+      config: the whole run.
+
+    Returns:
+      The final state and evaluation. In WORKDIR: config.json, metrics.jsonl, tensorboard/,
+      checkpoints/, eval/.
+
+    Raises:
+      UserError: configuration, data or workdir do not allow the run; or the loss is no longer
+        finite.
+    """
+    # ---- Devices and data ------------------------------------------------------------------------
+    devices = mesh.make(config.devices)
+    validation.validate(config, num_devices=devices.size)
+    source = sources.open_source(config.data, seed=config.seed)
+    targets = pairs.open_targets(config)
+    per_epoch = pipeline.steps_per_epoch(source, global_batch_size=config.data.global_batch_size)
+    total = per_epoch * config.schedule.epochs
+    dataset = {"num_classes": source.num_classes, "num_images": len(source)}
+
+    # ---- State: fresh, or the newest checkpoint --------------------------------------------------
+    manager = checkpoint.open_workdir(config)
+    state = step.init_state(config, num_classes=source.num_classes, mesh=devices)
+    evaluate = _make_evaluation(config, targets, devices)
+    baselines = _baselines(targets, evaluate, state) if config.evaluation.baselines else {}
+    state = checkpoint.restore(manager, state, dataset) or state
+    start = int(state.step)
+
+    # ---- The step --------------------------------------------------------------------------------
+    schedule = optim.make_schedule(
+        config.schedule, base_rate=config.optimizer.learning_rate, steps_per_epoch=per_epoch
+    )
+    train_step = step.make_train_step(
+        config, num_classes=source.num_classes, schedule=schedule, mesh=devices
+    )
+
+    # ---- Logging ---------------------------------------------------------------------------------
+    log = MetricsFile(Path(config.workdir), start=start, tensorboard=config.logging.tensorboard)
+    terminal = Terminal(total_steps=total, start=start)
+    clock = Clock(global_batch_size=config.data.global_batch_size)
+    terminal.say(_headline(config, dataset, devices, start=start, total=total))
+    if baselines:
+        log.write(start, baselines)
+        terminal.say("before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items()))
+
+    # ---- The loop --------------------------------------------------------------------------------
+    results: list[Verification] = []
+    evaluate_at = _milestones(config.evaluation.every_epochs, per_epoch, total)
+    save_at = _milestones(config.checkpoint.every_epochs, per_epoch, total)
+    batches = pipeline.batches(source, config.data, seed=config.seed, start=start, stop=total)
+    in_flight: deque = deque()
+    done = start
+    try:
+        with _stop_signals() as stop:
+            while done < total and not stop:
+                try:
+                    with clock.waiting():
+                        batch = mesh.to_devices(next(batches), devices)
+                except DataError:
+                    if done > start:  # what was trained so far is good
+                        checkpoint.save(manager, state, dataset)
+                    raise
+                state, metrics = train_step(state, batch)
+                done += 1
+                if done == start + 1:  # it was compiled, which is not to be counted as training
+                    jax.block_until_ready(metrics)
+                    clock.restart()
+                else:
+                    clock.count_step()
+                terminal.advance()
+                in_flight.append(metrics)
+                if len(in_flight) > _STEPS_AHEAD:
+                    jax.block_until_ready(in_flight.popleft())
+                if done % config.logging.every_steps == 0 or done == total:
+                    values = {name: float(value) for name, value in metrics.items()} | clock.read()
+                    values["epoch"] = done / per_epoch
+                    log.write(done, values)
+                    terminal.show(done, values)
+                    _check_finite(values["train/loss"], done)
+                if done in evaluate_at or done in save_at or stop:
+                    _check_finite(float(metrics["train/loss"]), done)
+                with clock.paused():
+                    if done in evaluate_at:
+                        results = evaluate(state)
+                        log.write(done, _metrics(results))
+                        terminal.say(f"step {done}/{total}  {_in_words(results)}")
+                    if done in save_at:
+                        checkpoint.save(manager, state, dataset)
+            if stop:
+                checkpoint.save(manager, state, dataset)
+                terminal.say(
+                    f"stopped by {stop[0].name} at step {done}; the same command resumes here"
+                )
+    finally:
+        manager.close()  # waits for a save that is under way
+        log.close()
+        terminal.close()
+
+    # ---- What the run came to --------------------------------------------------------------------
+    if not stop and not results:  # resumed behind the last step
+        results = evaluate(state)
+    files = _draw(config, targets, results)
+    return Outcome(done, _metrics(results) | baselines, files, stop[0] if stop else None)
+
+
+def _make_evaluation(
+    config: Config, targets: list[PairSet], devices: Mesh
+) -> Callable[[step.TrainState], list[Verification]]:
+    """All verification sets, as a function of the state."""
+    network = step.make_embed(step.backbone(config))
+
+    def evaluate(state: step.TrainState) -> list[Verification]:
+        run = embed.batched(
+            partial(network, state.params, state.batch_stats),
+            batch_size=config.evaluation.batch_size,
+            mesh=devices,
+        )
+        return [verification.verify(run, pairs) for pairs in targets]
+
+    return evaluate
+
+
+def _baselines(
+    targets: list[PairSet], evaluate: Callable, untrained: step.TrainState
+) -> dict[str, float]:
+    """Accuracy on the first set without training: what a trained network has to beat."""
+    if not targets:
+        raise ConfigError(
+            "evaluation.baselines needs a set to score: name one with --evaluation.targets"
+        )
+    return {
+        "baseline/raw": verification.raw_pixel_accuracy(targets[0]),
+        "baseline/untrained": evaluate(untrained)[0].accuracy,
+    }
+
+
+def _draw(config: Config, targets: list[PairSet], results: list[Verification]) -> list[Path]:
+    """The curves of the run, and a sheet of pairs for each verification set."""
+    workdir = Path(config.workdir)
+    files = [plots.training_curves(workdir)]
+    for target, result in zip(targets, results, strict=False):  # a stopped run may have no results
+        path = workdir / "eval" / f"{target.name}_pairs.png"
+        files.append(
+            plots.pair_sheet(target, result.distance, threshold=result.threshold, path=path)
+        )
+    return [file for file in files if file]
+
+
+def _milestones(every_epochs: float, steps_per_epoch: int, total: int) -> set[int]:
+    """The steps after which something periodic is due; the last is one of them."""
+    interval = max(1, round(every_epochs * steps_per_epoch)) if every_epochs else total
+    return {*range(interval, total, interval), total}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[signal.Signals]]:
+    """A list that SIGTERM and Ctrl-C append to; a second one ends the program as usual."""
+    received: list[signal.Signals] = []
+
+    def note(number: int, _) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(number, previous[signal.Signals(number)])
+
+    previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for s in previous:
+            signal.signal(s, note)
+        yield received
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+def _check_finite(loss: float, done: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss at step {done} is {loss}: training diverged; nothing was saved since. "
+            "Resume from the last "
+            f"checkpoint with a lower rate in a new --workdir (--optimizer.learning-rate), a "
+            "longer warm-up "
+            f"(--schedule.warmup-epochs), or --model.dtype float32"
+        )
+
+
+def _headline(
+    config: Config, dataset: dict[str, int], devices: Mesh, *, start: int, total: int
+) -> str:
+    kind = devices.devices.flat[0].device_kind
+    begin = f"resuming at step {start} of {total}" if start else f"{total} steps"
+    return (
+        f"{config.model.network} ({config.model.dtype}) on {devices.size} x {kind}: "
+        f"{dataset['num_images']} images of {dataset['num_classes']} identities, "
+        f"{config.head.loss} "
+        f"{config.head.margin}, batch {config.data.global_batch_size}, {begin}; writing to "
+        f"{config.workdir}"
+    )
+
+
+def _metrics(results: list[Verification]) -> dict[str, float]:
+    return {name: value for result in results for name, value in result.metrics().items()}
+
+
+def _in_words(results: list[Verification]) -> str:
+    return "  ".join(f"{r.name} accuracy {r.accuracy:.4f} +- {r.accuracy_std:.4f}" for r in results)

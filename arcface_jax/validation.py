@@ -1,0 +1,152 @@
+"""What the types of a configuration cannot tell: ranges, and values that do not fit together."""
+
+import math
+
+from arcface_jax.config import Config, ScheduleConfig, batch_norm_groups, flatten
+from arcface_jax.errors import ConfigError
+
+# float32 overflows in exp() above this; the head sums exp(logit) without a shift
+# (heads/margin_softmax.py).
+_MAX_EXPONENT = 88.0
+
+
+def validate(config: Config, *, num_devices: int) -> None:
+    """Checks what no single field can tell, before anything is read or written.
+
+    Args:
+      config: the configuration.
+      num_devices: devices in the mesh.
+
+    Raises:
+      ConfigError: naming the value, the expectation and the fix.
+    """
+    _check_ranges(config)
+    if not config.workdir:
+        raise ConfigError("workdir is empty: say where to write with --workdir FOLDER")
+    if not config.data.path:
+        raise ConfigError(
+            "data.path is empty: name a folder that holds train.rec and train.idx with "
+            "--data.path FOLDER, "
+            "or draw faces with --data.path synthetic"
+        )
+    batch = config.data.global_batch_size
+    if batch % num_devices:
+        below = batch - batch % num_devices
+        fits = [str(n) for n in (below, below + num_devices) if n]
+        raise ConfigError(
+            f"data.global_batch_size {batch} cannot be divided by {num_devices} devices: "
+            f"use a multiple of {num_devices} ({' or '.join(fits)}), or choose another number of "
+            "--devices"
+        )
+    if config.evaluation.batch_size % num_devices:
+        raise ConfigError(
+            f"evaluation.batch_size {config.evaluation.batch_size} cannot be divided by "
+            f"{num_devices} "
+            f"devices: use a multiple of {num_devices}"
+        )
+    _check_batch_norm_groups(config, num_devices=num_devices)
+    _check_schedule(config.schedule)
+    _check_drawn_pairs(config)
+    largest = math.floor(_MAX_EXPONENT - math.log(1e8))
+    if config.head.scale > largest:
+        raise ConfigError(
+            f"head.scale {config.head.scale} is too large: exp(scale) times the number of classes "
+            f"must fit into float32; use at most {largest} (the usual value is 64)"
+        )
+
+
+def _check_batch_norm_groups(config: Config, *, num_devices: int) -> None:
+    batch, bn_batch = config.data.global_batch_size, config.model.bn_batch_size
+    if bn_batch < batch and batch % bn_batch:
+        raise ConfigError(
+            f"model.bn_batch_size {bn_batch} does not divide data.global_batch_size {batch}: "
+            f"use one of {_divisors(batch)}"
+        )
+    groups = batch_norm_groups(config)
+    if groups != 1 and groups % num_devices:
+        fits = [n for n in _divisors(batch) if n == batch or (batch // n) % num_devices == 0]
+        raise ConfigError(
+            f"model.bn_batch_size {bn_batch} makes {groups} BatchNorm groups, which {num_devices} "
+            "devices "
+            f"cannot share evenly: use one of {[n for n in fits if n > 1]} "
+            f"({batch} is one group over the whole batch)"
+        )
+
+
+def _check_schedule(schedule: ScheduleConfig) -> None:
+    if not 0 <= schedule.warmup_epochs < schedule.epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs {schedule.warmup_epochs} must be at least 0 and below "
+            f"schedule.epochs {schedule.epochs}"
+        )
+    rising = [0, *schedule.decay_epochs]
+    if schedule.kind == "step" and rising != sorted(set(rising)):
+        raise ConfigError(
+            f"schedule.decay_epochs {schedule.decay_epochs} must rise from 1 or more, for instance "
+            "(10, 16, 22)"
+        )
+    if schedule.kind == "polynomial" and schedule.decay_epochs:
+        raise ConfigError(
+            "schedule.decay_epochs is for schedule.kind step: set --schedule.kind step"
+        )
+
+
+def _check_drawn_pairs(config: Config) -> None:
+    """What `data/synthetic.py` can draw, where it is asked to."""
+    drawn = config.data.synthetic
+    if "synthetic" not in config.evaluation.targets:
+        return
+    if drawn.pairs < 20 or drawn.pairs % 20:
+        raise ConfigError(
+            f"data.synthetic.pairs {drawn.pairs} must be a multiple of 20, for ten folds with as "
+            f"many same as different pairs: use {max(1, round(drawn.pairs / 20)) * 20}"
+        )
+    if not 2 <= drawn.pair_identities <= drawn.pairs:
+        raise ConfigError(
+            f"data.synthetic.pair_identities {drawn.pair_identities} must be 2 to {drawn.pairs} "
+            "(data.synthetic.pairs), so that every identity is in a pair"
+        )
+
+
+def _check_ranges(config: Config) -> None:
+    values = flatten(config)
+    for name in (
+        "data.global_batch_size",
+        "data.threads",
+        "data.prefetch_batches",
+        "data.synthetic.identities",
+        "data.synthetic.images_per_identity",
+        "model.embedding_size",
+        "model.bn_batch_size",
+        "head.scale",
+        "head.block_size",
+        "optimizer.learning_rate",
+        "optimizer.clip_norm",
+        "schedule.epochs",
+        "schedule.power",
+        "schedule.decay_factor",
+        "evaluation.batch_size",
+        "checkpoint.keep",
+        "logging.every_steps",
+    ):
+        if values[name] <= 0:
+            raise ConfigError(f"{name} {values[name]} must be greater than 0")
+    for name in (
+        "seed",
+        "head.margin",
+        "optimizer.momentum",
+        "optimizer.weight_decay",
+        "evaluation.every_epochs",
+        "checkpoint.every_epochs",
+    ):
+        if values[name] < 0:
+            raise ConfigError(f"{name} {values[name]} must not be negative")
+    if config.optimizer.momentum >= 1:
+        raise ConfigError(
+            f"optimizer.momentum {config.optimizer.momentum} must be below 1, or updates grow "
+            "without end (the usual value is 0.9)"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,26 @@
+"""The embedded default: drawn faces, no downloads.
+
+    make demo
+    python scripts/train.py configs/demo.py --workdir runs/demo
+
+Measured on two cores of an AMD EPYC: 0.963 on 600 pairs of 120 people who were not trained on, in
+156 seconds. Gray pixels score 0.667, the untrained network 0.665.
+"""
+
+from arcface_jax import config as c
+
+
+def get_config() -> c.Config:
+    """See the module's docstring."""
+    return c.Config(
+        data=c.DataConfig(
+            path="synthetic",
+            global_batch_size=48,
+            synthetic=c.SyntheticConfig(identities=400, images_per_identity=23),
+        ),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", bn_batch_size=48),
+        head=c.HeadConfig(loss="arcface", margin=0.4, scale=32.0, dtype="float32"),
+        schedule=c.ScheduleConfig(epochs=1, warmup_epochs=0.1),
+        evaluation=c.EvaluationConfig(targets=("synthetic",), baselines=True),
+        logging=c.LoggingConfig(every_steps=10),
+    )

@@ -1,0 +1,22 @@
+"""r_tiny on Labeled Faces in the Wild (4,038 people, 9,525 images), a first run on real data.
+
+    python scripts/train.py configs/lfw_tiny.py --data.path FOLDER --workdir runs/lfw_tiny
+
+Measured on two cores of an AMD EPYC, without a GPU: 0.819 on lfw_dev.bin (1,000 pairs of other
+people; gray pixels score 0.622), in 10.5 minutes. With --schedule.epochs 6 it was 0.840.
+"""
+
+from arcface_jax import config as c
+
+
+def get_config() -> c.Config:
+    """See the module's docstring."""
+    return c.Config(
+        data=c.DataConfig(global_batch_size=64),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", bn_batch_size=64),
+        # Half the usual scale and a small margin: most of these people have a single image.
+        head=c.HeadConfig(loss="cosface", margin=0.3, scale=32.0, dtype="float32"),
+        optimizer=c.OptimizerConfig(learning_rate=0.1, weight_decay=1e-3),
+        schedule=c.ScheduleConfig(epochs=5, warmup_epochs=0.5),
+        evaluation=c.EvaluationConfig(targets=("lfw_dev.bin",), every_epochs=2),
+    )

@@ -1,0 +1,123 @@
+"""The table between arcface_jax's arrays and a torch `state_dict`, and the files on either side."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from arcface_jax import models
+from arcface_jax.errors import UserError
+from arcface_jax.models import Arrays
+
+StateDict = dict[str, torch.Tensor]
+
+# Our last word: torch's. A kernel's axes are turned too, see `_turn`.
+_LAST_WORD = {
+    "kernel": "weight",
+    "scale": "weight",
+    "slope": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+# torch's BatchNorm counts its batches; nothing reads the number where momentum is given.
+_COUNTER = "num_batches_tracked"
+_PREFIXES = ("module.", "backbone.")
+
+
+def to_state_dict(params: Arrays, batch_stats: Arrays) -> StateDict:
+    """Arrays by arcface_jax's names to float32 tensors by insightface's."""
+    state = {}
+    for name, array in {**params, **batch_stats}.items():
+        turned = _turn(np.asarray(array, np.float32), inverse=False)
+        state[_torch_name(name)] = torch.from_numpy(np.array(turned, order="C"))
+        if name.endswith(".var"):
+            state[f"{name.removesuffix('var')}{_COUNTER}"] = torch.tensor(0)
+    return state
+
+
+def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arrays, Arrays]:
+    """The reverse, strict in both directions.
+
+    Args:
+      state: by insightface's names, with or without a leading `module.` or `backbone.`.
+      network: a name in `arcface_jax.models.NETWORKS`; the embedding size is that of `fc`.
+      source: where the weights come from, for the error message.
+
+    Returns:
+      params, batch_stats: float32 NumPy arrays.
+
+    Raises:
+      UserError: naming every key that is missing, unexpected or has another shape.
+    """
+    state = {_without_prefix(name): tensor for name, tensor in state.items()}
+    embedding_size = len(state["fc.bias"]) if "fc.bias" in state else 512
+    params, batch_stats = models.build(network, embedding_size=embedding_size).init(0)
+    known = to_state_dict(params, batch_stats)
+    problems = {
+        "missing": [n for n in known if n not in state and not n.endswith(_COUNTER)],
+        "unexpected": [n for n in state if n not in known],
+        "of another shape": [
+            f"{n} {tuple(state[n].shape)} instead of {tuple(known[n].shape)}"
+            for n in known
+            if n in state and state[n].shape != known[n].shape
+        ],
+    }
+    if any(problems.values()):
+        raise UserError(
+            f"{source} does not hold weights of {network}; name the network they belong to with "
+            f"--network ({', '.join(models.NETWORKS)})"
+            + "".join(f"\n{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+        )
+
+    def arrays(like: Arrays) -> Arrays:
+        return {
+            name: np.ascontiguousarray(
+                _turn(state[_torch_name(name)].float().numpy(), inverse=True)
+            )
+            for name in like
+        }
+
+    return arrays(params), arrays(batch_stats)
+
+
+def load(path: Path, network: str) -> tuple[Arrays, Arrays]:
+    """Reads a `backbone.pth`, or the backbone in a checkpoint of arcface_torch.
+
+    Raises:
+      UserError: there is no such file, it is not one of these, or it is of another network.
+    """
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: name an existing .pth file with --weight")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a file of torch weights: {str(error).splitlines()[0]}"
+        ) from error
+    if isinstance(state, dict):
+        state = state.get("state_dict_backbone", state)
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise UserError(
+            f"{path} holds a {type(state).__name__} that is not a state_dict of tensors"
+        )
+    return from_state_dict(state, network, source=str(path))
+
+
+def _torch_name(name: str) -> str:
+    stem, _, last = name.rpartition(".")
+    return f"{stem}.{_LAST_WORD[last]}"
+
+
+def _turn(array: np.ndarray, *, inverse: bool) -> np.ndarray:
+    """Kernels: (H, W, in, out) to torch's (out, in, H, W), and (in, out) to (out, in)."""
+    if array.ndim == 4:
+        return array.transpose((2, 3, 1, 0) if inverse else (3, 2, 0, 1))
+    return array.T
+
+
+def _without_prefix(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name

@@ -1,0 +1,85 @@
+"""Verifies a trained network on pairs of faces.
+
+python scripts/evaluate.py --checkpoint WORKDIR [--targets a.bin b.bin]
+python scripts/evaluate.py --weight backbone.pth --network r50 --targets a.bin b.bin
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from arcface_jax import checkpoint, errors
+from arcface_jax import config as configs
+from arcface_jax.config import Config
+from arcface_jax.data import pairs
+from arcface_jax.embedder import Embedder
+from arcface_jax.evaluation import verification
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    checkpoint: Path | None = None
+    """WORKDIR of a training run; its newest checkpoint is evaluated."""
+    weight: Path | None = None
+    """Or a backbone.pth."""
+    network: str = "r50"
+    """The network of --weight."""
+    targets: tuple[str, ...] = ()
+    """Verification sets (.bin files); those of the run when not given."""
+    batch_size: int = 256
+    """Images per forward pass, over all devices."""
+
+
+def open_model(arguments: Arguments) -> tuple[Embedder, Config]:
+    """The network to evaluate, and the configuration that names its default sets."""
+    if arguments.checkpoint is not None and arguments.weight is None:
+        config = checkpoint.read_config(arguments.checkpoint)
+        return Embedder.from_workdir(arguments.checkpoint, batch_size=arguments.batch_size), config
+    if arguments.weight is None or arguments.checkpoint is not None:
+        raise errors.UserError("name one network: either --checkpoint WORKDIR or --weight FILE.pth")
+    from convert import weights
+
+    params, batch_stats = weights.load(arguments.weight, arguments.network)
+    embedder = Embedder(arguments.network, params, batch_stats, batch_size=arguments.batch_size)
+    return embedder, Config()
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    arguments = tyro.cli(Arguments, args=argv, prog="evaluate.py", description=__doc__)
+    begin = time.perf_counter()
+    with errors.reported():
+        embedder, config = open_model(arguments)
+        if arguments.targets:
+            config = configs.replace(config, evaluation__targets=arguments.targets)
+        sets = pairs.open_targets(config)
+        if not sets:
+            raise errors.UserError(
+                "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
+            )
+        results = [verification.verify(embedder, pair_set) for pair_set in sets]
+    table = Table("set", "pairs", "accuracy", "threshold (cosine)", "XNorm")
+    for pair_set, result in zip(sets, results, strict=True):
+        table.add_row(
+            result.name,
+            str(len(pair_set.same)),
+            f"{result.accuracy:.5f} +- {result.accuracy_std:.5f}",
+            f"{result.threshold:.3f} ({1 - result.threshold / 2:.3f})",
+            f"{result.xnorm:.3f}",
+        )
+    Console().print(table)
+    metrics = {name: value for result in results for name, value in result.metrics().items()}
+    seconds = round(time.perf_counter() - begin, 1)
+    print("RESULT " + json.dumps({**metrics, "seconds": seconds, "files": []}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,56 @@
+"""Trains a recipe, or resumes what its working directory holds, and exports the backbone.
+
+python scripts/train.py RECIPE [--section.field value ...] --workdir FOLDER
+"""
+
+from arcface_jax import host
+
+if __name__ == "__main__":
+    host.use_huge_pages()  # restarts, and so comes before the imports that take seconds
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+from arcface_jax import config as configs
+from arcface_jax import errors
+from arcface_jax.train import train
+
+
+def export(workdir: Path) -> Path | None:
+    """Writes WORKDIR/backbone.pth where torch is installed."""
+    if importlib.util.find_spec("torch") is None:
+        print("no backbone.pth: PyTorch is not installed (pip install 'arcface-jax[torch]')")
+        return None
+    from convert import to_torch
+
+    path = workdir / "backbone.pth"
+    error = to_torch.export(workdir, path)
+    print(f"{path}: embeddings equal those of JAX to {error:.1e} (relative)")
+    return path
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit code."""
+    begin = time.perf_counter()
+    with errors.reported():
+        config = configs.load(argv)
+        outcome = train(config)
+        workdir = Path(config.workdir)
+        files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]
+        if outcome.stopped_by is None and (weights := export(workdir)):
+            files.append(weights)
+    result = {
+        **outcome.results,
+        "step": outcome.step,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "files": [str(file) for file in files],
+    }
+    print("RESULT " + json.dumps(result))
+    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,128 @@
+"""Layers against torch's, in values, gradients and running statistics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from arcface_jax import models
+from arcface_jax.models.layers import BatchNorm, Conv, Linear, PReLU, RandomInitializer
+
+
+def images(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def channels_first(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.transpose(0, 3, 1, 2).copy())
+
+
+def channels_last(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def conv(*, dtype: str = "float32", kernel: int = 3, stride: int = 1, split_batch: bool = False):
+    options = {"split_batch": split_batch, "dtype": jnp.dtype(dtype), "init": RandomInitializer(0)}
+    return Conv(3, 5, kernel=kernel, stride=stride, **options)
+
+
+# Batches that four, three, two or one image at a time divide; even and odd sizes; both kernels.
+@pytest.mark.parametrize("batch", [8, 9, 2, 5])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2)])
+@pytest.mark.parametrize("size", [8, 7])
+def test_convolution_and_both_gradients_equal_torch(batch, kernel, stride, size):
+    module = conv(kernel=kernel, stride=stride, split_batch=size == 7 and batch == 8)
+    x = images(batch, size, size, 3)
+    weights = np.asarray(module.kernel[...])
+    twin = torch.nn.Conv2d(3, 5, kernel, stride, padding=kernel // 2, bias=False)
+    twin.weight.data = torch.from_numpy(weights.transpose(3, 2, 0, 1).copy())
+    torch_x = channels_first(x).requires_grad_()
+    torch_y = twin(torch_x)
+    d_y = images(*channels_last(torch_y).shape, seed=1)
+    torch_y.backward(channels_first(d_y))
+
+    graph, state = nnx.split(module)
+    y, pull = jax.vjp(lambda state, x: nnx.merge(graph, state)(x), state, jnp.asarray(x))
+    d_state, d_x = pull(jnp.asarray(d_y))
+    np.testing.assert_allclose(y, channels_last(torch_y), atol=1e-5)
+    np.testing.assert_allclose(d_x, channels_last(torch_x.grad), atol=1e-5)
+    expected = twin.weight.grad.numpy().transpose(2, 3, 1, 0)
+    np.testing.assert_allclose(d_state["kernel"][...], expected, atol=1e-4)
+
+
+def test_convolution_computes_in_its_type_and_keeps_float32_parameters():
+    module = conv(dtype="bfloat16")
+    x = jnp.asarray(images(4, 8, 8, 3))
+    graph, state = nnx.split(module)
+    gradient = jax.grad(lambda s: nnx.merge(graph, s)(x).astype(jnp.float32).sum())(state)
+    assert module(x).dtype == jnp.bfloat16
+    assert module.kernel[...].dtype == np.float32
+    assert gradient["kernel"][...].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 5, 3), (6, 3)], ids=["images", "vectors"])
+def test_batch_norm_equals_torch_in_training_and_evaluation(shape):
+    module = BatchNorm(3)
+    twin = torch.nn.BatchNorm1d(3) if len(shape) == 2 else torch.nn.BatchNorm2d(3)
+    scale, bias = images(3, seed=5), images(3, seed=6)
+    module.scale[...], module.bias[...] = jnp.asarray(scale), jnp.asarray(bias)
+    twin.weight.data, twin.bias.data = torch.from_numpy(scale), torch.from_numpy(bias)
+    to_torch = torch.from_numpy if len(shape) == 2 else channels_first
+    from_torch = (lambda t: t.detach().numpy()) if len(shape) == 2 else channels_last
+    for seed in range(3):
+        x = 4 + 3 * images(*shape, seed=seed)
+        y = module(jnp.asarray(x), train=True)
+        np.testing.assert_allclose(y, from_torch(twin(to_torch(x))), atol=2e-6)
+    np.testing.assert_allclose(module.mean[...], twin.running_mean, rtol=1e-6)
+    np.testing.assert_allclose(module.var[...], twin.running_var, rtol=1e-6)  # unbiased
+    y = module(jnp.asarray(x), train=False)
+    np.testing.assert_allclose(y, from_torch(twin.eval()(to_torch(x))), atol=2e-5)
+
+
+def test_groups_are_normalised_as_separate_batches():
+    x = images(8, 4, 4, 3) * np.arange(1, 9)[:, None, None, None].astype(np.float32)
+    grouped = BatchNorm(3, groups=2)
+    y = grouped(jnp.asarray(x), train=True)
+    halves = [BatchNorm(3), BatchNorm(3)]
+    expected = [
+        m(jnp.asarray(part), train=True) for m, part in zip(halves, (x[:4], x[4:]), strict=True)
+    ]
+    np.testing.assert_allclose(y, np.concatenate(expected), atol=1e-5)
+    for name in ("mean", "var"):
+        running = np.mean([getattr(m, name)[...] for m in halves], axis=0)
+        np.testing.assert_allclose(getattr(grouped, name)[...], running, rtol=1e-5)
+
+
+def test_statistics_stay_float32_where_activations_are_bfloat16():
+    """A spread of 1 around 256 would be lost in the statistics, were they bfloat16."""
+    module = BatchNorm(2)
+    x = jnp.asarray(256 + images(64, 8, 8, 2)).astype(jnp.bfloat16)
+    y = module(x, train=True)
+    exact = np.asarray(x.astype(jnp.float32)).var((0, 1, 2), ddof=1)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(module.var[...], 0.9 + 0.1 * exact, rtol=1e-4)
+
+
+def test_prelu_equals_torch():
+    module, twin = PReLU(3), torch.nn.PReLU(3)
+    slope = images(3, seed=2)
+    module.slope[...] = jnp.asarray(slope)
+    twin.weight.data = torch.from_numpy(slope)
+    x = images(2, 4, 4, 3)
+    np.testing.assert_allclose(module(jnp.asarray(x)), channels_last(twin(channels_first(x))))
+
+
+def test_linear_is_initialised_within_torchs_bound():
+    module = Linear(400, 300, init=RandomInitializer(0))
+    for array in (module.kernel[...], module.bias[...]):
+        assert np.abs(array).max() <= 0.05
+        assert np.std(array) == pytest.approx(0.05 / np.sqrt(3), rel=0.1)
+
+
+def test_convolutions_are_initialised_as_insightface_does():
+    params, _ = models.build("r18").init(0)
+    kernel = params["layer4.1.conv1.kernel"]
+    assert np.std(kernel) == pytest.approx(0.1, rel=0.01)
+    assert abs(np.mean(kernel)) < 1e-3

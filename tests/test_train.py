@@ -1,0 +1,340 @@
+"""Training through the real command: what it writes, how it stops, resumes, and refuses."""
+
+import importlib.util
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from arcface_jax import checkpoint
+from arcface_jax.data import synthetic
+from arcface_jax.data.recordio import RecordWriter
+from convert import parity, torch_iresnet
+
+ROOT = Path(__file__).parent.parent
+
+# A run of nine steps in three epochs, on the smallest set that exercises everything.
+RECIPE = """
+from arcface_jax import config as c
+
+
+def get_config():
+    return c.Config(
+        data=c.DataConfig(
+            path="synthetic",
+            global_batch_size=8,
+            synthetic=c.SyntheticConfig(
+                identities=5, images_per_identity=5, pairs=20, pair_identities=4
+            ),
+        ),
+        model=c.ModelConfig(
+            network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8
+        ),
+        head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
+        schedule=c.ScheduleConfig(epochs=3),
+        evaluation=c.EvaluationConfig(targets=("synthetic",), batch_size=24, baselines=True),
+        logging=c.LoggingConfig(every_steps=1),
+    )
+"""
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def metrics(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> dict[int, tuple[float, ...]]:
+    names = ("train/loss", "train/accuracy", "train/gradient_norm", "train/lr")
+    lines = [line for line in metrics(workdir) if "train/loss" in line]
+    return {line["step"]: tuple(line[name] for name in names) for line in lines}
+
+
+def result(text: str) -> dict:
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("RESULT ")
+    return json.loads(last.removeprefix("RESULT "))
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def arguments(recipe: Path, workdir: Path, *more: str) -> list[str]:
+    return [str(recipe), "--workdir", str(workdir), "--devices", "1", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory) -> tuple[Path, dict]:
+    """A run that never stopped, in a process of its own, and its RESULT."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", *arguments(recipe, workdir)],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
+    )
+    assert done.returncode == 0, done.stderr
+    return workdir, result(done.stdout)
+
+
+def test_the_command_trains_verifies_exports_and_reports(finished):
+    workdir, outcome = finished
+    assert outcome["step"] == 9 and outcome["seconds"] > 0
+    assert 0 <= outcome["eval/synthetic/accuracy"] <= 1
+    assert {"baseline/raw", "baseline/untrained"} <= outcome.keys()
+    for name in outcome["files"]:
+        assert Path(name).exists()
+    names = {Path(name).name for name in outcome["files"]}
+    assert {"curves.png", "synthetic_pairs.png", "backbone.pth", "metrics.jsonl"} <= names
+    assert (workdir / "config.json").exists() and list((workdir / "tensorboard").iterdir())
+
+
+def test_metrics_have_the_documented_names(finished):
+    lines = metrics(finished[0])
+    trained = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 10))
+    for line in trained:
+        assert {"step", "train/loss", "train/accuracy", "train/lr"} <= line.keys()
+    assert {"perf/images_per_sec", "perf/data_wait_ms"} <= trained[-1].keys()
+    verified = [line["step"] for line in lines if "eval/synthetic/accuracy" in line]
+    assert verified == [3, 6, 9]
+
+
+def test_a_stopped_run_resumes_bit_for_bit(finished, recipe, tmp_path):
+    """SIGTERM in the middle of an epoch, then the same command again."""
+    workdir = tmp_path / "run"
+    command = [sys.executable, "scripts/train.py", *arguments(recipe, workdir)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    stopped = max(losses(workdir))
+    assert stopped < 9, "it ended before the signal came; make the run longer"
+    assert f"stopped by SIGTERM at step {stopped}" in stderr
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step {stopped} of 9" in done.stderr
+    assert losses(workdir) == losses(finished[0])
+    ours, theirs = (checkpoint.restore_backbone(w) for w in (workdir, finished[0]))
+    for index in (1, 2):
+        for name, array in theirs[index].items():
+            np.testing.assert_array_equal(ours[index][name], array)
+
+
+def test_a_finished_run_is_only_evaluated_again(finished, recipe, capsys):
+    workdir, outcome = finished
+    before = losses(workdir)
+    assert script("train").main(arguments(recipe, workdir)) == 0
+    again = result(capsys.readouterr().out)
+    assert again["eval/synthetic/accuracy"] == outcome["eval/synthetic/accuracy"]
+    assert losses(workdir) == before
+
+
+def test_another_number_of_devices_may_resume(finished, recipe, tmp_path):
+    """The padding of five classes differs: none on one device, three rows on eight."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "9")
+    again = [*arguments(recipe, workdir)[:-2], "--devices", "8"]
+    assert script("train").main(again) == 0
+    ours, theirs = losses(workdir), losses(finished[0])
+    assert ours[6] == theirs[6]
+    assert ours[7][0] == pytest.approx(theirs[7][0], rel=1e-5)
+    assert ours[9][0] == pytest.approx(theirs[9][0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--model.network", "r18"], ["model.network", "'r_tiny'", "'r18'"]),
+        (["--head.margin", "0.3", "--seed", "5"], ["head.margin", "0.2", "0.3", "seed"]),
+        (["--data.synthetic.identities", "6"], ["data.synthetic.identities", "5", "6"]),
+    ],
+    ids=["network", "two-fields", "data"],
+)
+def test_an_unlike_run_is_refused_and_left_alone(finished, recipe, capsys, options, named):
+    workdir = finished[0]
+    before = files_under(workdir)
+    with pytest.raises(SystemExit) as stop:
+        script("train").main(arguments(recipe, workdir, *options))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in [*named, "another --workdir"])
+    assert "Traceback" not in message
+    assert files_under(workdir) == before
+
+
+def write_records(folder: Path, labels: list[float], *, identities: int) -> None:
+    folder.mkdir()
+    face = synthetic.draw_face(seed=0, identity=0, index=0)
+    encoded = cv2.imencode(".jpg", face)[1].tobytes()
+    with RecordWriter(folder / "train.rec") as writer:
+        first = len(labels) + 1
+        writer.write(0, b"", label=[first, first + identities])
+        for key, label in enumerate(labels, start=1):
+            writer.write(key, encoded, label=label)
+
+
+def prepare(case: str, folder: Path) -> list[str]:
+    """Makes the input of a failing command; its options."""
+    data = folder / "data"
+    options = ["--data.path", str(data), "--evaluation.targets", "--evaluation.baselines", "False"]
+    if case == "missing path":
+        return options
+    if case == "empty path":
+        data.mkdir()
+        return options
+    write_records(data, [9.0] * 12 if case == "label" else [0.0, 1.0] * 6, identities=2)
+    if case == "no rec":
+        (data / "train.rec").unlink()
+    if case == "truncated":
+        whole = (data / "train.rec").read_bytes()
+        # The last record's header is there, its end is not.
+        (data / "train.rec").write_bytes(whole[:-100])
+    return options
+
+
+@pytest.mark.parametrize(
+    ("case", "named"),
+    [
+        ("missing path", ["does not exist", "--data.path"]),
+        ("empty path", ["neither train.rec nor train.idx", "--data.path"]),
+        ("no rec", ["train.rec is missing", "copy both"]),
+        ("truncated", ["train.rec", "cut short", "again"]),
+        ("label", ["label 9", "2 identities", "0 .. 1"]),
+    ],
+)
+def test_bad_data_is_one_message_and_code_2(recipe, tmp_path, capsys, case, named):
+    options = prepare(case, tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        script("train").main(arguments(recipe, tmp_path / "run", *options))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in named), message
+    assert message.count("error:") == 1 and "Traceback" not in message
+
+
+def test_a_damaged_record_costs_no_step_before_it(recipe, tmp_path, capsys):
+    """Of six batches of an epoch one cannot be read: the run says so, and keeps those before it."""
+    data, workdir = tmp_path / "data", tmp_path / "run"
+    write_records(data, [0.0, 1.0] * 24, identities=2)
+    whole = bytearray((data / "train.rec").read_bytes())
+    offset = int((data / "train.idx").read_text().splitlines()[30].split()[1])
+    whole[offset] ^= 0xFF
+    (data / "train.rec").write_bytes(whole)
+    options = ["--data.path", str(data), "--evaluation.targets", "--evaluation.baselines", "False"]
+    with pytest.raises(SystemExit) as stop:
+        script("train").main(arguments(recipe, workdir, *options, "--seed", "1"))
+    assert stop.value.code == 2
+    assert "record 30" in capsys.readouterr().err
+    done = max(losses(workdir))
+    assert 1 <= done < 6, "with another seed the record is in a later batch than the first"
+    assert checkpoint.restore_backbone(workdir)[3] == done
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--devices", "3"], ["global_batch_size 8", "3 devices", "multiple of 3"]),
+        (["--devices", "9"], ["devices 9", "has 8"]),
+        (["--model.network", "r51"], ["r51", "r_tiny"]),
+        (["--model.netwrok", "r50"], ["netwrok", "--model.network"]),
+        (["--evaluation.targets", "none.bin"], ["none.bin", "--evaluation.targets"]),
+        (["--data.global-batch-size", "64"], ["25 images", "batch of 64"]),
+    ],
+    ids=["batch", "devices", "network", "option", "target", "small set"],
+)
+def test_bad_options_are_one_message_and_code_2(recipe, tmp_path, capsys, options, named):
+    with pytest.raises(SystemExit) as stop:
+        script("train").main(arguments(recipe, tmp_path / "run", *options))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in named), message
+    assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        script("train").main(arguments(recipe, tmp_path))
+    assert stop.value.code == 2
+    assert "not empty and holds no config.json" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_evaluate_gives_what_training_gave(finished, capsys):
+    workdir, outcome = finished
+    script("evaluate").main(["--checkpoint", str(workdir)])
+    accuracy = "eval/synthetic/accuracy"
+    assert result(capsys.readouterr().out)[accuracy] == outcome[accuracy]
+
+
+def test_inference_prints_the_embedding_of_the_torch_network(finished, capsys, tmp_path):
+    weight = finished[0] / "backbone.pth"
+    face = synthetic.draw_face(seed=9, identity=0, index=0)
+    cv2.imwrite(str(tmp_path / "face.png"), face[:, :, ::-1])
+    options = ["--weight", str(weight), "--network", "r_tiny"]
+    script("inference").main([*options, "--img", str(tmp_path / "face.png")])
+    printed = capsys.readouterr().out
+    outcome = result(printed)
+    module = torch_iresnet.build("r_tiny", embedding_size=32)
+    module.load_state_dict(torch.load(weight, weights_only=True), strict=True)
+    expected = parity.torch_embeddings(module, face[None])[0]
+    numbers = printed.split("RESULT")[0].replace("[", " ").replace("]", " ").split()
+    np.testing.assert_allclose(np.array(numbers, float), expected, atol=1e-4)
+    assert outcome["shape"] == [1, 32]
+    assert outcome["norm"] == pytest.approx(np.linalg.norm(expected), rel=1e-4)
+
+    script("inference").main(options)
+    assert "seeded noise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        (
+            "inference",
+            ["--weight", "{run}/backbone.pth", "--network", "r18"],
+            ["missing", "r_tiny"],
+        ),
+        ("inference", ["--weight", "no.pth", "--network", "r18"], ["no weights at no.pth"]),
+        ("inference", ["--weight", "{run}/config.json"], ["not a file of torch weights"]),
+        ("evaluate", ["--checkpoint", "nowhere"], ["config.json", "training run"]),
+        ("evaluate", [], ["--checkpoint", "--weight"]),
+        ("evaluate", ["--checkpoint", "{run}", "--targets", "a.bin"], ["a.bin"]),
+    ],
+)
+def test_other_commands_report_in_one_message(finished, capsys, name, options, named):
+    with pytest.raises(SystemExit) as stop:
+        script(name).main([option.format(run=finished[0]) for option in options])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in named), message
+    assert "Traceback" not in message
