@@ -71,9 +71,11 @@ def test_any_number_of_devices_takes_the_same_steps(batch, on_one_device, device
 
 
 def test_training_lowers_the_loss_and_counts_steps(batch):
-    state, losses, run, _ = train(CONFIG, batch, devices=1, steps=12)
+    # Statistics over the whole batch: from the two images a group of CONFIG nothing can be learned.
+    config = configs.replace(CONFIG, model__bn_batch_size=48)
+    state, losses, run, _ = train(config, batch, devices=1, steps=12)
     assert int(state.step) == 12
-    assert losses[-1] < losses[0] - 5
+    assert losses[0] > 40 and losses[-1] < 10
     assert run._cache_size() == 1  # traced and compiled once
 
 
