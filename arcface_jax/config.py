@@ -20,6 +20,7 @@ from arcface_jax.errors import ConfigError
 
 Network = Literal["r_tiny", "r18", "r34", "r50", "r100", "r200"]
 Dtype = Literal["float32", "bfloat16"]
+OperandDtype = Literal["float32", "bfloat16", "float16"]
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -71,19 +72,41 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class HeadConfig:
-    """The margin softmax over the class centers."""
+    """The margin softmax over the class centers (docs/head.md)."""
 
-    loss: Literal["arcface", "cosface"] = "arcface"
-    """cos(theta + margin), or cos(theta) - margin."""
+    loss: Literal["arcface", "cosface", "combined", "adaface", "magface", "curricularface"] = (
+        "arcface"
+    )
+    """Which margin; their formulas are in docs/head.md."""
     margin: float = 0.5
-    """Radians for arcface, cosine for cosface."""
+    """m: radians for arcface and curricularface, cosine for cosface, both for adaface."""
+    margins: tuple[float, float, float] = (1.0, 0.5, 0.0)
+    """combined: (m1, m2, m3) of cos(m1 theta + m2) - m3."""
     scale: float = 64.0
     """Factor on all cosines."""
     gradient: Literal["exact", "straight_through"] = "straight_through"
-    """arcface: derivative sin(theta + m) / sin(theta), or 1 (arcface_torch since December 2022)."""
+    """arcface, combined: the formula's derivative, or 1 (arcface_torch since December 2022)."""
     beyond_pi: Literal["none", "linear"] = "none"
-    """arcface where theta + margin > pi: cos(theta + m), or c - m sin(m) as in early 2022."""
-    dtype: Dtype = "bfloat16"
+    """arcface, combined where the angle exceeds pi: the formula, or c - m sin(m) as in 2022."""
+    interclass_filtering_threshold: float = 0.0
+    """A non-target cosine above it counts as 0, for classes that are one person; 0 is off."""
+    subcenters: int = 1
+    """Centers of each class, the nearest of which counts."""
+    ema: float = 0.01
+    """adaface, curricularface: a batch's share in the running means."""
+    adaface_h: float = 0.333
+    """adaface: how much of the norms' spread changes the margin."""
+    magface_norms: tuple[float, float] = (10.0, 110.0)
+    """magface: the norms between which the margin rises."""
+    magface_margins: tuple[float, float] = (0.45, 0.8)
+    """magface: the margins at these norms, radians."""
+    magface_weight: float = 35.0
+    """magface: factor of the loss that pulls norms upwards."""
+    sample_rate: float = 1.0
+    """Partial FC: the share of the classes that take part in a step; 0 is the batch's own alone."""
+    unsampled: Literal["untouched", "decayed"] = "untouched"
+    """Partial FC: the other centers rest, or momentum and decay move them too (arcface_torch)."""
+    dtype: OperandDtype = "bfloat16"
     """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
     block_size: int = 2048
     """Classes a device looks at together; bounds the head's memory, changes no result."""
@@ -91,11 +114,17 @@ class HeadConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimizerConfig:
-    """SGD as torch defines it, for the backbone and the class centers."""
+    """SGD or AdamW as torch defines them, for the backbone and the class centers."""
 
+    kind: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.1
     """Base rate for the whole global batch."""
     momentum: float = 0.9
+    """sgd."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """adamw: of the running means of the gradient and of its square."""
+    epsilon: float = 1e-8
+    """adamw."""
     weight_decay: float = 5e-4
     """On every trained array, BatchNorm included."""
     clip_norm: float = 5.0

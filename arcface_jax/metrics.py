@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,12 @@ def read(path: Path) -> list[dict[str, float]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def train_accuracy(values: Mapping[str, float]) -> float:
+    """The accuracy of a log step: among all classes, or among those that Partial FC drew."""
+    name = "train/accuracy"
+    return values[name] if name in values else values[f"{name}_sampled"]
 
 
 class Clock:
@@ -141,7 +147,7 @@ class Terminal:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """The numbers of a log step."""
-        words = [f"loss {values['train/loss']:.3f}", f"acc {values['train/accuracy']:.3f}"]
+        words = [f"loss {values['train/loss']:.3f}", f"acc {train_accuracy(values):.3f}"]
         if "perf/images_per_sec" in values:
             words.append(f"{values['perf/images_per_sec']:.0f} img/s")
             words.append(f"data wait {values['perf/data_wait_share']:.0%}")

@@ -1,7 +1,6 @@
-"""The learning-rate schedule, and the backbone's optimizer: SGD as torch defines it.
+"""The learning-rate schedule, and the backbone's optimizer: SGD or AdamW as torch defines them.
 
-The class centers are updated with the same rate, momentum and decay inside the head, block by
-block.
+The class centers follow the same rule inside the head, block by block (heads/centers.py).
 """
 
 from collections.abc import Callable
@@ -49,13 +48,16 @@ def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch
 
 
 def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    """Clips, decays, accumulates momentum: gives what is subtracted, times the rate.
+    """Clips the gradient and turns it into what is subtracted, times the rate.
 
-    buf = momentum * buf + clipped gradient + decay * parameter, as `torch.optim.SGD` without
-    dampening.
+    sgd: buf = momentum * buf + clipped gradient + decay * parameter, as `torch.optim.SGD` without
+    dampening. adamw: m / (sqrt(v) + epsilon) + decay * parameter with the bias-corrected means m
+    and v, as `torch.optim.AdamW`.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(optimizer.clip_norm),
-        optax.add_decayed_weights(optimizer.weight_decay),
-        optax.trace(decay=optimizer.momentum),
-    )
+    decay = optax.add_decayed_weights(optimizer.weight_decay)
+    if optimizer.kind == "sgd":
+        rule = [decay, optax.trace(decay=optimizer.momentum)]
+    else:
+        first, second = optimizer.betas
+        rule = [optax.scale_by_adam(b1=first, b2=second, eps=optimizer.epsilon), decay]
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), *rule)

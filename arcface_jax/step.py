@@ -15,6 +15,9 @@ from arcface_jax import mesh as meshes
 from arcface_jax import models, optim, preprocess
 from arcface_jax.config import Config, batch_norm_groups
 from arcface_jax.heads import margin_softmax
+from arcface_jax.heads.centers import Moments
+from arcface_jax.heads.margin_softmax import Centers
+from arcface_jax.heads.margins import State
 from arcface_jax.models import Arrays
 
 Metrics = dict[str, jax.Array]
@@ -22,7 +25,16 @@ Metrics = dict[str, jax.Array]
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "batch_stats", "opt_state", "centers", "centers_momentum"],
+    data_fields=[
+        "step",
+        "params",
+        "batch_stats",
+        "opt_state",
+        "centers",
+        "centers_opt",
+        "head_state",
+        "counters",
+    ],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -36,11 +48,15 @@ class TrainState:
     batch_stats: Arrays
     """BatchNorm's running statistics, the same way."""
     opt_state: optax.OptState
-    """The backbone's momentum, the same way."""
+    """What the backbone's optimizer remembers, the same way."""
     centers: jax.Array
-    """(C_padded, D) float32 class centers, split over the devices."""
-    centers_momentum: jax.Array
-    """(C_padded, D) float32, split the same way."""
+    """(C_padded * subcenters, D) float32 class centers, split over the devices."""
+    centers_opt: Moments
+    """What the optimizer remembers of the centers, by name, of their shape and placement."""
+    head_state: State
+    """What the margin remembers, () float32 by name."""
+    counters: dict[str, jax.Array]
+    """() int32 by name, counted since the first step: `invalid_labels`."""
 
 
 def backbone(config: Config, *, mesh: Mesh | None = None) -> models.Backbone:
@@ -58,7 +74,7 @@ def shardings(mesh: Mesh) -> TrainState:
     """How each part of the state lies on the devices: a prefix of the state's tree."""
     names = [field.name for field in dataclasses.fields(TrainState)]
     placed: dict[str, Any] = dict.fromkeys(names, meshes.replicated(mesh))
-    placed["centers"] = placed["centers_momentum"] = meshes.split(mesh)
+    placed["centers"] = placed["centers_opt"] = meshes.split(mesh)
     return TrainState(**placed)
 
 
@@ -77,14 +93,18 @@ def init_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
             num_classes=num_classes,
             embedding_size=config.model.embedding_size,
             num_devices=mesh.size,
+            head=config.head,
+            optimizer=config.optimizer,
         )
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
             batch_stats=batch_stats,
             opt_state=optim.make_optimizer(config.optimizer).init(params),
-            centers=centers,
-            centers_momentum=jnp.zeros_like(centers),
+            centers=centers.rows,
+            centers_opt=centers.moments,
+            head_state=centers.state,
+            counters={"invalid_labels": jnp.zeros((), jnp.int32)},
         )
 
     return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(params, batch_stats)
@@ -118,9 +138,10 @@ def make_train_step(
         head = margin_softmax.apply(
             embeddings,
             batch["label"],
-            state.centers,
-            state.centers_momentum,
-            rate,
+            Centers(state.centers, state.centers_opt, state.head_state),
+            learning_rate=rate,
+            step=state.step,
+            key=jax.random.key(config.seed),
             num_classes=num_classes,
             head=config.head,
             optimizer=config.optimizer,
@@ -129,20 +150,27 @@ def make_train_step(
         (gradients,) = pull_embeddings(head.d_embeddings)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+        counters = {
+            "invalid_labels": state.counters["invalid_labels"] + head.metrics.pop("invalid_labels")
+        }
+        if config.head.sample_rate < 1:  # the other classes were not asked
+            head.metrics["accuracy_sampled"] = head.metrics.pop("accuracy")
         metrics = {
             "train/loss": head.loss,
-            "train/accuracy": head.accuracy,
-            "train/target_cosine": head.target_cosine,
+            **{f"train/{name}": value for name, value in head.metrics.items()},
             "train/gradient_norm": optax.tree.norm(gradients),
             "train/lr": rate,
+            **{f"train/{name}": count for name, count in counters.items()},
         }
         return TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            centers=head.centers,
-            centers_momentum=head.momentum,
+            centers=head.centers.rows,
+            centers_opt=head.centers.moments,
+            head_state=head.centers.state,
+            counters=counters,
         ), metrics
 
     placed = shardings(mesh)

@@ -19,6 +19,7 @@ from arcface_jax.data.pairs import PairSet
 from arcface_jax.errors import ConfigError, DataError, UserError
 from arcface_jax.evaluation import embed, plots, verification
 from arcface_jax.evaluation.verification import Verification
+from arcface_jax.heads import chance
 from arcface_jax.metrics import Clock, MetricsFile, Terminal
 
 # Steps that may be handed to the devices before the first of them is done: enough to keep them
@@ -86,6 +87,16 @@ def train(config: Config) -> Outcome:
         log.write(start, baselines)
         terminal.say("before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items()))
 
+    by_chance = chance.chance_loss(
+        config.head,
+        num_classes=source.num_classes,
+        embedding_size=config.model.embedding_size,
+        global_batch_size=config.data.global_batch_size,
+        num_devices=devices.size,
+    )
+    if start == 0:
+        log.write(0, {"train/chance_loss": by_chance})
+
     # ---- The loop --------------------------------------------------------------------------------
     results: list[Verification] = []
     evaluate_at = _milestones(config.evaluation.every_epochs, per_epoch, total)
@@ -107,6 +118,8 @@ def train(config: Config) -> Outcome:
                 done += 1
                 if done == start + 1:  # it was compiled, which is not to be counted as training
                     jax.block_until_ready(metrics)
+                    if start == 0:
+                        terminal.say(_first_loss(float(metrics["train/loss"]), by_chance))
                     clock.restart()
                 else:
                     clock.count_step()
@@ -120,6 +133,9 @@ def train(config: Config) -> Outcome:
                     log.write(done, values)
                     terminal.show(done, values)
                     _check_finite(values["train/loss"], done)
+                    if values["train/invalid_labels"]:
+                        checkpoint.save(manager, state, dataset)  # they took no part in it
+                        raise _invalid_labels(values["train/invalid_labels"], done, dataset)
                 if done in evaluate_at or done in save_at or stop:
                     _check_finite(float(metrics["train/loss"]), done)
                 with clock.paused():
@@ -223,6 +239,21 @@ def _check_finite(loss: float, done: int) -> None:
             "longer warm-up "
             f"(--schedule.warmup-epochs), or --model.dtype float32"
         )
+
+
+def _first_loss(measured: float, by_chance: float) -> str:
+    return (
+        f"the first loss is {measured:.2f}; a network that knows nothing has about {by_chance:.2f}"
+    )
+
+
+def _invalid_labels(count: float, done: int, dataset: dict[str, int]) -> DataError:
+    last = dataset["num_classes"] - 1
+    return DataError(
+        f"{count:.0f} images of the steps up to {done} have labels outside 0 .. {last}: they were "
+        "left out of loss and gradient, and the checkpoint of this step is good. Number the "
+        "identities of the training set from 0 without gaps, or give it all its identities"
+    )
 
 
 def _headline(

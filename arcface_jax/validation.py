@@ -2,11 +2,11 @@
 
 import math
 
-from arcface_jax.config import Config, ScheduleConfig, batch_norm_groups, flatten
+from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups, flatten
 from arcface_jax.errors import ConfigError
 
 # float32 overflows in exp() above this; the head sums exp(logit) without a shift
-# (heads/margin_softmax.py).
+# (heads/visits.py).
 _MAX_EXPONENT = 88.0
 
 
@@ -47,12 +47,48 @@ def validate(config: Config, *, num_devices: int) -> None:
     _check_batch_norm_groups(config, num_devices=num_devices)
     _check_schedule(config.schedule)
     _check_drawn_pairs(config)
+    _check_head(config.head)
+
+
+def _check_head(head: HeadConfig) -> None:
     largest = math.floor(_MAX_EXPONENT - math.log(1e8))
-    if config.head.scale > largest:
+    if head.scale > largest and head.loss != "curricularface":  # which subtracts a maximum
         raise ConfigError(
-            f"head.scale {config.head.scale} is too large: exp(scale) times the number of classes "
+            f"head.scale {head.scale} is too large: exp(scale) times the number of classes "
             f"must fit into float32; use at most {largest} (the usual value is 64)"
         )
+    if head.sample_rate > 1:
+        raise ConfigError(
+            f"head.sample_rate {head.sample_rate} must be 0 to 1: the share of the classes that "
+            "take part in a step, 1 for all"
+        )
+    if head.interclass_filtering_threshold >= 1:
+        raise ConfigError(
+            f"head.interclass_filtering_threshold {head.interclass_filtering_threshold} must be "
+            "below 1, the largest cosine; 0 turns it off (the usual value is 0.4)"
+        )
+    if head.loss == "combined" and head.margins[0] <= 0:
+        raise ConfigError(
+            f"head.margins {head.margins}: m1, the factor on the angle, must be greater than 0; "
+            "arcface is (1, m, 0), cosface (1, 0, m)"
+        )
+    if head.loss == "combined" and head.beyond_pi == "linear" and head.margins[0] != 1:
+        raise ConfigError(
+            f"head.beyond_pi linear is for m1 = 1, and head.margins is {head.margins}: use "
+            "--head.beyond-pi none"
+        )
+    if head.ema > 1:
+        raise ConfigError(
+            f"head.ema {head.ema} must be at most 1: a batch's share in the running means (the "
+            "usual value is 0.01)"
+        )
+    for name in ("magface_norms", "magface_margins"):
+        low, high = getattr(head, name)
+        if not 0 < low < high:
+            raise ConfigError(
+                f"head.{name} {(low, high)} must rise from more than 0, as "
+                f"{getattr(HeadConfig(), name)}"
+            )
 
 
 def _check_batch_norm_groups(config: Config, *, num_devices: int) -> None:
@@ -120,8 +156,12 @@ def _check_ranges(config: Config) -> None:
         "model.bn_batch_size",
         "head.scale",
         "head.block_size",
+        "head.subcenters",
+        "head.ema",
+        "head.adaface_h",
         "optimizer.learning_rate",
         "optimizer.clip_norm",
+        "optimizer.epsilon",
         "schedule.epochs",
         "schedule.power",
         "schedule.decay_factor",
@@ -134,6 +174,9 @@ def _check_ranges(config: Config) -> None:
     for name in (
         "seed",
         "head.margin",
+        "head.sample_rate",
+        "head.interclass_filtering_threshold",
+        "head.magface_weight",
         "optimizer.momentum",
         "optimizer.weight_decay",
         "evaluation.every_epochs",
@@ -145,6 +188,11 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError(
             f"optimizer.momentum {config.optimizer.momentum} must be below 1, or updates grow "
             "without end (the usual value is 0.9)"
+        )
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(
+            f"optimizer.betas {config.optimizer.betas} must be 0 or more and below 1 (the usual "
+            "values are 0.9 0.999)"
         )
 
 

@@ -156,13 +156,15 @@ def changed_everywhere() -> Config:
     config = Config()
     choices = {"r50": "r18", "bfloat16": "float32", "arcface": "cosface", "none": "linear"}
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
+    choices |= {"sgd": "adamw", "untouched": "decayed"}
+    lists = {"schedule.decay_epochs": (3, 5), "evaluation.targets": ("a.bin", "b.bin")}
     for name, value in configs.flatten(config).items():
         if isinstance(value, bool):
             new = not value
         elif isinstance(value, str):
             new = choices[value]
         elif isinstance(value, list):
-            new = (3, 5) if name == "schedule.decay_epochs" else ("a.bin", "b.bin")
+            new = lists[name] if name in lists else tuple(x + 1 for x in value)
         else:
             new = 7 if value is None else value + 1
         config = configs.replace(config, **{name.replace(".", "__"): new})

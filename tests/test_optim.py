@@ -73,19 +73,31 @@ def norm(gradients: dict[str, np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("momentum", "weight_decay", "clip_norm"),
-    [(0.9, 5e-4, 5.0), (0.9, 0.1, 2.0), (0.0, 1e-2, 5.0), (0.5, 0.0, 1e6)],
+    "config",
+    [
+        OptimizerConfig(momentum=0.9, weight_decay=5e-4, clip_norm=5.0),
+        OptimizerConfig(momentum=0.9, weight_decay=0.1, clip_norm=2.0),
+        OptimizerConfig(momentum=0.0, weight_decay=1e-2, clip_norm=5.0),
+        OptimizerConfig(momentum=0.5, weight_decay=0.0, clip_norm=1e6),
+        OptimizerConfig(kind="adamw", weight_decay=0.1, clip_norm=5.0),
+        OptimizerConfig(kind="adamw", weight_decay=0.0, betas=(0.8, 0.95), epsilon=1e-4),
+    ],
+    ids=["sgd", "sgd-decay", "sgd-plain", "sgd-unclipped", "adamw", "adamw-betas"],
 )
-def test_ten_updates_equal_those_of_torch(momentum, weight_decay, clip_norm):
+def test_ten_updates_equal_those_of_torch(config):
     rng = np.random.default_rng(0)
     start = {name: rng.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
     tensors = {name: torch.nn.Parameter(torch.tensor(x)) for name, x in start.items()}
-    reference = torch.optim.SGD(
-        tensors.values(), lr=1.0, momentum=momentum, weight_decay=weight_decay
-    )
-    optimizer = make_optimizer(
-        OptimizerConfig(momentum=momentum, weight_decay=weight_decay, clip_norm=clip_norm)
-    )
+    decay, clip_norm = config.weight_decay, config.clip_norm
+    if config.kind == "sgd":
+        reference = torch.optim.SGD(
+            tensors.values(), lr=1.0, momentum=config.momentum, weight_decay=decay
+        )
+    else:
+        reference = torch.optim.AdamW(
+            tensors.values(), lr=1.0, betas=config.betas, eps=config.epsilon, weight_decay=decay
+        )
+    optimizer = make_optimizer(config)
     update = jax.jit(optimizer.update)
     params = jax.tree.map(jnp.asarray, start)
     state = optimizer.init(params)

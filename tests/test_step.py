@@ -65,8 +65,9 @@ def test_any_number_of_devices_takes_the_same_steps(batch, on_one_device, device
             # Some values are zero but for rounding, as the mean of what was just normalised.
             rounding = 1e-6 * np.sqrt(theirs[key].size)
             assert np.linalg.norm(ours[key] - theirs[key]) <= 1e-2 * moved + rounding, key
-    for name in ("centers", "centers_momentum"):
-        ours, theirs = (getattr(s, name)[:CLASSES] for s in (state, expected))
+    momenta = (s.centers_opt["momentum"] for s in (state, expected))
+    for name, both in {"centers": (state.centers, expected.centers), "momentum": momenta}.items():
+        ours, theirs = (array[:CLASSES] for array in both)
         assert np.linalg.norm(ours - theirs) <= 1e-3 * np.linalg.norm(theirs), name
 
 
@@ -84,7 +85,9 @@ def test_the_first_step_is_torch_sgd_on_the_centers(batch, on_one_device):
     mesh = meshes.make(1)
     before = np.asarray(step.init_state(CONFIG, num_classes=CLASSES, mesh=mesh).centers)
     state, *_ = train(CONFIG, batch, devices=1, steps=1)
-    np.testing.assert_allclose(state.centers, before - 0.1 * state.centers_momentum, atol=1e-7)
+    np.testing.assert_allclose(
+        state.centers, before - 0.1 * state.centers_opt["momentum"], atol=1e-7
+    )
 
 
 def test_flipping_is_repeatable_and_can_be_left_out(batch, on_one_device):

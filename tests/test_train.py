@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from arcface_jax import checkpoint
-from arcface_jax.data import synthetic
+from arcface_jax.data import sources, synthetic
 from arcface_jax.data.recordio import RecordWriter
 from convert import parity, torch_iresnet
 
@@ -256,6 +256,53 @@ def test_a_damaged_record_costs_no_step_before_it(recipe, tmp_path, capsys):
     done = max(losses(workdir))
     assert 1 <= done < 6, "with another seed the record is in a later batch than the first"
     assert checkpoint.restore_backbone(workdir)[3] == done
+
+
+def test_labels_outside_the_classes_stop_the_run_in_words(recipe, tmp_path, capsys, monkeypatch):
+    """A source that counts its identities wrongly; the others are trained, and that is kept."""
+
+    class TooFewClasses(sources.SyntheticSource):
+        def __len__(self) -> int:
+            return 25
+
+    def open_source(*_, **__):
+        source = TooFewClasses(seed=0, identities=5, images_per_identity=5)
+        source.num_classes = 3
+        return source
+
+    monkeypatch.setattr(sources, "open_source", open_source)
+    with pytest.raises(SystemExit) as stop:
+        script("train").main(arguments(recipe, tmp_path / "run"))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "labels outside 0 .. 2" in message and "Number the identities" in message
+    assert checkpoint.restore_backbone(tmp_path / "run")[3] == 1  # the first log step
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--head.sample-rate", "0.5", "--optimizer.kind", "adamw"],
+        ["--head.loss", "curricularface", "--head.subcenters", "2"],
+    ],
+    ids=["partial-fc-adamw", "curricularface-subcenters"],
+)
+def test_every_part_of_the_heads_state_is_resumed(recipe, tmp_path, capsys, options):
+    """Trained in one go, and from a checkpoint in the middle: the same to the last bit."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    more = [*options, "--evaluation.targets", "--evaluation.baselines", "False"]
+    assert script("train").main(arguments(recipe, whole, *more)) == 0
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "9")
+    assert script("train").main(arguments(recipe, parts, *more)) == 0
+    names = ("train/loss", "train/gradient_norm", "train/target_cosine")
+    ours, theirs = (
+        [[line[n] for n in names] for line in metrics(w) if "train/loss" in line]
+        for w in (parts, whole)
+    )
+    assert ours == theirs and len(ours) == 9
+    said = capsys.readouterr().err
+    assert said.count("a network that knows nothing") == 1  # before the first step alone
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,12 @@ POSITIVE = [
     "model.bn_batch_size",
     "head.scale",
     "head.block_size",
+    "head.subcenters",
+    "head.ema",
+    "head.adaface_h",
     "optimizer.learning_rate",
     "optimizer.clip_norm",
+    "optimizer.epsilon",
     "schedule.epochs",
     "schedule.power",
     "schedule.decay_factor",
@@ -39,6 +43,9 @@ POSITIVE = [
 NOT_NEGATIVE = [
     "seed",
     "head.margin",
+    "head.sample_rate",
+    "head.interclass_filtering_threshold",
+    "head.magface_weight",
     "optimizer.momentum",
     "optimizer.weight_decay",
     "evaluation.every_epochs",
@@ -124,6 +131,31 @@ SYNTHETIC = {"evaluation__targets": ("synthetic",)}
             ["schedule.decay_epochs", "schedule.kind step", "--schedule.kind step"],
         ),
         ({"head__scale": 80.0}, 1, ["head.scale 80.0", "at most 69", "usual value is 64"]),
+        ({"head__sample_rate": 10.0}, 1, ["head.sample_rate 10.0", "0 to 1"]),
+        (
+            {"head__interclass_filtering_threshold": 1.0},
+            1,
+            ["head.interclass_filtering_threshold 1.0", "below 1", "0.4"],
+        ),
+        (
+            {"head__loss": "combined", "head__margins": (0.0, 0.5, 0.0)},
+            1,
+            ["head.margins (0.0, 0.5, 0.0)", "greater than 0", "arcface is (1, m, 0)"],
+        ),
+        (
+            {"head__loss": "combined", "head__margins": (0.9, 0.4, 0.15)}
+            | {"head__beyond_pi": "linear"},
+            1,
+            ["head.beyond_pi linear", "(0.9, 0.4, 0.15)", "--head.beyond-pi none"],
+        ),
+        ({"head__ema": 2.0}, 1, ["head.ema 2.0", "at most 1", "0.01"]),
+        (
+            {"head__magface_norms": (110.0, 10.0)},
+            1,
+            ["head.magface_norms", "rise", "(10.0, 110.0)"],
+        ),
+        ({"head__magface_margins": (0.0, 0.8)}, 1, ["head.magface_margins", "(0.45, 0.8)"]),
+        ({"optimizer__betas": (0.9, 1.0)}, 1, ["optimizer.betas (0.9, 1.0)", "0.9 0.999"]),
         (
             SYNTHETIC | {"data__synthetic__pairs": 601},
             1,
@@ -179,6 +211,11 @@ def test_every_batch_norm_size_that_is_offered_is_accepted(num_devices: int):
 
 def test_the_largest_scale_that_is_offered_is_accepted():
     validation.validate(configs.replace(RUNNABLE, head__scale=69.0), num_devices=1)
+
+
+def test_curricularface_takes_any_scale_for_it_subtracts_a_maximum():
+    config = configs.replace(RUNNABLE, head__scale=100.0, head__loss="curricularface")
+    validation.validate(config, num_devices=1)
 
 
 def test_a_batch_norm_size_above_the_batch_is_one_group():

@@ -23,7 +23,7 @@ def training_curves(workdir: Path) -> Path | None:
     x = [line["step"] for line in steps]
     loss.plot(x, [line["train/loss"] for line in steps], color="tab:blue")
     loss.set_title("training loss, margin included")
-    values = [line["train/accuracy"] for line in steps]
+    values = [metrics.train_accuracy(line) for line in steps]
     accuracy.plot(x, values, color="tab:blue", label="train, without margin")
     names = {name for line in lines for name in line if name.startswith("eval/")}
     verified = sorted(name for name in names if name.endswith("/accuracy"))

@@ -1,13 +1,14 @@
 """Margin softmax over class centers that are split over the devices which share the batch.
 
-Each device keeps a contiguous range of centers. It gathers all embeddings and visits its centers in
-blocks of `block_size` classes, twice: once for the sum of exponentials, and, when the log-sum-exp
-of all classes is known, once more to form the block's gradient and move its momentum. Neither the
-B x
-C logits nor the gradient of the centers ever exists as a whole.
+Each device keeps a contiguous range of centers. It gathers all embeddings and visits its classes,
+or a sample of them (Partial FC), in blocks, twice: once for the sum of exponentials, and, when the
+log-sum-exp of all classes is known, once more to form the block's gradient and move its moments.
+Neither the B x C logits nor the gradient of the centers ever exists as a whole.
 
-No maximum is subtracted before exp(): cosines are bounded, so logits are at most `scale`, which
-with ln(C) stays far below 88, where float32 overflows (`config.validate` refuses larger scales).
+No maximum is subtracted before exp() where the others' cosines are at most 1: logits are then at
+most `scale`, which with ln(C) stays far below 88, where float32 overflows (`validation.py` refuses
+larger scales). Margins that go beyond, as CurricularFace, keep a running maximum. docs/head.md has
+the formulas.
 """
 
 from functools import partial
@@ -20,240 +21,349 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from arcface_jax.config import HeadConfig, OptimizerConfig
-from arcface_jax.heads import margins
+from arcface_jax.heads import centers as class_centers
+from arcface_jax.heads import margins, partial_fc, visits
+from arcface_jax.heads.blocks import EveryClass, ListedClasses, Walk
+from arcface_jax.heads.centers import Moments, Rule
+from arcface_jax.heads.margins import Margin, State
+from arcface_jax.heads.visits import Visit
 from arcface_jax.mesh import AXIS
 
-_INIT_STD = 0.01
+# A margin whose values stay below this times the scale needs no maximum in front of exp().
+_UNSHIFTED_BOUND = 1.0
+
+
+class Centers(NamedTuple):
+    """What the head keeps from step to step."""
+
+    rows: jax.Array
+    """(C_padded * subcenters, D) float32, split over the devices; not normalised."""
+    moments: Moments
+    """The optimizer's memory of each row, the same shape and placement."""
+    state: State
+    """The margin's memory, () float32 on every device."""
 
 
 class HeadOutput(NamedTuple):
     """What one visit of the head gives."""
 
     loss: jax.Array
-    """() float32: mean over the batch of -log softmax of the target, margin applied."""
+    """() float32: mean of -log softmax of the target, over the samples with a known class."""
     d_embeddings: jax.Array
     """(B, D) float32: gradient of the loss."""
-    centers: jax.Array
-    """(C_padded, D) float32, after the update."""
-    momentum: jax.Array
-    """(C_padded, D) float32, after the update."""
-    accuracy: jax.Array
-    """() float32: share of the batch whose target has the largest cosine, without margin."""
-    target_cosine: jax.Array
-    """() float32: mean cosine between embeddings and their own centers."""
+    centers: Centers
+    """After the update; as before where the loss is not finite."""
+    metrics: dict[str, jax.Array]
+    """() float32, means over the samples with a known class, by name:
+    accuracy: share of targets whose cosine is the largest of all classes that took part, without
+    margin; target_cosine; hardest_negative_cosine: the largest of another class; below_hardest and
+    below_hardest_with_margin: share of targets below that, without and with margin;
+    invalid_labels: () int32, how many samples have no known class."""
 
 
-def padded_classes(num_classes: int, num_devices: int) -> int:
-    """Rows of the stored centers: the classes, and as many unused rows as make the shards equal."""
-    return -(-num_classes // num_devices) * num_devices
-
-
-def init_centers(key: jax.Array, *, num_classes: int, embedding_size: int, num_devices: int):
-    """(C_padded, D) float32, normal(0, 0.01); each row the same on any number of devices."""
-    rows = padded_classes(num_classes, num_devices)
-    return _INIT_STD * jax.random.normal(key, (rows, embedding_size), jnp.float32)
+def init_centers(
+    key: jax.Array,
+    *,
+    num_classes: int,
+    embedding_size: int,
+    num_devices: int,
+    head: HeadConfig,
+    optimizer: OptimizerConfig,
+) -> Centers:
+    """Centers before the first step, each class's the same on any number of devices."""
+    rows = class_centers.init(
+        key,
+        classes=class_centers.padded_classes(num_classes, num_devices),
+        subcenters=head.subcenters,
+        embedding_size=embedding_size,
+    )
+    names = class_centers.make_rule(optimizer).names
+    state = margins.make(head).initial_state
+    return Centers(
+        rows,
+        {name: jnp.zeros_like(rows) for name in names},
+        {name: jnp.float32(value) for name, value in state.items()},
+    )
 
 
 def apply(
     embeddings: jax.Array,
     labels: jax.Array,
-    centers: jax.Array,
-    momentum: jax.Array,
-    learning_rate: jax.Array,
+    centers: Centers,
     *,
+    learning_rate: jax.Array,
+    step: jax.Array,
+    key: jax.Array,
     num_classes: int,
     head: HeadConfig,
     optimizer: OptimizerConfig,
     mesh: Mesh,
 ) -> HeadOutput:
-    """Loss, gradient of the embeddings, and one SGD step of the centers.
+    """Loss, gradient of the embeddings, and one update of the centers.
 
-    loss = mean_i [ log sum_j exp(s z_ij) - s z_iy ], z_ij = cos(x_i, w_j), and z_iy =
-    margin(cos(x_i, w_y)).
+    loss = mean_i [ log sum_j exp(s z_ij) - s z_iy ] over the classes j that take part, z_ij =
+    cos(x_i, w_j), and z_iy = margin(cos(x_i, w_y)).
 
     Args:
       embeddings: (B, D) float32, not normalised, split over the devices.
       labels: (B,) int32. A label outside [0, num_classes) takes no part in loss and gradient.
-      centers: (C_padded, D) float32, split over the devices; not normalised.
-      momentum: (C_padded, D) float32, split in the same way.
+      centers: what the head keeps.
       learning_rate: () float32.
-      num_classes: C; rows behind it are padding.
-      head: margin, scale, operand type, block size.
-      optimizer: momentum and weight decay.
+      step: () int32, steps done before this one.
+      key: of the run; which classes are drawn depends on it, the step and the device.
+      num_classes: C; classes behind it are padding.
+      head: margin, scale, sampling, operand type, block size.
+      optimizer: of the centers; its clip_norm is for the backbone alone.
       mesh: the devices.
     """
     shard = P(AXIS)
+    placed = Centers._make((shard, shard, P()))
+    # Not everything is known to be the same on all devices, for instance what was drawn.
     return jax.shard_map(
         partial(_on_one_device, num_classes=num_classes, head=head, optimizer=optimizer),
         mesh=mesh,
-        in_specs=(shard, shard, shard, shard, P()),
-        out_specs=HeadOutput._make((P(), shard, shard, shard, P(), P())),
+        in_specs=(shard, shard, placed, P(), P(), P()),
+        out_specs=HeadOutput._make((P(), shard, placed, P())),
         check_vma=False,
-    )(embeddings, labels, centers, momentum, learning_rate)
+    )(embeddings, labels, centers, learning_rate, step, key)
 
 
 def _on_one_device(
-    embeddings, labels, centers, momentum, learning_rate, *, num_classes, head, optimizer
+    embeddings,
+    labels,
+    centers: Centers,
+    learning_rate,
+    step,
+    key,
+    *,
+    num_classes: int,
+    head: HeadConfig,
+    optimizer: OptimizerConfig,
 ) -> HeadOutput:
-    local = centers.shape[0]
-    first = lax.axis_index(AXIS) * local
-    dtype = jnp.dtype(head.dtype)
-    unit, norm = _normalise(embeddings)
-    x = lax.all_gather(unit.astype(dtype), AXIS, tiled=True)
+    margin, rule = margins.make(head), class_centers.make_rule(optimizer)
+    unit, norm = visits.normalise(embeddings)
+    batch = _gather(unit, norm, labels, num_classes=num_classes, head=head, margin=margin)
+    stored = len(centers.rows) // head.subcenters
+    target = batch.labels - lax.axis_index(AXIS) * stored
+    target = jnp.where(batch.valid & (target >= 0) & (target < stored), target, -1)
+    key = jax.random.fold_in(key, step)
+    walk, target_slot = _choose(target, key, stored=stored, num_classes=num_classes, head=head)
+    visit = Visit(batch.x, centers.rows, walk, target_slot, head.subcenters, head.scale, bend=None)
+    visit, softmax = _first_visit(visit, target, batch, centers.state, margin)
+    loss = _loss(softmax, batch, margin, head.scale)
+
+    update = jnp.isfinite(loss.mean)  # nothing that is not a number gets into the centers
+    d_x, centers = _second_visit(
+        visit,
+        centers,
+        loss,
+        update=update,
+        factor=head.scale / batch.count,
+        rule=rule,
+        learning_rate=learning_rate,
+        step=step,
+        touch_all=head.sample_rate == 1 or head.unsampled == "decayed",
+    )
+    state = jax.tree.map(partial(jnp.where, update), softmax.state, centers.state)
+    d_unit = lax.psum_scatter(d_x, AXIS, scatter_dimension=0, tiled=True)
+    d_embeddings = visits.pull_normalise(d_unit, unit, norm)
+    if margin.uses_norms:
+        d_embeddings += _own_part(loss.d_norms, len(unit))[:, None] * unit
+    return HeadOutput(
+        loss.mean, d_embeddings, centers._replace(state=state), _metrics(softmax, loss, batch)
+    )
+
+
+class _Batch(NamedTuple):
+    """The samples of all devices, on each of them."""
+
+    x: jax.Array
+    """(B, D) normalised embeddings, in the operands' type."""
+    norms: jax.Array
+    """(B,) float32 lengths before; ones where the margin does not look at them."""
+    labels: jax.Array
+    """(B,) int32."""
+    valid: jax.Array
+    """(B,) bool, which labels are classes."""
+    count: jax.Array
+    """() int32, how many are, at least 1."""
+
+
+class _Softmax(NamedTuple):
+    """What the first visit comes to, on all devices together."""
+
+    z_target: jax.Array
+    """(B,) float32 cosines with the own classes."""
+    log_others: jax.Array
+    """(B,) float32 log of the sum of exponentials over the other classes."""
+    hardest: jax.Array
+    """(B,) float32 largest cosine with another class."""
+    state: State
+    """The margin's, moved."""
+
+
+class _Loss(NamedTuple):
+    """The loss, and its gradients where they need no second visit."""
+
+    mean: jax.Array
+    """() float32."""
+    value: jax.Array
+    """(B,) float32 target cosines with the margin applied."""
+    log_sum: jax.Array
+    """(B,) float32 log-sum-exp of all logits; inf for samples without a class."""
+    d_target: jax.Array
+    """(B,) float32 gradient of the target cosines, times count / scale."""
+    d_norms: jax.Array
+    """(B,) float32 gradient of the lengths."""
+
+
+def _gather(unit, norm, labels, *, num_classes: int, head: HeadConfig, margin: Margin) -> _Batch:
     labels = lax.all_gather(labels, AXIS, tiled=True)
     valid = (labels >= 0) & (labels < num_classes)
-    # Row of each sample's target on this device; -1, which no row has, where it is on another.
-    mine = valid & (labels >= first) & (labels < first + local)
-    target_row = jnp.where(mine, labels - first, -1)
-    blocks = _Blocks(centers, block_size=head.block_size, used=num_classes - first)
+    norms = jnp.ones(len(labels))
+    if margin.uses_norms:
+        norms = lax.all_gather(norm[:, 0], AXIS, tiled=True)
+    return _Batch(
+        x=lax.all_gather(unit.astype(head.dtype), AXIS, tiled=True),
+        norms=norms,
+        labels=labels,
+        valid=valid,
+        count=jnp.maximum(jnp.sum(valid), 1),
+    )
 
-    target_cosine = lax.psum(_target_cosine(x, centers, target_row), AXIS)
-    margin_cosine, pull_margin = jax.vjp(margins.make(head), target_cosine)
-    exp_sum, hardest = _sum_over_negatives(x, target_row, blocks, scale=head.scale)
-    hardest = lax.pmax(hardest, AXIS)
-    target_logit = head.scale * margin_cosine
-    # How far the negatives lie above the target. Loss and gradient follow from the difference:
-    # taken from the log-sum-exp, a trained network's small loss would be lost in rounding.
-    excess = jnp.log(lax.psum(exp_sum, AXIS)) - target_logit
+
+def _choose(
+    target, key, *, stored: int, num_classes: int, head: HeadConfig
+) -> tuple[Walk, jax.Array]:
+    """The classes of this device that take part, and the (B,) slots of the targets among them."""
+    num_devices, device = lax.axis_size(AXIS), lax.axis_index(AXIS)
+    used = jnp.asarray(partial_fc.classes_by_device(num_classes, num_devices))[device]
+    if head.sample_rate == 1:
+        return EveryClass(stored, used, head.block_size, head.subcenters), target
+    wanted = partial_fc.sample_sizes(num_classes, num_devices, head.sample_rate)
+    sample = partial_fc.draw(
+        jax.random.fold_in(key, device),
+        target,
+        used=used,
+        wanted=jnp.asarray(wanted)[device],
+        stored=stored,
+        slots=partial_fc.num_slots(stored, len(target), int(wanted.max())),
+    )
+    return ListedClasses(sample.listed, head.block_size, head.subcenters), sample.target_slot
+
+
+def _first_visit(
+    visit: Visit, target, batch: _Batch, state: State, margin: Margin
+) -> tuple[Visit, _Softmax]:
+    """The sum over the other classes, and the visit as its second time has to be."""
+    z_target = visits.target_cosine(visit, target)
+    if margin.others_need_target:
+        z_target = lax.psum(z_target, AXIS)
+        state = margin.update(state, z_target, batch.norms, batch.valid)
+    others, known, moved = margin.others, z_target[:, None], state
+    if others is not None:
+        visit = visit._replace(bend=lambda cosine: others(cosine, known, moved))
+    shifted = margin.others_bound > _UNSHIFTED_BOUND
+    exp_sum, shift, hardest = visits.sum_over_others(visit, shifted=shifted)
+    if shifted:
+        local = shift
+        shift, hardest = lax.pmax(jnp.stack([local, hardest]), AXIS)
+        exp_sum *= jnp.exp(local - shift)
+    else:
+        hardest = lax.pmax(hardest, AXIS)
+    if margin.others_need_target:
+        exp_sum = lax.psum(exp_sum, AXIS)
+    else:
+        z_target, exp_sum = lax.psum(jnp.stack([z_target, exp_sum]), AXIS)
+        state = margin.update(state, z_target, batch.norms, batch.valid)
+    return visit, _Softmax(z_target, jnp.log(exp_sum) + shift, hardest, state)
+
+
+def _loss(softmax: _Softmax, batch: _Batch, margin: Margin, scale: float) -> _Loss:
+    def target(cosine, norms):
+        return margin.target(cosine, norms, softmax.state)
+
+    value, pull = jax.vjp(target, softmax.z_target, batch.norms)
+    # How far the others lie above the target. Loss and gradient follow from the difference: taken
+    # from the log-sum-exp, a trained network's small loss would be lost in rounding.
+    excess = softmax.log_others - scale * value
     losses = jax.nn.softplus(excess)
-    lse = target_logit + losses
-
-    weight = valid / valid.size
-    (d_target,) = pull_margin(-weight * head.scale * jax.nn.sigmoid(excess))
-
-    d_x, momentum = _gradients(
-        x,
-        target_row,
-        blocks,
-        momentum,
-        log_weight=jnp.where(valid, jnp.log(head.scale / valid.size) - lse, -jnp.inf),
-        d_target=d_target,
-        scale=head.scale,
-        optimizer=optimizer,
-    )
-    d_unit = lax.psum_scatter(d_x, AXIS, scatter_dimension=0, tiled=True)
-    return HeadOutput(
-        loss=jnp.sum(weight * losses),
-        d_embeddings=_pull_normalise(d_unit, unit, norm),
-        # Outside the loop: were centers and momentum both written in it, XLA would copy the shard.
-        centers=centers - learning_rate * momentum,
-        momentum=momentum,
-        accuracy=jnp.sum(valid & (target_cosine >= hardest)) / valid.size,
-        target_cosine=jnp.sum(weight * target_cosine),
-    )
+    d_target, d_norms = pull(jnp.where(batch.valid, -jax.nn.sigmoid(excess), 0))
+    log_sum = jnp.where(batch.valid, scale * value + losses, jnp.inf)
+    weight = batch.valid / batch.count
+    d_norms *= scale / batch.count
+    if margin.extra_loss is not None:
+        extra, pull = jax.vjp(margin.extra_loss, batch.norms)
+        losses += extra
+        d_norms += pull(weight)[0]
+    return _Loss(jnp.sum(weight * losses), value, log_sum, d_target, d_norms)
 
 
-class _Blocks(NamedTuple):
-    """This device's centers, seen `block_size` rows at a time.
-
-    The last block ends with the last row, and so may begin inside the block before it: its `fresh`
-    rows are those that no earlier block held.
-    """
-
-    centers: jax.Array
-    block_size: int
-    used: jax.Array
-    """Rows of the shard that are classes; the rest is padding."""
-
-    @property
-    def size(self) -> int:
-        return min(self.block_size, self.centers.shape[0])
-
-    @property
-    def count(self) -> int:
-        return -(-self.centers.shape[0] // self.size)
-
-    def block(self, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """start (), rows (size,), fresh (size,) and the centers (size, D) of a block."""
-        start = jnp.minimum(index * self.size, self.centers.shape[0] - self.size)
-        rows = start + jnp.arange(self.size)
-        fresh = (rows >= index * self.size) & (rows < self.used)
-        return start, rows, fresh, lax.dynamic_slice_in_dim(self.centers, start, self.size)
-
-
-def _target_cosine(x: jax.Array, centers: jax.Array, target_row: jax.Array) -> jax.Array:
-    """(B,) float32 cosines with the targets on this device, 0 where the target is on another."""
-    unit, _ = _normalise(centers[jnp.maximum(target_row, 0)])
-    # The operands are rounded as in the blocks, so that target and negatives have the same error.
-    cosine = jnp.sum(x.astype(jnp.float32) * unit.astype(x.dtype).astype(jnp.float32), axis=1)
-    return jnp.where(target_row >= 0, jnp.clip(cosine, -1, 1), 0)
-
-
-def _sum_over_negatives(x, target_row, blocks: _Blocks, *, scale):
-    """(B,) sum of exp(scale cos) over this device's negatives, and (B,) their largest cosine."""
-
-    def add(index, carry):
-        total, hardest = carry
-        _, rows, fresh, centers = blocks.block(index)
-        cosine = _cosines(x, _normalise(centers)[0])
-        negative = fresh[None] & (rows[None] != target_row[:, None])
-        total += jnp.sum(jnp.where(negative, jnp.exp(scale * cosine), 0), axis=1)
-        hardest = jnp.maximum(hardest, jnp.max(jnp.where(negative, cosine, -jnp.inf), axis=1))
-        return total, hardest
-
-    batch = (x.shape[0],)
-    start = jnp.zeros(batch, jnp.float32), jnp.full(batch, -jnp.inf, jnp.float32)
-    return lax.fori_loop(0, blocks.count, add, start)
-
-
-def _gradients(
-    x, target_row, blocks: _Blocks, momentum, *, log_weight, d_target, scale, optimizer
-) -> tuple[jax.Array, jax.Array]:
-    """This device's part of the gradient of the normalised embeddings, and the moved momentum.
+def _second_visit(
+    visit: Visit,
+    centers: Centers,
+    loss: _Loss,
+    *,
+    update,
+    factor,
+    rule: Rule,
+    learning_rate,
+    step,
+    touch_all: bool,
+) -> tuple[jax.Array, Centers]:
+    """(B, D) this device's part of the gradient of the normalised embeddings; updated centers.
 
     Args:
-      x: (B, D) normalised embeddings in the operand type.
-      target_row: (B,) int32.
-      blocks: the centers.
-      momentum: (c, D) float32.
-      log_weight: (B,) float32, log(scale / B) - lse: exp(scale cos + log_weight) is a negative's
-        gradient.
-      d_target: (B,) float32, gradient of the target cosine.
-      scale: s.
-      optimizer: momentum and weight decay.
+      visit: what to look at.
+      centers: before the update.
+      loss: of the first visit.
+      update: () bool, whether to change the centers and their moments at all.
+      factor: () float32, s / number of samples that count.
+      rule: the optimizer of the centers.
+      learning_rate: () float32.
+      step: () int32.
+      touch_all: whether momentum and decay move the classes that are not visited too.
     """
-
-    def visit(index, carry):
-        d_x, momentum = carry
-        start, rows, fresh, centers = blocks.block(index)
-        unit, norm = _normalise(centers)
-        gradient = jnp.exp(scale * _cosines(x, unit) + log_weight[:, None])
-        gradient = jnp.where(rows[None] == target_row[:, None], d_target[:, None], gradient)
-        gradient = jnp.where(fresh[None], gradient, 0).astype(x.dtype)
-        d_x += _product(gradient, unit.astype(x.dtype), contract=(1, 0))
-        d_unit = _product(gradient, x, contract=(0, 0))
-        d_centers = _pull_normalise(d_unit, unit, norm) + optimizer.weight_decay * centers
-        old = lax.dynamic_slice_in_dim(momentum, start, blocks.size)
-        new = jnp.where(fresh[:, None], optimizer.momentum * old + d_centers, old)
-        return d_x, lax.dynamic_update_slice_in_dim(momentum, new, start, 0)
-
-    start = jnp.zeros(x.shape, jnp.float32), momentum
-    return lax.fori_loop(0, blocks.count, visit, start)
-
-
-def _normalise(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of length 1, and (rows, 1) their lengths before; a zero row stays zero."""
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(rows * rows, axis=1, keepdims=True), 1e-24))
-    return rows / norm, norm
-
-
-def _pull_normalise(d_unit: jax.Array, unit: jax.Array, norm: jax.Array) -> jax.Array:
-    """Gradient of the rows from the gradient of the normalised rows."""
-    return (d_unit - unit * jnp.sum(d_unit * unit, axis=1, keepdims=True)) / norm
-
-
-def _cosines(x: jax.Array, unit: jax.Array) -> jax.Array:
-    """(B, D) and (n, D), both normalised, to (B, n) float32."""
-    return jnp.clip(_product(x, unit.astype(x.dtype), contract=(1, 1)), -1, 1)
-
-
-def _product(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """A matrix product over one dimension of each, accumulated and returned in float32."""
-    return lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        # float32 operands mean float32: recent GPUs would round them to TF32.
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
+    rows, moments = centers.rows, centers.moments
+    # Not `where` on whole arrays at the end, which would keep the old ones alive.
+    visit = visit._replace(walk=visit.walk.only_if(update))
+    learning_rate = jnp.where(update, learning_rate, 0)
+    if touch_all and isinstance(visit.walk, ListedClasses):
+        moments = jax.tree.map(partial(jnp.where, update), rule.fade(moments, rows), moments)
+        rule = rule._replace(fade=lambda moments, rows: moments)
+    d_x, moments = visits.gradients(
+        visit,
+        moments,
+        log_sum=loss.log_sum,
+        d_target=loss.d_target,
+        factor=factor,
+        rule=rule,
     )
+    # In a loop of its own, or in none: were centers and moments both written in one, XLA would
+    # copy the shard.
+    if touch_all:
+        rows = rule.move(rows, moments, learning_rate, step)
+    else:
+        rows = visits.move(visit, moments, rule=rule, learning_rate=learning_rate, step=step)
+    return d_x, Centers(rows, moments, centers.state)
+
+
+def _own_part(everywhere: jax.Array, size: int) -> jax.Array:
+    """This device's (size,) of an array over all samples."""
+    return lax.dynamic_slice_in_dim(everywhere, lax.axis_index(AXIS) * size, size)
+
+
+def _metrics(softmax: _Softmax, loss: _Loss, batch: _Batch) -> dict[str, jax.Array]:
+    def mean(values):
+        return jnp.sum(jnp.where(batch.valid, values, 0)) / batch.count
+
+    # Where no other class took part there is no hardest.
+    hardest = jnp.maximum(softmax.hardest, -1)
+    return {
+        "accuracy": mean(softmax.z_target >= hardest),
+        "target_cosine": mean(softmax.z_target),
+        "hardest_negative_cosine": mean(hardest),
+        "below_hardest": mean(softmax.z_target < hardest),
+        "below_hardest_with_margin": mean(loss.value < hardest),
+        "invalid_labels": batch.valid.size - jnp.sum(batch.valid),
+    }

@@ -1,70 +1,244 @@
-"""Margins: pure functions from a sample's target cosine to its cosine with the margin applied.
+"""Margins: pure functions on cosines. The head multiplies what they return by the scale s.
 
-A margin sees the (B,) cosines between embeddings and their own class centers, in [-1, 1]. The head
-multiplies by the scale and calls `jax.vjp` on the margin for its derivative.
+z is a cosine, theta its angle, y a sample's own class. A margin changes the target's cosine, and
+may change those of the other classes, look at the lengths of the embeddings, add a loss of its own,
+and keep a state from step to step. The head differentiates `target` and `others` with `jax.vjp`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from arcface_jax.config import HeadConfig
 
-Margin = Callable[[jax.Array], jax.Array]
+State = dict[str, jax.Array]
+"""What a margin remembers, () float32 by name."""
 
 _SMALLEST_SINE = 1e-6
 
 
+class Margin(NamedTuple):
+    """What a margin does to the cosines of a batch."""
+
+    target: Callable[[jax.Array, jax.Array, State], jax.Array]
+    """((B,) cosines with the own class, (B,) lengths of the embeddings, state) -> (B,)."""
+    others: Callable[[jax.Array, jax.Array, State], jax.Array] | None = None
+    """((B, n) cosines with other classes, (B, 1) with the own one, state) -> (B, n); None leaves
+    them as they are."""
+    others_need_target: bool = False
+    others_bound: float = 1.0
+    """The largest value that `others` returns."""
+    uses_norms: bool = False
+    """Whether `target` looks at the lengths."""
+    extra_loss: Callable[[jax.Array], jax.Array] | None = None
+    """(B,) lengths -> (B,), added to the loss of each sample."""
+    initial_state: Mapping[str, float] = MappingProxyType({})
+    update: Callable[[State, jax.Array, jax.Array, jax.Array], State] = lambda state, *_: state
+    """(state, (B,) target cosines, (B,) lengths, (B,) bool, which of them count) -> state, before
+    `target` and `others` see it."""
+
+
 def make(config: HeadConfig) -> Margin:
-    """The margin that a configuration names: (B,) float32 cosines to (B,) float32."""
-    if config.loss == "cosface":
-        return cosface(config.margin)
-    return arcface(config.margin, gradient=config.gradient, beyond_pi=config.beyond_pi)
+    """The margin that a configuration names."""
+    angular = {"gradient": config.gradient, "beyond_pi": config.beyond_pi}
+    match config.loss:
+        case "arcface":
+            margin = combined(1.0, config.margin, 0.0, **angular)
+        case "cosface":
+            margin = cosface(config.margin)
+        case "combined":
+            margin = combined(*config.margins, **angular)
+        case "adaface":
+            margin = adaface(config.margin, h=config.adaface_h, ema=config.ema)
+        case "magface":
+            margin = magface(
+                norms=config.magface_norms,
+                margins=config.magface_margins,
+                weight=config.magface_weight,
+            )
+        case "curricularface":
+            margin = curricularface(config.margin, ema=config.ema)
+    if config.interclass_filtering_threshold:
+        margin = filter_others(margin, threshold=config.interclass_filtering_threshold)
+    return margin
 
 
 def cosface(margin: float) -> Margin:
-    """cos(theta) - m.
+    """z_y - m.
 
     Source: Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition" (CVPR 2018).
     """
-    return lambda cosine: cosine - margin
+    return Margin(lambda cosine, norm, state: cosine - margin)
 
 
-def arcface(margin: float, *, gradient: str = "exact", beyond_pi: str = "none") -> Margin:
-    """cos(theta + m).
+def combined(
+    m1: float, m2: float, m3: float, *, gradient: str = "exact", beyond_pi: str = "none"
+) -> Margin:
+    """cos(m1 theta_y + m2) - m3; ArcFace is (1, m, 0).
 
     Args:
-      margin: m, radians.
-      gradient: "exact" is sin(theta + m) / sin(theta), sin(theta) at least 1e-6; "straight_through"
-        passes the gradient as if there were no margin, as arcface_torch does since December 2022.
-      beyond_pi: what replaces cos(theta + m), no longer monotonic, where theta + m > pi: "none"
-        keeps it; "linear" is cos(theta) - m sin(m), with derivative 1 (arcface_torch, early 2022).
+      m1: factor on the angle, as in SphereFace.
+      m2: addition to the angle, radians, as in ArcFace.
+      m3: subtraction from the cosine, as in CosFace.
+      gradient: "exact" is m1 sin(m1 theta + m2) / sin(theta), sin(theta) at least 1e-6;
+        "straight_through" is 1, as arcface_torch has it since December 2022.
+      beyond_pi: what replaces cos(m1 theta + m2), no longer monotonic, where the angle exceeds pi:
+        "none" keeps it; "linear", for m1 = 1, is cos(theta) - m2 sin(m2), with derivative 1
+        (arcface_torch, early 2022).
 
     Source: Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition" (CVPR
     2019).
     """
-    cos_m, sin_m = jnp.cos(margin), jnp.sin(margin)
 
-    def value_and_slope(cosine: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sine = jnp.sqrt(jnp.maximum(1 - cosine * cosine, 0))
-        value = cosine * cos_m - sine * sin_m
-        slope = (sine * cos_m + cosine * sin_m) / jnp.maximum(sine, _SMALLEST_SINE)
+    def target(cosine: jax.Array, norm: jax.Array, state: State) -> jax.Array:
+        value = _cos_of_angle(cosine, factor=m1, offset=jnp.float32(m2))
         if beyond_pi == "linear":
-            beyond = cosine <= -cos_m  # cos(pi - m), and so theta >= pi - m
-            value = jnp.where(beyond, cosine - margin * sin_m, value)
-            slope = jnp.where(beyond, 1.0, slope)
+            value = jnp.where(cosine <= jnp.cos(jnp.pi - m2), cosine - m2 * jnp.sin(m2), value)
         if gradient == "straight_through":
-            slope = jnp.ones_like(slope)
-        return value, slope
+            value = cosine + jax.lax.stop_gradient(value - cosine)
+        return value - m3
+
+    return Margin(target)
+
+
+def adaface(margin: float, *, h: float, ema: float) -> Margin:
+    """cos(theta_y + g_angle) - g_add with g_angle = -m q and g_add = m q + m, exact gradient.
+
+    q = (|x| - mean) / (std / h), clipped to [-1, 1], is the quality that an embedding's length |x|
+    shows; no gradient passes through it. Mean and standard deviation are running ones: each batch
+    enters with the share `ema`, beginning at 20 and 100.
+
+    Source: Kim et al., "AdaFace: Quality Adaptive Margin for Face Recognition" (CVPR 2022); start
+    and bounds of the lengths are those of its published code.
+    """
+
+    def update(state: State, cosine, norm, counts) -> State:
+        norm = jnp.clip(norm, 1e-3, 100)
+        count = jnp.sum(counts)
+        mean = jnp.sum(norm * counts) / jnp.maximum(count, 1)
+        square = jnp.sum(jnp.square(norm - mean) * counts) / jnp.maximum(count - 1, 1)
+        moved = {"norm_mean": mean, "norm_std": jnp.sqrt(square)}
+        return {name: _move(state[name], moved[name], ema * (count > 1)) for name in state}
+
+    def target(cosine: jax.Array, norm: jax.Array, state: State) -> jax.Array:
+        norm = jnp.clip(jax.lax.stop_gradient(norm), 1e-3, 100)
+        quality = (norm - state["norm_mean"]) / (state["norm_std"] + 1e-3) * h
+        quality = jnp.clip(quality, -1, 1)
+        # The angle stays within (0, pi), where the cosine is monotonic.
+        value = _cos_of_angle(cosine, offset=-margin * quality, limit=1e-3)
+        return value - (margin * quality + margin)
+
+    return Margin(
+        target,
+        uses_norms=True,
+        initial_state={"norm_mean": 20.0, "norm_std": 100.0},
+        update=update,
+    )
+
+
+def magface(*, norms: tuple[float, float], margins: tuple[float, float], weight: float) -> Margin:
+    """cos(theta_y + m(a)) plus weight * g(a) in the loss; a = |x| clipped to [l, u].
+
+    m(a) rises linearly from `margins[0]` at l to `margins[1]` at u, and g(a) = a / u^2 + 1 / a
+    falls up to u. Both have gradients in a, so that easy samples grow longer. Where theta + m(a)
+    exceeds pi, cos(theta) - m(a) sin(m(a)) takes the place of the cosine.
+
+    Source: Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
+    Assessment" (CVPR 2021); the continuation beyond pi is that of its published code.
+    """
+    low, high = norms
+    slope = (margins[1] - margins[0]) / (high - low)
+
+    def target(cosine: jax.Array, norm: jax.Array, state: State) -> jax.Array:
+        margin = margins[0] + slope * (jnp.clip(norm, low, high) - low)
+        value = _cos_of_angle(cosine, offset=margin)
+        beyond = cosine <= jnp.cos(jnp.pi - margin)
+        return jnp.where(beyond, cosine - margin * jnp.sin(margin), value)
+
+    def extra_loss(norm: jax.Array) -> jax.Array:
+        norm = jnp.clip(norm, low, high)
+        return weight * (norm / high**2 + 1 / norm)
+
+    return Margin(target, uses_norms=True, extra_loss=extra_loss)
+
+
+def curricularface(margin: float, *, ema: float) -> Margin:
+    """cos(theta_y + m), and z (t + z) for the hard others, those with z > cos(theta_y + m).
+
+    t, the running mean of the target cosines, begins at 0; each batch enters with the share `ema`.
+    Where theta + m exceeds pi, cos(theta) - m sin(m) takes the place of the cosine.
+
+    Source: Huang et al., "CurricularFace: Adaptive Curriculum Learning Loss for Deep Face
+    Recognition" (CVPR 2020); the continuation beyond pi is that of its published code.
+    """
+    own = combined(1.0, margin, 0.0, beyond_pi="linear").target
+
+    def update(state: State, cosine, norm, counts) -> State:
+        count = jnp.sum(counts)
+        mean = jnp.sum(cosine * counts) / jnp.maximum(count, 1)
+        return {"curriculum": _move(state["curriculum"], mean, ema * (count > 0))}
+
+    def others(cosine: jax.Array, target: jax.Array, state: State) -> jax.Array:
+        hard = cosine > _cos_of_angle(target, offset=jnp.float32(margin))
+        return jnp.where(hard, cosine * (state["curriculum"] + cosine), cosine)
+
+    return Margin(
+        own,
+        others=others,
+        others_need_target=True,
+        others_bound=2.0,
+        initial_state={"curriculum": 0.0},
+        update=update,
+    )
+
+
+def filter_others(margin: Margin, *, threshold: float) -> Margin:
+    """The margin, with cosines of other classes above the threshold counted as 0.
+
+    For data in which two classes may be one person: arcface_torch's
+    `interclass_filtering_threshold`.
+    """
+
+    def others(cosine: jax.Array, target: jax.Array, state: State) -> jax.Array:
+        kept = jnp.where(cosine > threshold, 0.0, cosine)
+        return margin.others(kept, target, state) if margin.others else kept
+
+    return margin._replace(others=others)
+
+
+def _move(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
+    """The running mean; a share of zero leaves it, whatever `new` is."""
+    return jnp.where(share > 0, old + share * (new - old), old)
+
+
+def _cos_of_angle(
+    cosine: jax.Array, *, factor: float = 1.0, offset: jax.Array, limit: float = 0.0
+) -> jax.Array:
+    """cos(factor * theta + offset), the angle kept within [limit, pi - limit] if there is a limit.
+
+    The derivative in the cosine is factor * sin(angle) / sin(theta), with sin(theta) at least 1e-6
+    and so finite at cosine = +-1; the derivative in the offset is -sin(angle); both are 0 where
+    the angle is held at its limit.
+    """
+
+    def angles(cosine: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        sine = jnp.sqrt(jnp.maximum((1 - cosine) * (1 + cosine), 0))
+        angle = factor * jnp.arctan2(sine, cosine) + offset
+        held = (angle < limit) | (angle > jnp.pi - limit) if limit else jnp.zeros_like(angle, bool)
+        return sine, jnp.clip(angle, limit, jnp.pi - limit) if limit else angle, held
 
     @jax.custom_jvp
-    def apply(cosine: jax.Array) -> jax.Array:
-        return value_and_slope(cosine)[0]
+    def apply(cosine: jax.Array, offset: jax.Array) -> jax.Array:
+        return jnp.cos(angles(cosine, offset)[1])
 
     @apply.defjvp
     def _(primals, tangents):
-        value, slope = value_and_slope(*primals)
-        return value, slope * tangents[0]
+        sine, angle, held = angles(*primals)
+        fall = jnp.where(held, 0, jnp.sin(angle))
+        by_cosine = factor * fall / jnp.maximum(sine, _SMALLEST_SINE)
+        return jnp.cos(angle), by_cosine * tangents[0] - fall * tangents[1]
 
-    return apply
+    return apply(cosine, jnp.broadcast_to(offset, cosine.shape))

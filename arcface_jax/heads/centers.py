@@ -1,0 +1,86 @@
+"""The class centers' rows: how many there are, their first values, and their optimizer.
+
+The optimizer is written in parts, because the head applies it to a block of rows at a time and must
+not hold a second copy of them: `fade` and `add` change a block's moments, `move` the centers.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from arcface_jax.config import OptimizerConfig
+
+_INIT_STD = 0.01
+
+Moments = dict[str, jax.Array]
+"""What the optimizer remembers of each row, (rows, D) float32 by name."""
+
+
+def padded_classes(num_classes: int, num_devices: int) -> int:
+    """Classes to store: those there are, and as many unused ones as make the shards equal."""
+    return -(-num_classes // num_devices) * num_devices
+
+
+def init(key: jax.Array, *, classes: int, subcenters: int, embedding_size: int) -> jax.Array:
+    """(classes * subcenters, D) float32, normal(0, 0.01), insightface's initialisation.
+
+    Class c has the rows c * subcenters .. (c + 1) * subcenters - 1. A row's values do not depend
+    on how many rows follow it, and so not on the number of devices.
+    """
+    return _INIT_STD * jax.random.normal(key, (classes * subcenters, embedding_size), jnp.float32)
+
+
+class Rule(NamedTuple):
+    """An optimizer; every part is element by element."""
+
+    names: tuple[str, ...]
+    """The moments that it keeps."""
+    fade: Callable[[Moments, jax.Array], Moments]
+    """(moments, centers) -> moments, as a gradient of zero would leave them."""
+    add: Callable[[Moments, jax.Array], Moments]
+    """(faded moments, gradient) -> moments."""
+    move: Callable[[jax.Array, Moments, jax.Array, jax.Array], jax.Array]
+    """(centers, moments, learning rate (), steps done before this one ()) -> centers."""
+
+
+def make_rule(optimizer: OptimizerConfig) -> Rule:
+    """The rule of a configuration; equal to `optim.make_optimizer` without the clipping."""
+    return _sgd(optimizer) if optimizer.kind == "sgd" else _adamw(optimizer)
+
+
+def _sgd(optimizer: OptimizerConfig) -> Rule:
+    def fade(moments: Moments, centers: jax.Array) -> Moments:
+        kept = optimizer.momentum * moments["momentum"]
+        return {"momentum": kept + optimizer.weight_decay * centers}
+
+    def add(moments: Moments, gradient: jax.Array) -> Moments:
+        return {"momentum": moments["momentum"] + gradient}
+
+    def move(centers, moments: Moments, rate, steps) -> jax.Array:
+        return centers - rate * moments["momentum"]
+
+    return Rule(("momentum",), fade, add, move)
+
+
+def _adamw(optimizer: OptimizerConfig) -> Rule:
+    first, second = optimizer.betas
+
+    def fade(moments: Moments, centers: jax.Array) -> Moments:
+        return {"mean": first * moments["mean"], "square": second * moments["square"]}
+
+    def add(moments: Moments, gradient: jax.Array) -> Moments:
+        return {
+            "mean": moments["mean"] + (1 - first) * gradient,
+            "square": moments["square"] + (1 - second) * jnp.square(gradient),
+        }
+
+    def move(centers, moments: Moments, rate, steps) -> jax.Array:
+        count = (steps + 1).astype(jnp.float32)
+        mean = moments["mean"] / (1 - first**count)
+        square = moments["square"] / (1 - second**count)
+        direction = mean / (jnp.sqrt(square) + optimizer.epsilon)
+        return centers - rate * (direction + optimizer.weight_decay * centers)
+
+    return Rule(("mean", "square"), fade, add, move)
