@@ -4,6 +4,7 @@ The optimizer is written in parts, because the head applies it to a block of row
 not hold a second copy of them: `fade` and `add` change a block's moments, `move` the centers.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,10 +78,14 @@ def _adamw(optimizer: OptimizerConfig) -> Rule:
         }
 
     def move(centers, moments: Moments, rate, steps) -> jax.Array:
-        count = (steps + 1).astype(jnp.float32)
-        mean = moments["mean"] / (1 - first**count)
-        square = moments["square"] / (1 - second**count)
+        mean = moments["mean"] / _share_seen(first, steps)
+        square = moments["square"] / _share_seen(second, steps)
         direction = mean / (jnp.sqrt(square) + optimizer.epsilon)
         return centers - rate * (direction + optimizer.weight_decay * centers)
 
     return Rule(("mean", "square"), fade, add, move)
+
+
+def _share_seen(beta: float, steps: jax.Array) -> jax.Array:
+    """() float32 1 - beta^(steps + 1); as a difference, float32 would have it wrong by 5e-5."""
+    return -jnp.expm1((steps + 1).astype(jnp.float32) * math.log(max(beta, 1e-30)))
