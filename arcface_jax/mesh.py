@@ -1,5 +1,6 @@
 """The device mesh: one axis, "data", over which the batch and the class centers are both split."""
 
+import contextlib
 from collections.abc import Mapping
 
 import jax
@@ -27,6 +28,14 @@ def make(num_devices: int | None = None) -> Mesh:
         )
     # Auto: the partitioner splits the backbone's step; JAX's default would ask for it in the types.
     return jax.make_mesh((wanted,), (AXIS,), (AxisType.Auto,), devices=devices[:wanted])
+
+
+def ask_for_cpu_devices(count: int) -> None:
+    """Makes the CPU count as at least `count` devices, if JAX has not looked at it yet."""
+    now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # set by JAX
+    if count > now:
+        with contextlib.suppress(RuntimeError):  # it has
+            jax.config.update("jax_num_cpu_devices", count)
 
 
 def split(mesh: Mesh) -> NamedSharding:

@@ -1,0 +1,1 @@
+"""What `scripts/benchmark.py` measures: time and memory, as ratios within one run."""

@@ -1,0 +1,73 @@
+"""Timing that a noisy machine does not spoil, and what the machine itself can do."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def in_turn(runs: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Median seconds of each run, the runs taking turns so that all see the same machine.
+
+    Args:
+      runs: by name; each returns arrays, which are waited for.
+      repeats: counted rounds; one more comes first and is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def matmul_flops_per_second(dtype: str, *, size: int = 4096, repeats: int = 5) -> float:
+    """Floating-point operations a second of one large matrix product on one device."""
+    a = jnp.ones((size, size), dtype)
+
+    @jax.jit
+    def product(a):
+        return lax.dot(a, a, precision=precision(dtype), preferred_element_type=jnp.float32)
+
+    return 2 * size**3 / in_turn({"product": lambda: product(a)}, repeats=repeats)["product"]
+
+
+def precision(dtype: str) -> lax.Precision | None:
+    """float32 means float32: recent GPUs would round the operands to TF32."""
+    return lax.Precision.HIGHEST if dtype == "float32" else None
+
+
+def machine() -> dict[str, str | int]:
+    """What every table of measurements has to say."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind if device.platform != "cpu" else _processor(),
+        "devices": len(jax.devices()),
+        "cores": os.cpu_count() or 0,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def free_memory() -> int:
+    """Bytes that the devices together may take; on CPUs they share the machine's memory."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return len(jax.devices()) * (stats["bytes_limit"] - stats["bytes_in_use"])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or "CPU"

@@ -1,0 +1,101 @@
+"""Measures parts of the system: a table, a JSON file and a plot.
+
+python scripts/benchmark.py head [--classes 131072] [--batches 128 256 1024] [--devices 1 2]
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from arcface_jax import errors, mesh
+from arcface_jax.benchmarks import head, report, timing
+from arcface_jax.benchmarks.head import Case, Measurement
+from arcface_jax.config import OperandDtype
+
+
+@dataclass(frozen=True)
+class Head:
+    """One step of the class-center head: dense, blocked, and sampled (docs/head.md)."""
+
+    classes: tuple[int, ...] = (131_072,)
+    """Identities."""
+    batches: tuple[int, ...] = (128, 256, 1024)
+    """Global batch sizes."""
+    devices: tuple[int, ...] = (1,)
+    """Numbers of devices; on a CPU as many as asked for are made."""
+    size: int = 512
+    """Length of the embedding."""
+    dtype: OperandDtype = "float32"
+    """Type of the matrix products' operands."""
+    block_size: int = 2048
+    """Classes a device looks at together."""
+    methods: tuple[str, ...] = head.METHODS
+    """Which of them; what the others are divided by is "model parallel"."""
+    repeats: int = 7
+    """Counted steps of each method, the median of which is given."""
+    reference: Path | None = None
+    """A checkout of arcface_torch, whose own PartialFC_V2 is timed in the same run."""
+    output: Path = Path("runs/benchmark_head")
+    """Folder for head.json and head.png."""
+
+
+def reference(arguments: Head, case: Case) -> list[Measurement]:
+    """arcface_torch's head on the same case, over all classes and over a tenth of them."""
+    if arguments.reference is None:
+        return []
+    from convert import reference_head
+
+    options = {"directory": arguments.reference, "repeats": arguments.repeats}
+    return [reference_head.measure(case, sample_rate=rate, **options) for rate in (1.0, 0.1)]
+
+
+def measure(arguments: Head) -> list[Measurement]:
+    """All cases, each with all methods."""
+    rows: list[Measurement] = []
+    for classes in arguments.classes:
+        for batch in arguments.batches:
+            for devices in arguments.devices:
+                sizes = (arguments.size, arguments.dtype, arguments.block_size)
+                case = Case(classes, batch, devices, *sizes)
+                ours = head.measure(case, methods=arguments.methods, repeats=arguments.repeats)
+                rows += head.beside_dense([*ours, *reference(arguments, case)])
+                print(f"measured {classes:,} classes, batch {batch}, {devices} devices", flush=True)
+    return rows
+
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="head")
+def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
+    """One step of the class-center head: dense, blocked, and sampled (docs/head.md)."""
+    begin = time.perf_counter()
+    with errors.reported():
+        head.check(arguments.methods, arguments.batches, arguments.devices)
+        mesh.ask_for_cpu_devices(max(arguments.devices))
+        machine = timing.machine()
+        product = timing.matmul_flops_per_second(arguments.dtype)
+        rows = measure(arguments)
+        files = report.write(arguments.output, rows, product_flops=product, machine=machine)
+    for table in report.tables(rows):
+        Console().print(table)
+    print(
+        f"GFLOP/s are those of a dense step's three products; one large {arguments.dtype} product "
+        f"here reaches {product / 1e9:.0f}"
+    )
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    result = {
+        "matrix_product_gflops": round(product / 1e9, 1),
+        "measurements": [row._asdict() for row in rows],
+        "seconds": round(time.perf_counter() - begin, 1),
+        "files": [str(file) for file in files],
+    }
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    app.cli(prog="benchmark.py", description=__doc__)
