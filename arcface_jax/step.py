@@ -83,31 +83,43 @@ def init_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
 
     The same seed gives the same weights and centers on any number of devices.
     """
-    params, batch_stats = jax.device_put(
-        backbone(config).init(config.seed), meshes.replicated(mesh)
+    weights = jax.device_put(backbone(config).init(config.seed), meshes.replicated(mesh))
+    start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
+    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(*weights)
+
+
+def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
+    """What `init_state` gives, as shapes, types and placements: nothing is allocated."""
+    start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
+    state = jax.eval_shape(start, *backbone(config).shapes)
+
+    def place(sharding, part):
+        return jax.tree.map(lambda x: x.update(sharding=sharding), part)
+
+    return jax.tree.map(place, shardings(mesh), state)
+
+
+def _first_state(
+    config: Config, params: Arrays, batch_stats: Arrays, *, num_classes: int, num_devices: int
+) -> TrainState:
+    centers = margin_softmax.init_centers(
+        jax.random.key(config.seed),
+        num_classes=num_classes,
+        embedding_size=config.model.embedding_size,
+        num_devices=num_devices,
+        head=config.head,
+        optimizer=config.optimizer,
     )
-
-    def start(params: Arrays, batch_stats: Arrays) -> TrainState:
-        centers = margin_softmax.init_centers(
-            jax.random.key(config.seed),
-            num_classes=num_classes,
-            embedding_size=config.model.embedding_size,
-            num_devices=mesh.size,
-            head=config.head,
-            optimizer=config.optimizer,
-        )
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=optim.make_optimizer(config.optimizer).init(params),
-            centers=centers.rows,
-            centers_opt=centers.moments,
-            head_state=centers.state,
-            counters={"invalid_labels": jnp.zeros((), jnp.int32)},
-        )
-
-    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(params, batch_stats)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optim.make_optimizer(config.optimizer).init(params),
+        centers=centers.rows,
+        centers_opt=centers.moments,
+        head_state=centers.state,
+        counters={"invalid_labels": jnp.zeros((), jnp.int32)},
+    )
 
 
 def make_train_step(

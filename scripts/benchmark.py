@@ -7,6 +7,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -33,6 +34,7 @@ class Head:
     """Type of the matrix products' operands."""
     block_size: int = 2048
     """Classes a device looks at together."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     methods: tuple[str, ...] = head.METHODS
     """Which of them; what the others are divided by is "model parallel"."""
     repeats: int = 7
@@ -59,8 +61,8 @@ def measure(arguments: Head) -> list[Measurement]:
     for classes in arguments.classes:
         for batch in arguments.batches:
             for devices in arguments.devices:
-                sizes = (arguments.size, arguments.dtype, arguments.block_size)
-                case = Case(classes, batch, devices, *sizes)
+                settings = (arguments.dtype, arguments.block_size, arguments.optimizer)
+                case = Case(classes, batch, devices, arguments.size, *settings)
                 ours = head.measure(case, methods=arguments.methods, repeats=arguments.repeats)
                 rows += head.beside_dense([*ours, *reference(arguments, case)])
                 print(f"measured {classes:,} classes, batch {batch}, {devices} devices", flush=True)
@@ -80,6 +82,9 @@ def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
         machine = timing.machine()
         product = timing.matmul_flops_per_second(arguments.dtype)
         rows = measure(arguments)
+        drawing = head.measure_drawing(
+            classes=1_250_000, drawn=125_000, batch=1024, repeats=arguments.repeats
+        )
         files = report.write(arguments.output, rows, product_flops=product, machine=machine)
     for table in report.tables(rows):
         Console().print(table)
@@ -87,9 +92,14 @@ def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
         f"GFLOP/s are those of a dense step's three products; one large {arguments.dtype} product "
         f"here reaches {product / 1e9:.0f}"
     )
+    print(
+        "drawing 125,000 of 1,250,000 classes: "
+        + ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in drawing.items())
+    )
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     result = {
         "matrix_product_gflops": round(product / 1e9, 1),
+        "drawing_seconds": drawing,
         "measurements": [row._asdict() for row in rows],
         "seconds": round(time.perf_counter() - begin, 1),
         "files": [str(file) for file in files],

@@ -62,10 +62,11 @@ def test_all_methods_over_all_classes_take_the_same_step(devices):
     for name in ("data parallel", "model parallel", "blocked"):
         centers = everywhere if name == "data parallel" else split
         batch = jax.device_put((embeddings, labels), split)
-        state = jax.device_put((rows, momentum), centers)
+        state = jax.device_put((rows, {"momentum": momentum}), centers)
         step = jax.device_put(jnp.int32(0), everywhere)
         compiled = head.compile_method(name, case)
-        outcomes.append([np.asarray(a) for a in compiled.run(*batch, *state, step)])
+        outcome = jax.tree.leaves(compiled.run(*batch, *state, step))
+        outcomes.append([np.asarray(a) for a in outcome])
     for outcome in outcomes[1:]:
         for number, (ours, theirs) in enumerate(zip(outcome, outcomes[0], strict=True)):
             ours, theirs = (a[:101] if number > 1 else a for a in (ours, theirs))

@@ -8,7 +8,7 @@ one jit, donated arrays, the target's cosine by index, no maximum in front of ex
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from arcface_jax import mesh as meshes
 from arcface_jax.benchmarks import timing
 from arcface_jax.config import HeadConfig, OperandDtype, OptimizerConfig
 from arcface_jax.errors import ConfigError
-from arcface_jax.heads import margin_softmax
-from arcface_jax.heads.centers import padded_classes
+from arcface_jax.heads import margin_softmax, partial_fc
+from arcface_jax.heads.centers import Rule, make_rule, padded_classes
 from arcface_jax.heads.margin_softmax import Centers
 from arcface_jax.heads.visits import normalise
 
@@ -27,7 +27,6 @@ METHODS = ("data parallel", "model parallel", "blocked", "partial fc 0.3", "part
 DENSE = "model parallel"
 """What the other methods' time and memory are divided by."""
 
-_OPTIMIZER = OptimizerConfig()
 _SCALE, _MARGIN, _RATE = 64.0, 0.4, 0.1
 
 
@@ -42,6 +41,7 @@ class Case(NamedTuple):
     """Length of the embedding."""
     dtype: OperandDtype = "float32"
     block_size: int = 2048
+    optimizer: Literal["sgd", "adamw"] = "sgd"
 
 
 class Measurement(NamedTuple):
@@ -54,7 +54,7 @@ class Measurement(NamedTuple):
     temporary_bytes: int
     """On each device, beside the arguments; from the compiled program."""
     argument_bytes: int
-    """On each device: centers, momentum, embeddings, labels."""
+    """On each device: centers, moments, embeddings, labels."""
     seconds: float | None
     """Median of a step; None where the case does not fit into this machine's memory."""
     flops_per_second: float | None
@@ -67,7 +67,7 @@ class Compiled(NamedTuple):
     """A method as a program."""
 
     run: Callable
-    """(embeddings, labels, rows, momentum, step) -> (loss, d_embeddings, rows, momentum)."""
+    """(embeddings, labels, rows, moments, step) -> (loss, d_embeddings, rows, moments)."""
     temporary_bytes: int
     argument_bytes: int
 
@@ -149,7 +149,8 @@ def _steppers(compiled: dict[str, Compiled], case: Case) -> dict[str, Callable]:
     held = {}
     for sharding in {_placed(name, split, everywhere) for name in compiled}:
         rows = jax.jit(draw, out_shardings=sharding)()
-        held[sharding] = [rows, jax.jit(jnp.zeros_like, out_shardings=sharding)(rows)]
+        zeros = jax.jit(jnp.zeros_like, out_shardings=sharding)
+        held[sharding] = [rows, {name: zeros(rows) for name in _rule(case).names}]
     count = iter(range(10**9))
 
     def step(name: str):
@@ -172,6 +173,7 @@ def compile_method(name: str, case: Case) -> Compiled:
     split, everywhere = meshes.split(mesh), meshes.replicated(mesh)
     centers = _placed(name, split, everywhere)
     rows = padded_classes(case.classes, case.devices)
+    stored = jax.ShapeDtypeStruct((rows, case.size), jnp.float32, sharding=centers)
     dense = name in ("data parallel", "model parallel")
     step = _dense(name, case, mesh) if dense else _sharded(name, case, mesh)
     compiled = (
@@ -179,8 +181,8 @@ def compile_method(name: str, case: Case) -> Compiled:
         .lower(
             jax.ShapeDtypeStruct((case.batch, case.size), jnp.float32, sharding=split),
             jax.ShapeDtypeStruct((case.batch,), jnp.int32, sharding=split),
-            jax.ShapeDtypeStruct((rows, case.size), jnp.float32, sharding=centers),
-            jax.ShapeDtypeStruct((rows, case.size), jnp.float32, sharding=centers),
+            stored,
+            dict.fromkeys(_rule(case).names, stored),
             jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere),
         )
         .compile()
@@ -202,20 +204,20 @@ def _sharded(name: str, case: Case, mesh: Mesh) -> Callable:
         block_size=case.block_size,
     )
 
-    def step(embeddings, labels, rows, momentum, step):
+    def step(embeddings, labels, rows, moments, step):
         out = margin_softmax.apply(
             embeddings,
             labels,
-            Centers(rows, {"momentum": momentum}, {}),
+            Centers(rows, moments, {}),
             learning_rate=jnp.float32(_RATE),
             step=step,
             key=jax.random.key(0),
             num_classes=case.classes,
             head=head,
-            optimizer=_OPTIMIZER,
+            optimizer=OptimizerConfig(kind=case.optimizer),
             mesh=mesh,
         )
-        return out.loss, out.d_embeddings, out.centers.rows, out.centers.moments["momentum"]
+        return out.loss, out.d_embeddings, out.centers.rows, out.centers.moments
 
     return step
 
@@ -240,9 +242,39 @@ def _dense(name: str, case: Case, mesh: Mesh) -> Callable:
         log_others = jnp.log(jnp.sum(jnp.where(others, jnp.exp(logits), 0), axis=1))
         return jnp.mean(jax.nn.softplus(log_others - _SCALE * (target - _MARGIN)))
 
-    def step(embeddings, labels, rows, momentum, _):
+    rule = _rule(case)
+
+    def step(embeddings, labels, rows, moments, step):
         value, (d_embeddings, d_rows) = jax.value_and_grad(loss, (0, 1))(embeddings, rows, labels)
-        momentum = _OPTIMIZER.momentum * momentum + d_rows + _OPTIMIZER.weight_decay * rows
-        return value, d_embeddings, rows - _RATE * momentum, momentum
+        moments = rule.add(rule.fade(moments, rows), d_rows)
+        return value, d_embeddings, rule.move(rows, moments, jnp.float32(_RATE), step), moments
 
     return step
+
+
+def _rule(case: Case) -> Rule:
+    return make_rule(OptimizerConfig(kind=case.optimizer))
+
+
+def measure_drawing(*, classes: int, drawn: int, batch: int, repeats: int) -> dict[str, float]:
+    """Median seconds to draw classes on one device: as the head does, and as others would."""
+    key, target = jax.random.key(0), jnp.arange(batch, dtype=jnp.int32)
+    draw = jax.jit(partial(partial_fc.draw, stored=classes, slots=max(drawn, batch)))
+
+    @jax.jit
+    def largest_of_random(key):
+        return jax.lax.top_k(jax.random.uniform(key, (classes,)), drawn)[1]
+
+    @jax.jit
+    def sorted_random(key):
+        return jnp.argsort(jax.random.uniform(key, (classes,)))[:drawn]
+
+    size, wanted = jnp.int32(classes), jnp.int32(drawn)
+    return timing.in_turn(
+        {
+            "keyed permutation": lambda: draw(key, target, used=size, wanted=wanted),
+            "top-k": lambda: largest_of_random(key),
+            "argsort": lambda: sorted_random(key),
+        },
+        repeats=repeats,
+    )

@@ -25,6 +25,8 @@ class Backbone(NamedTuple):
 
     init: Callable[[int], tuple[Arrays, Arrays]]
     """seed -> (params, batch_stats), float32 NumPy arrays."""
+    shapes: tuple[Arrays, Arrays]
+    """(params, batch_stats) as views of one zero, for their shapes and types."""
     apply: Callable[..., tuple[jax.Array, Arrays]]
     """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=...) -> (embeddings (B, D)
     float32, not normalised; batch_stats, moved if train)."""
@@ -63,7 +65,7 @@ def build(
             init=init,
         )
 
-    graph, *_ = nnx.split(module(layers.ShapeInitializer()), nnx.Param, nnx.BatchStat)
+    graph, *shapes = nnx.split(module(layers.ShapeInitializer()), nnx.Param, nnx.BatchStat)
 
     def init(seed: int) -> tuple[Arrays, Arrays]:
         module_with_weights = module(layers.RandomInitializer(seed))
@@ -77,7 +79,8 @@ def build(
         embeddings = model(images, train=train)
         return embeddings, _flatten(nnx.state(model, nnx.BatchStat)) if train else batch_stats
 
-    return Backbone(init, apply)
+    params, batch_stats = map(_flatten, shapes)
+    return Backbone(init, (params, batch_stats), apply)
 
 
 NETWORKS = tuple(iresnet.ARCHITECTURES)
