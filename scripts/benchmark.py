@@ -36,7 +36,7 @@ class Head:
     """Classes a device looks at together."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     methods: tuple[str, ...] = head.METHODS
-    """Which of them; what the others are divided by is "model parallel"."""
+    """Which of them; the first two are the dense ones."""
     repeats: int = 7
     """Counted steps of each method, the median of which is given."""
     reference: Path | None = None

@@ -36,12 +36,9 @@ def test_it_writes_a_table_a_file_and_a_plot(tmp_path, capsys):
     rows = outcome["measurements"]
     assert len(rows) == 2 * len(head.METHODS) and all(row["seconds"] > 0 for row in rows)
     for row in rows:
-        dense = next(
-            other
-            for other in rows
-            if other["method"] == head.DENSE and other["devices"] == row["devices"]
-        )
-        assert row["time_ratio"] == pytest.approx(row["seconds"] / dense["seconds"])
+        same = [other for other in rows if other["devices"] == row["devices"]]
+        dense = min(other["seconds"] for other in same if other["method"] in head.DENSE)
+        assert row["time_ratio"] == pytest.approx(row["seconds"] / dense)
     stored = json.loads((tmp_path / "head.json").read_text())
     assert stored["measurements"] == rows and stored["machine"]["jax"] == jax.__version__
     assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")

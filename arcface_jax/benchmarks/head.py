@@ -24,8 +24,8 @@ from arcface_jax.heads.margin_softmax import Centers
 from arcface_jax.heads.visits import normalise
 
 METHODS = ("data parallel", "model parallel", "blocked", "partial fc 0.3", "partial fc 0.1")
-DENSE = "model parallel"
-"""What the other methods' time and memory are divided by."""
+DENSE = ("data parallel", "model parallel")
+"""The other methods' time and memory are divided by those of the better of these."""
 
 _SCALE, _MARGIN, _RATE = 64.0, 0.4, 0.1
 
@@ -109,14 +109,16 @@ def dense_flops(case: Case) -> int:
 
 
 def beside_dense(rows: list[Measurement]) -> list[Measurement]:
-    """The measurements of one case, with their ratios to the dense one where it is among them."""
-    dense = next((row for row in rows if row.method == DENSE), None)
-    if dense is None:
+    """The measurements of one case, with their ratios to the best dense one among them."""
+    dense = [row for row in rows if row.method in DENSE]
+    if not dense:
         return rows
+    memory = min(row.temporary_bytes for row in dense)
+    seconds = min((row.seconds for row in dense if row.seconds), default=None)
     return [
         row._replace(
-            time_ratio=row.seconds / dense.seconds if row.seconds and dense.seconds else None,
-            memory_ratio=row.temporary_bytes / max(dense.temporary_bytes, 1),
+            time_ratio=row.seconds / seconds if row.seconds and seconds else None,
+            memory_ratio=row.temporary_bytes / memory,
         )
         for row in rows
     ]
@@ -174,8 +176,7 @@ def compile_method(name: str, case: Case) -> Compiled:
     centers = _placed(name, split, everywhere)
     rows = padded_classes(case.classes, case.devices)
     stored = jax.ShapeDtypeStruct((rows, case.size), jnp.float32, sharding=centers)
-    dense = name in ("data parallel", "model parallel")
-    step = _dense(name, case, mesh) if dense else _sharded(name, case, mesh)
+    step = (_dense if name in DENSE else _sharded)(name, case, mesh)
     compiled = (
         jax.jit(step, donate_argnums=(2, 3), out_shardings=(everywhere, split, centers, centers))
         .lower(
