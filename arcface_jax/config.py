@@ -18,7 +18,24 @@ from pydantic.dataclasses import dataclass
 
 from arcface_jax.errors import ConfigError
 
-Network = Literal["r_tiny", "r18", "r34", "r50", "r100", "r200"]
+Network = Literal[
+    "r_tiny",
+    "r18",
+    "r34",
+    "r50",
+    "r100",
+    "r200",
+    "mbf",
+    "mbf_large",
+    "vit_t",
+    "vit_t_dp005_mask0",
+    "vit_s",
+    "vit_s_dp005_mask_0",
+    "vit_b",
+    "vit_b_dp005_mask_005",
+    "vit_l_dp005_mask_005",
+    "vit_h",
+]
 Dtype = Literal["float32", "bfloat16"]
 OperandDtype = Literal["float32", "bfloat16", "float16"]
 

@@ -39,7 +39,7 @@ class Embedder:
         self.params, self.batch_stats = jax.device_put(
             (params, batch_stats), mesh.replicated(device_mesh)
         )
-        backbone = models.build(network, embedding_size=len(params["fc.bias"]))
+        backbone = models.build(network, embedding_size=models.embedding_size(params) or 0)
         self._run = embed.batched(
             partial(step.make_embed(backbone), self.params, self.batch_stats),
             batch_size=batch_size,

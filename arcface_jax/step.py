@@ -138,13 +138,14 @@ def make_train_step(
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         rate = schedule(state.step)
         images = batch["image"]
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         if config.data.flip:
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
             images = preprocess.random_flip(images, key)
         images = preprocess.normalise(images)
 
         def forward(params: Arrays):
-            return network.apply(params, state.batch_stats, images, train=True)
+            network_key = jax.random.fold_in(key, 1)  # the flips' own is the key itself
+            return network.apply(params, state.batch_stats, images, train=True, key=network_key)
 
         embeddings, pull_embeddings, batch_stats = jax.vjp(forward, state.params, has_aux=True)
         head = margin_softmax.apply(

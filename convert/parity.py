@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from arcface_jax import preprocess
+from arcface_jax import models, preprocess
 from arcface_jax.data import synthetic
 from arcface_jax.embedder import Embedder
 from arcface_jax.errors import UserError
-from convert import torch_iresnet
+from convert import twins
 from convert.weights import StateDict
 
 TOLERANCE = 1e-4
@@ -38,7 +38,7 @@ def check(embedder: Embedder, state: StateDict, *, network: str) -> float:
     Raises:
       UserError: it exceeds 1e-4.
     """
-    module = torch_iresnet.build(network, embedding_size=len(state["fc.bias"]))
+    module = twins.build(network, embedding_size=models.embedding_size(state) or 0)
     module.load_state_dict(state, strict=True)
     images = np.stack([synthetic.draw_face(seed=1, identity=i, index=0) for i in range(_FACES)])
     error = largest_error(torch_embeddings(module, images), embedder(images))

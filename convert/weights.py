@@ -8,7 +8,7 @@ import torch
 
 from arcface_jax import models
 from arcface_jax.errors import UserError
-from arcface_jax.models import Arrays
+from arcface_jax.models import Arrays, stacks
 
 StateDict = dict[str, torch.Tensor]
 
@@ -20,6 +20,8 @@ _LAST_WORD = {
     "bias": "bias",
     "mean": "running_mean",
     "var": "running_var",
+    "pos_embed": "pos_embed",
+    "mask_token": "mask_token",
 }
 # torch's BatchNorm counts its batches; nothing reads the number where momentum is given.
 _COUNTER = "num_batches_tracked"
@@ -30,10 +32,13 @@ def to_state_dict(params: Arrays, batch_stats: Arrays) -> StateDict:
     """Arrays by arcface_jax's names to float32 tensors by insightface's."""
     state = {}
     for name, array in {**params, **batch_stats}.items():
-        turned = _turn(np.asarray(array, np.float32), inverse=False)
-        state[_torch_name(name)] = torch.from_numpy(np.array(turned, order="C"))
-        if name.endswith(".var"):
-            state[f"{name.removesuffix('var')}{_COUNTER}"] = torch.tensor(0)
+        array = np.asarray(array, np.float32)
+        members = stacks.names_of_members(name)
+        for member, part in zip(members or [name], array if members else [array], strict=True):
+            turned = _turn(part, inverse=False)
+            state[_torch_name(member)] = torch.from_numpy(np.array(turned, order="C"))
+            if member.endswith(".var"):
+                state[f"{member.removesuffix('var')}{_COUNTER}"] = torch.tensor(0)
     return state
 
 
@@ -52,8 +57,8 @@ def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arr
       UserError: naming every key that is missing, unexpected or has another shape.
     """
     state = {_without_prefix(name): tensor for name, tensor in state.items()}
-    embedding_size = len(state["fc.bias"]) if "fc.bias" in state else 512
-    params, batch_stats = models.build(network, embedding_size=embedding_size).init(0)
+    embedding_size = models.embedding_size(state) or 512
+    params, batch_stats = models.build(network, embedding_size=embedding_size).shapes
     known = to_state_dict(params, batch_stats)
     problems = {
         "missing": [n for n in known if n not in state and not n.endswith(_COUNTER)],
@@ -71,12 +76,15 @@ def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arr
             + "".join(f"\n{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         )
 
+    def array(name: str) -> np.ndarray:
+        turned = _turn(state[_torch_name(name)].float().numpy(), inverse=True)
+        return np.ascontiguousarray(turned)
+
     def arrays(like: Arrays) -> Arrays:
+        members = {name: stacks.names_of_members(name) for name in like}
         return {
-            name: np.ascontiguousarray(
-                _turn(state[_torch_name(name)].float().numpy(), inverse=True)
-            )
-            for name in like
+            name: np.stack([array(member) for member in each]) if each else array(name)
+            for name, each in members.items()
         }
 
     return arrays(params), arrays(batch_stats)
@@ -106,15 +114,15 @@ def load(path: Path, network: str) -> tuple[Arrays, Arrays]:
 
 
 def _torch_name(name: str) -> str:
-    stem, _, last = name.rpartition(".")
-    return f"{stem}.{_LAST_WORD[last]}"
+    stem, dot, last = name.rpartition(".")
+    return f"{stem}{dot}{_LAST_WORD[last]}"
 
 
 def _turn(array: np.ndarray, *, inverse: bool) -> np.ndarray:
     """Kernels: (H, W, in, out) to torch's (out, in, H, W), and (in, out) to (out, in)."""
     if array.ndim == 4:
         return array.transpose((2, 3, 1, 0) if inverse else (3, 2, 0, 1))
-    return array.T
+    return array.T if array.ndim == 2 else array
 
 
 def _without_prefix(name: str) -> str:

@@ -1,6 +1,6 @@
 """Backbones: `build` makes one by name, as two pure functions on plain dicts of arrays."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from arcface_jax.errors import ConfigError
-from arcface_jax.models import iresnet, layers
+from arcface_jax.models import iresnet, layers, mobilefacenet, vit
 
 IMAGE_SIZE = 112
 
@@ -28,8 +28,9 @@ class Backbone(NamedTuple):
     shapes: tuple[Arrays, Arrays]
     """(params, batch_stats) as views of one zero, for their shapes and types."""
     apply: Callable[..., tuple[jax.Array, Arrays]]
-    """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=...) -> (embeddings (B, D)
-    float32, not normalised; batch_stats, moved if train)."""
+    """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=..., key=...) -> (embeddings
+    (B, D) float32, not normalised; batch_stats, moved if train). The key is for what training draws
+    at random, and is needed by the vision transformers alone."""
 
 
 def build(
@@ -55,14 +56,24 @@ def build(
     if network not in NETWORKS:
         raise ConfigError(f"unknown network {network!r}: use one of {', '.join(NETWORKS)}")
 
+    settings: dict[str, Any] = {
+        "embedding_size": embedding_size,
+        "bn_groups": bn_groups,
+        "dtype": jnp.dtype(dtype),
+    }
+
     def module(init: layers.Initializer) -> nnx.Module:
+        if network in vit.ARCHITECTURES:
+            return vit.VisionTransformer(vit.ARCHITECTURES[network], init=init, **settings)
+        if network in mobilefacenet.ARCHITECTURES:
+            return mobilefacenet.MobileFaceNet(
+                mobilefacenet.ARCHITECTURES[network],
+                split_batch=split_batch,
+                init=init,
+                **settings,
+            )
         return iresnet.IResNet(
-            iresnet.ARCHITECTURES[network],
-            embedding_size=embedding_size,
-            bn_groups=bn_groups,
-            split_batch=split_batch,
-            dtype=jnp.dtype(dtype),
-            init=init,
+            iresnet.ARCHITECTURES[network], split_batch=split_batch, init=init, **settings
         )
 
     graph, *shapes = nnx.split(module(layers.ShapeInitializer()), nnx.Param, nnx.BatchStat)
@@ -73,17 +84,30 @@ def build(
         return _flatten(params), _flatten(batch_stats)
 
     def apply(
-        params: Arrays, batch_stats: Arrays, images: jax.Array, *, train: bool
+        params: Arrays,
+        batch_stats: Arrays,
+        images: jax.Array,
+        *,
+        train: bool,
+        key: jax.Array | None = None,
     ) -> tuple[jax.Array, Arrays]:
-        model = nnx.merge(graph, _unflatten(params), _unflatten(batch_stats))
-        embeddings = model(images, train=train)
+        model: Any = nnx.merge(graph, _unflatten(params), _unflatten(batch_stats))
+        embeddings = model(images, train=train, key=key)
         return embeddings, _flatten(nnx.state(model, nnx.BatchStat)) if train else batch_stats
 
     params, batch_stats = map(_flatten, shapes)
     return Backbone(init, (params, batch_stats), apply)
 
 
-NETWORKS = tuple(iresnet.ARCHITECTURES)
+NETWORKS = (*iresnet.ARCHITECTURES, *mobilefacenet.ARCHITECTURES, *vit.ARCHITECTURES)
+
+# What each family calls the bias of the BatchNorm whose output is the embedding.
+_LAST_BIASES = ("features.bias", "features.layers.3.bias", "feature.3.bias")
+
+
+def embedding_size(arrays: Mapping[str, Any]) -> int | None:
+    """D of a network's parameters or torch `state_dict`; None where there is no such layer."""
+    return next((len(arrays[name]) for name in _LAST_BIASES if name in arrays), None)
 
 
 def _flatten(state: nnx.State) -> Arrays:

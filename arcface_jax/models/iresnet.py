@@ -154,8 +154,8 @@ class IResNet(nnx.Module):
         self.fc = Linear(channels * LAST_SIZE**2, embedding_size, init=init)
         self.features = BatchNorm(embedding_size, groups=bn_groups, train_scale=False)
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised."""
+    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised; nothing is random."""
         x = self.prelu(self.bn1(self.conv1(x.astype(self.dtype)), train=train))
         for name in _STAGES:
             for block in getattr(self, name):

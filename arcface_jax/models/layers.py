@@ -1,8 +1,9 @@
 """The layers that the backbones are made of. Images are (B, H, W, channels), parameters float32."""
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+FLOAT32 = jnp.dtype("float32")
 _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
@@ -22,6 +24,10 @@ class Initializer(Protocol):
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
         """Uniform in [-bound, bound), float32."""
+        ...
+
+    def stack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """Equal arrays along a new first axis."""
         ...
 
 
@@ -39,6 +45,10 @@ class RandomInitializer:
         """See `Initializer`."""
         return (self._rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
 
+    def stack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """See `Initializer`."""
+        return np.stack(arrays)
+
 
 class ShapeInitializer:
     """Draws nothing: for building a network whose weights come from elsewhere."""
@@ -51,9 +61,26 @@ class ShapeInitializer:
         """See `Initializer`; a view of one zero."""
         return np.broadcast_to(np.float32(0), shape)
 
+    def stack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """See `Initializer`; a view of the first."""
+        return np.broadcast_to(arrays[0], (len(arrays), *arrays[0].shape))
+
 
 class Conv(nnx.Module):
-    """A convolution without bias, padded by half its kernel as torch's `padding=kernel//2`."""
+    """A convolution without bias, padded by half its kernel as torch's `padding=kernel//2`.
+
+    Args:
+      in_channels: of the input.
+      out_channels: of the output.
+      kernel: side of the square kernel.
+      stride: in both directions.
+      groups: the channels are cut into as many slices, each convolved by itself.
+      padded: whether there is any padding.
+      std: of the initial weights; 0.1 is IResNet's.
+      split_batch: whether several devices share the batch.
+      dtype: compute type.
+      init: where the initial weights come from.
+    """
 
     def __init__(
         self,
@@ -62,42 +89,55 @@ class Conv(nnx.Module):
         *,
         kernel: int,
         stride: int = 1,
+        groups: int = 1,
+        padded: bool = True,
+        std: float = 0.1,
         split_batch: bool,
         dtype: jnp.dtype,
         init: Initializer,
     ):
-        shape = (kernel, kernel, in_channels, out_channels)
-        self.kernel = nnx.Param(init.normal(shape, std=0.1))
-        self.stride = stride
+        shape = (kernel, kernel, in_channels // groups, out_channels)
+        self.kernel = nnx.Param(init.normal(shape, std=std))
         self.dtype = dtype
-        # The chunks of the other form would cross the devices.
-        self.convolve = _plain_conv if split_batch else _chunked_conv
+        if split_batch or groups > 1 or not padded:
+            self.convolve = partial(
+                _plain_conv, stride=stride, groups=groups, half=kernel // 2 if padded else 0
+            )
+        else:  # its chunks would cross the devices
+            self.convolve = partial(_chunked_conv, stride)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype), self.stride)
+        return self.convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
 
 
-def _plain_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    half = kernel.shape[0] // 2
+def _plain_conv(
+    x: jax.Array, kernel: jax.Array, *, stride: int, half: int, groups: int = 1
+) -> jax.Array:
     return lax.conv_general_dilated(
-        x, kernel, (stride, stride), [(half, half)] * 2, dimension_numbers=_NHWC
+        x,
+        kernel,
+        (stride, stride),
+        [(half, half)] * 2,
+        dimension_numbers=_NHWC,
+        feature_group_count=groups,
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _chunked_conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_conv(stride: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A convolution whose gradient is computed in chunks of the batch where that is faster."""
-    return _plain_conv(x, kernel, stride)
+    return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2)
 
 
-def _chunked_conv_forward(x: jax.Array, kernel: jax.Array, stride: int):
-    return _plain_conv(x, kernel, stride), (x, kernel)
+def _chunked_conv_forward(stride: int, x: jax.Array, kernel: jax.Array):
+    return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2), (x, kernel)
 
 
 def _chunked_conv_backward(stride: int, saved, d_out: jax.Array):
     x, kernel = saved
-    _, pull_x = jax.vjp(lambda x: _plain_conv(x, kernel, stride), x)
-    _, pull_kernel = jax.vjp(lambda kernel: _plain_conv(x, kernel, stride), kernel)
+    convolve = partial(_plain_conv, stride=stride, half=len(kernel) // 2)
+    _, pull_x = jax.vjp(lambda x: convolve(x, kernel), x)
+    _, pull_kernel = jax.vjp(lambda kernel: convolve(x, kernel), kernel)
     d_kernel = lax.platform_dependent(
         x,
         d_out,
@@ -164,9 +204,15 @@ class BatchNorm(nnx.Module):
     """
 
     momentum = 0.1
-    epsilon = 1e-5
 
-    def __init__(self, channels: int, *, groups: int = 1, train_scale: bool = True):
+    def __init__(
+        self,
+        channels: int,
+        *,
+        groups: int = 1,
+        train_scale: bool = True,
+        epsilon: float = 1e-5,
+    ):
         scale = np.ones((channels,), np.float32)
         # insightface freezes the scale of the last layer at 1: state, not a parameter.
         self.scale = nnx.Param(scale) if train_scale else nnx.BatchStat(scale)
@@ -174,6 +220,7 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(np.zeros((channels,), np.float32))
         self.var = nnx.BatchStat(np.ones((channels,), np.float32))
         self.groups = groups
+        self.epsilon = epsilon
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if not train:
@@ -197,7 +244,7 @@ class BatchNorm(nnx.Module):
     def _move(self, mean: jax.Array, var: jax.Array) -> None:
         for running, batch in ((self.mean, mean), (self.var, var)):
             target = batch.reshape(self.groups, -1).mean(0)
-            running[...] = running[...] + self.momentum * (target - running[...])
+            running.set_value(running[...] + self.momentum * (target - running[...]))
 
 
 class PReLU(nnx.Module):
@@ -212,12 +259,56 @@ class PReLU(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias in float32, initialised as torch does: uniform within 1/sqrt(inputs)."""
+    """x @ kernel + bias, over the last axis of x.
 
-    def __init__(self, in_features: int, out_features: int, *, init: Initializer):
-        bound = 1 / math.sqrt(in_features)
-        self.kernel = nnx.Param(init.uniform((in_features, out_features), bound=bound))
-        self.bias = nnx.Param(init.uniform((out_features,), bound=bound))
+    Args:
+      in_features: of the input.
+      out_features: of the output.
+      bias: "uniform" within 1 / sqrt(inputs) as torch has it, "zero", or "none" at all.
+      kernel: draws the initial weights; uniform within 1 / sqrt(inputs) when not given.
+      dtype: compute type.
+      init: where the initial weights come from.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: Literal["uniform", "zero", "none"] = "uniform",
+        kernel: Callable[[tuple[int, ...]], np.ndarray] | None = None,
+        dtype: jnp.dtype = FLOAT32,
+        init: Initializer,
+    ):
+        draw = partial(init.uniform, bound=1 / math.sqrt(in_features))
+        self.kernel = nnx.Param((kernel or draw)((in_features, out_features)))
+        zeros = partial(np.zeros, dtype=np.float32)
+        self.bias = (
+            None
+            if bias == "none"
+            else nnx.Param((draw if bias == "uniform" else zeros)((out_features,)))
+        )
+        self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x.astype(jnp.float32) @ self.kernel[...] + self.bias[...][None]
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        if self.bias is None:
+            return y
+        return y + self.bias[...].astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class LayerNorm(nnx.Module):
+    """Normalises the last axis in float32, as torch does; the output has the input's type."""
+
+    epsilon = 1e-5
+
+    def __init__(self, features: int):
+        self.scale = nnx.Param(np.ones((features,), np.float32))
+        self.bias = nnx.Param(np.zeros((features,), np.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        return (y * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)).astype(x.dtype)

@@ -1,0 +1,223 @@
+"""MobileFaceNet, as insightface's arcface_torch builds it (with wider layers than the paper).
+
+Module names, and so the dotted names of parameters and statistics, are insightface's `state_dict`
+names; a list holds a place for each of its layers, those without weights too.
+Source: Chen et al., "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on
+Mobile Devices" (CCBR 2018).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from arcface_jax.models.layers import FLOAT32, BatchNorm, Conv, Initializer, Linear, PReLU
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What tells one MobileFaceNet from another."""
+
+    blocks: tuple[int, int, int, int]
+    """Residual blocks in each of the four stages."""
+    scale: int
+    """Factor on the channels."""
+
+
+ARCHITECTURES = {
+    "mbf": Architecture((1, 4, 6, 2), scale=2),
+    "mbf_large": Architecture((2, 8, 12, 4), scale=4),
+}
+
+_LAST_CHANNELS, _LAST_SIZE = 512, 7
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What all convolutions of a network have in common."""
+
+    bn_groups: int
+    split_batch: bool
+    dtype: jnp.dtype
+    init: Initializer
+
+
+class _Unit(nnx.Module):
+    """Convolution - BatchNorm - PReLU, or, if linear, without the PReLU."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        settings: _Settings,
+        *,
+        kernel: int = 1,
+        stride: int = 1,
+        groups: int = 1,
+        padded: bool = True,
+        linear: bool = False,
+    ):
+        conv = Conv(
+            in_channels,
+            out_channels,
+            kernel=kernel,
+            stride=stride,
+            groups=groups,
+            padded=padded,
+            std=_kaiming_std(out_channels * kernel**2),
+            split_batch=settings.split_batch,
+            dtype=settings.dtype,
+            init=settings.init,
+        )
+        norm = BatchNorm(out_channels, groups=settings.bn_groups)
+        self.layers: nnx.List[Any] = nnx.List([conv, norm])
+        if not linear:
+            self.layers.append(PReLU(out_channels))
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        conv, norm, *activation = self.layers
+        x = norm(conv(x), train=train)
+        return activation[0](x) if activation else x
+
+
+class _DepthWise(nnx.Module):
+    """1x1 to `width` channels, 3x3 on each of them, 1x1 to the output; added to x if residual."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        settings: _Settings,
+        *,
+        width: int,
+        stride: int,
+        residual: bool = False,
+    ):
+        self.residual = residual
+        self.layers: nnx.List[Any] = nnx.List(
+            [
+                _Unit(in_channels, width, settings),
+                _Unit(width, width, settings, kernel=3, stride=stride, groups=width),
+                _Unit(width, out_channels, settings, linear=True),
+            ]
+        )
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = x
+        for layer in self.layers:
+            y = layer(y, train=train)
+        return x + y if self.residual else y
+
+
+class _Residual(nnx.Module):
+    """Several residual blocks in a row."""
+
+    def __init__(self, channels: int, settings: _Settings, *, blocks: int, width: int):
+        self.layers: nnx.List[Any] = nnx.List(
+            [
+                _DepthWise(channels, channels, settings, width=width, stride=1, residual=True)
+                for _ in range(blocks)
+            ]
+        )
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x, train=train)
+        return x
+
+
+class _NoWeights(nnx.Module):
+    """Holds the place of a layer that has none."""
+
+
+class _Features(nnx.Module):
+    """A 7x7 convolution of each channel, to the embedding; in float32."""
+
+    def __init__(self, embedding_size: int, settings: _Settings):
+        channels = _LAST_CHANNELS
+        draw = partial(settings.init.normal, std=_kaiming_std(embedding_size))
+        self.layers: nnx.List[Any] = nnx.List(
+            [
+                _Unit(
+                    channels,
+                    channels,
+                    settings,
+                    kernel=_LAST_SIZE,
+                    groups=channels,
+                    padded=False,
+                    linear=True,
+                ),
+                _NoWeights(),
+                Linear(channels, embedding_size, bias="none", kernel=draw, init=settings.init),
+                BatchNorm(embedding_size, groups=settings.bn_groups),
+            ]
+        )
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        pool, _, linear, norm = self.layers
+        x = pool(x, train=train)
+        return norm(linear(x.reshape(x.shape[0], -1)), train=train)
+
+
+class MobileFaceNet(nnx.Module):
+    """Images in [-1, 1] to embeddings.
+
+    Args:
+      architecture: blocks and width.
+      embedding_size: D.
+      bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
+      split_batch: whether several devices share the batch.
+      dtype: compute type up to the last 1x1 convolution, which is float32 like all behind it.
+      init: where the initial weights come from.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        embedding_size: int,
+        bn_groups: int,
+        split_batch: bool,
+        dtype: jnp.dtype,
+        init: Initializer,
+    ):
+        narrow, wide = 64 * architecture.scale, 128 * architecture.scale
+        blocks = architecture.blocks
+        settings = _Settings(bn_groups, split_batch, dtype, init)
+        last = _Settings(bn_groups, split_batch, FLOAT32, init)
+        first = (
+            _Unit(narrow, narrow, settings, kernel=3, groups=64)
+            if blocks[0] == 1
+            else _Residual(narrow, settings, blocks=blocks[0], width=128)
+        )
+        self.dtype = dtype
+        self.layers: nnx.List[Any] = nnx.List(
+            [
+                _Unit(3, narrow, settings, kernel=3, stride=2),
+                first,
+                _DepthWise(narrow, narrow, settings, width=128, stride=2),
+                _Residual(narrow, settings, blocks=blocks[1], width=128),
+                _DepthWise(narrow, wide, settings, width=256, stride=2),
+                _Residual(wide, settings, blocks=blocks[2], width=256),
+                _DepthWise(wide, wide, settings, width=512, stride=2),
+                _Residual(wide, settings, blocks=blocks[3], width=256),
+            ]
+        )
+        self.conv_sep = _Unit(wide, _LAST_CHANNELS, last)
+        self.features = _Features(embedding_size, last)
+
+    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised; nothing is random."""
+        x = x.astype(self.dtype)
+        for layer in self.layers:
+            x = layer(x, train=train)
+        return self.features(self.conv_sep(x, train=train), train=train)
+
+
+def _kaiming_std(fan_out: int) -> float:
+    """Standard deviation of He et al. (ICCV 2015) for what a ReLU follows."""
+    return math.sqrt(2 / fan_out)

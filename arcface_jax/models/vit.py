@@ -1,0 +1,200 @@
+"""Vision transformers without a class token, as insightface's arcface_torch builds them.
+
+All blocks are alike, so they are one stack of parameters, `blocks.0-11.attn.qkv.kernel` with a
+leading axis over the blocks, and the network a scan over it: tracing and compiling take the time of
+one block. Names are otherwise insightface's `state_dict` names.
+Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021); stochastic depth: Huang et
+al. (ECCV 2016); masking: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from arcface_jax.models import stacks
+from arcface_jax.models.layers import BatchNorm, Initializer, LayerNorm, Linear
+
+_IMAGE, _PATCH, _HEADS, _MLP_RATIO = 112, 9, 8, 4
+_SIDE = _IMAGE // _PATCH
+TOKENS = _SIDE**2
+# insightface cuts this normal distribution at -2 and 2, a hundred deviations away: not at all.
+_STD = 0.02
+# Whatever mask ratio above zero a network's name states, insightface masks a tenth of the tokens.
+_KEPT = int(TOKENS * 0.9)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What tells one transformer from another."""
+
+    width: int
+    depth: int
+    drop_path: float
+    """Probability that the last block is left out for a sample; it rises from 0 at the first."""
+    masked: bool
+    """Whether a tenth of the tokens is hidden from the blocks, in training."""
+    remat: bool = False
+    """Whether the blocks are computed again in the backward pass, to save memory."""
+
+
+ARCHITECTURES = {
+    "vit_t": Architecture(256, 12, 0.1, masked=True),
+    "vit_t_dp005_mask0": Architecture(256, 12, 0.05, masked=False),
+    "vit_s": Architecture(512, 12, 0.1, masked=True),
+    "vit_s_dp005_mask_0": Architecture(512, 12, 0.05, masked=False),
+    "vit_b": Architecture(512, 24, 0.1, masked=True, remat=True),
+    "vit_b_dp005_mask_005": Architecture(512, 24, 0.05, masked=True, remat=True),
+    "vit_l_dp005_mask_005": Architecture(768, 24, 0.05, masked=True, remat=True),
+    "vit_h": Architecture(1024, 48, 0.1, masked=False, remat=True),
+}
+
+
+class _Attention(nnx.Module):
+    """Self-attention of eight heads, its products and softmax in float32."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, init: Initializer):
+        draw = partial(init.normal, std=_STD)
+        self.qkv = Linear(width, 3 * width, bias="none", kernel=draw, dtype=dtype, init=init)
+        self.proj = Linear(width, width, bias="zero", kernel=draw, dtype=dtype, init=init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, _HEADS, width // _HEADS).astype(jnp.float32)
+        query, key, value = (qkv[:, :, part] for part in range(3))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * (width // _HEADS) ** -0.5
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+        return self.proj(mixed.reshape(batch, tokens, width))
+
+
+class _Mlp(nnx.Module):
+    """Two layers with ReLU6 between them."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, init: Initializer):
+        draw = partial(init.normal, std=_STD)
+        options: dict[str, Any] = {"bias": "zero", "kernel": draw, "dtype": dtype, "init": init}
+        self.fc1 = Linear(width, _MLP_RATIO * width, **options)
+        self.fc2 = Linear(_MLP_RATIO * width, width, **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.relu6(self.fc1(x)))
+
+
+class _Block(nnx.Module):
+    """x + attention(norm1(x)), then x + mlp(norm2(x)), each of them left out for some samples."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, init: Initializer):
+        self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
+        self.attn = _Attention(width, dtype=dtype, init=init)
+        self.mlp = _Mlp(width, dtype=dtype, init=init)
+
+    def __call__(self, x: jax.Array, factors: jax.Array) -> jax.Array:
+        """x: (B, tokens, width) float32; factors: (2, B), 0 where a branch is left out."""
+        attended = self.attn(self.norm1(x)).astype(jnp.float32)
+        x = x + factors[0][:, None, None] * attended
+        return x + factors[1][:, None, None] * self.mlp(self.norm2(x)).astype(jnp.float32)
+
+
+class _Projection(nnx.Module):
+    """The convolution of `_PatchEmbed`: stride as wide as the kernel, with bias."""
+
+    def __init__(self, width: int, *, init: Initializer):
+        bound = (3 * _PATCH**2) ** -0.5  # torch's default for convolutions
+        self.kernel = nnx.Param(init.uniform((_PATCH, _PATCH, 3, width), bound=bound))
+        self.bias = nnx.Param(init.uniform((width,), bound=bound))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        # A convolution without overlap is a product of each square's pixels.
+        batch, seen = len(x), _SIDE * _PATCH
+        x = x[:, :seen, :seen].reshape(batch, _SIDE, _PATCH, _SIDE, _PATCH, 3)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, TOKENS, 3 * _PATCH**2)
+        return x @ self.kernel[...].reshape(3 * _PATCH**2, -1) + self.bias[...][None, None]
+
+
+class _PatchEmbed(nnx.Module):
+    """Squares of 9 x 9 pixels to tokens; four pixels at the right and the bottom are not seen."""
+
+    def __init__(self, width: int, *, init: Initializer):
+        self.proj = _Projection(width, init=init)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.proj(x)
+
+
+class VisionTransformer(nnx.Module):
+    """Images in [-1, 1] to embeddings.
+
+    Args:
+      architecture: width, depth, and what training leaves out.
+      embedding_size: D.
+      bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
+      dtype: compute type of the blocks' linear layers; the sum that runs through the blocks, the
+        attention and all outside the blocks is float32.
+      init: where the initial weights come from.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        *,
+        embedding_size: int,
+        bn_groups: int,
+        dtype: jnp.dtype,
+        init: Initializer,
+    ):
+        width, depth = architecture.width, architecture.depth
+        self.architecture = architecture
+        self.patch_embed = _PatchEmbed(width, init=init)
+        self.pos_embed = nnx.Param(init.normal((1, TOKENS, width), std=_STD))
+        self.mask_token = nnx.Param(init.normal((1, 1, width), std=_STD))
+        stack = stacks.make(partial(_Block, width, dtype=dtype, init=init), depth, init)
+        self.blocks = nnx.Dict({f"0-{depth - 1}": stack})
+        self.norm = LayerNorm(width)
+        draw = partial(init.normal, std=_STD)
+        linear = partial(Linear, bias="none", kernel=draw, init=init)
+        norm = partial(BatchNorm, groups=bn_groups, epsilon=2e-5)
+        self.feature: nnx.List[Any] = nnx.List(
+            [
+                linear(TOKENS * width, width),
+                norm(width),
+                linear(width, embedding_size),
+                norm(embedding_size),
+            ]
+        )
+
+    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised.
+
+        In training the key decides which tokens are hidden and which branches are left out.
+        """
+        batch = len(x)
+        x = self.patch_embed(x.astype(jnp.float32)) + self.pos_embed[...]
+        factors = jnp.ones((self.architecture.depth, 2, batch), jnp.float32)
+        kept = None
+        if train:
+            assert key is not None, "training this network draws random numbers: give a key"
+            mask_key, path_key = jax.random.split(key)
+            factors = self._draw_paths(path_key, batch)
+            if self.architecture.masked:
+                order = jnp.argsort(jax.random.uniform(mask_key, (batch, TOKENS)), axis=1)
+                kept = order[:, :_KEPT]
+                x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
+        (stack,) = self.blocks.values()
+        x = stacks.scan(stack, x, factors, remat=train and self.architecture.remat)
+        x = self.norm(x)
+        if kept is not None:
+            hidden = jnp.broadcast_to(self.mask_token[...], (batch, TOKENS, x.shape[-1]))
+            x = hidden.at[jnp.arange(batch)[:, None], kept].set(x)
+        reduce, first_norm, project, last_norm = self.feature
+        x = first_norm(reduce(x.reshape(batch, -1)), train=train)
+        return last_norm(project(x), train=train)
+
+    def _draw_paths(self, key: jax.Array, batch: int) -> jax.Array:
+        """(depth, 2, B) float32: 0 for what is left out, and 1 / its probability for the rest."""
+        depth = self.architecture.depth
+        stays = 1 - jnp.linspace(0, self.architecture.drop_path, depth)[:, None, None]
+        drawn = jax.random.bernoulli(key, stays, (depth, 2, batch))
+        return drawn / stays

@@ -1,0 +1,242 @@
+"""Every network: sizes as published, torch twins, and what training leaves out at random."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from arcface_jax import config as configs
+from arcface_jax import mesh as meshes
+from arcface_jax import models, optim, preprocess, step
+from arcface_jax.config import Config
+from arcface_jax.data import synthetic
+from arcface_jax.models import layers, stacks, vit
+from convert import parity, twins, weights
+
+# insightface's published millions of parameters, and GMACs.
+PUBLISHED = {
+    "r18": (24.03, 2.62),
+    "r34": (34.14, 4.48),
+    "r50": (43.59, 6.33),
+    "r100": (65.16, 12.1),
+    "r200": (118.83, 23.4),
+    "mbf": (2.06, 0.44),
+    "vit_t": (19.14, 1.5),
+    "vit_t_dp005_mask0": (19.14, 1.5),
+    "vit_s": (76.02, 5.7),
+    "vit_s_dp005_mask_0": (76.02, 5.7),
+    "vit_b": (113.83, 11.4),
+    "vit_b_dp005_mask_005": (113.83, 11.4),
+    "vit_l_dp005_mask_005": (255.68, 25.3),
+    "vit_h": (756.39, 89.2),
+}
+
+
+def test_sizes_and_costs_are_the_published_ones(capsys):
+    path = Path(__file__).parents[2] / "scripts" / "models.py"
+    spec = importlib.util.spec_from_file_location("script_models", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    for network, (millions, gmacs) in PUBLISHED.items():
+        assert round(result[network]["parameters"] / 1e6, 2) == millions, network
+        assert result[network]["macs"] / 1e9 == pytest.approx(gmacs, rel=0.03), network
+    # Its own torch module has 6,314,880; the published figure is 6.32 million.
+    assert result["mbf_large"]["parameters"] == 6_314_880
+    assert set(models.NETWORKS) == set(result) - {"files"}
+
+
+@pytest.fixture(scope="module")
+def faces() -> np.ndarray:
+    return np.stack([synthetic.draw_face(seed=5, identity=i, index=0) for i in range(16)])
+
+
+def assert_equal_to_torch(network: str, faces: np.ndarray) -> None:
+    """Names, a round trip, and embeddings with statistics that a training pass has set."""
+    backbone = models.build(network)
+    params, batch_stats = backbone.init(0)
+
+    @jax.jit
+    def train(images):
+        x = preprocess.normalise(images)
+        return backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(0))[1]
+
+    @jax.jit
+    def embed(batch_stats, images):
+        x = preprocess.normalise(images)
+        return backbone.apply(params, batch_stats, x, train=False)[0]
+
+    moved = train(jnp.asarray(faces))
+    state = weights.to_state_dict(params, moved)
+    twin = twins.build(network)
+    twin.load_state_dict(state, strict=True)
+    ours = np.asarray(embed(moved, jnp.asarray(faces)))
+    assert parity.largest_error(ours, parity.torch_embeddings(twin, faces)) < 1e-5
+    again = weights.from_state_dict(twin.state_dict(), network, source="twin")
+    for back, there in zip(again, (params, moved), strict=True):
+        assert back.keys() == there.keys()
+        for name, array in there.items():
+            np.testing.assert_array_equal(back[name], array)
+
+
+@pytest.mark.parametrize("network", ["mbf", "vit_t"])
+def test_embeddings_equal_those_of_the_torch_twin(network, faces):
+    assert_equal_to_torch(network, faces)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network", ["r34", "r100", "r200", "mbf_large", "vit_s", "vit_b", "vit_l_dp005_mask_005"]
+)
+def test_embeddings_of_large_networks_equal_those_of_their_twins(network, faces):
+    assert_equal_to_torch(network, faces)
+
+
+def test_gradients_of_mobilefacenet_equal_those_of_torch(faces):
+    backbone, twin = models.build("mbf"), twins.build("mbf")
+    params, batch_stats = backbone.init(1)
+    twin.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
+    target = np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)
+    images = faces[:8]
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        x = preprocess.normalise(jnp.asarray(images))
+        return jnp.mean(backbone.apply(params, batch_stats, x, train=True)[0] * target)
+
+    x = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2)
+    out = twin.train()((x - preprocess.MEAN) / preprocess.SCALE)
+    (out * torch.from_numpy(target)).mean().backward()
+    ours = weights.to_state_dict(gradient(params), {})
+    for name, parameter in twin.named_parameters():
+        assert parameter.grad is not None
+        difference = float((ours[name] - parameter.grad).norm())
+        # Some are zero but for rounding, as behind a BatchNorm.
+        rounding = 1e-6 * parameter.numel() ** 0.5
+        assert difference <= 5e-3 * float(parameter.grad.norm()) + rounding, name
+
+
+ARCHITECTURE = vit.Architecture(32, 3, drop_path=0.5, masked=True)
+
+
+def build_small(monkeypatch, **changes) -> models.Backbone:
+    architecture = vit.Architecture(**(vars(ARCHITECTURE) | changes))
+    monkeypatch.setitem(vit.ARCHITECTURES, "small", architecture)
+    monkeypatch.setattr(models, "NETWORKS", (*models.NETWORKS, "small"))
+    return models.build("small", embedding_size=8)
+
+
+def test_training_draws_the_same_for_the_same_key_alone(monkeypatch, faces):
+    backbone = build_small(monkeypatch)
+    params, batch_stats = backbone.init(0)
+    x = preprocess.normalise(jnp.asarray(faces))
+    one, again, other = (
+        backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(key))[0]
+        for key in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(one, again)
+    assert float(jnp.abs(one - other).max()) > 1e-3
+
+
+def test_without_masking_and_drop_path_training_is_deterministic(monkeypatch, faces):
+    backbone = build_small(monkeypatch, masked=False, drop_path=0.0)
+    params, batch_stats = backbone.init(0)
+    x = preprocess.normalise(jnp.asarray(faces))
+    one, other = (
+        backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(key))[0]
+        for key in (1, 2)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_tenth_of_the_tokens_is_replaced_by_the_mask_token(monkeypatch, faces):
+    """With branches that give nothing, all that is left of a hidden token is the mask token."""
+    backbone = build_small(monkeypatch, drop_path=0.0)
+    params, batch_stats = backbone.init(0)
+    params = dict(params) | {"mask_token": np.full((1, 1, 32), 777, np.float32)}
+    seen = []
+    take = jnp.take_along_axis
+
+    def note(array, indices, axis):
+        seen.append(indices)
+        return take(array, indices, axis=axis)
+
+    monkeypatch.setattr(jnp, "take_along_axis", note)
+    x = preprocess.normalise(jnp.asarray(faces))
+    backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(0))
+    (kept,) = seen
+    assert kept.shape == (16, 129, 1)
+    assert all(len(set(row.ravel().tolist())) == 129 for row in np.asarray(kept))
+    assert len({tuple(row.ravel().tolist()) for row in np.asarray(kept)}) == 16
+
+
+def test_paths_are_dropped_as_often_as_stated_and_kept_in_expectation():
+    network = vit.VisionTransformer(
+        ARCHITECTURE,
+        embedding_size=8,
+        bn_groups=1,
+        dtype=jnp.dtype("float32"),
+        init=layers.ShapeInitializer(),
+    )
+    factors = np.asarray(network._draw_paths(jax.random.key(0), 20_000))
+    dropped = (factors == 0).mean(axis=(1, 2))
+    np.testing.assert_allclose(dropped, [0, 0.25, 0.5], atol=0.01)
+    np.testing.assert_allclose(factors.mean(axis=(1, 2)), 1, atol=0.02)
+    assert not np.array_equal(factors[2, 0], factors[2, 1])  # the branches are drawn apart
+
+
+def test_remat_changes_no_gradient(monkeypatch, faces):
+    gradients = []
+    for remat in (False, True):
+        backbone = build_small(monkeypatch, remat=remat)
+        params, batch_stats = backbone.init(0)
+        x = preprocess.normalise(jnp.asarray(faces))
+
+        def loss(params, backbone=backbone, batch_stats=batch_stats, x=x):
+            key = jax.random.key(0)
+            out = backbone.apply(params, batch_stats, x, train=True, key=key)[0]
+            return jnp.mean(out * jnp.arange(8.0)[None])
+
+        gradients.append(jax.jit(jax.grad(loss))(params))
+    for name, array in gradients[0].items():
+        np.testing.assert_allclose(gradients[1][name], array, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_names_of_a_stack():
+    name = "blocks.0-2.mlp.fc1.kernel"
+    assert stacks.names_of_members(name) == [f"blocks.{i}.mlp.fc1.kernel" for i in range(3)]
+    assert stacks.names_of_members("layer3.1-2.conv1.kernel") == [
+        "layer3.1.conv1.kernel",
+        "layer3.2.conv1.kernel",
+    ]
+    assert stacks.names_of_members("layer3.1.conv1.kernel") is None
+
+
+def test_the_train_step_of_a_transformer_on_several_devices():
+    config = configs.replace(
+        Config(),
+        model__network="vit_t",
+        model__bn_batch_size=8,
+        data__global_batch_size=8,
+        optimizer__kind="adamw",
+        optimizer__learning_rate=1e-3,
+    )
+    mesh = meshes.make(2)
+    state = step.init_state(config, num_classes=7, mesh=mesh)
+    schedule = optim.make_schedule(config.schedule, base_rate=1e-3, steps_per_epoch=5)
+    run = step.make_train_step(config, num_classes=7, schedule=schedule, mesh=mesh)
+    drawn = [synthetic.draw_face(seed=0, identity=i % 7, index=i) for i in range(8)]
+    batch = {"image": np.stack(drawn), "label": np.arange(8, dtype=np.int32) % 7}
+    losses = []
+    for _ in range(3):
+        state, metrics = run(state, meshes.to_devices(batch, mesh))
+        losses.append(float(metrics["train/loss"]))
+    assert np.isfinite(losses).all()
