@@ -1,19 +1,13 @@
-"""insightface's protocol restated slowly; embedding by batches on eight devices; the pictures."""
+"""insightface's protocol, against the same said slowly in plain Python."""
 
 import json
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import matplotlib.axes
-import matplotlib.image
 import numpy as np
 import pytest
 
-from arcface_jax import mesh as meshes
 from arcface_jax.data.pairs import PairSet
 from arcface_jax.errors import DataError
-from arcface_jax.evaluation import embed, plots, verification
+from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.verification import pair_distances, raw_pixel_accuracy, ten_fold, verify
 
 
@@ -207,118 +201,3 @@ def test_raw_pixels_see_patterns_and_neither_brightness_nor_colour():
     images[0::2] = left + rng.integers(0, 60, (20, 1, 1, 3))
     images[1::2] = 2 * right + rng.integers(60, 170, (20, 1, 1, 3))
     assert raw_pixel_accuracy(PairSet("patterns", images, same)) == 1
-
-
-@jax.jit
-def sums(images: jax.Array) -> jax.Array:
-    """(B, 3): what tells images, channels and rows apart."""
-    x = images.astype(jnp.float32)
-    return jnp.stack([x[..., 0].sum((1, 2)), x[:, 0].sum((1, 2)), x.max((1, 2, 3))], axis=1)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.make(8)
-
-
-@pytest.mark.parametrize("count", [1, 7, 8, 16, 17, 41])
-def test_any_number_of_images_is_embedded_in_order_on_eight_devices(mesh, count: int):
-    images = np.random.default_rng(0).integers(0, 256, (count, 12, 10, 3), np.uint8)
-    shapes = []
-
-    def on_devices(batch: jax.Array) -> jax.Array:
-        shapes.append(batch.shape)
-        assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 12, 10, 3)}
-        assert len(batch.sharding.device_set) == 8
-        return sums(batch)
-
-    out = embed.batched(on_devices, batch_size=16, mesh=mesh)(images)
-    assert shapes == [(16, 12, 10, 3)] * -(-count // 16)
-    x = images.astype(float)
-    expected = [x[..., 0].sum((1, 2)), x[:, 0].sum((1, 2)), x.max((1, 2, 3))]
-    assert out.shape == (count, 3)
-    np.testing.assert_array_equal(out, np.stack(expected, axis=1))
-
-
-def test_a_mirrored_view_and_reuse_are_embedded_too(mesh):
-    images = np.random.default_rng(0).integers(0, 256, (20, 12, 10, 3), np.uint8)
-    run = embed.batched(sums, batch_size=8, mesh=mesh)
-    np.testing.assert_array_equal(run(images[:, :, ::-1]), run(images))
-    np.testing.assert_array_equal(run(images[::-1]), run(images)[::-1])
-
-
-def ink(path: Path, *, left: float = 0.0, right: float = 1.0) -> float:
-    """Share of a PNG's pixels, between two fractions of its width, that are not white."""
-    image = matplotlib.image.imread(path)[..., :3]
-    width = image.shape[1]
-    return float(np.mean(image[:, int(left * width) : int(right * width)].min(2) < 0.95))
-
-
-def write_log(workdir: Path, *, evaluations: bool) -> None:
-    lines: list[dict[str, float]] = [{"step": 0, "baseline/raw": 0.55}]
-    for step in range(10, 110, 10):
-        line = {"train/loss": 40.0 / step, "train/accuracy": step / 100, "train/lr": 0.1}
-        lines.append({"step": step, **line})
-        if evaluations and step % 50 == 0:
-            names = {"accuracy": 0.9, "accuracy_std": 0.1, "threshold": 1.5}
-            lines.append({"step": step} | {f"eval/lfw/{k}": v for k, v in names.items()})
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_the_curves_show_loss_accuracy_and_rate(tmp_path: Path):
-    write_log(tmp_path, evaluations=False)
-    path = plots.training_curves(tmp_path)
-    assert path == tmp_path / "eval" / "curves.png"
-    plain = [ink(path, left=k / 3, right=(k + 1) / 3) for k in range(3)]
-    assert min(plain) > 0.01
-    write_log(tmp_path, evaluations=True)
-    plots.training_curves(tmp_path)
-    evaluated = [ink(path, left=k / 3, right=(k + 1) / 3) for k in range(3)]
-    assert evaluated[1] > plain[1]  # one curve more, and its line in the legend
-    assert evaluated[0] == pytest.approx(plain[0], rel=0.05)
-
-
-def test_without_a_step_there_are_no_curves(tmp_path: Path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "baseline/raw": 0.5}\n')
-    assert plots.training_curves(tmp_path) is None
-    assert not (tmp_path / "eval").exists()
-
-
-def panels(path: Path, *, rows: int, columns: int) -> np.ndarray:
-    """(rows, columns) bool: where a dark image stands."""
-    image = matplotlib.image.imread(path)[..., :3].max(2)
-    height, width = image.shape
-    cells = image[: height - height % rows, : width - width % columns]
-    cells = cells.reshape(rows, height // rows, columns, width // columns)
-    return (cells < 0.5).mean((1, 3)) > 0.2
-
-
-def test_the_sheet_shows_each_kind_of_pair_as_far_as_there_are_any(tmp_path: Path):
-    same = np.array([True] * 12 + [False] * 4)
-    pairs = PairSet("made", np.full((32, 112, 112, 3), 60, np.uint8), same)
-    # 10 recognised, 2 missed; 3 told apart, 1 confused.
-    distance = np.array([0.5] * 10 + [2.0] * 2 + [2.0] * 3 + [0.5])
-    path = tmp_path / "eval" / "made_pairs.png"
-    assert plots.pair_sheet(pairs, distance, threshold=1.0, path=path) == path
-    shown = panels(path, rows=4, columns=5)
-    assert shown.sum(1).tolist() == [5, 3, 2, 1]
-    fewer = plots.pair_sheet(pairs, distance, threshold=1.0, path=path, examples=2)
-    assert panels(fewer, rows=4, columns=2).sum(1).tolist() == [2, 2, 2, 1]
-
-
-def test_the_sheet_is_spread_over_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    drawn = []
-    imshow = matplotlib.axes.Axes.imshow
-
-    def record(axis, image):
-        drawn.append(image)
-        return imshow(axis, image)
-
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", record)
-    images = np.zeros((200, 112, 112, 3), np.uint8)
-    images += np.arange(200, dtype=np.uint8)[:, None, None, None]
-    pairs = PairSet("made", images, np.ones(100, bool))
-    plots.pair_sheet(pairs, np.zeros(100), threshold=1.0, path=tmp_path / "a.png", examples=4)
-    assert [image.shape for image in drawn] == [(112, 224, 3)] * 4
-    assert [int(image[0, 0, 0]) for image in drawn] == [0, 50, 100, 150]
-    assert [int(image[0, -1, 0]) for image in drawn] == [1, 51, 101, 151]
