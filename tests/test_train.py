@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -324,6 +325,18 @@ def test_bad_options_are_one_message_and_code_2(recipe, tmp_path, capsys, option
     message = capsys.readouterr().err
     assert all(word in message for word in named), message
     assert "Traceback" not in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_set_that_cannot_be_verified_is_refused_before_training(recipe, tmp_path, capsys):
+    face = cv2.imencode(".png", synthetic.draw_face(seed=0, identity=0, index=0))[1].tobytes()
+    path = tmp_path / "alike.bin"
+    path.write_bytes(pickle.dumps(([face] * 40, [True] * 20)))
+    with pytest.raises(SystemExit) as stop:
+        options = ["--evaluation.targets", str(path)]
+        script("train").main(arguments(recipe, tmp_path / "run", *options))
+    assert stop.value.code == 2
+    assert "alike: 20 of 20 pairs show one person" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
