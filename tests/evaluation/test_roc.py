@@ -122,10 +122,11 @@ def test_tar_is_the_largest_whose_far_does_not_exceed_the_target():
         score, same = scores(number)
         different = int((~same).sum())
         points = rates(score, same)
-        # Between the steps, and as near as a float comes to each of them.
-        targets = [0.03, 0.1, 1 / 3, 0.5, 0.9, *(k / different for k in range(1, different))]
+        # Between the steps, on each of them, and as near to it as a float comes.
+        steps = np.arange(1, different) / different
+        targets = [0.03, 0.1, 0.9, *steps, *np.nextafter(steps, 0), *np.nextafter(steps, 1)]
         for found in roc.tar_at_far(score, same, fars=targets):
-            if different * found.far < 1 - 1e-12:
+            if 1 / different > found.far:
                 assert found.tar is None and found.threshold is None and found.interval is None
                 continue
             below = [point for point in points if float(point[0]) <= found.far]
