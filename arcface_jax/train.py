@@ -58,6 +58,8 @@ def train(config: Config) -> Outcome:
     validation.validate(config, num_devices=devices.size)
     source = sources.open_source(config.data, seed=config.seed)
     targets = pairs.open_targets(config)
+    for target in targets:
+        verification.check(target)  # better now than after the first epochs
     per_epoch = pipeline.steps_per_epoch(source, global_batch_size=config.data.global_batch_size)
     total = per_epoch * config.schedule.epochs
     dataset = {"num_classes": source.num_classes, "num_images": len(source)}

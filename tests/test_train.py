@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -327,6 +328,18 @@ def test_bad_options_are_one_message_and_code_2(recipe, tmp_path, capsys, option
     assert not (tmp_path / "run").exists()
 
 
+def test_a_set_that_cannot_be_verified_is_refused_before_training(recipe, tmp_path, capsys):
+    face = cv2.imencode(".png", synthetic.draw_face(seed=0, identity=0, index=0))[1].tobytes()
+    path = tmp_path / "alike.bin"
+    path.write_bytes(pickle.dumps(([face] * 40, [True] * 20)))
+    with pytest.raises(SystemExit) as stop:
+        options = ["--evaluation.targets", str(path)]
+        script("train").main(arguments(recipe, tmp_path / "run", *options))
+    assert stop.value.code == 2
+    assert "alike: 20 of 20 pairs show one person" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
@@ -339,8 +352,13 @@ def test_a_folder_of_something_else_is_left_alone(recipe, tmp_path, capsys):
 def test_evaluate_gives_what_training_gave(finished, capsys):
     workdir, outcome = finished
     script("evaluate").main(["--checkpoint", str(workdir)])
-    accuracy = "eval/synthetic/accuracy"
-    assert result(capsys.readouterr().out)[accuracy] == outcome[accuracy]
+    printed = capsys.readouterr().out
+    verified = {name: value for name, value in outcome.items() if name.startswith("eval/")}
+    assert {"eval/synthetic/accuracy", "eval/synthetic/tar@far=1e-1"} <= verified.keys()
+    assert {name: result(printed)[name] for name in verified} == verified
+    *tables, _ = printed.splitlines()
+    assert max(map(len, tables)) <= 100
+    assert "synthetic: 10 pairs of different people are too few for a FAR of 1e-2" in printed
 
 
 def test_inference_prints_the_embedding_of_the_torch_network(finished, capsys, tmp_path):

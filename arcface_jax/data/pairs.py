@@ -84,7 +84,7 @@ def read_bin(path: Path) -> PairSet:
     if len(encoded) != 2 * len(same) or not len(same):
         raise DataError(
             f"{path}: {len(encoded)} images for {len(same)} pairs; there should be two images a "
-            "pair"
+            "pair, and a pair at least: make the set anew, or fetch it again"
         )
     images = np.stack([_square(data, f"{path}, image {i}") for i, data in enumerate(encoded)])
     return PairSet(path.stem, images, same)

@@ -2,7 +2,7 @@
 
 The embedding of an image is f(image) + f(mirrored image), normalised; the score of a pair the
 squared distance of its embeddings. Ten contiguous folds: the threshold that is best on nine
-decides the tenth.
+decides the tenth. Beside it stands what needs no folds: the ROC over all pairs of a set.
 """
 
 from typing import NamedTuple
@@ -11,56 +11,120 @@ import numpy as np
 
 from arcface_jax.data.pairs import PairSet
 from arcface_jax.errors import DataError
+from arcface_jax.evaluation import roc
 from arcface_jax.evaluation.embed import Embed
+from arcface_jax.evaluation.roc import TarAtFar
 
 FOLDS = 10
 THRESHOLDS = np.arange(0, 4, 0.01)
+FAR_THRESHOLDS = np.arange(0, 4, 0.001)
+"""Those of `ten_fold_tar`."""
+FOLD_FAR = 1e-3
+"""Its target in `verify`."""
+FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Targets of TAR over all pairs."""
 
 
 class Verification(NamedTuple):
-    """The outcome on one set."""
+    """The outcome on one set of n pairs."""
 
     name: str
     accuracy: float
     """Mean over the ten folds."""
     accuracy_std: float
     """Standard deviation over the folds."""
+    interval: tuple[float, float]
+    """The 95 % confidence interval of the accuracy, as `roc.wilson` with n trials."""
     threshold: float
-    """Mean of the folds' thresholds on the squared distance; as a cosine, 1 - threshold / 2."""
+    """Mean of the folds' thresholds on the squared distance."""
+    auc: float
+    """Area under the ROC curve."""
+    eer: float
+    """Equal error rate."""
+    tars: tuple[TarAtFar, ...]
+    """TAR at each of `FARS` over all pairs; thresholds are cosines."""
+    fold_tar: float
+    """insightface's TAR at FAR 1e-3: mean over the folds, see `ten_fold_tar`."""
     xnorm: float
     """Mean length of the embeddings before normalisation; insightface's XNorm."""
     distance: np.ndarray
     """(n,) float64: the pairs' squared distances, 0 .. 4."""
+    same: np.ndarray
+    """(n,) bool: whether each pair shows one person."""
+
+    @property
+    def threshold_cosine(self) -> float:
+        """The threshold as a cosine: of unit vectors, squared distance = 2 - 2 cosine."""
+        return 1 - self.threshold / 2
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, as `eval/NAME/accuracy` and so on."""
-        names = ("accuracy", "accuracy_std", "threshold", "xnorm")
-        return {f"eval/{self.name}/{name}": getattr(self, name) for name in names}
+        """The numbers, as `eval/NAME/accuracy` and so on.
+
+        `tar@far=1e-3` and its like are there as far as the set has pairs enough, and
+        `fold_tar@far=1e-3` where `tar@far=1e-3` is.
+        """
+        names = ("accuracy", "accuracy_std", "threshold", "threshold_cosine", "auc", "eer", "xnorm")
+        values = {name: getattr(self, name) for name in names}
+        values["accuracy_low"], values["accuracy_high"] = self.interval
+        for at in self.tars:
+            if at.tar is not None:
+                values[f"tar@far={at.label}"] = at.tar
+                if at.far == FOLD_FAR:
+                    values[f"fold_tar@far={at.label}"] = self.fold_tar
+        return {f"eval/{self.name}/{name}": value for name, value in values.items()}
+
+
+def check(pairs: PairSet) -> None:
+    """Refuses a set that cannot be verified, whatever the embeddings.
+
+    Raises:
+      DataError: there are not two images a pair, fewer pairs than folds, or pairs of one kind only.
+    """
+    images, count = len(pairs.images), len(pairs.same)
+    try:
+        if images != 2 * count:
+            raise DataError(
+                f"{images} images for {count} pairs; there should be {2 * count}: images 2 i and "
+                "2 i + 1 are pair i"
+            )
+        _folds(count)
+        roc.check_both_kinds(pairs.same)
+    except DataError as error:
+        raise DataError(f"{pairs.name}: {error}") from error
 
 
 def verify(embed: Embed, pairs: PairSet) -> Verification:
     """Embeds a set, mirrored too, and applies the protocol.
 
     Raises:
-      DataError: an embedding is not finite, or there are fewer pairs than folds.
+      DataError: an embedding is not finite, or the set is one that `check` refuses.
     """
+    check(pairs)
     plain, mirrored = embed(pairs.images), embed(pairs.images[:, :, ::-1])
     if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
         raise DataError(
             f"{pairs.name}: the network's embeddings are not finite: the weights are damaged, or "
-            "training "
-            f"diverged (try a lower --optimizer.learning-rate)"
+            "training diverged (try a lower --optimizer.learning-rate)"
         )
     distance = pair_distances(plain.astype(np.float64) + mirrored)
     accuracies, thresholds = ten_fold(distance, pairs.same)
-    norms = np.linalg.norm(np.concatenate([plain, mirrored]).astype(np.float64), axis=1)
+    fold_tars, _, _ = ten_fold_tar(distance, pairs.same, far=FOLD_FAR)
+    cosine = 1 - distance / 2
+    curve = roc.roc(cosine, pairs.same)
+    accuracy = float(accuracies.mean())
     return Verification(
         name=pairs.name,
-        accuracy=float(accuracies.mean()),
+        accuracy=accuracy,
         accuracy_std=float(accuracies.std()),
+        interval=roc.wilson(accuracy, len(distance)),
         threshold=float(thresholds.mean()),
-        xnorm=float(norms.mean()),
+        auc=roc.auc(curve),
+        eer=roc.eer(curve),
+        tars=tuple(roc.tar_at_far(cosine, pairs.same, fars=FARS)),
+        fold_tar=float(np.nanmean(fold_tars)),
+        xnorm=float(np.mean([_lengths(plain).mean(), _lengths(mirrored).mean()])),
         distance=distance,
+        same=pairs.same,
     )
 
 
@@ -73,9 +137,14 @@ def raw_pixel_accuracy(pairs: PairSet) -> float:
 
 def pair_distances(embeddings: np.ndarray) -> np.ndarray:
     """(2 n, D) embeddings, two a pair, to (n,) float64 squared distances when normalised."""
-    unit = embeddings.astype(np.float64)
-    unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+    embeddings = embeddings.astype(np.float64, copy=False)
+    unit = embeddings / np.maximum(_lengths(embeddings), 1e-12)[:, None]
     return np.sum(np.square(unit[0::2] - unit[1::2]), axis=1)
+
+
+def _lengths(embeddings: np.ndarray) -> np.ndarray:
+    """(n, D) to (n,) float64, without squaring them into an array of their own."""
+    return np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
 
 
 def ten_fold(distance: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -93,24 +162,77 @@ def ten_fold(distance: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.nda
       accuracies (10,), thresholds (10,).
 
     Raises:
-      DataError: fewer than ten pairs.
+      DataError: fewer than ten pairs, or as `roc.checked`.
     """
-    count = len(same)
-    if count < FOLDS:
-        raise DataError(f"{count} pairs are too few for {FOLDS} folds: give at least {FOLDS}")
-    # Folds as scikit-learn's KFold: the first (n mod 10) hold one pair more.
-    sizes = np.full(FOLDS, count // FOLDS) + (np.arange(FOLDS) < count % FOLDS)
-    fold = np.repeat(np.arange(FOLDS), sizes)
-    # The first threshold that the distance lies below.
-    place = np.searchsorted(THRESHOLDS, distance, side="right")
-    slots = len(THRESHOLDS) + 1
-
-    def per_fold(chosen: np.ndarray) -> np.ndarray:
-        cells = np.bincount(fold[chosen] * slots + place[chosen], minlength=FOLDS * slots)
-        return cells.reshape(FOLDS, slots)[:, :-1].cumsum(axis=1)
-
-    called_same, called_same_wrongly = per_fold(same), per_fold(~same)
+    distance, same = roc.checked(distance, same)
+    fold = _folds(len(same))
+    called_same = _accepted(distance[same], fold[same], THRESHOLDS)
+    called_same_wrongly = _accepted(distance[~same], fold[~same], THRESHOLDS)
     different = np.bincount(fold[~same], minlength=FOLDS)
     right = called_same + different[:, None] - called_same_wrongly
     best = np.argmax(right.sum(axis=0) - right, axis=1)
-    return right[np.arange(FOLDS), best] / sizes, THRESHOLDS[best]
+    return right[np.arange(FOLDS), best] / np.bincount(fold), THRESHOLDS[best]
+
+
+def ten_fold_tar(
+    distance: np.ndarray, same: np.ndarray, *, far: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """TAR of each fold, at the threshold that gives a FAR on the other nine.
+
+    The FAR of the nine folds at the thresholds 0.000, 0.001 .. 3.999 is joined by straight lines,
+    and the threshold is read off where they meet the target: between the last threshold whose FAR
+    is at most the target and the next. Where a level stretch lies on the target itself, that is
+    the stretch's last threshold, which accepts most; insightface's own code stops there with an
+    error, as with any level stretch, since SciPy came to refuse them. The threshold is 0 where no
+    FAR reaches the target. Fewer than 1 / far different pairs give a threshold too, somewhere
+    before the nearest of them; `roc.tar_at_far` gives none.
+
+    Args:
+      distance: (n,) float64 squared distances.
+      same: (n,) bool.
+      far: the target, above 0.
+
+    Returns:
+      TARs (10,), FARs (10,) and thresholds (10,) of the folds; NaN for a rate among no pairs.
+
+    Raises:
+      DataError: fewer than ten pairs, or as `roc.checked`.
+    """
+    distance, same = roc.checked(distance, same)
+    fold = _folds(len(same))
+    accepted = _accepted(distance[~same], fold[~same], FAR_THRESHOLDS)
+    different = np.bincount(fold[~same], minlength=FOLDS)
+    thresholds = np.zeros(FOLDS)
+    for k in range(FOLDS):
+        others = different.sum() - different[k]
+        fars = (accepted.sum(axis=0) - accepted[k]) / max(others, 1)
+        if fars[-1] >= far:
+            thresholds[k] = np.interp(far, fars, FAR_THRESHOLDS)
+    called_same = distance < thresholds[fold]
+    tars, fars = (_fold_means(called_same[kind], fold[kind]) for kind in (same, ~same))
+    return tars, fars, thresholds
+
+
+def _folds(count: int) -> np.ndarray:
+    """(count,) int: the fold of each pair, as scikit-learn's KFold cuts them."""
+    if count < FOLDS:
+        raise DataError(f"{count} pairs are too few for {FOLDS} folds: give at least {FOLDS}")
+    # The first (count mod 10) folds hold one pair more.
+    sizes = np.full(FOLDS, count // FOLDS) + (np.arange(FOLDS) < count % FOLDS)
+    return np.repeat(np.arange(FOLDS), sizes)
+
+
+def _fold_means(values: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """(n,) values to their (folds,) means, NaN where a fold has none."""
+    counts = np.bincount(fold, minlength=FOLDS)
+    sums = np.bincount(fold, weights=values, minlength=FOLDS)
+    return np.divide(sums, counts, out=np.full(FOLDS, np.nan), where=counts > 0)
+
+
+def _accepted(distance: np.ndarray, fold: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """(folds, thresholds) int: how many of the given pairs lie strictly below each threshold."""
+    # The first threshold that the distance lies below.
+    place = np.searchsorted(thresholds, distance, side="right")
+    slots = len(thresholds) + 1
+    cells = np.bincount(fold * slots + place, minlength=FOLDS * slots)
+    return cells.reshape(FOLDS, slots)[:, :-1].cumsum(axis=1)

@@ -1,102 +1,22 @@
-"""insightface's protocol restated slowly; embedding by batches on eight devices; the pictures."""
+"""A set from its images to its numbers, and the sets that are refused."""
 
 import json
-from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import matplotlib.axes
-import matplotlib.image
 import numpy as np
 import pytest
+import scipy.stats
+from sklearn import metrics
+from sklearn.preprocessing import normalize
 
-from arcface_jax import mesh as meshes
 from arcface_jax.data.pairs import PairSet
 from arcface_jax.errors import DataError
-from arcface_jax.evaluation import embed, plots, verification
-from arcface_jax.evaluation.verification import pair_distances, raw_pixel_accuracy, ten_fold, verify
-
-
-def restated(distance: np.ndarray, same: np.ndarray) -> tuple[list[float], list[float]]:
-    """One threshold and one fold at a time, in plain Python."""
-    thresholds = np.arange(0, 4, 0.01).tolist()
-    scores = list(zip(distance.tolist(), same.tolist(), strict=True))
-    accuracies, chosen = [], []
-    begin = 0
-    for fold in range(10):
-        size = len(scores) // 10 + (1 if fold < len(scores) % 10 else 0)
-        test = scores[begin : begin + size]
-        train = scores[:begin] + scores[begin + size :]
-        begin += size
-        best, best_right = 0.0, -1
-        for threshold in thresholds:
-            right = 0
-            for d, is_same in train:
-                right += (d < threshold) == is_same
-            if right > best_right:  # the first of equally good ones stays
-                best, best_right = threshold, right
-        accuracies.append(sum((d < best) == is_same for d, is_same in test) / size)
-        chosen.append(best)
-    assert begin == len(scores)
-    return accuracies, chosen
-
-
-def random_scores(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sets of all kinds: sizes that ten does not divide, ties, scores on and beside thresholds."""
-    rng = np.random.default_rng(number)
-    count = int(rng.integers(10, 60))
-    same = rng.random(count) < rng.choice([0.0, 0.1, 0.5, 0.9, 1.0])
-    distance = np.clip(np.where(same, 1.0, 2.0) + rng.normal(0, 0.6, count), 0, 4)
-    kind = number % 5
-    if kind == 1:  # exactly on thresholds
-        distance = rng.choice(verification.THRESHOLDS, count)
-    elif kind == 2:  # the next floating-point number below or above one
-        towards = rng.choice([-np.inf, np.inf], count)
-        distance = np.abs(np.nextafter(rng.choice(np.arange(0, 4, 0.01), count), towards))
-    elif kind == 3:  # few values, so that many thresholds are equally good
-        distance = rng.choice([0.0, 0.5, 3.99, 4.0, 3.995], count)
-    elif kind == 4:  # sorted, so that folds differ as much as they can
-        order = np.argsort(distance)
-        distance, same = distance[order], same[order]
-    return distance, same
-
-
-@pytest.mark.parametrize("kind", range(5))
-def test_ten_folds_equal_the_protocol_said_slowly(kind: int):
-    for number in range(kind, 200, 5):
-        distance, same = random_scores(number)
-        accuracies, thresholds = ten_fold(distance, same)
-        expected_accuracies, expected_thresholds = restated(distance, same)
-        np.testing.assert_array_equal(thresholds, expected_thresholds, err_msg=str(number))
-        np.testing.assert_allclose(accuracies, expected_accuracies, rtol=1e-15, err_msg=str(number))
-
-
-def test_a_pair_on_the_threshold_is_not_the_same():
-    same = np.array([True] * 10 + [False] * 10)
-    # Thresholds 0.51 to 1.00 part these; the first decides, strictly.
-    distance = np.where(same, 0.5, 1.0)
-    accuracies, thresholds = ten_fold(distance, same)
-    np.testing.assert_array_equal(accuracies, 1)
-    np.testing.assert_array_equal(thresholds, verification.THRESHOLDS[51])
-    # On the test fold alone a distance lies on the threshold that the others choose.
-    distance[0] = verification.THRESHOLDS[51]
-    assert ten_fold(distance, same)[0][0] == 0.5
-
-
-def test_all_same_or_all_different_pairs_are_all_recognised():
-    distance = np.linspace(0, 3.9, 33)
-    accuracies, thresholds = ten_fold(distance, np.ones(33, bool))
-    np.testing.assert_array_equal(accuracies[:-1], 1)
-    assert thresholds[0] == pytest.approx(3.91)
-    accuracies, thresholds = ten_fold(distance, np.zeros(33, bool))
-    np.testing.assert_array_equal(accuracies, 1)
-    np.testing.assert_array_equal(thresholds, 0)
-
-
-@pytest.mark.parametrize("count", [0, 1, 9])
-def test_fewer_pairs_than_folds_are_refused(count: int):
-    with pytest.raises(DataError, match=f"{count} pairs are too few for 10 folds.*at least 10"):
-        ten_fold(np.zeros(count), np.zeros(count, bool))
+from arcface_jax.evaluation.verification import (
+    pair_distances,
+    raw_pixel_accuracy,
+    ten_fold,
+    ten_fold_tar,
+    verify,
+)
 
 
 def test_distances_are_those_of_unit_vectors():
@@ -109,6 +29,14 @@ def test_distances_are_those_of_unit_vectors():
     distance = pair_distances(embeddings)
     assert distance.dtype == np.float64
     np.testing.assert_allclose(distance, 2 - 2 * np.cos(angle), rtol=1e-6, atol=1e-12)
+
+
+def test_distances_are_those_of_scikit_learns_normalize_to_the_last_digit():
+    embeddings = np.random.default_rng(0).normal(size=(2000, 512)).astype(np.float32)
+    embeddings[7] = 0
+    unit = normalize(embeddings.astype(np.float64))
+    expected = np.sum(np.square(unit[0::2] - unit[1::2]), 1)
+    np.testing.assert_array_equal(pair_distances(embeddings), expected)
 
 
 def test_an_embedding_of_length_zero_is_at_distance_one_from_any_other():
@@ -155,27 +83,59 @@ def test_verify_sums_an_image_and_its_mirror_image():
     assert result.accuracy == 1
     assert result.accuracy_std == 0
     assert result.distance[pairs.same].max() < result.threshold <= result.distance.max()
+    assert result.threshold_cosine == 1 - result.threshold / 2
+    np.testing.assert_array_equal(result.same, pairs.same)
+    assert (result.auc, result.eer, result.fold_tar) == (1, 0, 1)
+    # Ten different pairs show a FAR of 1e-1 and no smaller one.
+    assert [at.tar for at in result.tars] == [1, None, None, None, None, None]
+    assert [at.pairs_needed for at in result.tars] == [10**k for k in range(1, 7)]
     assert result.metrics() == {
         "eval/made/accuracy": 1.0,
+        "eval/made/accuracy_low": result.interval[0],
+        "eval/made/accuracy_high": 1.0,
         "eval/made/accuracy_std": 0.0,
         "eval/made/threshold": result.threshold,
+        "eval/made/threshold_cosine": result.threshold_cosine,
         "eval/made/xnorm": result.xnorm,
+        "eval/made/auc": 1.0,
+        "eval/made/eer": 0.0,
+        "eval/made/tar@far=1e-1": 1.0,
     }
     json.dumps(result.metrics())  # plain numbers
 
 
-def test_verify_gives_mean_and_deviation_of_the_folds():
+def test_verify_gives_what_the_distances_say():
     rng = np.random.default_rng(0)
-    pairs = PairSet("noise", np.zeros((60, 112, 112, 3), np.uint8), rng.random(30) < 0.5)
-    given = [rng.normal(size=(60, 3)).astype(np.float32) for _ in range(2)]
+    same = rng.permutation(np.arange(3000) < 1200)
+    pairs = PairSet("noise", np.zeros((6000, 2, 2, 3), np.uint8), same)
+    person = np.repeat(rng.normal(size=(3000, 16)), 2, axis=0)
+    person[1::2][~same] = rng.normal(size=(1800, 16))
+    given = [(person + rng.normal(size=(6000, 16))).astype(np.float32) for _ in range(2)]
     answers = iter(given)
     result = verify(lambda images: next(answers), pairs)
-    accuracies, thresholds = restated(pair_distances(given[0].astype(float) + given[1]), pairs.same)
-    assert result.accuracy == pytest.approx(np.mean(accuracies))
-    assert result.accuracy_std == pytest.approx(np.std(accuracies))
-    assert result.threshold == pytest.approx(np.mean(thresholds))
+    distance = pair_distances(given[0].astype(float) + given[1])
+    np.testing.assert_array_equal(result.distance, distance)
+    accuracies, thresholds = ten_fold(distance, same)
+    assert (result.accuracy, result.accuracy_std) == (np.mean(accuracies), np.std(accuracies))
+    assert result.threshold == np.mean(thresholds)
+    assert result.fold_tar == np.mean(ten_fold_tar(distance, same, far=1e-3)[0])
+    expected = scipy.stats.binomtest(round(result.accuracy * 3000), 3000)
+    interval = expected.proportion_ci(0.95, method="wilson")
+    assert result.interval == pytest.approx((interval.low, interval.high), abs=1e-12)
     lengths = [np.sqrt((x.astype(float) ** 2).sum(1)) for x in given]
     assert result.xnorm == pytest.approx(np.mean(lengths))
+
+    cosine = 1 - distance / 2
+    assert result.auc == pytest.approx(metrics.roc_auc_score(same, cosine), abs=1e-13)
+    fpr, tpr, cosines = metrics.roc_curve(same, cosine, drop_intermediate=False)
+    assert abs(result.eer - fpr[np.argmin(abs(fpr - (1 - tpr)))]) < 1e-3
+    for at, far in zip(result.tars, [1e-1, 1e-2, 1e-3], strict=False):
+        assert at.tar == tpr[fpr <= far].max()
+        assert at.threshold == cosines[fpr <= far].min()
+        assert result.metrics()[f"eval/noise/tar@far={at.label}"] == at.tar
+    assert 0 < result.tars[2].tar < result.tars[0].tar < 1
+    assert [at.tar for at in result.tars[3:]] == [None] * 3
+    assert result.metrics()["eval/noise/fold_tar@far=1e-3"] == result.fold_tar
 
 
 @pytest.mark.parametrize("call", [0, 1], ids=["plain", "mirrored"])
@@ -193,9 +153,22 @@ def test_embeddings_that_are_not_finite_are_no_result(wrong: float, call: int):
         verify(run, a_set())
 
 
-def test_a_set_of_fewer_pairs_than_folds_is_refused():
-    with pytest.raises(DataError, match="9 pairs are too few"):
-        verify(lambda images: np.ones((len(images), 4), np.float32), a_set(9))
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images": np.zeros((41, 2, 2, 3), np.uint8)}, "41 images for 20 pairs; .* be 40"),
+        ({"same": np.arange(9) % 2 == 0}, "40 images for 9 pairs; there should be 18"),
+        ({"same": np.ones(20, bool)}, "20 of 20 pairs show one person, 0 two: .* both kinds"),
+        ({"same": np.zeros(20, bool)}, "0 of 20 pairs show one person, 20 two: .* both kinds"),
+        (a_set(9)._asdict(), "9 pairs are too few for 10 folds"),
+    ],
+)
+def test_a_set_that_cannot_be_verified_is_refused_before_it_is_embedded(changes, words: str):
+    def never(images: np.ndarray) -> np.ndarray:
+        raise AssertionError("embedded")
+
+    with pytest.raises(DataError, match=f"made: {words}"):
+        verify(never, a_set()._replace(**changes))
 
 
 def test_raw_pixels_see_patterns_and_neither_brightness_nor_colour():
@@ -207,118 +180,3 @@ def test_raw_pixels_see_patterns_and_neither_brightness_nor_colour():
     images[0::2] = left + rng.integers(0, 60, (20, 1, 1, 3))
     images[1::2] = 2 * right + rng.integers(60, 170, (20, 1, 1, 3))
     assert raw_pixel_accuracy(PairSet("patterns", images, same)) == 1
-
-
-@jax.jit
-def sums(images: jax.Array) -> jax.Array:
-    """(B, 3): what tells images, channels and rows apart."""
-    x = images.astype(jnp.float32)
-    return jnp.stack([x[..., 0].sum((1, 2)), x[:, 0].sum((1, 2)), x.max((1, 2, 3))], axis=1)
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    return meshes.make(8)
-
-
-@pytest.mark.parametrize("count", [1, 7, 8, 16, 17, 41])
-def test_any_number_of_images_is_embedded_in_order_on_eight_devices(mesh, count: int):
-    images = np.random.default_rng(0).integers(0, 256, (count, 12, 10, 3), np.uint8)
-    shapes = []
-
-    def on_devices(batch: jax.Array) -> jax.Array:
-        shapes.append(batch.shape)
-        assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 12, 10, 3)}
-        assert len(batch.sharding.device_set) == 8
-        return sums(batch)
-
-    out = embed.batched(on_devices, batch_size=16, mesh=mesh)(images)
-    assert shapes == [(16, 12, 10, 3)] * -(-count // 16)
-    x = images.astype(float)
-    expected = [x[..., 0].sum((1, 2)), x[:, 0].sum((1, 2)), x.max((1, 2, 3))]
-    assert out.shape == (count, 3)
-    np.testing.assert_array_equal(out, np.stack(expected, axis=1))
-
-
-def test_a_mirrored_view_and_reuse_are_embedded_too(mesh):
-    images = np.random.default_rng(0).integers(0, 256, (20, 12, 10, 3), np.uint8)
-    run = embed.batched(sums, batch_size=8, mesh=mesh)
-    np.testing.assert_array_equal(run(images[:, :, ::-1]), run(images))
-    np.testing.assert_array_equal(run(images[::-1]), run(images)[::-1])
-
-
-def ink(path: Path, *, left: float = 0.0, right: float = 1.0) -> float:
-    """Share of a PNG's pixels, between two fractions of its width, that are not white."""
-    image = matplotlib.image.imread(path)[..., :3]
-    width = image.shape[1]
-    return float(np.mean(image[:, int(left * width) : int(right * width)].min(2) < 0.95))
-
-
-def write_log(workdir: Path, *, evaluations: bool) -> None:
-    lines: list[dict[str, float]] = [{"step": 0, "baseline/raw": 0.55}]
-    for step in range(10, 110, 10):
-        line = {"train/loss": 40.0 / step, "train/accuracy": step / 100, "train/lr": 0.1}
-        lines.append({"step": step, **line})
-        if evaluations and step % 50 == 0:
-            names = {"accuracy": 0.9, "accuracy_std": 0.1, "threshold": 1.5}
-            lines.append({"step": step} | {f"eval/lfw/{k}": v for k, v in names.items()})
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_the_curves_show_loss_accuracy_and_rate(tmp_path: Path):
-    write_log(tmp_path, evaluations=False)
-    path = plots.training_curves(tmp_path)
-    assert path == tmp_path / "eval" / "curves.png"
-    plain = [ink(path, left=k / 3, right=(k + 1) / 3) for k in range(3)]
-    assert min(plain) > 0.01
-    write_log(tmp_path, evaluations=True)
-    plots.training_curves(tmp_path)
-    evaluated = [ink(path, left=k / 3, right=(k + 1) / 3) for k in range(3)]
-    assert evaluated[1] > plain[1]  # one curve more, and its line in the legend
-    assert evaluated[0] == pytest.approx(plain[0], rel=0.05)
-
-
-def test_without_a_step_there_are_no_curves(tmp_path: Path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "baseline/raw": 0.5}\n')
-    assert plots.training_curves(tmp_path) is None
-    assert not (tmp_path / "eval").exists()
-
-
-def panels(path: Path, *, rows: int, columns: int) -> np.ndarray:
-    """(rows, columns) bool: where a dark image stands."""
-    image = matplotlib.image.imread(path)[..., :3].max(2)
-    height, width = image.shape
-    cells = image[: height - height % rows, : width - width % columns]
-    cells = cells.reshape(rows, height // rows, columns, width // columns)
-    return (cells < 0.5).mean((1, 3)) > 0.2
-
-
-def test_the_sheet_shows_each_kind_of_pair_as_far_as_there_are_any(tmp_path: Path):
-    same = np.array([True] * 12 + [False] * 4)
-    pairs = PairSet("made", np.full((32, 112, 112, 3), 60, np.uint8), same)
-    # 10 recognised, 2 missed; 3 told apart, 1 confused.
-    distance = np.array([0.5] * 10 + [2.0] * 2 + [2.0] * 3 + [0.5])
-    path = tmp_path / "eval" / "made_pairs.png"
-    assert plots.pair_sheet(pairs, distance, threshold=1.0, path=path) == path
-    shown = panels(path, rows=4, columns=5)
-    assert shown.sum(1).tolist() == [5, 3, 2, 1]
-    fewer = plots.pair_sheet(pairs, distance, threshold=1.0, path=path, examples=2)
-    assert panels(fewer, rows=4, columns=2).sum(1).tolist() == [2, 2, 2, 1]
-
-
-def test_the_sheet_is_spread_over_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    drawn = []
-    imshow = matplotlib.axes.Axes.imshow
-
-    def record(axis, image):
-        drawn.append(image)
-        return imshow(axis, image)
-
-    monkeypatch.setattr(matplotlib.axes.Axes, "imshow", record)
-    images = np.zeros((200, 112, 112, 3), np.uint8)
-    images += np.arange(200, dtype=np.uint8)[:, None, None, None]
-    pairs = PairSet("made", images, np.ones(100, bool))
-    plots.pair_sheet(pairs, np.zeros(100), threshold=1.0, path=tmp_path / "a.png", examples=4)
-    assert [image.shape for image in drawn] == [(112, 224, 3)] * 4
-    assert [int(image[0, 0, 0]) for image in drawn] == [0, 50, 100, 150]
-    assert [int(image[0, -1, 0]) for image in drawn] == [1, 51, 101, 151]

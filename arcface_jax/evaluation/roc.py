@@ -1,0 +1,243 @@
+"""ROC curves of pairs of faces: exact at ties, and fast enough for many millions of scores.
+
+A score is the higher, the more alike two faces are: a cosine, or a squared distance with its sign
+turned. A pair is accepted, which is to say called the same, where score >= threshold. FAR is the
+share of the different pairs that are accepted, TAR that of the same pairs, and FRR = 1 - TAR.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+
+from arcface_jax.errors import DataError
+
+CONFIDENCE = 0.95
+
+
+class Roc(NamedTuple):
+    """What is accepted at each of m thresholds: none, then every score that occurs."""
+
+    threshold: np.ndarray
+    """(m,) falling, in the scores' dtype; the first is infinite and accepts nothing."""
+    false_accepts: np.ndarray
+    """(m,) int64: different pairs with score >= threshold, from 0 to all of them."""
+    true_accepts: np.ndarray
+    """(m,) int64: the same for same pairs."""
+
+    @property
+    def far(self) -> np.ndarray:
+        """(m,) float64, 0 .. 1."""
+        return self.false_accepts / self.false_accepts[-1]
+
+    @property
+    def tar(self) -> np.ndarray:
+        """(m,) float64, 0 .. 1."""
+        return self.true_accepts / self.true_accepts[-1]
+
+
+class TarAtFar(NamedTuple):
+    """TAR where FAR is at most a target; `None`s where the set has too few different pairs."""
+
+    far: float
+    """The target."""
+    pairs_needed: int
+    """The fewest different pairs that can show such a FAR: the first n with 1 / n <= far."""
+    tar: float | None
+    interval: tuple[float, float] | None
+    """`wilson` of TAR at this threshold; how sure the threshold itself is, it does not say."""
+    threshold: float | None
+    """The lowest score with that FAR at most; infinite where that is to accept nothing."""
+
+    @property
+    def label(self) -> str:
+        """The target as `1e-3`."""
+        return np.format_float_scientific(self.far, trim="-", exp_digits=1)
+
+
+def checked(score: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and labels as arrays that belong together.
+
+    Args:
+      score: (n,) float, scores or distances.
+      same: (n,) bool, or 0 and 1.
+
+    Raises:
+      DataError: they are not of one length, or a score is not finite.
+    """
+    score, same = np.asarray(score), np.asarray(same, bool)
+    if score.ndim != 1 or score.shape != same.shape:
+        raise DataError(
+            f"scores of shape {score.shape} and labels of shape {same.shape}: give one score and "
+            "one label a pair"
+        )
+    wrong = len(score) - np.count_nonzero(np.isfinite(score))
+    if wrong:
+        raise DataError(
+            f"{wrong} of {len(score)} scores are not finite: look for embeddings with NaN or inf"
+        )
+    return score, same
+
+
+def check_both_kinds(same: np.ndarray) -> None:
+    """Refuses labels that know one answer only.
+
+    Args:
+      same: (n,) bool.
+
+    Raises:
+      DataError: all pairs are the same, or all different, or there are none.
+    """
+    count = np.count_nonzero(same)
+    if not 0 < count < len(same):
+        raise DataError(
+            f"{count} of {len(same)} pairs show one person, {len(same) - count} two: FAR and TAR "
+            "need pairs of both kinds; look at the list that says which pairs are the same"
+        )
+
+
+def roc(score: np.ndarray, same: np.ndarray) -> Roc:
+    """The whole curve, each distinct score a threshold: pairs that tie are accepted together.
+
+    The same points as scikit-learn's `roc_curve(same, score, drop_intermediate=False)`. Scores are
+    sorted without their labels, which is several times as fast as to sort an index.
+
+    Args:
+      score: (n,) float.
+      same: (n,) bool.
+
+    Raises:
+      DataError: as `checked`, or the pairs are all of one kind.
+    """
+    score, same = checked(score, same)
+    check_both_kinds(same)
+    ordered = np.sort(score)
+    first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
+    threshold = ordered[first]
+    accepted = len(score) - first
+    # How many same pairs have each score, and from it how many have at least that score.
+    place = np.searchsorted(threshold, np.sort(score[same]))
+    at_threshold = np.bincount(place, minlength=len(threshold))
+    true_accepts = at_threshold[::-1].cumsum()
+    return Roc(
+        np.concatenate([np.array([np.inf], threshold.dtype), threshold[::-1]]),
+        np.concatenate([[0], accepted[::-1] - true_accepts]),
+        np.concatenate([[0], true_accepts]),
+    )
+
+
+def auc(curve: Roc) -> float:
+    """The area under the curve: the chance that a same pair scores above a different one.
+
+    Ties count half. Counted in integers, so that the result is the nearest float64.
+    """
+    true, false = curve.true_accepts, curve.false_accepts
+    doubled = int(np.sum(np.diff(false) * (true[1:] + true[:-1])))
+    return doubled / (2 * int(true[-1]) * int(false[-1]))
+
+
+def eer(curve: Roc) -> float:
+    """The equal error rate: FAR where it is FRR, on straight lines between the curve's points.
+
+    FAR - FRR rises from -1 to 1 and is never level, so that there is one such place. Between its
+    last point (FAR_0, FRR_0) before and its first point (FAR_1, FRR_1) at or behind that place,
+
+        EER = FAR_0 + (FAR_1 - FAR_0) (FRR_0 - FAR_0) / ((FRR_0 - FAR_0) + (FAR_1 - FRR_1)).
+
+    Counted in integers, so that the result is the nearest float64.
+    """
+    same, different = int(curve.true_accepts[-1]), int(curve.false_accepts[-1])
+    # FAR - FRR, times the number of pairs of either kind.
+    excess = curve.false_accepts * same - (same - curve.true_accepts) * different
+    behind = int(np.searchsorted(excess, 0))
+    before, after = -int(excess[behind - 1]), int(excess[behind])
+    low, high = (int(curve.false_accepts[k]) for k in (behind - 1, behind))
+    return (low * after + high * before) / (different * (before + after))
+
+
+def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) -> list[TarAtFar]:
+    """The largest TAR among the thresholds whose FAR does not exceed a target, for each target.
+
+    Nothing is interpolated: where several different pairs tie, or FAR steps over the target, the
+    step before it counts. Of n different pairs k = floor(far n) may be accepted, so the threshold
+    is the lowest score above the (k + 1)-th highest of theirs. With n < 1 / far only k = 0 is
+    left, which says nothing about the target: TAR is None.
+
+    Only the top of the different pairs' scores is sorted.
+
+    Args:
+      score: (n,) float.
+      same: (n,) bool.
+      fars: the targets, each in 0 .. 1, both excluded.
+
+    Returns:
+      One for each target, in their order.
+
+    Raises:
+      DataError: as `roc`, or a target is no such rate.
+    """
+    score, same = checked(score, same)
+    check_both_kinds(same)
+    for far in fars:
+        if not 0 < far < 1:
+            raise DataError(f"a FAR of {far} is no target: give one between 0 and 1, as 1e-3")
+    genuine, impostor = score[same], score[~same]
+    begin = len(impostor) - 1 - max((_allowed(far, len(impostor)) for far in fars), default=0)
+    top = np.sort(np.partition(impostor, begin)[begin:])
+    return [_tar_at_far(far, genuine, top, different=len(impostor)) for far in fars]
+
+
+def _tar_at_far(far: float, genuine: np.ndarray, top: np.ndarray, *, different: int) -> TarAtFar:
+    """One target; `top` holds the highest scores of the different pairs, rising."""
+    allowed = _allowed(far, different)
+    needed = _pairs_needed(far)
+    if not allowed:
+        return TarAtFar(far, needed, tar=None, interval=None, threshold=None)
+    refused = top[-1 - allowed]
+    accepted = genuine > refused
+    tar = int(np.count_nonzero(accepted)) / len(genuine)
+    false = top[np.searchsorted(top, refused, side="right") :]
+    threshold = min(np.min(genuine, where=accepted, initial=np.inf), np.min(false, initial=np.inf))
+    interval = wilson(tar, len(genuine))
+    return TarAtFar(far, needed, tar=tar, interval=interval, threshold=float(threshold))
+
+
+def _allowed(far: float, count: int) -> int:
+    """The largest k with k / count <= far, all as float64 rounds."""
+    k = int(far * count)
+    if (k + 1) / count <= far:
+        return k + 1
+    return k - (k / count > far)
+
+
+def _pairs_needed(far: float) -> int:
+    """The smallest n with 1 / n <= far, as float64 rounds."""
+    near = round(1 / far)
+    return near if 1 / near <= far else near + 1
+
+
+def wilson(rate: float, trials: int) -> tuple[float, float]:
+    """The 95 % confidence interval of a rate, Wilson's score interval.
+
+    With z = 1.96, the 97.5 % quantile of the normal distribution, and n trials,
+
+        (rate + z^2 / 2n  +-  z sqrt(rate (1 - rate) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    (E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927).
+    Unlike rate +- z sqrt(rate (1 - rate) / n) it stays inside 0 .. 1 and keeps a width at a rate
+    of 1, where face verification lives. The exact interval of Clopper and Pearson is wider than
+    it says and takes the inverse of the incomplete beta function.
+
+    It takes the trials as independent. Pairs that share people are not quite: the truth is wider.
+
+    Args:
+      rate: 0 .. 1.
+      trials: n, at least 1.
+    """
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    shrink = 1 + z**2 / trials
+    center = (rate + z**2 / (2 * trials)) / shrink
+    half = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2) / shrink
+    return max(0.0, center - half), min(1.0, center + half)

@@ -1,0 +1,87 @@
+"""Verification results for the terminal: two tables of at most 100 columns, and words."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from arcface_jax.evaluation.verification import FARS, FOLD_FAR, Verification
+
+_LONGEST_NAME = 16
+
+
+def summary(results: Sequence[Verification]) -> list[Table]:
+    """The ten folds, and the ROC over all pairs; each set is a line in both.
+
+    Args:
+      results: of `verification.verify`.
+    """
+    return [_folds(results), _roc(results)]
+
+
+def remarks(results: Sequence[Verification]) -> list[str]:
+    """In words, for each set, the FARs that its different pairs are too few to show."""
+    lines = []
+    for result in results:
+        missing = [at for at in result.tars if at.tar is None]
+        if missing:
+            different = np.count_nonzero(~result.same)
+            needs = ", ".join(f"{at.label} (needs {at.pairs_needed:,})" for at in missing)
+            lines.append(
+                f"{result.name}: {different:,} pairs of different people are too few for a FAR of "
+                f"{needs}"
+            )
+    return lines
+
+
+def _folds(results: Sequence[Verification]) -> Table:
+    """Accuracy and its kin, and insightface's TAR where one set at least has pairs enough."""
+    at = FARS.index(FOLD_FAR)
+    heads = ["accuracy", "95 %\ninterval", "threshold:\ncosine (d²)", "XNorm"]
+    with_tar = _any_measured(results, at)
+    if with_tar:
+        heads.append(f"TAR at\n{results[0].tars[at].label}")
+    table = _table("ten folds, as insightface", ["same +\ndifferent", *heads])
+    table.columns[1].no_wrap = False
+    for result in results:
+        same = np.count_nonzero(result.same)
+        low, high = result.interval
+        cells = [
+            f"{same} + {len(result.same) - same}",
+            f"{result.accuracy:.5f} +- {result.accuracy_std:.5f}",
+            f"{low:.4f}-{high:.4f}",
+            f"{result.threshold_cosine:.3f} ({result.threshold:.3f})",
+            f"{result.xnorm:.3f}",
+        ]
+        if with_tar:
+            cells.append(_share(None if result.tars[at].tar is None else result.fold_tar))
+        table.add_row(result.name, *cells)
+    return table
+
+
+def _roc(results: Sequence[Verification]) -> Table:
+    """TAR at those FARs that one set at least can show."""
+    shown = [at for at in range(len(FARS)) if _any_measured(results, at)]
+    heads = [f"TAR at\n{results[0].tars[at].label}" for at in shown]
+    table = _table("all pairs, TAR at FAR", ["AUC", "EER", *heads])
+    for result in results:
+        tars = [_share(result.tars[at].tar) for at in shown]
+        table.add_row(result.name, f"{result.auc:.5f}", _share(result.eer), *tars)
+    return table
+
+
+def _any_measured(results: Sequence[Verification], at: int) -> bool:
+    return any(result.tars[at].tar is not None for result in results)
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("set", max_width=_LONGEST_NAME, overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
