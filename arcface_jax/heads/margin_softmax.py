@@ -22,9 +22,10 @@ from jax.sharding import PartitionSpec as P
 
 from arcface_jax.config import HeadConfig, OptimizerConfig
 from arcface_jax.heads import centers as class_centers
-from arcface_jax.heads import margins, partial_fc, visits
+from arcface_jax.heads import losses, margins, partial_fc, visits
 from arcface_jax.heads.blocks import EveryClass, ListedClasses, Walk
 from arcface_jax.heads.centers import Moments, Rule
+from arcface_jax.heads.losses import Batch, Loss, Softmax
 from arcface_jax.heads.margins import Margin, State
 from arcface_jax.heads.visits import Visit
 from arcface_jax.mesh import AXIS
@@ -150,7 +151,7 @@ def _on_one_device(
     walk, target_slot = _choose(target, key, stored=stored, num_classes=num_classes, head=head)
     visit = Visit(batch.x, centers.rows, walk, target_slot, head.subcenters, head.scale, bend=None)
     visit, softmax = _first_visit(visit, target, batch, centers.state, margin)
-    loss = _loss(softmax, batch, margin, head.scale)
+    loss = losses.evaluate(softmax, batch, margin, scale=head.scale)
 
     update = jnp.isfinite(loss.mean)  # nothing that is not a number gets into the centers
     d_x, centers = _second_visit(
@@ -170,60 +171,17 @@ def _on_one_device(
     if margin.uses_norms:
         d_embeddings += _own_part(loss.d_norms, len(unit))[:, None] * unit
     return HeadOutput(
-        loss.mean, d_embeddings, centers._replace(state=state), _metrics(softmax, loss, batch)
+        loss.mean, d_embeddings, centers._replace(state=state), losses.metrics(softmax, loss, batch)
     )
 
 
-class _Batch(NamedTuple):
-    """The samples of all devices, on each of them."""
-
-    x: jax.Array
-    """(B, D) normalised embeddings, in the operands' type."""
-    norms: jax.Array
-    """(B,) float32 lengths before; ones where the margin does not look at them."""
-    labels: jax.Array
-    """(B,) int32."""
-    valid: jax.Array
-    """(B,) bool, which labels are classes."""
-    count: jax.Array
-    """() int32, how many are, at least 1."""
-
-
-class _Softmax(NamedTuple):
-    """What the first visit comes to, on all devices together."""
-
-    z_target: jax.Array
-    """(B,) float32 cosines with the own classes."""
-    log_others: jax.Array
-    """(B,) float32 log of the sum of exponentials over the other classes."""
-    hardest: jax.Array
-    """(B,) float32 largest cosine with another class."""
-    state: State
-    """The margin's, moved."""
-
-
-class _Loss(NamedTuple):
-    """The loss, and its gradients where they need no second visit."""
-
-    mean: jax.Array
-    """() float32."""
-    value: jax.Array
-    """(B,) float32 target cosines with the margin applied."""
-    log_sum: jax.Array
-    """(B,) float32 log-sum-exp of all logits; inf for samples without a class."""
-    d_target: jax.Array
-    """(B,) float32 gradient of the target cosines, times count / scale."""
-    d_norms: jax.Array
-    """(B,) float32 gradient of the lengths."""
-
-
-def _gather(unit, norm, labels, *, num_classes: int, head: HeadConfig, margin: Margin) -> _Batch:
+def _gather(unit, norm, labels, *, num_classes: int, head: HeadConfig, margin: Margin) -> Batch:
     labels = lax.all_gather(labels, AXIS, tiled=True)
     valid = (labels >= 0) & (labels < num_classes)
     norms = jnp.ones(len(labels))
     if margin.uses_norms:
         norms = lax.all_gather(norm[:, 0], AXIS, tiled=True)
-    return _Batch(
+    return Batch(
         x=lax.all_gather(unit.astype(head.dtype), AXIS, tiled=True),
         norms=norms,
         labels=labels,
@@ -253,8 +211,8 @@ def _choose(
 
 
 def _first_visit(
-    visit: Visit, target, batch: _Batch, state: State, margin: Margin
-) -> tuple[Visit, _Softmax]:
+    visit: Visit, target, batch: Batch, state: State, margin: Margin
+) -> tuple[Visit, Softmax]:
     """The sum over the other classes, and the visit as its second time has to be."""
     z_target = visits.target_cosine(visit, target)
     if margin.others_need_target:
@@ -276,33 +234,13 @@ def _first_visit(
     else:
         z_target, exp_sum = lax.psum(jnp.stack([z_target, exp_sum]), AXIS)
         state = margin.update(state, z_target, batch.norms, batch.valid)
-    return visit, _Softmax(z_target, jnp.log(exp_sum) + shift, hardest, state)
-
-
-def _loss(softmax: _Softmax, batch: _Batch, margin: Margin, scale: float) -> _Loss:
-    def target(cosine, norms):
-        return margin.target(cosine, norms, softmax.state)
-
-    value, pull = jax.vjp(target, softmax.z_target, batch.norms)
-    # How far the others lie above the target. Loss and gradient follow from the difference: taken
-    # from the log-sum-exp, a trained network's small loss would be lost in rounding.
-    excess = softmax.log_others - scale * value
-    losses = jax.nn.softplus(excess)
-    d_target, d_norms = pull(jnp.where(batch.valid, -jax.nn.sigmoid(excess), 0))
-    log_sum = jnp.where(batch.valid, scale * value + losses, jnp.inf)
-    weight = batch.valid / batch.count
-    d_norms *= scale / batch.count
-    if margin.extra_loss is not None:
-        extra, pull = jax.vjp(margin.extra_loss, batch.norms)
-        losses += extra
-        d_norms += pull(weight)[0]
-    return _Loss(jnp.sum(weight * losses), value, log_sum, d_target, d_norms)
+    return visit, Softmax(z_target, jnp.log(exp_sum) + shift, hardest, state)
 
 
 def _second_visit(
     visit: Visit,
     centers: Centers,
-    loss: _Loss,
+    loss: Loss,
     *,
     update,
     factor,
@@ -351,19 +289,3 @@ def _second_visit(
 def _own_part(everywhere: jax.Array, size: int) -> jax.Array:
     """This device's (size,) of an array over all samples."""
     return lax.dynamic_slice_in_dim(everywhere, lax.axis_index(AXIS) * size, size)
-
-
-def _metrics(softmax: _Softmax, loss: _Loss, batch: _Batch) -> dict[str, jax.Array]:
-    def mean(values):
-        return jnp.sum(jnp.where(batch.valid, values, 0)) / batch.count
-
-    # Where no other class took part there is no hardest.
-    hardest = jnp.maximum(softmax.hardest, -1)
-    return {
-        "accuracy": mean(softmax.z_target >= hardest),
-        "target_cosine": mean(softmax.z_target),
-        "hardest_negative_cosine": mean(hardest),
-        "below_hardest": mean(softmax.z_target < hardest),
-        "below_hardest_with_margin": mean(loss.value < hardest),
-        "invalid_labels": batch.valid.size - jnp.sum(batch.valid),
-    }

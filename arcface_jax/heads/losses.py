@@ -1,0 +1,91 @@
+"""The loss, once the sums over all classes are known; the same on every device."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from arcface_jax.heads.margins import Margin, State
+
+
+class Batch(NamedTuple):
+    """The samples of all devices, on each of them."""
+
+    x: jax.Array
+    """(B, D) normalised embeddings, in the operands' type."""
+    norms: jax.Array
+    """(B,) float32 lengths before; ones where the margin does not look at them."""
+    labels: jax.Array
+    """(B,) int32."""
+    valid: jax.Array
+    """(B,) bool, which labels are classes."""
+    count: jax.Array
+    """() int32, how many are, at least 1."""
+
+
+class Softmax(NamedTuple):
+    """What the first visit comes to, on all devices together."""
+
+    z_target: jax.Array
+    """(B,) float32 cosines with the own classes."""
+    log_others: jax.Array
+    """(B,) float32 log of the sum of exponentials over the other classes."""
+    hardest: jax.Array
+    """(B,) float32 largest cosine with another class."""
+    state: State
+    """The margin's, moved."""
+
+
+class Loss(NamedTuple):
+    """The loss, and its gradients where they need no second visit."""
+
+    mean: jax.Array
+    """() float32."""
+    value: jax.Array
+    """(B,) float32 target cosines with the margin applied."""
+    log_sum: jax.Array
+    """(B,) float32 log-sum-exp of all logits; inf for samples without a class."""
+    d_target: jax.Array
+    """(B,) float32 gradient of the target cosines, times count / scale."""
+    d_norms: jax.Array
+    """(B,) float32 gradient of the lengths."""
+
+
+def evaluate(softmax: Softmax, batch: Batch, margin: Margin, *, scale: float) -> Loss:
+    """The loss of a batch; where the margin has a loss of its own, with it."""
+
+    def target(cosine, norms):
+        return margin.target(cosine, norms, softmax.state)
+
+    value, pull = jax.vjp(target, softmax.z_target, batch.norms)
+    # How far the others lie above the target. Loss and gradient follow from the difference: taken
+    # from the log-sum-exp, a trained network's small loss would be lost in rounding.
+    excess = softmax.log_others - scale * value
+    losses = jax.nn.softplus(excess)
+    d_target, d_norms = pull(jnp.where(batch.valid, -jax.nn.sigmoid(excess), 0))
+    log_sum = jnp.where(batch.valid, scale * value + losses, jnp.inf)
+    weight = batch.valid / batch.count
+    d_norms *= scale / batch.count
+    if margin.extra_loss is not None:
+        extra, pull = jax.vjp(margin.extra_loss, batch.norms)
+        losses += extra
+        d_norms += pull(weight)[0]
+    return Loss(jnp.sum(weight * losses), value, log_sum, d_target, d_norms)
+
+
+def metrics(softmax: Softmax, loss: Loss, batch: Batch) -> dict[str, jax.Array]:
+    """What a trainer wants to see, () each; see `margin_softmax.HeadOutput`."""
+
+    def mean(values):
+        return jnp.sum(jnp.where(batch.valid, values, 0)) / batch.count
+
+    # Where no other class took part there is no hardest.
+    hardest = jnp.maximum(softmax.hardest, -1)
+    return {
+        "accuracy": mean(softmax.z_target >= hardest),
+        "target_cosine": mean(softmax.z_target),
+        "hardest_negative_cosine": mean(hardest),
+        "below_hardest": mean(softmax.z_target < hardest),
+        "below_hardest_with_margin": mean(loss.value < hardest),
+        "invalid_labels": batch.valid.size - jnp.sum(batch.valid),
+    }
