@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from arcface_jax import config as configs
-from arcface_jax import models, step
+from arcface_jax import config_files, models, step
 from arcface_jax.config import Config
 from arcface_jax.errors import CheckpointError
 from arcface_jax.step import TrainState
@@ -32,7 +31,7 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
     """
     workdir = Path(config.workdir)
     if (workdir / CONFIG).exists():
-        different = configs.differences(read_config(workdir), config)
+        different = config_files.differences(read_config(workdir), config)
         if different:
             raise _not_resumable(workdir, different)
     elif workdir.is_dir() and any(workdir.iterdir()):
@@ -44,7 +43,7 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / CONFIG).exists():
-            (workdir / CONFIG).write_text(configs.to_json(config))
+            (workdir / CONFIG).write_text(config_files.to_json(config))
     except OSError as error:
         raise CheckpointError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
     options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep)
@@ -60,7 +59,7 @@ def read_config(workdir: Path) -> Config:
     path = workdir / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{workdir} holds no {CONFIG}: name the --workdir of a training run")
-    return configs.from_json(path.read_text(), source=str(path))
+    return config_files.from_json(path.read_text(), source=str(path))
 
 
 def save(manager: ocp.CheckpointManager, state: TrainState, dataset: Dataset) -> None:

@@ -2,7 +2,8 @@
 
 import math
 
-from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups, flatten
+from arcface_jax import config_files
+from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups
 from arcface_jax.errors import ConfigError
 
 # float32 overflows in exp() above this; the head sums exp(logit) without a shift
@@ -145,7 +146,7 @@ def _check_drawn_pairs(config: Config) -> None:
 
 
 def _check_ranges(config: Config) -> None:
-    values = flatten(config)
+    values = config_files.flatten(config)
     for name in (
         "data.global_batch_size",
         "data.threads",

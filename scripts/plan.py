@@ -16,8 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from arcface_jax import config as configs
-from arcface_jax import errors, plan
+from arcface_jax import config_files, errors, plan
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def main(argv: list[str]) -> None:
         Arguments, args=argv, prog="plan.py RECIPE", description=__doc__, return_unknown_args=True
     )
     with errors.reported():
-        config = configs.load(words, prog="plan.py")
+        config = config_files.load(words, prog="plan.py")
         if not 0 < arguments.memory < math.inf:
             raise errors.UserError(
                 f"--memory {arguments.memory:g} must be above 0: GiB of a device, 80 for an H100"

@@ -14,8 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from arcface_jax import config as configs
-from arcface_jax import errors
+from arcface_jax import config_files, errors
 from arcface_jax.train import train
 
 
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
     begin = time.perf_counter()
     with errors.reported():
-        config = configs.load(argv)
+        config = config_files.load(argv)
         outcome = train(config)
         workdir = Path(config.workdir)
         files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]

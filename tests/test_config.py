@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from arcface_jax import config as configs
+from arcface_jax import config_files
 from arcface_jax.config import Config, DataConfig, ModelConfig
 from arcface_jax.errors import ConfigError
 
@@ -28,7 +29,9 @@ def recipe(tmp_path: Path):
 
 def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(recipe):
     path = recipe('c.Config(seed=3, data=c.DataConfig(path="a", threads=2))')
-    config = configs.load([path, "--data.path", "b", "--model.network", "r18", "--workdir", "w"])
+    config = config_files.load(
+        [path, "--data.path", "b", "--model.network", "r18", "--workdir", "w"]
+    )
     assert config == Config(
         workdir="w",
         seed=3,
@@ -54,8 +57,8 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(recip
 )
 def test_an_option_sets_its_field_and_no_other(recipe, words: str, name: str, value):
     path = recipe('c.Config(devices=2, evaluation=c.EvaluationConfig(targets=("x",)))')
-    before = configs.flatten(configs.read_recipe(Path(path)))
-    after = configs.flatten(configs.load([path, *words.split()]))
+    before = config_files.flatten(config_files.read_recipe(Path(path)))
+    after = config_files.flatten(config_files.load([path, *words.split()]))
     assert after == before | {name: value}
     assert type(after[name]) is type(value)
 
@@ -78,7 +81,7 @@ def test_an_option_sets_its_field_and_no_other(recipe, words: str, name: str, va
 )
 def test_a_wrong_option_exits_with_2_and_says_what_would_be_right(recipe, capsys, words, expected):
     with pytest.raises(SystemExit) as exit_:
-        configs.load([recipe("c.Config()"), *words.split()])
+        config_files.load([recipe("c.Config()"), *words.split()])
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert [word for word in expected if word not in message] == []
@@ -87,12 +90,12 @@ def test_a_wrong_option_exits_with_2_and_says_what_would_be_right(recipe, capsys
 @pytest.mark.parametrize("words", [[], ["--workdir", "w"], ["--seed", "1", "recipe.py"]])
 def test_the_recipe_comes_first(words: list[str]):
     with pytest.raises(ConfigError, match=r"recipe as its first argument.*configs/lfw_tiny\.py"):
-        configs.load(words)
+        config_files.load(words)
 
 
 def test_help_needs_no_recipe(capsys):
     with pytest.raises(SystemExit) as exit_:
-        configs.load(["--help"])
+        config_files.load(["--help"])
     assert exit_.value.code == 0
     assert "--model.network" in capsys.readouterr().out
 
@@ -126,7 +129,7 @@ def test_help_needs_no_recipe(capsys):
 def test_a_wrong_recipe_is_an_error_that_says_what_would_be_right(recipe, expression, expected):
     path = recipe(expression)
     with pytest.raises(ConfigError) as error:
-        configs.load([path])
+        config_files.load([path])
     assert [word for word in [path, *expected] if word not in str(error.value)] == []
 
 
@@ -135,15 +138,15 @@ def test_a_recipe_that_is_no_recipe_is_named(tmp_path: Path, text: str):
     path = tmp_path / "broken.py"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"broken\.py cannot be read: "):
-        configs.read_recipe(path)
+        config_files.read_recipe(path)
 
 
 def test_a_missing_recipe_names_its_neighbours(tmp_path: Path):
     (tmp_path / "ms1mv3_r50.py").touch()
     with pytest.raises(ConfigError, match=r"no recipe at .*ms1mv3_r5\.py.*recipes in.*ms1mv3_r50"):
-        configs.load([str(tmp_path / "ms1mv3_r5.py")])
+        config_files.load([str(tmp_path / "ms1mv3_r5.py")])
     with pytest.raises(ConfigError, match=r"no recipe at .*nowhere.*none"):
-        configs.load([str(tmp_path / "nowhere" / "r.py")])
+        config_files.load([str(tmp_path / "nowhere" / "r.py")])
 
 
 def test_a_configuration_cannot_be_changed():
@@ -158,7 +161,7 @@ def changed_everywhere() -> Config:
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
     choices |= {"sgd": "adamw", "untouched": "decayed"}
     lists = {"schedule.decay_epochs": (3, 5), "evaluation.targets": ("a.bin", "b.bin")}
-    for name, value in configs.flatten(config).items():
+    for name, value in config_files.flatten(config).items():
         if isinstance(value, bool):
             new = not value
         elif isinstance(value, str):
@@ -173,10 +176,10 @@ def changed_everywhere() -> Config:
 
 def test_json_brings_back_every_field():
     config = changed_everywhere()
-    default, changed = configs.flatten(Config()), configs.flatten(config)
+    default, changed = config_files.flatten(Config()), config_files.flatten(config)
     assert [name for name in default if default[name] == changed[name]] == []
-    text = configs.to_json(config)
-    assert configs.from_json(text, source="config.json") == config
+    text = config_files.to_json(config)
+    assert config_files.from_json(text, source="config.json") == config
     assert text.endswith("}\n")
     assert json.loads(text)["schedule"]["decay_epochs"] == [3, 5]
 
@@ -198,17 +201,17 @@ def test_json_brings_back_every_field():
 )
 def test_json_is_read_strictly(text: str, expected: list[str]):
     with pytest.raises(ConfigError) as error:
-        configs.from_json(text, source="runs/a/config.json")
+        config_files.from_json(text, source="runs/a/config.json")
     message = str(error.value)
     assert [word for word in ["runs/a/config.json", *expected] if word not in message] == []
 
 
 def test_flatten_has_a_dotted_name_for_every_field():
-    flat = configs.flatten(Config())
+    flat = config_files.flatten(Config())
     assert flat["data.synthetic.pairs"] == 600
     assert flat["schedule.decay_epochs"] == []
     assert all(not isinstance(value, dict) for value in flat.values())
-    sections = json.loads(configs.to_json(Config()))
+    sections = json.loads(config_files.to_json(Config()))
     leaves = json.dumps(sections).count(": ") - json.dumps(sections).count(": {")
     assert len(flat) == leaves
 
@@ -219,17 +222,17 @@ def test_differences_are_those_that_change_what_is_computed():
     free += ("head.block_size", "evaluation", "checkpoint", "logging")
     expected = [
         name
-        for name in configs.flatten(changed)
+        for name in config_files.flatten(changed)
         if name not in free and name.split(".")[0] not in free
     ]
-    lines = configs.differences(Config(), changed)
+    lines = config_files.differences(Config(), changed)
     assert [line.split(":")[0] for line in lines] == expected
     assert "head.loss" in expected and "data.global_batch_size" in expected
-    assert configs.differences(changed, changed) == []
+    assert config_files.differences(changed, changed) == []
 
 
 def test_a_difference_names_both_values():
-    lines = configs.differences(Config(), configs.replace(Config(), model__network="r18"))
+    lines = config_files.differences(Config(), configs.replace(Config(), model__network="r18"))
     assert lines == ["model.network: the stored run has 'r50', this command asks for 'r18'"]
 
 
@@ -238,8 +241,8 @@ def test_replace_changes_a_copy_at_any_depth():
     after = configs.replace(before, data__synthetic__pairs=40, data__path="p", seed=9)
     assert (after.data.synthetic.pairs, after.data.path, after.seed) == (40, "p", 9)
     assert before == Config()
-    flat = configs.flatten(before)
-    assert configs.flatten(after) == flat | {
+    flat = config_files.flatten(before)
+    assert config_files.flatten(after) == flat | {
         "data.synthetic.pairs": 40,
         "data.path": "p",
         "seed": 9,
