@@ -1,5 +1,6 @@
 """Every network: sizes as published, torch twins, and what training leaves out at random."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -99,7 +100,7 @@ def test_embeddings_of_large_networks_equal_those_of_their_twins(network, faces)
     assert_equal_to_torch(network, faces)
 
 
-def test_gradients_of_mobilefacenet_equal_those_of_torch(faces):
+def test_gradients_of_mobilefacenet_are_as_near_to_float64_as_torchs_own(faces):
     backbone, twin = models.build("mbf"), twins.build("mbf")
     params, batch_stats = backbone.init(1)
     twin.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
@@ -112,16 +113,21 @@ def test_gradients_of_mobilefacenet_equal_those_of_torch(faces):
         x = preprocess.normalise(jnp.asarray(images))
         return jnp.mean(backbone.apply(params, batch_stats, x, train=True)[0] * target)
 
-    x = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2)
-    out = twin.train()((x - preprocess.MEAN) / preprocess.SCALE)
-    (out * torch.from_numpy(target)).mean().backward()
-    ours = weights.to_state_dict(gradient(params), {})
-    for name, parameter in twin.named_parameters():
-        assert parameter.grad is not None
-        difference = float((ours[name] - parameter.grad).norm())
-        # Some are zero but for rounding, as behind a BatchNorm.
-        rounding = 1e-6 * parameter.numel() ** 0.5
-        assert difference <= 5e-3 * float(parameter.grad.norm()) + rounding, name
+    def by_torch(module: torch.nn.Module, dtype: torch.dtype) -> np.ndarray:
+        x = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).to(dtype)
+        out = module.train()((x - preprocess.MEAN) / preprocess.SCALE)
+        (out * torch.from_numpy(target).to(dtype)).mean().backward()
+        return flat({name: p.grad for name, p in module.named_parameters()})
+
+    def flat(gradients: dict) -> np.ndarray:
+        return np.concatenate([gradients[name].double().numpy().ravel() for name in names])
+
+    names = [name for name, _ in twin.named_parameters()]
+    exact = by_torch(copy.deepcopy(twin).double(), torch.float64)
+    theirs = np.linalg.norm(by_torch(twin, torch.float32) - exact)
+    ours = np.linalg.norm(flat(weights.to_state_dict(gradient(params), {})) - exact)
+    assert ours <= 1.5 * theirs  # measured: two thirds of it
+    assert ours <= 1e-2 * np.linalg.norm(exact)
 
 
 ARCHITECTURE = vit.Architecture(32, 3, drop_path=0.5, masked=True)
