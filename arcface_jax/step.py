@@ -139,12 +139,12 @@ def make_train_step(
         rate = schedule(state.step)
         images = batch["image"]
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        flip_key, network_key, head_key = jax.random.split(key, 3)
         if config.data.flip:
-            images = preprocess.random_flip(images, key)
+            images = preprocess.random_flip(images, flip_key)
         images = preprocess.normalise(images)
 
         def forward(params: Arrays):
-            network_key = jax.random.fold_in(key, 1)  # the flips' own is the key itself
             return network.apply(params, state.batch_stats, images, train=True, key=network_key)
 
         embeddings, pull_embeddings, batch_stats = jax.vjp(forward, state.params, has_aux=True)
@@ -154,7 +154,7 @@ def make_train_step(
             Centers(state.centers, state.centers_opt, state.head_state),
             learning_rate=rate,
             step=state.step,
-            key=jax.random.key(config.seed),
+            key=head_key,
             num_classes=num_classes,
             head=config.head,
             optimizer=config.optimizer,

@@ -212,7 +212,7 @@ def _sharded(name: str, case: Case, mesh: Mesh) -> Callable:
             Centers(rows, moments, {}),
             learning_rate=jnp.float32(_RATE),
             step=step,
-            key=jax.random.key(0),
+            key=jax.random.fold_in(jax.random.key(0), step),
             num_classes=case.classes,
             head=head,
             optimizer=OptimizerConfig(kind=case.optimizer),

@@ -111,7 +111,7 @@ def apply(
       centers: what the head keeps.
       learning_rate: () float32.
       step: () int32, steps done before this one.
-      key: of the run; which classes are drawn depends on it, the step and the device.
+      key: of the step; which classes are drawn depends on it and the device.
       num_classes: C; classes behind it are padding.
       head: margin, scale, sampling, operand type, block size.
       optimizer: of the centers; its clip_norm is for the backbone alone.
@@ -147,7 +147,6 @@ def _on_one_device(
     stored = len(centers.rows) // head.subcenters
     target = batch.labels - lax.axis_index(AXIS) * stored
     target = jnp.where(batch.valid & (target >= 0) & (target < stored), target, -1)
-    key = jax.random.fold_in(key, step)
     walk, target_slot = _choose(target, key, stored=stored, num_classes=num_classes, head=head)
     visit = Visit(batch.x, centers.rows, walk, target_slot, head.subcenters, head.scale, bend=None)
     visit, softmax = _first_visit(visit, target, batch, centers.state, margin)

@@ -220,7 +220,14 @@ def pad(centers: Centers, head: HeadConfig, num_classes: int, devices: int) -> C
     return Centers(five(centers.rows), jax.tree.map(five, centers.moments), centers.state)
 
 
-def compile_head(num_classes: int, head: HeadConfig, optimizer: OptimizerConfig, devices: int):
+def compile_head(
+    num_classes: int,
+    head: HeadConfig,
+    optimizer: OptimizerConfig,
+    devices: int,
+    *,
+    rate: float = RATE,
+):
     """(embeddings, labels, centers, step) -> HeadOutput."""
     mesh = meshes.make(devices)
 
@@ -230,9 +237,9 @@ def compile_head(num_classes: int, head: HeadConfig, optimizer: OptimizerConfig,
             embeddings,
             labels,
             centers,
-            learning_rate=jnp.float32(RATE),
+            learning_rate=jnp.float32(rate),
             step=step,
-            key=jax.random.key(KEY),
+            key=jax.random.fold_in(jax.random.key(KEY), step),
             num_classes=num_classes,
             head=head,
             optimizer=optimizer,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from dense import compile_head
 from jax.sharding import NamedSharding
 
 from arcface_jax import mesh as meshes
@@ -37,10 +37,9 @@ def run_steps(num_classes: int, *, devices: int, block_size: int, optimizer: str
     mesh = meshes.make(devices)
     head = HeadConfig(dtype="float32", gradient="exact", block_size=block_size)
     rule = OptimizerConfig(kind=optimizer)  # pyright: ignore[reportArgumentType]  # one of the two
-    rate = jnp.float32(0.1 if optimizer == "sgd" else 1e-3)  # as the recipes have them
+    rate = 0.1 if optimizer == "sgd" else 1e-3  # as the recipes have them
     rng = np.random.default_rng(0)
     prototypes = rng.normal(size=(num_classes, D)).astype(np.float32)
-    key = jax.random.key(1)
 
     def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -48,7 +47,7 @@ def run_steps(num_classes: int, *, devices: int, block_size: int, optimizer: str
     @jax.jit
     def init():
         return margin_softmax.init_centers(
-            key,
+            jax.random.key(1),
             num_classes=num_classes,
             embedding_size=D,
             num_devices=devices,
@@ -56,21 +55,7 @@ def run_steps(num_classes: int, *, devices: int, block_size: int, optimizer: str
             optimizer=rule,
         )
 
-    def apply(embeddings, labels, centers, step):
-        return margin_softmax.apply(
-            embeddings,
-            labels,
-            centers,
-            learning_rate=rate,
-            step=step,
-            key=key,
-            num_classes=num_classes,
-            head=head,
-            optimizer=rule,
-            mesh=mesh,
-        )
-
-    apply = jax.jit(apply)
+    apply = compile_head(num_classes, head, rule, devices, rate=rate)
     gather = jax.jit(lambda x: x, out_shardings=meshes.replicated(mesh))
     fresh = jax.tree.map(np.asarray, init())
     centers = fresh._replace(

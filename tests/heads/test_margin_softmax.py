@@ -214,9 +214,11 @@ def assert_precise(dtype: str, *, num_classes: int, size: int, cosine: float | N
     assert abs(out["loss"] - wanted["loss"]) <= ALLOWED[dtype]["loss"]
     for name in ("d_embeddings", "momentum"):
         assert error(out[name], wanted[name]) <= ALLOWED[dtype][name], name
-    # Nothing is flushed: as many classes have a gradient as should.
-    alive = np.count_nonzero(np.abs(wanted["momentum"]).sum(1) > 1e-12)
-    assert np.count_nonzero(np.abs(out["momentum"]).sum(1)) >= 0.999 * alive
+    # What is flushed to zero, as float16 does below 7e-12 of probability, is next to nothing.
+    gradient = np.linalg.norm(wanted["momentum"], axis=1)
+    flushed = ~np.any(out["momentum"], axis=1) & (gradient > 1e-12)
+    assert gradient[flushed].sum() <= 1e-8 * gradient.sum()
+    assert flushed.sum() <= (0.001 if num_classes < 1e6 else 0.1) * num_classes
 
 
 @pytest.mark.parametrize("dtype", ALLOWED)
