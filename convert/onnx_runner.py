@@ -9,6 +9,7 @@ How its input is to be normalised is told, in this order, by
 - otherwise (x - 127.5) / 127.5, RGB.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ import numpy as np
 
 from arcface_jax import preprocess
 from arcface_jax.errors import UserError
-from arcface_jax.evaluation.embed import Embed
 from arcface_jax.models import IMAGE_SIZE
 
 METADATA_KEYS = ("mean", "scale", "color_order")
@@ -36,7 +36,43 @@ class Normalisation(NamedTuple):
     """RGB or BGR: the order of the channels that the graph takes."""
 
 
-def onnx_embedder(path: str | Path, *, batch_size: int = _LARGEST_BATCH) -> Embed:
+class OnnxModel:
+    """An open model; calling it gives the embeddings. Made by `onnx_embedder`."""
+
+    def __init__(self, path: Path, *, batch_size: int):
+        self._path = path
+        self._session = _session(path)
+        self._entry = self._session.get_inputs()[0]
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        self.normalisation = read_normalisation(path, metadata)
+        first = self._entry.shape[0]
+        self._fixed = isinstance(first, int)
+        self._batch_size: int = first if self._fixed else batch_size
+
+    def __call__(self, images: np.ndarray, /) -> np.ndarray:
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        size = self._batch_size
+        return np.concatenate(
+            [self._run(images[start : start + size]) for start in range(0, len(images), size)]
+        )
+
+    def digest(self) -> str:
+        """A SHA-256 of the file."""
+        with self._path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _run(self, part: np.ndarray) -> np.ndarray:
+        missing = self._batch_size - len(part) if self._fixed else 0
+        x = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)])
+        if self.normalisation.color_order == "BGR":
+            x = x[..., ::-1]
+        x = (x.astype(np.float32) - self.normalisation.mean) / self.normalisation.scale
+        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2), _NUMBERS[self._entry.type])
+        out = self._session.run(None, {self._entry.name: x})[0]
+        return out[: len(part)].astype(np.float32)
+
+
+def onnx_embedder(path: str | Path, *, batch_size: int = _LARGEST_BATCH) -> OnnxModel:
     """Opens a model for ONNX Runtime, on a GPU where the installed runtime has one.
 
     Args:
@@ -49,29 +85,7 @@ def onnx_embedder(path: str | Path, *, batch_size: int = _LARGEST_BATCH) -> Embe
     Raises:
       UserError: ONNX Runtime is not installed, there is no such file, or it is not such a model.
     """
-    path = Path(path)
-    session = _session(path)
-    normalisation = read_normalisation(path, session.get_modelmeta().custom_metadata_map)
-    entry = session.get_inputs()[0]
-    fixed = entry.shape[0] if isinstance(entry.shape[0], int) else None
-
-    def run(part: np.ndarray) -> np.ndarray:
-        x = part if normalisation.color_order == "RGB" else part[..., ::-1]
-        x = (x.astype(np.float32) - normalisation.mean) / normalisation.scale
-        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2), _NUMBERS[entry.type])
-        return session.run(None, {entry.name: x})[0].astype(np.float32)
-
-    def embed(images: np.ndarray) -> np.ndarray:
-        size = fixed or batch_size
-        parts = []
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            missing = fixed - len(part) if fixed else 0
-            filled = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing else part
-            parts.append(run(filled)[: len(part)])
-        return np.concatenate(parts)
-
-    return embed
+    return OnnxModel(Path(path), batch_size=batch_size)
 
 
 def read_normalisation(path: Path, metadata: Mapping[str, str]) -> Normalisation:

@@ -5,8 +5,8 @@ import torch
 
 from arcface_jax import models, preprocess
 from arcface_jax.data import synthetic
-from arcface_jax.embedder import Embedder
 from arcface_jax.errors import UserError
+from arcface_jax.network import Network
 from convert import twins
 from convert.weights import StateDict
 
@@ -29,7 +29,7 @@ def largest_error(embeddings: np.ndarray, reference: np.ndarray) -> float:
     return float(error.max())
 
 
-def check(embedder: Embedder, state: StateDict, *, network: str) -> float:
+def check(embedder: Network, state: StateDict, *, network: str) -> float:
     """Loads a state_dict strictly into the torch twin and compares the embeddings of drawn faces.
 
     Returns:

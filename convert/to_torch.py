@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from arcface_jax import errors
-from arcface_jax.embedder import Embedder
+from arcface_jax.network import Network
 from convert import parity, weights
 
 
@@ -37,7 +37,7 @@ def export(workdir: Path, output: Path) -> float:
     Raises:
       UserError: the workdir cannot be read, the embeddings differ, or the file cannot be written.
     """
-    embedder = Embedder.from_workdir(workdir)
+    embedder = Network.from_workdir(workdir)
     state = weights.to_state_dict(embedder.params, embedder.batch_stats)
     error = parity.check(embedder, state, network=embedder.network)
     part = output.with_suffix(".part")

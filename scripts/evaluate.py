@@ -17,8 +17,8 @@ from arcface_jax import checkpoint, errors
 from arcface_jax import config as configs
 from arcface_jax.config import Config
 from arcface_jax.data import pairs
-from arcface_jax.embedder import Embedder
 from arcface_jax.evaluation import tables, verification
+from arcface_jax.network import Network
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class Arguments:
     """Images per forward pass, over all devices."""
 
 
-def open_model(arguments: Arguments) -> tuple[Embedder, Config]:
+def open_model(arguments: Arguments) -> tuple[Network, Config]:
     """The network to evaluate, and the configuration that names its default sets."""
     if arguments.checkpoint is not None and arguments.weight is None:
         config = checkpoint.read_config(arguments.checkpoint)
-        return Embedder.from_workdir(arguments.checkpoint, batch_size=arguments.batch_size), config
+        return Network.from_workdir(arguments.checkpoint, batch_size=arguments.batch_size), config
     if arguments.weight is None or arguments.checkpoint is not None:
         raise errors.UserError("name one network: either --checkpoint WORKDIR or --weight FILE.pth")
     from convert import weights
 
     params, batch_stats = weights.load(arguments.weight, arguments.network)
-    embedder = Embedder(arguments.network, params, batch_stats, batch_size=arguments.batch_size)
+    embedder = Network(arguments.network, params, batch_stats, batch_size=arguments.batch_size)
     return embedder, Config()
 
 

@@ -14,8 +14,8 @@ import tyro
 
 from arcface_jax import errors
 from arcface_jax.data import sources
-from arcface_jax.embedder import Embedder
 from arcface_jax.models import IMAGE_SIZE
+from arcface_jax.network import Network
 from convert import weights
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     with errors.reported():
         params, batch_stats = weights.load(arguments.weight, arguments.network)
         image = read_image(arguments.img)
-        embedder = Embedder(arguments.network, params, batch_stats, batch_size=1, devices=1)
+        embedder = Network(arguments.network, params, batch_stats, batch_size=1, devices=1)
         embedding = embedder(image[None])
     np.set_printoptions(threshold=sys.maxsize, linewidth=100, precision=6, suppress=True)
     print(embedding)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from arcface_jax import models
-from arcface_jax.embedder import Embedder
 from arcface_jax.errors import UserError
+from arcface_jax.network import Network
 from convert import parity, torch_iresnet, weights
 
 
@@ -83,7 +83,7 @@ def test_files_that_are_not_weights_are_refused(content, tmp_path, capsys):
 
 
 def test_an_export_whose_embeddings_differ_is_refused(arrays, state):
-    embedder = Embedder("r_tiny", *arrays, batch_size=16, devices=1)
+    embedder = Network("r_tiny", *arrays, batch_size=16, devices=1)
     assert parity.check(embedder, state, network="r_tiny") < 1e-5
     wrong = {**state, "fc.bias": state["fc.bias"] + 0.1}
     with pytest.raises(UserError, match="nothing was written"):

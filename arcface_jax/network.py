@@ -1,0 +1,92 @@
+"""A trained network as a function from images to embeddings, on the devices of this machine."""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from arcface_jax import checkpoint, mesh, models, step
+from arcface_jax.evaluation import embed
+from arcface_jax.models import Arrays
+
+
+class Model(Protocol):
+    """What inference and evaluation need of a network, whatever runs it."""
+
+    def __call__(self, images: np.ndarray, /) -> np.ndarray:
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        ...
+
+    def digest(self) -> str:
+        """A SHA-256 that names the weights."""
+        ...
+
+
+class Network:
+    """A trained backbone in float32.
+
+    `Network.from_workdir("runs/demo")(images)` gives the embeddings of (n, 112, 112, 3) uint8 RGB
+    images as (n, D) float32, not normalised.
+
+    Args:
+      network: a name in `arcface_jax.models.NETWORKS`.
+      params: the backbone's parameters.
+      batch_stats: its BatchNorm statistics.
+      batch_size: images per forward pass, a multiple of the number of devices. Fewer images are
+        run as one or as eight a device, so that at most three programs are compiled.
+      devices: how many devices share a batch; all of them when not given.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        params: Arrays,
+        batch_stats: Arrays,
+        *,
+        batch_size: int = 64,
+        devices: int | None = None,
+    ):
+        self.network = network
+        device_mesh = mesh.make(devices)
+        self.params, self.batch_stats = jax.device_put(
+            (params, batch_stats), mesh.replicated(device_mesh)
+        )
+        backbone = models.build(network, embedding_size=models.embedding_size(params) or 0)
+        run = partial(step.make_embed(backbone), self.params, self.batch_stats)
+        sizes = {size for size in (device_mesh.size, 8 * device_mesh.size) if size < batch_size}
+        self._runs = {
+            size: embed.batched(run, batch_size=size, mesh=device_mesh)
+            for size in sorted({*sizes, batch_size})
+        }
+
+    @classmethod
+    def from_workdir(cls, workdir: str | Path, **options) -> "Network":
+        """The newest checkpoint of a run; options as in the class.
+
+        Raises:
+          CheckpointError: the folder holds none.
+        """
+        config, params, batch_stats, _ = checkpoint.restore_backbone(Path(workdir))
+        return cls(config.model.network, params, batch_stats, **options)
+
+    def __call__(self, images: np.ndarray, /) -> np.ndarray:
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        if images.ndim != 4 or images.shape[1:] != (112, 112, 3) or images.dtype != np.uint8:
+            raise ValueError(
+                f"images are {images.shape} {images.dtype}; expected (n, 112, 112, 3) uint8, RGB, "
+                "aligned faces"
+            )
+        fitting = [size for size in self._runs if size >= len(images)]
+        return self._runs[fitting[0] if fitting else max(self._runs)](images)
+
+    def digest(self) -> str:
+        """A SHA-256 of the network's name and weights: the same for a run and its `.pth` export."""
+        total = hashlib.sha256(self.network.encode())
+        for arrays in (self.params, self.batch_stats):
+            for name in sorted(arrays):
+                total.update(name.encode())
+                total.update(np.ascontiguousarray(arrays[name], np.float32).data)
+        return total.hexdigest()
