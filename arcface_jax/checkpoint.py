@@ -1,7 +1,8 @@
 """Checkpoints with Orbax: saved in the background, restored on any number of devices.
 
 A checkpoint holds three items: `backbone` (parameters and BatchNorm statistics, all that inference
-needs), `training` (the rest of the state) and `dataset` (what the centers' rows stand for).
+needs), `training` (the rest of the state) and `dataset` (what the centers' rows stand for); and,
+where the recipe asks for running means of the weights, `ema`, which inference then takes.
 """
 
 from pathlib import Path
@@ -70,15 +71,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState, dataset: Dataset) ->
     number = int(state.step)
     if number in manager.all_steps():
         return
-    backbone, training = _split(state)
-    manager.save(
-        number,
-        args=ocp.args.Composite(
-            backbone=ocp.args.PyTreeSave(backbone),
-            training=ocp.args.PyTreeSave(training),
-            dataset=ocp.args.JsonSave(dataset),
-        ),
-    )
+    items: dict[str, Any] = {name: ocp.args.PyTreeSave(item) for name, item in _split(state).items()}
+    items["dataset"] = ocp.args.JsonSave(dataset)
+    manager.save(number, args=ocp.args.Composite(**items))
 
 
 def restore(
@@ -110,18 +105,16 @@ def restore(
     ]
     if different:
         raise _not_resumable(Path(manager.directory).parent, different)
-    backbone, training = _split(fresh)
-    restored = manager.restore(
-        number,
-        args=ocp.args.Composite(
-            backbone=_restore_args(backbone),
-            # The centers are stored with as many rows of padding as the devices wanted that wrote
-            # them: Orbax pads or cuts them to what is wanted here. The classes' rows are all
-            # there, for their number is the stored one.
-            training=_restore_args(training, strict_shapes=False),
-        ),
-    )
-    return TrainState(**restored["backbone"], **restored["training"])
+    # The centers are stored with as many rows of padding as the devices wanted that wrote them:
+    # Orbax pads or cuts them to what is wanted here. The classes' rows are all there, for their
+    # number is the stored one.
+    items = {
+        name: _restore_args(item, strict_shapes=name != "training")
+        for name, item in _split(fresh).items()
+    }
+    restored = manager.restore(number, args=ocp.args.Composite(**items))
+    ema = restored["ema"] if "ema" in items else {}
+    return TrainState(**restored["backbone"], **restored["training"], ema=ema)
 
 
 def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Arrays, int]:
@@ -142,8 +135,9 @@ def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Array
     params, batch_stats = step.backbone(config).init(config.seed)
     wanted = jax.device_put({"params": params, "batch_stats": batch_stats}, jax.local_devices()[0])
     try:
-        args = ocp.args.Composite(backbone=_restore_args(wanted))
-        restored = manager.restore(number, args=args)["backbone"]
+        item = "ema" if config.optimizer.ema else "backbone"
+        args = ocp.args.Composite(**{item: _restore_args(wanted)})
+        restored = manager.restore(number, args=args)[item]
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"the checkpoint in {workdir} is not of the network {config.model.network} that its "
@@ -157,10 +151,13 @@ def _folder(workdir: Path) -> Path:
     return workdir.absolute() / "checkpoints"
 
 
-def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    fields = vars(state)
-    backbone = {name: fields[name] for name in _BACKBONE_FIELDS}
-    return backbone, {name: fields[name] for name in fields if name not in backbone}
+def _split(state: TrainState) -> dict[str, dict[str, Any]]:
+    """The state by checkpoint item."""
+    fields = dict(vars(state))
+    items = {"backbone": {name: fields.pop(name) for name in _BACKBONE_FIELDS}}
+    if ema := fields.pop("ema"):
+        items["ema"] = ema
+    return items | {"training": fields}
 
 
 def _restore_args(like: Any, *, strict_shapes: bool = True) -> Any:

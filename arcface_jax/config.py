@@ -28,7 +28,7 @@ Network = Literal[
     "vit_l_dp005_mask_005",
     "vit_h",
 ]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 OperandDtype = Literal["float32", "bfloat16", "float16"]
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -74,7 +74,8 @@ class ModelConfig:
     embedding_size: int = 512
     """Length of the embedding."""
     dtype: Dtype = "bfloat16"
-    """Compute type of the convolutions; parameters, statistics and the last layers are float32."""
+    """Compute type of the convolutions; parameters, statistics and the last layers are float32.
+    float16 scales the gradient (optimizer.loss_scale); bfloat16 needs no scaling."""
     bn_batch_size: int = 128
     """Images that share BatchNorm statistics; insightface's per-GPU batch."""
 
@@ -123,32 +124,52 @@ class HeadConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class OptimizerConfig:
-    """SGD or AdamW as torch defines them, for the backbone and the class centers."""
+    """How the backbone and the class centers follow their gradients."""
 
-    kind: Literal["sgd", "adamw"] = "sgd"
+    kind: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    """sgd and adamw as torch defines them; lars and lamb give each of the backbone's arrays a rate
+    of its own, and the class centers follow sgd (lars) or adamw (lamb)."""
     learning_rate: float = 0.1
     """Base rate for the whole global batch."""
     momentum: float = 0.9
-    """sgd."""
+    """sgd, lars."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """adamw: of the running means of the gradient and of its square."""
+    """adamw, lamb: of the running means of the gradient and of its square."""
     epsilon: float = 1e-8
-    """adamw."""
+    """adamw, lamb."""
+    trust: float = 0.001
+    """lars: the rate of an array is this times its norm over its gradient's."""
     weight_decay: float = 5e-4
-    """On every trained array, BatchNorm included."""
+    """On every trained array, BatchNorm included; lars and lamb leave vectors out."""
     clip_norm: float = 5.0
     """Largest global norm of the backbone's gradient."""
+    micro_batches: int = 1
+    """Slices of the global batch that pass the backbone one behind the other, to save memory: the
+    result is that of the whole batch at once."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the devices add up the backbone's gradient."""
+    ema: float = 0.0
+    """Evaluate and export a running mean of the weights that keeps this share in each step, for
+    instance 0.9999; 0 is off."""
+    loss_scale: float = 65536.0
+    """float16: the first factor on the embeddings' gradient; halved where it overflows."""
+    loss_scale_steps: int = 100
+    """float16: steps without an overflow after which the factor doubles."""
+    stop_after_skipped: int = 20
+    """Steps in a row without a finite gradient, which change nothing, that end the run."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ScheduleConfig:
     """The learning rate over the run."""
 
-    kind: Literal["polynomial", "step"] = "polynomial"
-    """Polynomial decay to zero, or a constant factor at given epochs."""
+    kind: Literal["polynomial", "cosine", "step"] = "polynomial"
+    """Polynomial decay to zero, half a cosine to zero, or a constant factor at given epochs."""
     epochs: int = 20
     warmup_epochs: float = 0.0
     """Linear warm-up from zero."""
+    warmup_steps: int = 0
+    """The same in optimizer steps; state one of the two."""
     power: float = 1.0
     """polynomial: the exponent."""
     decay_epochs: tuple[int, ...] = ()
@@ -187,6 +208,8 @@ class LoggingConfig:
 
     every_steps: int = 20
     """Steps between two lines of metrics.jsonl."""
+    stuck_steps: int = 2000
+    """A loss that does not move in so many steps is reported."""
     tensorboard: bool = True
 
 
@@ -217,6 +240,8 @@ MAY_DIFFER_ON_RESUME = (
     "data.threads",
     "data.prefetch_batches",
     "head.block_size",
+    "optimizer.micro_batches",
+    "optimizer.stop_after_skipped",
     "evaluation.",
     "checkpoint.",
     "logging.",

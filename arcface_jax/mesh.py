@@ -48,6 +48,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def own_part(array: jax.Array) -> np.ndarray:
+    """What of an array split by its first axis lies on this host."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This host's part of a batch, (b, ...), as part of the global arrays (B, ...)."""
     sharding = split(mesh)

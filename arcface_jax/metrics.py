@@ -164,6 +164,11 @@ class Terminal:
         """A line above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def say_all(self, *texts: str | None) -> None:
+        """A line for each text that there is."""
+        for text in filter(None, texts):
+            self.say(text)
+
     def close(self) -> None:
         """Takes the bar down."""
         if self._bar is not None:

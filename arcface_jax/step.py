@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ import optax
 from jax.sharding import Mesh
 
 from arcface_jax import mesh as meshes
-from arcface_jax import models, optim, preprocess
+from arcface_jax import models, optim, passes, preprocess
 from arcface_jax.config import Config, batch_norm_groups
 from arcface_jax.heads import margin_softmax
 from arcface_jax.heads.centers import Moments
-from arcface_jax.heads.margin_softmax import Centers
+from arcface_jax.heads.margin_softmax import Centers, HeadOutput
 from arcface_jax.heads.margins import State
+from arcface_jax.mesh import AXIS
 from arcface_jax.models import Arrays
 
 Metrics = dict[str, jax.Array]
@@ -33,6 +34,8 @@ Metrics = dict[str, jax.Array]
         "centers",
         "centers_opt",
         "head_state",
+        "loss_scale",
+        "ema",
         "counters",
     ],
     meta_fields=[],
@@ -55,17 +58,23 @@ class TrainState:
     """What the optimizer remembers of the centers, by name, of their shape and placement."""
     head_state: State
     """What the margin remembers, () float32 by name."""
+    loss_scale: Arrays
+    """float16: () `factor` of the embeddings' gradient and `steps` since it changed; else empty."""
+    ema: dict[str, Arrays]
+    """Running means of `params` and `batch_stats` where the recipe asks for them; else empty."""
     counters: dict[str, jax.Array]
-    """() int32 by name, counted since the first step: `invalid_labels`."""
+    """() int32 by name: `invalid_labels` and `skipped_steps` since the first step,
+    `skipped_in_row` up to now."""
 
 
-def backbone(config: Config, *, mesh: Mesh | None = None) -> models.Backbone:
-    """The backbone that a configuration names, to be trained on a mesh or only to be applied."""
+def backbone(config: Config, *, num_devices: int = 1) -> models.Backbone:
+    """The backbone of a configuration, for one slice of the batch on one of the devices."""
+    groups = batch_norm_groups(config)
+    across = groups == 1 and num_devices > 1
     return models.build(
         config.model.network,
         embedding_size=config.model.embedding_size,
-        bn_groups=batch_norm_groups(config),
-        split_batch=mesh is not None and mesh.size > 1,
+        bn_groups=AXIS if across else groups // (num_devices * config.optimizer.micro_batches) or 1,
         dtype=config.model.dtype,
     )
 
@@ -118,7 +127,11 @@ def _first_state(
         centers=centers.rows,
         centers_opt=centers.moments,
         head_state=centers.state,
-        counters={"invalid_labels": jnp.zeros((), jnp.int32)},
+        loss_scale=optim.first_scale(config.optimizer, config.model.dtype),
+        ema=_weights(params, batch_stats) if config.optimizer.ema else {},
+        counters=dict.fromkeys(
+            ("invalid_labels", "skipped_steps", "skipped_in_row"), jnp.zeros((), jnp.int32)
+        ),
     )
 
 
@@ -132,24 +145,98 @@ def make_train_step(
       state it is given is used up. Metrics are () float32 on the devices, named as in
       metrics.jsonl.
     """
-    network = backbone(config, mesh=mesh)
+    gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     optimizer = optim.make_optimizer(config.optimizer)
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        found = gradients(state, batch)
+        head, rate, norm = found.head, found.rate, optax.tree.norm(found.params)
+        # The centers had their own say, inside the head: a gradient of the backbone that overflows
+        # does not make theirs wrong.
+        finite = jnp.isfinite(norm) & jnp.isfinite(head.loss)
+        updates, opt_state = optimizer.update(found.params, state.opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+        params, batch_stats, opt_state = jax.tree.map(
+            partial(jnp.where, finite),
+            (params, found.batch_stats, opt_state),
+            (state.params, state.batch_stats, state.opt_state),
+        )
+        ema = state.ema
+        if ema:
+            move = partial(optim.move_mean, keeps=config.optimizer.ema, steps=state.step)
+            new = _weights(params, batch_stats)
+            ema = {name: move(ema[name], new[name]) for name in ema}
+        counters = {
+            "invalid_labels": state.counters["invalid_labels"] + head.metrics.pop("invalid_labels"),
+            "skipped_steps": state.counters["skipped_steps"] + ~finite,
+            "skipped_in_row": jnp.where(finite, 0, state.counters["skipped_in_row"] + 1),
+        }
+        if config.head.sample_rate < 1:  # the other classes were not asked
+            head.metrics["accuracy_sampled"] = head.metrics.pop("accuracy")
+        metrics: Any = {
+            "train/loss": head.loss,
+            **{f"train/{name}": value for name, value in head.metrics.items()},
+            "train/gradient_norm": norm,
+            "train/lr": rate,
+            **{f"train/{name}": count for name, count in counters.items()},
+        }
+        if state.loss_scale:
+            metrics["train/loss_scale"] = state.loss_scale["factor"]
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            centers=head.centers.rows,
+            centers_opt=head.centers.moments,
+            head_state=head.centers.state,
+            loss_scale=optim.next_scale(state.loss_scale, finite, config.optimizer),
+            ema=ema,
+            counters=counters,
+        ), metrics
+
+    placed = shardings(mesh)
+    # Stated, for a state that came out placed in another way would compile the step again.
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+
+
+class _Gradients(NamedTuple):
+    """What a step finds before it changes anything."""
+
+    head: HeadOutput
+    params: Arrays
+    """Gradient of the backbone's parameters, float32."""
+    batch_stats: Arrays
+    """Moved."""
+    rate: jax.Array
+    """() float32."""
+
+
+def _make_gradients(
+    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+) -> Callable[[TrainState, dict[str, jax.Array]], _Gradients]:
+    """Forward pass, head, and backward pass of a batch."""
+    network = backbone(config, num_devices=mesh.size)
+
+    def gradients(state: TrainState, batch: dict[str, jax.Array]) -> _Gradients:
         rate = schedule(state.step)
         images = batch["image"]
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         flip_key, network_key, head_key = jax.random.split(key, 3)
         if config.data.flip:
             images = preprocess.random_flip(images, flip_key)
-        images = preprocess.normalise(images)
-
-        def forward(params: Arrays):
-            return network.apply(params, state.batch_stats, images, train=True, key=network_key)
-
-        embeddings, pull_embeddings, batch_stats = jax.vjp(forward, state.params, has_aux=True)
+        forward = passes.forward(
+            network,
+            state.params,
+            state.batch_stats,
+            images,
+            key=network_key,
+            micro_batches=config.optimizer.micro_batches,
+            reduce_dtype=config.optimizer.reduce_dtype,
+            mesh=mesh,
+        )
         head = margin_softmax.apply(
-            embeddings,
+            forward.embeddings,
             batch["label"],
             Centers(state.centers, state.centers_opt, state.head_state),
             learning_rate=rate,
@@ -160,35 +247,36 @@ def make_train_step(
             optimizer=config.optimizer,
             mesh=mesh,
         )
-        (gradients,) = pull_embeddings(head.d_embeddings)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
-        counters = {
-            "invalid_labels": state.counters["invalid_labels"] + head.metrics.pop("invalid_labels")
-        }
-        if config.head.sample_rate < 1:  # the other classes were not asked
-            head.metrics["accuracy_sampled"] = head.metrics.pop("accuracy")
-        metrics = {
-            "train/loss": head.loss,
-            **{f"train/{name}": value for name, value in head.metrics.items()},
-            "train/gradient_norm": optax.tree.norm(gradients),
-            "train/lr": rate,
-            **{f"train/{name}": count for name, count in counters.items()},
-        }
-        return TrainState(
-            step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            centers=head.centers.rows,
-            centers_opt=head.centers.moments,
-            head_state=head.centers.state,
-            counters=counters,
-        ), metrics
+        factor = state.loss_scale.get("factor", 1.0)
+        found = forward.pull(head.d_embeddings * factor)
+        found = jax.tree.map(lambda gradient: gradient / factor, found)
+        return _Gradients(head, found, forward.batch_stats, rate)
 
-    placed = shardings(mesh)
-    # Stated, for a state that came out placed in another way would compile the step again.
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+    return gradients
+
+
+def make_gradient_norms(
+    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+) -> Callable[[TrainState, dict[str, jax.Array]], dict[str, jax.Array]]:
+    """(state, batch) -> the norm of each array's gradient; changes nothing, for finding faults."""
+    gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
+
+    def norms(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found = gradients(state, batch)
+        return {"(embeddings)": jnp.linalg.norm(found.head.d_embeddings)} | {
+            name: jnp.linalg.norm(gradient) for name, gradient in found.params.items()
+        }
+
+    return jax.jit(norms, out_shardings=meshes.replicated(mesh))
+
+
+def weights(state: TrainState) -> dict[str, Arrays]:
+    """`params` and `batch_stats` for evaluation and export: the running means, where there are."""
+    return state.ema or _weights(state.params, state.batch_stats)
+
+
+def _weights(params: Arrays, batch_stats: Arrays) -> dict[str, Arrays]:
+    return {"params": params, "batch_stats": batch_stats}
 
 
 def make_embed(network: models.Backbone) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:

@@ -1,6 +1,6 @@
 """Training, from a configuration to a trained and verified working directory."""
 
-import math
+import dataclasses
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -12,15 +12,17 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax import checkpoint, mesh, optim, step, validation
+from arcface_jax import checkpoint, failure, mesh, optim, step, validation
 from arcface_jax.config import Config
 from arcface_jax.data import pairs, pipeline, sources
 from arcface_jax.data.pairs import PairSet
+from arcface_jax.data.sources import Source
 from arcface_jax.errors import ConfigError, DataError, UserError
 from arcface_jax.evaluation import embed, plots, verification
 from arcface_jax.evaluation.verification import Verification
 from arcface_jax.heads import chance
 from arcface_jax.metrics import Clock, MetricsFile, Terminal
+from arcface_jax.watch import Watch
 
 # Steps that may be handed to the devices before the first of them is done: enough to keep them
 # busy, and few enough that batches do not pile up in their memory.
@@ -99,6 +101,10 @@ def train(config: Config) -> Outcome:
     if start == 0:
         log.write(0, {"train/chance_loss": by_chance})
 
+    watch = Watch(
+        num_classes=source.num_classes, by_chance=by_chance, steps=config.logging.stuck_steps
+    )
+
     # ---- The loop --------------------------------------------------------------------------------
     results: list[Verification] = []
     evaluate_at = _milestones(config.evaluation.every_epochs, per_epoch, total)
@@ -120,6 +126,7 @@ def train(config: Config) -> Outcome:
                 done += 1
                 if done == start + 1:  # it was compiled, which is not to be counted as training
                     jax.block_until_ready(metrics)
+                    terminal.say_all(watch.labels(mesh.own_part(batch["label"])))
                     if start == 0:
                         terminal.say(_first_loss(float(metrics["train/loss"]), by_chance))
                     clock.restart()
@@ -134,12 +141,18 @@ def train(config: Config) -> Outcome:
                     values["epoch"] = done / per_epoch
                     log.write(done, values)
                     terminal.show(done, values)
-                    _check_finite(values["train/loss"], done)
+                    terminal.say_all(
+                        watch.skipped(done, values), watch.loss(done, values["train/loss"])
+                    )
+                    if values["train/skipped_in_row"] >= config.optimizer.stop_after_skipped:
+                        checkpoint.save(manager, state, dataset)
+                        norms = step.make_gradient_norms(
+                            config, num_classes=source.num_classes, schedule=schedule, mesh=devices
+                        )
+                        raise _stuck(config, source, state, norms, batch, values)
                     if values["train/invalid_labels"]:
                         checkpoint.save(manager, state, dataset)  # they took no part in it
                         raise _invalid_labels(values["train/invalid_labels"], done, dataset)
-                if done in evaluate_at or done in save_at or stop:
-                    _check_finite(float(metrics["train/loss"]), done)
                 with clock.paused():
                     if done in evaluate_at:
                         results = evaluate(state)
@@ -172,7 +185,7 @@ def _make_evaluation(
 
     def evaluate(state: step.TrainState) -> list[Verification]:
         run = embed.batched(
-            partial(network, state.params, state.batch_stats),
+            partial(network, *step.weights(state).values()),
             batch_size=config.evaluation.batch_size,
             mesh=devices,
         )
@@ -232,15 +245,32 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(s, handler)
 
 
-def _check_finite(loss: float, done: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss at step {done} is {loss}: training diverged; nothing was saved since. "
-            "Resume from the last "
-            f"checkpoint with a lower rate in a new --workdir (--optimizer.learning-rate), a "
-            "longer warm-up "
-            f"(--schedule.warmup-epochs), or --model.dtype float32"
-        )
+def _stuck(
+    config: Config,
+    source: Source,
+    state: step.TrainState,
+    gradient_norms: Callable,
+    batch: dict[str, jax.Array],
+    values: dict[str, float],
+) -> UserError:
+    """The error of a run whose steps no longer have a finite gradient, and its report."""
+    done = int(state.step)
+    norms = gradient_norms(dataclasses.replace(state, step=state.step - 1), batch)
+    report = failure.write(
+        Path(config.workdir),
+        done,
+        metrics=values,
+        images=pipeline.images_of_step(source, config.data, seed=config.seed, step=done - 1),
+        gradient_norms={name: float(norm) for name, norm in norms.items()},
+        scale=config.head.scale,
+    )
+    return failure.error(
+        config,
+        done,
+        in_row=int(values["train/skipped_in_row"]),
+        loss=values["train/loss"],
+        report=report,
+    )
 
 
 def _first_loss(measured: float, by_chance: float) -> str:
@@ -268,7 +298,24 @@ def _headline(
         f"{dataset['num_images']} images of {dataset['num_classes']} identities, "
         f"{config.head.loss} "
         f"{config.head.margin}, batch {config.data.global_batch_size}, {begin}; writing to "
-        f"{config.workdir}"
+        f"{config.workdir}\n{_rate_rule(config)}"
+    )
+
+
+def _rate_rule(config: Config) -> str:
+    """The rate goes with the global batch; what it would be at others."""
+    rate, batch = config.optimizer.learning_rate, config.data.global_batch_size
+    # SGD's noise grows with the rate over the batch, that of Adam with its root: Goyal et al.,
+    # 2017; Malladi et al., NeurIPS 2022.
+    power, words = (
+        (1.0, "in proportion")
+        if config.optimizer.kind in ("sgd", "lars")
+        else (0.5, "with its root")
+    )
+    others = ", ".join(f"{rate * (n / batch) ** power:.3g} at {n}" for n in (batch // 2, 2 * batch))
+    return (
+        f"learning rate {rate:g} for the global batch of {batch}; it changes {words} with the "
+        f"batch: {others}"
     )
 
 

@@ -46,6 +46,7 @@ def validate(config: Config, *, num_devices: int) -> None:
             f"devices: use a multiple of {num_devices}"
         )
     _check_batch_norm_groups(config, num_devices=num_devices)
+    _check_micro_batches(config, num_devices=num_devices)
     _check_schedule(config.schedule)
     _check_drawn_pairs(config)
     _check_head(config.head)
@@ -110,11 +111,30 @@ def _check_batch_norm_groups(config: Config, *, num_devices: int) -> None:
         )
 
 
+def _check_micro_batches(config: Config, *, num_devices: int) -> None:
+    slices, groups = config.optimizer.micro_batches, batch_norm_groups(config)
+    if slices > 1 and groups % (slices * num_devices):
+        batch, unit = config.data.global_batch_size, slices * num_devices
+        fits = [n for n in _divisors(batch) if (batch // n) % unit == 0 and n > 1]
+        raise ConfigError(
+            f"optimizer.micro_batches {slices}: each of {num_devices} devices takes {slices} "
+            "slices of whole BatchNorm groups, and model.bn_batch_size "
+            f"{config.model.bn_batch_size} makes {groups} groups of the batch of {batch}: use a "
+            "model.bn_batch_size of "
+            f"{fits or 'none, for the batch is no multiple of ' + str(unit)}"
+        )
+
+
 def _check_schedule(schedule: ScheduleConfig) -> None:
     if not 0 <= schedule.warmup_epochs < schedule.epochs:
         raise ConfigError(
             f"schedule.warmup_epochs {schedule.warmup_epochs} must be at least 0 and below "
             f"schedule.epochs {schedule.epochs}"
+        )
+    if schedule.warmup_steps and schedule.warmup_epochs:
+        raise ConfigError(
+            f"schedule.warmup_steps {schedule.warmup_steps} and schedule.warmup_epochs "
+            f"{schedule.warmup_epochs} are both given: state one of them"
         )
     rising = [0, *schedule.decay_epochs]
     if schedule.kind == "step" and rising != sorted(set(rising)):
@@ -122,7 +142,7 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
             f"schedule.decay_epochs {schedule.decay_epochs} must rise from 1 or more, for instance "
             "(10, 16, 22)"
         )
-    if schedule.kind == "polynomial" and schedule.decay_epochs:
+    if schedule.kind != "step" and schedule.decay_epochs:
         raise ConfigError(
             "schedule.decay_epochs is for schedule.kind step: set --schedule.kind step"
         )
@@ -163,12 +183,18 @@ def _check_ranges(config: Config) -> None:
         "optimizer.learning_rate",
         "optimizer.clip_norm",
         "optimizer.epsilon",
+        "optimizer.trust",
+        "optimizer.micro_batches",
+        "optimizer.loss_scale",
+        "optimizer.loss_scale_steps",
+        "optimizer.stop_after_skipped",
         "schedule.epochs",
         "schedule.power",
         "schedule.decay_factor",
         "evaluation.batch_size",
         "checkpoint.keep",
         "logging.every_steps",
+        "logging.stuck_steps",
     ):
         if values[name] <= 0:
             raise ConfigError(f"{name} {values[name]} must be greater than 0")
@@ -180,6 +206,8 @@ def _check_ranges(config: Config) -> None:
         "head.magface_weight",
         "optimizer.momentum",
         "optimizer.weight_decay",
+        "optimizer.ema",
+        "schedule.warmup_steps",
         "evaluation.every_epochs",
         "checkpoint.every_epochs",
     ):
@@ -189,6 +217,11 @@ def _check_ranges(config: Config) -> None:
         raise ConfigError(
             f"optimizer.momentum {config.optimizer.momentum} must be below 1, or updates grow "
             "without end (the usual value is 0.9)"
+        )
+    if config.optimizer.ema >= 1:
+        raise ConfigError(
+            f"optimizer.ema {config.optimizer.ema} must be below 1: the share of the mean that a "
+            "step keeps (0.9999 is usual; 0 is off)"
         )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(

@@ -59,6 +59,11 @@ def batches(
     return iter(steps.to_iter_dataset(options))
 
 
+def images_of_step(source: Source, data: DataConfig, *, seed: int, step: int) -> list[str]:
+    """Which images this host's part of a step's batch holds, as numbers in the source."""
+    return [str(place) for place in _BatchReader(source, data.global_batch_size, seed).images(step)]
+
+
 class _BatchReader:
     """Reads the batch of a step, or rather this host's share of it."""
 
@@ -73,10 +78,14 @@ class _BatchReader:
         order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self._order = cast(Sequence[int], order)  # none is filtered out, so none is None
 
-    def __call__(self, step: int) -> Batch:
-        epoch, number = divmod(int(step), self._steps_per_epoch)
+    def images(self, step: int) -> list[int]:
+        """The numbers of the images."""
+        epoch, number = divmod(step, self._steps_per_epoch)
         first = epoch * len(self._source) + number * self._global + self._first
-        items = [self._source[int(self._order[first + i])] for i in range(self._share)]
+        return [int(self._order[first + i]) for i in range(self._share)]
+
+    def __call__(self, step: int) -> Batch:
+        items = [self._source[image] for image in self.images(int(step))]
         return {
             "image": np.stack([image for image, _ in items]),
             "label": np.array([label for _, label in items], np.int32),

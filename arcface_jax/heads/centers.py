@@ -47,8 +47,8 @@ class Rule(NamedTuple):
 
 
 def make_rule(optimizer: OptimizerConfig) -> Rule:
-    """The rule of a configuration; equal to `optim.make_optimizer` without the clipping."""
-    return _sgd(optimizer) if optimizer.kind == "sgd" else _adamw(optimizer)
+    """The rule of a configuration: what `optim.make_optimizer` does, without clipping and norms."""
+    return _sgd(optimizer) if optimizer.kind in ("sgd", "lars") else _adamw(optimizer)
 
 
 def _sgd(optimizer: OptimizerConfig) -> Rule:

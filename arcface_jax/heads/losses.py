@@ -81,11 +81,13 @@ def metrics(softmax: Softmax, loss: Loss, batch: Batch) -> dict[str, jax.Array]:
 
     # Where no other class took part there is no hardest.
     hardest = jnp.maximum(softmax.hardest, -1)
+    largest = jnp.maximum(softmax.z_target, hardest)
     return {
         "accuracy": mean(softmax.z_target >= hardest),
         "target_cosine": mean(softmax.z_target),
         "hardest_negative_cosine": mean(hardest),
         "below_hardest": mean(softmax.z_target < hardest),
         "below_hardest_with_margin": mean(loss.value < hardest),
+        "largest_cosine": jnp.max(jnp.where(batch.valid, largest, -1)),
         "invalid_labels": batch.valid.size - jnp.sum(batch.valid),
     }

@@ -28,16 +28,16 @@ class Backbone(NamedTuple):
     shapes: tuple[Arrays, Arrays]
     """(params, batch_stats) as views of one zero, for their shapes and types."""
     apply: Callable[..., tuple[jax.Array, Arrays]]
-    """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=..., key=...) -> (embeddings
-    (B, D) float32, not normalised; batch_stats, moved if train). The key is for what training draws
-    at random, and is needed by the vision transformers alone."""
+    """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=..., keys=...) -> (embeddings
+    (B, D) float32, not normalised; batch_stats, moved if train). The (B,) keys, one for each image,
+    are for what training draws at random; the vision transformers alone need them."""
 
 
 def build(
     network: str,
     *,
     embedding_size: int = 512,
-    bn_groups: int = 1,
+    bn_groups: int | str = 1,
     split_batch: bool = False,
     dtype: str = "float32",
 ) -> Backbone:
@@ -46,7 +46,8 @@ def build(
     Args:
       network: a name in `NETWORKS`.
       embedding_size: D.
-      bn_groups: slices of a training batch with BatchNorm statistics of their own.
+      bn_groups: slices of a training batch with BatchNorm statistics of their own; or the name of
+        the mesh axis over whose devices a single slice goes.
       split_batch: whether several devices share the batch; changes no result.
       dtype: compute type of the convolutional part.
 
@@ -89,10 +90,10 @@ def build(
         images: jax.Array,
         *,
         train: bool,
-        key: jax.Array | None = None,
+        keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Arrays]:
         model: Any = nnx.merge(graph, _unflatten(params), _unflatten(batch_stats))
-        embeddings = model(images, train=train, key=key)
+        embeddings = model(images, train=train, keys=keys)
         return embeddings, _flatten(nnx.state(model, nnx.BatchStat)) if train else batch_stats
 
     params, batch_stats = map(_flatten, shapes)

@@ -53,7 +53,7 @@ class Block(nnx.Module):
         *,
         stride: int,
         down_sample: bool,
-        bn_groups: int,
+        bn_groups: int | str,
         split_batch: bool,
         dtype: jnp.dtype,
         init: Initializer,
@@ -114,7 +114,7 @@ class IResNet(nnx.Module):
         architecture: Architecture,
         *,
         embedding_size: int,
-        bn_groups: int,
+        bn_groups: int | str,
         split_batch: bool,
         dtype: jnp.dtype,
         init: Initializer,
@@ -154,7 +154,7 @@ class IResNet(nnx.Module):
         self.fc = Linear(channels * LAST_SIZE**2, embedding_size, init=init)
         self.features = BatchNorm(embedding_size, groups=bn_groups, train_scale=False)
 
-    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
         """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised; nothing is random."""
         x = self.prelu(self.bn1(self.conv1(x.astype(self.dtype)), train=train))
         for name in _STAGES:

@@ -198,8 +198,9 @@ class BatchNorm(nnx.Module):
     """Batch normalisation as torch computes it, with statistics in float32 and over groups.
 
     In training the batch is cut into `groups` slices, each normalised by its own statistics: with a
-    slice per GPU this is insightface's BatchNorm, written without naming devices. The running
-    statistics move by `momentum` towards the groups' mean, the variance unbiased as in torch.
+    slice per GPU this is insightface's BatchNorm, written without naming devices. Or `groups` is
+    the name of a mesh axis, and the one slice goes over all its devices. The running statistics
+    move by `momentum` towards the groups' mean, the variance unbiased as in torch.
     The output has the input's type.
     """
 
@@ -209,7 +210,7 @@ class BatchNorm(nnx.Module):
         self,
         channels: int,
         *,
-        groups: int = 1,
+        groups: int | str = 1,
         train_scale: bool = True,
         epsilon: float = 1e-5,
     ):
@@ -219,7 +220,7 @@ class BatchNorm(nnx.Module):
         self.bias = nnx.Param(np.zeros((channels,), np.float32))
         self.mean = nnx.BatchStat(np.zeros((channels,), np.float32))
         self.var = nnx.BatchStat(np.ones((channels,), np.float32))
-        self.groups = groups
+        self.groups, self.axis = (1, groups) if isinstance(groups, str) else (groups, None)
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -232,14 +233,18 @@ class BatchNorm(nnx.Module):
             )
         grouped = x.reshape(self.groups, -1, *x.shape[1:]).astype(jnp.float32)
         axes = tuple(range(1, grouped.ndim - 1))
-        mean = grouped.mean(axes, keepdims=True)
-        var = jnp.square(grouped - mean).mean(axes, keepdims=True)
-        count = grouped.size // (self.groups * x.shape[-1])
+        mean = self._over_devices(grouped.mean(axes, keepdims=True))
+        var = self._over_devices(jnp.square(grouped - mean).mean(axes, keepdims=True))
+        devices = lax.axis_size(self.axis) if self.axis else 1
+        count = devices * grouped.size // (self.groups * x.shape[-1])
         self._move(mean, var * (count / max(count - 1, 1)))
         shape = (1,) * (grouped.ndim - 1) + (-1,)
         factor = self.scale[...].reshape(shape) * lax.rsqrt(var + self.epsilon)
         y = (grouped - mean) * factor + self.bias[...].reshape(shape)
         return y.reshape(x.shape).astype(x.dtype)
+
+    def _over_devices(self, statistics: jax.Array) -> jax.Array:
+        return lax.pmean(statistics, self.axis) if self.axis else statistics
 
     def _move(self, mean: jax.Array, var: jax.Array) -> None:
         for running, batch in ((self.mean, mean), (self.var, var)):

@@ -40,7 +40,7 @@ _LAST_CHANNELS, _LAST_SIZE = 512, 7
 class _Settings:
     """What all convolutions of a network have in common."""
 
-    bn_groups: int
+    bn_groups: int | str
     split_batch: bool
     dtype: jnp.dtype
     init: Initializer
@@ -180,7 +180,7 @@ class MobileFaceNet(nnx.Module):
         architecture: Architecture,
         *,
         embedding_size: int,
-        bn_groups: int,
+        bn_groups: int | str,
         split_batch: bool,
         dtype: jnp.dtype,
         init: Initializer,
@@ -210,7 +210,7 @@ class MobileFaceNet(nnx.Module):
         self.conv_sep = _Unit(wide, _LAST_CHANNELS, last)
         self.features = _Features(embedding_size, last)
 
-    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
         """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised; nothing is random."""
         x = x.astype(self.dtype)
         for layer in self.layers:

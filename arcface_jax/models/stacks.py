@@ -57,6 +57,11 @@ def scan(
     return lax.scan(one, x, (parameters, inputs))[0]
 
 
+def depth(name: str) -> int:
+    """How many leading axes of a parameter are over the modules of a stack."""
+    return len(_RANGE.findall(name))
+
+
 def names_of_members(name: str) -> list[str] | None:
     """The names that the modules of a stack have one by one; None where the name has no stack."""
     found = _RANGE.search(name)

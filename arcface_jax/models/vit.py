@@ -141,7 +141,7 @@ class VisionTransformer(nnx.Module):
         architecture: Architecture,
         *,
         embedding_size: int,
-        bn_groups: int,
+        bn_groups: int | str,
         dtype: jnp.dtype,
         init: Initializer,
     ):
@@ -165,22 +165,22 @@ class VisionTransformer(nnx.Module):
             ]
         )
 
-    def __call__(self, x: jax.Array, *, train: bool, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
         """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised.
 
-        In training the key decides which tokens are hidden and which branches are left out.
+        In training an image's key decides which of its tokens are hidden and for which branches it
+        is left out.
         """
         batch = len(x)
         x = self.patch_embed(x.astype(jnp.float32)) + self.pos_embed[...]
         factors = jnp.ones((self.architecture.depth, 2, batch), jnp.float32)
         kept = None
         if train:
-            assert key is not None, "training this network draws random numbers: give a key"
-            mask_key, path_key = jax.random.split(key)
-            factors = self._draw_paths(path_key, batch)
+            assert keys is not None, "training this network draws random numbers: give keys"
+            mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+            factors = self._draw_paths(path_keys)
             if self.architecture.masked:
-                order = jnp.argsort(jax.random.uniform(mask_key, (batch, TOKENS)), axis=1)
-                kept = order[:, :_KEPT]
+                kept = jax.vmap(_draw_kept_tokens)(mask_keys)
                 x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
         (stack,) = self.blocks.values()
         x = stacks.scan(stack, x, factors, remat=train and self.architecture.remat)
@@ -192,9 +192,14 @@ class VisionTransformer(nnx.Module):
         x = first_norm(reduce(x.reshape(batch, -1)), train=train)
         return last_norm(project(x), train=train)
 
-    def _draw_paths(self, key: jax.Array, batch: int) -> jax.Array:
+    def _draw_paths(self, keys: jax.Array) -> jax.Array:
         """(depth, 2, B) float32: 0 for what is left out, and 1 / its probability for the rest."""
         depth = self.architecture.depth
-        stays = 1 - jnp.linspace(0, self.architecture.drop_path, depth)[:, None, None]
-        drawn = jax.random.bernoulli(key, stays, (depth, 2, batch))
-        return drawn / stays
+        stays = 1 - jnp.linspace(0, self.architecture.drop_path, depth)[:, None]
+        draw = partial(jax.random.bernoulli, p=stays, shape=(depth, 2))
+        return jax.vmap(draw, out_axes=2)(keys) / stays[:, :, None]
+
+
+def _draw_kept_tokens(key: jax.Array) -> jax.Array:
+    """(kept,) int32, in random order."""
+    return jnp.argsort(jax.random.uniform(key, (TOKENS,)))[:_KEPT]

@@ -70,7 +70,9 @@ def assert_equal_to_torch(network: str, faces: np.ndarray) -> None:
     @jax.jit
     def train(images):
         x = preprocess.normalise(images)
-        return backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(0))[1]
+        return backbone.apply(
+            params, batch_stats, x, train=True, keys=jax.random.split(jax.random.key(0), 16)
+        )[1]
 
     @jax.jit
     def embed(batch_stats, images):
@@ -152,7 +154,9 @@ def test_training_draws_the_same_for_the_same_key_alone(monkeypatch, faces):
     params, batch_stats = backbone.init(0)
     x = preprocess.normalise(jnp.asarray(faces))
     one, again, other = (
-        backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(key))[0]
+        backbone.apply(
+            params, batch_stats, x, train=True, keys=jax.random.split(jax.random.key(key), 16)
+        )[0]
         for key in (1, 1, 2)
     )
     np.testing.assert_array_equal(one, again)
@@ -164,7 +168,9 @@ def test_without_masking_and_drop_path_training_is_deterministic(monkeypatch, fa
     params, batch_stats = backbone.init(0)
     x = preprocess.normalise(jnp.asarray(faces))
     one, other = (
-        backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(key))[0]
+        backbone.apply(
+            params, batch_stats, x, train=True, keys=jax.random.split(jax.random.key(key), 16)
+        )[0]
         for key in (1, 2)
     )
     np.testing.assert_array_equal(one, other)
@@ -184,7 +190,7 @@ def test_a_tenth_of_the_tokens_is_replaced_by_the_mask_token(monkeypatch, faces)
 
     monkeypatch.setattr(jnp, "take_along_axis", note)
     x = preprocess.normalise(jnp.asarray(faces))
-    backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(0))
+    backbone.apply(params, batch_stats, x, train=True, keys=jax.random.split(jax.random.key(0), 16))
     (kept,) = seen
     assert kept.shape == (16, 129, 1)
     assert all(len(set(row.ravel().tolist())) == 129 for row in np.asarray(kept))
@@ -199,7 +205,7 @@ def test_paths_are_dropped_as_often_as_stated_and_kept_in_expectation():
         dtype=jnp.dtype("float32"),
         init=layers.ShapeInitializer(),
     )
-    factors = np.asarray(network._draw_paths(jax.random.key(0), 20_000))
+    factors = np.asarray(network._draw_paths(jax.random.split(jax.random.key(0), 20_000)))
     dropped = (factors == 0).mean(axis=(1, 2))
     np.testing.assert_allclose(dropped, [0, 0.25, 0.5], atol=0.01)
     np.testing.assert_allclose(factors.mean(axis=(1, 2)), 1, atol=0.02)
@@ -214,8 +220,8 @@ def test_remat_changes_no_gradient(monkeypatch, faces):
         x = preprocess.normalise(jnp.asarray(faces))
 
         def loss(params, backbone=backbone, batch_stats=batch_stats, x=x):
-            key = jax.random.key(0)
-            out = backbone.apply(params, batch_stats, x, train=True, key=key)[0]
+            keys = jax.random.split(jax.random.key(0), 16)
+            out = backbone.apply(params, batch_stats, x, train=True, keys=keys)[0]
             return jnp.mean(out * jnp.arange(8.0)[None])
 
         gradients.append(jax.jit(jax.grad(loss))(params))

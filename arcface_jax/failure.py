@@ -1,0 +1,74 @@
+"""When training cannot go on: what the last batch was, written down, and what to change.
+
+A step whose loss or gradient is not finite changes neither weights nor statistics (step.py). Enough
+of them in a row end the run; the state is still the last good one.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arcface_jax.config import Config
+from arcface_jax.errors import CheckpointError, UserError
+
+
+def write(
+    workdir: Path,
+    step: int,
+    *,
+    metrics: Mapping[str, float],
+    images: list[str],
+    gradient_norms: Mapping[str, float],
+    scale: float,
+) -> Path:
+    """WORKDIR/failure_STEP.json: all that a search for the cause begins with.
+
+    Args:
+      workdir: of the run.
+      step: the last that was tried.
+      metrics: of that step.
+      images: which images its batch holds, as their source names them.
+      gradient_norms: by name of the backbone's array.
+      scale: of the head; the largest logit is this times the largest cosine.
+    """
+    found: dict[str, Any] = {
+        "step": step,
+        "largest_logit": _number(scale * metrics["train/largest_cosine"]),
+        "metrics": {name: _number(value) for name, value in metrics.items()},
+        "gradient_norms": {name: _number(value) for name, value in gradient_norms.items()},
+        "not_finite": [name for name, x in gradient_norms.items() if not math.isfinite(x)],
+        "images": images,
+    }
+    path = workdir / f"failure_{step}.json"
+    try:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    return path
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no NaN
+
+
+def error(config: Config, step: int, *, in_row: int, loss: float, report: Path) -> UserError:
+    """What the run ends with."""
+    first = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+    return UserError(
+        f"step {step}: {first}, for {in_row} steps in a row (optimizer.stop_after_skipped "
+        f"{config.optimizer.stop_after_skipped}). They changed nothing, and the checkpoint of this "
+        f"step is as good as the last. {report} has the batch, the largest logit and each layer's "
+        f"gradient. {_hint(config, loss)}"
+    )
+
+
+def _hint(config: Config, loss: float) -> str:
+    if config.model.dtype == "float16" and not math.isfinite(loss):
+        return "float16 overflows above 65504: use --model.dtype bfloat16, which does not"
+    lower = config.optimizer.learning_rate / 10
+    return (
+        f"Begin anew in another --workdir with a lower rate (--optimizer.learning-rate {lower:g}), "
+        "a warm-up (--schedule.warmup-epochs 1) or --model.dtype float32"
+    )
