@@ -71,7 +71,9 @@ def save(manager: ocp.CheckpointManager, state: TrainState, dataset: Dataset) ->
     number = int(state.step)
     if number in manager.all_steps():
         return
-    items: dict[str, Any] = {name: ocp.args.PyTreeSave(item) for name, item in _split(state).items()}
+    items: dict[str, Any] = {
+        name: ocp.args.PyTreeSave(item) for name, item in _split(state).items()
+    }
     items["dataset"] = ocp.args.JsonSave(dataset)
     manager.save(number, args=ocp.args.Composite(**items))
 

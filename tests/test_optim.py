@@ -32,6 +32,16 @@ def test_polynomial_decay_behind_a_linear_warm_up(power: float, warmup_epochs: f
     np.testing.assert_allclose(rates(config), expected, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize(("epochs", "steps", "warm"), [(0.0, 0, 0), (1.0, 0, 7), (0.0, 5, 5)])
+def test_half_a_cosine_behind_a_warm_up_in_epochs_or_steps(epochs, steps, warm):
+    config = ScheduleConfig(kind="cosine", epochs=3, warmup_epochs=epochs, warmup_steps=steps)
+    expected = [
+        BASE * k / warm if k < warm else BASE * (1 + np.cos(np.pi * (k - warm) / (21 - warm))) / 2
+        for k in range(21)
+    ]
+    np.testing.assert_allclose(rates(config), expected, rtol=2e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("factor", [0.1, 0.5])
 @pytest.mark.parametrize("warmup_epochs", [0.0, 1.0, 2.0, 3.0])
 def test_step_decay_at_the_beginning_of_epochs(factor: float, warmup_epochs: float):
@@ -142,3 +152,46 @@ def test_one_clipped_update_by_hand():
     np.testing.assert_allclose(update["b"], [60 / 13 + 0.3], rtol=1e-6)
     again, _ = optimizer.update({"a": jnp.zeros(2), "b": jnp.zeros(1)}, state, params)
     np.testing.assert_allclose(again["b"], [0.9 * (60 / 13 + 0.3) + 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lars", "lamb"])
+def test_rates_by_norm_equal_the_papers_formulas_in_float64(kind):
+    """Each matrix by itself, the members of a stack too; vectors as sgd and adamw without decay."""
+    shapes = {"conv.kernel": (3, 3, 4, 8), "layer3.1-2.bn1.scale": (2, 8), "bn.bias": (8,)}
+    shapes |= {"layer3.1-2.conv1.kernel": (2, 3, 3, 4, 4), "fc.kernel": (20, 6)}
+    config = OptimizerConfig(kind=kind, weight_decay=0.1, clip_norm=1e9, momentum=0.8, trust=0.02)
+    rng = np.random.default_rng(1)
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    given: dict = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    optimizer = make_optimizer(config)
+    state = optimizer.init(given)
+    first, second = config.betas
+    memory = {name: [np.zeros(shape), np.zeros(shape)] for name, shape in shapes.items()}
+    for k in range(3):
+        gradients = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        updates, state = optimizer.update(
+            jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradients), state, given
+        )
+        given = jax.tree.map(lambda p, u: p - 0.1 * u, given, updates)
+        for name in shapes:
+            stacked = "-" in name
+            for member in range(2) if stacked else [...]:
+                w, g = params[name][member], gradients[name][member]
+                mean, square = (m[member] for m in memory[name])
+                decay = 0.1 * w if w.ndim > 1 else 0 * w
+                if kind == "lamb":
+                    mean[...] = first * mean + (1 - first) * g
+                    square[...] = second * square + (1 - second) * g**2
+                    corrected = mean / (1 - first ** (k + 1)), square / (1 - second ** (k + 1))
+                    step = corrected[0] / (np.sqrt(corrected[1]) + config.epsilon) + decay
+                    trust = 1.0
+                else:
+                    step, trust = g + decay, 0.02
+                if w.ndim > 1:
+                    step = step * trust * np.linalg.norm(w) / np.linalg.norm(step)
+                if kind == "lars":
+                    step = mean[...] = 0.8 * mean + step
+                params[name][member] = w - 0.1 * step
+            np.testing.assert_allclose(
+                given[name], params[name], rtol=1e-4, atol=1e-5, err_msg=name
+            )

@@ -1,5 +1,7 @@
 """Micro-batches equal the whole batch, head included, whatever is drawn at random."""
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -94,7 +96,7 @@ def test_what_is_drawn_for_an_image_depends_on_neither_slices_nor_devices(batch,
         network = models.build("vit_t", embedding_size=8, bn_groups=6 // (devices * slices))
         params, batch_stats = network.init(0)
 
-        def run(images, network=network, params=params, batch_stats=batch_stats, slices=slices):
+        def run(images, network, params, batch_stats, slices=slices, mesh=mesh):
             forward = passes.forward(
                 network,
                 params,
@@ -107,7 +109,13 @@ def test_what_is_drawn_for_an_image_depends_on_neither_slices_nor_devices(batch,
             )
             return forward.embeddings, forward.pull(forward.embeddings)
 
-        outcomes.append(jax.device_get(jax.jit(run)(meshes.to_devices(batch, mesh)["image"])))
+        outcomes.append(
+            jax.device_get(
+                jax.jit(partial(run, network=network))(
+                    meshes.to_devices(batch, mesh)["image"], params=params, batch_stats=batch_stats
+                )
+            )
+        )
     for embeddings, gradients in outcomes[1:]:
         np.testing.assert_allclose(embeddings, outcomes[0][0], rtol=1e-4, atol=1e-4)
         for name, gradient in outcomes[0][1].items():
