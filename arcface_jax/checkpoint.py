@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
-from arcface_jax import config_files, models, step
+from arcface_jax import checkpoint_forms, config_files, models, step
 from arcface_jax.config import Config
 from arcface_jax.errors import CheckpointError
 from arcface_jax.step import TrainState
@@ -111,17 +112,21 @@ def restore(
     if different:
         raise _not_resumable(Path(manager.directory).parent, different)
     backbone, training = _split(fresh)
+    form = checkpoint_forms.stored(manager, number)
     restored = manager.restore(
         number,
         args=ocp.args.Composite(
-            backbone=_restore_args(backbone),
+            backbone=_restore_args(checkpoint_forms.as_stored(backbone, backbone, form)),
             # The centers are stored with as many rows of padding as the devices wanted that wrote
             # them: Orbax pads or cuts them to what is wanted here. The classes' rows are all
             # there, for their number is the stored one.
-            training=_restore_args(training, strict_shapes=False),
+            training=_restore_args(
+                checkpoint_forms.as_stored(training, backbone, form), strict_shapes=False
+            ),
         ),
     )
-    return TrainState(**restored["backbone"], **restored["training"])
+    state = {**restored["backbone"], **restored["training"]}
+    return TrainState(**checkpoint_forms.as_wanted(state, form, backbone))
 
 
 def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Arrays, int]:
@@ -139,11 +144,17 @@ def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Array
         raise CheckpointError(
             f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
         )
-    params, batch_stats = step.backbone(config).init(config.seed)
-    wanted = jax.device_put({"params": params, "batch_stats": batch_stats}, jax.local_devices()[0])
+    placed = SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
+        for name, part in zip(_BACKBONE_FIELDS, step.backbone(config).shapes, strict=True)
+    }
+    form = checkpoint_forms.stored(manager, number)
     try:
-        args = ocp.args.Composite(backbone=_restore_args(wanted))
+        as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
+        args = ocp.args.Composite(backbone=_restore_args(as_stored))
         restored = manager.restore(number, args=args)["backbone"]
+        restored = checkpoint_forms.as_wanted(restored, form, wanted)
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"the checkpoint in {workdir} is not of the network {config.model.network} that its "

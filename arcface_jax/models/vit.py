@@ -150,8 +150,8 @@ class VisionTransformer(nnx.Module):
         self.patch_embed = _PatchEmbed(width, init=init)
         self.pos_embed = nnx.Param(init.normal((1, TOKENS, width), std=_STD))
         self.mask_token = nnx.Param(init.normal((1, 1, width), std=_STD))
-        stack = stacks.make(partial(_Block, width, dtype=dtype, init=init), depth, init)
-        self.blocks = nnx.Dict({f"0-{depth - 1}": stack})
+        block = partial(_Block, width, dtype=dtype)
+        self.blocks = nnx.Dict({stacks.name(0, (depth,)): stacks.make(block, (depth,), init)})
         self.norm = LayerNorm(width)
         draw = partial(init.normal, std=_STD)
         linear = partial(Linear, bias="none", kernel=draw, init=init)
@@ -183,7 +183,7 @@ class VisionTransformer(nnx.Module):
                 kept = order[:, :_KEPT]
                 x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
         (stack,) = self.blocks.values()
-        x = stacks.scan(stack, x, factors, remat=train and self.architecture.remat)
+        x = stacks.scan(stack, x, _Block.__call__, factors, remat=train and self.architecture.remat)
         x = self.norm(x)
         if kept is not None:
             hidden = jnp.broadcast_to(self.mask_token[...], (batch, TOKENS, x.shape[-1]))
