@@ -23,8 +23,8 @@ def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(mirrored, images[:, :, ::-1], images)
 
 
-_SKIN = slice(28, 100), slice(28, 84)
-"""Rows and columns of an aligned face from the eyes to the mouth: mostly skin."""
+_SKIN = slice(28, 100, 2), slice(28, 84, 2)
+"""Rows and columns of an aligned face from brow to mouth, every second: mostly skin."""
 _LEAN = 0.05
 _ENOUGH = 8
 

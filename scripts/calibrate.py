@@ -28,7 +28,8 @@ from convert.any_model import ModelChoice, open_model
 class Arguments:
     """The command line."""
 
-    model: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes]
+    # The text is said here, for tyro finds no other in a script that is not an imported module.
+    model: Annotated[ModelChoice, tyro.conf.arg(name="", help="The network; name one.")]
     pairs: str
     """The pairs: a verification set, as evaluate.py takes it."""
     output: Path

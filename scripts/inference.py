@@ -24,7 +24,8 @@ from convert.any_model import ModelChoice, open_model
 class Arguments:
     """The command line."""
 
-    model: Annotated[ModelChoice, tyro.conf.OmitArgPrefixes]
+    # The text is said here, for tyro finds no other in a script that is not an imported module.
+    model: Annotated[ModelChoice, tyro.conf.arg(name="", help="The network; name one.")]
     img: Path | None = None
     """An image, or a folder of them; seeded noise when not given."""
     output: Path | None = None
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> None:
         Arguments, args=argv, prog="inference.py", description=__doc__, config=flags
     )
     with errors.reported(), warnings.catch_warnings():
+        warnings.simplefilter("once", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         result = run(arguments)
     print("RESULT " + json.dumps(result))

@@ -17,6 +17,7 @@ from arcface_jax.evaluation import roc, verification
 ENOUGH_ERRORS = 30
 """The rule of 30: 30 errors or more put the true rate within 30 % of the measured one, with 90 %
 confidence (G. Doddington et al., "The NIST speaker recognition evaluation", 2000)."""
+_DECIMALS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ def calibrate(
 ) -> Calibration:
     """Finds the lowest threshold with a FAR of at most the target.
 
+    Cosines are taken to six decimals, which float32 embeddings keep: pairs that differ by less tie.
     The threshold lies halfway between the lowest score that is accepted and the highest that is
     not, so that neither is decided by rounding.
 
@@ -74,7 +76,7 @@ def calibrate(
       DataError: there are fewer than 1 / far different pairs, or no threshold gives such a FAR, or
         as `roc.tar_at_far`.
     """
-    score = 1 - verification.pair_distances(embeddings) / 2
+    score = np.round(1 - verification.pair_distances(embeddings) / 2, _DECIMALS)
     (at,) = roc.tar_at_far(score, pairs.same, fars=[far])
     same, different = score[pairs.same], score[~pairs.same]
     if at.threshold is None:
