@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
-from arcface_jax import config_files, models, step
+from arcface_jax import checkpoint_forms, config_files, models, step
 from arcface_jax.config import Config
 from arcface_jax.errors import CheckpointError
 from arcface_jax.step import TrainState
@@ -110,13 +111,18 @@ def restore(
     # The centers are stored with as many rows of padding as the devices wanted that wrote them:
     # Orbax pads or cuts them to what is wanted here. The classes' rows are all there, for their
     # number is the stored one.
-    items = {
-        name: _restore_args(item, strict_shapes=name != "training")
-        for name, item in _split(fresh).items()
+    items = _split(fresh)
+    backbone, form = items["backbone"], checkpoint_forms.stored(manager, number)
+    args = {
+        name: _restore_args(
+            checkpoint_forms.as_stored(item, backbone, form), strict_shapes=name != "training"
+        )
+        for name, item in items.items()
     }
-    restored = manager.restore(number, args=ocp.args.Composite(**items))
-    ema = restored["ema"] if "ema" in items else {}
-    return TrainState(**restored["backbone"], **restored["training"], ema=ema)
+    restored = dict(manager.restore(number, args=ocp.args.Composite(**args)))
+    ema = restored.get("ema", {})
+    state = {**restored["backbone"], **restored["training"], "ema": ema}
+    return TrainState(**checkpoint_forms.as_wanted(state, form, backbone))
 
 
 def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Arrays, int]:
@@ -134,12 +140,18 @@ def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Array
         raise CheckpointError(
             f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
         )
-    params, batch_stats = step.backbone(config).init(config.seed)
-    wanted = jax.device_put({"params": params, "batch_stats": batch_stats}, jax.local_devices()[0])
+    placed = SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
+        for name, part in zip(_BACKBONE_FIELDS, step.backbone(config).shapes, strict=True)
+    }
+    form = checkpoint_forms.stored(manager, number)
     try:
         item = "ema" if config.optimizer.ema else "backbone"
-        args = ocp.args.Composite(**{item: _restore_args(wanted)})
+        as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
+        args = ocp.args.Composite(**{item: _restore_args(as_stored)})
         restored = manager.restore(number, args=args)[item]
+        restored = checkpoint_forms.as_wanted(restored, form, wanted)
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"the checkpoint in {workdir} is not of the network {config.model.network} that its "

@@ -17,6 +17,7 @@ Network = Literal[
     "r50",
     "r100",
     "r200",
+    "r2060",
     "mbf",
     "mbf_large",
     "vit_t",
@@ -29,7 +30,6 @@ Network = Literal[
     "vit_h",
 ]
 Dtype = Literal["float32", "bfloat16", "float16"]
-OperandDtype = Literal["float32", "bfloat16", "float16"]
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -116,7 +116,7 @@ class HeadConfig:
     """Partial FC: the share of the classes that take part in a step; 0 is the batch's own alone."""
     unsampled: Literal["untouched", "decayed"] = "untouched"
     """Partial FC: the other centers rest, or momentum and decay move them too (arcface_torch)."""
-    dtype: OperandDtype = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
     block_size: int = 2048
     """Classes a device looks at together; bounds the head's memory, changes no result."""

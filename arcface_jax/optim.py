@@ -89,7 +89,7 @@ def _by_norm(trust: float) -> optax.GradientTransformation:
         for name, is_matrix in _matrices(params).items():
             if is_matrix:
                 member = one
-                for _ in range(stacks.depth(name)):
+                for _ in range(stacks.leading_axes(name, params[name])):
                     member = jax.vmap(member)
                 scaled[name] = member(updates[name], params[name])
         return scaled
@@ -99,7 +99,7 @@ def _by_norm(trust: float) -> optax.GradientTransformation:
 
 def _matrices(params: Any) -> dict[str, bool]:
     """Which arrays, seen without the axes of a stack, are more than vectors."""
-    return {name: np.ndim(array) - stacks.depth(name) > 1 for name, array in params.items()}
+    return {name: np.ndim(array) - stacks.leading_axes(name, array) > 1 for name, array in params.items()}
 
 
 def first_scale(optimizer: OptimizerConfig, dtype: str) -> Arrays:

@@ -31,15 +31,17 @@ _PREFIXES = ("module.", "backbone.")
 def to_state_dict(params: Arrays, batch_stats: Arrays) -> StateDict:
     """Arrays by arcface_jax's names to float32 tensors by insightface's."""
     state = {}
-    for name, array in {**params, **batch_stats}.items():
-        array = np.asarray(array, np.float32)
-        members = stacks.names_of_members(name)
-        for member, part in zip(members or [name], array if members else [array], strict=True):
-            turned = _turn(part, inverse=False)
-            state[_torch_name(member)] = torch.from_numpy(np.array(turned, order="C"))
-            if member.endswith(".var"):
-                state[f"{member.removesuffix('var')}{_COUNTER}"] = torch.tensor(0)
+    for name, array in _torch_arrays(params, batch_stats).items():
+        state[name] = torch.from_numpy(np.array(array, np.float32, order="C"))
+        if name.endswith(".running_var"):
+            state[f"{name.removesuffix('running_var')}{_COUNTER}"] = torch.tensor(0)
     return state
+
+
+def _torch_arrays(params: Arrays, batch_stats: Arrays) -> dict[str, np.ndarray]:
+    """By insightface's names, views with torch's order of axes."""
+    alone = stacks.unstack({**params, **batch_stats})
+    return {_torch_name(name): _turn(array, inverse=False) for name, array in alone.items()}
 
 
 def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arrays, Arrays]:
@@ -59,14 +61,17 @@ def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arr
     state = {_without_prefix(name): tensor for name, tensor in state.items()}
     embedding_size = models.embedding_size(state) or 512
     params, batch_stats = models.build(network, embedding_size=embedding_size).shapes
-    known = to_state_dict(params, batch_stats)
+    known = _torch_arrays(params, batch_stats)
+    counters = {
+        f"{n.removesuffix('running_var')}{_COUNTER}" for n in known if n.endswith(".running_var")
+    }
     problems = {
-        "missing": [n for n in known if n not in state and not n.endswith(_COUNTER)],
-        "unexpected": [n for n in state if n not in known],
+        "missing": [n for n in known if n not in state],
+        "unexpected": [n for n in state if n not in known and n not in counters],
         "of another shape": [
-            f"{n} {tuple(state[n].shape)} instead of {tuple(known[n].shape)}"
+            f"{n} {tuple(state[n].shape)} instead of {known[n].shape}"
             for n in known
-            if n in state and state[n].shape != known[n].shape
+            if n in state and tuple(state[n].shape) != known[n].shape
         ],
     }
     if any(problems.values()):
@@ -81,11 +86,7 @@ def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arr
         return np.ascontiguousarray(turned)
 
     def arrays(like: Arrays) -> Arrays:
-        members = {name: stacks.names_of_members(name) for name in like}
-        return {
-            name: np.stack([array(member) for member in each]) if each else array(name)
-            for name, each in members.items()
-        }
+        return stacks.restack({name: array(name) for name in stacks.unstack(like)}, like)
 
     return arrays(params), arrays(batch_stats)
 

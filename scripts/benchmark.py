@@ -1,6 +1,7 @@
 """Measures parts of the system: a table, a JSON file and a plot.
 
 python scripts/benchmark.py head [--classes 131072] [--batches 128 256 1024] [--devices 1 2]
+python scripts/benchmark.py blocks [--batch 8] [--dtype bfloat16]
 """
 
 import json
@@ -13,9 +14,9 @@ import tyro
 from rich.console import Console
 
 from arcface_jax import errors, mesh
-from arcface_jax.benchmarks import head, report, timing
+from arcface_jax.benchmarks import blocks, head, report, timing
 from arcface_jax.benchmarks.head import Case, Measurement
-from arcface_jax.config import OperandDtype
+from arcface_jax.config import Dtype
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Head:
     """Numbers of devices; on a CPU as many as asked for are made."""
     size: int = 512
     """Length of the embedding."""
-    dtype: OperandDtype = "float32"
+    dtype: Dtype = "float32"
     """Type of the matrix products' operands."""
     block_size: int = 2048
     """Classes a device looks at together."""
@@ -105,6 +106,26 @@ def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
         "files": [str(file) for file in files],
     }
     print("RESULT " + json.dumps(result))
+
+
+@app.command(name="blocks")
+def run_blocks(batch: int = 8, count: int = 8, dtype: Dtype = "float32", repeats: int = 7) -> None:
+    """A block of a large IResNet, forward and backward, in a scan and not (docs/backbones.md).
+
+    Args:
+      batch: Images.
+      count: Blocks behind one another.
+      dtype: Compute type.
+      repeats: Counted runs of each method, the median of which is given.
+    """
+    begin = time.perf_counter()
+    rows = blocks.measure(batch=batch, blocks=count, dtype=dtype, repeats=repeats)
+    for row in rows:
+        print(f"{row.method:15} {1000 * row.seconds:8.1f} ms a block  {row.ratio:.2f}")
+    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
+    result = {row.method: row._asdict() for row in rows}
+    seconds = round(time.perf_counter() - begin, 1)
+    print("RESULT " + json.dumps({**result, "seconds": seconds, "files": []}))
 
 
 if __name__ == "__main__":

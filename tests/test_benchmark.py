@@ -23,12 +23,12 @@ def benchmark(*options: str) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.app.cli(args=["head", *options])
+    module.app.cli(args=[*options])
 
 
 def test_it_writes_a_table_a_file_and_a_plot(tmp_path, capsys):
     options = ["--classes", "300", "--batches", "16", "--devices", "1", "2", "--repeats", "2"]
-    benchmark(*options, "--size", "32", "--output", str(tmp_path))
+    benchmark("head", *options, "--size", "32", "--output", str(tmp_path))
     printed = capsys.readouterr().out
     outcome = json.loads(printed.splitlines()[-1].removeprefix("RESULT "))
     assert all(method in printed for method in head.METHODS)
@@ -87,7 +87,16 @@ def test_what_cannot_be_measured_is_said():
 def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
     options = ["--classes", "30", "--batches", "8", "--repeats", "1", "--methods", "blocked"]
     with pytest.raises(SystemExit) as stop:
-        benchmark(*options, "--reference", str(tmp_path), "--output", str(tmp_path / "out"))
+        benchmark("head", *options, "--reference", str(tmp_path), "--output", str(tmp_path / "out"))
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "partial_fc_v2.py" in message and str(tmp_path) in message
+
+
+def test_blocks_are_timed_in_every_form(capsys):
+    benchmark("blocks", "--batch", "1", "--count", "2", "--repeats", "1")
+    outcome = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert outcome["unrolled"]["ratio"] == 1
+    for method in ("scanned", "rematerialised"):
+        row = outcome[method]
+        assert row["ratio"] == pytest.approx(row["seconds"] / outcome["unrolled"]["seconds"])

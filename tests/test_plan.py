@@ -215,11 +215,8 @@ def test_the_backbones_flops_are_those_of_the_torch_network():
             layer.register_forward_hook(lambda *a, each=each: products.append(each * a[2].numel()))
     with torch.no_grad():
         module(torch.zeros(1, 3, 112, 112))
-    state = step.abstract_state(CONFIG, num_classes=100, mesh=meshes.make(DEVICES))
-    counted = plan.backbone_flops_per_image(CONFIG, state)
-    # Two operations each, in the forward pass and for two gradients. XLA leaves out the products
-    # with the padding, and the gradient of the images.
-    assert counted == pytest.approx(6 * sum(products), rel=0.15)
+    # Two operations each, in the forward pass and for two gradients.
+    assert plan.backbone_flops_per_image(CONFIG) == 6 * sum(products)
 
 
 def test_sampling_is_suggested_where_the_head_costs_more_than_the_backbone(planned):

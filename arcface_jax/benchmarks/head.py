@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from arcface_jax import mesh as meshes
 from arcface_jax.benchmarks import timing
-from arcface_jax.config import HeadConfig, OperandDtype, OptimizerConfig
+from arcface_jax.config import Dtype, HeadConfig, OptimizerConfig
 from arcface_jax.errors import ConfigError
 from arcface_jax.heads import margin_softmax, partial_fc
 from arcface_jax.heads.centers import Rule, make_rule, padded_classes
@@ -39,7 +39,7 @@ class Case(NamedTuple):
     devices: int
     size: int = 512
     """Length of the embedding."""
-    dtype: OperandDtype = "float32"
+    dtype: Dtype = "float32"
     block_size: int = 2048
     optimizer: Literal["sgd", "adamw"] = "sgd"
 

@@ -1,6 +1,7 @@
 """Backbones: `build` makes one by name, as two pure functions on plain dicts of arrays."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ def build(
     bn_groups: int | str = 1,
     split_batch: bool = False,
     dtype: str = "float32",
+    stacked: bool = True,
 ) -> Backbone:
     """Makes a backbone.
 
@@ -50,6 +52,8 @@ def build(
         the mesh axis over whose devices a single slice goes.
       split_batch: whether several devices share the batch; changes no result.
       dtype: compute type of the convolutional part.
+      stacked: whether an IResNet that scans its blocks does so; without, each block has arrays of
+        its own (`stacks.restack` goes from one form to the other), for comparison.
 
     Raises:
       ConfigError: no network has that name.
@@ -73,11 +77,17 @@ def build(
                 init=init,
                 **settings,
             )
-        return iresnet.IResNet(
-            iresnet.ARCHITECTURES[network], split_batch=split_batch, init=init, **settings
-        )
+        architecture = iresnet.ARCHITECTURES[network]
+        if not stacked:
+            architecture = replace(architecture, blocks_are="unrolled")
+        return iresnet.IResNet(architecture, split_batch=split_batch, init=init, **settings)
 
     graph, *shapes = nnx.split(module(layers.ShapeInitializer()), nnx.Param, nnx.BatchStat)
+    paths = {_name(path): path for part in shapes for path, _ in nnx.to_flat_state(part)}
+
+    def unflatten(arrays: Arrays) -> nnx.State:
+        flat: Any = {paths[name]: array for name, array in arrays.items()}
+        return nnx.from_flat_state(flat)
 
     def init(seed: int) -> tuple[Arrays, Arrays]:
         module_with_weights = module(layers.RandomInitializer(seed))
@@ -92,7 +102,7 @@ def build(
         train: bool,
         keys: jax.Array | None = None,
     ) -> tuple[jax.Array, Arrays]:
-        model: Any = nnx.merge(graph, _unflatten(params), _unflatten(batch_stats))
+        model: Any = nnx.merge(graph, unflatten(params), unflatten(batch_stats))
         embeddings = model(images, train=train, keys=keys)
         return embeddings, _flatten(nnx.state(model, nnx.BatchStat)) if train else batch_stats
 
@@ -112,12 +122,8 @@ def embedding_size(arrays: Mapping[str, Any]) -> int | None:
 
 
 def _flatten(state: nnx.State) -> Arrays:
-    return {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+    return {_name(path): leaf[...] for path, leaf in nnx.to_flat_state(state)}
 
 
-def _unflatten(arrays: Arrays) -> nnx.State:
-    flat: Any = {
-        tuple(int(word) if word.isdigit() else word for word in name.split(".")): array
-        for name, array in arrays.items()
-    }
-    return nnx.from_flat_state(flat)
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(map(str, path))

@@ -1,18 +1,21 @@
 """IResNet, the residual network of ArcFace, as insightface's arcface_torch builds it.
 
 Module names, and so the dotted names of parameters and statistics, are insightface's `state_dict`
-names.
+names. In the large networks the equal blocks of a stage are stacks (`models/stacks.py`):
+`layer3.1-29.conv1.kernel` has a leading axis over the blocks, and the stage is a scan over them.
 Source: Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition" (CVPR 2019),
 and Duta et al., "Improved Residual Networks for Image and Video Recognition" (ICPR 2020).
 """
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcface_jax.models import stacks
 from arcface_jax.models.layers import BatchNorm, Conv, Initializer, Linear, PReLU
 
 
@@ -27,6 +30,10 @@ class Architecture:
     stem_stride: int = 1
     strides: tuple[int, int, int, int] = (2, 2, 2, 2)
     """Stride of each stage's first block; 112 pixels become 7 in every network here."""
+    blocks_are: Literal["unrolled", "scanned", "nested"] = "unrolled"
+    """Whether the equal blocks of a stage, all but its first, are a scan, or a scan of scans."""
+    remat: bool = False
+    """Whether scanned blocks are computed again in the backward pass, to save memory."""
 
 
 ARCHITECTURES = {
@@ -35,8 +42,9 @@ ARCHITECTURES = {
     "r18": Architecture((2, 2, 2, 2)),
     "r34": Architecture((3, 4, 6, 3)),
     "r50": Architecture((3, 4, 14, 3)),
-    "r100": Architecture((3, 13, 30, 3)),
-    "r200": Architecture((6, 26, 60, 6)),
+    "r100": Architecture((3, 13, 30, 3), blocks_are="scanned"),
+    "r200": Architecture((6, 26, 60, 6), blocks_are="scanned"),
+    "r2060": Architecture((3, 128, 896, 3), blocks_are="nested", remat=True),
 }
 
 LAST_SIZE = 7
@@ -120,7 +128,7 @@ class IResNet(nnx.Module):
         init: Initializer,
     ):
         channels = architecture.widths[0]
-        self.dtype = dtype
+        self.architecture, self.dtype = architecture, dtype
         self.conv1 = Conv(
             3,
             channels,
@@ -132,23 +140,16 @@ class IResNet(nnx.Module):
         )
         self.bn1 = BatchNorm(channels, groups=bn_groups)
         self.prelu = PReLU(channels)
+        block = partial(Block, bn_groups=bn_groups, split_batch=split_batch, dtype=dtype)
         stages = zip(architecture.blocks, architecture.widths, architecture.strides, strict=True)
         for name, (blocks, width, stride) in zip(_STAGES, stages, strict=True):
-            stage = nnx.List()
-            for index in range(blocks):
-                stage.append(
-                    Block(
-                        channels if index == 0 else width,
-                        width,
-                        stride=stride if index == 0 else 1,
-                        down_sample=index == 0,
-                        bn_groups=bn_groups,
-                        split_batch=split_batch,
-                        dtype=dtype,
-                        init=init,
-                    )
-                )
-            setattr(self, name, stage)
+            first = block(channels, width, stride=stride, down_sample=True, init=init)
+            equal = partial(block, width, width, stride=1, down_sample=False)
+            rest = {
+                stacks.name(number, lead): stacks.make(equal, lead, init)
+                for number, lead in _stacks(architecture, blocks)
+            }
+            setattr(self, name, nnx.Dict({"0": first, **rest}))
             channels = width
         self.bn2 = BatchNorm(channels, groups=bn_groups)
         self.fc = Linear(channels * LAST_SIZE**2, embedding_size, init=init)
@@ -157,11 +158,30 @@ class IResNet(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
         """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised; nothing is random."""
         x = self.prelu(self.bn1(self.conv1(x.astype(self.dtype)), train=train))
-        for name in _STAGES:
-            for block in getattr(self, name):
-                x = block(x, train=train)
+        for name, blocks in zip(_STAGES, self.architecture.blocks, strict=True):
+            stage = getattr(self, name)
+            x = stage["0"](x, train=train)
+            for number, lead in _stacks(self.architecture, blocks):
+                x = self._apply(stage[stacks.name(number, lead)], x, axes=len(lead), train=train)
         x = self.bn2(x, train=train)
         # insightface flattens channels first; with the same order fc needs no permutation on
         # export.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         return self.features(self.fc(x), train=train)
+
+    def _apply(self, blocks: Any, x: jax.Array, *, axes: int, train: bool) -> jax.Array:
+        if axes == 0:
+            return blocks(x, train=train)
+        remat = train and self.architecture.remat
+
+        def one(block: Block, x: jax.Array, _: None) -> jax.Array:
+            return block(x, train=train)
+
+        return stacks.scan(blocks, x, one, axes=axes, remat=remat)
+
+
+def _stacks(architecture: Architecture, blocks: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Number and leading axes of the stacks behind the first of a stage's blocks."""
+    if architecture.blocks_are == "unrolled":
+        return [(number, ()) for number in range(1, blocks)]
+    return stacks.plan(1, blocks - 1, nested=architecture.blocks_are == "nested")

@@ -1,7 +1,7 @@
 """The layers that the backbones are made of. Images are (B, H, W, channels), parameters float32."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, Protocol
 
@@ -26,10 +26,6 @@ class Initializer(Protocol):
         """Uniform in [-bound, bound), float32."""
         ...
 
-    def stack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """Equal arrays along a new first axis."""
-        ...
-
 
 class RandomInitializer:
     """Draws with NumPy: the same weights on every backend, and nothing to compile."""
@@ -39,15 +35,13 @@ class RandomInitializer:
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
         """See `Initializer`."""
-        return self._rng.standard_normal(shape, np.float32) * np.float32(std)
+        drawn = self._rng.standard_normal(shape, np.float32)
+        drawn *= np.float32(std)  # in place: r2060 draws 4 GiB for one stack
+        return drawn
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
         """See `Initializer`."""
         return (self._rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
-
-    def stack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """See `Initializer`."""
-        return np.stack(arrays)
 
 
 class ShapeInitializer:
@@ -60,10 +54,6 @@ class ShapeInitializer:
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
         """See `Initializer`; a view of one zero."""
         return np.broadcast_to(np.float32(0), shape)
-
-    def stack(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
-        """See `Initializer`; a view of the first."""
-        return np.broadcast_to(arrays[0], (len(arrays), *arrays[0].shape))
 
 
 class Conv(nnx.Module):
@@ -99,12 +89,12 @@ class Conv(nnx.Module):
         shape = (kernel, kernel, in_channels // groups, out_channels)
         self.kernel = nnx.Param(init.normal(shape, std=std))
         self.dtype = dtype
-        if split_batch or groups > 1 or not padded:
+        if groups > 1 or not padded:
             self.convolve = partial(
                 _plain_conv, stride=stride, groups=groups, half=kernel // 2 if padded else 0
             )
-        else:  # its chunks would cross the devices
-            self.convolve = partial(_chunked_conv, stride)
+        else:
+            self.convolve = partial(_conv, stride, split_batch)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
@@ -123,31 +113,61 @@ def _plain_conv(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_conv(stride: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution whose gradient is computed in chunks of the batch where that is faster."""
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv(stride: int, split_batch: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """A convolution whose gradients are, on a CPU alone, written in forms that are fast there."""
     return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2)
 
 
-def _chunked_conv_forward(stride: int, x: jax.Array, kernel: jax.Array):
+def _conv_forward(stride: int, split_batch: bool, x: jax.Array, kernel: jax.Array):
     return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2), (x, kernel)
 
 
-def _chunked_conv_backward(stride: int, saved, d_out: jax.Array):
-    x, kernel = saved
-    convolve = partial(_plain_conv, stride=stride, half=len(kernel) // 2)
-    _, pull_x = jax.vjp(lambda x: convolve(x, kernel), x)
-    _, pull_kernel = jax.vjp(lambda kernel: convolve(x, kernel), kernel)
-    d_kernel = lax.platform_dependent(
-        x,
+def _conv_backward(stride: int, split_batch: bool, saved, d_out: jax.Array):
+    return lax.platform_dependent(
+        *saved,
         d_out,
-        cpu=partial(_kernel_gradient_by_chunks, size=kernel.shape[0], stride=stride),
-        default=lambda x, d_out: pull_kernel(d_out)[0],
+        cpu=partial(_cpu_gradients, stride=stride, split_batch=split_batch),
+        default=partial(_gradients, stride=stride),
     )
-    return pull_x(d_out)[0], d_kernel
 
 
-_chunked_conv.defvjp(_chunked_conv_forward, _chunked_conv_backward)
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+def _gradients(
+    x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int
+) -> tuple[jax.Array, jax.Array]:
+    """Of a convolution's input and kernel, as JAX derives them."""
+    return jax.vjp(partial(_plain_conv, stride=stride, half=len(kernel) // 2), x, kernel)[1](d_out)
+
+
+def _cpu_gradients(
+    x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int, split_batch: bool
+) -> tuple[jax.Array, jax.Array]:
+    """The same where XLA's CPU backend is slow with what JAX derives.
+
+    Inside a loop it runs convolutions fast only if channels come last in all operands; as derived
+    they are 70 times slower (github.com/jax-ml/jax/issues/12868). So at stride 1, the only one in
+    a loop here, the input's gradient is the convolution with the turned kernel, and the kernel's is
+    one of images whose channels and batch have changed places.
+    """
+    half = len(kernel) // 2
+    if stride == 1:
+        turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        d_x = _plain_conv(d_out, turned, stride=1, half=half)
+    else:
+        d_x, _ = _gradients(x, kernel, d_out, stride=stride)
+    if not split_batch:  # the chunks would cross the devices
+        d_kernel = _kernel_gradient_by_chunks(x, d_out, size=len(kernel), stride=stride)
+    elif stride == 1:
+        swapped = _plain_conv(
+            x.transpose(3, 1, 2, 0), d_out.transpose(1, 2, 0, 3), stride=1, half=half
+        )
+        d_kernel = swapped.transpose(1, 2, 0, 3)
+    else:
+        _, d_kernel = _gradients(x, kernel, d_out, stride=stride)
+    return d_x, d_kernel
 
 
 def _kernel_gradient_by_chunks(

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from jax import lax
 
 from arcface_jax import models
+from arcface_jax.models import layers
 from arcface_jax.models.layers import BatchNorm, Conv, Linear, PReLU, RandomInitializer
 
 
@@ -50,6 +52,41 @@ def test_convolution_and_both_gradients_equal_torch(batch, kernel, stride, size)
     np.testing.assert_allclose(d_x, channels_last(torch_x.grad), atol=1e-5)
     expected = twin.weight.grad.numpy().transpose(2, 3, 1, 0)
     np.testing.assert_allclose(d_state["kernel"][...], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("split_batch", [False, True])
+def test_gradients_in_a_loop_are_those_of_the_plain_convolution(dtype, tolerance, split_batch):
+    """Three convolutions in a scan, whose gradients a CPU computes in its own form."""
+    x = jnp.asarray(images(6, 5, 7, 4)).astype(dtype)
+    kernels = jnp.asarray(0.3 * images(3, 3, 3, 4, 4, seed=1)).astype(dtype)
+
+    def plain(x, kernel):
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def scanned(x, kernels):
+        def one(x, kernel):
+            return layers._conv(1, split_batch, x, kernel), None
+
+        return lax.scan(one, x, kernels)[0]
+
+    def unrolled(x, kernels):
+        for kernel in kernels:
+            x = plain(x, kernel)
+        return x
+
+    y, pull = jax.vjp(scanned, x, kernels)
+    exact = [array.astype(jnp.float32) for array in (x, kernels)]
+    expected, pull_exact = jax.vjp(unrolled, *exact)
+    assert y.dtype == dtype
+    d_y = jnp.asarray(images(*y.shape, seed=2)).astype(dtype)
+    gradients = (y, *pull(d_y)), (expected, *pull_exact(d_y.astype(jnp.float32)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == dtype
+        error = jnp.linalg.norm(ours.astype(jnp.float32) - theirs) / jnp.linalg.norm(theirs)
+        assert float(error) < tolerance
 
 
 def test_convolution_computes_in_its_type_and_keeps_float32_parameters():

@@ -1,0 +1,168 @@
+"""A decision threshold for a target false accept rate, and what is known of it, as JSON."""
+
+import dataclasses
+import datetime
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pydantic
+
+from arcface_jax.data.pairs import PairSet
+from arcface_jax.errors import DataError
+from arcface_jax.evaluation import roc, verification
+
+ENOUGH_ERRORS = 30
+"""The rule of 30: 30 errors or more put the true rate within 30 % of the measured one, with 90 %
+confidence (G. Doddington et al., "The NIST speaker recognition evaluation", 2000)."""
+_DECIMALS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """A threshold, chosen on a set of pairs for one model."""
+
+    threshold_cosine: float
+    """Two faces are the same person where their cosine is at least this."""
+    threshold_squared_distance: float
+    """The same as a squared distance of unit vectors, 2 - 2 cosine: at most this."""
+    far_target: float
+    far: float
+    """Share of the different pairs that the threshold accepts."""
+    far_low: float
+    far_high: float
+    """The 95 % interval of `far`, as `roc.wilson`."""
+    tar: float
+    """Share of the same pairs that it accepts."""
+    tar_low: float
+    tar_high: float
+    same_pairs: int
+    different_pairs: int
+    enough_pairs: bool
+    """Whether there are 30 / far_target different pairs, see `ENOUGH_ERRORS`."""
+    flip: bool
+    """Whether the mirrored faces' embeddings were added."""
+    model: str
+    """`Model.digest()` of the network."""
+    set_name: str
+    set_digest: str
+    """SHA-256 of the pairs' images and labels."""
+    date: str
+    """The day, as YYYY-MM-DD."""
+
+
+_ADAPTER = pydantic.TypeAdapter(Calibration)
+
+
+def calibrate(
+    embeddings: np.ndarray, pairs: PairSet, *, far: float, flip: bool, model: str
+) -> Calibration:
+    """Finds the lowest threshold with a FAR of at most the target.
+
+    Cosines are taken to six decimals, which float32 embeddings keep: pairs that differ by less tie.
+    The threshold lies halfway between the lowest score that is accepted and the highest that is
+    not, so that neither is decided by rounding.
+
+    Args:
+      embeddings: (2 n, D) of the set's images; their lengths do not matter.
+      pairs: n pairs.
+      far: the target.
+      flip: whether the embeddings are sums with those of the mirrored faces.
+      model: digest of the network they are from.
+
+    Raises:
+      DataError: there are fewer than 1 / far different pairs, or no threshold gives such a FAR, or
+        as `roc.tar_at_far`.
+    """
+    score = np.round(1 - verification.pair_distances(embeddings) / 2, _DECIMALS)
+    (at,) = roc.tar_at_far(score, pairs.same, fars=[far])
+    same, different = score[pairs.same], score[~pairs.same]
+    if at.threshold is None:
+        raise DataError(
+            f"{pairs.name}: {len(different):,} pairs of different people cannot show a FAR of "
+            f"{at.label}: that takes {at.pairs_needed:,} at least, and {ENOUGH_ERRORS / far:,.0f} "
+            "to be sure of it; give more pairs, or a higher --far"
+        )
+    if not np.isfinite(at.threshold):
+        raise DataError(
+            f"{pairs.name}: every threshold that accepts a pair has a FAR above {at.label}: the "
+            "most alike pairs are of different people"
+        )
+    below = np.max(score, where=score < at.threshold, initial=-1.0)
+    threshold = float(at.threshold + below) / 2
+    reached, tar = (float(np.mean(kind >= threshold)) for kind in (different, same))
+    far_interval, tar_interval = roc.wilson(reached, len(different)), roc.wilson(tar, len(same))
+    return Calibration(
+        threshold_cosine=threshold,
+        threshold_squared_distance=2 - 2 * threshold,
+        far_target=far,
+        far=reached,
+        far_low=far_interval[0],
+        far_high=far_interval[1],
+        tar=tar,
+        tar_low=tar_interval[0],
+        tar_high=tar_interval[1],
+        same_pairs=len(same),
+        different_pairs=len(different),
+        enough_pairs=len(different) * far >= ENOUGH_ERRORS,
+        flip=flip,
+        model=model,
+        set_name=pairs.name,
+        set_digest=_digest(pairs),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    )
+
+
+def in_words(found: Calibration) -> str:
+    """The result for a terminal."""
+    lines = [
+        f"threshold: cosine {found.threshold_cosine:.4f}, squared distance "
+        f"{found.threshold_squared_distance:.4f}",
+        f"FAR {found.far:.2e}, 95 % interval {found.far_low:.2e} to {found.far_high:.2e} (target "
+        f"{found.far_target:.0e}, {found.different_pairs:,} pairs of different people)",
+        f"TAR {found.tar:.4f}, 95 % interval {found.tar_low:.4f} to {found.tar_high:.4f} "
+        f"({found.same_pairs:,} pairs of one person)",
+    ]
+    if not found.enough_pairs:
+        lines.append(
+            f"too few pairs of different people to be sure: {found.different_pairs:,}, where a FAR "
+            f"of {found.far_target:.0e} wants {ENOUGH_ERRORS / found.far_target:,.0f} "
+            f"({ENOUGH_ERRORS} / FAR)"
+        )
+    return "\n".join(lines)
+
+
+def write(found: Calibration, path: Path) -> None:
+    """Saves it as JSON.
+
+    Raises:
+      DataError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+
+
+def read(path: Path) -> Calibration:
+    """The reverse of `write`.
+
+    Raises:
+      DataError: there is no such file, or it is no calibration.
+    """
+    if not path.is_file():
+        raise DataError(f"no calibration at {path}: make one with scripts/calibrate.py")
+    try:
+        return _ADAPTER.validate_json(path.read_text(), strict=True)
+    except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path} is no calibration, as scripts/calibrate.py writes it: {error}"
+        ) from error
+
+
+def _digest(pairs: PairSet) -> str:
+    total = hashlib.sha256(np.ascontiguousarray(pairs.images).data)
+    total.update(np.asarray(pairs.same, bool).tobytes())
+    return total.hexdigest()
