@@ -99,7 +99,10 @@ def _by_norm(trust: float) -> optax.GradientTransformation:
 
 def _matrices(params: Any) -> dict[str, bool]:
     """Which arrays, seen without the axes of a stack, are more than vectors."""
-    return {name: np.ndim(array) - stacks.leading_axes(name, array) > 1 for name, array in params.items()}
+    return {
+        name: np.ndim(array) - stacks.leading_axes(name, array) > 1
+        for name, array in params.items()
+    }
 
 
 def first_scale(optimizer: OptimizerConfig, dtype: str) -> Arrays:

@@ -44,7 +44,6 @@ def measure(*, batch: int, blocks: int, dtype: Dtype, repeats: int) -> list[Meas
         stride=1,
         down_sample=False,
         bn_groups=1,
-        split_batch=False,
         dtype=jnp.dtype(dtype),
     )
     stack = stacks.make(one, (blocks,), RandomInitializer(0))

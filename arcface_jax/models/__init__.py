@@ -39,7 +39,6 @@ def build(
     *,
     embedding_size: int = 512,
     bn_groups: int | str = 1,
-    split_batch: bool = False,
     dtype: str = "float32",
     stacked: bool = True,
 ) -> Backbone:
@@ -50,7 +49,6 @@ def build(
       embedding_size: D.
       bn_groups: slices of a training batch with BatchNorm statistics of their own; or the name of
         the mesh axis over whose devices a single slice goes.
-      split_batch: whether several devices share the batch; changes no result.
       dtype: compute type of the convolutional part.
       stacked: whether an IResNet that scans its blocks does so; without, each block has arrays of
         its own (`stacks.restack` goes from one form to the other), for comparison.
@@ -73,14 +71,13 @@ def build(
         if network in mobilefacenet.ARCHITECTURES:
             return mobilefacenet.MobileFaceNet(
                 mobilefacenet.ARCHITECTURES[network],
-                split_batch=split_batch,
                 init=init,
                 **settings,
             )
         architecture = iresnet.ARCHITECTURES[network]
         if not stacked:
             architecture = replace(architecture, blocks_are="unrolled")
-        return iresnet.IResNet(architecture, split_batch=split_batch, init=init, **settings)
+        return iresnet.IResNet(architecture, init=init, **settings)
 
     graph, *shapes = nnx.split(module(layers.ShapeInitializer()), nnx.Param, nnx.BatchStat)
     paths = {_name(path): path for part in shapes for path, _ in nnx.to_flat_state(part)}

@@ -21,7 +21,7 @@ class Cost(NamedTuple):
 
 def measure(network: str, *, embedding_size: int = 512) -> Cost:
     """Counts from shapes alone; nothing is drawn or run."""
-    backbone = models.build(network, embedding_size=embedding_size, split_batch=True)
+    backbone = models.build(network, embedding_size=embedding_size)
     params, batch_stats = backbone.shapes
     frozen = [array.size for name, array in batch_stats.items() if name.endswith(".scale")]
     image = jax.ShapeDtypeStruct((1, models.IMAGE_SIZE, models.IMAGE_SIZE, 3), jnp.float32)

@@ -62,14 +62,11 @@ class Block(nnx.Module):
         stride: int,
         down_sample: bool,
         bn_groups: int | str,
-        split_batch: bool,
         dtype: jnp.dtype,
         init: Initializer,
     ):
         self.bn1 = BatchNorm(in_channels, groups=bn_groups)
-        self.conv1 = Conv(
-            in_channels, channels, kernel=3, split_batch=split_batch, dtype=dtype, init=init
-        )
+        self.conv1 = Conv(in_channels, channels, kernel=3, dtype=dtype, init=init)
         self.bn2 = BatchNorm(channels, groups=bn_groups)
         self.prelu = PReLU(channels)
         self.conv2 = Conv(
@@ -77,7 +74,6 @@ class Block(nnx.Module):
             channels,
             kernel=3,
             stride=stride,
-            split_batch=split_batch,
             dtype=dtype,
             init=init,
         )
@@ -89,7 +85,6 @@ class Block(nnx.Module):
                 channels,
                 kernel=1,
                 stride=stride,
-                split_batch=split_batch,
                 dtype=dtype,
                 init=init,
             )
@@ -112,7 +107,6 @@ class IResNet(nnx.Module):
       architecture: blocks, widths and strides.
       embedding_size: D.
       bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
-      split_batch: whether several devices share the batch.
       dtype: compute type of the convolutional part; the last two layers are float32.
       init: where the initial weights come from.
     """
@@ -123,7 +117,6 @@ class IResNet(nnx.Module):
         *,
         embedding_size: int,
         bn_groups: int | str,
-        split_batch: bool,
         dtype: jnp.dtype,
         init: Initializer,
     ):
@@ -134,13 +127,12 @@ class IResNet(nnx.Module):
             channels,
             kernel=3,
             stride=architecture.stem_stride,
-            split_batch=split_batch,
             dtype=dtype,
             init=init,
         )
         self.bn1 = BatchNorm(channels, groups=bn_groups)
         self.prelu = PReLU(channels)
-        block = partial(Block, bn_groups=bn_groups, split_batch=split_batch, dtype=dtype)
+        block = partial(Block, bn_groups=bn_groups, dtype=dtype)
         stages = zip(architecture.blocks, architecture.widths, architecture.strides, strict=True)
         for name, (blocks, width, stride) in zip(_STAGES, stages, strict=True):
             first = block(channels, width, stride=stride, down_sample=True, init=init)

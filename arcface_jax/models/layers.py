@@ -67,7 +67,6 @@ class Conv(nnx.Module):
       groups: the channels are cut into as many slices, each convolved by itself.
       padded: whether there is any padding.
       std: of the initial weights; 0.1 is IResNet's.
-      split_batch: whether several devices share the batch.
       dtype: compute type.
       init: where the initial weights come from.
     """
@@ -82,7 +81,6 @@ class Conv(nnx.Module):
         groups: int = 1,
         padded: bool = True,
         std: float = 0.1,
-        split_batch: bool,
         dtype: jnp.dtype,
         init: Initializer,
     ):
@@ -94,7 +92,7 @@ class Conv(nnx.Module):
                 _plain_conv, stride=stride, groups=groups, half=kernel // 2 if padded else 0
             )
         else:
-            self.convolve = partial(_conv, stride, split_batch)
+            self.convolve = partial(_conv, stride)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
@@ -113,21 +111,21 @@ def _plain_conv(
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv(stride: int, split_batch: bool, x: jax.Array, kernel: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(stride: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """A convolution whose gradients are, on a CPU alone, written in forms that are fast there."""
     return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2)
 
 
-def _conv_forward(stride: int, split_batch: bool, x: jax.Array, kernel: jax.Array):
+def _conv_forward(stride: int, x: jax.Array, kernel: jax.Array):
     return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2), (x, kernel)
 
 
-def _conv_backward(stride: int, split_batch: bool, saved, d_out: jax.Array):
+def _conv_backward(stride: int, saved, d_out: jax.Array):
     return lax.platform_dependent(
         *saved,
         d_out,
-        cpu=partial(_cpu_gradients, stride=stride, split_batch=split_batch),
+        cpu=partial(_cpu_gradients, stride=stride),
         default=partial(_gradients, stride=stride),
     )
 
@@ -143,14 +141,14 @@ def _gradients(
 
 
 def _cpu_gradients(
-    x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int, split_batch: bool
+    x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int
 ) -> tuple[jax.Array, jax.Array]:
     """The same where XLA's CPU backend is slow with what JAX derives.
 
     Inside a loop it runs convolutions fast only if channels come last in all operands; as derived
     they are 70 times slower (github.com/jax-ml/jax/issues/12868). So at stride 1, the only one in
-    a loop here, the input's gradient is the convolution with the turned kernel, and the kernel's is
-    one of images whose channels and batch have changed places.
+    a stack, the input's gradient is the convolution with the turned kernel; the kernel's is no
+    convolution at all.
     """
     half = len(kernel) // 2
     if stride == 1:
@@ -158,16 +156,7 @@ def _cpu_gradients(
         d_x = _plain_conv(d_out, turned, stride=1, half=half)
     else:
         d_x, _ = _gradients(x, kernel, d_out, stride=stride)
-    if not split_batch:  # the chunks would cross the devices
-        d_kernel = _kernel_gradient_by_chunks(x, d_out, size=len(kernel), stride=stride)
-    elif stride == 1:
-        swapped = _plain_conv(
-            x.transpose(3, 1, 2, 0), d_out.transpose(1, 2, 0, 3), stride=1, half=half
-        )
-        d_kernel = swapped.transpose(1, 2, 0, 3)
-    else:
-        _, d_kernel = _gradients(x, kernel, d_out, stride=stride)
-    return d_x, d_kernel
+    return d_x, _kernel_gradient_by_chunks(x, d_out, size=len(kernel), stride=stride)
 
 
 def _kernel_gradient_by_chunks(

@@ -41,7 +41,6 @@ class _Settings:
     """What all convolutions of a network have in common."""
 
     bn_groups: int | str
-    split_batch: bool
     dtype: jnp.dtype
     init: Initializer
 
@@ -69,7 +68,6 @@ class _Unit(nnx.Module):
             groups=groups,
             padded=padded,
             std=_kaiming_std(out_channels * kernel**2),
-            split_batch=settings.split_batch,
             dtype=settings.dtype,
             init=settings.init,
         )
@@ -170,7 +168,6 @@ class MobileFaceNet(nnx.Module):
       architecture: blocks and width.
       embedding_size: D.
       bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
-      split_batch: whether several devices share the batch.
       dtype: compute type up to the last 1x1 convolution, which is float32 like all behind it.
       init: where the initial weights come from.
     """
@@ -181,14 +178,13 @@ class MobileFaceNet(nnx.Module):
         *,
         embedding_size: int,
         bn_groups: int | str,
-        split_batch: bool,
         dtype: jnp.dtype,
         init: Initializer,
     ):
         narrow, wide = 64 * architecture.scale, 128 * architecture.scale
         blocks = architecture.blocks
-        settings = _Settings(bn_groups, split_batch, dtype, init)
-        last = _Settings(bn_groups, split_batch, FLOAT32, init)
+        settings = _Settings(bn_groups, dtype, init)
+        last = _Settings(bn_groups, FLOAT32, init)
         first = (
             _Unit(narrow, narrow, settings, kernel=3, groups=64)
             if blocks[0] == 1
