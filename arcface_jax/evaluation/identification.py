@@ -16,6 +16,8 @@ from arcface_jax.evaluation.roc import allowed
 
 RANKS = (1, 5, 10)
 FPIRS = (0.01, 0.1)
+INSIGHTFACE, STANDARD = "insightface", "standard"
+"""The two rules."""
 _SCORES = 1 << 23
 """Scores held at a time."""
 
@@ -58,11 +60,14 @@ class Identification(NamedTuple):
     ranks: dict[int, float]
     tpirs: tuple[Tpir, ...]
 
-    def metrics(self, prefix: str) -> dict[str, float]:
-        """`PREFIX/rank1` and so on, `PREFIX/tpir@fpir=0.01` and so on."""
-        values = {f"{prefix}/rank{rank}": value for rank, value in self.ranks.items()}
-        known = {at.fpir: at.tpir for at in self.tpirs if at.tpir is not None}
-        return values | {f"{prefix}/tpir@fpir={fpir:g}": tpir for fpir, tpir in known.items()}
+    def metrics(self) -> dict[str, float]:
+        """`rank1`, `tpir@fpir=0.01` and so on; insightface's rule has its name in front."""
+        values = {f"rank{rank}": value for rank, value in self.ranks.items()}
+        for at in self.tpirs:
+            if at.tpir is not None:
+                values[f"tpir@fpir={at.fpir:g}"] = at.tpir
+        front = "" if self.rule == STANDARD else f"{self.rule}_"
+        return {front + name: value for name, value in values.items()}
 
 
 def search(
@@ -139,7 +144,7 @@ def insightface_rule(
         threshold = found.highest_others[place - 1]
         tpirs.append(Tpir(fpir, float(np.mean(found.mate > threshold)), float(threshold)))
     ranks = {rank: found.accuracy(rank) for rank in RANKS}
-    return Identification("insightface", ranks, tuple(tpirs))
+    return Identification(INSIGHTFACE, ranks, tuple(tpirs))
 
 
 def _check_one_mate(probe_subjects: np.ndarray, gallery_subjects: np.ndarray) -> None:
@@ -187,7 +192,7 @@ def standard_rule(searches: Sequence[Search], *, fpirs: Sequence[float] = FPIRS)
         else:
             tpir, threshold = np.mean([(at.tpir, at.threshold) for at in known], axis=0)
             tpirs.append(Tpir(fpir, float(tpir), float(threshold)))
-    return Identification("standard", ranks, tuple(tpirs))
+    return Identification(STANDARD, ranks, tuple(tpirs))
 
 
 def _tpir(found: Search, fpir: float) -> Tpir:

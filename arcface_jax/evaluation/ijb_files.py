@@ -5,7 +5,8 @@ FOLDER/loose_crop holds the images and FOLDER/meta, with P for `ijbb` or `ijbc`:
     P_name_5pts_score.txt       file x1 y1 x2 y2 x3 y3 x4 y4 x5 y5 detector_score
     P_face_tid_mid.txt          file template media
     P_template_pair_label.txt   template template 0|1
-    ijbc_1N_gallery_G1.csv, .._G2.csv, .._probe_mixed.csv (IJB-B: S1, S2)   TEMPLATE_ID,SUBJECT_ID,..
+    P_1N_gallery_G1.csv, P_1N_gallery_G2.csv (IJB-B: S1 and S2), P_1N_probe_mixed.csv
+                                TEMPLATE_ID,SUBJECT_ID,... under a heading
 
 The first two describe the same images in the same order. The csv files are for identification and
 may be missing together.
