@@ -5,7 +5,6 @@ float32: f(image), and with mirroring f(image) + f(mirrored image). A shard is t
 all, for it is renamed into its place.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ ROWS = 2048
 Load = Callable[[int], np.ndarray]
 """An image's number to (112, 112, 3) uint8 RGB; called from threads."""
 HostRows = Callable[[int], np.ndarray]
-"""A number of images to (n,) bool: those of this host's devices; `embed.rows_of_this_host`."""
+"""A number of images to (n,) bool: those of this host's devices, see `Network`."""
 
 
 class Features(NamedTuple):
@@ -49,16 +48,6 @@ class Features(NamedTuple):
         if out is None:
             raise DataError(f"{self.folder}: no images were embedded")
         return out
-
-
-def fingerprint(arrays: Mapping[str, Any]) -> str:
-    """SHA-256 of named arrays, for instance of a network's parameters and statistics."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
 
 
 def aligned_image(path: Path, landmarks: np.ndarray) -> np.ndarray:
@@ -99,7 +88,7 @@ def extract(
       load: gives image i.
       names: of the n images, for errors.
       folder: of the shards; made where it is missing.
-      settings: what the embeddings depend on: network, list of images, and so on; plain JSON.
+      settings: what the embeddings depend on: network and list of images; plain JSON.
       mirrored: whether f(mirrored image) is wanted too.
       threads: that read images.
       host_rows: with several hosts, the rows of a shard that this one reads.

@@ -1,4 +1,4 @@
-"""The IJB protocols once more, as slow loops written from their description, for the tests alone."""
+"""The IJB protocols as slow loops, written from their description, for the tests alone."""
 
 import math
 from pathlib import Path

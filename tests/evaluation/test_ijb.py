@@ -4,10 +4,10 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import plain_ijb
 import pytest
 from sklearn.metrics import roc_curve
 
-import plain_ijb
 from arcface_jax.data import sources
 from arcface_jax.errors import ConfigError, DataError
 from arcface_jax.evaluation import features, identification, ijb, ijb_files, ijb_generator, roc
