@@ -192,7 +192,7 @@ def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) ->
 def _tar_at_far(far: float, genuine: np.ndarray, top: np.ndarray, *, different: int) -> TarAtFar:
     """One target; `top` holds the highest scores of the different pairs, rising."""
     count = allowed(far, different)
-    needed = _pairs_needed(far)
+    needed = pairs_needed(far)
     if not count:
         return TarAtFar(far, needed, tar=None, interval=None, threshold=None)
     refused = top[-1 - count]
@@ -212,7 +212,7 @@ def allowed(far: float, count: int) -> int:
     return k - (k / count > far)
 
 
-def _pairs_needed(far: float) -> int:
+def pairs_needed(far: float) -> int:
     """The smallest n with 1 / n <= far, as float64 rounds."""
     near = round(1 / far)
     return near if 1 / near <= far else near + 1
