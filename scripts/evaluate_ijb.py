@@ -4,7 +4,6 @@ python scripts/evaluate_ijb.py --checkpoint WORKDIR --data IJBC --protocol ijbc 
 python scripts/evaluate_ijb.py --weight backbone.pth --network r50 --data IJBC --output runs/ijbc
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -17,9 +16,8 @@ import tyro
 from rich.console import Console
 
 from arcface_jax import errors
-from arcface_jax.evaluation import features, ijb, ijb_files, ijb_tables, roc_plot
-from arcface_jax.evaluation.ijb_files import IjbSet, Protocol
-from arcface_jax.network import Model, Network
+from arcface_jax.evaluation import ijb, ijb_files, ijb_tables, roc_plot
+from arcface_jax.evaluation.ijb_files import Protocol
 from convert.any_model import ModelChoice, open_model
 
 
@@ -42,28 +40,6 @@ class Arguments:
     """Threads that read and align images."""
 
 
-def extract(arguments: Arguments, model: Model, ijb_set: IjbSet, *, mirrored: bool):
-    """The features of all images, those on disk included."""
-    total = len(ijb_set.images)
-
-    def progress(done: int) -> None:
-        print(f"features: {done:,} of {total:,} images", file=sys.stderr)
-
-    listed = hashlib.sha256(ijb_set.landmarks.tobytes())
-    listed.update("\n".join(path.name for path in ijb_set.images).encode())
-    return features.extract(
-        model,
-        lambda i: features.aligned_image(ijb_set.images[i], ijb_set.landmarks[i]),
-        names=[path.name for path in ijb_set.images],
-        folder=arguments.output / "features",
-        settings={"model": model.digest(), "images and landmarks": listed.hexdigest()},
-        mirrored=mirrored,
-        threads=arguments.threads,
-        host_rows=model.rows_of_this_host if isinstance(model, Network) else None,
-        progress=progress,
-    )
-
-
 def main(argv: list[str]) -> None:
     """The command."""
     arguments = tyro.cli(Arguments, args=argv, prog="evaluate_ijb.py", description=__doc__)
@@ -72,7 +48,15 @@ def main(argv: list[str]) -> None:
         options = [ijb.Options.parse(letters) for letters in arguments.options]
         ijb_set = ijb_files.read(arguments.data, arguments.protocol)
         model = open_model(arguments.model, batch_size=arguments.batch_size)
-        extracted = extract(arguments, model, ijb_set, mirrored=any(o.mirrored for o in options))
+        total = len(ijb_set.images)
+        extracted = ijb.embed_images(
+            ijb_set,
+            model,
+            folder=arguments.output / "features",
+            mirrored=any(option.mirrored for option in options),
+            threads=arguments.threads,
+            progress=lambda done: print(f"{done:,} of {total:,} images", file=sys.stderr),
+        )
         if jax.process_index():
             return  # the first host does the rest
         results = [ijb.evaluate(ijb_set, extracted, option) for option in options]

@@ -5,6 +5,7 @@ float32: f(image), and with mirroring f(image) + f(mirrored image). A shard is t
 all, for it is renamed into its place.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -56,14 +57,30 @@ def aligned_image(path: Path, landmarks: np.ndarray) -> np.ndarray:
     Raises:
       DataError: there is no such image, or it cannot be decoded.
     """
+    return align.align(sources.decode_any_size(read_bytes(path), where=str(path)), landmarks)
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file that a list of images names.
+
+    Raises:
+      DataError: it cannot be read.
+    """
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): the list of images names it; unpack the "
             "images again"
         ) from None
-    return align.align(sources.decode_any_size(data, where=str(path)), landmarks)
+
+
+def digest(names: Sequence[str], *arrays: np.ndarray) -> str:
+    """SHA-256 of a list of names and of arrays: which images, and how they are cut."""
+    total = hashlib.sha256("\n".join(names).encode())
+    for array in arrays:
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
 
 
 def extract(

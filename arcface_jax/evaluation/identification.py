@@ -186,11 +186,15 @@ def standard_rule(searches: Sequence[Search], *, fpirs: Sequence[float] = FPIRS)
     tpirs = []
     for fpir in fpirs:
         each = [_tpir(found, fpir) for found in searches]
-        known = [at for at in each if at.tpir is not None and at.threshold is not None]
+        known = [
+            (at.tpir, at.threshold)
+            for at in each
+            if at.tpir is not None and at.threshold is not None
+        ]
         if len(known) < len(each):
             tpirs.append(Tpir(fpir, None, None))
         else:
-            tpir, threshold = np.mean([(at.tpir, at.threshold) for at in known], axis=0)
+            tpir, threshold = np.mean(known, axis=0)
             tpirs.append(Tpir(fpir, float(tpir), float(threshold)))
     return Identification(STANDARD, ranks, tuple(tpirs))
 

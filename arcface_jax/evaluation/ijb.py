@@ -9,19 +9,21 @@ at FAR stands in two forms, for published figures follow the first:
 - the standard one: the largest TAR whose FAR does not exceed the target, `roc.tar_at_far`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from arcface_jax.errors import ConfigError, DataError
-from arcface_jax.evaluation import identification, roc, templates
+from arcface_jax.evaluation import features, identification, roc, templates
 from arcface_jax.evaluation.features import Features
 from arcface_jax.evaluation.identification import Identification
 from arcface_jax.evaluation.ijb_files import IjbSet
 from arcface_jax.evaluation.roc import Roc, TarAtFar
 from arcface_jax.evaluation.templates import Templates
 from arcface_jax.evaluation.verification import FARS
+from arcface_jax.network import Model, Network
 
 _POINTS = 200
 """Points of a curve that are kept to draw it."""
@@ -114,13 +116,40 @@ class IjbResult(NamedTuple):
         }
 
 
-def evaluate(ijb_set: IjbSet, features: Features, options: Options) -> IjbResult:
+def embed_images(
+    ijb_set: IjbSet,
+    model: Model,
+    *,
+    folder: Path,
+    mirrored: bool,
+    threads: int = 4,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Features:
+    """Aligns and embeds all images of a set, but for those whose features are in the folder.
+
+    Args and errors as `features.extract`.
+    """
+    names = [path.name for path in ijb_set.images]
+    return features.extract(
+        model,
+        lambda i: features.aligned_image(ijb_set.images[i], ijb_set.landmarks[i]),
+        names=names,
+        folder=folder,
+        settings={"model": model.digest(), "list": features.digest(names, ijb_set.landmarks)},
+        mirrored=mirrored,
+        threads=threads,
+        host_rows=model.rows_of_this_host if isinstance(model, Network) else None,
+        progress=progress,
+    )
+
+
+def evaluate(ijb_set: IjbSet, extracted: Features, options: Options) -> IjbResult:
     """Both protocols, from the features of all images.
 
     Raises:
       DataError: the pairs are all of one kind, or a rule cannot be applied.
     """
-    read = features.read(mirrored=options.mirrored)
+    read = extracted.read(mirrored=options.mirrored)
     weights = templates.image_weights(
         read, ijb_set.detector, keep_norm=options.keep_norm, use_detector=options.use_detector
     )

@@ -1,7 +1,6 @@
 """The whole IJB protocol on generated sets, against plain loops with scikit-learn's curve."""
 
 import itertools
-from pathlib import Path
 
 import numpy as np
 import plain_ijb
@@ -17,21 +16,18 @@ FARS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 PROJECTION = np.random.default_rng(0).normal(size=(28 * 28 * 3, 48)).astype(np.float32)
 
 
-def embed(images: np.ndarray) -> np.ndarray:
+class Coarse:
     """Coarse pixels, projected: knows people better than chance, and lengths differ."""
-    x = images[:, ::4, ::4].reshape(len(images), -1).astype(np.float32) / 255 - 0.5
-    return x @ PROJECTION * (1 + 3 * x.std(axis=1, keepdims=True))
+
+    def __call__(self, images: np.ndarray, /) -> np.ndarray:
+        x = images[:, ::4, ::4].reshape(len(images), -1).astype(np.float32) / 255 - 0.5
+        return x @ PROJECTION * (1 + 3 * x.std(axis=1, keepdims=True))
+
+    def digest(self) -> str:
+        return "coarse"
 
 
-def extract(ijb_set, folder: Path) -> features.Features:
-    return features.extract(
-        embed,
-        lambda i: features.aligned_image(ijb_set.images[i], ijb_set.landmarks[i]),
-        names=[path.name for path in ijb_set.images],
-        folder=folder,
-        settings={"model": "projection"},
-        mirrored=True,
-    )
+embed = Coarse()
 
 
 @pytest.fixture(scope="module", params=["ijbb", "ijbc"])
@@ -40,7 +36,7 @@ def generated(request, tmp_path_factory):
     source = sources.SyntheticSource(seed=1, identities=20, images_per_identity=7)
     ijb_generator.generate(source, folder, protocol=request.param, subjects=20, pairs=2000)
     ijb_set = ijb_files.read(folder, request.param)
-    return folder, ijb_set, extract(ijb_set, folder / "features")
+    return folder, ijb_set, ijb.embed_images(ijb_set, embed, folder=folder / "f", mirrored=True)
 
 
 @pytest.fixture(scope="module")
