@@ -102,18 +102,23 @@ class IjbResult(NamedTuple):
         return {f"eval/{self.name}/{name}": value for name, value in values.items()}
 
     def summary(self) -> dict[str, Any]:
-        """All of it but the curve, as plain JSON."""
+        """All of it but the curve, as plain JSON; a threshold that nothing reaches is None."""
         return {
             "options": self.options.label,
             "pairs": {"same": self.same, "different": self.different},
             "metrics": self.metrics(),
             "insightface_tar": [at._asdict() for at in self.nearest],
-            "standard_tar": [at._asdict() for at in self.tars],
+            "standard_tar": [_finite(at._asdict()) for at in self.tars],
             "identification": [
                 outcome._asdict() | {"tpirs": [at._asdict() for at in outcome.tpirs]}
                 for outcome in self.identification
             ],
         }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no infinity."""
+    return {name: None if value == np.inf else value for name, value in values.items()}
 
 
 def embed_images(
