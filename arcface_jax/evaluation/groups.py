@@ -81,8 +81,7 @@ def bias(results: Sequence[Verification]) -> Bias:
 
 def table(results: Sequence[Verification], found: Bias) -> Table:
     """One line a group, and the mean."""
-    title = f"groups; one threshold for all: cosine {found.threshold:.3f}, FAR {found.far:g}"
-    lines = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    lines = Table(title="groups by ten folds", title_justify="left", box=box.SIMPLE_HEAD)
     for head in (
         "group",
         "pairs",
@@ -110,6 +109,14 @@ def table(results: Sequence[Verification], found: Bias) -> Table:
     lines.add_row("std", "", f"{found.std:.5f}")
     lines.add_row("skewed error ratio", "", "-" if ratio is None else f"{ratio:.3f}")
     return lines
+
+
+def remark(found: Bias) -> str:
+    """What the one threshold is."""
+    return (
+        f"one threshold for all groups: cosine {found.threshold:.3f}, a FAR of {found.far:g} over "
+        "their pairs together"
+    )
 
 
 def metrics(results: Sequence[Verification], found: Bias) -> dict[str, Any]:

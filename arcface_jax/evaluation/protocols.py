@@ -24,16 +24,16 @@ class Report(NamedTuple):
 def ranks(probes: Labelled, gallery: Labelled, *, distractors: Labelled | None) -> Report:
     """`retrieval.retrieve`."""
     found = retrieval.retrieve(probes, gallery, distractors=distractors)
-    title = (
+    counts = (
         f"{found.probes:,} probes in {found.gallery:,} images of people and "
         f"{found.distractors:,} distractors"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = _table("share of the probes found")
     for rank in found.accuracy:
         table.add_column(f"rank {rank}", justify="right")
     table.add_row(*(f"{value:.4f}" for value in found.accuracy.values()))
     metrics = {f"eval/retrieval/rank{rank}": value for rank, value in found.accuracy.items()}
-    return Report(table, [], metrics)
+    return Report(table, [counts], metrics)
 
 
 def compared_groups(model: Model, targets: Sequence[str]) -> Report:
@@ -41,7 +41,9 @@ def compared_groups(model: Model, targets: Sequence[str]) -> Report:
     sets = [pairs.read_bin(Path(target)) for target in targets]
     results = [verification.verify(model, pair_set) for pair_set in sets]
     found = groups.bias(results)
-    return Report(groups.table(results, found), [], groups.metrics(results, found))
+    return Report(
+        groups.table(results, found), [groups.remark(found)], groups.metrics(results, found)
+    )
 
 
 def all_pairs(faces: Labelled, *, fars: Sequence[float]) -> Report:
@@ -50,18 +52,22 @@ def all_pairs(faces: Labelled, *, fars: Sequence[float]) -> Report:
     vectors, people = faces.features[named], faces.people[named]
     found = all_to_all.tar_at_far(all_to_all.pairs_of(vectors, people), fars=fars)
     count = len(people) * (len(people) - 1) // 2
-    title = f"all {count:,} pairs of {len(people):,} images"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = _table("TAR over all pairs of images")
     for head in ("FAR", "TAR", "95 % interval", "threshold, cosine"):
         table.add_column(head, justify="right")
     for at in found:
         if at.tar is not None and at.interval is not None:
             interval = "{:.4f}-{:.4f}".format(*at.interval)
             table.add_row(at.label, f"{at.tar:.4f}", interval, f"{at.threshold:.4f}")
-    notes = [
+    notes = [f"all {count:,} pairs of {len(people):,} images"]
+    notes += [
         f"too few pairs of different people for a FAR of {at.label} (needs {at.pairs_needed:,})"
         for at in found
         if at.tar is None
     ]
     metrics = {f"eval/all_to_all/tar@far={at.label}": at.tar for at in found if at.tar is not None}
     return Report(table, notes, metrics)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

@@ -177,4 +177,4 @@ def test_all_pairs_leave_out_faces_of_nobody():
     score, same = (unit @ unit.T)[upper], (people[named][:, None] == people[named])[upper]
     (expected,) = roc.tar_at_far(score, same, fars=[0.1])
     assert report.metrics == {"eval/all_to_all/tar@far=1e-1": expected.tar}
-    assert "1e-6 (needs 1,000,000)" in report.notes[0]
+    assert "1e-6 (needs 1,000,000)" in report.notes[1]
