@@ -110,7 +110,9 @@ def _arrange(
     images, templates = [], []
     medium = 0
     for place, owned in enumerate(people):
-        deal = np.array_split(rng.permutation(owned), 3)
+        # Templates of one image and of many.
+        cuts = np.sort(rng.choice(np.arange(1, len(owned)), 2, replace=False))
+        deal = np.split(rng.permutation(owned), cuts)
         for part, gallery in zip(deal, (place % 2, None, None), strict=True):
             template = _Template(int(next(numbers)), int(subject_numbers[place]), gallery)
             templates.append(template)
