@@ -58,7 +58,7 @@ def generate(
       source: aligned faces with labels; people with three images or more are used.
       folder: made where it is missing; an existing meta/ is an error.
       protocol: whose names the files have.
-      subjects: how many people; of those with images enough, the first.
+      subjects: how many people; the first that have images enough.
       pairs: how many pairs of different people; pairs of one person are all there.
       seed: the same seed, the same files.
 
@@ -87,10 +87,14 @@ def _name(number: int) -> str:
 def _people(source: Source, subjects: int) -> list[list[int]]:
     """The image numbers of each person."""
     images: dict[int, list[int]] = defaultdict(list)
+    full = 0
     for number in range(len(source)):
         label = source[number][1]
         if len(images[label]) < _LARGEST:
             images[label].append(number)
+            full += len(images[label]) == _LARGEST
+        if full == max(subjects, 4):
+            break
     people = [numbers for numbers in images.values() if len(numbers) >= _FEWEST]
     if len(people) < max(subjects, 4):
         raise DataError(
