@@ -145,8 +145,8 @@ def test_images_that_are_missing_or_damaged_are_named(tmp_path: Path):
 
 
 def test_a_host_reads_the_rows_of_its_devices_alone(tmp_path: Path):
-    """Two hosts of four devices each, as one of them sees it: rows that are not its own stay black
-    there, and the devices that hold them are the other host's."""
+    """A host whose devices hold the first half of each batch; two real ones are in
+    test_protocol_commands.py."""
     mesh = meshes.make(8)
     rows = embeds.rows_of_this_host(21, batch_size=16, mesh=mesh)
     assert rows.shape == (21,)
