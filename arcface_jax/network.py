@@ -50,7 +50,7 @@ class Network:
         devices: int | None = None,
     ):
         self.network = network
-        device_mesh = mesh.make(devices)
+        device_mesh = self._mesh = mesh.make(devices)
         self.params, self.batch_stats = jax.device_put(
             (params, batch_stats), mesh.replicated(device_mesh)
         )
@@ -79,8 +79,15 @@ class Network:
                 f"images are {images.shape} {images.dtype}; expected (n, 112, 112, 3) uint8, RGB, "
                 "aligned faces"
             )
-        fitting = [size for size in self._runs if size >= len(images)]
-        return self._runs[fitting[0] if fitting else max(self._runs)](images)
+        return self._runs[self._size(len(images))](images)
+
+    def rows_of_this_host(self, count: int) -> np.ndarray:
+        """(count,) bool: which of so many images a call reads here; all where one host runs."""
+        return embed.rows_of_this_host(count, batch_size=self._size(count), mesh=self._mesh)
+
+    def _size(self, count: int) -> int:
+        """The batch size of the program that runs so many images."""
+        return min((size for size in self._runs if size >= count), default=max(self._runs))
 
     def digest(self) -> str:
         """A SHA-256 of the network's name and weights: the same for a run and its `.pth` export."""

@@ -38,3 +38,16 @@ def batched(embed: Callable[[jax.Array], jax.Array], *, batch_size: int, mesh: M
         return np.concatenate([np.asarray(out)[:count] for out, count in parts])
 
     return run
+
+
+def rows_of_this_host(count: int, *, batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which of `count` images `batched` reads on this host; the others may be left black.
+
+    Returns:
+      (count,) bool, all true where there is one host.
+    """
+    parts = meshes.split(mesh).addressable_devices_indices_map((batch_size,))
+    batch = np.zeros(batch_size, bool)
+    for part in parts.values():
+        batch[part] = True
+    return np.resize(batch, count)

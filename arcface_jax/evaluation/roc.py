@@ -184,18 +184,18 @@ def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) ->
         if not 0 < far < 1:
             raise DataError(f"a FAR of {far} is no target: give one between 0 and 1, as 1e-3")
     genuine, impostor = score[same], score[~same]
-    begin = len(impostor) - 1 - max((_allowed(far, len(impostor)) for far in fars), default=0)
+    begin = len(impostor) - 1 - max((allowed(far, len(impostor)) for far in fars), default=0)
     top = np.sort(np.partition(impostor, begin)[begin:])
     return [_tar_at_far(far, genuine, top, different=len(impostor)) for far in fars]
 
 
 def _tar_at_far(far: float, genuine: np.ndarray, top: np.ndarray, *, different: int) -> TarAtFar:
     """One target; `top` holds the highest scores of the different pairs, rising."""
-    allowed = _allowed(far, different)
-    needed = _pairs_needed(far)
-    if not allowed:
+    count = allowed(far, different)
+    needed = pairs_needed(far)
+    if not count:
         return TarAtFar(far, needed, tar=None, interval=None, threshold=None)
-    refused = top[-1 - allowed]
+    refused = top[-1 - count]
     accepted = genuine > refused
     tar = int(np.count_nonzero(accepted)) / len(genuine)
     false = top[np.searchsorted(top, refused, side="right") :]
@@ -204,7 +204,7 @@ def _tar_at_far(far: float, genuine: np.ndarray, top: np.ndarray, *, different: 
     return TarAtFar(far, needed, tar=tar, interval=interval, threshold=float(threshold))
 
 
-def _allowed(far: float, count: int) -> int:
+def allowed(far: float, count: int) -> int:
     """The largest k with k / count <= far, all as float64 rounds."""
     k = int(far * count)
     if (k + 1) / count <= far:
@@ -212,7 +212,7 @@ def _allowed(far: float, count: int) -> int:
     return k - (k / count > far)
 
 
-def _pairs_needed(far: float) -> int:
+def pairs_needed(far: float) -> int:
     """The smallest n with 1 / n <= far, as float64 rounds."""
     near = round(1 / far)
     return near if 1 / near <= far else near + 1

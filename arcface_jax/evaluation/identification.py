@@ -1,0 +1,209 @@
+"""Identification: whose face is this, if anybody's in the gallery?
+
+A probe is compared with all of a gallery. It is mated where the gallery has its person. Its rank
+is 1 + the number of the gallery's templates of other people that score at least as high as its best
+mate: ties count against the network, so that equal vectors everywhere give no rank 1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from arcface_jax.errors import DataError
+from arcface_jax.evaluation.roc import allowed
+
+RANKS = (1, 5, 10)
+FPIRS = (0.01, 0.1)
+INSIGHTFACE, STANDARD = "insightface", "standard"
+"""The two rules."""
+_SCORES = 1 << 23
+"""Scores held at a time."""
+
+
+class Search(NamedTuple):
+    """How P probes fared in one gallery."""
+
+    mate: np.ndarray
+    """(P,) float: the best score of a template of the same person; -inf where there is none."""
+    rank: np.ndarray
+    """(P,) int64 from 1; 0 where there is no mate."""
+    best_other: np.ndarray
+    """(P,) float: the best score of a template of another person; -inf where there is none."""
+    highest_others: np.ndarray
+    """(k,) float, falling: the highest of all scores between different people."""
+
+    @property
+    def mated(self) -> np.ndarray:
+        """(P,) bool."""
+        return self.rank > 0
+
+    def accuracy(self, rank: int) -> float:
+        """The share of the mated probes whose mate is among the first `rank`."""
+        return float(np.mean(self.rank[self.mated] <= rank))
+
+
+class Tpir(NamedTuple):
+    """TPIR at one FPIR; `None` where there are too few probes without a mate to show it."""
+
+    fpir: float
+    tpir: float | None
+    threshold: float | None
+    """Scores strictly above it are accepted."""
+
+
+class Identification(NamedTuple):
+    """The outcome by one of the two rules."""
+
+    rule: str
+    ranks: dict[int, float]
+    tpirs: tuple[Tpir, ...]
+
+    def metrics(self) -> dict[str, float]:
+        """`rank1`, `tpir@fpir=0.01` and so on; insightface's rule has its name in front."""
+        values = {f"rank{rank}": value for rank, value in self.ranks.items()}
+        for at in self.tpirs:
+            if at.tpir is not None:
+                values[f"tpir@fpir={at.fpir:g}"] = at.tpir
+        front = "" if self.rule == STANDARD else f"{self.rule}_"
+        return {front + name: value for name, value in values.items()}
+
+
+def search(
+    probes: np.ndarray,
+    probe_subjects: np.ndarray,
+    *,
+    gallery: np.ndarray,
+    gallery_subjects: np.ndarray,
+    keep: int = 0,
+) -> Search:
+    """Compares every probe with every template of the gallery, a block of probes at a time.
+
+    Args:
+      probes: (P, D) float, unit vectors.
+      probe_subjects: (P,) int: the person of each.
+      gallery: (g, D) float, unit vectors.
+      gallery_subjects: (g,) int.
+      keep: how many of the highest scores between different people are wanted.
+    """
+    block = max(1, _SCORES // len(gallery))
+    highest = np.empty(0, probes.dtype)
+    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    for start in range(0, len(probes), block):
+        score = probes[start : start + block] @ gallery.T
+        mates = probe_subjects[start : start + block, None] == gallery_subjects[None, :]
+        mate = score.max(axis=1, where=mates, initial=-np.inf)
+        score[mates] = -np.inf
+        rank = np.where(mates.any(axis=1), 1 + np.sum(score >= mate[:, None], axis=1), 0)
+        columns.append((mate, rank, score.max(axis=1, initial=-np.inf)))
+        if keep:
+            highest = np.concatenate([highest, score[~mates]])
+            if len(highest) > keep:
+                highest = np.partition(highest, len(highest) - keep)[-keep:]
+    mate, rank, best_other = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    return Search(mate, rank, best_other, np.sort(highest)[::-1])
+
+
+def insightface_rule(
+    probes: np.ndarray,
+    probe_subjects: np.ndarray,
+    *,
+    gallery: np.ndarray,
+    gallery_subjects: np.ndarray,
+    fpirs: Sequence[float] = FPIRS,
+) -> Identification:
+    """As insightface's tools: one gallery of both, and a threshold from all scores at once.
+
+    Of Q probes, each with exactly one mate, the threshold at an FPIR is the ceil(FPIR Q)-th highest
+    of all scores between different people; TPIR is the share of the probes whose mate scores
+    strictly above it, at whatever rank. No probe is without a mate, so that this FPIR counts wrong
+    scores for a probe rather than probes that nobody should have been found for.
+
+    Args:
+      probes, probe_subjects, gallery, gallery_subjects: as `search`.
+      fpirs: the targets.
+
+    Raises:
+      DataError: a probe has no mate, or more than one.
+    """
+    _check_one_mate(probe_subjects, gallery_subjects)
+    wanted = [math.ceil(len(probes) * fpir) for fpir in fpirs]
+    found = search(
+        probes,
+        probe_subjects,
+        gallery=gallery,
+        gallery_subjects=gallery_subjects,
+        keep=max(wanted),
+    )
+    tpirs = []
+    for fpir, place in zip(fpirs, wanted, strict=True):
+        if place > len(found.highest_others):
+            tpirs.append(Tpir(fpir, None, None))
+            continue
+        threshold = found.highest_others[place - 1]
+        tpirs.append(Tpir(fpir, float(np.mean(found.mate > threshold)), float(threshold)))
+    ranks = {rank: found.accuracy(rank) for rank in RANKS}
+    return Identification(INSIGHTFACE, ranks, tuple(tpirs))
+
+
+def _check_one_mate(probe_subjects: np.ndarray, gallery_subjects: np.ndarray) -> None:
+    subjects, counts = np.unique(gallery_subjects, return_counts=True)
+    row = np.minimum(np.searchsorted(subjects, probe_subjects), len(subjects) - 1)
+    mates = np.where(subjects[row] == probe_subjects, counts[row], 0)
+    wrong = np.flatnonzero(mates != 1)
+    if len(wrong):
+        raise DataError(
+            f"subject {probe_subjects[wrong[0]]} of the probes has {mates[wrong[0]]} templates in "
+            f"the galleries ({len(wrong)} probes are like it); insightface's rule needs exactly "
+            "one for each: look at the csv files of galleries and probes"
+        )
+
+
+def standard_rule(searches: Sequence[Search], *, fpirs: Sequence[float] = FPIRS) -> Identification:
+    """As IJB-B and IJB-C define it: each gallery by itself, then the mean over the galleries.
+
+    FPIR is the share of the probes without a mate in the gallery whose highest score is accepted,
+    and TPIR that of the mated probes whose mate has rank 1 and is accepted. Of m probes without a
+    mate k = floor(FPIR m) may be accepted, so that the threshold is the (k + 1)-th highest of their
+    highest scores, and what is strictly above it is accepted (B. Maze et al., "IARPA Janus
+    Benchmark - C", 2018; P. Grother, M. Ngan, NIST IR 8009, with rank R = 1).
+
+    Args:
+      searches: one for each gallery, of the same probes.
+      fpirs: the targets.
+
+    Raises:
+      DataError: a gallery has no mated probe.
+    """
+    for number, found in enumerate(searches, start=1):
+        if not found.mated.any():
+            raise DataError(
+                f"gallery {number} has no person of the probes: rank and TPIR need some; look at "
+                "the csv files of galleries and probes"
+            )
+    ranks = {rank: float(np.mean([s.accuracy(rank) for s in searches])) for rank in RANKS}
+    tpirs = []
+    for fpir in fpirs:
+        each = [_tpir(found, fpir) for found in searches]
+        known = [
+            (at.tpir, at.threshold)
+            for at in each
+            if at.tpir is not None and at.threshold is not None
+        ]
+        if len(known) < len(each):
+            tpirs.append(Tpir(fpir, None, None))
+        else:
+            tpir, threshold = np.mean(known, axis=0)
+            tpirs.append(Tpir(fpir, float(tpir), float(threshold)))
+    return Identification(STANDARD, ranks, tuple(tpirs))
+
+
+def _tpir(found: Search, fpir: float) -> Tpir:
+    unmated = np.sort(found.best_other[~found.mated])[::-1]
+    count = allowed(fpir, len(unmated)) if len(unmated) else 0
+    if not count:
+        return Tpir(fpir, None, None)
+    threshold = unmated[count]
+    hit = (found.mate > threshold) & (found.rank == 1)
+    return Tpir(fpir, float(np.mean(hit[found.mated])), float(threshold))

@@ -1,0 +1,38 @@
+"""A picture of ROC curves: TAR over FAR on a log axis."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from arcface_jax.evaluation.roc import Roc
+
+
+def draw(curves: Mapping[str, Roc], *, title: str, path: Path | None = None) -> Figure:
+    """Draws curves as steps, from the lowest FAR that their pairs can show to 1.
+
+    Args:
+      curves: by the name that the legend shows.
+      title: above the picture.
+      path: the PNG to write, where one is wanted.
+    """
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axis = figure.subplots()
+    lowest = min(1 / curve.false_accepts[-1] for curve in curves.values())
+    for name, curve in curves.items():
+        far = np.maximum(curve.far, lowest / 10)  # a FAR of 0 has no place on a log axis
+        axis.step(far, curve.tar, where="post", label=name)
+    axis.set_xscale("log")
+    axis.set_xlim(lowest, 1)
+    axis.set_ylim(min(curve.tar[curve.far <= lowest].max() for curve in curves.values()) - 0.05, 1)
+    axis.set_ylim(max(0.0, axis.get_ylim()[0]), 1.005)
+    axis.set_xlabel("FAR: different people accepted")
+    axis.set_ylabel("TAR: one person accepted")
+    axis.set_title(title)
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(loc="lower right")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    return figure
