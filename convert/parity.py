@@ -78,13 +78,24 @@ def check(embedder: Network, state: StateDict, *, network: str) -> float:
     module = twins.build(network, embedding_size=models.embedding_size(state) or 0)
     module.load_state_dict(state, strict=True)
     images = drawn_faces()
-    error = largest_error(torch_embeddings(module, images), embedder(images))
-    if not error <= TOLERANCE:
+    return require_equal(
+        torch_embeddings(module, images), embedder(images), what="torch network", bound=TOLERANCE
+    )
+
+
+def require_equal(
+    embeddings: np.ndarray, reference: np.ndarray, *, what: str, bound: float
+) -> float:
+    """The largest relative error of embeddings beside the JAX network's.
+
+    Raises:
+      UserError: it exceeds the bound.
+    """
+    error = largest_error(embeddings, reference)
+    if not error <= bound:
         raise UserError(
-            f"the torch network's embeddings differ by {error:.1e} (relative) from the JAX "
-            "network's, more than "
-            f"{TOLERANCE:.0e}: nothing was written. Fresh BatchNorm statistics overflow deep "
-            "networks: export "
-            f"weights that were trained"
+            f"the {what}'s embeddings differ by {error:.1e} (relative) from the JAX network's, "
+            f"more than {bound:.0e}: nothing was written. Fresh BatchNorm statistics overflow deep "
+            "networks: export weights that were trained"
         )
     return error

@@ -2,11 +2,11 @@
 
 import pickle
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from arcface_jax.errors import UserError
+from convert.packages import require
 
 StateDict = dict[str, torch.Tensor]
 
@@ -58,7 +58,7 @@ def write(path: Path, state: StateDict) -> None:
     part = path.with_name(path.name + ".part")
     try:
         if path.suffix == ".safetensors":
-            _safetensors().save_file(state, part, metadata={"format": "pt"})
+            require("safetensors.torch").save_file(state, part, metadata={"format": "pt"})
         else:
             torch.save(state, part)
         part.replace(path)
@@ -67,19 +67,8 @@ def write(path: Path, state: StateDict) -> None:
 
 
 def _read_safetensors(path: Path) -> StateDict:
-    import safetensors
-
+    files = require("safetensors.torch")
     try:
-        return _safetensors().load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
+        return files.load_file(path)
+    except (require("safetensors").SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise UserError(
-            "safetensors files need the safetensors package: pip install 'arcface-jax[onnx]'"
-        ) from error
-    return safetensors.torch
