@@ -180,7 +180,9 @@ def save_weights(
     """
     workdir = Path(config.workdir)
     require_empty(workdir)
-    items = {"backbone": ocp.args.PyTreeSave({"params": params, "batch_stats": batch_stats})}
+    items: dict[str, Any] = {
+        "backbone": ocp.args.PyTreeSave({"params": params, "batch_stats": batch_stats})
+    }
     if centers is not None:
         items["centers"] = ocp.args.PyTreeSave({"centers": centers})
         items["dataset"] = ocp.args.JsonSave({"num_classes": len(centers)})

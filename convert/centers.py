@@ -24,7 +24,7 @@ Layout = Literal["2021", "2022", "head"]
 
 # File names of a rank, by layout. 2021 has a bare tensor, and the momentum in a file of its own;
 # early 2022 the module's state_dict; head (since May 2022) has it in a checkpoint with everything.
-_NAMES: dict[Layout, str] = {
+_NAMES: dict[str, str] = {
     "2021": "rank_{}_softmax_weight.pt",
     "2022": "softmax_fc_gpu_{}.pt",
     "head": "checkpoint_gpu_{}.pt",

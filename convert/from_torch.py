@@ -12,7 +12,7 @@ from typing import cast
 import tyro
 
 from arcface_jax import checkpoint, config, errors, models
-from arcface_jax.embedder import Embedder
+from arcface_jax.network import Network
 from convert import centers as center_files
 from convert import parity, weight_files, weights
 
@@ -51,7 +51,7 @@ def convert(weight: Path, network: str, output: Path, *, centers: Path | None = 
             f"{centers} has centers of length {rows.shape[1]}, and {weight} gives embeddings of "
             f"length {size}: they are not of one training"
         )
-    embedder = Embedder(network, params, batch_stats, batch_size=16, devices=1)
+    embedder = Network(network, params, batch_stats, batch_size=16, devices=1)
     # The file's own tensors, but for the batch counters that those of old torch lack.
     whole = weights.to_state_dict(params, batch_stats) | state
     error = parity.check(embedder, whole, network=network)

@@ -21,10 +21,11 @@ import tyro
 
 from arcface_jax import errors, models, preprocess
 from arcface_jax.data import pairs
-from arcface_jax.embedder import Embedder
 from arcface_jax.errors import UserError
 from arcface_jax.models import cost
-from convert import onnx_graph, parity, to_onnx, twins, weights
+from arcface_jax.network import Network
+from convert import parity, to_onnx, twins, weights
+from convert.onnx_runner import onnx_embedder
 
 _FACES = 16
 _BEGIN, _END = "<!-- begin: scripts/modelzoo.py -->", "<!-- end -->"
@@ -54,7 +55,7 @@ def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
     """
     seconds = _compile_seconds(network, faces)
     params, batch_stats = parity.settled(network, faces)
-    embedder = Embedder(network, params, batch_stats, batch_size=len(faces), devices=1)
+    embedder = Network(network, params, batch_stats, batch_size=len(faces), devices=1)
     embeddings = embedder(faces)
     twin = twins.build(network)
     twin.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
@@ -63,7 +64,7 @@ def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         to_onnx.export(embedder, path)  # which compares drawn faces
-        theirs = onnx_graph.embed_with(path, batch_size=len(faces))(faces)
+        theirs = onnx_embedder(path, batch_size=len(faces))(faces)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     return {
         "network": network,
@@ -119,7 +120,7 @@ def merge(data: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| network | M parameters | GMAC | JAX - torch | JAX - ONNX | ONNX, MB | compile, s | faces |",
+        "| network | M parameters | GMAC | JAX-torch | JAX-ONNX | ONNX, MB | compile, s | faces |",
         "|---|--:|--:|--:|--:|--:|--:|---|",
     ]
     lines += [

@@ -3,15 +3,14 @@
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from arcface_jax import models, preprocess
-from arcface_jax.embedder import Embedder
+from arcface_jax.network import Network
 from convert import twins, weights
 from convert.packages import require
 
@@ -38,7 +37,7 @@ class _FromPixels(torch.nn.Module):
         return self.network((pixels - preprocess.MEAN) * (1 / preprocess.SCALE))
 
 
-def write(path: Path, embedder: Embedder, *, normalization: Normalization) -> None:
+def write(path: Path, embedder: Network, *, normalization: Normalization) -> None:
     """Writes the graph of a network, float32, and beside it its weights where these are large.
 
     Args:
@@ -63,8 +62,9 @@ def write(path: Path, embedder: Embedder, *, normalization: Normalization) -> No
         "network": embedder.network,
         "embedding_size": str(size),
         "color_order": "RGB",
-        "input_mean": str(preprocess.MEAN),
-        "input_std": str(preprocess.SCALE),
+        # What is left to the caller: (x - mean) / scale.
+        "mean": str(preprocess.MEAN if normalization == "outside" else 0.0),
+        "scale": str(preprocess.SCALE if normalization == "outside" else 1.0),
         "normalization": normalization,
         "precision": "float32",
     }
@@ -142,39 +142,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def session(path: Path) -> Any:
-    """An ONNX Runtime session on the CPU that reports errors alone."""
-    runtime = require("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def embed_with(path: Path, *, batch_size: int = 16) -> Callable[[np.ndarray], np.ndarray]:
-    """An ONNX file, of this project or of insightface, as a function of images.
-
-    Args:
-      path: the file.
-      batch_size: the most images that are given to ONNX Runtime at a time.
-
-    Returns:
-      (n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised.
-    """
-    onnx = require("onnx")
-    names = [node.name for node in onnx.load(path, load_external_data=False).graph.node[:8]]
-    inside = all(any(name.startswith(start) for name in names) for start in NORMALISERS)
-    running = session(path)
-    (given,) = running.get_inputs()
-
-    def embed(images: np.ndarray) -> np.ndarray:
-        parts = []
-        for start in range(0, len(images), batch_size):
-            pixels = images[start : start + batch_size].astype(np.float32).transpose(0, 3, 1, 2)
-            x = pixels if inside else (pixels - preprocess.MEAN) / preprocess.SCALE
-            (part,) = running.run(None, {given.name: np.ascontiguousarray(x)})
-            parts.append(part)
-        return np.concatenate(parts)
-
-    return embed

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from arcface_jax import config, errors
 from arcface_jax.data import pairs, sources
-from arcface_jax.embedder import Embedder
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation import tables, verification
+from arcface_jax.network import Network
 from convert import onnx_graph, onnx_precision, parity
-from convert.trained import Trained
+from convert.any_model import ModelChoice, open_network
+from convert.onnx_runner import onnx_embedder
 
 Precision = Literal["float32", "float16", "int8"]
 
@@ -34,7 +35,7 @@ _CALIBRATION_IMAGES = 128
 class Arguments:
     """The command line."""
 
-    model: Annotated[Trained, tyro.conf.arg(name="")]
+    model: Annotated[ModelChoice, tyro.conf.arg(name="")]
     output: Path
     """The .onnx file to write; weights of more than 1.9 GB go to OUTPUT.data beside it."""
     normalization: onnx_graph.Normalization = "outside"
@@ -48,7 +49,7 @@ class Arguments:
 
 
 def export(
-    embedder: Embedder,
+    embedder: Network,
     output: Path,
     *,
     normalization: onnx_graph.Normalization = "outside",
@@ -88,7 +89,7 @@ def export(
     return error
 
 
-def check(path: Path, embedder: Embedder, faces: np.ndarray, *, bound: float) -> float:
+def check(path: Path, embedder: Network, faces: np.ndarray, *, bound: float) -> float:
     """The largest relative difference from the JAX network's embeddings, at batch 1, 3 and all.
 
     Raises:
@@ -97,7 +98,7 @@ def check(path: Path, embedder: Embedder, faces: np.ndarray, *, bound: float) ->
     reference = embedder(faces)
     return max(
         parity.require_equal(
-            onnx_graph.embed_with(path, batch_size=batch)(faces[:batch]),
+            onnx_embedder(path, batch_size=batch)(faces[:batch]),
             reference[:batch],
             what="ONNX file",
             bound=bound,
@@ -113,12 +114,12 @@ def calibration_images(path: str) -> np.ndarray:
     return np.stack([source[int(number)][0] for number in numbers])
 
 
-def compare(embedder: Embedder, path: Path, targets: tuple[str, ...]) -> dict[str, float]:
+def compare(embedder: Network, path: Path, targets: tuple[str, ...]) -> dict[str, float]:
     """Prints verification before and after, and gives both by name."""
     evaluation = config.EvaluationConfig(targets=targets)
     results = []
     for pair_set in pairs.open_targets(config.Config(evaluation=evaluation)):
-        for name, embed in (("jax", embedder), ("onnx", onnx_graph.embed_with(path))):
+        for name, embed in (("jax", embedder), ("onnx", onnx_embedder(path))):
             renamed = pair_set._replace(name=f"{pair_set.name} {name}")
             results.append(verification.verify(embed, renamed))
     Console(width=100).print(*tables.summary(results), *tables.remarks(results), sep="\n")
@@ -131,8 +132,8 @@ def main(argv: list[str]) -> None:
         Arguments, args=argv, prog="python -m convert.to_onnx", description=__doc__
     )
     with errors.reported():
-        images = arguments.calibration and calibration_images(arguments.calibration)
-        embedder = arguments.model.open()
+        images = None if not arguments.calibration else calibration_images(arguments.calibration)
+        embedder = open_network(arguments.model)
         error = export(
             embedder,
             arguments.output,

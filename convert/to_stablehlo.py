@@ -22,10 +22,10 @@ import numpy as np
 import tyro
 
 from arcface_jax import errors, models, step
-from arcface_jax.embedder import Embedder
+from arcface_jax.network import Network
 from convert import parity
+from convert.any_model import ModelChoice, open_network
 from convert.packages import require
-from convert.trained import Trained
 
 PLATFORMS = ("cpu", "cuda")
 # The serialised form is a flat buffer, which has less than 2 GiB.
@@ -36,12 +36,12 @@ _LARGEST_FILE = 1_900_000_000
 class Arguments:
     """The command line."""
 
-    model: Annotated[Trained, tyro.conf.arg(name="")]
+    model: Annotated[ModelChoice, tyro.conf.arg(name="")]
     output: Path
     """The file to write."""
 
 
-def export(embedder: Embedder, output: Path) -> float:
+def export(embedder: Network, output: Path) -> float:
     """Writes the file after it was read again and gave the same embeddings at batch 1 and 3.
 
     Returns:
@@ -77,7 +77,7 @@ def export(embedder: Embedder, output: Path) -> float:
     return error
 
 
-def _check(content: bytearray, embedder: Embedder) -> float:
+def _check(content: bytearray, embedder: Network) -> float:
     program = jax.export.deserialize(content)
     faces = parity.drawn_faces()
     reference = embedder(faces)
@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
         Arguments, args=argv, prog="python -m convert.to_stablehlo", description=__doc__
     )
     with errors.reported():
-        error = export(arguments.model.open(), arguments.output)
+        error = export(open_network(arguments.model), arguments.output)
     print(f"{arguments.output}: embeddings differ from those of JAX by {error:.1e} (relative)")
     print("RESULT " + json.dumps({"parity": error, "files": [str(arguments.output)]}))
 

@@ -11,8 +11,8 @@ import torch
 
 from arcface_jax import checkpoint, models
 from arcface_jax import config as configs
-from arcface_jax.embedder import Embedder
 from arcface_jax.errors import CheckpointError, UserError
+from arcface_jax.network import Network
 from convert import centers, from_torch, parity, to_torch, weight_files, weights
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def imported(state, tmp_path_factory) -> Path:
 
 
 def test_the_workdir_gives_the_embeddings_of_torch(imported, state):
-    embedder = Embedder.from_workdir(imported, batch_size=16, devices=1)
+    embedder = Network.from_workdir(imported, batch_size=16, devices=1)
     twin = parity.twins.build("r_tiny", embedding_size=32)
     twin.load_state_dict(state, strict=True)
     faces = parity.drawn_faces()

@@ -5,17 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
-from arcface_jax.embedder import Embedder
 from arcface_jax.errors import UserError
+from arcface_jax.network import Network
 from convert import onnx_graph, parity, to_onnx
-from convert.trained import Trained
+from convert.any_model import ModelChoice, open_network
+from convert.onnx_runner import onnx_embedder
 
 
 @pytest.fixture(scope="module")
-def embedder(workdir) -> Embedder:
-    return Trained(checkpoint=workdir).open()
+def embedder(workdir) -> Network:
+    return open_network(ModelChoice(checkpoint=workdir))
 
 
 @pytest.fixture(scope="module", params=["outside", "inside"])
@@ -44,8 +46,8 @@ def test_the_graph_is_what_clients_expect(exported):
         "network": "r_tiny",
         "embedding_size": "512",
         "color_order": "RGB",
-        "input_mean": "127.5",
-        "input_std": "127.5",
+        "mean": "127.5" if normalization == "outside" else "0.0",
+        "scale": "127.5" if normalization == "outside" else "1.0",
         "normalization": normalization,
         "precision": "float32",
     }
@@ -58,7 +60,7 @@ def test_onnx_runtime_gives_jaxs_embeddings(exported, embedder, faces, batch):
     normalization, path = exported
     x = faces[:batch].transpose(0, 3, 1, 2).astype(np.float32)
     x = x if normalization == "inside" else (x / 255 - 0.5) / 0.5
-    (out,) = onnx_graph.session(path).run(["embedding"], {"input": x})
+    (out,) = onnxruntime.InferenceSession(path).run(["embedding"], {"input": x})
     assert parity.largest_error(out, embedder(faces[:batch])) < 1e-5
 
 
@@ -66,7 +68,7 @@ def test_insightfaces_own_class_gives_the_embedding(exported, embedder, faces):
     """Its class takes BGR, and decides by the names of nodes what to do with pixels."""
     client = pytest.importorskip("insightface.model_zoo.arcface_onnx", exc_type=ImportError)
     normalization, path = exported
-    model = client.ArcFaceONNX(str(path), onnx_graph.session(path))
+    model = client.ArcFaceONNX(str(path), onnxruntime.InferenceSession(path))
     assert (model.input_mean, model.input_std) == (
         (0.0, 1.0) if normalization == "inside" else (127.5, 127.5)
     )
@@ -78,7 +80,7 @@ def test_insightfaces_own_class_gives_the_embedding(exported, embedder, faces):
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["r50", "mbf", "vit_t"])
 def test_every_family(network, faces, tmp_path):
-    embedder = Embedder(network, *parity.settled(network, faces), batch_size=16, devices=1)
+    embedder = Network(network, *parity.settled(network, faces), batch_size=16, devices=1)
     assert to_onnx.export(embedder, tmp_path / "model.onnx") < 1e-5
 
 
@@ -93,7 +95,7 @@ def test_files_of_lower_precision(embedder, faces, tmp_path):
     whole = 4 * 5_500_000  # bytes of float32 weights
     assert half.stat().st_size < 0.55 * whole and small.stat().st_size < 0.3 * whole
     for path in (half, small):  # clients see that pixels are normalised there too
-        outs = onnx_graph.embed_with(path)(faces[:3])
+        outs = onnx_embedder(path)(faces[:3])
         assert parity.largest_error(outs, embedder(faces[:3])) < 0.15
 
 
@@ -129,6 +131,6 @@ def test_what_cannot_be_done_is_said_before(embedder, tmp_path):
         to_onnx.export(embedder, tmp_path / "m.onnx", precision="int8")
     with pytest.raises(UserError, match="there is no folder"):
         to_onnx.export(embedder, tmp_path / "none" / "m.onnx")
-    for arguments in (Trained(), Trained(checkpoint=tmp_path, weight=tmp_path)):
-        with pytest.raises(UserError, match="name one network"):
-            arguments.open()
+    to_onnx.export(embedder, tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="exported already"):
+        open_network(ModelChoice(onnx=tmp_path / "m.onnx"))

@@ -8,7 +8,7 @@ import pytest
 
 from arcface_jax.errors import UserError
 from convert import parity, to_stablehlo
-from convert.trained import Trained
+from convert.any_model import ModelChoice, open_network
 
 CALLER = """
 import sys
@@ -30,7 +30,7 @@ def test_another_process_gets_the_same_embeddings(workdir, faces, tmp_path, caps
     to_stablehlo.main(["--checkpoint", str(workdir), "--output", str(output)])
     assert capsys.readouterr().out.splitlines()[-1].startswith('RESULT {"parity": ')
     subprocess.run([sys.executable, "-c", CALLER], cwd=tmp_path, check=True)
-    reference = Trained(checkpoint=workdir).open()(faces)
+    reference = open_network(ModelChoice(checkpoint=workdir))(faces)
     outs = np.load(tmp_path / "out.npz")
     for name, count in zip(outs.files, (1, 3, 5), strict=True):
         assert outs[name].shape == (count, 512)
@@ -40,5 +40,7 @@ def test_another_process_gets_the_same_embeddings(workdir, faces, tmp_path, caps
 def test_what_does_not_fit_the_format_is_refused(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(to_stablehlo, "_LARGEST_FILE", 20_000_000)
     with pytest.raises(UserError, match=r"convert\.to_onnx"):
-        to_stablehlo.export(Trained(checkpoint=workdir).open(), tmp_path / "model.stablehlo")
+        to_stablehlo.export(
+            open_network(ModelChoice(checkpoint=workdir)), tmp_path / "model.stablehlo"
+        )
     assert not list(tmp_path.iterdir())
