@@ -126,11 +126,10 @@ def test_a_file_whose_embeddings_differ_gets_no_name(embedder, tmp_path, monkeyp
     assert (tmp_path / "model.onnx").read_bytes() == b"precious"
 
 
-def test_what_cannot_be_done_is_said_before(embedder, tmp_path):
+def test_what_cannot_be_done_is_said_before(embedder, exported, tmp_path):
     with pytest.raises(UserError, match="--calibration"):
         to_onnx.export(embedder, tmp_path / "m.onnx", precision="int8")
     with pytest.raises(UserError, match="there is no folder"):
         to_onnx.export(embedder, tmp_path / "none" / "m.onnx")
-    to_onnx.export(embedder, tmp_path / "m.onnx")
     with pytest.raises(UserError, match="exported already"):
-        open_network(ModelChoice(onnx=tmp_path / "m.onnx"))
+        open_network(ModelChoice(onnx=exported[1]))
