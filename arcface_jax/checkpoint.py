@@ -2,13 +2,15 @@
 
 A checkpoint holds three items: `backbone` (parameters and BatchNorm statistics, all that inference
 needs), `training` (the rest of the state) and `dataset` (what the centers' rows stand for); and,
-where the recipe asks for running means of the weights, `ema`, which inference then takes.
+where the recipe asks for running means of the weights, `ema`, which inference then takes. One of
+imported weights has no `training`: `backbone` alone, or `centers` and `dataset` besides.
 """
 
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
@@ -33,6 +35,7 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
     """
     workdir = Path(config.workdir)
     if (workdir / CONFIG).exists():
+        _refuse_weights_alone(workdir)
         different = config_files.differences(read_config(workdir), config)
         if different:
             raise _not_resumable(workdir, different)
@@ -131,15 +134,7 @@ def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Array
     Raises:
       CheckpointError: the folder holds no run, no checkpoint, or one of another network.
     """
-    config = read_config(workdir)
-    manager = ocp.CheckpointManager(
-        _folder(workdir), options=ocp.CheckpointManagerOptions(create=False)
-    )
-    number = manager.latest_step()
-    if number is None:
-        raise CheckpointError(
-            f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
-        )
+    config, manager, number = _open_to_read(workdir)
     placed = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
@@ -159,6 +154,96 @@ def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Array
             f"put the right {CONFIG} back: {error}"
         ) from error
     return config, restored["params"], restored["batch_stats"], number
+
+
+def save_weights(
+    config: Config,
+    params: models.Arrays,
+    batch_stats: models.Arrays,
+    *,
+    centers: np.ndarray | None = None,
+) -> None:
+    """Makes a WORKDIR that holds weights alone: to be read as any other, not to be resumed.
+
+    Args:
+      config: names the workdir, the network and the embedding size; the rest says nothing of how
+        the weights came to be.
+      params: of the backbone.
+      batch_stats: its BatchNorm statistics.
+      centers: (C, D) float32 class centers, where they are known.
+
+    Raises:
+      CheckpointError: the folder is not empty, or cannot be written.
+    """
+    workdir = Path(config.workdir)
+    require_empty(workdir)
+    items: dict[str, Any] = {
+        "backbone": ocp.args.PyTreeSave({"params": params, "batch_stats": batch_stats})
+    }
+    if centers is not None:
+        items["centers"] = ocp.args.PyTreeSave({"centers": centers})
+        items["dataset"] = ocp.args.JsonSave({"num_classes": len(centers)})
+    try:
+        with ocp.CheckpointManager(_folder(workdir)) as manager:
+            manager.save(0, args=ocp.args.Composite(**items))
+        (workdir / CONFIG).write_text(config_files.to_json(config))
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
+
+
+def require_empty(workdir: Path) -> None:
+    """Raises CheckpointError where there is anything at that path but an empty folder."""
+    if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
+        raise CheckpointError(f"{workdir} exists and is not an empty folder: name a new one")
+
+
+def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """(C * subcenters, D) float32 class centers of the newest checkpoint, and their SGD momentum.
+
+    The momentum is None for another optimizer, and for imported weights.
+
+    Raises:
+      CheckpointError: the folder holds no checkpoint, or one without centers.
+    """
+    config, manager, number = _open_to_read(workdir)
+    saved = _folder(workdir) / str(number)
+    path = next((saved / name for name in ("training", "centers") if (saved / name).is_dir()), None)
+    if path is None:
+        raise CheckpointError(f"{workdir} holds a backbone alone, and no class centers")
+    dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
+    rows = dataset["dataset"]["num_classes"] * config.head.subcenters  # the rest is padding
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(path).item_metadata.tree
+        wanted = {"centers": tree["centers"]}
+        if "momentum" in tree.get("centers_opt", {}):
+            wanted["centers_opt"] = {"momentum": tree["centers_opt"]["momentum"]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        found = reader.restore(path, item=wanted, restore_args=as_numpy, partial_restore=True)
+    momentum = found.get("centers_opt", {}).get("momentum")
+    return found["centers"][:rows], None if momentum is None else momentum[:rows]
+
+
+def _open_to_read(workdir: Path) -> tuple[Config, ocp.CheckpointManager, int]:
+    """The configuration, and the newest checkpoint by number."""
+    config = read_config(workdir)
+    manager = ocp.CheckpointManager(
+        _folder(workdir), options=ocp.CheckpointManagerOptions(create=False)
+    )
+    number = manager.latest_step()
+    if number is None:
+        raise CheckpointError(
+            f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
+        )
+    return config, manager, number
+
+
+def _refuse_weights_alone(workdir: Path) -> None:
+    for saved in _folder(workdir).glob("[0-9]*"):
+        if not (saved / "training").is_dir():
+            raise CheckpointError(
+                f"--workdir {workdir} holds imported weights and no run that could be resumed: to "
+                f"train from them, give a new --workdir and --init-from {workdir}"
+            )
 
 
 def _folder(workdir: Path) -> Path:

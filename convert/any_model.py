@@ -49,3 +49,17 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     from convert.onnx_runner import onnx_embedder
 
     return onnx_embedder(choice.onnx, batch_size=batch_size)
+
+
+def open_network(choice: ModelChoice, *, batch_size: int = 16) -> Network:
+    """Opens a run or torch weights to export them, on one device.
+
+    Raises:
+      UserError: none or several are named, it cannot be read, or it is an ONNX file.
+    """
+    model = open_model(choice, batch_size=batch_size, devices=1)
+    if not isinstance(model, Network):
+        raise UserError(
+            f"--onnx {choice.onnx} has been exported already: name its --checkpoint or --weight"
+        )
+    return model

@@ -1,11 +1,14 @@
 """Whether two networks give the same embeddings."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 
 from arcface_jax import models, preprocess
 from arcface_jax.data import synthetic
 from arcface_jax.errors import UserError
+from arcface_jax.models import Arrays, layers
 from arcface_jax.network import Network
 from convert import twins
 from convert.weights import StateDict
@@ -29,6 +32,40 @@ def largest_error(embeddings: np.ndarray, reference: np.ndarray) -> float:
     return float(error.max())
 
 
+def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, Arrays]:
+    """Fresh weights of a network, with the BatchNorm statistics of one training pass over faces.
+
+    The initial statistics, and running ones that are a tenth of the way there, let networks of a
+    hundred layers overflow.
+
+    Args:
+      network: a name in `arcface_jax.models.NETWORKS`.
+      faces: (n, 112, 112, 3) uint8 RGB.
+      seed: of the weights.
+
+    Returns:
+      params, batch_stats.
+    """
+    backbone = models.build(network)
+    params, batch_stats = backbone.init(seed)
+
+    @jax.jit
+    def train(params, batch_stats, images):
+        x = preprocess.normalise(images)
+        return backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(seed))[1]
+
+    moved = train(params, batch_stats, jnp.asarray(faces))
+    return params, {
+        name: before + (np.asarray(moved[name]) - before) / layers.BatchNorm.momentum
+        for name, before in batch_stats.items()
+    }
+
+
+def drawn_faces(count: int = _FACES) -> np.ndarray:
+    """(count, 112, 112, 3) uint8 RGB, each of another drawn person."""
+    return np.stack([synthetic.draw_face(seed=1, identity=i, index=0) for i in range(count)])
+
+
 def check(embedder: Network, state: StateDict, *, network: str) -> float:
     """Loads a state_dict strictly into the torch twin and compares the embeddings of drawn faces.
 
@@ -40,14 +77,25 @@ def check(embedder: Network, state: StateDict, *, network: str) -> float:
     """
     module = twins.build(network, embedding_size=models.embedding_size(state) or 0)
     module.load_state_dict(state, strict=True)
-    images = np.stack([synthetic.draw_face(seed=1, identity=i, index=0) for i in range(_FACES)])
-    error = largest_error(torch_embeddings(module, images), embedder(images))
-    if not error <= TOLERANCE:
+    images = drawn_faces()
+    return require_equal(
+        torch_embeddings(module, images), embedder(images), what="torch network", bound=TOLERANCE
+    )
+
+
+def require_equal(
+    embeddings: np.ndarray, reference: np.ndarray, *, what: str, bound: float
+) -> float:
+    """The largest relative error of embeddings beside the JAX network's.
+
+    Raises:
+      UserError: it exceeds the bound.
+    """
+    error = largest_error(embeddings, reference)
+    if not error <= bound:
         raise UserError(
-            f"the torch network's embeddings differ by {error:.1e} (relative) from the JAX "
-            "network's, more than "
-            f"{TOLERANCE:.0e}: nothing was written. Fresh BatchNorm statistics overflow deep "
-            "networks: export "
-            f"weights that were trained"
+            f"the {what}'s embeddings differ by {error:.1e} (relative) from the JAX network's, "
+            f"more than {bound:.0e}: nothing was written. Fresh BatchNorm statistics overflow deep "
+            "networks: export weights that were trained"
         )
     return error

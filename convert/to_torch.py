@@ -1,6 +1,7 @@
 """Writes the backbone of a training run for PyTorch.
 
 python -m convert.to_torch --checkpoint WORKDIR --output backbone.pth
+python -m convert.to_torch --checkpoint WORKDIR --output backbone.safetensors
 """
 
 import json
@@ -8,12 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from arcface_jax import errors
 from arcface_jax.network import Network
-from convert import parity, weights
+from convert import parity, weight_files, weights
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Arguments:
     checkpoint: Path
     """WORKDIR of a training run; its newest checkpoint is exported."""
     output: Path
-    """The .pth file to write."""
+    """The file to write: .pth, or .safetensors."""
 
 
 def export(workdir: Path, output: Path) -> float:
@@ -40,12 +40,7 @@ def export(workdir: Path, output: Path) -> float:
     embedder = Network.from_workdir(workdir)
     state = weights.to_state_dict(embedder.params, embedder.batch_stats)
     error = parity.check(embedder, state, network=embedder.network)
-    part = output.with_suffix(".part")
-    try:
-        torch.save(state, part)
-        part.replace(output)  # never half a file under the name asked for
-    except (OSError, RuntimeError) as reason:
-        raise errors.UserError(f"cannot write {output}: {reason}") from reason
+    weight_files.write(output, state)
     return error
 
 

@@ -1,6 +1,6 @@
-"""The table between arcface_jax's arrays and a torch `state_dict`, and the files on either side."""
+"""The table between arcface_jax's arrays and a torch `state_dict`."""
 
-import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,8 @@ import torch
 from arcface_jax import models
 from arcface_jax.errors import UserError
 from arcface_jax.models import Arrays, stacks
-
-StateDict = dict[str, torch.Tensor]
+from convert import weight_files
+from convert.weight_files import StateDict
 
 # Our last word: torch's. A kernel's axes are turned too, see `_turn`.
 _LAST_WORD = {
@@ -25,7 +25,7 @@ _LAST_WORD = {
 }
 # torch's BatchNorm counts its batches; nothing reads the number where momentum is given.
 _COUNTER = "num_batches_tracked"
-_PREFIXES = ("module.", "backbone.")
+_PREFIXES = re.compile(r"^((module|backbone|_orig_mod)\.)+")
 
 
 def to_state_dict(params: Arrays, batch_stats: Arrays) -> StateDict:
@@ -58,7 +58,7 @@ def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arr
     Raises:
       UserError: naming every key that is missing, unexpected or has another shape.
     """
-    state = {_without_prefix(name): tensor for name, tensor in state.items()}
+    state = without_prefixes(state)
     embedding_size = models.embedding_size(state) or 512
     params, batch_stats = models.build(network, embedding_size=embedding_size).shapes
     known = _torch_arrays(params, batch_stats)
@@ -91,27 +91,22 @@ def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arr
     return arrays(params), arrays(batch_stats)
 
 
+def without_prefixes(state: StateDict) -> StateDict:
+    """The state dict by insightface's own names: without what wrapping modules put before them."""
+    bare = {_PREFIXES.sub("", name): tensor for name, tensor in state.items()}
+    if len(bare) < len(state):
+        twice = [n for n in state if _PREFIXES.match(n) and _PREFIXES.sub("", n) in state]
+        raise UserError(f"arrays of one name, with and without a prefix: {', '.join(twice)}")
+    return bare
+
+
 def load(path: Path, network: str) -> tuple[Arrays, Arrays]:
-    """Reads a `backbone.pth`, or the backbone in a checkpoint of arcface_torch.
+    """Reads a `backbone.pth`, a safetensors file, or the backbone in a checkpoint of arcface_torch.
 
     Raises:
       UserError: there is no such file, it is not one of these, or it is of another network.
     """
-    if not path.is_file():
-        raise UserError(f"no weights at {path}: name an existing .pth file with --weight")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(
-            f"{path} is not a file of torch weights: {str(error).splitlines()[0]}"
-        ) from error
-    if isinstance(state, dict):
-        state = state.get("state_dict_backbone", state)
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UserError(
-            f"{path} holds a {type(state).__name__} that is not a state_dict of tensors"
-        )
-    return from_state_dict(state, network, source=str(path))
+    return from_state_dict(weight_files.read(path), network, source=str(path))
 
 
 def _torch_name(name: str) -> str:
@@ -124,9 +119,3 @@ def _turn(array: np.ndarray, *, inverse: bool) -> np.ndarray:
     if array.ndim == 4:
         return array.transpose((2, 3, 1, 0) if inverse else (3, 2, 0, 1))
     return array.T if array.ndim == 2 else array
-
-
-def _without_prefix(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name

@@ -1,0 +1,20 @@
+"""Packages that only some exports need, imported where they are used."""
+
+import importlib
+from typing import Any
+
+from arcface_jax.errors import UserError
+
+
+def require(name: str) -> Any:
+    """A module of a package in the extra `onnx`.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"this needs the package {error.name}: pip install 'arcface-jax[onnx]'"
+        ) from error

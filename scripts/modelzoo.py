@@ -1,0 +1,55 @@
+"""Measures every network and its exports, and writes the table of docs/modelzoo.md.
+
+python scripts/modelzoo.py [--networks r18 r50] [--faces lfw_dev.bin]
+
+Rows of networks that are not named stay as they are, in docs/modelzoo.json and in the page.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from arcface_jax import errors, models
+from convert import modelzoo
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    networks: tuple[str, ...] = models.NETWORKS
+    """Which to measure, each in a process of its own; all when not given."""
+    faces: Path | None = None
+    """A verification set (.bin) whose first 16 images are used; drawn faces when not given."""
+    page: Path = Path("docs/modelzoo.md")
+    """The page; its data goes to a .json file of the same name."""
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    arguments = tyro.cli(Arguments, args=argv, prog="modelzoo.py", description=__doc__)
+    data = arguments.page.with_suffix(".json")
+    rows = []
+    with errors.reported():
+        unknown = [name for name in arguments.networks if name not in models.NETWORKS]
+        if unknown:
+            raise errors.UserError(
+                f"unknown networks {', '.join(unknown)}: use some of {', '.join(models.NETWORKS)}"
+            )
+        for network in arguments.networks:
+            with Console(stderr=True).status(network):
+                row = modelzoo.measure_apart(network, arguments.faces)
+            print(modelzoo.table([row]).splitlines()[-1], flush=True)
+            rows.append(row)
+            # At once, for the next may need more memory than there is.
+            modelzoo.write_page(arguments.page, modelzoo.merge(data, [row]))
+    files = [str(arguments.page), str(data)]
+    print("RESULT " + json.dumps({row["network"]: row for row in rows} | {"files": files}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
