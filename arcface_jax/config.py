@@ -163,7 +163,8 @@ class EvaluationConfig:
     """Verification during and after training."""
 
     targets: tuple[str, ...] = ()
-    """Verification sets: .bin files, absolute or relative to data.path, or the word "synthetic"."""
+    """Verification sets: .bin files, lists of pairs (pairs.txt:FOLDER, pairs.csv:FOLDER), relative to
+    here or to data.path, or the word "synthetic"."""
     every_epochs: float = 1.0
     """How often; 0 evaluates at the end alone."""
     batch_size: int = 256
