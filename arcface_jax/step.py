@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -191,10 +191,19 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
 
 
-def make_embed(network: models.Backbone) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
-    """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32."""
+def make_embed(
+    network: models.Backbone, *, mode: Literal["evaluation", "training"] = "evaluation"
+) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
+    """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32.
+
+    In the mode of training BatchNorm takes the statistics of these images, and what is random there
+    is so here, the same at each call.
+    """
+    train = mode == "training"
 
     def embed(params: Arrays, batch_stats: Arrays, images: jax.Array) -> jax.Array:
-        return network.apply(params, batch_stats, preprocess.normalise(images), train=False)[0]
+        x = preprocess.normalise(images)
+        key = jax.random.key(0) if train else None
+        return network.apply(params, batch_stats, x, train=train, key=key)[0]
 
     return jax.jit(embed)

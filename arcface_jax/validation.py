@@ -168,6 +168,7 @@ def _check_ranges(config: Config) -> None:
         "schedule.decay_factor",
         "evaluation.batch_size",
         "checkpoint.keep",
+        "checkpoint.keep_best",
         "logging.every_steps",
     ):
         if values[name] <= 0:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from arcface_jax.checkpoint import Which
 from arcface_jax.errors import UserError
 from arcface_jax.network import Model, Network
 
@@ -12,7 +13,9 @@ class ModelChoice:
     """Options of a command that takes one network, of any of three kinds."""
 
     checkpoint: Path | None = None
-    """WORKDIR of a training run; its newest checkpoint is used."""
+    """WORKDIR of a training run."""
+    step: Which = "latest"
+    """Which of the run's checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
     weight: Path | None = None
     """Or a backbone.pth, of this project or of insightface."""
     network: str = "r50"
@@ -39,7 +42,8 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
             "name one: --checkpoint WORKDIR, --weight FILE.pth with --network, or --onnx FILE.onnx"
         )
     if choice.checkpoint is not None:
-        return Network.from_workdir(choice.checkpoint, batch_size=batch_size, devices=devices)
+        options = {"batch_size": batch_size, "devices": devices}
+        return Network.from_workdir(choice.checkpoint, which=choice.step, **options)
     if choice.weight is not None:
         from convert import weights  # torch is needed for these files alone
 
