@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,47 @@ def open_targets(config: Config) -> list[PairSet]:
       ConfigError: two sets have one name.
       DataError: a file is missing or not a verification set.
     """
-    sets = [_open_target(target, config) for target in config.evaluation.targets]
+    return _with_different_names([_open_target(t, config) for t in config.evaluation.targets])
+
+
+def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[PairSet]:
+    """Reads the sets on which several runs are compared.
+
+    Args:
+      configs: of the runs; a single default one where there is none.
+      targets: as `evaluation.targets`; relative to here, or to the data of the first run that has
+        it. "synthetic" is drawn as the run that trains on drawn faces has it. When none is named,
+        those of all runs, each set once.
+
+    Raises:
+      ConfigError: two different sets have one name.
+      DataError: a file is missing or not a verification set.
+    """
+    if not targets:
+        sets = [_open_target(t, config) for config in configs for t in config.evaluation.targets]
+        return _with_different_names(_without_copies(sets))
+    return _with_different_names([_open_target(t, _home(t, configs)) for t in targets])
+
+
+def _home(target: str, configs: Sequence[Config]) -> Config:
+    """The run whose data a target belongs to."""
+    for config in configs:
+        folder, file = Path(config.data.path), target.partition(":")[0]
+        if config.data.path == target or (folder / file).is_file():
+            return config
+    return configs[0]
+
+
+def _without_copies(sets: list[PairSet]) -> list[PairSet]:
+    kept: list[PairSet] = []
+    for one in sets:
+        twins = (k for k in kept if k.name == one.name and np.array_equal(k.same, one.same))
+        if not any(np.array_equal(twin.images, one.images) for twin in twins):
+            kept.append(one)
+    return kept
+
+
+def _with_different_names(sets: list[PairSet]) -> list[PairSet]:
     names = [pairs.name for pairs in sets]
     if len(set(names)) < len(names):
         raise ConfigError(
