@@ -44,13 +44,15 @@ def _folds(results: Sequence[Verification]) -> Table:
     with_tar = _any_measured(results, at)
     if with_tar:
         heads.append(f"TAR at\n{results[0].tars[at].label}")
-    table = _table("ten folds, as insightface", ["same +\ndifferent", *heads], results)
-    table.columns[-len(heads) - 1].no_wrap = False
+    several = len(_names(results[0])) > 1  # then models fill the line, not the number of pairs
+    counts = [] if several else ["same +\ndifferent"]
+    table = _table("ten folds, as insightface", [*counts, *heads], results)
+    table.columns[1].no_wrap = False
     for result in results:
         same = np.count_nonzero(result.same)
         low, high = result.interval
-        cells = [
-            f"{same} + {len(result.same) - same}",
+        cells = [] if several else [f"{same} + {len(result.same) - same}"]
+        cells += [
             f"{result.accuracy:.5f} +- {result.accuracy_std:.5f}",
             f"{low:.4f}-{high:.4f}",
             f"{result.threshold_cosine:.3f} ({result.threshold:.3f})",
