@@ -8,9 +8,10 @@ python scripts/evaluate.py --checkpoint WORKDIR --onnx model.onnx --targets a.bi
 import json
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -27,7 +28,7 @@ from convert.any_model import ModelChoices, open_models
 class Arguments:
     """The command line."""
 
-    models: ModelChoices = field(default_factory=ModelChoices)
+    models: Annotated[ModelChoices, tyro.conf.OmitArgPrefixes]
     targets: tuple[str, ...] = ()
     """Verification sets (docs/evaluation.md); those of the runs when not given."""
     batch_size: int = 256
@@ -54,8 +55,7 @@ def evaluate(arguments: Arguments) -> list[Evaluated]:
 
 def main(argv: list[str]) -> None:
     """The command."""
-    options = tyro.conf.OmitArgPrefixes[Arguments]
-    arguments = tyro.cli(options, args=argv, prog="evaluate.py", description=__doc__)
+    arguments = tyro.cli(Arguments, args=argv, prog="evaluate.py", description=__doc__)
     begin = time.perf_counter()
     with errors.reported():
         evaluated = evaluate(arguments)

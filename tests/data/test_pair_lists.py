@@ -6,9 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from arcface_jax.config import Config, DataConfig, EvaluationConfig
-from arcface_jax.data.pairs import open_file, open_targets
-from arcface_jax.errors import DataError
+from arcface_jax.config import Config, DataConfig, EvaluationConfig, SyntheticConfig
+from arcface_jax.data.pairs import open_file, open_for_runs, open_targets
+from arcface_jax.data.synthetic import verification_pairs
+from arcface_jax.errors import ConfigError, DataError
 
 
 def face(number: int, *, height: int = 112, width: int = 112) -> np.ndarray:
@@ -136,3 +137,31 @@ def test_other_sizes_are_cut_to_the_middle_square_and_resized(people: Path):
     pairs = open_file(write(people, "a.csv", "wide.png,wide.png,1\n"))
     expected = face(0, height=112, width=200)[:, 44:156]
     np.testing.assert_array_equal(pairs.images, [expected, expected])
+
+
+def test_the_sets_of_several_runs_are_joined_and_each_is_found_where_its_run_has_it(people: Path):
+    """One run trains on drawn faces, two on files: each set once, and as its run knows it."""
+    write(people, "mine.csv", "Bob/Bob_0001.png,Bob/Bob_0012.png,1\n")
+    drawn = SyntheticConfig(identities=9, pairs=20, pair_identities=5)
+    runs = [
+        Config(data=DataConfig(path=str(people)), evaluation=EvaluationConfig(targets=(target,)))
+        for target in ("mine.csv", str(people / "mine.csv"))
+    ]
+    runs.append(
+        Config(
+            data=DataConfig(path="synthetic", synthetic=drawn),
+            evaluation=EvaluationConfig(targets=("synthetic",)),
+            seed=3,
+        )
+    )
+    expected, _ = verification_pairs(seed=3, first_identity=9, identities=5, pairs=20)
+    for targets in ((), ("mine.csv", "synthetic")):
+        sets = open_for_runs(runs, targets)
+        assert [pairs.name for pairs in sets] == ["mine", "synthetic"]
+        np.testing.assert_array_equal(sets[1].images, expected)
+    (people.parent / "mine.csv").write_text("faces/Bob/Bob_0001.png,faces/Bob/Bob_0001.png,1\n")
+    other = Config(
+        data=DataConfig(path=str(people.parent)), evaluation=EvaluationConfig(targets=("mine.csv",))
+    )
+    with pytest.raises(ConfigError, match="two sets have one name"):
+        open_for_runs([*runs, other], ())
