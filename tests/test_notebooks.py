@@ -18,7 +18,7 @@ QUICK = {"explore_embeddings"}
 def workdir(tmp_path_factory) -> Path:
     """A run as the demo's, too short to be any good."""
     folder = tmp_path_factory.mktemp("notebooks") / "run"
-    drawn = c.SyntheticConfig(identities=40, images_per_identity=12)
+    drawn = c.SyntheticConfig(identities=24, images_per_identity=12, pairs=200)
     train(
         c.Config(
             workdir=str(folder),

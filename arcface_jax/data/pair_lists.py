@@ -108,7 +108,7 @@ def _lfw(text: str, path: Path, folder: Path) -> Iterator[_Pair]:
                 raise _not_a_pair(path, number, line)
         same = len(words) == 3
         counts[same] += 1
-        yield _Pair(number, *(_image(folder, *side) for side in (left, right)), same)
+        yield _Pair(number, _image(folder, *left), _image(folder, *right), same)
     if announced is not None and set(counts.values()) != {announced}:
         raise DataError(
             f"{path}: its first line announces {announced} pairs of either kind, and it has "
