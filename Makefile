@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 LFW ?= $(abspath ../shared/data/lfw)
 
-.PHONY: demo test slow check format clean
+.PHONY: demo test slow notebooks check format clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/train.py configs/demo.py --workdir runs/demo
@@ -17,6 +17,10 @@ test: check
 
 slow: .venv/installed
 	ARCFACE_JAX_LFW="$$([ -d "$(LFW)" ] && echo "$(LFW)")" $(BIN)/python -m pytest -m slow
+
+notebooks: .venv/installed
+	[ -d "$${ARCFACE_JAX_WORKDIR:-runs/demo}" ] || $(MAKE) demo
+	$(BIN)/python scripts/notebooks.py
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -6,8 +6,10 @@ where the recipe asks for running means of the weights, `ema`, which inference t
 imported weights has no `training`: `backbone` alone, or `centers` and `dataset` besides.
 """
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from arcface_jax import checkpoint_forms, config_files, models, step
-from arcface_jax.config import Config
+from arcface_jax.config import CheckpointConfig, Config
 from arcface_jax.errors import CheckpointError
 from arcface_jax.step import TrainState
 
@@ -51,8 +53,32 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
             (workdir / CONFIG).write_text(config_files.to_json(config))
     except OSError as error:
         raise CheckpointError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-    options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep)
-    return ocp.CheckpointManager(_folder(workdir), options=options)
+    return ocp.CheckpointManager(_folder(workdir), options=_what_to_keep(config.checkpoint))
+
+
+def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
+    """The newest; and where a metric is named those that it calls the best, of equals the later."""
+    name = config.best_metric
+    if not name:
+        return ocp.CheckpointManagerOptions(max_to_keep=config.keep)
+
+    def rank(metrics: Mapping[str, float]) -> float:
+        return _rank(metrics, name)
+
+    newest = ocp.checkpoint_managers.LatestN(n=config.keep)
+    best = ocp.checkpoint_managers.BestN(
+        get_metric_fn=rank, n=config.keep_best, keep_checkpoints_without_metrics=False
+    )
+    either = ocp.checkpoint_managers.AnyPreservationPolicy([newest, best])
+    return ocp.CheckpointManagerOptions(best_fn=rank, preservation_policy=either)
+
+
+def _rank(metrics: Mapping[str, float], name: str) -> float:
+    """The higher the better; last where the metric was not measured."""
+    value = metrics.get(name, math.nan)
+    if math.isnan(value):
+        return -math.inf
+    return -value if name.endswith("/eer") else value
 
 
 def read_config(workdir: Path) -> Config:
@@ -67,10 +93,21 @@ def read_config(workdir: Path) -> Config:
     return config_files.from_json(path.read_text(), source=str(path))
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, dataset: Dataset) -> None:
+def save(
+    manager: ocp.CheckpointManager,
+    state: TrainState,
+    dataset: Dataset,
+    score: dict[str, float] | None = None,
+) -> None:
     """Begins to save; the state may be used up by the next step at once.
 
     A step that is saved already is left as it is.
+
+    Args:
+      manager: of the workdir.
+      state: to be saved.
+      dataset: the training set.
+      score: {checkpoint.best_metric: its value}, where it was measured for this state.
     """
     number = int(state.step)
     if number in manager.all_steps():
@@ -79,7 +116,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, dataset: Dataset) ->
         name: ocp.args.PyTreeSave(item) for name, item in _split(state).items()
     }
     items["dataset"] = ocp.args.JsonSave(dataset)
-    manager.save(number, args=ocp.args.Composite(**items))
+    manager.save(number, args=ocp.args.Composite(**items), metrics=score)
 
 
 def restore(
@@ -128,13 +165,19 @@ def restore(
     return TrainState(**checkpoint_forms.as_wanted(state, form, backbone))
 
 
-def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Arrays, int]:
+Which = int | Literal["latest", "best"]
+"""A checkpoint of a run: by its step, the newest, or the best by `checkpoint.best_metric`."""
+
+
+def restore_backbone(
+    workdir: Path, which: Which = "latest"
+) -> tuple[Config, models.Arrays, models.Arrays, int]:
     """What inference needs of a run: configuration, params, batch_stats, and their step.
 
     Raises:
-      CheckpointError: the folder holds no run, no checkpoint, or one of another network.
+      CheckpointError: the folder holds no run, no such checkpoint, or one of another network.
     """
-    config, manager, number = _open_to_read(workdir)
+    config, manager, number = _open_to_read(workdir, which)
     placed = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
@@ -223,18 +266,15 @@ def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
     return found["centers"][:rows], None if momentum is None else momentum[:rows]
 
 
-def _open_to_read(workdir: Path) -> tuple[Config, ocp.CheckpointManager, int]:
-    """The configuration, and the newest checkpoint by number."""
+def _open_to_read(
+    workdir: Path, which: Which = "latest"
+) -> tuple[Config, ocp.CheckpointManager, int]:
+    """The configuration, and one of the checkpoints by number."""
     config = read_config(workdir)
     manager = ocp.CheckpointManager(
         _folder(workdir), options=ocp.CheckpointManagerOptions(create=False)
     )
-    number = manager.latest_step()
-    if number is None:
-        raise CheckpointError(
-            f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
-        )
-    return config, manager, number
+    return config, manager, _choose(manager, which, workdir)
 
 
 def _refuse_weights_alone(workdir: Path) -> None:
@@ -244,6 +284,37 @@ def _refuse_weights_alone(workdir: Path) -> None:
                 f"--workdir {workdir} holds imported weights and no run that could be resumed: to "
                 f"train from them, give a new --workdir and --init-from {workdir}"
             )
+
+
+def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
+    """The step of one of the checkpoints on disk."""
+    steps = sorted(manager.all_steps())
+    if not steps:
+        raise CheckpointError(
+            f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
+        )
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        return _best(manager, steps, workdir)
+    if which not in steps:
+        stored = ", ".join(map(str, steps))
+        raise CheckpointError(
+            f"{workdir} holds no checkpoint of step {which}: use one of {stored}, latest or best"
+        )
+    return which
+
+
+def _best(manager: ocp.CheckpointManager, steps: list[int], workdir: Path) -> int:
+    # A resumed run may rank by another metric than config.json does: it is stored with the value.
+    measured = {step: score for step in steps if (score := manager.metrics(step))}
+    if not measured:
+        raise CheckpointError(
+            f"{workdir} was trained without a metric to call a checkpoint the best: train with "
+            "--checkpoint.best-metric eval/NAME/accuracy, or take --step latest"
+        )
+    (name,) = measured[max(measured)]
+    return max(measured, key=lambda step: (_rank(measured[step], name), step))
 
 
 def _folder(workdir: Path) -> Path:

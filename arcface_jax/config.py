@@ -183,7 +183,8 @@ class EvaluationConfig:
     """Verification during and after training."""
 
     targets: tuple[str, ...] = ()
-    """Verification sets: .bin files, absolute or relative to data.path, or the word "synthetic"."""
+    """Verification sets: .bin files or lists of pairs (docs/evaluation.md), absolute or relative to
+    data.path, or the word "synthetic"."""
     every_epochs: float = 1.0
     """How often; 0 evaluates at the end alone."""
     batch_size: int = 256
@@ -200,6 +201,11 @@ class CheckpointConfig:
     """How often; 0 saves at the end (and on SIGTERM or Ctrl-C) alone."""
     keep: int = 2
     """How many of the newest stay on disk."""
+    best_metric: str = ""
+    """Keep the best too, by a number of an evaluation: eval/lfw/accuracy, eval/lfw/tar@far=1e-3,
+    eval/lfw/eer. Then every evaluation is saved."""
+    keep_best: int = 1
+    """How many of the best stay on disk, besides the newest."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

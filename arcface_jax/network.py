@@ -63,13 +63,15 @@ class Network:
         }
 
     @classmethod
-    def from_workdir(cls, workdir: str | Path, **options) -> "Network":
-        """The newest checkpoint of a run; options as in the class.
+    def from_workdir(
+        cls, workdir: str | Path, *, which: checkpoint.Which = "latest", **options
+    ) -> "Network":
+        """A checkpoint of a run, the newest if no other is named; options as in the class.
 
         Raises:
           CheckpointError: the folder holds none.
         """
-        config, params, batch_stats, _ = checkpoint.restore_backbone(Path(workdir))
+        config, params, batch_stats, _ = checkpoint.restore_backbone(Path(workdir), which)
         return cls(config.model.network, params, batch_stats, **options)
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -279,10 +279,19 @@ def _weights(params: Arrays, batch_stats: Arrays) -> dict[str, Arrays]:
     return {"params": params, "batch_stats": batch_stats}
 
 
-def make_embed(network: models.Backbone) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
-    """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32."""
+def make_embed(
+    network: models.Backbone, *, mode: Literal["evaluation", "training"] = "evaluation"
+) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
+    """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32.
+
+    In the mode of training BatchNorm takes the statistics of these images, and what is random there
+    is so here, the same at each call.
+    """
+    train = mode == "training"
 
     def embed(params: Arrays, batch_stats: Arrays, images: jax.Array) -> jax.Array:
-        return network.apply(params, batch_stats, preprocess.normalise(images), train=False)[0]
+        x = preprocess.normalise(images)
+        keys = jax.random.split(jax.random.key(0), len(x)) if train else None
+        return network.apply(params, batch_stats, x, train=train, keys=keys)[0]
 
     return jax.jit(embed)

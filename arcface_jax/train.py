@@ -13,12 +13,13 @@ import jax
 from jax.sharding import Mesh
 
 from arcface_jax import checkpoint, failure, mesh, optim, step, validation
+from arcface_jax import config as configs
 from arcface_jax.config import Config
 from arcface_jax.data import pairs, pipeline, sources
 from arcface_jax.data.pairs import PairSet
 from arcface_jax.data.sources import Source
 from arcface_jax.errors import ConfigError, DataError, UserError
-from arcface_jax.evaluation import embed, plots, verification
+from arcface_jax.evaluation import collapse, embed, plots, verification
 from arcface_jax.evaluation.verification import Verification
 from arcface_jax.heads import chance
 from arcface_jax.metrics import Clock, MetricsFile, Terminal
@@ -62,6 +63,8 @@ def train(config: Config) -> Outcome:
     targets = pairs.open_targets(config)
     for target in targets:
         verification.check(target)  # better now than after the first epochs
+    if config.checkpoint.best_metric:
+        verification.check_metric(config.checkpoint.best_metric, targets)
     per_epoch = pipeline.steps_per_epoch(source, global_batch_size=config.data.global_batch_size)
     total = per_epoch * config.schedule.epochs
     dataset = {"num_classes": source.num_classes, "num_images": len(source)}
@@ -109,6 +112,9 @@ def train(config: Config) -> Outcome:
     results: list[Verification] = []
     evaluate_at = _milestones(config.evaluation.every_epochs, per_epoch, total)
     save_at = _milestones(config.checkpoint.every_epochs, per_epoch, total)
+    best_metric = config.checkpoint.best_metric
+    if best_metric:
+        save_at |= evaluate_at
     batches = pipeline.batches(source, config.data, seed=config.seed, start=start, stop=total)
     in_flight: deque = deque()
     done = start
@@ -158,8 +164,14 @@ def train(config: Config) -> Outcome:
                         results = evaluate(state)
                         log.write(done, _metrics(results))
                         terminal.say(f"step {done}/{total}  {_in_words(results)}")
+                        loss = float(metrics["train/loss"])
+                        for result in results:
+                            if words := collapse.explain(result, loss=loss, chance_loss=by_chance):
+                                terminal.say(words)
                     if done in save_at:
-                        checkpoint.save(manager, state, dataset)
+                        measured = best_metric and done in evaluate_at
+                        score = {best_metric: _metrics(results)[best_metric]} if measured else None
+                        checkpoint.save(manager, state, dataset, score)
             if stop:
                 checkpoint.save(manager, state, dataset)
                 terminal.say(
@@ -181,15 +193,26 @@ def _make_evaluation(
     config: Config, targets: list[PairSet], devices: Mesh
 ) -> Callable[[step.TrainState], list[Verification]]:
     """All verification sets, as a function of the state."""
+    size = config.evaluation.batch_size
     network = step.make_embed(step.backbone(config))
+    one_group = configs.replace(config, model__bn_batch_size=config.data.global_batch_size)
+    in_training = step.make_embed(step.backbone(one_group), mode="training")
 
     def evaluate(state: step.TrainState) -> list[Verification]:
-        run = embed.batched(
-            partial(network, *step.weights(state).values()),
-            batch_size=config.evaluation.batch_size,
-            mesh=devices,
+        run, as_trained = (
+            embed.batched(
+                partial(embed_on_devices, *step.weights(state).values()),
+                batch_size=size,
+                mesh=devices,
+            )
+            for embed_on_devices in (network, in_training)
         )
-        return [verification.verify(run, pairs) for pairs in targets]
+        results = []
+        for target in targets:
+            result = verification.verify(run, target)
+            cosine = collapse.mode_cosine(run, as_trained, target.images, batch_size=size)
+            results.append(result._replace(mode_cosine=cosine))
+        return results
 
     return evaluate
 

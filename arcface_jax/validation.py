@@ -193,6 +193,7 @@ def _check_ranges(config: Config) -> None:
         "schedule.decay_factor",
         "evaluation.batch_size",
         "checkpoint.keep",
+        "checkpoint.keep_best",
         "logging.every_steps",
         "logging.stuck_steps",
     ):

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py head [--classes 131072] [--batches 128 256 1024] [--devices 1 2]
 python scripts/benchmark.py blocks [--batch 8] [--dtype bfloat16]
+python scripts/benchmark.py evaluation [--pairs 6000] [--scores 15000000]
 """
 
 import json
@@ -12,9 +13,10 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
+from rich.table import Column, Table
 
 from arcface_jax import errors, mesh
-from arcface_jax.benchmarks import blocks, head, report, timing
+from arcface_jax.benchmarks import blocks, evaluation, head, report, timing
 from arcface_jax.benchmarks.head import Case, Measurement
 from arcface_jax.config import Dtype
 
@@ -126,6 +128,39 @@ def run_blocks(batch: int = 8, count: int = 8, dtype: Dtype = "float32", repeats
     result = {row.method: row._asdict() for row in rows}
     seconds = round(time.perf_counter() - begin, 1)
     print("RESULT " + json.dumps({**result, "seconds": seconds, "files": []}))
+
+
+@app.command(name="evaluation")
+def run_evaluation(
+    pairs: int = 6000,
+    embedding_size: int = 512,
+    scores: int = 15_000_000,
+    repeats: int = 5,
+    output: Path = Path("runs/benchmark_evaluation"),
+) -> None:
+    """Ten folds, normalisation, ROC curves (docs/evaluation.md).
+
+    Args:
+      pairs: Of a verification set.
+      embedding_size: Length of the embedding.
+      scores: Of the long ROC curve.
+      repeats: Counted rounds, the median of which is given.
+      output: Folder for evaluation.json.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        sizes = {"pairs": pairs, "embedding_size": embedding_size, "scores": scores}
+        rows = evaluation.measure(**sizes, repeats=repeats)
+        machine = timing.machine()
+        file = evaluation.write(output, rows, machine=machine)
+    table = Table("what", Column("ms", justify="right"))
+    for row in rows:
+        table.add_row(row.what, f"{1000 * row.seconds:.2f}")
+    Console().print(table)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    seconds = round(time.perf_counter() - begin, 1)
+    measured = {row.what: row.seconds for row in rows}
+    print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": [str(file)]}))
 
 
 if __name__ == "__main__":

@@ -1,54 +1,56 @@
-"""Verifies a trained network on pairs of faces: accuracy, ROC, TAR at FAR.
+"""Verifies trained networks on pairs of faces: accuracy, ROC, TAR at FAR; several side by side.
 
-python scripts/evaluate.py --checkpoint WORKDIR [--targets a.bin b.bin]
+python scripts/evaluate.py --checkpoint WORKDIR [WORKDIR ...] [--targets a.bin pairs.txt:FOLDER]
 python scripts/evaluate.py --weight backbone.pth --network r50 --targets a.bin b.bin
+python scripts/evaluate.py --checkpoint WORKDIR --onnx model.onnx --targets a.bin --report FOLDER
 """
 
 import json
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from arcface_jax import checkpoint, errors
-from arcface_jax import config as configs
 from arcface_jax.config import Config
 from arcface_jax.data import pairs
-from arcface_jax.evaluation import tables, verification
-from arcface_jax.network import Network
+from arcface_jax.evaluation import report, tables, verification
+from arcface_jax.evaluation.report import Evaluated
+from convert.any_model import ModelChoices, open_models
 
 
 @dataclass(frozen=True)
 class Arguments:
     """The command line."""
 
-    checkpoint: Path | None = None
-    """WORKDIR of a training run; its newest checkpoint is evaluated."""
-    weight: Path | None = None
-    """Or a backbone.pth."""
-    network: str = "r50"
-    """The network of --weight."""
+    models: Annotated[ModelChoices, tyro.conf.OmitArgPrefixes]
     targets: tuple[str, ...] = ()
-    """Verification sets (.bin files); those of the run when not given."""
+    """Verification sets (docs/evaluation.md); those of the runs when not given."""
     batch_size: int = 256
     """Images per forward pass, over all devices."""
+    report: Path | None = None
+    """Folder for a page of tables, plots and the hardest pairs (index.html)."""
 
 
-def open_model(arguments: Arguments) -> tuple[Network, Config]:
-    """The network to evaluate, and the configuration that names its default sets."""
-    if arguments.checkpoint is not None and arguments.weight is None:
-        config = checkpoint.read_config(arguments.checkpoint)
-        return Network.from_workdir(arguments.checkpoint, batch_size=arguments.batch_size), config
-    if arguments.weight is None or arguments.checkpoint is not None:
-        raise errors.UserError("name one network: either --checkpoint WORKDIR or --weight FILE.pth")
-    from convert import weights
-
-    params, batch_stats = weights.load(arguments.weight, arguments.network)
-    embedder = Network(arguments.network, params, batch_stats, batch_size=arguments.batch_size)
-    return embedder, Config()
+def evaluate(arguments: Arguments) -> list[Evaluated]:
+    """Every network on every set."""
+    models = open_models(arguments.models, batch_size=arguments.batch_size)
+    configs = [checkpoint.read_config(run) for run in arguments.models.checkpoint] or [Config()]
+    sets = pairs.open_for_runs(configs, arguments.targets)
+    if not sets:
+        raise errors.UserError(
+            "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
+        )
+    return [
+        Evaluated(name, one, verification.verify(model, one, model=name if len(models) > 1 else ""))
+        for one in sets
+        for name, model in models.items()
+    ]
 
 
 def main(argv: list[str]) -> None:
@@ -56,21 +58,16 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="evaluate.py", description=__doc__)
     begin = time.perf_counter()
     with errors.reported():
-        embedder, config = open_model(arguments)
-        if arguments.targets:
-            config = configs.replace(config, evaluation__targets=arguments.targets)
-        sets = pairs.open_targets(config)
-        if not sets:
-            raise errors.UserError(
-                "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
-            )
-        results = [verification.verify(embedder, pair_set) for pair_set in sets]
+        evaluated = evaluate(arguments)
+        page = arguments.report and report.write(arguments.report, evaluated, made=datetime.now())
+    results = [one.result for one in evaluated]
     # Where nobody watches, rich takes 80 columns; the tables want up to 100.
     console = Console() if sys.stdout.isatty() else Console(width=100)
     console.print(*tables.summary(results), *tables.remarks(results), sep="\n")
     metrics = {name: value for result in results for name, value in result.metrics().items()}
     seconds = round(time.perf_counter() - begin, 1)
-    print("RESULT " + json.dumps({**metrics, "seconds": seconds, "files": []}))
+    files = [str(page)] if page else []
+    print("RESULT " + json.dumps({**metrics, "seconds": seconds, "files": files}))
 
 
 if __name__ == "__main__":

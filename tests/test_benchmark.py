@@ -100,3 +100,15 @@ def test_blocks_are_timed_in_every_form(capsys):
     for method in ("scanned", "rematerialised"):
         row = outcome[method]
         assert row["ratio"] == pytest.approx(row["seconds"] / outcome["unrolled"]["seconds"])
+
+
+def test_the_arithmetic_of_evaluation_is_timed_part_by_part(tmp_path, capsys):
+    options = ["--pairs", "40", "--scores", "2000", "--embedding-size", "8", "--repeats", "1"]
+    benchmark("evaluation", *options, "--output", str(tmp_path))
+    printed = capsys.readouterr().out
+    outcome = json.loads(printed.splitlines()[-1].removeprefix("RESULT "))
+    measured = outcome["measured"]
+    for part in ("ten folds, 40", "flip sum", "TAR at 6 FARs, 2,000", "whole exact ROC curve"):
+        assert sum(what.startswith(part) for what in measured) == 1
+    assert min(measured.values()) > 0
+    assert json.loads(Path(outcome["files"][0]).read_text())["seconds"] == measured

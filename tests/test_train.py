@@ -52,6 +52,7 @@ def script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # tyro reads its source
     spec.loader.exec_module(module)
     return module
 
@@ -354,11 +355,67 @@ def test_evaluate_gives_what_training_gave(finished, capsys):
     script("evaluate").main(["--checkpoint", str(workdir)])
     printed = capsys.readouterr().out
     verified = {name: value for name, value in outcome.items() if name.startswith("eval/")}
+    del verified["eval/synthetic/mode_cosine"]  # training alone measures it
     assert {"eval/synthetic/accuracy", "eval/synthetic/tar@far=1e-1"} <= verified.keys()
     assert {name: result(printed)[name] for name in verified} == verified
     *tables, _ = printed.splitlines()
     assert max(map(len, tables)) <= 100
     assert "synthetic: 10 pairs of different people are too few for a FAR of 1e-2" in printed
+
+
+def pixels_as_onnx(path: Path) -> Path:
+    """A graph whose embedding is the image in 4 x 4 cells."""
+    onnx = pytest.importorskip("onnx")
+    floats, shape = onnx.TensorProto.FLOAT, ["N", 3, 112, 112]
+    pool = {"kernel_shape": [28, 28], "strides": [28, 28]}
+    nodes = [
+        onnx.helper.make_node("AveragePool", ["input"], ["cells"], **pool),
+        onnx.helper.make_node("Flatten", ["cells"], ["embedding"]),
+    ]
+    ends = [onnx.helper.make_tensor_value_info("input", floats, shape)]
+    ends += [onnx.helper.make_tensor_value_info("embedding", floats, ["N", 48])]
+    graph = onnx.helper.make_graph(nodes, "pixels", ends[:1], ends[1:])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    return path
+
+
+def test_models_of_all_kinds_are_evaluated_side_by_side(finished, capsys, tmp_path):
+    """A run twice, its export, and an ONNX file, on the run's own set and on a list of pairs."""
+    workdir, outcome = finished
+    lines = []
+    for number in range(20):
+        names = [f"{number}{side}.png" for side in "ab"]
+        for side, name in enumerate(names):
+            who = number // 4 if number % 2 else number + 40 * side
+            drawn = synthetic.draw_face(seed=5, identity=who, index=2 * number + side)
+            cv2.imwrite(str(tmp_path / name), drawn[:, :, ::-1])
+        lines.append(",".join([*names, str(number % 2)]))
+    (tmp_path / "mine.csv").write_text("\n".join(lines))
+    onnx = pixels_as_onnx(tmp_path / "pixels.onnx")
+    options = {
+        "--checkpoint": [workdir, workdir],
+        "--weight": [workdir / "backbone.pth"],
+        "--network": ["r_tiny"],
+        "--onnx": [onnx],
+        "--report": [tmp_path / "page"],
+        "--targets": ["synthetic", tmp_path / "mine.csv"],
+    }
+    script("evaluate").main([str(x) for name, values in options.items() for x in (name, *values)])
+    printed = capsys.readouterr().out
+    found = result(printed)
+    models = ["run", "run-2", "backbone", "pixels"]
+    for model in models:
+        for name in ("synthetic", "mine"):
+            assert 0 <= found[f"eval/{model}/{name}/accuracy"] <= 1
+            assert sum(line.split()[:2] == [name, model] for line in printed.splitlines()) == 2
+        if model != "pixels":
+            for name in ("accuracy", "auc", "xnorm"):
+                expected = outcome[f"eval/synthetic/{name}"]
+                assert found[f"eval/{model}/synthetic/{name}"] == pytest.approx(expected, rel=1e-5)
+    assert found["files"] == [str(tmp_path / "page" / "index.html")]
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert all(f"{model} on {name}" in page for model in models for name in ("synthetic", "mine"))
 
 
 def test_inference_prints_the_embedding_of_the_torch_network(finished, capsys, tmp_path):
@@ -394,6 +451,10 @@ def test_inference_prints_the_embedding_of_the_torch_network(finished, capsys, t
         ("evaluate", ["--checkpoint", "nowhere"], ["config.json", "training run"]),
         ("evaluate", [], ["--checkpoint", "--weight"]),
         ("evaluate", ["--checkpoint", "{run}", "--targets", "a.bin"], ["a.bin"]),
+        ("evaluate", ["--checkpoint", "{run}", "--step", "best"], ["--checkpoint.best-metric"]),
+        ("evaluate", ["--checkpoint", "{run}", "--step", "5"], ["no checkpoint of step 5", "6, 9"]),
+        ("evaluate", ["--onnx", "a.onnx", "--targets", "a.bin"], ["no model at a.onnx"]),
+        ("evaluate", ["--weight", "a", "b", "c", "--network", "r18", "r50"], ["3 --weight"]),
     ],
 )
 def test_other_commands_report_in_one_message(finished, capsys, name, options, named):

@@ -43,6 +43,7 @@ POSITIVE = [
     "schedule.decay_factor",
     "evaluation.batch_size",
     "checkpoint.keep",
+    "checkpoint.keep_best",
     "logging.every_steps",
 ]
 NOT_NEGATIVE = [

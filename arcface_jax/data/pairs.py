@@ -2,16 +2,15 @@
 
 import io
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from arcface_jax.config import Config
-from arcface_jax.data import sources, synthetic
+from arcface_jax.data import pair_lists, sources, synthetic
 from arcface_jax.errors import ConfigError, DataError
-from arcface_jax.models import IMAGE_SIZE
 
 
 class PairSet(NamedTuple):
@@ -32,7 +31,47 @@ def open_targets(config: Config) -> list[PairSet]:
       ConfigError: two sets have one name.
       DataError: a file is missing or not a verification set.
     """
-    sets = [_open_target(target, config) for target in config.evaluation.targets]
+    return _with_different_names([_open_target(t, config) for t in config.evaluation.targets])
+
+
+def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[PairSet]:
+    """Reads the sets on which several runs are compared.
+
+    Args:
+      configs: of the runs; a single default one where there is none.
+      targets: as `evaluation.targets`; relative to here, or to the data of the first run that has
+        it. "synthetic" is drawn as the run that trains on drawn faces has it. When none is named,
+        those of all runs, each set once.
+
+    Raises:
+      ConfigError: two different sets have one name.
+      DataError: a file is missing or not a verification set.
+    """
+    if not targets:
+        sets = [_open_target(t, config) for config in configs for t in config.evaluation.targets]
+        return _with_different_names(_without_copies(sets))
+    return _with_different_names([_open_target(t, _home(t, configs)) for t in targets])
+
+
+def _home(target: str, configs: Sequence[Config]) -> Config:
+    """The run whose data a target belongs to."""
+    for config in configs:
+        folder, file = Path(config.data.path), target.partition(":")[0]
+        if config.data.path == target or (folder / file).is_file():
+            return config
+    return configs[0]
+
+
+def _without_copies(sets: list[PairSet]) -> list[PairSet]:
+    kept: list[PairSet] = []
+    for one in sets:
+        twins = (k for k in kept if k.name == one.name and np.array_equal(k.same, one.same))
+        if not any(np.array_equal(twin.images, one.images) for twin in twins):
+            kept.append(one)
+    return kept
+
+
+def _with_different_names(sets: list[PairSet]) -> list[PairSet]:
     names = [pairs.name for pairs in sets]
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -51,7 +90,30 @@ def _open_target(target: str, config: Config) -> PairSet:
             pairs=drawn.pairs,
         )
         return PairSet(sources.SYNTHETIC, images, same)
-    return read_bin(Path(target) if Path(target).is_file() else Path(config.data.path) / target)
+    return open_file(target, base=Path(config.data.path))
+
+
+def open_file(target: str, *, base: Path = Path()) -> PairSet:
+    """Reads a set from its file, by the file's ending.
+
+    Args:
+      target: a `.bin` file, or a list of pairs, `.txt` or `.csv` (`pair_lists.read`), which may
+        name the folder of its images behind a colon; without one they lie beside the list.
+      base: the folder in which to look for what is not found as it is named.
+
+    Raises:
+      DataError: a file is missing or not a verification set.
+    """
+    name, colon, folder = target.rpartition(":")
+    if not (colon and name.endswith(pair_lists.SUFFIXES)):
+        name, folder = target, ""
+    path = Path(name) if Path(name).is_file() else base / name
+    if path.suffix not in pair_lists.SUFFIXES:
+        return read_bin(path)
+    if not path.is_file():
+        raise DataError(f"no list of pairs at {path}: name an existing file")
+    images = (Path(folder) if Path(folder).is_dir() else base / folder) if folder else path.parent
+    return PairSet(path.stem, *pair_lists.read(path, images))
 
 
 def read_bin(path: Path) -> PairSet:
@@ -86,7 +148,9 @@ def read_bin(path: Path) -> PairSet:
             f"{path}: {len(encoded)} images for {len(same)} pairs; there should be two images a "
             "pair, and a pair at least: make the set anew, or fetch it again"
         )
-    images = np.stack([_square(data, f"{path}, image {i}") for i, data in enumerate(encoded)])
+    images = np.stack(
+        [pair_lists.square(data, f"{path}, image {i}") for i, data in enumerate(encoded)]
+    )
     return PairSet(path.stem, images, same)
 
 
@@ -96,15 +160,6 @@ def _encoded(item: Any) -> bytes:
     if not isinstance(item, bytes):
         raise DataError(f"an image is of type {type(item).__name__}; there should be its bytes")
     return item
-
-
-def _square(data: bytes, where: str) -> np.ndarray:
-    image = sources.decode_any_size(data, where=where)
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = image[top : top + side, left : left + side]
-    return cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR)
 
 
 def _encode_latin(text: str, encoding: str) -> bytes:

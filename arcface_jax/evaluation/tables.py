@@ -9,10 +9,12 @@ from rich.table import Table
 from arcface_jax.evaluation.verification import FARS, FOLD_FAR, Verification
 
 _LONGEST_NAME = 16
+_LONGEST_OF_TWO = 11
+"""Where a model's name stands beside that of the set."""
 
 
 def summary(results: Sequence[Verification]) -> list[Table]:
-    """The ten folds, and the ROC over all pairs; each set is a line in both.
+    """The ten folds, and the ROC over all pairs; each set is a line in both, or each model on it.
 
     Args:
       results: of `verification.verify`.
@@ -23,7 +25,7 @@ def summary(results: Sequence[Verification]) -> list[Table]:
 def remarks(results: Sequence[Verification]) -> list[str]:
     """In words, for each set, the FARs that its different pairs are too few to show."""
     lines = []
-    for result in results:
+    for result in {result.name: result for result in results}.values():
         missing = [at for at in result.tars if at.tar is None]
         if missing:
             different = np.count_nonzero(~result.same)
@@ -42,13 +44,15 @@ def _folds(results: Sequence[Verification]) -> Table:
     with_tar = _any_measured(results, at)
     if with_tar:
         heads.append(f"TAR at\n{results[0].tars[at].label}")
-    table = _table("ten folds, as insightface", ["same +\ndifferent", *heads])
+    several = len(_names(results[0])) > 1  # then models fill the line, not the number of pairs
+    counts = [] if several else ["same +\ndifferent"]
+    table = _table("ten folds, as insightface", [*counts, *heads], results)
     table.columns[1].no_wrap = False
     for result in results:
         same = np.count_nonzero(result.same)
         low, high = result.interval
-        cells = [
-            f"{same} + {len(result.same) - same}",
+        cells = [] if several else [f"{same} + {len(result.same) - same}"]
+        cells += [
             f"{result.accuracy:.5f} +- {result.accuracy_std:.5f}",
             f"{low:.4f}-{high:.4f}",
             f"{result.threshold_cosine:.3f} ({result.threshold:.3f})",
@@ -56,7 +60,7 @@ def _folds(results: Sequence[Verification]) -> Table:
         ]
         if with_tar:
             cells.append(_share(None if result.tars[at].tar is None else result.fold_tar))
-        table.add_row(result.name, *cells)
+        table.add_row(*_names(result), *cells)
     return table
 
 
@@ -64,10 +68,10 @@ def _roc(results: Sequence[Verification]) -> Table:
     """TAR at those FARs that one set at least can show."""
     shown = [at for at in range(len(FARS)) if _any_measured(results, at)]
     heads = [f"TAR at\n{results[0].tars[at].label}" for at in shown]
-    table = _table("all pairs, TAR at FAR", ["AUC", "EER", *heads])
+    table = _table("all pairs, TAR at FAR", ["AUC", "EER", *heads], results)
     for result in results:
         tars = [_share(result.tars[at].tar) for at in shown]
-        table.add_row(result.name, f"{result.auc:.5f}", _share(result.eer), *tars)
+        table.add_row(*_names(result), f"{result.auc:.5f}", _share(result.eer), *tars)
     return table
 
 
@@ -75,9 +79,16 @@ def _any_measured(results: Sequence[Verification], at: int) -> bool:
     return any(result.tars[at].tar is not None for result in results)
 
 
-def _table(title: str, heads: Sequence[str]) -> Table:
+def _names(result: Verification) -> list[str]:
+    return [result.name, result.model] if result.model else [result.name]
+
+
+def _table(title: str, heads: Sequence[str], results: Sequence[Verification]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("set", max_width=_LONGEST_NAME, overflow="fold")
+    named = ["set", "model"][: len(_names(results[0]))]
+    for name in named:
+        width = _LONGEST_NAME if len(named) == 1 else _LONGEST_OF_TWO
+        table.add_column(name, max_width=width, overflow="fold")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     return table

@@ -5,13 +5,14 @@ squared distance of its embeddings. Ten contiguous folds: the threshold that is 
 decides the tenth. Beside it stands what needs no folds: the ROC over all pairs of a set.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from arcface_jax.data.pairs import PairSet
-from arcface_jax.errors import DataError
-from arcface_jax.evaluation import roc
+from arcface_jax.errors import ConfigError, DataError
+from arcface_jax.evaluation import collapse, roc
 from arcface_jax.evaluation.embed import Embed
 from arcface_jax.evaluation.roc import TarAtFar
 
@@ -23,6 +24,13 @@ FOLD_FAR = 1e-3
 """Its target in `verify`."""
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 """Targets of TAR over all pairs."""
+METRICS = (
+    *("accuracy", "accuracy_std", "threshold", "threshold_cosine", "auc", "eer", "xnorm"),
+    *("mean_cosine", "effective_rank"),
+)
+"""What `Verification.metrics` has of every set, whatever its size."""
+_SPREAD_IMAGES = 2048
+"""Enough, spread over a set, to say how its embeddings are spread."""
 
 
 class Verification(NamedTuple):
@@ -51,6 +59,16 @@ class Verification(NamedTuple):
     """(n,) float64: the pairs' squared distances, 0 .. 4."""
     same: np.ndarray
     """(n,) bool: whether each pair shows one person."""
+    norms: np.ndarray
+    """(4 n,) float64: the embeddings' lengths, those of the images and of their mirror images."""
+    mean_cosine: float
+    """`collapse.mean_cosine` of images spread over the set."""
+    effective_rank: float
+    """`collapse.effective_rank` of images spread over the set."""
+    mode_cosine: float | None = None
+    """`collapse.mode_cosine`, which training measures."""
+    model: str = ""
+    """Whose embeddings these are, where several models are compared."""
 
     @property
     def threshold_cosine(self) -> float:
@@ -58,20 +76,22 @@ class Verification(NamedTuple):
         return 1 - self.threshold / 2
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, as `eval/NAME/accuracy` and so on.
+        """The numbers, as `eval/NAME/accuracy` and so on, or `eval/MODEL/NAME/accuracy`.
 
         `tar@far=1e-3` and its like are there as far as the set has pairs enough, and
         `fold_tar@far=1e-3` where `tar@far=1e-3` is.
         """
-        names = ("accuracy", "accuracy_std", "threshold", "threshold_cosine", "auc", "eer", "xnorm")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in METRICS}
         values["accuracy_low"], values["accuracy_high"] = self.interval
+        if self.mode_cosine is not None:
+            values["mode_cosine"] = self.mode_cosine
         for at in self.tars:
             if at.tar is not None:
                 values[f"tar@far={at.label}"] = at.tar
                 if at.far == FOLD_FAR:
                     values[f"fold_tar@far={at.label}"] = self.fold_tar
-        return {f"eval/{self.name}/{name}": value for name, value in values.items()}
+        prefix = f"eval/{self.model}/{self.name}" if self.model else f"eval/{self.name}"
+        return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def check(pairs: PairSet) -> None:
@@ -93,8 +113,38 @@ def check(pairs: PairSet) -> None:
         raise DataError(f"{pairs.name}: {error}") from error
 
 
-def verify(embed: Embed, pairs: PairSet) -> Verification:
+def check_metric(name: str, sets: Sequence[PairSet]) -> None:
+    """Refuses what can be no measure of the best checkpoint.
+
+    Args:
+      name: such as `eval/lfw/accuracy`.
+      sets: those that are evaluated.
+
+    Raises:
+      ConfigError: it is no number of these sets that says how well a network does.
+    """
+    known = []
+    for pairs in sets:
+        nothing = np.zeros(len(pairs.same))
+        tars = [
+            at.label for at in roc.tar_at_far(nothing, pairs.same, fars=FARS) if at.tar is not None
+        ]
+        words = ["accuracy", "auc", "eer", *(f"tar@far={label}" for label in tars)]
+        known += [f"eval/{pairs.name}/{word}" for word in words]
+    if name not in known:
+        raise ConfigError(
+            f"checkpoint.best_metric {name} is not measured in this run: use one of "
+            f"{', '.join(known) or 'those of a set, which --evaluation.targets names'}"
+        )
+
+
+def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
     """Embeds a set, mirrored too, and applies the protocol.
+
+    Args:
+      embed: the network.
+      pairs: the set.
+      model: the network's name, where several are compared.
 
     Raises:
       DataError: an embedding is not finite, or the set is one that `check` refuses.
@@ -106,12 +156,15 @@ def verify(embed: Embed, pairs: PairSet) -> Verification:
             f"{pairs.name}: the network's embeddings are not finite: the weights are damaged, or "
             "training diverged (try a lower --optimizer.learning-rate)"
         )
-    distance = pair_distances(plain.astype(np.float64) + mirrored)
+    summed = plain.astype(np.float64) + mirrored
+    distance = pair_distances(summed)
     accuracies, thresholds = ten_fold(distance, pairs.same)
     fold_tars, _, _ = ten_fold_tar(distance, pairs.same, far=FOLD_FAR)
     cosine = 1 - distance / 2
     curve = roc.roc(cosine, pairs.same)
     accuracy = float(accuracies.mean())
+    norms = np.concatenate([_lengths(plain), _lengths(mirrored)])
+    some = summed[np.linspace(0, len(summed) - 1, min(len(summed), _SPREAD_IMAGES)).astype(int)]
     return Verification(
         name=pairs.name,
         accuracy=accuracy,
@@ -122,9 +175,13 @@ def verify(embed: Embed, pairs: PairSet) -> Verification:
         eer=roc.eer(curve),
         tars=tuple(roc.tar_at_far(cosine, pairs.same, fars=FARS)),
         fold_tar=float(np.nanmean(fold_tars)),
-        xnorm=float(np.mean([_lengths(plain).mean(), _lengths(mirrored).mean()])),
+        xnorm=float(norms.mean()),
         distance=distance,
         same=pairs.same,
+        norms=norms,
+        mean_cosine=collapse.mean_cosine(some),
+        effective_rank=collapse.effective_rank(some),
+        model=model,
     )
 
 

@@ -82,3 +82,13 @@ def test_all_columns_fit_100_characters(name: str):
     assert max(map(len, text.splitlines())) <= 100
     assert text.count("0.9877") == 6 and "…" not in text
     assert "123.456" in text and f"({full.threshold:.3f})" in text
+
+
+def test_several_models_stand_beside_one_another_on_each_set():
+    one = result("a_set_with_a_rather_long_name", 4000)
+    models = [one._replace(model=name) for name in ("demo", "a_model_with_a_long_name")]
+    models.append(result("small", 100)._replace(model="demo"))
+    text = printed(models)
+    assert max(map(len, text.splitlines())) <= 100 and "…" not in text
+    assert [line[0] for line in cells(text, "small")] == ["demo", "demo"]
+    assert text.count("too few for a FAR") == 2  # once a set

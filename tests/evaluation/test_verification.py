@@ -100,7 +100,15 @@ def test_verify_sums_an_image_and_its_mirror_image():
         "eval/made/auc": 1.0,
         "eval/made/eer": 0.0,
         "eval/made/tar@far=1e-1": 1.0,
+        "eval/made/mean_cosine": result.mean_cosine,
+        "eval/made/effective_rank": result.effective_rank,
     }
+    cosines = unit @ unit.T
+    assert result.mean_cosine == pytest.approx((cosines.sum() - 40) / (40 * 39), abs=1e-6)
+    np.testing.assert_allclose(result.norms, 10, rtol=1e-6)
+    assert result.norms.shape == (80,)
+    named = verify(left_half, pairs, model="net").metrics()
+    assert named == {k.replace("eval/", "eval/net/"): v for k, v in result.metrics().items()}
     json.dumps(result.metrics())  # plain numbers
 
 

@@ -1,0 +1,45 @@
+"""Runs the notebooks from top to bottom and stores their outputs in them.
+
+python scripts/notebooks.py [notebooks/explore_embeddings.ipynb ...]
+
+Needs `pip install 'arcface-jax[notebook,onnx]'`, and a run: runs/demo, or that in
+ARCFACE_JAX_WORKDIR.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import nbclient
+import nbformat
+import tyro
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """The notebook with the outputs of a run in its own folder."""
+    notebook = nbformat.read(path, as_version=4)
+    where = {"metadata": {"path": str(path.parent)}}
+    # Without the cells' times, which would change at each run.
+    client = nbclient.NotebookClient(notebook, timeout=300, record_timing=False, resources=where)
+    return client.execute()
+
+
+def main(paths: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
+    """The command.
+
+    Args:
+      paths: Notebooks; all of them when not given.
+    """
+    begin = time.perf_counter()
+    chosen = [path.resolve() for path in paths] or sorted(FOLDER.glob("*.ipynb"))
+    for path in chosen:
+        nbformat.write(execute(path), path)
+        print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
+    seconds = round(time.perf_counter() - begin, 1)
+    print("RESULT " + json.dumps({"seconds": seconds, "files": [str(path) for path in chosen]}))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, prog="notebooks.py", description=__doc__)
