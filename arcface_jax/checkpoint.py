@@ -164,6 +164,43 @@ def restore_backbone(workdir: Path) -> tuple[Config, models.Arrays, models.Array
     return config, restored["params"], restored["batch_stats"], number
 
 
+def restore_centers(
+    workdir: Path, config: Config, *, like: jax.Array, num_classes: int
+) -> jax.Array:
+    """The class centers of another run of the same classes.
+
+    Args:
+      workdir: of that run.
+      config: of the run that wants them.
+      like: an array of their shape and placement here.
+      num_classes: C here.
+
+    Raises:
+      CheckpointError: the folder holds no checkpoint, or its centers do not fit.
+    """
+    manager = ocp.CheckpointManager(
+        _folder(workdir), options=ocp.CheckpointManagerOptions(create=False)
+    )
+    number = manager.latest_step()
+    head = read_config(workdir).head
+    there = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
+    stored = (there["dataset"]["num_classes"], head.subcenters)
+    if stored != (num_classes, config.head.subcenters):
+        raise CheckpointError(
+            f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x {stored[1]}, "
+            f"the training set here needs {num_classes} x {config.head.subcenters}: use "
+            "--finetune.centers class_means or random"
+        )
+    wanted = {"centers": like}
+    args = _restore_args(wanted, strict_shapes=False, partial=True)
+    return manager.restore(number, args=ocp.args.Composite(training=args))["training"]["centers"]
+
+
+def is_begun(workdir: Path) -> bool:
+    """Whether a run has saved anything there that the same command resumes."""
+    return _folder(workdir).is_dir() and bool(ocp.utils.checkpoint_steps(_folder(workdir)))
+
+
 def _folder(workdir: Path) -> Path:
     return workdir.absolute() / "checkpoints"
 
@@ -174,8 +211,14 @@ def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     return backbone, {name: fields[name] for name in fields if name not in backbone}
 
 
-def _restore_args(like: Any, *, strict_shapes: bool = True) -> Any:
-    """Arguments to restore arrays of the shapes, types and placement of `like`."""
+def _restore_args(like: Any, *, strict_shapes: bool = True, partial: bool = False) -> Any:
+    """Arguments to restore arrays of the shapes, types and placement of `like`.
+
+    Args:
+      like: the arrays.
+      strict_shapes: whether stored arrays of other shapes are an error; else padded or cut.
+      partial: whether `like` is only a part of what is stored.
+    """
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
@@ -185,7 +228,7 @@ def _restore_args(like: Any, *, strict_shapes: bool = True) -> Any:
         ),
         abstract,
     )
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=args)
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=partial)
 
 
 def _not_resumable(workdir: Path, different: list[str]) -> CheckpointError:

@@ -1,7 +1,7 @@
 """The training state and the one train step: forward, head, backward, update."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from arcface_jax import mesh as meshes
-from arcface_jax import models, optim, preprocess
+from arcface_jax import models, name_rules, optim, preprocess
 from arcface_jax.config import Config, batch_norm_groups
 from arcface_jax.heads import margin_softmax
 from arcface_jax.heads.centers import Moments
@@ -61,13 +61,32 @@ class TrainState:
 
 def backbone(config: Config, *, mesh: Mesh | None = None) -> models.Backbone:
     """The backbone that a configuration names, to be trained on a mesh or only to be applied."""
-    return models.build(
+    build = partial(
+        models.build,
         config.model.network,
         embedding_size=config.model.embedding_size,
         bn_groups=batch_norm_groups(config),
         split_batch=mesh is not None and mesh.size > 1,
         dtype=config.model.dtype,
     )
+    network = build()
+    patterns = config.finetune.frozen_statistics
+    if not patterns:
+        return network
+    names = name_rules.select(patterns, list(network.shapes[1]), field="finetune.frozen_statistics")
+    return build(frozen_statistics=names)
+
+
+def trained(config: Config, params: Arrays) -> dict[str, float]:
+    """The parameters that training moves: each one's factor on the learning rate, by name.
+
+    Raises:
+      ConfigError: a pattern of `finetune.frozen` or `finetune.rates` fits none.
+    """
+    names = list(params)
+    frozen = name_rules.select(config.finetune.frozen, names, field="finetune.frozen")
+    factors = name_rules.factors(config.finetune.rates, names, field="finetune.rates")
+    return {name: factor for name, factor in factors.items() if name not in frozen}
 
 
 def shardings(mesh: Mesh) -> TrainState:
@@ -78,14 +97,19 @@ def shardings(mesh: Mesh) -> TrainState:
     return TrainState(**placed)
 
 
-def init_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
+def init_state(
+    config: Config, *, num_classes: int, mesh: Mesh, weights: tuple[Arrays, Arrays] | None = None
+) -> TrainState:
     """The state before the first step, on the devices.
 
-    The same seed gives the same weights and centers on any number of devices.
+    The same seed gives the same weights and centers on any number of devices; weights that are
+    given, params and batch_stats, take the place of random ones.
     """
-    weights = jax.device_put(backbone(config).init(config.seed), meshes.replicated(mesh))
+    first = weights or backbone(config).init(config.seed)
+    # Copies, for they are used up here.
+    first = jax.device_put(first, meshes.replicated(mesh), may_alias=False)
     start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
-    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(*weights)
+    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(*first)
 
 
 def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
@@ -114,7 +138,9 @@ def _first_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optim.make_optimizer(config.optimizer).init(params),
+        opt_state=optim.make_optimizer(config.optimizer).init(
+            _pick(params, trained(config, params))
+        ),
         centers=centers.rows,
         centers_opt=centers.moments,
         head_state=centers.state,
@@ -134,6 +160,7 @@ def make_train_step(
     """
     network = backbone(config, mesh=mesh)
     optimizer = optim.make_optimizer(config.optimizer)
+    factors = trained(config, network.shapes[0])
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         rate = schedule(state.step)
@@ -144,10 +171,12 @@ def make_train_step(
             images = preprocess.random_flip(images, flip_key)
         images = preprocess.normalise(images)
 
-        def forward(params: Arrays):
+        def forward(moving: Arrays):
+            params = {**state.params, **moving}
             return network.apply(params, state.batch_stats, images, train=True, key=network_key)
 
-        embeddings, pull_embeddings, batch_stats = jax.vjp(forward, state.params, has_aux=True)
+        moving = _pick(state.params, factors)
+        embeddings, pull_embeddings, batch_stats = jax.vjp(forward, moving, has_aux=True)
         head = margin_softmax.apply(
             embeddings,
             batch["label"],
@@ -161,8 +190,11 @@ def make_train_step(
             mesh=mesh,
         )
         (gradients,) = pull_embeddings(head.d_embeddings)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
+        updates: Any
+        updates, opt_state = optimizer.update(gradients, state.opt_state, moving)
+        updates = {name: -rate * factors[name] * update for name, update in updates.items()}
+        moved: Any = optax.apply_updates(moving, updates)
+        params = {**state.params, **moved}
         counters = {
             "invalid_labels": state.counters["invalid_labels"] + head.metrics.pop("invalid_labels")
         }
@@ -189,6 +221,10 @@ def make_train_step(
     placed = shardings(mesh)
     # Stated, for a state that came out placed in another way would compile the step again.
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+
+
+def _pick(arrays: Arrays, names: Iterable[str]) -> Arrays:
+    return {name: arrays[name] for name in names}
 
 
 def make_embed(network: models.Backbone) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:

@@ -1,5 +1,6 @@
 """Training, from a configuration to a trained and verified working directory."""
 
+import dataclasses
 import math
 import signal
 from collections import deque
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax import checkpoint, mesh, optim, step, validation
+from arcface_jax import checkpoint, initial, mesh, optim, step, validation
 from arcface_jax.config import Config
 from arcface_jax.data import pairs, pipeline, sources
 from arcface_jax.data.pairs import PairSet
@@ -32,18 +33,20 @@ class Outcome(NamedTuple):
 
     step: int
     results: dict[str, float]
-    """`eval/NAME/accuracy` and so on of the last evaluation; `baseline/...` where asked for."""
+    """`eval/NAME/accuracy` and so on of the last evaluation; `before/NAME/accuracy` and so on of
+    the weights that a fine-tuned run began with; `baseline/...` where asked for."""
     files: list[Path]
     """What was written for people to look at."""
     stopped_by: signal.Signals | None
     """The signal that ended the run before its last step; everything is saved."""
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     """Trains, or goes on where WORKDIR stopped.
 
     Args:
       config: the whole run.
+      init: params and batch_stats to begin with, where `config.init_from` is not a workdir.
 
     Returns:
       The final state and evaluation. In WORKDIR: config.json, metrics.jsonl, tensorboard/,
@@ -63,12 +66,18 @@ def train(config: Config) -> Outcome:
     per_epoch = pipeline.steps_per_epoch(source, global_batch_size=config.data.global_batch_size)
     total = per_epoch * config.schedule.epochs
     dataset = {"num_classes": source.num_classes, "num_images": len(source)}
+    weights = initial.weights(config, init)
 
-    # ---- State: fresh, or the newest checkpoint --------------------------------------------------
+    # ---- State: fresh, of other weights, or the newest checkpoint --------------------------------
     manager = checkpoint.open_workdir(config)
-    state = step.init_state(config, num_classes=source.num_classes, mesh=devices)
+    state = step.init_state(config, num_classes=source.num_classes, mesh=devices, weights=weights)
     evaluate = _make_evaluation(config, targets, devices)
-    baselines = _baselines(targets, evaluate, state) if config.evaluation.baselines else {}
+    baselines = _baselines(config, targets, evaluate, state) if config.evaluation.baselines else {}
+    began: list[Verification] = []
+    if weights:  # not on resuming
+        centers = initial.centers(config, state, source, mesh=devices)
+        state = dataclasses.replace(state, centers=centers)
+        began = evaluate(state)
     state = checkpoint.restore(manager, state, dataset) or state
     start = int(state.step)
 
@@ -88,6 +97,12 @@ def train(config: Config) -> Outcome:
     if baselines:
         log.write(start, baselines)
         terminal.say("before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items()))
+
+    before = log.stored("before/")
+    if began:
+        before = _metrics(began, "before")
+        log.write(start, before)
+        terminal.say(f"before training  {_in_words(began)}")
 
     by_chance = chance.chance_loss(
         config.head,
@@ -121,7 +136,7 @@ def train(config: Config) -> Outcome:
                 if done == start + 1:  # it was compiled, which is not to be counted as training
                     jax.block_until_ready(metrics)
                     if start == 0:
-                        terminal.say(_first_loss(float(metrics["train/loss"]), by_chance))
+                        terminal.say(_first_loss(metrics["train/loss"], by_chance, bool(weights)))
                     clock.restart()
                 else:
                     clock.count_step()
@@ -161,7 +176,8 @@ def train(config: Config) -> Outcome:
     if not stop and not results:  # resumed behind the last step
         results = evaluate(state)
     files = _draw(config, targets, results)
-    return Outcome(done, _metrics(results) | baselines, files, stop[0] if stop else None)
+    values = _metrics(results) | before | baselines
+    return Outcome(done, values, files, stop[0] if stop else None)
 
 
 def _make_evaluation(
@@ -182,17 +198,17 @@ def _make_evaluation(
 
 
 def _baselines(
-    targets: list[PairSet], evaluate: Callable, untrained: step.TrainState
+    config: Config, targets: list[PairSet], evaluate: Callable, untrained: step.TrainState
 ) -> dict[str, float]:
     """Accuracy on the first set without training: what a trained network has to beat."""
     if not targets:
         raise ConfigError(
             "evaluation.baselines needs a set to score: name one with --evaluation.targets"
         )
-    return {
-        "baseline/raw": verification.raw_pixel_accuracy(targets[0]),
-        "baseline/untrained": evaluate(untrained)[0].accuracy,
-    }
+    baselines = {"baseline/raw": verification.raw_pixel_accuracy(targets[0])}
+    if not config.init_from:
+        baselines["baseline/untrained"] = evaluate(untrained)[0].accuracy
+    return baselines
 
 
 def _draw(config: Config, targets: list[PairSet], results: list[Verification]) -> list[Path]:
@@ -243,10 +259,11 @@ def _check_finite(loss: float, done: int) -> None:
         )
 
 
-def _first_loss(measured: float, by_chance: float) -> str:
-    return (
-        f"the first loss is {measured:.2f}; a network that knows nothing has about {by_chance:.2f}"
+def _first_loss(measured: jax.Array, by_chance: float, pretrained: bool) -> str:
+    has = (
+        "class centers that know nothing give" if pretrained else "a network that knows nothing has"
     )
+    return f"the first loss is {float(measured):.2f}; {has} about {by_chance:.2f}"
 
 
 def _invalid_labels(count: float, done: int, dataset: dict[str, int]) -> DataError:
@@ -272,8 +289,12 @@ def _headline(
     )
 
 
-def _metrics(results: list[Verification]) -> dict[str, float]:
-    return {name: value for result in results for name, value in result.metrics().items()}
+def _metrics(results: list[Verification], prefix: str = "eval") -> dict[str, float]:
+    return {
+        f"{prefix}/{name.removeprefix('eval/')}": value
+        for result in results
+        for name, value in result.metrics().items()
+    }
 
 
 def _in_words(results: list[Verification]) -> str:

@@ -1,6 +1,7 @@
 """Verification results for the terminal: two tables of at most 100 columns, and words."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich import box
@@ -9,6 +10,7 @@ from rich.table import Table
 from arcface_jax.evaluation.verification import FARS, FOLD_FAR, Verification
 
 _LONGEST_NAME = 16
+_COMPARED = r"accuracy|auc|eer|tar@far=.*"
 
 
 def summary(results: Sequence[Verification]) -> list[Table]:
@@ -18,6 +20,24 @@ def summary(results: Sequence[Verification]) -> list[Table]:
       results: of `verification.verify`.
     """
     return [_folds(results), _roc(results)]
+
+
+def before_and_after(values: Mapping[str, float]) -> Table | None:
+    """What fine-tuning changed, a line for each set; None where nothing was fine-tuned.
+
+    Args:
+      values: `before/NAME/accuracy`, `eval/NAME/accuracy` and so on.
+    """
+    before = [name.split("/", 2)[1:] for name in values if name.startswith("before/")]
+    sets = list(dict.fromkeys(name for name, _ in before))
+    shown = list(dict.fromkeys(m for _, m in before if re.fullmatch(_COMPARED, m)))
+    heads = [m.replace("@far=", " at\n") for m in shown]
+    table = _table("before and after fine-tuning", ["", *heads])
+    for name in sets:
+        for when, prefix in (("before", "before"), ("after", "eval")):
+            cells = [_share(values.get(f"{prefix}/{name}/{m}")) for m in shown]
+            table.add_row(name if when == "before" else "", when, *cells)
+    return table if sets else None
 
 
 def remarks(results: Sequence[Verification]) -> list[str]:
