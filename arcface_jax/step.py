@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -105,9 +106,9 @@ def init_state(
     The same seed gives the same weights and centers on any number of devices; weights that are
     given, params and batch_stats, take the place of random ones.
     """
-    first = weights or backbone(config).init(config.seed)
-    # Copies, for they are used up here.
-    first = jax.device_put(first, meshes.replicated(mesh), may_alias=False)
+    # Copied, for they are used up here.
+    first = jax.tree.map(np.array, weights) if weights else backbone(config).init(config.seed)
+    first = jax.device_put(first, meshes.replicated(mesh))
     start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
     return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(*first)
 
