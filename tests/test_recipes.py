@@ -118,3 +118,10 @@ def test_todays_recipes_are_as_insightface_has_them(name):
     if "vit" not in words:
         assert recipe.model.network in words
     validation.validate(configs.replace(recipe, workdir="runs/x"), num_devices=8)
+
+
+def test_r2060_has_half_the_batch_and_half_the_rate():
+    recipe = config_files.read_recipe(ROOT / "configs" / "ms1mv3_r2060.py")
+    assert (recipe.data.global_batch_size, recipe.model.bn_batch_size) == (512, 64)
+    assert recipe.optimizer.learning_rate == pytest.approx(0.1)
+    assert recipe.schedule.decay_epochs == (10, 16, 22)
