@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from arcface_jax.embedder import Embedder
 
 from arcface_jax import config as configs
 from arcface_jax import initial, mesh, optim, step
 from arcface_jax.config import Config, FineTuneConfig
 from arcface_jax.data import synthetic
 from arcface_jax.data.sources import SyntheticSource
+from arcface_jax.embedder import Embedder
 from convert import torch_iresnet, weights
 
 BATCH, CLASSES, SIZE = 16, 6, 32
