@@ -249,10 +249,7 @@ def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
       CheckpointError: the folder holds no checkpoint, or one without centers.
     """
     config, manager, number = _open_to_read(workdir)
-    saved = _folder(workdir) / str(number)
-    path = next((saved / name for name in ("training", "centers") if (saved / name).is_dir()), None)
-    if path is None:
-        raise CheckpointError(f"{workdir} holds a backbone alone, and no class centers")
+    path = _folder(workdir) / str(number) / _item_of_centers(workdir, number)
     dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
     rows = dataset["dataset"]["num_classes"] * config.head.subcenters  # the rest is padding
     with ocp.PyTreeCheckpointer() as reader:
@@ -264,6 +261,48 @@ def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
         found = reader.restore(path, item=wanted, restore_args=as_numpy, partial_restore=True)
     momentum = found.get("centers_opt", {}).get("momentum")
     return found["centers"][:rows], None if momentum is None else momentum[:rows]
+
+
+def restore_kept_centers(
+    workdir: Path, config: Config, *, like: jax.Array, num_classes: int
+) -> jax.Array:
+    """The class centers of another run of the same classes.
+
+    Args:
+      workdir: of that run.
+      config: of the run that wants them.
+      like: an array of their shape and placement here.
+      num_classes: C here.
+
+    Raises:
+      CheckpointError: the folder holds no checkpoint, or its centers do not fit.
+    """
+    there, manager, number = _open_to_read(workdir)
+    item = _item_of_centers(workdir, number)
+    dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
+    stored = (dataset["dataset"]["num_classes"], there.head.subcenters)
+    if stored != (num_classes, config.head.subcenters):
+        raise CheckpointError(
+            f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x {stored[1]}, "
+            f"the training set here needs {num_classes} x {config.head.subcenters}: use "
+            "--finetune.centers class_means or random"
+        )
+    wanted = {"centers": like}
+    args = _restore_args(wanted, strict_shapes=False, partial=True)
+    return manager.restore(number, args=ocp.args.Composite(**{item: args}))[item]["centers"]
+
+
+def is_begun(workdir: Path) -> bool:
+    """Whether a run has saved anything there that the same command resumes."""
+    return _folder(workdir).is_dir() and bool(ocp.utils.checkpoint_steps(_folder(workdir)))
+
+
+def _item_of_centers(workdir: Path, number: int) -> str:
+    saved = _folder(workdir) / str(number)
+    item = next((name for name in ("training", "centers") if (saved / name).is_dir()), None)
+    if item is None:
+        raise CheckpointError(f"{workdir} holds a backbone alone, and no class centers")
+    return item
 
 
 def _open_to_read(
@@ -330,8 +369,14 @@ def _split(state: TrainState) -> dict[str, dict[str, Any]]:
     return items | {"training": fields}
 
 
-def _restore_args(like: Any, *, strict_shapes: bool = True) -> Any:
-    """Arguments to restore arrays of the shapes, types and placement of `like`."""
+def _restore_args(like: Any, *, strict_shapes: bool = True, partial: bool = False) -> Any:
+    """Arguments to restore arrays of the shapes, types and placement of `like`.
+
+    Args:
+      like: the arrays.
+      strict_shapes: whether stored arrays of other shapes are an error; else padded or cut.
+      partial: whether `like` is only a part of what is stored.
+    """
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
     )
@@ -341,7 +386,7 @@ def _restore_args(like: Any, *, strict_shapes: bool = True) -> Any:
         ),
         abstract,
     )
-    return ocp.args.PyTreeRestore(item=abstract, restore_args=args)
+    return ocp.args.PyTreeRestore(item=abstract, restore_args=args, partial_restore=partial)
 
 
 def _not_resumable(workdir: Path, different: list[str]) -> CheckpointError:

@@ -179,6 +179,24 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class FineTuneConfig:
+    """How a run treats weights that it does not begin with at random (docs/finetuning.md).
+
+    A pattern is a dotted name with `*` and `?`, and has to fit one array at least.
+    """
+
+    centers: Literal["random", "class_means", "kept"] = "random"
+    """The first class centers: random, the mean embeddings of the new classes, or, of the same
+    classes, those of the run that init_from names."""
+    frozen: tuple[str, ...] = ()
+    """Patterns of the parameters that stay as they are, for instance layer1.*"""
+    frozen_statistics: tuple[str, ...] = ()
+    """Patterns of the BatchNorm statistics (X.mean, X.var) that are used as they are; * is all."""
+    rates: tuple[tuple[str, float], ...] = ()
+    """Pattern and factor on the learning rate; of several patterns that fit, the last counts."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class EvaluationConfig:
     """Verification during and after training."""
 
@@ -228,11 +246,14 @@ class Config:
     seed: int = 0
     devices: int | None = None
     """How many devices to use; all of them when not given."""
+    init_from: str = ""
+    """Weights to begin with: the workdir of a run, a .pth or a .safetensors; random if empty."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    finetune: FineTuneConfig = FineTuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()

@@ -29,10 +29,12 @@ class MetricsFile:
     def __init__(self, workdir: Path, *, start: int, tensorboard: bool):
         path = workdir / METRICS
         try:
-            kept = [line for line in read(path) if line["step"] <= start] if path.exists() else []
+            self._kept = (
+                [line for line in read(path) if line["step"] <= start] if path.exists() else []
+            )
             # In one move, so that a run that is killed here keeps its history.
             part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.write_text("".join(json.dumps(line) + "\n" for line in self._kept))
             part.replace(path)
             self._events = (
                 SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
@@ -50,6 +52,15 @@ class MetricsFile:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+
+    def stored(self, prefix: str) -> dict[str, float]:
+        """The last values, by names of that beginning, which the run wrote before it resumed."""
+        return {
+            name: value
+            for line in self._kept
+            for name, value in line.items()
+            if name.startswith(prefix)
+        }
 
     def close(self) -> None:
         """Flushes and closes both."""

@@ -33,12 +33,13 @@ class Forward(NamedTuple):
     batch_stats: Arrays
     """BatchNorm's statistics, moved once, towards the mean over all groups."""
     pull: Callable[[jax.Array], Arrays]
-    """(B, D) gradient of the embeddings -> gradient of the parameters, float32, summed over all
-    devices; like the parameters on every one."""
+    """(B, D) gradient of the embeddings -> gradient of the moving parameters, float32, summed over
+    all devices; like the parameters on every one."""
 
 
 def forward(
     network: Backbone,
+    moving: Arrays,
     params: Arrays,
     batch_stats: Arrays,
     images: jax.Array,
@@ -52,7 +53,8 @@ def forward(
 
     Args:
       network: made for the images of one slice on one device.
-      params: the backbone's, on every device.
+      moving: the parameters whose gradient is wanted, on every device.
+      params: all of the backbone's, the same way.
       batch_stats: BatchNorm's statistics, on every device.
       images: (B, 112, 112, 3) uint8, split over the devices.
       key: of the step; an image draws from it and from its place in the global batch.
@@ -62,19 +64,20 @@ def forward(
     """
     apart = partial(jax.shard_map, mesh=mesh, check_vma=False)
 
-    def each(params, batch_stats, images, places):
+    def each(copies, params, batch_stats, images, places):
+        params = {**params, **_own(copies)}
         embeddings, moved = _on_one_device(
-            network, _own(params), batch_stats, images, places, key=key, slices=micro_batches
+            network, params, batch_stats, images, places, key=key, slices=micro_batches
         )
         return embeddings, jax.tree.map(lambda a: a[None], moved)
 
     places = jnp.arange(len(images), dtype=jnp.int32)
     copies = jax.tree.map(
-        lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (mesh.size, *a.shape)), params
+        lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (mesh.size, *a.shape)), moving
     )
-    run = apart(each, in_specs=(P(AXIS), P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS)))
+    run = apart(each, in_specs=(P(AXIS), P(), P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS)))
     embeddings, pull, moved = jax.vjp(
-        lambda copies: run(copies, batch_stats, images, places), copies, has_aux=True
+        lambda copies: run(copies, params, batch_stats, images, places), copies, has_aux=True
     )
 
     @partial(apart, in_specs=P(AXIS), out_specs=P())

@@ -1,18 +1,19 @@
 """The training state and the one train step: forward, head, backward, update."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from arcface_jax import mesh as meshes
-from arcface_jax import models, optim, passes, preprocess
+from arcface_jax import models, name_rules, optim, passes, preprocess
 from arcface_jax.config import Config, batch_norm_groups
 from arcface_jax.heads import margin_softmax
 from arcface_jax.heads.centers import Moments
@@ -71,12 +72,31 @@ def backbone(config: Config, *, num_devices: int = 1) -> models.Backbone:
     """The backbone of a configuration, for one slice of the batch on one of the devices."""
     groups = batch_norm_groups(config)
     across = groups == 1 and num_devices > 1
-    return models.build(
+    build = partial(
+        models.build,
         config.model.network,
         embedding_size=config.model.embedding_size,
         bn_groups=AXIS if across else groups // (num_devices * config.optimizer.micro_batches) or 1,
         dtype=config.model.dtype,
     )
+    network = build()
+    patterns = config.finetune.frozen_statistics
+    if not patterns:
+        return network
+    names = name_rules.select(patterns, list(network.shapes[1]), field="finetune.frozen_statistics")
+    return build(frozen_statistics=names)
+
+
+def trained(config: Config, params: Arrays) -> dict[str, float]:
+    """The parameters that training moves: each one's factor on the learning rate, by name.
+
+    Raises:
+      ConfigError: a pattern of `finetune.frozen` or `finetune.rates` fits none.
+    """
+    names = list(params)
+    frozen = name_rules.select(config.finetune.frozen, names, field="finetune.frozen")
+    factors = name_rules.factors(config.finetune.rates, names, field="finetune.rates")
+    return {name: factor for name, factor in factors.items() if name not in frozen}
 
 
 def shardings(mesh: Mesh) -> TrainState:
@@ -87,14 +107,19 @@ def shardings(mesh: Mesh) -> TrainState:
     return TrainState(**placed)
 
 
-def init_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
+def init_state(
+    config: Config, *, num_classes: int, mesh: Mesh, weights: tuple[Arrays, Arrays] | None = None
+) -> TrainState:
     """The state before the first step, on the devices.
 
-    The same seed gives the same weights and centers on any number of devices.
+    The same seed gives the same weights and centers on any number of devices; weights that are
+    given, params and batch_stats, take the place of random ones.
     """
-    weights = jax.device_put(backbone(config).init(config.seed), meshes.replicated(mesh))
+    # Copied, for they are used up here.
+    first = jax.tree.map(np.array, weights) if weights else backbone(config).init(config.seed)
+    first = jax.device_put(first, meshes.replicated(mesh))
     start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
-    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(*weights)
+    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(*first)
 
 
 def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
@@ -123,7 +148,9 @@ def _first_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optim.make_optimizer(config.optimizer).init(params),
+        opt_state=optim.make_optimizer(config.optimizer).init(
+            _pick(params, trained(config, params))
+        ),
         centers=centers.rows,
         centers_opt=centers.moments,
         head_state=centers.state,
@@ -147,6 +174,7 @@ def make_train_step(
     """
     gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     optimizer = optim.make_optimizer(config.optimizer)
+    factors = trained(config, backbone(config).shapes[0])
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         found = gradients(state, batch)
@@ -154,13 +182,16 @@ def make_train_step(
         # The centers had their own say, inside the head: a gradient of the backbone that overflows
         # does not make theirs wrong.
         finite = jnp.isfinite(norm) & jnp.isfinite(head.loss)
-        updates, opt_state = optimizer.update(found.params, state.opt_state, state.params)
-        params: Any = optax.apply_updates(state.params, jax.tree.map(lambda u: -rate * u, updates))
-        params, batch_stats, opt_state = jax.tree.map(
+        moving = _pick(state.params, factors)
+        updates: Any
+        updates, opt_state = optimizer.update(found.params, state.opt_state, moving)
+        updates = {name: -rate * factors[name] * update for name, update in updates.items()}
+        moved, batch_stats, opt_state = jax.tree.map(
             partial(jnp.where, finite),
-            (params, found.batch_stats, opt_state),
-            (state.params, state.batch_stats, state.opt_state),
+            (optax.apply_updates(moving, updates), found.batch_stats, opt_state),
+            (moving, state.batch_stats, state.opt_state),
         )
+        params = {**state.params, **moved}
         ema = state.ema
         if ema:
             move = partial(optim.move_mean, keeps=config.optimizer.ema, steps=state.step)
@@ -205,7 +236,7 @@ class _Gradients(NamedTuple):
 
     head: HeadOutput
     params: Arrays
-    """Gradient of the backbone's parameters, float32."""
+    """Gradient of the backbone's parameters that training moves, float32."""
     batch_stats: Arrays
     """Moved."""
     rate: jax.Array
@@ -225,8 +256,10 @@ def _make_gradients(
         flip_key, network_key, head_key = jax.random.split(key, 3)
         if config.data.flip:
             images = preprocess.random_flip(images, flip_key)
+        moving = _pick(state.params, trained(config, state.params))
         forward = passes.forward(
             network,
+            moving,
             state.params,
             state.batch_stats,
             images,
@@ -277,6 +310,10 @@ def weights(state: TrainState) -> dict[str, Arrays]:
 
 def _weights(params: Arrays, batch_stats: Arrays) -> dict[str, Arrays]:
     return {"params": params, "batch_stats": batch_stats}
+
+
+def _pick(arrays: Arrays, names: Iterable[str]) -> Arrays:
+    return {name: arrays[name] for name in names}
 
 
 def make_embed(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax import checkpoint, failure, mesh, optim, step, validation
+from arcface_jax import checkpoint, failure, initial, mesh, optim, step, validation
 from arcface_jax import config as configs
 from arcface_jax.config import Config
 from arcface_jax.data import pairs, pipeline, sources
@@ -35,18 +35,20 @@ class Outcome(NamedTuple):
 
     step: int
     results: dict[str, float]
-    """`eval/NAME/accuracy` and so on of the last evaluation; `baseline/...` where asked for."""
+    """`eval/NAME/accuracy` and so on of the last evaluation; `before/NAME/accuracy` and so on of
+    the weights that a fine-tuned run began with; `baseline/...` where asked for."""
     files: list[Path]
     """What was written for people to look at."""
     stopped_by: signal.Signals | None
     """The signal that ended the run before its last step; everything is saved."""
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     """Trains, or goes on where WORKDIR stopped.
 
     Args:
       config: the whole run.
+      init: params and batch_stats to begin with, where `config.init_from` is not a workdir.
 
     Returns:
       The final state and evaluation. In WORKDIR: config.json, metrics.jsonl, tensorboard/,
@@ -68,12 +70,18 @@ def train(config: Config) -> Outcome:
     per_epoch = pipeline.steps_per_epoch(source, global_batch_size=config.data.global_batch_size)
     total = per_epoch * config.schedule.epochs
     dataset = {"num_classes": source.num_classes, "num_images": len(source)}
+    weights = initial.weights(config, init)
 
-    # ---- State: fresh, or the newest checkpoint --------------------------------------------------
+    # ---- State: fresh, of other weights, or the newest checkpoint --------------------------------
     manager = checkpoint.open_workdir(config)
-    state = step.init_state(config, num_classes=source.num_classes, mesh=devices)
+    state = step.init_state(config, num_classes=source.num_classes, mesh=devices, weights=weights)
     evaluate = _make_evaluation(config, targets, devices)
-    baselines = _baselines(targets, evaluate, state) if config.evaluation.baselines else {}
+    baselines = _baselines(config, targets, evaluate, state) if config.evaluation.baselines else {}
+    began: list[Verification] = []
+    if weights:  # not on resuming
+        centers = initial.centers(config, state, source, mesh=devices)
+        state = dataclasses.replace(state, centers=centers)
+        began = evaluate(state)
     state = checkpoint.restore(manager, state, dataset) or state
     start = int(state.step)
 
@@ -93,6 +101,12 @@ def train(config: Config) -> Outcome:
     if baselines:
         log.write(start, baselines)
         terminal.say("before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items()))
+
+    before = log.stored("before/")
+    if began:
+        before = _metrics(began, "before")
+        log.write(start, before)
+        terminal.say(f"before training  {_in_words(began)}")
 
     by_chance = chance.chance_loss(
         config.head,
@@ -134,7 +148,7 @@ def train(config: Config) -> Outcome:
                     jax.block_until_ready(metrics)
                     terminal.say_all(watch.labels(mesh.own_part(batch["label"])))
                     if start == 0:
-                        terminal.say(_first_loss(float(metrics["train/loss"]), by_chance))
+                        terminal.say(_first_loss(metrics["train/loss"], by_chance, bool(weights)))
                     clock.restart()
                 else:
                     clock.count_step()
@@ -186,7 +200,8 @@ def train(config: Config) -> Outcome:
     if not stop and not results:  # resumed behind the last step
         results = evaluate(state)
     files = _draw(config, targets, results)
-    return Outcome(done, _metrics(results) | baselines, files, stop[0] if stop else None)
+    values = _metrics(results) | before | baselines
+    return Outcome(done, values, files, stop[0] if stop else None)
 
 
 def _make_evaluation(
@@ -218,17 +233,17 @@ def _make_evaluation(
 
 
 def _baselines(
-    targets: list[PairSet], evaluate: Callable, untrained: step.TrainState
+    config: Config, targets: list[PairSet], evaluate: Callable, untrained: step.TrainState
 ) -> dict[str, float]:
     """Accuracy on the first set without training: what a trained network has to beat."""
     if not targets:
         raise ConfigError(
             "evaluation.baselines needs a set to score: name one with --evaluation.targets"
         )
-    return {
-        "baseline/raw": verification.raw_pixel_accuracy(targets[0]),
-        "baseline/untrained": evaluate(untrained)[0].accuracy,
-    }
+    baselines = {"baseline/raw": verification.raw_pixel_accuracy(targets[0])}
+    if not config.init_from:
+        baselines["baseline/untrained"] = evaluate(untrained)[0].accuracy
+    return baselines
 
 
 def _draw(config: Config, targets: list[PairSet], results: list[Verification]) -> list[Path]:
@@ -296,10 +311,11 @@ def _stuck(
     )
 
 
-def _first_loss(measured: float, by_chance: float) -> str:
-    return (
-        f"the first loss is {measured:.2f}; a network that knows nothing has about {by_chance:.2f}"
+def _first_loss(measured: jax.Array, by_chance: float, pretrained: bool) -> str:
+    has = (
+        "class centers that know nothing give" if pretrained else "a network that knows nothing has"
     )
+    return f"the first loss is {float(measured):.2f}; {has} about {by_chance:.2f}"
 
 
 def _invalid_labels(count: float, done: int, dataset: dict[str, int]) -> DataError:
@@ -342,8 +358,12 @@ def _rate_rule(config: Config) -> str:
     )
 
 
-def _metrics(results: list[Verification]) -> dict[str, float]:
-    return {name: value for result in results for name, value in result.metrics().items()}
+def _metrics(results: list[Verification], prefix: str = "eval") -> dict[str, float]:
+    return {
+        f"{prefix}/{name.removeprefix('eval/')}": value
+        for result in results
+        for name, value in result.metrics().items()
+    }
 
 
 def _in_words(results: list[Verification]) -> str:

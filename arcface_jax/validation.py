@@ -2,7 +2,7 @@
 
 import math
 
-from arcface_jax import config_files
+from arcface_jax import config_files, step
 from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups
 from arcface_jax.errors import ConfigError
 
@@ -50,6 +50,29 @@ def validate(config: Config, *, num_devices: int) -> None:
     _check_schedule(config.schedule)
     _check_drawn_pairs(config)
     _check_head(config.head)
+    _check_finetune(config)
+
+
+def _check_finetune(config: Config) -> None:
+    finetune = config.finetune
+    if finetune.centers != "random" and not config.init_from:
+        raise ConfigError(
+            f"finetune.centers {finetune.centers} needs weights to begin with: name them with "
+            "--init-from, or use --finetune.centers random"
+        )
+    if finetune.centers == "class_means" and config.head.subcenters > 1:
+        raise ConfigError(
+            f"finetune.centers class_means gives each class one center, and head.subcenters is "
+            f"{config.head.subcenters}: use --head.subcenters 1 or --finetune.centers random"
+        )
+    for pattern, factor in finetune.rates:
+        if factor <= 0:
+            raise ConfigError(
+                f"finetune.rates {pattern} {factor} must be greater than 0: to keep arrays as they "
+                f"are use --finetune.frozen {pattern}"
+            )
+    if finetune.frozen or finetune.frozen_statistics or finetune.rates:
+        step.trained(config, step.backbone(config).shapes[0])
 
 
 def _check_head(head: HeadConfig) -> None:

@@ -14,8 +14,27 @@ import sys
 import time
 from pathlib import Path
 
-from arcface_jax import config_files, errors
+from rich.console import Console
+
+from arcface_jax import checkpoint, config_files, errors, initial
+from arcface_jax.config import Config
+from arcface_jax.evaluation import tables
 from arcface_jax.train import train
+
+
+def read_weights(config: Config) -> initial.Weights | None:
+    """What `init_from` holds where it is a file; a workdir is read by `train` itself."""
+    path, workdir = Path(config.init_from), Path(config.workdir)
+    if not config.init_from or path.is_dir() or checkpoint.is_begun(workdir):
+        return None
+    if importlib.util.find_spec("torch") is None:
+        raise errors.ConfigError(
+            f"init_from {path}: reading weights of PyTorch needs PyTorch: "
+            "pip install 'arcface-jax[torch]'"
+        )
+    from convert import weights
+
+    return weights.load(path, config.model.network)
 
 
 def export(workdir: Path) -> Path | None:
@@ -36,11 +55,13 @@ def main(argv: list[str]) -> int:
     begin = time.perf_counter()
     with errors.reported():
         config = config_files.load(argv)
-        outcome = train(config)
+        outcome = train(config, read_weights(config))
         workdir = Path(config.workdir)
         files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]
         if outcome.stopped_by is None and (weights := export(workdir)):
             files.append(weights)
+    if compared := tables.before_and_after(outcome.results):
+        Console(width=100).print(compared)
     result = {
         **outcome.results,
         "step": outcome.step,

@@ -53,6 +53,8 @@ def test_the_command_line_overrides_the_recipe_and_the_recipe_the_defaults(recip
         ("--evaluation.targets a.bin b.bin", "evaluation.targets", ["a.bin", "b.bin"]),
         ("--evaluation.targets", "evaluation.targets", []),
         ("--schedule.decay-epochs 10 16", "schedule.decay_epochs", [10, 16]),
+        ("--init-from runs/a", "init_from", "runs/a"),
+        ("--finetune.rates * 0.1 fc.* 1", "finetune.rates", [["*", 0.1], ["fc.*", 1.0]]),
     ],
 )
 def test_an_option_sets_its_field_and_no_other(recipe, words: str, name: str, value):
@@ -159,8 +161,10 @@ def changed_everywhere() -> Config:
     config = Config()
     choices = {"r50": "r18", "bfloat16": "float32", "arcface": "cosface", "none": "linear"}
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
-    choices |= {"sgd": "adamw", "untouched": "decayed"}
+    choices |= {"sgd": "adamw", "untouched": "decayed", "random": "kept"}
     lists = {"schedule.decay_epochs": (3, 5), "evaluation.targets": ("a.bin", "b.bin")}
+    lists |= {"finetune.frozen": ("fc.*",), "finetune.frozen_statistics": ("*",)}
+    lists["finetune.rates"] = (("*", 0.5), ("fc.*", 2.0))
     for name, value in config_files.flatten(config).items():
         if isinstance(value, bool):
             new = not value

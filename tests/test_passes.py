@@ -100,6 +100,7 @@ def test_what_is_drawn_for_an_image_depends_on_neither_slices_nor_devices(batch,
             forward = passes.forward(
                 network,
                 params,
+                params,
                 batch_stats,
                 images,
                 key=jax.random.key(3),

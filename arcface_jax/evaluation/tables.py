@@ -1,6 +1,7 @@
 """Verification results for the terminal: two tables of at most 100 columns, and words."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich import box
@@ -11,6 +12,7 @@ from arcface_jax.evaluation.verification import FARS, FOLD_FAR, Verification
 _LONGEST_NAME = 16
 _LONGEST_OF_TWO = 11
 """Where a model's name stands beside that of the set."""
+_COMPARED = r"accuracy|auc|eer|tar@far=.*"
 
 
 def summary(results: Sequence[Verification]) -> list[Table]:
@@ -20,6 +22,24 @@ def summary(results: Sequence[Verification]) -> list[Table]:
       results: of `verification.verify`.
     """
     return [_folds(results), _roc(results)]
+
+
+def before_and_after(values: Mapping[str, float]) -> Table | None:
+    """What fine-tuning changed, a line for each set; None where nothing was fine-tuned.
+
+    Args:
+      values: `before/NAME/accuracy`, `eval/NAME/accuracy` and so on.
+    """
+    before = [name.split("/", 2)[1:] for name in values if name.startswith("before/")]
+    sets = list(dict.fromkeys(name for name, _ in before))
+    shown = list(dict.fromkeys(m for _, m in before if re.fullmatch(_COMPARED, m)))
+    heads = [m.replace("@far=", " at\n") for m in shown]
+    table = _table("before and after fine-tuning", heads, ["set", ""])
+    for name in sets:
+        for when, prefix in (("before", "before"), ("after", "eval")):
+            cells = [_share(values.get(f"{prefix}/{name}/{m}")) for m in shown]
+            table.add_row(name if when == "before" else "", when, *cells)
+    return table if sets else None
 
 
 def remarks(results: Sequence[Verification]) -> list[str]:
@@ -46,7 +66,7 @@ def _folds(results: Sequence[Verification]) -> Table:
         heads.append(f"TAR at\n{results[0].tars[at].label}")
     several = len(_names(results[0])) > 1  # then models fill the line, not the number of pairs
     counts = [] if several else ["same +\ndifferent"]
-    table = _table("ten folds, as insightface", [*counts, *heads], results)
+    table = _table("ten folds, as insightface", [*counts, *heads], _columns(results))
     table.columns[1].no_wrap = False
     for result in results:
         same = np.count_nonzero(result.same)
@@ -68,7 +88,7 @@ def _roc(results: Sequence[Verification]) -> Table:
     """TAR at those FARs that one set at least can show."""
     shown = [at for at in range(len(FARS)) if _any_measured(results, at)]
     heads = [f"TAR at\n{results[0].tars[at].label}" for at in shown]
-    table = _table("all pairs, TAR at FAR", ["AUC", "EER", *heads], results)
+    table = _table("all pairs, TAR at FAR", ["AUC", "EER", *heads], _columns(results))
     for result in results:
         tars = [_share(result.tars[at].tar) for at in shown]
         table.add_row(*_names(result), f"{result.auc:.5f}", _share(result.eer), *tars)
@@ -83,9 +103,13 @@ def _names(result: Verification) -> list[str]:
     return [result.name, result.model] if result.model else [result.name]
 
 
-def _table(title: str, heads: Sequence[str], results: Sequence[Verification]) -> Table:
+def _columns(results: Sequence[Verification]) -> list[str]:
+    return ["set", "model"][: len(_names(results[0]))]
+
+
+def _table(title: str, heads: Sequence[str], named: Sequence[str]) -> Table:
+    """An empty table: names at the left, numbers at the right."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    named = ["set", "model"][: len(_names(results[0]))]
     for name in named:
         width = _LONGEST_NAME if len(named) == 1 else _LONGEST_OF_TWO
         table.add_column(name, max_width=width, overflow="fold")

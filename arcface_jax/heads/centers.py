@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from arcface_jax.config import OptimizerConfig
 
-_INIT_STD = 0.01
+INIT_STD = 0.01
 
 Moments = dict[str, jax.Array]
 """What the optimizer remembers of each row, (rows, D) float32 by name."""
@@ -30,7 +30,7 @@ def init(key: jax.Array, *, classes: int, subcenters: int, embedding_size: int) 
     Class c has the rows c * subcenters .. (c + 1) * subcenters - 1. A row's values do not depend
     on how many rows follow it, and so not on the number of devices.
     """
-    return _INIT_STD * jax.random.normal(key, (classes * subcenters, embedding_size), jnp.float32)
+    return INIT_STD * jax.random.normal(key, (classes * subcenters, embedding_size), jnp.float32)
 
 
 class Rule(NamedTuple):

@@ -1,6 +1,6 @@
 """Backbones: `build` makes one by name, as two pure functions on plain dicts of arrays."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ def build(
     bn_groups: int | str = 1,
     dtype: str = "float32",
     stacked: bool = True,
+    frozen_statistics: Collection[str] = (),
 ) -> Backbone:
     """Makes a backbone.
 
@@ -52,6 +53,7 @@ def build(
       dtype: compute type of the convolutional part.
       stacked: whether an IResNet that scans its blocks does so; without, each block has arrays of
         its own (`stacks.restack` goes from one form to the other), for comparison.
+      frozen_statistics: names of statistics that training uses and does not move.
 
     Raises:
       ConfigError: no network has that name.
@@ -79,7 +81,9 @@ def build(
             architecture = replace(architecture, blocks_are="unrolled")
         return iresnet.IResNet(architecture, init=init, **settings)
 
-    graph, *shapes = nnx.split(module(layers.ShapeInitializer()), nnx.Param, nnx.BatchStat)
+    built = module(layers.ShapeInitializer())
+    _freeze_statistics(built, frozen_statistics)
+    graph, *shapes = nnx.split(built, nnx.Param, nnx.BatchStat)
     paths = {_name(path): path for part in shapes for path, _ in nnx.to_flat_state(part)}
 
     def unflatten(arrays: Arrays) -> nnx.State:
@@ -116,6 +120,13 @@ _LAST_BIASES = ("features.bias", "features.layers.3.bias", "feature.3.bias")
 def embedding_size(arrays: Mapping[str, Any]) -> int | None:
     """D of a network's parameters or torch `state_dict`; None where there is no such layer."""
     return next((len(arrays[name]) for name in _LAST_BIASES if name in arrays), None)
+
+
+def _freeze_statistics(module: nnx.Module, names: Collection[str]) -> None:
+    layers_named = {name.rpartition(".")[0] for name in names}
+    for path, layer in nnx.iter_modules(module):
+        if isinstance(layer, layers.BatchNorm) and _name(path) in layers_named:
+            layer.frozen = True
 
 
 def _flatten(state: nnx.State) -> Arrays:

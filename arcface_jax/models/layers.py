@@ -209,7 +209,8 @@ class BatchNorm(nnx.Module):
     In training the batch is cut into `groups` slices, each normalised by its own statistics: with a
     slice per GPU this is insightface's BatchNorm, written without naming devices. Or `groups` is
     the name of a mesh axis, and the one slice goes over all its devices. The running statistics
-    move by `momentum` towards the groups' mean, the variance unbiased as in torch.
+    move by `momentum` towards the groups' mean, the variance unbiased as in torch. Where they are
+    `frozen` they are what normalises in training too, and do not move.
     The output has the input's type.
     """
 
@@ -231,9 +232,10 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(np.ones((channels,), np.float32))
         self.groups, self.axis = (1, groups) if isinstance(groups, str) else (groups, None)
         self.epsilon = epsilon
+        self.frozen = False
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        if not train:
+        if self.frozen or not train:
             factor = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
             offset = self.bias[...] - self.mean[...] * factor
             shape = (1,) * (x.ndim - 1) + (-1,)

@@ -1,0 +1,54 @@
+"""Which arrays of a network a pattern means: freezing and rates by dotted name."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from arcface_jax.errors import ConfigError
+from arcface_jax.models import stacks
+
+_SHOWN = 5
+
+
+def select(patterns: Iterable[str], names: Sequence[str], *, field: str) -> set[str]:
+    """The names that one of the patterns fits at least.
+
+    Args:
+      patterns: names with `*` for any letters, dots too, and `?` for one.
+      names: what there is to choose from.
+      field: of the configuration that the patterns come from, for the error message.
+
+    Raises:
+      ConfigError: a pattern fits none; every one of them is named.
+    """
+    fitting = {p: {name for name in names if fnmatchcase(name, p)} for p in patterns}
+    unfit = [_explain(p, names) for p, found in fitting.items() if not found]
+    if unfit:
+        raise ConfigError(f"{field} fits no array of the network: {'; '.join(unfit)}")
+    return set().union(*fitting.values())
+
+
+def factors(
+    rates: Iterable[tuple[str, float]], names: Sequence[str], *, field: str
+) -> dict[str, float]:
+    """The factor on the learning rate by name: that of the last pattern that fits, or 1.
+
+    Raises:
+      ConfigError: as `select`.
+    """
+    chosen = dict.fromkeys(names, 1.0)
+    select((pattern for pattern, _ in rates), names, field=field)
+    for pattern, factor in rates:
+        chosen |= {name: factor for name in names if fnmatchcase(name, pattern)}
+    return chosen
+
+
+def _explain(pattern: str, names: Sequence[str]) -> str:
+    for name in names:
+        if any(fnmatchcase(member, pattern) for member in stacks.names_of_members(name) or ()):
+            return (
+                f"{pattern!r} (its layer is one of a stack, which goes as a whole, for instance "
+                f"{name})"
+            )
+    near = difflib.get_close_matches(pattern, names, n=_SHOWN, cutoff=0.3)
+    return f"{pattern!r} (near it: {', '.join(near or list(names)[:_SHOWN])})"

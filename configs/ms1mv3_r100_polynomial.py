@@ -1,0 +1,18 @@
+"""r100 on MS1MV3 (93,431 identities, 5,179,510 images), ArcFace 0.5, as in insightface.
+
+    python scripts/train.py configs/ms1mv3_r100_polynomial.py \\
+        --data.path data/ms1m-retinaface-t1 --workdir runs/ms1mv3_r100_polynomial
+
+Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.02 / 96.85,
+MFR-ALL 81.97. Not yet repeated with this project.
+
+ms1mv3_r100 has the settings of 2021.
+"""
+
+from arcface_jax.config import Config
+from arcface_jax.recipes import MS1MV3, ms1m
+
+
+def get_config() -> Config:
+    """See the module's docstring."""
+    return ms1m("r100", path=MS1MV3)
