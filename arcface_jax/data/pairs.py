@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from arcface_jax.config import Config
-from arcface_jax.data import sources, synthetic
+from arcface_jax.data import interface, sources, synthetic
 from arcface_jax.errors import ConfigError, DataError
 from arcface_jax.models import IMAGE_SIZE
 
@@ -51,7 +51,8 @@ def _open_target(target: str, config: Config) -> PairSet:
             pairs=drawn.pairs,
         )
         return PairSet(sources.SYNTHETIC, images, same)
-    return read_bin(Path(target) if Path(target).is_file() else Path(config.data.path) / target)
+    near = sources.beside(config.data.path, target)
+    return read_bin(Path(target) if Path(target).is_file() else near)
 
 
 def read_bin(path: Path) -> PairSet:
@@ -99,7 +100,7 @@ def _encoded(item: Any) -> bytes:
 
 
 def _square(data: bytes, where: str) -> np.ndarray:
-    image = sources.decode_any_size(data, where=where)
+    image = interface.decode_any_size(data, where=where)
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
