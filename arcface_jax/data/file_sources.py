@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_jax.data.interface import Sample, Source, whole_label
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
 LIST_SUFFIXES = frozenset((".csv", ".tsv", ".txt", ".lst"))
@@ -42,15 +42,15 @@ class FilesSource(Source):
         """The file's bytes and its label.
 
         Raises:
-          DataError: the file cannot be read.
+          ImageError: the file cannot be read.
         """
         path = self._path(index)
         try:
             return Sample(path.read_bytes(), int(self._labels[index]))
         except OSError as error:
-            raise DataError(
-                f"{path} cannot be read ({error.strerror}): restore the file, or take it off the "
-                "list"
+            raise ImageError(
+                str(path),
+                f"cannot be read ({error.strerror}): restore the file, or take it off the list",
             ) from error
 
     def labels(self) -> np.ndarray:

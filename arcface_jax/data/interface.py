@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 
-from arcface_jax.errors import DataError
+from arcface_jax.errors import ImageError
 from arcface_jax.models import IMAGE_SIZE
 
 
@@ -32,7 +32,7 @@ class Source(Protocol):
         """(112, 112, 3) uint8 RGB and its label.
 
         Raises:
-          DataError: the image cannot be read, or its label is out of range.
+          ImageError: the image cannot be read, or its label is out of range.
         """
         sample = self.read(index)
         return decode(sample.data, where=self.where(index)), sample.label
@@ -41,7 +41,7 @@ class Source(Protocol):
         """The image's bytes, not decoded, and its label.
 
         Raises:
-          DataError: they cannot be read, or the label is out of range.
+          ImageError: they cannot be read, or the label is out of range.
         """
         ...
 
@@ -62,14 +62,15 @@ def decode(data: bytes, *, where: str) -> np.ndarray:
       where: what the image is, for the error message.
 
     Raises:
-      DataError: it cannot be decoded, or has another size.
+      ImageError: it cannot be decoded, or has another size.
     """
     image = decode_any_size(data, where=where)
     if image.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE):
-        raise DataError(
-            f"{where}: the image is {image.shape[1]} x {image.shape[0]} pixels, training takes "
+        raise ImageError(
+            where,
+            f"the image is {image.shape[1]} x {image.shape[0]} pixels, training takes "
             f"faces aligned to {IMAGE_SIZE} x {IMAGE_SIZE}: align and crop the images first "
-            "(python scripts/data.py align)"
+            "(python scripts/data.py align)",
         )
     return image
 
@@ -78,7 +79,7 @@ def decode_any_size(data: bytes, *, where: str) -> np.ndarray:
     """An encoded image as (H, W, 3) uint8 RGB.
 
     Raises:
-      DataError: it cannot be decoded.
+      ImageError: it cannot be decoded.
     """
     buffer = np.frombuffer(data, np.uint8)
     try:
@@ -86,7 +87,7 @@ def decode_any_size(data: bytes, *, where: str) -> np.ndarray:
     except cv2.error:  # for instance a damaged header that announces a billion pixels
         image = None
     if image is None:
-        raise DataError(f"{where}: {len(data)} bytes that are not an image; remove or replace it")
+        raise ImageError(where, f"{len(data)} bytes that are not an image; remove or replace it")
     return image
 
 
@@ -99,11 +100,12 @@ def whole_label(label: float, *, where: str) -> int:
     """A label read from a file as the number of an identity.
 
     Raises:
-      DataError: it is not a whole number from 0, or too large for int32.
+      ImageError: it is not a whole number from 0, or too large for int32.
     """
     if not (0 <= label < 2**31 and float(label).is_integer()):
-        raise DataError(
-            f"{where}: label {label} is not an identity: labels are whole numbers from 0; make "
-            "the file anew with labels counted from 0"
+        raise ImageError(
+            where,
+            f"label {label} is not an identity: labels are whole numbers from 0; make "
+            "the file anew with labels counted from 0",
         )
     return int(label)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.data.interface import Sample, Source
-from arcface_jax.errors import DataError, UserError
+from arcface_jax.errors import DataError, ImageError, UserError
 
 _GROUPS_KEPT = 8  # row groups that stay in memory
 
@@ -84,7 +84,7 @@ class ParquetSource(Source):
         """The image's bytes and its label.
 
         Raises:
-          DataError: they cannot be read, or are missing.
+          ImageError: they cannot be read, or are missing.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -95,7 +95,7 @@ class ParquetSource(Source):
         label = int(self._labels[index])
         if data is None or label < 0:
             what = "label that is a whole number from 0" if data else "bytes in its image"
-            raise DataError(f"{self.where(index)} has no {what}: write the file with them")
+            raise ImageError(self.where(index), f"has no {what}: write the file with them")
         return Sample(data, label)
 
     def labels(self) -> np.ndarray:
@@ -119,8 +119,8 @@ class ParquetSource(Source):
             with _import_parquet().ParquetFile(self._files[file]) as opened:
                 images = opened.read_row_group(number, columns=["image"])["image"]
         except (OSError, ValueError) as error:
-            raise DataError(
-                f"{self._files[file]}, group {number} cannot be read: {error}"
+            raise ImageError(
+                f"{self._files[file]}, group {number}", f"cannot be read: {error}"
             ) from error
         with self._lock:
             self._kept[group] = images

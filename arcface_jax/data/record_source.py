@@ -7,7 +7,7 @@ import numpy as np
 
 from arcface_jax.data.interface import Sample, Source, whole_label
 from arcface_jax.data.recordio import RecordReader
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError
 
 _SHARDS_REMEMBERED = 64  # that were asked of the system already
 
@@ -64,17 +64,18 @@ class RecordSource(Source):
         """The image's bytes and its label.
 
         Raises:
-          DataError: the record is damaged, or its label out of range.
+          ImageError: the record is damaged, or its label out of range.
         """
         if self._shard:
             self._fetch_ahead(index // self._shard)
         record = self._reader.read(self._key(index))
         label = whole_label(self._label(record.label), where=self.where(index))
         if label >= self.num_classes:
-            raise DataError(
-                f"{self.where(index)}: label {label} is outside the {self.num_classes} identities "
+            raise ImageError(
+                self.where(index),
+                f"label {label} is outside the {self.num_classes} identities "
                 f"(0 .. {self.num_classes - 1}) that the file's header announces: the header or "
-                "the labels are wrong; make the file anew"
+                "the labels are wrong; make the file anew",
             )
         return Sample(record.data, label)
 

@@ -29,7 +29,7 @@ from arcface_jax.data.record_format import (
     MIDDLE,
     WHOLE,
 )
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError
 
 
 class Record(NamedTuple):
@@ -87,7 +87,8 @@ class RecordReader:
         """The record of a key of the index.
 
         Raises:
-          DataError: there is no such key, or the bytes at its place are not a whole record.
+          DataError: there is no such key.
+          ImageError: the bytes at its place are not a whole record.
         """
         offset = int(self._index.offsets[self.position(key)])
         return _unpack(self._payload(key, offset), f"{self.path}, record {key}")
@@ -148,11 +149,11 @@ class RecordReader:
             raise self._damaged(key, offset, f"announces {length} bytes, and {len(data)} are left")
         return word >> LENGTH_BITS, data
 
-    def _damaged(self, key: int, offset: int, what: str) -> DataError:
-        return DataError(
-            f"{self.path}: record {key} at byte {offset} {what}: the file is cut short or "
-            "damaged, or the "
-            f".idx belongs to another file; copy {self.path.name} and its .idx again"
+    def _damaged(self, key: int, offset: int, what: str) -> ImageError:
+        return ImageError(
+            f"{self.path}, record {key}",
+            f"at byte {offset} it {what}: the file is cut short or damaged, or the .idx belongs to "
+            f"another file; copy {self.path.name} and its .idx again",
         )
 
     def _pread(self, length: int, offset: int) -> bytes:
@@ -161,17 +162,18 @@ class RecordReader:
 
 def _unpack(payload: bytes, where: str) -> Record:
     if len(payload) < HEADER.size:
-        raise DataError(
-            f"{where}: {len(payload)} bytes are too few for the {HEADER.size}-byte header of an "
-            "image record"
+        raise ImageError(
+            where,
+            f"{len(payload)} bytes are too few for the {HEADER.size}-byte header of an "
+            "image record",
         )
     count, label, identifier, _ = HEADER.unpack_from(payload)
     if count == 0:
         return Record(label, identifier, payload[HEADER.size :])
     end = HEADER.size + 4 * count
     if len(payload) < end:
-        raise DataError(
-            f"{where}: the header announces {count} labels, and the record ends before them"
+        raise ImageError(
+            where, f"the header announces {count} labels, and the record ends before them"
         )
     labels = np.frombuffer(payload, "<f4", count, HEADER.size)
     return Record(labels, identifier, payload[end:])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.data.interface import Sample, Source, encode, whole_label
-from arcface_jax.errors import DataError, UserError
+from arcface_jax.errors import DataError, ImageError, UserError
 
 PREFIX = "tfds:"
 
@@ -84,19 +84,20 @@ class TfdsSource(Source):
         """The image's bytes and its label.
 
         Raises:
-          DataError: the example cannot be read, or its label is out of range.
+          ImageError: the example cannot be read, or its label is out of range.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"example {index} of {len(self)}")
         try:
             example = self._data[index]
         except Exception as error:  # array_record raises what its C++ does
-            raise DataError(f"{self.where(index)} cannot be read: {error}") from error
+            raise ImageError(self.where(index), f"cannot be read: {error}") from error
         label = whole_label(float(example["label"]), where=self.where(index))
         if label >= self.num_classes:
-            raise DataError(
-                f"{self.where(index)}: label {label} is outside the {self.num_classes} classes of "
-                "features.json; make the data set anew"
+            raise ImageError(
+                self.where(index),
+                f"label {label} is outside the {self.num_classes} classes of "
+                "features.json; make the data set anew",
             )
         image = example["image"]
         return Sample(image if isinstance(image, bytes) else encode(np.asarray(image)), label)

@@ -208,7 +208,7 @@ def test_a_truncated_record_is_an_error_wherever_it_is_cut(tmp_path: Path, data:
         rec.write_bytes(whole[:size])
         reader = RecordReader(rec)
         assert reader.read(1).data == b"first"
-        with pytest.raises(DataError, match=r"a\.rec: record 2 at byte \d+ .*cut short.*again"):
+        with pytest.raises(DataError, match=r"a\.rec, record 2: at byte \d+ .*cut short.*again"):
             reader.read(2)
     for size in range(second + 8):
         rec.write_bytes(whole[:size])
@@ -222,7 +222,7 @@ def test_bytes_that_are_no_record_say_what_stands_there(tmp_path: Path):
     rec = write(tmp_path / "a.rec", {1: (bytes(64), 1.0)})
     rec.with_suffix(".idx").write_text("1\t4\n")
     reader = RecordReader(rec)
-    expected = "record 1 at byte 4 begins with 0x00000058 instead of 0xced7230a"
+    expected = "record 1: at byte 4 it begins with 0x00000058 instead of 0xced7230a"
     with pytest.raises(DataError, match=expected):
         reader.read(1)
     assert reader.labels().tolist() == [-1]
