@@ -83,7 +83,8 @@ def open_labels(index: RecordIndex) -> np.ndarray:
     """
     file = index.folder / "labels.npy" if index.folder is not None else None
     if file is not None and file.is_file():
-        return np.load(file, mmap_mode="r")
+        with contextlib.suppress(OSError, ValueError):  # damaged: it is written anew
+            return np.load(file, mmap_mode="r")
     labels = _scan(index.rec, index.offsets)
     if file is not None:
         with contextlib.suppress(OSError):
@@ -177,10 +178,7 @@ def _parsed(rec: Path) -> RecordIndex:
             f"{path} points to byte {last} but {rec} has {size}: the record file is cut short, or "
             "the index belongs to another; copy both again"
         )
-    if _each(keys, lambda a, b: b - a == 1):
-        first = int(keys[0])
-        return RecordIndex(rec, range(first, first + len(keys)), offsets, None)
-    if not _each(keys, lambda a, b: a < b):
+    if not _rising(keys):
         order = np.argsort(keys, kind="stable")
         keys, offsets = keys[order], offsets[order]
         twice = keys[1:][keys[1:] == keys[:-1]]
@@ -189,13 +187,16 @@ def _parsed(rec: Path) -> RecordIndex:
                 f"{path} lists key {twice[0]} more than once: each record needs a key of its own; "
                 "make the pair anew"
             )
+    first = int(keys[0])
+    if int(keys[-1]) - first == len(keys) - 1:  # they rise, so none is missing
+        return RecordIndex(rec, range(first, first + len(keys)), offsets, None)
     return RecordIndex(rec, keys, offsets, None)
 
 
-def _each(keys: np.ndarray, holds) -> bool:
-    """Whether something holds between each key and the next, looked at chunk by chunk."""
+def _rising(keys: np.ndarray) -> bool:
+    """Whether each key is above the one before it, looked at chunk by chunk."""
     parts = (keys[i : i + _CHUNK + 1] for i in range(0, len(keys), _CHUNK))
-    return all(holds(part[:-1], part[1:]).all() for part in parts)
+    return all((part[:-1] < part[1:]).all() for part in parts)
 
 
 def _read_text(path: Path) -> np.ndarray:
@@ -218,18 +219,19 @@ def _read_text(path: Path) -> np.ndarray:
 def _scan(rec: Path, offsets: np.ndarray) -> np.ndarray:
     """(n,) int32 first labels of the records, read in parallel without their images."""
     labels = np.full(len(offsets), -1, np.int32)
-    words = np.memmap(rec, "<u4", "r", shape=(rec.stat().st_size // 4,))
+    size = rec.stat().st_size
+    words = np.memmap(rec, "<u4", "r", shape=(size // 4,))
 
     def look(start: int) -> None:
         part = slice(start, start + _CHUNK)
-        labels[part] = _first_labels(words, offsets[part])
+        labels[part] = _first_labels(words, offsets[part], size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(look, range(0, len(offsets), _CHUNK)))
     return labels
 
 
-def _first_labels(words: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def _first_labels(words: np.ndarray, offsets: np.ndarray, file_size: int) -> np.ndarray:
     """Labels by the layout of recordio.py: frame, header, labels. `take` leaves the GIL to others.
 
     A header of several labels that a magic word cuts, one case in billions, counts as damaged.
@@ -240,12 +242,12 @@ def _first_labels(words: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     several = count > 0
     behind = (FRAME.size + HEADER.size) // 4  # where several labels stand
     label[several] = words.take(base[several] + behind, mode="clip")
-    flag, length = size >> LENGTH_BITS, size & LENGTH_MASK
+    flag, length = size >> LENGTH_BITS, (size & LENGTH_MASK).astype(np.int64)
     need = HEADER.size + 4 * count.astype(np.int64)
     # Of a split record the first part may end anywhere behind the label.
     need = np.where(flag == FIRST, np.where(several, HEADER.size + 4, 8), need)
     good = (magic == MAGIC) & ((flag == WHOLE) | (flag == FIRST)) & (length >= need)
-    good &= (offsets & 3 == 0) & (offsets + FRAME.size + need <= 4 * len(words))
+    good &= (offsets & 3 == 0) & (offsets + FRAME.size + length <= file_size)
     numbers = label.view("<f4")
     good &= (numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers))
     return np.where(good, np.where(good, numbers, 0).astype(np.int32), np.int32(-1))

@@ -9,6 +9,7 @@ from arcface_jax.data.interface import Sample, Source, whole_label
 from arcface_jax.data.recordio import RecordReader
 from arcface_jax.errors import DataError, ImageError
 
+_INEXACT = 2**24  # from which float32 cannot tell all whole numbers apart
 _SHARDS_REMEMBERED = 64  # that were asked of the system already
 
 
@@ -35,14 +36,16 @@ class RecordSource(Source):
         if isinstance(labels, np.ndarray) and keys[0] == 0 and len(labels) == 2:
             first, end = (float(label) for label in labels)
             self._first = 1
-            self._count = int(np.searchsorted(keys, first)) - 1 if first > 0 else 0
             whole = first.is_integer() and end.is_integer()
+            self._count = self._count_images(first) if whole and first > 0 else 0
             if not (whole and first < end and self._count > 0):
                 raise DataError(
                     f"{rec}, record 0: the header [{first}, {end}] is not [first identity record, "
                     "end], whole numbers with images below the first; make the file anew"
                 )
-            self.num_classes = int(end - first)
+            # float32 counts in steps of 2 and more from 2^24 on.
+            exact = end < _INEXACT
+            self.num_classes = int(end - first) if exact else len(keys) - 1 - self._count
         else:
             self._first, self._count = 0, len(keys)
             largest = int(self._reader.labels().max())
@@ -92,6 +95,17 @@ class RecordSource(Source):
         if not 0 <= index < self._count:
             raise IndexError(f"image {index} of {self._count}")
         return int(self._reader.keys[self._first + index])
+
+    def _count_images(self, first: float) -> int:
+        """How many keys are in front of the first identity record."""
+        keys = self._reader.keys
+        position = int(np.searchsorted(keys, first))
+        if first >= _INEXACT:
+            spacing = int(np.spacing(np.float32(first)))
+            position = max(1, position - spacing)
+            while position < len(keys) and self._reader.read(int(keys[position])).data:
+                position += 1
+        return position - 1
 
     def _label(self, label: float | np.ndarray) -> float:
         """insightface stores one label, or several of which the first is the identity."""

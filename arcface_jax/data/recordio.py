@@ -184,12 +184,13 @@ class RecordWriter:
 
     Args:
       path: the `.rec` file.
-      resume: go on with files that an interrupted writer left; `written` says behind what.
+      resume: go on behind so many records at most of those that an interrupted writer left;
+        `written` says how many there were.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False):
+    def __init__(self, path: Path, *, resume: int = 0):
         index = path.with_suffix(".idx")
-        offsets = _whole_records(path, index) if resume else [0]
+        offsets = _whole_records(path, index)[: resume + 1] if resume else [0]
         self.written = len(offsets) - 1
         """Records that are there already."""
         self._rec: BinaryIO = path.open("r+b" if self.written else "wb")
@@ -214,7 +215,16 @@ class RecordWriter:
             header = HEADER.pack(len(label), 0.0, key, 0) + np.asarray(label, "<f4").tobytes()
         else:
             header = HEADER.pack(0, label, key, 0)
-        parts = _split_at_magic(header + data)
+        self._write_payload(header + data)
+
+    def overwrite_first(self, label: Sequence[float]) -> None:
+        """Puts other labels into the first record, as many as it was written with."""
+        self._rec.seek(FRAME.size + HEADER.size)
+        self._rec.write(np.asarray(label, "<f4").tobytes())
+        self._rec.seek(0, os.SEEK_END)
+
+    def _write_payload(self, payload: bytes) -> None:
+        parts = _split_at_magic(payload)
         for number, part in enumerate(parts):
             flag = WHOLE if len(parts) == 1 else FIRST if number == 0 else MIDDLE
             if len(parts) > 1 and number == len(parts) - 1:
