@@ -167,7 +167,7 @@ def images(
     Yields:
       The place, and the image.
     """
-    left = np.setdiff1d(np.asarray(places), list(journal.skipped))
+    left = _without(np.arange(places.start, places.stop), journal)
     results = reading.in_order(
         selection.numbers[left],
         lambda number: checked(source, number),
@@ -183,6 +183,10 @@ def images(
             journal.skip(place, str(found))
         else:
             yield place, Sample(found.data, int(selection.labels[place]))
+
+
+def _without(places: np.ndarray, journal: Journal) -> np.ndarray:
+    return np.setdiff1d(places, np.array(list(journal.skipped), np.int64))
 
 
 def _write_images(
@@ -201,14 +205,14 @@ def _write_images(
         writer.write(0, b"", label=[0.0, 0.0])
     # Image k is record k + 1. Those left out before the place reached are in the journal.
     done = max(writer.written - 1, 0)
-    good = np.setdiff1d(np.arange(total), list(journal.skipped))
+    good = _without(np.arange(total), journal)
     start = int(good[done]) if done < len(good) else total
     key = done + 1
     places = range(start, total)
     for _, sample in images(source, selection, journal, places=places, bad=bad, threads=threads):
         writer.write(key, sample.data, label=float(sample.label))
         key += 1
-    good = np.setdiff1d(np.arange(total), list(journal.skipped))
+    good = _without(np.arange(total), journal)
     return selection.labels[good]
 
 
