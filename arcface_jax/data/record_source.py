@@ -37,7 +37,7 @@ class RecordSource(Source):
             first, end = (float(label) for label in labels)
             self._first = 1
             whole = first.is_integer() and end.is_integer()
-            self._count = self._count_images(first) if whole and first > 0 else 0
+            self._count = self._count_images(int(first)) if whole and first > 0 else 0
             if not (whole and first < end and self._count > 0):
                 raise DataError(
                     f"{rec}, record 0: the header [{first}, {end}] is not [first identity record, "
@@ -96,10 +96,10 @@ class RecordSource(Source):
             raise IndexError(f"image {index} of {self._count}")
         return int(self._reader.keys[self._first + index])
 
-    def _count_images(self, first: float) -> int:
+    def _count_images(self, first: int) -> int:
         """How many keys are in front of the first identity record."""
         keys = self._reader.keys
-        position = int(np.searchsorted(keys, first))
+        position = self._reader.below(first)
         if first >= _INEXACT:
             spacing = int(np.spacing(np.float32(first)))
             position = max(1, position - spacing)

@@ -106,13 +106,19 @@ class RecordReader:
         Raises:
           DataError: there is no such key.
         """
-        keys = self._index.keys
-        position = int(key - keys.start if isinstance(keys, range) else np.searchsorted(keys, key))
-        if not (0 <= position < len(keys) and keys[position] == key):
+        keys, position = self._index.keys, self.below(key)
+        if position == len(keys) or keys[position] != key:
             raise DataError(
                 f"{self.path}: no record has key {key} (keys run from {keys[0]} to {keys[-1]})"
             )
         return position
+
+    def below(self, key: int) -> int:
+        """How many keys are smaller."""
+        keys = self._index.keys
+        if isinstance(keys, range):  # of which NumPy would make an array
+            return min(max(key - keys.start, 0), len(keys))
+        return int(np.searchsorted(keys, key))
 
     def will_need(self, first: int, last: int) -> None:
         """Has the system read the records at positions first .. last - 1 ahead, in one piece."""

@@ -1,9 +1,15 @@
 """The order of shards: every image once, runs stay together, and any place can be asked for."""
 
+import jax
 import numpy as np
 import pytest
+from witness import encode, face
 
+from arcface_jax.config import DataConfig
+from arcface_jax.data.pipeline import batches
+from arcface_jax.data.recordio import RecordWriter
 from arcface_jax.data.shard_order import Shards
+from arcface_jax.data.sources import open_source
 
 
 def epoch(order: Shards, number: int) -> np.ndarray:
@@ -41,3 +47,21 @@ def test_a_window_reads_a_few_runs_and_nothing_else():
         assert np.mean(np.abs(np.diff(window)) == 1) < 0.05  # shuffled inside
     shards = [np.unique(window // 50).tolist() for window in images]
     assert sorted(np.concatenate(shards)) == list(range(20)) and shards != sorted(shards)
+
+
+def test_the_pipeline_reads_in_this_order_and_resumes_in_it(tmp_path):
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        for key in range(50):
+            writer.write(key, encode(face(key)), label=float(key))
+    data = DataConfig(
+        path=str(tmp_path), order="shards", shard_images=8, shard_window=3, global_batch_size=10
+    )
+    source = open_source(data, seed=0)
+    expected = [epoch(Shards(50, seed=4, shard=8, window=3), number) for number in (0, 1)]
+
+    def labels(start: int) -> np.ndarray:
+        steps = batches(source, data, seed=4, start=start, stop=10)
+        return np.concatenate([np.asarray(jax.tree.leaves(b)[-1]) for b in steps])
+
+    np.testing.assert_array_equal(labels(0), np.concatenate(expected))
+    np.testing.assert_array_equal(labels(7), np.concatenate(expected)[70:])
