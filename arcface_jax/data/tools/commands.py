@@ -69,7 +69,7 @@ def pack(
     source = _open(path)
     selection = packing.select(source, renumber=renumber)
     write = packing.pack if format == "recordio" else splitting.write_folder
-    return _packed(write(source, selection, output, bad=bad, threads=threads))
+    return _packed(write(source, selection, output, bad=bad, threads=threads), output)
 
 
 def to_tfds(
@@ -95,7 +95,7 @@ def to_tfds(
     source = _open(path)
     selection = packing.select(source, renumber=renumber)
     options = {"name": name, "shard_images": shard_images, "bad": bad, "threads": threads}
-    return _packed(tfds_writing.write(source, selection, output, **options))
+    return _packed(tfds_writing.write(source, selection, output, **options), output / name)
 
 
 def merge(
@@ -112,7 +112,8 @@ def merge(
     if len(paths) < 2:
         raise UserError(f"merge needs two training sets or more behind --paths, and got {paths}")
     source = sources.JoinedSource([_open(path) for path in paths])
-    return _packed(packing.pack(source, packing.select(source), output, bad=bad, threads=threads))
+    done = packing.pack(source, packing.select(source), output, bad=bad, threads=threads)
+    return _packed(done, output)
 
 
 def split(
@@ -140,7 +141,8 @@ def split(
     result: Result = {"files": []}
     for name, identities in zip(("train", "eval"), sides, strict=True):
         selection = packing.select(source, identities=identities)
-        done = _packed(packing.pack(source, selection, output / name, bad=bad, threads=threads))
+        packed = packing.pack(source, selection, output / name, bad=bad, threads=threads)
+        done = _packed(packed, output / name)
         result["files"] += done.pop("files")
         result |= {f"{name}/{key}": value for key, value in done.items()}
     return result
@@ -212,10 +214,10 @@ def _open(path: str) -> Source:
     return sources.open_source(DataConfig(path=path), seed=0)
 
 
-def _packed(done: Packed) -> Result:
+def _packed(done: Packed, folder: Path) -> Result:
     for text in done.skipped:
         print(f"left out: {text}")
-    print(f"{done.images:,} images of {done.identities:,} identities in {done.files[0].parent}")
+    print(f"{done.images:,} images of {done.identities:,} identities in {folder}")
     return {
         "images": done.images,
         "identities": done.identities,
