@@ -44,7 +44,8 @@ class TfdsSource(Source):
         features = self._data.dataset_info.features
         if not {"image", "label"} <= set(features):
             raise DataError(
-                f"{path} has the features {', '.join(sorted(features))}: it needs 'image' and 'label'"
+                f"{path} has the features {', '.join(sorted(features))}: it needs 'image' "
+                "and 'label'"
             )
         known = getattr(features["label"], "num_classes", None)
         self.num_classes = int(known or self.labels().max() + 1)
