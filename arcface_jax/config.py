@@ -49,11 +49,26 @@ class SyntheticConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class NoiseConfig:
+    """The random pixels that `data.path = "noise"` trains on: a dry run of a large head."""
+
+    classes: int = 1_000_000
+    images: int = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
     """What to train on and how it reaches the devices."""
 
     path: str = ""
-    """A folder with train.rec and train.idx, or the word "synthetic"."""
+    """The training set, or several with commas between them: a folder with train.rec, a folder of
+    identities' folders, a list of files, Parquet, TFDS, "synthetic" or "noise" (docs/data.md)."""
+    order: Literal["shuffled", "shards"] = "shuffled"
+    """All images at random, or in long runs for slow disks: a few shards shuffled together."""
+    shard_images: int = 8192
+    """order shards: neighbouring images that are read in one run."""
+    shard_window: int = 16
+    """order shards: shards that are shuffled together, and have to fit into the host's memory."""
     global_batch_size: int = 128
     """Images per step, over all devices and hosts."""
     flip: bool = True
@@ -63,6 +78,7 @@ class DataConfig:
     prefetch_batches: int = 4
     """Batches decoded ahead of the step."""
     synthetic: SyntheticConfig = SyntheticConfig()
+    noise: NoiseConfig = NoiseConfig()
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

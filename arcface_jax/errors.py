@@ -21,6 +21,23 @@ class DataError(UserError):
     """Input data that is missing, damaged, or not what the format says."""
 
 
+class ImageError(DataError):
+    """One image that is damaged; the others may be whole, so a run goes on without it.
+
+    Args:
+      where: the file, and the place in it.
+      problem: what is wrong, and the fix.
+    """
+
+    def __init__(self, where: str, problem: str):
+        super().__init__(where, problem)  # both, or it could not be unpickled
+        self.where = where
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
 class CheckpointError(UserError):
     """A working directory whose contents do not fit the run that was asked for."""
 

@@ -8,7 +8,6 @@ which takes no longer than at a small one, and at another, for a straight line t
 import contextlib
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -102,13 +101,16 @@ def count_classes(config: Config, given: int | None) -> tuple[int, str]:
             raise UserError(f"--num-classes {given} must be 1 to {_MOST_CLASSES} (int32 labels)")
         return given, "--num-classes"
     path = config.data.path
-    if path != sources.SYNTHETIC and not (path and Path(path).exists()):
-        reason = f"data.path {path} does not exist" if path else "data.path is empty"
+    try:
+        if not path:
+            raise UserError("data.path is empty")
+        source = sources.open_source(config.data, seed=config.seed)
+    except UserError as error:
         raise UserError(
-            f"{reason}, so the number of classes is not known: name the data with --data.path "
+            f"{error}; so the number of classes is not known: name the data with --data.path "
             "FOLDER, or state the number, for instance --num-classes 93431"
-        )
-    return sources.open_source(config.data, seed=config.seed).num_classes, f"data.path {path}"
+        ) from error
+    return source.num_classes, f"data.path {path}"
 
 
 def make(config: Config, *, num_classes: int, memory: int) -> Plan:

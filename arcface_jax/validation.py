@@ -26,9 +26,9 @@ def validate(config: Config, *, num_devices: int) -> None:
         raise ConfigError("workdir is empty: say where to write with --workdir FOLDER")
     if not config.data.path:
         raise ConfigError(
-            "data.path is empty: name a folder that holds train.rec and train.idx with "
-            "--data.path FOLDER, "
-            "or draw faces with --data.path synthetic"
+            "data.path is empty: name a training set (docs/data.md), for instance a folder that "
+            "holds train.rec and train.idx, with --data.path FOLDER, or draw faces with "
+            "--data.path synthetic"
         )
     batch = config.data.global_batch_size
     if batch % num_devices:
@@ -194,8 +194,12 @@ def _check_ranges(config: Config) -> None:
         "data.global_batch_size",
         "data.threads",
         "data.prefetch_batches",
+        "data.shard_images",
+        "data.shard_window",
         "data.synthetic.identities",
         "data.synthetic.images_per_identity",
+        "data.noise.classes",
+        "data.noise.images",
         "model.embedding_size",
         "model.bn_batch_size",
         "head.scale",

@@ -226,7 +226,7 @@ def prepare(case: str, folder: Path) -> list[str]:
     ("case", "named"),
     [
         ("missing path", ["does not exist", "--data.path"]),
-        ("empty path", ["neither train.rec nor train.idx", "--data.path"]),
+        ("empty path", ["holds no training set", "--data.path"]),
         ("no rec", ["train.rec is missing", "copy both"]),
         ("truncated", ["train.rec", "cut short", "again"]),
         ("label", ["label 9", "2 identities", "0 .. 1"]),

@@ -8,7 +8,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from arcface_jax.data import align, sources
+from arcface_jax.data import align, interface
 from arcface_jax.errors import DataError
 from arcface_jax.models import IMAGE_SIZE
 
@@ -105,7 +105,7 @@ def read(path: str | Path) -> np.ndarray:
         data = Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"no image at {path} ({error.strerror}): name an existing file") from error
-    return sources.decode_any_size(data, where=str(path))
+    return interface.decode_any_size(data, where=str(path))
 
 
 def find(folder: Path) -> list[str]:

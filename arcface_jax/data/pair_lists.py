@@ -8,7 +8,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from arcface_jax.data import sources
+from arcface_jax.data import interface
 from arcface_jax.errors import DataError
 from arcface_jax.models import IMAGE_SIZE
 
@@ -75,7 +75,7 @@ def square(data: bytes, where: str) -> np.ndarray:
     Raises:
       DataError: it cannot be decoded.
     """
-    image = sources.decode_any_size(data, where=where)
+    image = interface.decode_any_size(data, where=where)
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

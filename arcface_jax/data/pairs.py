@@ -90,7 +90,8 @@ def _open_target(target: str, config: Config) -> PairSet:
             pairs=drawn.pairs,
         )
         return PairSet(sources.SYNTHETIC, images, same)
-    return open_file(target, base=Path(config.data.path))
+    name, _, _ = target.partition(":")
+    return open_file(target, base=sources.folder_with(config.data.path, name))
 
 
 def open_file(target: str, *, base: Path = Path()) -> PairSet:

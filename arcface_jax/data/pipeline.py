@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from arcface_jax.config import DataConfig
+from arcface_jax.data.shard_order import Shards
 from arcface_jax.data.sources import Source
 from arcface_jax.errors import DataError
 
@@ -51,7 +52,7 @@ def batches(
     Raises:
       DataError: while iterating, where an image cannot be read.
     """
-    read = _BatchReader(source, data.global_batch_size, seed)
+    read = _BatchReader(source, data, seed)
     options = grain.ReadOptions(
         num_threads=data.threads, prefetch_buffer_size=data.prefetch_batches
     )
@@ -67,9 +68,9 @@ def images_of_step(source: Source, data: DataConfig, *, seed: int, step: int) ->
 class _BatchReader:
     """Reads the batch of a step, or rather this host's share of it."""
 
-    def __init__(self, source: Source, global_batch_size: int, seed: int):
+    def __init__(self, source: Source, data: DataConfig, seed: int):
         self._source = source
-        self._global = global_batch_size
+        self._global = global_batch_size = data.global_batch_size
         self._share = global_batch_size // jax.process_count()
         self._first = self._share * jax.process_index()
         self._steps_per_epoch = steps_per_epoch(source, global_batch_size=global_batch_size)
@@ -77,12 +78,18 @@ class _BatchReader:
         # stored.
         order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self._order = cast(Sequence[int], order)  # none is filtered out, so none is None
+        # For slow disks.
+        shards = Shards(len(source), seed, data.shard_images, data.shard_window)
+        self._shards = shards if data.order == "shards" else None
 
     def images(self, step: int) -> list[int]:
         """The numbers of the images."""
         epoch, number = divmod(step, self._steps_per_epoch)
-        first = epoch * len(self._source) + number * self._global + self._first
-        return [int(self._order[first + i]) for i in range(self._share)]
+        first = number * self._global + self._first
+        places = range(first, first + self._share)
+        if self._shards is not None:
+            return self._shards.images(epoch, np.array(places)).tolist()
+        return [int(self._order[epoch * len(self._source) + place]) for place in places]
 
     def __call__(self, step: int) -> Batch:
         items = [self._source[image] for image in self.images(int(step))]

@@ -9,8 +9,6 @@ All numbers are little-endian.
 """
 
 import os
-import struct
-import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,15 +16,20 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from arcface_jax.errors import DataError
-
-MAGIC = 0xCED7230A
-_MAGIC_BYTES = struct.pack("<I", MAGIC)
-_FRAME = struct.Struct("<II")
-_HEADER = struct.Struct("<IfQQ")
-_LENGTH_BITS = 29
-_LENGTH_MASK = (1 << _LENGTH_BITS) - 1
-_WHOLE, _FIRST, _MIDDLE, _LAST = range(4)
+from arcface_jax.data import record_index
+from arcface_jax.data.record_format import (
+    FIRST,
+    FRAME,
+    HEADER,
+    LAST,
+    LENGTH_BITS,
+    LENGTH_MASK,
+    MAGIC,
+    MAGIC_BYTES,
+    MIDDLE,
+    WHOLE,
+)
+from arcface_jax.errors import DataError, ImageError
 
 
 class Record(NamedTuple):
@@ -58,24 +61,13 @@ class RecordReader:
                     f"copy both, or make the pair anew"
                 )
         self.path = rec
-        keys, offsets = _read_index(index)
-        size = rec.stat().st_size
-        if offsets.max() > size - _FRAME.size:
-            raise DataError(
-                f"{index} points to byte {offsets.max()} but {rec} has {size}: the record file is "
-                "cut short, "
-                f"or the index belongs to another; copy both again"
-            )
-        order = np.argsort(keys, kind="stable")
-        self.keys = keys[order]
-        self._offsets = offsets[order]
-        twice = self.keys[1:][self.keys[1:] == self.keys[:-1]]
-        if twice.size:
-            raise DataError(
-                f"{index} lists key {twice[0]} more than once: each record needs a key of its own; "
-                "make the pair anew"
-            )
+        self._index = record_index.open_index(rec)
         self._open()
+
+    @property
+    def keys(self) -> range | np.ndarray:
+        """All keys, ascending."""
+        return self._index.keys
 
     def _open(self) -> None:
         self._file = self.path.open("rb")
@@ -95,114 +87,125 @@ class RecordReader:
         """The record of a key of the index.
 
         Raises:
-          DataError: there is no such key, or the bytes at its place are not a whole record.
+          DataError: there is no such key.
+          ImageError: the bytes at its place are not a whole record.
         """
-        offset = self._offset(key)
+        offset = int(self._index.offsets[self.position(key)])
         return _unpack(self._payload(key, offset), f"{self.path}, record {key}")
 
-    def read_label(self, key: int) -> float | np.ndarray:
-        """The label alone, without reading the image.
+    def labels(self) -> np.ndarray:
+        """(n,) int32: the first label of each record, in the order of the keys, scanned once.
+
+        -1 stands for one that is no identity, and for a record that is damaged.
+        """
+        return record_index.open_labels(self._index)
+
+    def position(self, key: int) -> int:
+        """Which of the ascending keys it is.
 
         Raises:
-          DataError: as `read`.
+          DataError: there is no such key.
         """
-        frame = self._pread(_FRAME.size + _HEADER.size, self._offset(key))
-        if len(frame) == _FRAME.size + _HEADER.size:
-            magic, word, count, label, _, _ = struct.unpack("<IIIfQQ", frame)
-            flag, length = word >> _LENGTH_BITS, word & _LENGTH_MASK
-            # Anything out of the ordinary is left to `read`.
-            if (magic, flag, count) == (MAGIC, _WHOLE, 0) and length >= _HEADER.size:
-                return label
-        return self.read(key).label
-
-    def _offset(self, key: int) -> int:
-        position = int(np.searchsorted(self.keys, key))
-        if position == len(self.keys) or self.keys[position] != key:
+        keys, position = self._index.keys, self.below(key)
+        if position == len(keys) or keys[position] != key:
             raise DataError(
-                f"{self.path}: no record has key {key} (keys run from {self.keys[0]} to "
-                f"{self.keys[-1]})"
+                f"{self.path}: no record has key {key} (keys run from {keys[0]} to {keys[-1]})"
             )
-        return int(self._offsets[position])
+        return position
+
+    def below(self, key: int) -> int:
+        """How many keys are smaller."""
+        keys = self._index.keys
+        if isinstance(keys, range):  # of which NumPy would make an array
+            return min(max(key - keys.start, 0), len(keys))
+        return int(np.searchsorted(keys, key))
+
+    def will_need(self, first: int, last: int) -> None:
+        """Has the system read the records at positions first .. last - 1 ahead, in one piece."""
+        offsets = self._index.offsets
+        begin = int(offsets[first])
+        end = int(offsets[last]) if last < len(offsets) else os.fstat(self._file.fileno()).st_size
+        if end > begin and hasattr(os, "posix_fadvise"):  # Linux has it
+            os.posix_fadvise(self._file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _payload(self, key: int, offset: int) -> bytes:
         parts = []
         while True:
             flag, data = self._part(key, offset)
-            expected = (_MIDDLE, _LAST) if parts else (_WHOLE, _FIRST)
+            expected = (MIDDLE, LAST) if parts else (WHOLE, FIRST)
             if flag not in expected:
                 raise self._damaged(
                     key, offset, f"has part number {flag} where {expected} may stand"
                 )
             parts.append(data)
-            if flag in (_WHOLE, _LAST):
-                return _MAGIC_BYTES.join(parts)
-            offset += _FRAME.size + len(data) + -len(data) % 4
+            if flag in (WHOLE, LAST):
+                return MAGIC_BYTES.join(parts)
+            offset += FRAME.size + len(data) + -len(data) % 4
 
     def _part(self, key: int, offset: int) -> tuple[int, bytes]:
-        frame = self._pread(_FRAME.size, offset)
-        if len(frame) < _FRAME.size:
+        frame = self._pread(FRAME.size, offset)
+        if len(frame) < FRAME.size:
             raise self._damaged(key, offset, "ends before its header does")
-        magic, word = _FRAME.unpack(frame)
+        magic, word = FRAME.unpack(frame)
         if magic != MAGIC:
             raise self._damaged(key, offset, f"begins with {magic:#010x} instead of {MAGIC:#010x}")
-        length = word & _LENGTH_MASK
-        data = self._pread(length, offset + _FRAME.size)
+        length = word & LENGTH_MASK
+        data = self._pread(length, offset + FRAME.size)
         if len(data) < length:
             raise self._damaged(key, offset, f"announces {length} bytes, and {len(data)} are left")
-        return word >> _LENGTH_BITS, data
+        return word >> LENGTH_BITS, data
 
-    def _damaged(self, key: int, offset: int, what: str) -> DataError:
-        return DataError(
-            f"{self.path}: record {key} at byte {offset} {what}: the file is cut short or "
-            "damaged, or the "
-            f".idx belongs to another file; copy {self.path.name} and its .idx again"
+    def _damaged(self, key: int, offset: int, what: str) -> ImageError:
+        return ImageError(
+            f"{self.path}, record {key}",
+            f"at byte {offset} it {what}: the file is cut short or damaged, or the .idx belongs to "
+            f"another file; copy {self.path.name} and its .idx again",
         )
 
     def _pread(self, length: int, offset: int) -> bytes:
         return os.pread(self._file.fileno(), length, offset)
 
 
-def _read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and byte offsets, int64, of the lines `key<TAB>offset`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "loadtxt: input contained no data")
-            table = np.loadtxt(path, dtype=np.int64, delimiter="\t", comments=None, ndmin=2)
-    except ValueError as error:
-        raise DataError(f"{path} is not an index of lines 'key<TAB>offset': {error}") from error
-    if table.size == 0:
-        raise DataError(f"{path} is empty: it should have a line 'key<TAB>offset' for each record")
-    if table.shape[1] != 2 or table.min() < 0:
-        raise DataError(
-            f"{path} is not an index: each line should be 'key<TAB>offset', neither negative"
-        )
-    return table[:, 0], table[:, 1]
-
-
 def _unpack(payload: bytes, where: str) -> Record:
-    if len(payload) < _HEADER.size:
-        raise DataError(
-            f"{where}: {len(payload)} bytes are too few for the {_HEADER.size}-byte header of an "
-            "image record"
+    if len(payload) < HEADER.size:
+        raise ImageError(
+            where,
+            f"{len(payload)} bytes are too few for the {HEADER.size}-byte header of an "
+            "image record",
         )
-    count, label, identifier, _ = _HEADER.unpack_from(payload)
+    count, label, identifier, _ = HEADER.unpack_from(payload)
     if count == 0:
-        return Record(label, identifier, payload[_HEADER.size :])
-    end = _HEADER.size + 4 * count
+        return Record(label, identifier, payload[HEADER.size :])
+    end = HEADER.size + 4 * count
     if len(payload) < end:
-        raise DataError(
-            f"{where}: the header announces {count} labels, and the record ends before them"
+        raise ImageError(
+            where, f"the header announces {count} labels, and the record ends before them"
         )
-    labels = np.frombuffer(payload, "<f4", count, _HEADER.size)
+    labels = np.frombuffer(payload, "<f4", count, HEADER.size)
     return Record(labels, identifier, payload[end:])
 
 
 class RecordWriter:
-    """Writes `path` and its `.idx` together; a context manager."""
+    """Writes `path` and its `.idx` together; a context manager.
 
-    def __init__(self, path: Path):
-        self._rec: BinaryIO = path.open("wb")
-        self._idx = path.with_suffix(".idx").open("w")
+    Args:
+      path: the `.rec` file.
+      resume: go on behind so many records at most of those that an interrupted writer left;
+        `written` says how many there were.
+    """
+
+    def __init__(self, path: Path, *, resume: int = 0):
+        index = path.with_suffix(".idx")
+        offsets = _whole_records(path, index)[: resume + 1] if resume else [0]
+        self.written = len(offsets) - 1
+        """Records that are there already."""
+        self._rec: BinaryIO = path.open("r+b" if self.written else "wb")
+        self._rec.seek(offsets[-1])
+        self._rec.truncate()
+        self._idx = index.open("r+" if self.written else "w")
+        lines = [self._idx.readline() for _ in range(self.written)]
+        self._idx.seek(sum(map(len, lines)))
+        self._idx.truncate()
 
     def __enter__(self) -> "RecordWriter":
         return self
@@ -215,16 +218,39 @@ class RecordWriter:
         """Appends a record; `label` is one number, or several, as identity records have."""
         self._idx.write(f"{key}\t{self._rec.tell()}\n")
         if isinstance(label, Sequence | np.ndarray):
-            header = _HEADER.pack(len(label), 0.0, key, 0) + np.asarray(label, "<f4").tobytes()
+            header = HEADER.pack(len(label), 0.0, key, 0) + np.asarray(label, "<f4").tobytes()
         else:
-            header = _HEADER.pack(0, label, key, 0)
-        parts = _split_at_magic(header + data)
+            header = HEADER.pack(0, label, key, 0)
+        self._write_payload(header + data)
+
+    def overwrite_first(self, label: Sequence[float]) -> None:
+        """Puts other labels into the first record, as many as it was written with."""
+        self._rec.seek(FRAME.size + HEADER.size)
+        self._rec.write(np.asarray(label, "<f4").tobytes())
+        self._rec.seek(0, os.SEEK_END)
+
+    def _write_payload(self, payload: bytes) -> None:
+        parts = _split_at_magic(payload)
         for number, part in enumerate(parts):
-            flag = _WHOLE if len(parts) == 1 else _FIRST if number == 0 else _MIDDLE
+            flag = WHOLE if len(parts) == 1 else FIRST if number == 0 else MIDDLE
             if len(parts) > 1 and number == len(parts) - 1:
-                flag = _LAST
-            self._rec.write(_FRAME.pack(MAGIC, flag << _LENGTH_BITS | len(part)))
+                flag = LAST
+            self._rec.write(FRAME.pack(MAGIC, flag << LENGTH_BITS | len(part)))
             self._rec.write(part + bytes(-len(part) % 4))
+
+
+def _whole_records(rec: Path, index: Path) -> list[int]:
+    """Where the records that are surely whole begin, and where the last of them ends.
+
+    A record is if another begins behind it: records are written in order. The two files may have
+    been cut at different places, for each has a buffer of its own.
+    """
+    if not (rec.is_file() and index.is_file()):
+        return [0]
+    size = rec.stat().st_size
+    lines = index.read_text().splitlines(keepends=True)
+    offsets = [int(line.split("\t")[1]) for line in lines if line.endswith("\n")]
+    return [offset for offset in offsets if offset <= size] or [0]
 
 
 def _split_at_magic(payload: bytes) -> list[bytes]:

@@ -67,7 +67,7 @@ def test_files_made_by_hand_are_read(tmp_path: Path):
     rec = handmade(tmp_path / "a.rec", chunks, {20: 0, 3: 36, 4: 76})
     reader = RecordReader(rec)
     assert len(reader) == 3
-    assert reader.keys.tolist() == [3, 4, 20]
+    assert list(reader.keys) == [3, 4, 20]
     assert reader.read(20) == Record(3.0, 11, b"one")
     assert reader.read(3).data == b"two"
     labels = reader.read(4).label
@@ -100,7 +100,7 @@ def test_payloads_with_the_magic_word_come_back(tmp_path: Path, label):
         record = reader.read(key)
         assert record.data == MAGICS[where], where
         assert np.array_equal(record.label, label), where
-        assert np.array_equal(reader.read_label(key), label), where
+        assert reader.labels()[reader.position(key)] == np.ravel(label)[0], where
 
 
 def test_a_label_that_is_the_magic_word_comes_back(tmp_path: Path):
@@ -110,10 +110,9 @@ def test_a_label_that_is_the_magic_word_comes_back(tmp_path: Path):
     rec = write(tmp_path / "a.rec", {1: (b"x", label), 2: (b"y", [1.0, label]), number: (b"z", 5)})
     reader = RecordReader(rec)
     assert reader.read(1) == Record(label, 1, b"x")
-    assert reader.read_label(1) == label
-    assert np.array_equal(reader.read_label(2), np.float32([1, label]))
+    assert np.array_equal(reader.read(2).label, np.float32([1, label]))
     assert reader.read(number) == Record(5.0, number, b"z")
-    assert reader.read_label(number) == 5
+    assert reader.labels().tolist() == [-1, 1, 5]  # the word as a float is negative
 
 
 def test_random_payloads_come_back(tmp_path: Path):
@@ -124,10 +123,10 @@ def test_random_payloads_come_back(tmp_path: Path):
         for key in rng.permutation(500)
     }
     reader = RecordReader(write(tmp_path / "a.rec", records))
-    assert reader.keys.tolist() == list(range(500))
+    assert list(reader.keys) == list(range(500))
     for key, (data, label) in records.items():
         assert reader.read(key) == Record(label, key, data)
-        assert reader.read_label(key) == label
+        assert reader.labels()[key] == label
 
 
 def test_what_was_read_can_be_written_again(tmp_path: Path):
@@ -197,9 +196,8 @@ def test_the_index_may_end_its_lines_in_any_way(tmp_path: Path, ending: str):
 def test_a_key_that_does_not_exist_is_named_with_those_that_do(tmp_path: Path):
     reader = RecordReader(write(tmp_path / "a.rec", {5: (b"x", 0.0), 9: (b"y", 0.0)}))
     for key in (-1, 0, 4, 6, 10, 2**40):
-        for read in (reader.read, reader.read_label):
-            with pytest.raises(DataError, match=rf"key {key} \(keys run from 5 to 9\)"):
-                read(key)
+        with pytest.raises(DataError, match=rf"key {key} \(keys run from 5 to 9\)"):
+            reader.read(key)
 
 
 @pytest.mark.parametrize("data", [b"0123456789", b"0123" + MAGIC + b"456789"])
@@ -210,7 +208,7 @@ def test_a_truncated_record_is_an_error_wherever_it_is_cut(tmp_path: Path, data:
         rec.write_bytes(whole[:size])
         reader = RecordReader(rec)
         assert reader.read(1).data == b"first"
-        with pytest.raises(DataError, match=r"a\.rec: record 2 at byte \d+ .*cut short.*again"):
+        with pytest.raises(DataError, match=r"a\.rec, record 2: at byte \d+ .*cut short.*again"):
             reader.read(2)
     for size in range(second + 8):
         rec.write_bytes(whole[:size])
@@ -224,10 +222,10 @@ def test_bytes_that_are_no_record_say_what_stands_there(tmp_path: Path):
     rec = write(tmp_path / "a.rec", {1: (bytes(64), 1.0)})
     rec.with_suffix(".idx").write_text("1\t4\n")
     reader = RecordReader(rec)
-    expected = "record 1 at byte 4 begins with 0x00000058 instead of 0xced7230a"
-    for read in (reader.read, reader.read_label):
-        with pytest.raises(DataError, match=expected):
-            read(1)
+    expected = "record 1: at byte 4 it begins with 0x00000058 instead of 0xced7230a"
+    with pytest.raises(DataError, match=expected):
+        reader.read(1)
+    assert reader.labels().tolist() == [-1]
 
 
 @pytest.mark.parametrize(
@@ -256,9 +254,9 @@ def test_a_payload_too_short_for_its_header_is_an_error(tmp_path: Path):
         (3, "announces 2 labels"),
         (4, "announces 2147483648 labels"),
     ):
-        for read in (reader.read, reader.read_label):
-            with pytest.raises(DataError, match=rf"a\.rec, record {key}: .*{expected}"):
-                read(key)
+        with pytest.raises(DataError, match=rf"a\.rec, record {key}: .*{expected}"):
+            reader.read(key)
+    assert reader.labels().tolist() == [-1] * 4
 
 
 def some_records() -> dict[int, tuple[bytes, float]]:
@@ -318,9 +316,10 @@ def test_flipped_bytes_give_the_record_or_a_data_error(tmp_path: Path):
         rec.with_suffix(".idx").write_bytes(files[1])
         try:
             reader = RecordReader(rec)
-            for key in reader.keys.tolist():
-                reader.read_label(key)
-                reader.read(key)
+            labels = reader.labels()
+            for key, label in zip(list(reader.keys), labels.tolist(), strict=True):
+                stored = np.ravel(reader.read(key).label)[0]
+                assert label in (stored, -1)
             outcomes["read"] += 1
         except DataError:
             outcomes["error"] += 1

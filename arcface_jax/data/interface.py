@@ -1,0 +1,111 @@
+"""What every training set offers: how many identities, and labelled images by number."""
+
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+
+from arcface_jax.errors import ImageError
+from arcface_jax.models import IMAGE_SIZE
+
+
+class Sample(NamedTuple):
+    """An image as it is stored."""
+
+    data: bytes
+    """Encoded: JPEG, PNG, or what else OpenCV reads."""
+    label: int
+
+
+class Source(Protocol):
+    """Random access to labelled face images.
+
+    Safe to read from many threads, and to send to another process, where files are opened anew.
+    """
+
+    num_classes: int
+    """Identities; labels are 0 .. num_classes - 1."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """(112, 112, 3) uint8 RGB and its label.
+
+        Raises:
+          ImageError: the image cannot be read, or its label is out of range.
+        """
+        sample = self.read(index)
+        return decode(sample.data, where=self.where(index)), sample.label
+
+    def read(self, index: int) -> Sample:
+        """The image's bytes, not decoded, and its label.
+
+        Raises:
+          ImageError: they cannot be read, or the label is out of range.
+        """
+        ...
+
+    def labels(self) -> np.ndarray:
+        """(len,) int32: the label of every image; -1 where it cannot be read."""
+        ...
+
+    def where(self, index: int) -> str:
+        """The file and the place in it, for messages."""
+        ...
+
+
+def decode(data: bytes, *, where: str) -> np.ndarray:
+    """An encoded image as (112, 112, 3) uint8 RGB.
+
+    Args:
+      data: JPEG, PNG, or what else OpenCV reads.
+      where: what the image is, for the error message.
+
+    Raises:
+      ImageError: it cannot be decoded, or has another size.
+    """
+    image = decode_any_size(data, where=where)
+    if image.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE):
+        raise ImageError(
+            where,
+            f"the image is {image.shape[1]} x {image.shape[0]} pixels, training takes "
+            f"faces aligned to {IMAGE_SIZE} x {IMAGE_SIZE}: align and crop the images first "
+            "(python scripts/data.py align)",
+        )
+    return image
+
+
+def decode_any_size(data: bytes, *, where: str) -> np.ndarray:
+    """An encoded image as (H, W, 3) uint8 RGB.
+
+    Raises:
+      ImageError: it cannot be decoded.
+    """
+    buffer = np.frombuffer(data, np.uint8)
+    try:
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB) if buffer.size else None
+    except cv2.error:  # for instance a damaged header that announces a billion pixels
+        image = None
+    if image is None:
+        raise ImageError(where, f"{len(data)} bytes that are not an image; remove or replace it")
+    return image
+
+
+def encode(image: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB as a PNG, which loses nothing."""
+    return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
+
+
+def whole_label(label: float, *, where: str) -> int:
+    """A label read from a file as the number of an identity.
+
+    Raises:
+      ImageError: it is not a whole number from 0, or too large for int32.
+    """
+    if not (0 <= label < 2**31 and float(label).is_integer()):
+        raise ImageError(
+            where,
+            f"label {label} is not an identity: labels are whole numbers from 0; make "
+            "the file anew with labels counted from 0",
+        )
+    return int(label)

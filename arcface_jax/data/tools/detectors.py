@@ -1,0 +1,188 @@
+"""Face detectors as functions: an ONNX file of the SCRFD or YuNet kind, or anybody's own."""
+
+import importlib
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from arcface_jax.errors import UserError
+
+_STRIDES = (8, 16, 32)
+_NMS_OVERLAP = 0.4  # boxes that overlap by more are one face
+
+
+class Faces(NamedTuple):
+    """The faces of an image."""
+
+    points: np.ndarray
+    """(n, 5, 2) float: x, y in pixels, in the order of `align.POINT_NAMES`."""
+    scores: np.ndarray
+    """(n,) float, higher is surer."""
+
+
+Detector = Callable[[np.ndarray], Faces]
+"""Takes a (H, W, 3) uint8 RGB image; safe to call from many threads."""
+
+
+def load(name: str, *, threshold: float = 0.5, size: int = 640) -> Detector:
+    """A detector by its name.
+
+    Args:
+      name: an ONNX file, or `module:function`; the function takes a (H, W, 3) uint8 RGB image and
+        returns the (n, 5, 2) points of its faces.
+      threshold: lowest score of a face.
+      size: side of the square that SCRFD looks at, a multiple of 32; larger finds smaller faces.
+
+    Raises:
+      UserError: there is no such file or function, or it is none that is known.
+    """
+    if ":" in name and not Path(name).exists():
+        return _own(name)
+    if not Path(name).is_file():
+        raise UserError(f"--detector {name}: no such ONNX file, and not module:function")
+    if size % _STRIDES[-1] or size <= 0:
+        raise UserError(f"--detector-size {size} must be a multiple of {_STRIDES[-1]}, as 640 is")
+    session = _session(name)
+    outputs = [output.name for output in session.get_outputs()]
+    if {f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in _STRIDES} <= set(
+        outputs
+    ):
+        return _yunet(name, threshold)
+    if len(outputs) == 3 * len(_STRIDES):
+        return lambda image: scrfd(session, image, threshold=threshold, size=size)
+    raise UserError(
+        f"--detector {name} has the outputs {', '.join(outputs)}: it is neither YuNet (cls_8, "
+        "obj_8, ...) nor SCRFD with key points (nine outputs: scores, boxes and "
+        "points of three strides)"
+    )
+
+
+def _own(name: str) -> Detector:
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"--detector {name}: {error}; it is to be module:function, importable from here "
+            "(PYTHONPATH names more folders)"
+        ) from error
+
+    def detect(image: np.ndarray) -> Faces:
+        points = np.asarray(function(image), np.float64)
+        if points.size == 0:
+            points = points.reshape(0, 5, 2)
+        if points.ndim != 3 or points.shape[1:] != (5, 2):
+            raise UserError(
+                f"--detector {name} returned points of shape {points.shape}; expected (n, 5, 2)"
+            )
+        return Faces(points, np.ones(len(points)))
+
+    return detect
+
+
+def _session(name: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            f"detectors need onnxruntime ({error}): pip install 'arcface-jax[onnx]'"
+        ) from error
+    try:
+        return onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own types, not exported
+        raise UserError(f"--detector {name} is no ONNX file that can be run: {error}") from error
+
+
+def scrfd(session: Any, image: np.ndarray, *, threshold: float, size: int) -> Faces:
+    """Runs SCRFD (insightface's `det_10g.onnx` and its like) and decodes what it says.
+
+    The image is shrunk or grown to fit into a square at its upper left. For each stride s and
+    each of the anchors at a cell (x, y), the outputs are a score, the distances left, top,
+    right, bottom from the anchor's centre (s x, s y) to the box, and of the five points from it,
+    both in units of s (J. Guo et al., "Sample and Computation Redistribution for Efficient Face
+    Detection", 2021).
+
+    Args:
+      session: ONNX Runtime's session of the model.
+      image: (H, W, 3) uint8 RGB.
+      threshold: lowest score of a face.
+      size: side of the square in pixels, a multiple of 32.
+    """
+    height, width = image.shape[:2]
+    scale = size / max(height, width)
+    fitted = (max(1, round(width * scale)), max(1, round(height * scale)))
+    square = np.zeros((size, size, 3), np.uint8)
+    square[: fitted[1], : fitted[0]] = cv2.resize(image, fitted)
+    blob = ((square.astype(np.float32) - 127.5) / 128.0).transpose(2, 0, 1)[None]
+    (taken,) = session.get_inputs()
+    outputs = [
+        values.reshape(-1, values.shape[-1]) for values in session.run(None, {taken.name: blob})
+    ]
+    scores, boxes, points = [], [], []
+    for stride in _STRIDES:
+        side = size // stride
+        score, box, point = _of_stride(outputs, side * side)
+        anchors = len(score) // (side * side)
+        cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2)
+        centres = np.repeat(cells * float(stride), anchors, axis=0)
+        kept = score[:, 0] >= threshold
+        centre = centres[kept]
+        distance = box[kept] * stride
+        scores.append(score[kept, 0])
+        boxes.append(np.concatenate([centre - distance[:, :2], centre + distance[:, 2:]], 1))
+        points.append(centre[:, None] + point[kept].reshape(-1, 5, 2) * stride)
+    score, box = np.concatenate(scores), np.concatenate(boxes)
+    kept = _suppress(box, score)
+    factors = np.array([width, height]) / fitted
+    return Faces(np.concatenate(points)[kept] * factors, score[kept])
+
+
+def _of_stride(outputs: list[np.ndarray], cells: int) -> tuple[np.ndarray, ...]:
+    """Scores, boxes and points of a stride, told by their widths and lengths."""
+    found = []
+    for width in (1, 4, 10):
+        fits = [v for v in outputs if v.shape[1] == width and len(v) in (cells, 2 * cells)]
+        if len(fits) != 1:
+            shapes = ", ".join(str(values.shape) for values in outputs)
+            raise UserError(
+                f"the detector's outputs have the shapes {shapes}: expected one of {cells} or "
+                f"{2 * cells} rows and {width} columns for each stride, as SCRFD has"
+            )
+        found.append(fits[0])
+    return tuple(found)
+
+
+def _suppress(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Which boxes stay, by falling score: none overlaps a better one by much."""
+    order = np.argsort(-scores, kind="stable")
+    kept = []
+    while order.size:
+        best, rest = order[0], order[1:]
+        kept.append(best)
+        corner = np.maximum(boxes[best, :2], boxes[rest, :2])
+        opposite = np.minimum(boxes[best, 2:], boxes[rest, 2:])
+        overlap = np.prod(np.maximum(opposite - corner, 0.0), axis=1)
+        areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+        order = rest[overlap <= _NMS_OVERLAP * (areas[best] + areas[rest] - overlap)]
+    return np.array(kept, np.int64)
+
+
+def _yunet(name: str, threshold: float) -> Detector:
+    """OpenCV's YuNet, which has the decoding built in; one for each thread."""
+    own = threading.local()
+
+    def detect(image: np.ndarray) -> Faces:
+        height, width = image.shape[:2]
+        if not hasattr(own, "model"):
+            own.model = cv2.FaceDetectorYN.create(name, "", (width, height), threshold)
+        own.model.setInputSize((width, height))
+        _, found = own.model.detect(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        found = np.zeros((0, 15)) if found is None else found
+        # A box, the points from the viewer's left to the right, and the score.
+        return Faces(found[:, 4:14].reshape(-1, 5, 2), found[:, 14])
+
+    return detect

@@ -1,0 +1,210 @@
+"""`data.py inspect`: what a training set holds, and what is wrong with it."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from arcface_jax.data import interface
+from arcface_jax.data.interface import Source
+from arcface_jax.data.tools import pictures, reading
+from arcface_jax.errors import ImageError
+
+_SHOWN = 10  # examples that the report names
+FEW = 10
+"""Images per identity below which margin losses have little to learn from, on the average."""
+
+
+class _Look(NamedTuple):
+    size: tuple[int, int]
+    digest: bytes
+    label: int
+
+
+@dataclass
+class Report:
+    """What was found. Lists hold places, as `Source.where` names them."""
+
+    identities: int
+    images: int
+    looked_at: int
+    per_identity: np.ndarray
+    """(identities,) images of each, by their labels."""
+    bad_labels: int
+    """Images whose label is no identity."""
+    bytes_stored: int = 0
+    """Of the images that were looked at."""
+    sizes: Counter = field(default_factory=Counter)
+    """(width, height): images."""
+    unreadable: list[str] = field(default_factory=list)
+    """What is wrong with each image that cannot be read."""
+    duplicates: list[list[str]] = field(default_factory=list)
+    """Images that are the same, byte for byte, under one label."""
+    conflicts: list[list[str]] = field(default_factory=list)
+    """The same, under several labels."""
+
+    def summary(self) -> dict[str, Any]:
+        """The keys of RESULT."""
+        counts = self.per_identity
+        present = counts[counts > 0]
+        return {
+            "identities": self.identities,
+            "images": self.images,
+            "looked_at": self.looked_at,
+            "images_per_identity_mean": round(float(self.images / max(1, self.identities)), 2),
+            "images_per_identity_median": float(np.median(present)) if present.size else 0.0,
+            "identities_without_images": int(np.sum(counts == 0)),
+            "identities_with_one_image": int(np.sum(counts == 1)),
+            "unreadable": len(self.unreadable),
+            "bad_labels": self.bad_labels,
+            "other_sizes": sum(n for size, n in self.sizes.items() if size != (112, 112)),
+            "duplicates": sum(len(group) - 1 for group in self.duplicates),
+            "label_conflicts": len(self.conflicts),
+        }
+
+
+def inspect(source: Source, *, most: int = 0, seed: int = 0, threads: int = 0) -> Report:
+    """Reads every image once.
+
+    Args:
+      source: the training set.
+      most: look at so many images, chosen at random, where not 0; labels are counted in full.
+      seed: of this choice.
+      threads: 0 for as many as there are processors.
+    """
+    labels = source.labels()
+    known = labels[labels >= 0]
+    report = Report(
+        identities=source.num_classes,
+        images=len(source),
+        looked_at=0,
+        per_identity=np.bincount(known, minlength=source.num_classes),
+        bad_labels=int(len(labels) - len(known)),
+    )
+    numbers = np.arange(len(source))
+    if 0 < most < len(source):
+        numbers = np.sort(np.random.default_rng(seed).permutation(len(source))[:most])
+
+    def look(number: int) -> tuple[_Look, int]:
+        data, label = source.read(number)
+        image = interface.decode_any_size(data, where=source.where(number))
+        digest = hashlib.blake2b(data, digest_size=12).digest()
+        return _Look((image.shape[1], image.shape[0]), digest, label), len(data)
+
+    same: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
+    for number, found in reading.in_order(numbers, look, what="looking", threads=threads):
+        report.looked_at += 1
+        if isinstance(found, ImageError):
+            report.unreadable.append(str(found))
+            continue
+        seen, stored = found
+        report.sizes[seen.size] += 1
+        report.bytes_stored += stored
+        same[seen.digest].append((number, seen.label))
+    for group in same.values():
+        if len(group) > 1:
+            places = [source.where(number) for number, _ in group]
+            one = len({label for _, label in group}) == 1
+            (report.duplicates if one else report.conflicts).append(places)
+    return report
+
+
+def in_words(report: Report) -> list[str]:
+    """The report as lines of text, warnings last."""
+    facts = report.summary()
+    sizes = ", ".join(f"{w} x {h}: {n:,}" for (w, h), n in report.sizes.most_common(4))
+    lines = [
+        f"{report.images:,} images of {report.identities:,} identities, "
+        f"{facts['images_per_identity_mean']} each on the average, "
+        f"{facts['images_per_identity_median']:g} in the middle",
+        f"looked at {report.looked_at:,}, {report.bytes_stored / 2**20:,.1f} MiB; sizes {sizes}",
+        *_histogram(report.per_identity),
+    ]
+    return lines + [f"warning: {text}" for text in warnings(report)]
+
+
+def _histogram(counts: np.ndarray) -> list[str]:
+    """Identities by their number of images, in powers of two."""
+    edges = [0, 1, 2]
+    while edges[-1] <= counts.max(initial=0):
+        edges.append(2 * edges[-1])
+    identities, _ = np.histogram(counts, [*edges, np.inf])
+    lines = ["images of an identity   identities"]
+    for low, high, n in zip(edges, [*edges[1:], None], identities.tolist(), strict=True):
+        if n:
+            span = f"{low}" if high is None or high == low + 1 else f"{low} - {high - 1}"
+            bar = "#" * max(1, round(40 * n / identities.max()))
+            lines.append(f"{span:>20} {n:>12,}  {bar}")
+    return lines
+
+
+def warnings(report: Report) -> list[str]:
+    """What is wrong, each with its number and a way out."""
+    facts = report.summary()
+    few = report.images / max(1, report.identities)
+    found = [
+        (
+            few < FEW,
+            f"{few:.2f} images an identity, fewer than {FEW}: a class center sees too little; "
+            "merge sets, drop identities with few images (data.py split --min-images), or lower "
+            "the margin and the scale",
+        ),
+        (
+            facts["identities_with_one_image"],
+            f"{facts['identities_with_one_image']:,} identities have a single image: they teach "
+            "what others are not, and nothing of how one person varies",
+        ),
+        (
+            facts["identities_without_images"],
+            f"{facts['identities_without_images']:,} labels have no image: gaps cost memory of the "
+            "head alone; data.py pack closes them with --renumber",
+        ),
+        (facts["bad_labels"], f"{facts['bad_labels']:,} images have a label that is no identity"),
+        (
+            report.unreadable,
+            f"{len(report.unreadable):,} images cannot be read: " + _some(report.unreadable),
+        ),
+        (
+            facts["other_sizes"],
+            f"{facts['other_sizes']:,} images are not 112 x 112: data.py align makes them so",
+        ),
+        (
+            report.duplicates,
+            f"{facts['duplicates']:,} images are copies within their identity: "
+            + _some([" = ".join(group) for group in report.duplicates]),
+        ),
+        (
+            report.conflicts,
+            f"{len(report.conflicts):,} images stand under several identities: "
+            + _some([" = ".join(group) for group in report.conflicts]),
+        ),
+    ]
+    return [text for wrong, text in found if wrong]
+
+
+def _some(places: list[str]) -> str:
+    more = f", and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
+    return "; ".join(places[:_SHOWN]) + more
+
+
+def write(report: Report, source: Source, folder: Path, *, seed: int = 0) -> list[Path]:
+    """The report as JSON, the histogram and a sheet of samples as pictures.
+
+    Returns:
+      The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = report.summary() | {
+        "sizes": {f"{w}x{h}": n for (w, h), n in report.sizes.most_common()},
+        "unreadable": report.unreadable,
+        "duplicates": report.duplicates,
+        "label_conflicts": report.conflicts,
+    }
+    file = folder / "inspect.json"
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    histogram = pictures.histogram(report.per_identity, folder / "images_per_identity.png")
+    return [file, histogram, pictures.sheet(source, folder / "samples.png", seed=seed)]

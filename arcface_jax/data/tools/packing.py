@@ -1,0 +1,226 @@
+"""`data.py pack`, `split` and `merge`: any training set into a record file that insightface reads.
+
+The images keep their bytes. They stand identity after identity, as the format's identity records
+want it. A pack that was interrupted goes on where it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from arcface_jax.data import interface
+from arcface_jax.data.interface import Sample, Source
+from arcface_jax.data.recordio import RecordWriter
+from arcface_jax.data.tools import reading
+from arcface_jax.errors import DataError, ImageError, UserError
+from arcface_jax.models import IMAGE_SIZE
+
+Bad = Literal["stop", "skip"]
+
+
+class Selection(NamedTuple):
+    """Images in the order in which they are written, and their labels there."""
+
+    numbers: np.ndarray
+    """(n,) int64 image numbers of the source."""
+    labels: np.ndarray
+    """(n,) int32, ascending."""
+    num_classes: int
+
+
+class Packed(NamedTuple):
+    """What was written."""
+
+    files: list[Path]
+    images: int
+    identities: int
+    skipped: list[str]
+    """What is wrong with the images that were left out."""
+
+
+def select(
+    source: Source, *, identities: np.ndarray | None = None, renumber: bool = False
+) -> Selection:
+    """Orders images by identity.
+
+    Args:
+      source: the training set.
+      identities: labels to take; all of them when not given. These are numbered anew.
+      renumber: number the identities that have images from 0, without gaps.
+
+    Raises:
+      DataError: an image's label cannot be read.
+    """
+    labels = np.asarray(source.labels())
+    if len(labels) and labels.min() < 0:
+        number = int(np.argmin(labels))
+        source.read(number)  # says what is wrong with it
+        raise DataError(f"{source.where(number)}: no label; make that file anew")
+    order = np.argsort(labels, kind="stable")
+    if identities is not None:
+        order = order[np.isin(labels[order], identities)]
+    chosen, count = labels[order], source.num_classes
+    if renumber or identities is not None:
+        present, chosen = np.unique(chosen, return_inverse=True)
+        count = len(present)
+    return Selection(order, chosen.astype(np.int32), count)
+
+
+def pack(
+    source: Source, selection: Selection, folder: Path, *, bad: Bad = "stop", threads: int = 0
+) -> Packed:
+    """Writes train.rec, train.idx and property.
+
+    Args:
+      source: the training set.
+      selection: which of its images, in which order, under which labels.
+      folder: where to; what an interrupted call left there is gone on with.
+      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
+      threads: that read and check images; 0 for as many as there are processors.
+
+    Raises:
+      UserError: the folder holds a finished record file, or another one in the making.
+      ImageError: an image is bad, and that is to stop it.
+    """
+    if not len(selection.numbers):
+        raise DataError("there is no image to pack: nothing is left of the identities asked for")
+    if (folder / "train.rec").exists():
+        raise UserError(f"{folder} has a train.rec already: name another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    journal = Journal(folder / "packing.json", fingerprint(source, selection, bad))
+    partial = folder / "packing.rec"
+    most = 1 + len(selection.numbers) - len(journal.skipped)  # without identities' records
+    with RecordWriter(partial, resume=most if journal.resumed else 0) as writer:
+        written = _write_images(writer, source, selection, journal, bad=bad, threads=threads)
+        _write_identities(writer, written, selection.num_classes)
+    partial.replace(folder / "train.rec")
+    partial.with_suffix(".idx").replace(folder / "train.idx")
+    shape = f"{IMAGE_SIZE},{IMAGE_SIZE}"
+    (folder / "property").write_text(f"{selection.num_classes},{shape}\n")
+    journal.path.unlink()
+    files = [folder / name for name in ("train.rec", "train.idx", "property")]
+    return Packed(files, len(written), selection.num_classes, list(journal.skipped.values()))
+
+
+def checked(source: Source, number: int) -> Sample:
+    """An image as it is stored, which decodes and has the right size.
+
+    Raises:
+      ImageError: it does not, or has not.
+    """
+    sample = source.read(number)
+    interface.decode(sample.data, where=source.where(number))
+    return sample
+
+
+class Journal:
+    """What an unfinished job has to remember: what it makes, and the images that it left out.
+
+    Raises (the constructor): UserError where the folder holds another unfinished job.
+    """
+
+    def __init__(self, path: Path, job: str):
+        self.path = path
+        self.resumed = path.is_file()
+        self._job = job
+        self.skipped: dict[int, str] = {}
+        """By their place in the selection."""
+        if self.resumed:
+            kept = json.loads(path.read_text())
+            if kept["job"] != job:
+                raise UserError(
+                    f"{path.parent} holds an unfinished job of other images or options: remove "
+                    f"{path} to begin anew, or name another folder"
+                )
+            self.skipped = {int(place): text for place, text in kept["skipped"].items()}
+        else:
+            self._save()
+
+    def skip(self, place: int, text: str) -> None:
+        """Remembers an image that was left out."""
+        self.skipped[place] = text
+        self._save()
+
+    def _save(self) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text(json.dumps({"job": self._job, "skipped": self.skipped}))
+        new.replace(self.path)
+
+
+def fingerprint(source: Source, selection: Selection, *options: object) -> str:
+    """A digest of which images are to be written, and how."""
+    digest = hashlib.sha256(repr((len(source), source.where(0), *options)).encode())
+    for values in (selection.numbers, selection.labels):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def images(
+    source: Source, selection: Selection, journal: Journal, *, places: range, bad: Bad, threads: int
+) -> Iterator[tuple[int, Sample]]:
+    """The good images at places of the selection, under their new labels.
+
+    Yields:
+      The place, and the image.
+    """
+    left = _without(np.arange(places.start, places.stop), journal)
+    results = reading.in_order(
+        selection.numbers[left],
+        lambda number: checked(source, number),
+        what="packing",
+        threads=threads,
+        done=places.start,
+        total=len(selection.numbers),
+    )
+    for place, (_, found) in zip(left.tolist(), results, strict=True):
+        if isinstance(found, ImageError):
+            if bad == "stop":
+                raise found
+            journal.skip(place, str(found))
+        else:
+            yield place, Sample(found.data, int(selection.labels[place]))
+
+
+def _without(places: np.ndarray, journal: Journal) -> np.ndarray:
+    return np.setdiff1d(places, np.array(list(journal.skipped), np.int64))
+
+
+def _write_images(
+    writer: RecordWriter,
+    source: Source,
+    selection: Selection,
+    journal: Journal,
+    *,
+    bad: Bad,
+    threads: int,
+) -> np.ndarray:
+    """Writes what is missing; returns the labels of all that are there, (n,) ascending."""
+    total = len(selection.numbers)
+    if writer.written == 0:
+        # Its labels are known at the end, for images may be left out.
+        writer.write(0, b"", label=[0.0, 0.0])
+    # Image k is record k + 1. Those left out before the place reached are in the journal.
+    done = max(writer.written - 1, 0)
+    good = _without(np.arange(total), journal)
+    start = int(good[done]) if done < len(good) else total
+    key = done + 1
+    places = range(start, total)
+    for _, sample in images(source, selection, journal, places=places, bad=bad, threads=threads):
+        writer.write(key, sample.data, label=float(sample.label))
+        key += 1
+    good = _without(np.arange(total), journal)
+    return selection.labels[good]
+
+
+def _write_identities(writer: RecordWriter, labels: np.ndarray, num_classes: int) -> None:
+    """The record of each identity, with its key range, and record 0."""
+    first = len(labels) + 1
+    begins = np.searchsorted(labels, np.arange(num_classes + 1)) + 1
+    for identity in range(num_classes):
+        ranges = begins[identity : identity + 2].tolist()
+        writer.write(first + identity, b"", label=ranges)
+    writer.overwrite_first([float(first), float(first + num_classes)])

@@ -1,0 +1,142 @@
+"""`data.py pairs`: a verification set made from labelled images, or from a list of pairs."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from arcface_jax.data.interface import Source
+from arcface_jax.errors import DataError, UserError
+
+FOLDS = 10
+_TRIES = 100  # draws for each different pair before the images are taken to be too few
+
+
+def draw(
+    labels: np.ndarray, *, pairs: int, seed: int, disjoint: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Chooses pairs: ten folds, each half same and half different, none twice.
+
+    Args:
+      labels: (n,) identity of each image; those below 0 take no part.
+      pairs: how many, a multiple of 20.
+      seed: of the choice.
+      disjoint: whether an identity may be in one fold alone, so that folds are independent.
+
+    Returns:
+      (pairs, 2) int64 image numbers, and (pairs,) bool: whether they show one person. Each fold has
+      its same pairs first.
+
+    Raises:
+      UserError: the number of pairs does not make ten even folds.
+      DataError: the images do not have as many pairs.
+    """
+    if pairs < 2 * FOLDS or pairs % (2 * FOLDS):
+        raise UserError(
+            f"--pairs {pairs} must be a multiple of {2 * FOLDS}: ten folds, each half same and "
+            f"half different; use {max(1, round(pairs / 20)) * 20}"
+        )
+    rng = np.random.default_rng(seed)
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    people = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    people = [people[i] for i in rng.permutation(len(people))]
+    groups = _share_out(people) if disjoint else [people]
+    each = pairs // 2 // len(groups)
+    same = [_same_pairs(group, each, rng, disjoint) for group in groups]
+    different = [_different_pairs(group, each, rng, disjoint) for group in groups]
+    # Fold after fold: its same pairs, then its different ones.
+    both = [np.concatenate(kind).reshape(FOLDS, -1, 2) for kind in (same, different)]
+    chosen = np.concatenate(both, axis=1).reshape(-1, 2)
+    half = pairs // 2 // FOLDS
+    return chosen, np.tile(np.repeat([True, False], half), FOLDS)
+
+
+def _share_out(people: list[np.ndarray]) -> list[list[np.ndarray]]:
+    """Ten groups; those with several images first, so that each group has its part of them."""
+    ordered = sorted(people, key=lambda images: len(images) < 2)
+    return [ordered[fold::FOLDS] for fold in range(FOLDS)]
+
+
+def _same_pairs(
+    people: list[np.ndarray], count: int, rng: np.random.Generator, disjoint: bool
+) -> np.ndarray:
+    """(count, 2): one of each person, then another of each, until there are enough."""
+    several = [images for images in people if len(images) > 1]
+    possible = sum(len(images) * (len(images) - 1) // 2 for images in several)
+    if possible < count:
+        raise _too_few(
+            f"{possible} pairs of one person ({len(several)} identities have two images or more), "
+            f"and {count} are needed",
+            disjoint,
+        )
+    waiting = [_pairs_of(images, count, rng) for images in several]
+    chosen: list[tuple[int, int]] = []
+    while len(chosen) < count:
+        found = [(person, next(person, None)) for person in waiting[: count - len(chosen)]]
+        later = waiting[count - len(chosen) :]
+        chosen += [pair for _, pair in found if pair is not None]
+        waiting = later + [person for person, pair in found if pair is not None]
+    return np.array(chosen, np.int64)
+
+
+def _pairs_of(images: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
+    """Distinct pairs of one person's images, at random."""
+    total = len(images) * (len(images) - 1) // 2
+    for number in rng.choice(total, min(total, most), replace=False).tolist():
+        # Pair number i (i - 1) / 2 + j is of images j < i.
+        i = int((1 + np.sqrt(1 + 8 * number)) / 2)
+        yield int(images[i]), int(images[number - i * (i - 1) // 2])
+
+
+def _different_pairs(
+    people: list[np.ndarray], count: int, rng: np.random.Generator, disjoint: bool
+) -> np.ndarray:
+    """(count, 2): everybody in turn, with somebody else at random."""
+    chosen: dict[tuple[int, int], None] = {}
+    if len(people) > 1:
+        for turn in range(_TRIES * count):
+            if len(chosen) == count:
+                break
+            one = turn % len(people)
+            other = (one + int(rng.integers(1, len(people)))) % len(people)
+            a, b = (int(people[i][rng.integers(len(people[i]))]) for i in (one, other))
+            if (b, a) not in chosen:
+                chosen[a, b] = None
+    if len(chosen) < count:
+        found = f"{len(people)} identities, of which {count} pairs of two people cannot be drawn"
+        raise _too_few(found, disjoint)
+    return np.array(list(chosen), np.int64)
+
+
+def _too_few(found: str, disjoint: bool) -> DataError:
+    whose = "a fold with identities of its own" if disjoint else "the set"
+    way_out = "use fewer --pairs" + (", or no --disjoint" if disjoint else "")
+    return DataError(f"{whose} has {found}: {way_out}, or more images")
+
+
+def from_source(source: Source, chosen: np.ndarray, same: np.ndarray, path: Path) -> None:
+    """Writes drawn pairs with their images as they are stored.
+
+    Args:
+      source: the images.
+      chosen: (n, 2) image numbers.
+      same: (n,) bool.
+      path: the `.bin` file.
+    """
+    write([source.read(int(number)).data for number in chosen.ravel()], same, path)
+
+
+def write(encoded: list[bytes], same: np.ndarray, path: Path) -> None:
+    """Writes a verification set as insightface reads it: a pickle of (images, is-same list).
+
+    Args:
+      encoded: 2 n encoded images; 2 i and 2 i + 1 are pair i.
+      same: (n,) bool.
+      path: the `.bin` file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(pickle.dumps((encoded, [bool(x) for x in same]), protocol=4))
+    partial.replace(path)

@@ -1,0 +1,83 @@
+"""`data.py split` and writing a folder: identities for training and others for evaluation."""
+
+from pathlib import Path
+
+import numpy as np
+
+from arcface_jax.data.interface import Source
+from arcface_jax.data.tools import packing, reading
+from arcface_jax.data.tools.packing import Bad, Packed, Selection
+from arcface_jax.errors import ImageError, UserError
+
+
+def divide(
+    labels: np.ndarray, *, fraction: float, seed: int, min_images: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divides the identities that have images at random.
+
+    Args:
+      labels: (n,) identity of each image.
+      fraction: of the identities that go to evaluation, in (0, 1).
+      seed: of the choice.
+      min_images: identities with fewer are left out of both.
+
+    Returns:
+      The identities to train on, and those to evaluate on, ascending.
+
+    Raises:
+      UserError: one side would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"--fraction {fraction} must be between 0 and 1: the share to evaluate on")
+    identities, counts = np.unique(labels[labels >= 0], return_counts=True)
+    identities = identities[counts >= min_images]
+    held_out = round(fraction * len(identities))
+    if not 0 < held_out < len(identities):
+        raise UserError(
+            f"--fraction {fraction} of {len(identities)} identities with {min_images} images or "
+            f"more leaves {held_out} to evaluate on: choose another fraction or --min-images"
+        )
+    order = np.random.default_rng(seed).permutation(identities)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def write_folder(
+    source: Source, selection: Selection, folder: Path, *, bad: Bad = "stop", threads: int = 0
+) -> Packed:
+    """Writes a folder for each identity, with the images as they are stored.
+
+    Names are numbers with leading zeros, so that names and labels have one order. Files that are
+    there already stay, so that an interrupted call goes on.
+
+    Args:
+      source: the training set.
+      selection: which of its images, in which order, under which labels.
+      folder: where to.
+      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
+      threads: that read, check and write; 0 for as many as there are processors.
+
+    Raises:
+      ImageError: an image is bad, and that is to stop it.
+    """
+    places = {number: place for place, number in enumerate(selection.numbers.tolist())}
+    skipped = []
+    for label in np.unique(selection.labels).tolist():
+        (folder / f"{label:07d}").mkdir(parents=True, exist_ok=True)
+
+    def copy(number: int) -> None:
+        place = places[number]
+        stem = folder / f"{int(selection.labels[place]):07d}" / f"{place:09d}"
+        if any(stem.with_suffix(suffix).exists() for suffix in (".jpg", ".png")):
+            return
+        data = packing.checked(source, number).data
+        partial = stem.with_suffix(".partial")
+        partial.write_bytes(data)
+        partial.replace(stem.with_suffix(".jpg" if data[:2] == b"\xff\xd8" else ".png"))
+
+    for _, found in reading.in_order(selection.numbers, copy, what="writing", threads=threads):
+        if isinstance(found, ImageError):
+            if bad == "stop":
+                raise found
+            skipped.append(str(found))
+    images = len(selection.numbers) - len(skipped)
+    return Packed([folder], images, selection.num_classes, skipped)
