@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from arcface_jax.data import align, sources
+from arcface_jax.data import align, interface
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.embed import Embed
 from arcface_jax.models import IMAGE_SIZE
@@ -57,7 +57,7 @@ def aligned_image(path: Path, landmarks: np.ndarray) -> np.ndarray:
     Raises:
       DataError: there is no such image, or it cannot be decoded.
     """
-    return align.align(sources.decode_any_size(read_bytes(path), where=str(path)), landmarks)
+    return align.align(interface.decode_any_size(read_bytes(path), where=str(path)), landmarks)
 
 
 def read_bytes(path: Path) -> bytes:

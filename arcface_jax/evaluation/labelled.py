@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from arcface_jax.data import sources
+from arcface_jax.data import interface
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import features
 from arcface_jax.models import IMAGE_SIZE
@@ -83,7 +83,7 @@ def face(path: Path) -> np.ndarray:
     Raises:
       DataError: it cannot be read.
     """
-    image = sources.decode_any_size(features.read_bytes(path), where=str(path))
+    image = interface.decode_any_size(features.read_bytes(path), where=str(path))
     if image.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
         return image
     return cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR)

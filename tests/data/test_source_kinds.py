@@ -15,7 +15,7 @@ from witness import encode, face, smooth
 from arcface_jax.config import DataConfig, NoiseConfig, SyntheticConfig
 from arcface_jax.data.interface import Source
 from arcface_jax.data.recordio import RecordWriter
-from arcface_jax.data.sources import beside, open_source, split_paths
+from arcface_jax.data.sources import folder_with, open_source, split_paths
 from arcface_jax.data.tools import packing, tfds_writing
 from arcface_jax.errors import DataError, ImageError
 
@@ -287,5 +287,5 @@ def test_a_path_with_a_comma_that_exists_is_one_path(tmp_path: Path):
     assert len(opened(folder)) == 6
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "lfw.bin").touch()
-    assert beside(f"synthetic,{tmp_path / 'c'}", "lfw.bin") == tmp_path / "c" / "lfw.bin"
-    assert beside(str(folder), "lfw.bin") == folder / "lfw.bin"
+    assert folder_with(f"synthetic,{tmp_path / 'c'}", "lfw.bin") == tmp_path / "c"
+    assert folder_with(str(folder), "lfw.bin") == folder
