@@ -57,6 +57,30 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AugmentConfig:
+    """What is done to training images on the host (docs/input_pipeline.md), in this order."""
+
+    sets: tuple[Literal["dali", "adaface", "erasing"], ...] = ()
+    """Which of arcface_torch's dali_aug, AdaFace's and random erasing; the rest is theirs."""
+    dali_low_resolution: float = 0.1
+    """dali: probability of a resize to 0.5 .. 0.8 of the size and back."""
+    dali_blur: float = 0.2
+    """dali: probability of a Gaussian blur over 3 or 5 pixels."""
+    dali_colour: float = 0.2
+    """dali: probability of a hue turned by 0 .. 20 degrees and a saturation times 1 .. 1.2."""
+    dali_gray: float = 0.1
+    """dali: probability of no colour at all."""
+    adaface_crop: float = 0.2
+    """adaface: probability that a rectangle of 0.2 .. 1 of the area is kept, the rest black."""
+    adaface_low_resolution: float = 0.2
+    """adaface: probability of a resize to 0.2 .. 1 of the size and back."""
+    adaface_photometric: float = 0.2
+    """adaface: probability of other brightness, contrast and saturation, each times 0.5 .. 1.5."""
+    erasing: float = 0.5
+    """erasing: probability of noise in a rectangle of 0.02 .. 0.4 of the area."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
     """What to train on and how it reaches the devices."""
 
@@ -73,8 +97,16 @@ class DataConfig:
     """Images per step, over all devices and hosts."""
     flip: bool = True
     """Mirror each training image with probability one half."""
+    augment: AugmentConfig = AugmentConfig()
+    last_batch: Literal["drop", "pad"] = "drop"
+    """What becomes of the images at an epoch's end that fill no batch: left out of this epoch, or
+    trained on with images of the epoch's beginning, which it then shows twice."""
+    max_bad_share: float = 0.001
+    """Share of the images that may be damaged: they are replaced; more stop the run."""
+    workers: int = 0
+    """Processes that read and decode on each host; 0 leaves it to threads of this process."""
     threads: int = 4
-    """Threads that read and decode on each host."""
+    """Threads that read and decode, in each worker process or in this one."""
     prefetch_batches: int = 4
     """Batches decoded ahead of the step."""
     synthetic: SyntheticConfig = SyntheticConfig()
@@ -280,6 +312,8 @@ MAY_DIFFER_ON_RESUME = (
     "workdir",
     "devices",
     "data.path",
+    "data.max_bad_share",
+    "data.workers",
     "data.threads",
     "data.prefetch_batches",
     "head.block_size",

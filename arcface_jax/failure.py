@@ -29,7 +29,7 @@ def write(
       workdir: of the run.
       step: the last that was tried.
       metrics: of that step.
-      images: which images its batch holds, as their source names them.
+      images: which images its batch holds: their files and places in them.
       gradient_norms: by name of the backbone's array.
       scale: of the head; the largest logit is this times the largest cosine.
     """

@@ -1,5 +1,6 @@
 """What a fine-tuned run begins with: the weights of another, and class centers for its data."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,8 @@ from jax.sharding import PartitionSpec as P
 from arcface_jax import checkpoint, step
 from arcface_jax import mesh as meshes
 from arcface_jax.config import Config
-from arcface_jax.data.pipeline import Batch
 from arcface_jax.data.sources import Source
-from arcface_jax.errors import ConfigError
+from arcface_jax.errors import ConfigError, ImageError
 from arcface_jax.heads import centers as class_centers
 from arcface_jax.mesh import AXIS
 from arcface_jax.models import IMAGE_SIZE, Arrays
@@ -148,19 +148,19 @@ def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array
     return sums.at[jnp.where(here, row, len(sums))].add(unit, mode="drop")
 
 
-def _every_image_once(source: Source, config: Config) -> Iterator[Batch]:
+def _every_image_once(source: Source, config: Config) -> Iterator[dict[str, np.ndarray]]:
     """This host's part of batches in the order of the source; what fills the last has label -1."""
     size = config.evaluation.batch_size
     share = size // jax.process_count()
     first = share * jax.process_index()
 
-    def read(number: int) -> Batch:
+    def read(number: int) -> dict[str, np.ndarray]:
         begin = number * size + first
-        items = [source[i] for i in range(begin, min(begin + share, len(source)))]
         images = np.zeros((share, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         labels = np.full(share, -1, np.int32)
-        for place, (image, label) in enumerate(items):
-            images[place], labels[place] = image, label
+        for place in range(min(share, len(source) - begin)):
+            with contextlib.suppress(ImageError):  # training tells of it
+                images[place], labels[place] = source[begin + place]
         return {"image": images, "label": labels}
 
     options = grain.ReadOptions(

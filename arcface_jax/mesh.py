@@ -1,7 +1,10 @@
 """The device mesh: one axis, "data", over which the batch and the class centers are both split."""
 
 import contextlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -11,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from arcface_jax.errors import ConfigError
 
 AXIS = "data"
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 def make(num_devices: int | None = None) -> Mesh:
@@ -61,3 +66,30 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
     }
+
+
+def ahead(items: Iterator[_In], send: Callable[[_In], _Out], *, count: int) -> Generator[_Out]:
+    """What `send` makes of each item, made by a thread while the ones before are in use.
+
+    Args:
+      items: for instance batches; read by the thread alone.
+      send: for instance `to_devices`.
+      count: how many are kept ready.
+
+    Returns:
+      A generator; an error of `items` or `send` is raised where its item would have come.
+    """
+
+    def fetch() -> tuple[_Out] | None:
+        for item in items:
+            return (send(item),)
+        return None
+
+    with ThreadPoolExecutor(1, thread_name_prefix="to-devices") as thread:
+        ready = deque(thread.submit(fetch) for _ in range(count))
+        try:
+            while (item := ready.popleft().result()) is not None:
+                ready.append(thread.submit(fetch))
+                yield item[0]
+        finally:
+            thread.shutdown(wait=True, cancel_futures=True)

@@ -3,8 +3,8 @@
 import dataclasses
 import signal
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +14,10 @@ from jax.sharding import Mesh
 
 from arcface_jax import checkpoint, failure, initial, mesh, optim, step, validation
 from arcface_jax import config as configs
-from arcface_jax.config import Config
-from arcface_jax.data import pairs, pipeline, sources
+from arcface_jax.config import Config, DataConfig
+from arcface_jax.data import order, pairs, pipeline, sources
+from arcface_jax.data.bad_images import BadImage, BadImages
 from arcface_jax.data.pairs import PairSet
-from arcface_jax.data.sources import Source
 from arcface_jax.errors import ConfigError, DataError, UserError
 from arcface_jax.evaluation import collapse, embed, plots, verification
 from arcface_jax.evaluation.verification import Verification
@@ -28,6 +28,10 @@ from arcface_jax.watch import Watch
 # Steps that may be handed to the devices before the first of them is done: enough to keep them
 # busy, and few enough that batches do not pile up in their memory.
 _STEPS_AHEAD = 2
+# Batches that are copied to the devices before the step that takes them.
+_BATCHES_AHEAD = 2
+# The share of the time spent waiting for data from which on a warning is given.
+_MAX_WAIT_SHARE = 0.2
 
 
 class Outcome(NamedTuple):
@@ -67,7 +71,8 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
         verification.check(target)  # better now than after the first epochs
     if config.checkpoint.best_metric:
         verification.check_metric(config.checkpoint.best_metric, targets)
-    per_epoch = pipeline.steps_per_epoch(source, global_batch_size=config.data.global_batch_size)
+    images = order.make(len(source), config.data, seed=config.seed)
+    per_epoch = images.steps_per_epoch
     total = per_epoch * config.schedule.epochs
     dataset = {"num_classes": source.num_classes, "num_images": len(source)}
     weights = initial.weights(config, init)
@@ -129,7 +134,13 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     best_metric = config.checkpoint.best_metric
     if best_metric:
         save_at |= evaluate_at
-    batches = pipeline.batches(source, config.data, seed=config.seed, start=start, stop=total)
+    bad_images = BadImages(
+        Path(config.workdir) / "bad_images.jsonl",
+        num_images=len(source),
+        max_share=config.data.max_bad_share,
+    )
+    batches = _batches_on_devices(config, source, devices, start=start, stop=total)
+    warned = False
     in_flight: deque = deque()
     done = start
     try:
@@ -137,8 +148,10 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
             while done < total and not stop:
                 try:
                     with clock.waiting():
-                        batch = mesh.to_devices(next(batches), devices)
-                except DataError:
+                        batch, bad = next(batches)
+                    for image in bad_images.add(bad, step=done + 1):
+                        terminal.say(_replaced(image))
+                except UserError:
                     if done > start:  # what was trained so far is good
                         checkpoint.save(manager, state, dataset)
                     raise
@@ -159,17 +172,21 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                 if done % config.logging.every_steps == 0 or done == total:
                     values = {name: float(value) for name, value in metrics.items()} | clock.read()
                     values["epoch"] = done / per_epoch
+                    values["data/bad_images"] = len(bad_images)
                     log.write(done, values)
                     terminal.show(done, values)
                     terminal.say_all(
                         watch.skipped(done, values), watch.loss(done, values["train/loss"])
                     )
+                    if not warned and (warned := _input_is_the_limit(values)):
+                        terminal.say(_slow_input(values, config.data))
                     if values["train/skipped_in_row"] >= config.optimizer.stop_after_skipped:
                         checkpoint.save(manager, state, dataset)
                         norms = step.make_gradient_norms(
                             config, num_classes=source.num_classes, schedule=schedule, mesh=devices
                         )
-                        raise _stuck(config, source, state, norms, batch, values)
+                        names = map(source.where, images.images(*images.places(done - 1)).tolist())
+                        raise _stuck(config, list(names), state, norms, batch, values)
                     if values["train/invalid_labels"]:
                         checkpoint.save(manager, state, dataset)  # they took no part in it
                         raise _invalid_labels(values["train/invalid_labels"], done, dataset)
@@ -192,6 +209,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     f"stopped by {stop[0].name} at step {done}; the same command resumes here"
                 )
     finally:
+        batches.close()
         manager.close()  # waits for a save that is under way
         log.close()
         terminal.close()
@@ -202,6 +220,28 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     files = _draw(config, targets, results)
     values = _metrics(results) | before | baselines
     return Outcome(done, values, files, stop[0] if stop else None)
+
+
+def _batches_on_devices(
+    config: Config, source: sources.Source, devices: Mesh, *, start: int, stop: int
+) -> Generator[tuple[dict[str, jax.Array], tuple[BadImage, ...]]]:
+    """The batches of steps start .. stop - 1, and the damaged images of each."""
+    batches = pipeline.batches(
+        source,
+        config.data,
+        seed=config.seed,
+        start=start,
+        stop=stop,
+        host=jax.process_index(),
+        hosts=jax.process_count(),
+    )
+
+    def send(batch: pipeline.Batch) -> tuple[dict[str, jax.Array], tuple[BadImage, ...]]:
+        parts = {"image": batch.images, "label": batch.labels}
+        return mesh.to_devices(parts, devices), batch.bad
+
+    with closing(batches):
+        yield from mesh.ahead(batches, send, count=_BATCHES_AHEAD)
 
 
 def _make_evaluation(
@@ -285,7 +325,7 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
 
 def _stuck(
     config: Config,
-    source: Source,
+    images: list[str],
     state: step.TrainState,
     gradient_norms: Callable,
     batch: dict[str, jax.Array],
@@ -298,7 +338,7 @@ def _stuck(
         Path(config.workdir),
         done,
         metrics=values,
-        images=pipeline.images_of_step(source, config.data, seed=config.seed, step=done - 1),
+        images=images,
         gradient_norms={name: float(norm) for name, norm in norms.items()},
         scale=config.head.scale,
     )
@@ -308,6 +348,23 @@ def _stuck(
         in_row=int(values["train/skipped_in_row"]),
         loss=values["train/loss"],
         report=report,
+    )
+
+
+def _replaced(image: BadImage) -> str:
+    return f"replaced by another image: {image.where}: {image.problem}"
+
+
+def _input_is_the_limit(values: dict[str, float]) -> bool:
+    return values.get("perf/data_wait_share", 0.0) > _MAX_WAIT_SHARE
+
+
+def _slow_input(values: dict[str, float], data: DataConfig) -> str:
+    return (
+        f"the input is the limit: {values['perf/data_wait_share']:.0%} of the time was spent "
+        f"waiting for images ({values['perf/data_wait_ms']:.0f} ms a step). Try more "
+        f"--data.workers (now {data.workers}) or --data.threads (now {data.threads}), fewer "
+        "augmentations, or a faster disk; python scripts/data.py bench says which stage binds"
     )
 
 

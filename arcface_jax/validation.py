@@ -49,6 +49,7 @@ def validate(config: Config, *, num_devices: int) -> None:
     _check_micro_batches(config, num_devices=num_devices)
     _check_schedule(config.schedule)
     _check_drawn_pairs(config)
+    _check_shares(config)
     _check_head(config.head)
     _check_finetune(config)
 
@@ -188,6 +189,14 @@ def _check_drawn_pairs(config: Config) -> None:
         )
 
 
+def _check_shares(config: Config) -> None:
+    values = config_files.flatten(config)
+    for name, value in values.items():
+        share = name == "data.max_bad_share" or name.startswith("data.augment.")
+        if share and isinstance(value, float) and not 0 <= value <= 1:
+            raise ConfigError(f"{name} {value} must be 0 to 1: it is a share of the images")
+
+
 def _check_ranges(config: Config) -> None:
     values = config_files.flatten(config)
     for name in (
@@ -228,6 +237,7 @@ def _check_ranges(config: Config) -> None:
             raise ConfigError(f"{name} {values[name]} must be greater than 0")
     for name in (
         "seed",
+        "data.workers",
         "head.margin",
         "head.sample_rate",
         "head.interclass_filtering_threshold",

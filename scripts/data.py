@@ -1,6 +1,6 @@
 """Looks at training sets, and turns one kind into another (docs/data.md).
 
-python scripts/data.py {inspect,pack,to-tfds,merge,split,pairs,align} ... [--help]
+python scripts/data.py {inspect,pack,to-tfds,merge,split,pairs,align,bench} ... [--help]
 """
 
 import json
@@ -10,6 +10,7 @@ import time
 import tyro
 
 from arcface_jax import errors
+from arcface_jax.benchmarks import data as benchmark
 from arcface_jax.data.tools import commands
 
 COMMANDS = {
@@ -20,6 +21,7 @@ COMMANDS = {
     "split": commands.split,
     "pairs": commands.pairs,
     "align": commands.align,
+    "bench": benchmark.command,
 }
 
 

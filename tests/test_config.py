@@ -161,10 +161,14 @@ def changed_everywhere() -> Config:
     config = Config()
     choices = {"r50": "r18", "bfloat16": "float32", "arcface": "cosface", "none": "linear"}
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
-    choices |= {"sgd": "adamw", "untouched": "decayed", "random": "kept"}
+    choices |= {"sgd": "adamw", "untouched": "decayed", "random": "kept", "float32": "bfloat16"}
+    choices |= {"drop": "pad", "shuffled": "shards"}
     lists = {"schedule.decay_epochs": (3, 5), "evaluation.targets": ("a.bin", "b.bin")}
     lists |= {"finetune.frozen": ("fc.*",), "finetune.frozen_statistics": ("*",)}
-    lists["finetune.rates"] = (("*", 0.5), ("fc.*", 2.0))
+    lists |= {
+        "finetune.rates": (("*", 0.5), ("fc.*", 2.0)),
+        "data.augment.sets": ("dali", "erasing"),
+    }
     for name, value in config_files.flatten(config).items():
         if isinstance(value, bool):
             new = not value
@@ -223,7 +227,14 @@ def test_flatten_has_a_dotted_name_for_every_field():
 def test_differences_are_those_that_change_what_is_computed():
     changed = changed_everywhere()
     free = ("workdir", "devices", "data.path", "data.threads", "data.prefetch_batches")
-    free += ("head.block_size", "evaluation", "checkpoint", "logging")
+    free += (
+        "data.workers",
+        "data.max_bad_share",
+        "head.block_size",
+        "evaluation",
+        "checkpoint",
+        "logging",
+    )
     expected = [
         name
         for name in config_files.flatten(changed)

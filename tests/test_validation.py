@@ -48,6 +48,7 @@ POSITIVE = [
 ]
 NOT_NEGATIVE = [
     "seed",
+    "data.workers",
     "head.margin",
     "head.sample_rate",
     "head.interclass_filtering_threshold",

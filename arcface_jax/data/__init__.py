@@ -1,1 +1,7 @@
 """Where images come from: record files, drawn faces, pairs; and the batches made of them."""
+
+import os
+
+# OpenCV decodes up to a billion pixels, and takes the memory for as many as a damaged or hostile
+# header announces. It reads this once, when it is loaded, so it has to be said before that.
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2**26))

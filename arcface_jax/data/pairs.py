@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import pickletools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +135,9 @@ def read_bin(path: Path) -> PairSet:
             f"--evaluation.targets, or none: --evaluation.targets"
         )
     try:
-        encoded, same = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        data = path.read_bytes()
+        _check_sizes(data)
+        encoded, same = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         encoded = [_encoded(item) for item in encoded]
         same = np.array([bool(x) for x in (same.values if isinstance(same, _Array) else same)])
     except DataError as error:
@@ -153,6 +156,17 @@ def read_bin(path: Path) -> PairSet:
         [pair_lists.square(data, f"{path}, image {i}") for i, data in enumerate(encoded)]
     )
     return PairSet(path.stem, images, same)
+
+
+def _check_sizes(data: bytes) -> None:
+    """Walks through a pickle without doing what it says: no number in it may ask for memory.
+
+    The unpickler takes memory for the largest index of its memo, and for a length before it looks
+    whether so many bytes are left; `genops` looks at the lengths first.
+    """
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+            raise DataError(f"the pickle keeps an object at {argument}, behind all it could have")
 
 
 def _encoded(item: Any) -> bytes:
@@ -207,10 +221,17 @@ def _scalar(dtype: _Dtype, data: bytes) -> np.generic:
     return np.frombuffer(data, dtype.plain)[0]
 
 
+def _bytes(content: bytes = b"") -> bytes:
+    """`bytes`, which would take memory at will were it given a number."""
+    if not isinstance(content, bytes):
+        raise DataError(f"the pickle makes bytes out of {type(content).__name__}")
+    return content
+
+
 _KNOWN = {
-    "__builtin__.bytes": bytes,
-    "__builtin__.str": bytes,
-    "builtins.bytes": bytes,
+    "__builtin__.bytes": _bytes,
+    "__builtin__.str": _bytes,
+    "builtins.bytes": _bytes,
     "_codecs.encode": _encode_latin,
     "numpy.dtype": _Dtype,
     "numpy.ndarray": _Array,

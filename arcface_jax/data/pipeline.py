@@ -1,99 +1,167 @@
-"""Batches in an order that depends on the seed and the step alone: a resumed run goes on exactly.
+"""Batches that depend on the seed and the step alone: a resumed run goes on exactly.
 
-Each epoch is a new permutation of all images; the last images that fill no batch are left out of
-it.
+Neither the number of threads, worker processes or hosts nor the step that a run begins at changes a
+batch. One call reads, decodes and augments a whole batch, which costs less than a call an image.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import cast
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Generator
+from multiprocessing import connection
+from typing import NamedTuple
 
 import grain
-import jax
 import numpy as np
+from absl import flags
 
 from arcface_jax.config import DataConfig
-from arcface_jax.data.shard_order import Shards
+from arcface_jax.data import augment, order
 from arcface_jax.data.sources import Source
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError, UserError
+from arcface_jax.models import IMAGE_SIZE
 
-Batch = dict[str, np.ndarray]
+# Images tried in place of a damaged one before the whole set is taken to be damaged.
+_TRIES = 100
 
 
-def steps_per_epoch(source: Source, *, global_batch_size: int) -> int:
-    """Whole batches in the training set.
+class BadImage(NamedTuple):
+    """An image that could not be read."""
 
-    Raises:
-      DataError: there is not one.
-    """
-    if len(source) < global_batch_size:
-        raise DataError(
-            f"the training set has {len(source)} images, fewer than one batch of "
-            f"{global_batch_size}: "
-            f"use --data.global-batch-size {len(source)} or less"
-        )
-    return len(source) // global_batch_size
+    index: int
+    """Its number in the training set."""
+    where: str
+    """The file, and the place in it."""
+    problem: str
+
+
+class Batch(NamedTuple):
+    """This host's part of a global batch."""
+
+    images: np.ndarray
+    """(b, 112, 112, 3) uint8 RGB."""
+    labels: np.ndarray
+    """(b,) int32."""
+    bad: tuple[BadImage, ...]
+    """Damaged images that others stand in for."""
 
 
 def batches(
-    source: Source, data: DataConfig, *, seed: int, start: int, stop: int
-) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1, read ahead by threads.
+    source: Source,
+    data: DataConfig,
+    *,
+    seed: int,
+    start: int,
+    stop: int,
+    host: int = 0,
+    hosts: int = 1,
+) -> Generator[Batch]:
+    """The batches of steps start .. stop - 1, read ahead by threads or worker processes.
 
     Args:
-      source: the training set.
-      data: batch size, threads, how far to read ahead.
-      seed: of the permutations.
+      source: the training set; it is sent to the worker processes.
+      data: batch size, augmentation, workers, threads, how far to read ahead.
+      seed: of the order and of the augmentation.
       start: the first step wanted; a resumed run names where it stopped.
       stop: the step behind the last.
+      host: which part of each batch is wanted.
+      hosts: into how many equal parts, in order, each batch is cut.
 
-    Yields:
-      This host's part of each global batch: "image" (b, 112, 112, 3) uint8, "label" (b,) int32.
+    Returns:
+      A generator; closing it ends the worker processes.
 
     Raises:
-      DataError: while iterating, where an image cannot be read.
+      DataError: there is not one batch; or, while iterating, a label is wrong, or no whole image is
+        found to stand in for a damaged one.
+      UserError: while iterating, a worker process died.
     """
-    read = _BatchReader(source, data, seed)
+    read = _BatchReader(source, data, seed=seed, host=host, hosts=hosts)
+    return _iterate(read, data, start=start, stop=stop)
+
+
+def _iterate(read: "_BatchReader", data: DataConfig, *, start: int, stop: int) -> Generator[Batch]:
     options = grain.ReadOptions(
         num_threads=data.threads, prefetch_buffer_size=data.prefetch_batches
     )
-    steps = grain.MapDataset.range(start, stop).map(read)
-    return iter(steps.to_iter_dataset(options))
+    steps = grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
+    if data.workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts a process
+            flags.FLAGS.mark_as_parsed()
+        # Each worker keeps data.prefetch_batches of its own as well.
+        workers = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
+        steps = steps.mp_prefetch(workers, worker_init_fn=_prepare_worker)
+    iterator = iter(steps)
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise UserError(
+            f"a process that reads images died ({error}): if the system ended it for lack of "
+            f"memory, use fewer --data.workers (now {data.workers}) or --data.prefetch-batches; "
+            "--data.workers 0 reads in this process, and shows what happens"
+        ) from error
+    finally:
+        iterator.close()
 
 
-def images_of_step(source: Source, data: DataConfig, *, seed: int, step: int) -> list[str]:
-    """Which images this host's part of a step's batch holds, as numbers in the source."""
-    return [str(place) for place in _BatchReader(source, data.global_batch_size, seed).images(step)]
+def _prepare_worker(*_: int) -> None:
+    """Workers end with the process that started them, and not before it.
+
+    A signal that is sent to all processes is for the first of them to answer: it saves what was
+    trained. Where it is killed, none of this process's loops would notice.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
 
 
 class _BatchReader:
-    """Reads the batch of a step, or rather this host's share of it."""
+    """Reads the batch of a step, or rather this host's part of it."""
 
-    def __init__(self, source: Source, data: DataConfig, seed: int):
+    def __init__(self, source: Source, data: DataConfig, *, seed: int, host: int, hosts: int):
         self._source = source
-        self._global = global_batch_size = data.global_batch_size
-        self._share = global_batch_size // jax.process_count()
-        self._first = self._share * jax.process_index()
-        self._steps_per_epoch = steps_per_epoch(source, global_batch_size=global_batch_size)
-        # Images of all epochs in a row; a permutation that is computed element by element, never
-        # stored.
-        order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-        self._order = cast(Sequence[int], order)  # none is filtered out, so none is None
-        # For slow disks.
-        shards = Shards(len(source), seed, data.shard_images, data.shard_window)
-        self._shards = shards if data.order == "shards" else None
-
-    def images(self, step: int) -> list[int]:
-        """The numbers of the images."""
-        epoch, number = divmod(step, self._steps_per_epoch)
-        first = number * self._global + self._first
-        places = range(first, first + self._share)
-        if self._shards is not None:
-            return self._shards.images(epoch, np.array(places)).tolist()
-        return [int(self._order[epoch * len(self._source) + place]) for place in places]
+        self._order = order.make(len(source), data, seed=seed)
+        share = data.global_batch_size // hosts
+        self._part = slice(share * host, share * (host + 1))
+        self._augment = augment.make(data.augment, seed=seed)
+        self._batch_size = data.global_batch_size
 
     def __call__(self, step: int) -> Batch:
-        items = [self._source[image] for image in self.images(int(step))]
-        return {
-            "image": np.stack([image for image, _ in items]),
-            "label": np.array([label for _, label in items], np.int32),
-        }
+        epoch, places = self._order.places(int(step))
+        places = places[self._part]
+        numbers = self._order.images(epoch, places).tolist()
+        images = np.empty((len(numbers), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        labels = np.empty(len(numbers), np.int32)
+        bad: list[BadImage] = []
+        for i, number in enumerate(numbers):
+            try:
+                images[i], labels[i] = self._source[number]
+            except ImageError as error:
+                bad.append(BadImage(number, error.where, error.problem))
+                images[i], labels[i] = self._instead(epoch, int(places[i]), error)
+        if self._augment is not None:
+            self._augment(images, step=int(step), batch_size=self._batch_size, part=self._part)
+        return Batch(images, labels, tuple(bad))
+
+    def _instead(self, epoch: int, place: int, error: ImageError) -> tuple[np.ndarray, int]:
+        """The first whole image from half an epoch away, so that no batch shows one twice."""
+        total = self._order.num_images
+        others = (place + total // 2 + np.arange(min(_TRIES, total))) % total
+        for number in self._order.images(epoch, others).tolist():
+            try:
+                return self._source[number]
+            except ImageError:
+                continue
+        raise DataError(
+            f"{error}; neither could any of {len(others)} other images be read in its place: the "
+            "training set is damaged as a whole; fetch it again"
+        )

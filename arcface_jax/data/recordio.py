@@ -71,6 +71,7 @@ class RecordReader:
 
     def _open(self) -> None:
         self._file = self.path.open("rb")
+        self._size = os.fstat(self._file.fileno()).st_size
         weakref.finalize(self, self._file.close)
 
     def __len__(self) -> int:
@@ -163,6 +164,8 @@ class RecordReader:
         )
 
     def _pread(self, length: int, offset: int) -> bytes:
+        # pread takes memory for all it is asked for, before it looks whether the file has it.
+        length = max(0, min(length, self._size - offset))
         return os.pread(self._file.fileno(), length, offset)
 
 

@@ -12,7 +12,7 @@ Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (CT-RSA 2002).
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,16 +118,16 @@ def _last_negatives(taken: jax.Array, wanted: jax.Array, slots: int, batch: int)
 class Permutation(NamedTuple):
     """A keyed permutation of 0 .. size - 1, computed element by element."""
 
-    keys: jax.Array
+    keys: jax.Array | np.ndarray
     """(rounds,) uint32."""
-    size: jax.Array
+    size: jax.Array | np.int32
     """() int32, from 1 to the number of cells in the grid."""
     grid: tuple[int, int]
     """Rows and columns of the cells that the rounds permute."""
 
     def forward(self, index: jax.Array) -> jax.Array:
         """Where each of (n,) int32, all below `size`, goes to."""
-        return self._walk(self._encrypt, index)
+        return self._walk(self.encrypt, index)
 
     def inverse(self, index: jax.Array) -> jax.Array:
         """Where each of (n,) int32, all below `size`, comes from."""
@@ -142,8 +142,9 @@ class Permutation(NamedTuple):
             step(index.astype(jnp.uint32)),
         ).astype(jnp.int32)
 
-    def _encrypt(self, cell: jax.Array) -> jax.Array:
-        rows, columns = (jnp.uint32(n) for n in self.grid)
+    def encrypt(self, cell: Any) -> Any:
+        """One turn over all cells of the grid: (n,) uint32 to the same, NumPy's or JAX's."""
+        rows, columns = (np.uint32(n) for n in self.grid)
         row, column = cell // columns, cell % columns
         for number in range(len(self.keys)):
             if number % 2 == 0:
@@ -174,9 +175,9 @@ def grid(size: int) -> tuple[int, int]:
     return rows, max((size + spare) // rows, _SMALLEST_SIDE)
 
 
-def _mix(value: jax.Array, key: jax.Array) -> jax.Array:
+def _mix(value: Any, key: Any) -> Any:
     """32 bits that depend on every bit of the value and the key: the end of MurmurHash3."""
     value = value ^ key
-    value = (value ^ (value >> 16)) * jnp.uint32(0x85EBCA6B)
-    value = (value ^ (value >> 13)) * jnp.uint32(0xC2B2AE35)
+    value = (value ^ (value >> 16)) * np.uint32(0x85EBCA6B)
+    value = (value ^ (value >> 13)) * np.uint32(0xC2B2AE35)
     return value ^ (value >> 16)

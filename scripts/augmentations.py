@@ -1,0 +1,63 @@
+"""Draws what each augmentation does to a face (docs/input_pipeline.md), and times it.
+
+python scripts/augmentations.py [--path FOLDER] [--output docs/images/augmentations.png]
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from arcface_jax import errors
+from arcface_jax.config import DataConfig
+from arcface_jax.data import augment, sources
+
+_SAMPLES = 7
+_TIMED = 400
+
+
+def main(
+    path: str = "synthetic",
+    output: Path = Path("docs/images/augmentations.png"),
+    image: int = 0,
+    seed: int = 0,
+) -> None:
+    """One row for each augmentation: the image itself, and seven outcomes.
+
+    Args:
+      path: A training set, as --data.path of train.py takes it.
+      output: The picture to write.
+      image: Number of the image in the set.
+      seed: Of the random numbers.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        face, _ = sources.open_source(DataConfig(path=path), seed=0)[image]
+    rng = np.random.default_rng(seed)
+    figure = Figure(figsize=(1.1 * (_SAMPLES + 1), 1.2 * len(augment.OPERATIONS)))
+    panels = figure.subplots(len(augment.OPERATIONS), _SAMPLES + 1)
+    microseconds = {}
+    for row, operation in zip(panels, augment.OPERATIONS.values(), strict=True):
+        draws = rng.random((_TIMED, operation.draws)).tolist()
+        start = time.process_time()
+        outcomes = [operation.apply(face, draw) for draw in draws]
+        microseconds[operation.name] = round(1e6 * (time.process_time() - start) / _TIMED, 1)
+        for panel, shown in zip(row, [face, *outcomes], strict=False):
+            panel.imshow(shown)
+            panel.set_axis_off()
+        row[0].set_title(operation.name, fontsize=8, loc="left")
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.97, wspace=0.04, hspace=0.2)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=75)
+    for name, cost in microseconds.items():
+        print(f"{name:24} {cost:7.1f} us of a processor for each image that gets it")
+    seconds = round(time.perf_counter() - begin, 1)
+    result = {"microseconds": microseconds, "seconds": seconds, "files": [str(output)]}
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
