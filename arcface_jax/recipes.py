@@ -11,8 +11,10 @@ from arcface_jax.config import (
     HeadConfig,
     ModelConfig,
     Network,
+    NoiseConfig,
     OptimizerConfig,
     ScheduleConfig,
+    replace,
 )
 
 MS1MV2 = "data/faces_emore"
@@ -130,7 +132,8 @@ def webface42m_vit(
 ) -> Config:
     """WebFace42M (2,059,906 identities, 42,474,557 images), CosFace 0.4, AdamW.
 
-    Of several batches before each update (`updates_every`) the global batch is their sum.
+    Of several batches before each update (`updates_every`) the global batch is their sum, which
+    each GPU takes in as many slices.
     """
     return _config(
         network,
@@ -138,9 +141,18 @@ def webface42m_vit(
         head=_cosface(sample_rate, 0),
         gpus=gpus * updates_every,
         per_gpu=per_gpu,
-        optimizer=OptimizerConfig(kind="adamw", learning_rate=1e-3, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            kind="adamw", learning_rate=1e-3, weight_decay=0.1, micro_batches=updates_every
+        ),
         schedule=ScheduleConfig(epochs=epochs, warmup_epochs=warmup_epochs),
     )
+
+
+def speed_test() -> Config:
+    """arcface_torch's synthetic set: 300,000 classes, 100,000 images of noise; nothing to learn."""
+    config = cosface("mbf", path="noise", per_gpu=512, sample_rate=0.1)
+    noise = NoiseConfig(classes=300_000, images=100_000)
+    return replace(config, data__noise=noise, evaluation__targets=(), schedule__epochs=30)
 
 
 def _cosface(sample_rate: float, filter_above: float) -> HeadConfig:

@@ -5,14 +5,17 @@
 
 For 8 GPUs with 768 images each. No published figures in insightface's README.
 
-insightface states 768 images per GPU and no number of GPUs; eight are this recipe's choice. It
-augments the images as well (its dali_aug), which this recipe does not.
+insightface states 768 images per GPU and no number of GPUs; eight are this recipe's choice. The
+images are augmented as its dali_aug does.
 """
 
-from arcface_jax.config import Config
+from arcface_jax.config import Config, replace
 from arcface_jax.recipes import webface42m_vit
 
 
 def get_config() -> Config:
     """See the module's docstring."""
-    return webface42m_vit("vit_h", gpus=8, per_gpu=768, epochs=16, warmup_epochs=2, sample_rate=0.5)
+    config = webface42m_vit(
+        "vit_h", gpus=8, per_gpu=768, epochs=16, warmup_epochs=2, sample_rate=0.5
+    )
+    return replace(config, data__augment__sets=("dali",))

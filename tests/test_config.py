@@ -231,6 +231,8 @@ def test_differences_are_those_that_change_what_is_computed():
         "data.workers",
         "data.max_bad_share",
         "head.block_size",
+        "optimizer.micro_batches",
+        "optimizer.stop_after_skipped",
         "evaluation",
         "checkpoint",
         "logging",

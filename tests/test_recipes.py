@@ -120,6 +120,18 @@ def test_todays_recipes_are_as_insightface_has_them(name):
     validation.validate(configs.replace(recipe, workdir="runs/x"), num_devices=8)
 
 
+def test_accumulation_augmentation_and_noise_are_as_insightface_has_them():
+    def recipe(name: str):
+        return config_files.read_recipe(ROOT / "configs" / f"{name}.py")
+
+    assert recipe("wf42m_pfc03_40epoch_8gpu_vit_b").optimizer.micro_batches == 12
+    assert recipe("wf42m_pfc05_vit_h").data.augment.sets == ("dali",)
+    noise = recipe("synthetic_mbf")
+    assert (noise.data.noise.classes, noise.data.noise.images) == (300_000, 100_000)
+    assert (noise.data.global_batch_size, noise.head.sample_rate) == (4096, 0.1)
+    assert noise.schedule.epochs == 30 and noise.model.network == "mbf"
+
+
 def test_r2060_has_half_the_batch_and_half_the_rate():
     recipe = config_files.read_recipe(ROOT / "configs" / "ms1mv3_r2060.py")
     assert (recipe.data.global_batch_size, recipe.model.bn_batch_size) == (512, 64)
