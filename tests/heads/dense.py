@@ -160,6 +160,7 @@ def _loss(embeddings, chosen, target, known, state, head):
         "accuracy": mean(z >= hardest),
         "target_cosine": mean(z),
         "hardest_negative_cosine": mean(hardest),
+        "largest_cosine": jnp.max(jnp.where(known, jnp.maximum(z, hardest), -1)),
         "below_hardest": mean(z < hardest),
         "below_hardest_with_margin": mean(value < hardest),
         "invalid_labels": jnp.sum(~known),
