@@ -75,10 +75,12 @@ def test_the_report_names_the_images_and_the_layers(stuck):
 
 def test_what_is_kept_is_finite_and_goes_on(stuck):
     recipe, workdir, _ = stuck
-    kept = checkpoint.load_for_inference(workdir)
-    assert all(np.isfinite(array).all() for array in jax.tree.leaves(kept))
-    begun = json.loads((next(workdir.glob("failure_*.json"))).read_text())["step"]
-    more = ("--optimizer.learning-rate", "1e30", "--optimizer.stop-after-skipped", "50")
+    _, params, batch_stats, kept = checkpoint.restore_backbone(workdir)
+    arrays = jax.tree.leaves((params, batch_stats, checkpoint.restore_centers(workdir)[0]))
+    assert len(arrays) > 10 and all(np.isfinite(array).all() for array in arrays)
+    assert (workdir / f"failure_{kept}.json").exists()
+    more = ("--optimizer.learning-rate", "1e30", "--optimizer.stop-after-skipped", "5")
     again = run(recipe, workdir, *more)
-    assert f"resuming at step {begun} of 12" in again.stderr, again.stderr
-    assert again.returncode == 0, again.stderr
+    assert f"resuming at step {kept} of 12" in again.stderr, again.stderr
+    # The count of steps in a row is part of what was resumed: two more make five.
+    assert again.returncode == 2 and (workdir / f"failure_{kept + 2}.json").exists()
