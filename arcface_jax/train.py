@@ -12,9 +12,18 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax import checkpoint, failure, header, initial, mesh, optim, step, validation
+from arcface_jax import (
+    checkpoint,
+    config_files,
+    failure,
+    header,
+    initial,
+    mesh,
+    optim,
+    step,
+    validation,
+)
 from arcface_jax import config as configs
-from arcface_jax import config_files
 from arcface_jax.config import Config, DataConfig
 from arcface_jax.data import order, pairs, pipeline, sources
 from arcface_jax.data.bad_images import BadImage, BadImages

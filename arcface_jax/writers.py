@@ -1,4 +1,4 @@
-"""Where the numbers of a run go besides metrics.jsonl: a CSV file, TensorBoard, Weights & Biases."""
+"""Where the numbers of a run go besides metrics.jsonl: CSV, TensorBoard, Weights & Biases."""
 
 import csv
 import uuid
