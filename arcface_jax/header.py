@@ -105,7 +105,7 @@ def parameter_lines(params: Arrays) -> list[str]:
 
     A stage is the first part of the dotted name.
     """
-    stages: dict[str, dict[str, jax.Array]] = {}
+    stages: dict[str, Arrays] = {}
     for name, array in params.items():
         stages.setdefault(name.partition(".")[0], {})[name] = array
     lines = []
