@@ -283,6 +283,12 @@ class LoggingConfig:
     stuck_steps: int = 2000
     """A loss that does not move in so many steps is reported."""
     tensorboard: bool = True
+    csv: bool = False
+    """Write metrics.csv beside metrics.jsonl."""
+    wandb: str = ""
+    """Project of Weights & Biases to log to; empty is none."""
+    profile_steps: tuple[int, int] = (0, 0)
+    """First and last step of a profiler trace in WORKDIR/profile; 0 0 is none."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

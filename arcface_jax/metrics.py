@@ -1,4 +1,4 @@
-"""Where numbers go while training: metrics.jsonl, TensorBoard, the terminal; and the clock."""
+"""Where numbers go while training: metrics.jsonl, other writers, the terminal; and the clock."""
 
 import json
 import sys
@@ -6,27 +6,42 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from arcface_jax.errors import CheckpointError
+from arcface_jax.writers import Csv, TensorBoard, Wandb, Writer
 
 METRICS = "metrics.jsonl"
 
 
 class MetricsFile:
-    """WORKDIR/metrics.jsonl and WORKDIR/tensorboard: one entry for each log step and evaluation.
+    """WORKDIR/metrics.jsonl, and what is asked for beside it: an entry for each log step and
+    evaluation.
 
     Args:
       workdir: of the run.
       start: the step that the run resumes from; what an undone continuation wrote behind it is
         dropped.
       tensorboard: whether to write TensorBoard events too.
+      csv: whether to write metrics.csv too.
+      wandb: project of Weights & Biases to write to; none if empty.
+      settings: of the run, for W&B.
     """
 
-    def __init__(self, workdir: Path, *, start: int, tensorboard: bool):
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        start: int,
+        tensorboard: bool,
+        csv: bool = False,
+        wandb: str = "",
+        settings: Mapping[str, Any] | None = None,
+    ):
+        self._writers: list[Writer] = []
         path = workdir / METRICS
         try:
             self._kept = (
@@ -36,11 +51,12 @@ class MetricsFile:
             part = path.with_suffix(".part")
             part.write_text("".join(json.dumps(line) + "\n" for line in self._kept))
             part.replace(path)
-            self._events = (
-                SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-                if tensorboard
-                else None
-            )
+            if tensorboard:
+                self._writers.append(TensorBoard(workdir, start=start))
+            if csv:
+                self._writers.append(Csv(workdir, kept=self._kept))
+            if wandb:
+                self._writers.append(Wandb(workdir, project=wandb, settings=settings or {}))
             self._file = path.open("a")
         except OSError as error:
             raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
@@ -49,9 +65,8 @@ class MetricsFile:
         """Appends one line, which is on disk when this returns."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        for writer in self._writers:
+            writer.write(step, values)
 
     def stored(self, prefix: str) -> dict[str, float]:
         """The last values, by names of that beginning, which the run wrote before it resumed."""
@@ -63,10 +78,10 @@ class MetricsFile:
         }
 
     def close(self) -> None:
-        """Flushes and closes both."""
+        """Flushes and closes all."""
         self._file.close()
-        if self._events is not None:
-            self._events.close()
+        for writer in self._writers:
+            writer.close()
 
 
 def read(path: Path) -> list[dict[str, float]]:
@@ -87,7 +102,7 @@ def train_accuracy(values: Mapping[str, float]) -> float:
 
 
 class Clock:
-    """Training time and the part of it spent waiting for data; pauses are left out."""
+    """Training time, and its parts spent waiting for data and for the devices, without pauses."""
 
     def __init__(self, *, global_batch_size: int):
         self._batch = global_batch_size
@@ -95,7 +110,8 @@ class Clock:
 
     def restart(self) -> None:
         """Forgets what was timed so far."""
-        self._start, self._steps, self._waited, self._paused = time.perf_counter(), 0, 0.0, 0.0
+        self._start, self._steps = time.perf_counter(), 0
+        self._waited = self._blocked = self._paused = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -103,6 +119,13 @@ class Clock:
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Around every wait for the devices."""
+        start = time.perf_counter()
+        yield
+        self._blocked += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -118,7 +141,7 @@ class Clock:
     def read(self) -> dict[str, float]:
         """The metrics since the last reading, `perf/...`; empty if no step was timed."""
         seconds = time.perf_counter() - self._start - self._paused
-        steps, waited = self._steps, self._waited
+        steps, waited, blocked = self._steps, self._waited, self._blocked
         self.restart()
         if not steps or seconds <= 0:
             return {}
@@ -127,6 +150,7 @@ class Clock:
             "perf/steps_per_sec": steps / seconds,
             "perf/data_wait_ms": 1e3 * waited / steps,
             "perf/data_wait_share": waited / seconds,
+            "perf/host_ms": 1e3 * (seconds - blocked) / steps,
         }
 
 

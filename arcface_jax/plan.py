@@ -178,7 +178,8 @@ def state_bytes(state: step.TrainState) -> dict[str, int]:
         "optimizer": state.opt_state,
         "centers": state.centers,
         "centers_optimizer": state.centers_opt,
-        "scalars": (state.step, state.head_state, state.counters),
+        "running_mean": state.ema,
+        "scalars": (state.step, state.head_state, state.counters, state.loss_scale),
     }
     return {name: device_bytes(part) for name, part in parts.items()}
 

@@ -12,7 +12,17 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax import checkpoint, failure, initial, mesh, optim, step, validation
+from arcface_jax import (
+    checkpoint,
+    config_files,
+    failure,
+    header,
+    initial,
+    mesh,
+    optim,
+    step,
+    validation,
+)
 from arcface_jax import config as configs
 from arcface_jax.config import Config, DataConfig
 from arcface_jax.data import order, pairs, pipeline, sources
@@ -23,6 +33,7 @@ from arcface_jax.evaluation import collapse, embed, plots, verification
 from arcface_jax.evaluation.verification import Verification
 from arcface_jax.heads import chance
 from arcface_jax.metrics import Clock, MetricsFile, Terminal
+from arcface_jax.profiling import Trace, slowest_host
 from arcface_jax.watch import Watch
 
 # Steps that may be handed to the devices before the first of them is done: enough to keep them
@@ -99,10 +110,19 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     )
 
     # ---- Logging ---------------------------------------------------------------------------------
-    log = MetricsFile(Path(config.workdir), start=start, tensorboard=config.logging.tensorboard)
+    log = MetricsFile(
+        Path(config.workdir),
+        start=start,
+        tensorboard=config.logging.tensorboard,
+        csv=config.logging.csv,
+        wandb=config.logging.wandb,
+        settings=config_files.flatten(config),
+    )
     terminal = Terminal(total_steps=total, start=start)
     clock = Clock(global_batch_size=config.data.global_batch_size)
-    terminal.say(_headline(config, dataset, devices, start=start, total=total))
+    headline = _headline(config, dataset, devices, start=start, total=total)
+    terminal.say_all(headline, header.write(config, state, devices, first_lines=headline))
+    trace = Trace(Path(config.workdir), config.logging.profile_steps)
     if baselines:
         log.write(start, baselines)
         terminal.say("before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items()))
@@ -155,6 +175,8 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     if done > start:  # what was trained so far is good
                         checkpoint.save(manager, state, dataset)
                     raise
+                with clock.paused():
+                    trace.before(done + 1)
                 state, metrics = train_step(state, batch)
                 done += 1
                 if done == start + 1:  # it was compiled, which is not to be counted as training
@@ -168,15 +190,22 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                 terminal.advance()
                 in_flight.append(metrics)
                 if len(in_flight) > _STEPS_AHEAD:
-                    jax.block_until_ready(in_flight.popleft())
+                    with clock.blocked():
+                        jax.block_until_ready(in_flight.popleft())
                 if done % config.logging.every_steps == 0 or done == total:
-                    values = {name: float(value) for name, value in metrics.items()} | clock.read()
+                    with clock.blocked():
+                        values = {name: float(value) for name, value in metrics.items()}
+                    values |= clock.read()
+                    words = None
+                    if "perf/host_ms" in values:  # on all hosts, or on none
+                        slowest, words = slowest_host(values["perf/host_ms"])
+                        values |= slowest
                     values["epoch"] = done / per_epoch
                     values["data/bad_images"] = len(bad_images)
                     log.write(done, values)
                     terminal.show(done, values)
                     terminal.say_all(
-                        watch.skipped(done, values), watch.loss(done, values["train/loss"])
+                        watch.skipped(done, values), watch.loss(done, values["train/loss"]), words
                     )
                     if not warned and (warned := _input_is_the_limit(values)):
                         terminal.say(_slow_input(values, config.data))
@@ -190,7 +219,11 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     if values["train/invalid_labels"]:
                         checkpoint.save(manager, state, dataset)  # they took no part in it
                         raise _invalid_labels(values["train/invalid_labels"], done, dataset)
+                if done in evaluate_at | save_at:
+                    with clock.blocked():
+                        jax.block_until_ready(metrics)  # or training would hide in the pause
                 with clock.paused():
+                    terminal.say_all(trace.after(done, metrics))
                     if done in evaluate_at:
                         results = evaluate(state)
                         log.write(done, _metrics(results))
@@ -210,6 +243,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                 )
     finally:
         batches.close()
+        trace.close()
         manager.close()  # waits for a save that is under way
         log.close()
         terminal.close()

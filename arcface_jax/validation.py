@@ -52,6 +52,12 @@ def validate(config: Config, *, num_devices: int) -> None:
     _check_shares(config)
     _check_head(config.head)
     _check_finetune(config)
+    first, last = config.logging.profile_steps
+    if (first, last) != (0, 0) and not 1 <= first <= last:
+        raise ConfigError(
+            f"logging.profile_steps {first} {last} must be the first and the last step to trace, "
+            "counted from 1, for instance 10 20; 0 0 traces none"
+        )
 
 
 def _check_finetune(config: Config) -> None:

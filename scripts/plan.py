@@ -35,6 +35,7 @@ LABELS = {
     "optimizer": "backbone's optimizer (whole)",
     "centers": "class centers (its part)",
     "centers_optimizer": "centers' optimizer (its part)",
+    "running_mean": "running mean of the weights (whole)",
     "scalars": "counters, margin's state (whole)",
     "batch": "uint8 images, labels (its part)",
     "activations": "activations and temporaries",

@@ -154,7 +154,9 @@ def test_the_clock_counts_images_and_waits_and_leaves_pauses_out(now: Time):
     for _ in range(4):
         with clock.waiting():
             now.now += 0.5
-        now.now += 1.5
+        now.now += 1.25
+        with clock.blocked():
+            now.now += 0.25
         clock.count_step()
     with clock.paused():
         now.now += 1000
@@ -164,6 +166,7 @@ def test_the_clock_counts_images_and_waits_and_leaves_pauses_out(now: Time):
             "perf/steps_per_sec": 4 / 8,
             "perf/data_wait_ms": 500,
             "perf/data_wait_share": 0.25,
+            "perf/host_ms": 1750,
         }
     )
 

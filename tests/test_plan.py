@@ -161,7 +161,8 @@ def test_planned_bytes_are_those_of_a_real_state(devices, changes):
         "optimizer": held(real.opt_state),
         "centers": held(real.centers),
         "centers_optimizer": held(real.centers_opt),
-        "scalars": held((real.step, real.head_state, real.counters)),
+        "running_mean": held(real.ema),
+        "scalars": held((real.step, real.head_state, real.counters, real.loss_scale)),
     }
     state = step.abstract_state(config, num_classes=100, mesh=mesh)
     assert plan.state_bytes(state) == expected

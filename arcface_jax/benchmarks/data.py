@@ -64,12 +64,12 @@ def measure(
         for _ in range(rounds):
             found.setdefault(("bare decode", BARE_PROCESSES, 1), []).append(bare())
             for name, take in (("read", source.read), ("decode", source.__getitem__)):
-                rate = _one_thread(take, len(source), seconds)
+                rate = one_thread(take, len(source), seconds)
                 found.setdefault((name, 0, 1), []).append(rate)
             for count in workers:
                 for stage in ("pipeline", "to device"):
                     device = one_device if stage == "to device" else None
-                    rate = _batches(source, data, count, device=device, seconds=seconds)
+                    rate = pipeline_rate(source, data, count, device=device, seconds=seconds)
                     found.setdefault((stage, count, data.threads), []).append(rate)
     reference = next(iter(found.values()))
     return [
@@ -143,7 +143,7 @@ def _decode_loop(encoded: list[bytes], seconds: float, pipe: Connection) -> None
         pipe.send(done / now)
 
 
-def _one_thread(take: Callable[[int], object], length: int, seconds: float) -> float:
+def one_thread(take: Callable[[int], object], length: int, seconds: float) -> float:
     places = np.random.default_rng(0).permutation(length).tolist()
     done, begin = 0, time.perf_counter()
     while (now := time.perf_counter() - begin) < seconds:
@@ -152,7 +152,7 @@ def _one_thread(take: Callable[[int], object], length: int, seconds: float) -> f
     return done / now
 
 
-def _batches(
+def pipeline_rate(
     source: sources.Source, data: DataConfig, workers: int, *, device: Mesh | None, seconds: float
 ) -> float:
     """Images a second of whole batches, once the ones read ahead are used up."""
