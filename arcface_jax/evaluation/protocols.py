@@ -1,7 +1,6 @@
 """Tables and figures of retrieval, of groups and of all pairs of images, for a command to print."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich import box
@@ -37,8 +36,8 @@ def ranks(probes: Labelled, gallery: Labelled, *, distractors: Labelled | None) 
 
 
 def compared_groups(model: Model, targets: Sequence[str]) -> Report:
-    """`groups.bias` of verification sets."""
-    sets = [pairs.read_bin(Path(target)) for target in targets]
+    """`groups.bias` of verification sets, each named as `pairs.open_file` takes it."""
+    sets = [pairs.open_file(target) for target in targets]
     results = [verification.verify(model, pair_set) for pair_set in sets]
     found = groups.bias(results)
     return Report(
