@@ -18,7 +18,7 @@ from arcface_jax import mesh as meshes
 from arcface_jax import models, optim, preprocess, step
 from arcface_jax.config import Config
 from arcface_jax.data import pairs, synthetic
-from arcface_jax.models import stacks, vit
+from arcface_jax.models import layers, stacks, vit
 from convert import parity, twins, weights
 
 # insightface's published millions of parameters, and GMACs.
