@@ -4,7 +4,8 @@ Each function returns what the command's RESULT line says.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,67 @@ from arcface_jax import bulk
 from arcface_jax.data import faces
 from arcface_jax.embedder import Embedder
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.evaluation import calibration as calibrations
 from arcface_jax.evaluation.calibration import Calibration
 from arcface_jax.models import IMAGE_SIZE
+from arcface_jax.network import Model
 
 _SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command takes beside the network."""
+
+    img: Path | None = None
+    """An image, or a folder of them; seeded noise when not given."""
+    output: Path | None = None
+    """Where embeddings are saved: a .npy file for an image, a folder of shards for a folder."""
+    points: tuple[str, ...] = ()
+    """To align by: ten numbers x1 y1 ... x5 y5, or a file of lines `image x1 y1 ... x5 y5`."""
+    verify: tuple[Path, Path] | None = None
+    """Two images to compare instead."""
+    threshold: float | None = None
+    """The lowest cosine that --verify calls the same."""
+    calibration: Path | None = None
+    """Or the JSON file of calibrate.py, for this model."""
+    normalized: bool = False
+    """Whether embeddings are of length 1; the network's own length when not."""
+    flip: bool = False
+    """Whether to add the embeddings of the mirrored faces."""
+    shard_size: int = 10_000
+    """Images per shard of a folder."""
+    batch_size: int = 64
+    """Images per forward pass."""
+
+
+def run(request: Request, *, open_model: Callable[..., Model]) -> dict:
+    """Does what was asked for and returns what RESULT says.
+
+    Args:
+      request: the options.
+      open_model: opens the network, given `batch_size` and `devices`.
+
+    Raises:
+      UserError: options that exclude each other, or as the functions below.
+    """
+    threshold, flip = request.threshold, request.flip
+    if request.calibration is not None:
+        if threshold is not None or request.verify is None:
+            raise UserError("--calibration goes with --verify, and without --threshold")
+        threshold = calibrations.read(request.calibration)
+        flip = threshold.flip
+    one = request.verify is not None or not (request.img and request.img.is_dir())
+    batch_size, devices = (1, 1) if one else (request.batch_size, None)
+    model = open_model(batch_size=batch_size, devices=devices)
+    embedder = Embedder(model, flip=flip, other_size="resize", batch_size=batch_size)
+    if request.verify is not None:
+        return verify(embedder, request.verify, points=request.points, threshold=threshold)
+    how = {name: getattr(request, name) for name in ("points", "normalized", "output")}
+    if one:
+        return embed_image(embedder, request.img, **how)
+    assert request.img is not None  # it is a folder
+    return embed_folder(embedder, request.img, shard_size=request.shard_size, **how)
 
 
 def embed_image(

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from arcface_jax import checkpoint
 from arcface_jax.checkpoint import Which
+from arcface_jax.config import Config
 from arcface_jax.errors import UserError
 from arcface_jax.network import Model, Network
 
@@ -53,6 +55,11 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     from convert.onnx_runner import onnx_embedder
 
     return onnx_embedder(choice.onnx, batch_size=batch_size)
+
+
+def config_of(choice: ModelChoice) -> Config:
+    """The recipe of the run that is named; the default one where the network is of no run."""
+    return Config() if choice.checkpoint is None else checkpoint.read_config(choice.checkpoint)
 
 
 def open_network(choice: ModelChoice, *, batch_size: int = 16) -> Network:

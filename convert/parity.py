@@ -48,11 +48,12 @@ def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, 
     """
     backbone = models.build(network)
     params, batch_stats = backbone.init(seed)
+    keys = jax.random.split(jax.random.key(seed), len(faces))
 
     @jax.jit
     def train(params, batch_stats, images):
         x = preprocess.normalise(images)
-        return backbone.apply(params, batch_stats, x, train=True, key=jax.random.key(seed))[1]
+        return backbone.apply(params, batch_stats, x, train=True, keys=keys)[1]
 
     moved = train(params, batch_stats, jnp.asarray(faces))
     return params, {

@@ -15,13 +15,11 @@ from typing import Annotated
 
 import tyro
 
-from arcface_jax import config as configs
 from arcface_jax import errors
-from arcface_jax.config import Config
 from arcface_jax.data import pairs
 from arcface_jax.embedder import Embedder
 from arcface_jax.evaluation import calibration, verification
-from convert.any_model import ModelChoice, open_model
+from convert.any_model import ModelChoice, config_of, open_model
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Arguments:
     # The text is said here, for tyro finds no other in a script that is not an imported module.
     model: Annotated[ModelChoice, tyro.conf.arg(name="", help="The network; name one.")]
     pairs: str
-    """The pairs: a verification set, as evaluate.py takes it."""
+    """The pairs: a verification set, as evaluate.py takes it: a.bin, or LIST:FOLDER."""
     output: Path
     """The JSON file to write."""
     far: float = 1e-3
@@ -49,9 +47,8 @@ def main(argv: list[str]) -> None:
     )
     begin = time.perf_counter()
     with errors.reported():
-        (pair_set,) = pairs.open_targets(
-            configs.replace(Config(), evaluation__targets=(arguments.pairs,))
-        )
+        config = config_of(arguments.model)
+        (pair_set,) = pairs.open_for_runs([config], [arguments.pairs])
         verification.check(pair_set)
         model = open_model(arguments.model, batch_size=arguments.batch_size)
         embedder = Embedder(model, flip=arguments.flip, batch_size=arguments.batch_size)

@@ -143,6 +143,19 @@ def test_errors_in_one_message(run, name, words, named):
     assert named in run(name, *words.split())["error"]
 
 
+def test_pairs_to_calibrate_on_may_be_a_list_and_a_folder(run, folder):
+    images, same = pickle.loads((folder / "pairs.bin").read_bytes())
+    (folder / "listed").mkdir()
+    for number, image in enumerate(images):
+        (folder / "listed" / f"{number}.png").write_bytes(image)
+    lines = [f"{2 * i}.png,{2 * i + 1}.png,{int(one)}" for i, one in enumerate(same)]
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    words = ["--far", "0.1", "--output", "listed.json", "--pairs"]
+    by_list, by_bin = (run("calibrate", *words, p) for p in ("pairs.csv:listed", "pairs.bin"))
+    del by_list["seconds"], by_bin["seconds"], by_list["out"], by_bin["out"]
+    assert by_list == by_bin | {"set_name": "pairs"}
+
+
 def test_a_calibration_of_another_model_is_refused(run, folder):
     words = ("--far", "0.1", "--output", "other.json")
     assert run("calibrate", "--pairs", "pairs.bin", *words)["files"] == ["other.json"]

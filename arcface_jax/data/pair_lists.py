@@ -18,7 +18,9 @@ _SAME = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no":
 _SHOWN = 5
 
 
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
+    """A line of a list."""
+
     line: int
     """Of the list, from 1."""
     left: Path
@@ -26,8 +28,31 @@ class _Pair(NamedTuple):
     same: bool
 
 
-def read(path: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a list and the images that it names, in the list's order, which decides the folds.
+def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
+    """The list and the folder of `LIST:FOLDER` or `LIST`; None where it is no list.
+
+    Args:
+      target: a `.txt` or `.csv` file; without a folder its images lie beside it.
+      base: the folder in which to look for what is not found as it is named.
+
+    Raises:
+      DataError: there is no such list.
+    """
+    name, colon, folder = target.rpartition(":")
+    if not (colon and name.endswith(SUFFIXES)):
+        name, folder = target, ""
+    path = Path(name) if Path(name).is_file() else base / name
+    if path.suffix not in SUFFIXES:
+        return None
+    if not path.is_file():
+        raise DataError(f"no list of pairs at {path}: name an existing file")
+    if not folder:
+        return path, path.parent
+    return path, Path(folder) if Path(folder).is_dir() else base / folder
+
+
+def listed(path: Path, folder: Path) -> list[Pair]:
+    """Reads a list; the order is the list's, which decides the folds.
 
     `.txt` is LFW's form (http://vis-www.cs.umass.edu/lfw/README.txt): lines of `name n m`, images
     n and m of one person, and `name n other m`, of two. Image 7 of a person is the file
@@ -42,12 +67,10 @@ def read(path: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
       folder: where the images lie.
 
     Returns:
-      images (2 n, 112, 112, 3) uint8 RGB, of which 2 i and 2 i + 1 are pair i; same (n,) bool.
-      Images of another size are cut to their middle square and resized.
+      the pairs, whose files exist.
 
     Raises:
-      DataError: naming the lines that are not of that form, the files that are missing, or the
-        images that cannot be read.
+      DataError: naming the lines that are not of that form, or the files that are missing.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -58,6 +81,21 @@ def read(path: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{path} names no pair: give one a line, {_FORMS[path.suffix]}")
     files = {file: None for pair in pairs for file in (pair.left, pair.right)}
     _check_files(files, pairs, path)
+    return pairs
+
+
+def read(path: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a list (`listed`) and the images that it names.
+
+    Returns:
+      images (2 n, 112, 112, 3) uint8 RGB, of which 2 i and 2 i + 1 are pair i; same (n,) bool.
+      Images of another size are cut to their middle square and resized.
+
+    Raises:
+      DataError: as `listed`, or naming an image that cannot be read.
+    """
+    pairs = listed(path, folder)
+    files = {file: None for pair in pairs for file in (pair.left, pair.right)}
     images = {file: square(file.read_bytes(), str(file)) for file in files}
     return (
         np.stack([images[file] for pair in pairs for file in (pair.left, pair.right)]),
@@ -89,7 +127,7 @@ _FORMS = {
 }
 
 
-def _lfw(text: str, path: Path, folder: Path) -> Iterator[_Pair]:
+def _lfw(text: str, path: Path, folder: Path) -> Iterator[Pair]:
     announced, counts = None, {True: 0, False: 0}
     for number, line in enumerate(text.splitlines(), start=1):
         words = [word.strip() for word in (line.split("\t") if "\t" in line else line.split())]
@@ -108,7 +146,7 @@ def _lfw(text: str, path: Path, folder: Path) -> Iterator[_Pair]:
                 raise _not_a_pair(path, number, line)
         same = len(words) == 3
         counts[same] += 1
-        yield _Pair(number, _image(folder, *left), _image(folder, *right), same)
+        yield Pair(number, _image(folder, *left), _image(folder, *right), same)
     if announced is not None and set(counts.values()) != {announced}:
         raise DataError(
             f"{path}: its first line announces {announced} pairs of either kind, and it has "
@@ -130,7 +168,7 @@ def _image(folder: Path, name: str, number: str) -> Path:
     return next((file for file in found if file.is_file()), Path(f"{stem}{_ENDINGS[0]}"))
 
 
-def _csv(text: str, path: Path, folder: Path) -> Iterator[_Pair]:
+def _csv(text: str, path: Path, folder: Path) -> Iterator[Pair]:
     for number, cells in enumerate(csv.reader(text.splitlines()), start=1):
         cells = [cell.strip() for cell in cells]
         if not any(cells):
@@ -140,7 +178,7 @@ def _csv(text: str, path: Path, folder: Path) -> Iterator[_Pair]:
             continue  # a heading
         if not known or not all(cells):
             raise _not_a_pair(path, number, ",".join(cells))
-        yield _Pair(number, folder / cells[0], folder / cells[1], _SAME[cells[2].lower()])
+        yield Pair(number, folder / cells[0], folder / cells[1], _SAME[cells[2].lower()])
 
 
 def _not_a_pair(path: Path, number: int, line: str) -> DataError:
@@ -150,7 +188,7 @@ def _not_a_pair(path: Path, number: int, line: str) -> DataError:
     )
 
 
-def _check_files(files: dict[Path, None], pairs: list[_Pair], path: Path) -> None:
+def _check_files(files: dict[Path, None], pairs: list[Pair], path: Path) -> None:
     missing = {file for file in files if not file.is_file()}
     if not missing:
         return

@@ -106,16 +106,10 @@ def open_file(target: str, *, base: Path = Path()) -> PairSet:
     Raises:
       DataError: a file is missing or not a verification set.
     """
-    name, colon, folder = target.rpartition(":")
-    if not (colon and name.endswith(pair_lists.SUFFIXES)):
-        name, folder = target, ""
-    path = Path(name) if Path(name).is_file() else base / name
-    if path.suffix not in pair_lists.SUFFIXES:
-        return read_bin(path)
-    if not path.is_file():
-        raise DataError(f"no list of pairs at {path}: name an existing file")
-    images = (Path(folder) if Path(folder).is_dir() else base / folder) if folder else path.parent
-    return PairSet(path.stem, *pair_lists.read(path, images))
+    found = pair_lists.split(target, base=base)
+    if found is None:
+        return read_bin(Path(target) if Path(target).is_file() else base / target)
+    return PairSet(found[0].stem, *pair_lists.read(*found))
 
 
 def read_bin(path: Path) -> PairSet:

@@ -1,14 +1,20 @@
 """Tables and figures of retrieval, of groups and of all pairs of images, for a command to print."""
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich import box
 from rich.table import Table
 
+from arcface_jax.config import Config
 from arcface_jax.data import pairs
-from arcface_jax.evaluation import all_to_all, groups, retrieval, verification
+from arcface_jax.data.pairs import PairSet
+from arcface_jax.errors import UserError
+from arcface_jax.evaluation import all_to_all, groups, labelled, retrieval, verification
 from arcface_jax.evaluation.labelled import NOBODY, Labelled
 from arcface_jax.network import Model
 
@@ -19,6 +25,75 @@ class Report(NamedTuple):
     table: Table
     notes: list[str]
     metrics: dict[str, Any]
+
+
+Protocol = Literal["retrieval", "groups", "all-to-all"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command takes beside the network."""
+
+    gallery: Path | None = None
+    """Of retrieval: a folder with a folder for each person, a list `image person`, or an .npz."""
+    probe: Path | None = None
+    """Of retrieval: the same."""
+    distractors: Path | None = None
+    """Of retrieval: the same, or a folder of images; whose they are does not matter."""
+    targets: tuple[str, ...] = ()
+    """Of groups: verification sets, one for each; those of the run when not given."""
+    data: Path | None = None
+    """Of all-to-all: as the gallery."""
+    fars: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3)
+    """Of all-to-all."""
+    output: Path = Path("runs/protocol")
+    """Where features of images are kept; a killed run goes on there."""
+    mirrored: bool = True
+    """Embed images as f(image) + f(mirrored image)."""
+    batch_size: int = 256
+    """Images per forward pass, over all devices."""
+    threads: int = os.cpu_count() or 4
+    """Threads that read images."""
+
+
+def run(
+    protocol: Protocol, options: Options, *, open_model: Callable[[], Model], config: Config
+) -> Report:
+    """The protocol that is named.
+
+    Args:
+      protocol: its name.
+      options: which faces, and how.
+      open_model: opens the network, where one is needed; .npz files need none.
+      config: of the run that the network is of, whose data targets may belong to.
+
+    Raises:
+      UserError: an option is missing, or as the protocols.
+    """
+
+    def read(name: str) -> Labelled:
+        path = getattr(options, name)
+        if path is None:
+            raise UserError(f"{protocol} needs --{name} FOLDER, a list, or an .npz")
+        return labelled.read(
+            path,
+            open_model,
+            output=options.output / f"features_{name}",
+            mirrored=options.mirrored,
+            threads=options.threads,
+            progress=lambda done: print(f"{name}: {done:,} images", file=sys.stderr),
+        )
+
+    match protocol:
+        case "retrieval":
+            distractors = None if options.distractors is None else read("distractors")
+            gallery = read("gallery")
+            return ranks(read("probe"), gallery, distractors=distractors)
+        case "groups":
+            model = open_model()
+            return compared_groups(model, pairs.open_for_runs([config], options.targets))
+        case "all-to-all":
+            return all_pairs(read("data"), fars=options.fars)
 
 
 def ranks(probes: Labelled, gallery: Labelled, *, distractors: Labelled | None) -> Report:
@@ -36,9 +111,8 @@ def ranks(probes: Labelled, gallery: Labelled, *, distractors: Labelled | None) 
     return Report(table, [counts], metrics)
 
 
-def compared_groups(model: Model, targets: Sequence[str]) -> Report:
+def compared_groups(model: Model, sets: Sequence[PairSet]) -> Report:
     """`groups.bias` of verification sets."""
-    sets = [pairs.read_bin(Path(target)) for target in targets]
     results = [verification.verify(model, pair_set) for pair_set in sets]
     found = groups.bias(results)
     return Report(

@@ -1,16 +1,18 @@
 """Verification sets that are made: balanced, seeded, ten folds, and in insightface's form."""
 
+import io
 import pickle
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
-from witness import encode, face
+from witness import encode, face, smooth
 
 from arcface_jax.config import DataConfig
 from arcface_jax.data import pairs
 from arcface_jax.data.sources import open_source
-from arcface_jax.data.tools import pair_sets
+from arcface_jax.data.tools import commands, pair_sets
 from arcface_jax.errors import DataError, UserError
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(90), np.arange(90) % 6 + 1))
@@ -76,3 +78,62 @@ def test_the_file_is_the_pickle_that_insightface_loads(tmp_path: Path):
     read = pairs.read_bin(tmp_path / "out" / "own.bin")
     np.testing.assert_array_equal(read.images[7], face(int(chosen[3, 1])))
     np.testing.assert_array_equal(read.same, same)
+
+
+def people_and_list(folder: Path, *, same: int = 30, different: int = 25) -> Path:
+    """Person k has images 1 and 2, the latter large; the list has all same pairs first."""
+    lines = []
+    for k in range(same):
+        (folder / f"p{k}").mkdir(parents=True)
+        (folder / f"p{k}" / f"p{k}_0001.png").write_bytes(encode(face(k)))
+        large = encode(smooth(k, height=160, width=130), "JPEG")
+        (folder / f"p{k}" / f"p{k}_0002.jpg").write_bytes(large)
+        lines.append(f"p{k}\t1\t2")
+    lines += [f"p{k}\t1\tp{(k + 1) % same}\t2" for k in range(different)]
+    path = folder.with_name("pairs.txt")
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_list_becomes_the_set_that_it_names(tmp_path: Path):
+    listed = people_and_list(tmp_path / "faces")
+    target, output = f"{listed}:{tmp_path / 'faces'}", tmp_path / "a.bin"
+    done = commands.pairs(target, output)
+    assert (done["pairs"], done["images"]) == (55, 60)
+    with output.open("rb") as file:
+        bins, issame = pickle.load(file, encoding="bytes")
+    assert issame == [True] * 30 + [False] * 25
+    assert bins[0] == encode(face(0)) and bins[62] == encode(face(1))  # as they are stored
+    assert PIL.Image.open(io.BytesIO(bins[1])).size == (112, 112)  # insightface wants squares
+    ours, theirs = pairs.read_bin(output), pairs.open_file(target)
+    np.testing.assert_array_equal(ours.images, theirs.images)
+    np.testing.assert_array_equal(ours.same, theirs.same)
+    comma = tmp_path / "pairs.csv"
+    comma.write_text("p0/p0_0001.png,p0/p0_0002.jpg,1\np0/p0_0001.png,p1/p1_0001.png,0\n")
+    assert commands.pairs(f"{comma}:{tmp_path / 'faces'}", output)["images"] == 3
+    np.testing.assert_array_equal(pairs.read_bin(output).images[3], face(1))
+
+
+def test_a_balanced_part_of_a_list(tmp_path: Path):
+    listed = people_and_list(tmp_path / "faces")
+    target, output = f"{listed}:{tmp_path / 'faces'}", tmp_path / "a.bin"
+    commands.pairs(target, output, pairs=40, seed=1)
+    whole, part = pairs.open_file(target), pairs.read_bin(output)
+    np.testing.assert_array_equal(part.same.reshape(10, 4).sum(1), 2)
+    known = {
+        (image.tobytes(), other.tobytes()): bool(same)
+        for image, other, same in zip(
+            whole.images[::2], whole.images[1::2], whole.same, strict=True
+        )
+    }
+    chosen = [
+        (a.tobytes(), b.tobytes()) for a, b in zip(part.images[::2], part.images[1::2], strict=True)
+    ]
+    assert len(set(chosen)) == 40
+    assert [known[pair] for pair in chosen] == part.same.tolist()
+    commands.pairs(target, tmp_path / "b.bin", pairs=40, seed=1)
+    assert (tmp_path / "b.bin").read_bytes() == output.read_bytes()
+    with pytest.raises(DataError, match="30 pairs of one person and 25 of two, and --pairs 60"):
+        commands.pairs(target, output, pairs=60)
+    with pytest.raises(UserError, match="--disjoint is for training sets"):
+        commands.pairs(target, output, disjoint=True)

@@ -152,6 +152,17 @@ def test_groups_of_two_sets(run, weight, tmp_path):
     assert metrics["eval/groups/mean"] == pytest.approx(np.mean(accuracies))
     assert metrics["eval/groups/std"] == pytest.approx(np.std(accuracies, ddof=1))
     assert "skewed error ratio" in out
+    # One of them as a folder and a list says the same.
+    images, same = pickle.loads((tmp_path / "dark.bin").read_bytes())
+    (tmp_path / "faces").mkdir()
+    for number, image in enumerate(images):
+        (tmp_path / "faces" / f"{number}.png").write_bytes(image)
+    lines = [f"{2 * i}.png,{2 * i + 1}.png,{int(one)}" for i, one in enumerate(same)]
+    (tmp_path / "dark.csv").write_text("\n".join(lines))
+    targets[1] = f"{tmp_path / 'dark.csv'}:{tmp_path / 'faces'}"
+    again, _ = run("evaluate_protocol", "groups", *weight, "--targets", *targets)
+    del metrics["seconds"], again["seconds"]
+    assert metrics == again
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 import copy
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -15,7 +17,7 @@ from arcface_jax import config as configs
 from arcface_jax import mesh as meshes
 from arcface_jax import models, optim, preprocess, step
 from arcface_jax.config import Config
-from arcface_jax.data import synthetic
+from arcface_jax.data import pairs, synthetic
 from arcface_jax.models import layers, stacks, vit
 from convert import parity, twins, weights
 
@@ -57,41 +59,40 @@ def test_sizes_and_costs_are_the_published_ones(capsys):
 
 @pytest.fixture(scope="module")
 def faces() -> np.ndarray:
-    return np.stack([synthetic.draw_face(seed=5, identity=i, index=0) for i in range(16)])
+    return parity.drawn_faces()
 
 
-def assert_equal_to_torch(network: str, faces: np.ndarray) -> None:
-    """Names, a round trip, and embeddings with the statistics of a training pass.
+# The largest relative difference between two float32 networks. mbf_large's own float32 error is
+# above 1e-5 in torch too: beside float64, on faces of LFW, ours is 1.30e-5 and torch's 1.17e-5
+# (seed 0; 1.34e-5 and 1.33e-5 for seed 1), on drawn ones both are 1.05e-5.
+BOUND = 1e-5
+BOUNDS = {"mbf_large": 3e-5}
 
-    The running ones, a tenth of the way there, let networks of a hundred layers overflow.
-    """
+
+def embeddings_and_twin(
+    network: str, faces: np.ndarray
+) -> tuple[tuple, np.ndarray, torch.nn.Module]:
+    """Settled arrays, their embeddings in JAX, and the twin that holds them."""
+    params, batch_stats = parity.settled(network, faces)
     backbone = models.build(network)
-    params, batch_stats = backbone.init(0)
 
     @jax.jit
-    def train(images):
-        x = preprocess.normalise(images)
-        return backbone.apply(
-            params, batch_stats, x, train=True, keys=jax.random.split(jax.random.key(0), 16)
-        )[1]
-
-    @jax.jit
-    def embed(batch_stats, images):
+    def embed(params, batch_stats, images):
         x = preprocess.normalise(images)
         return backbone.apply(params, batch_stats, x, train=False)[0]
 
-    moved = {
-        name: batch_stats[name]
-        + (np.asarray(array) - batch_stats[name]) / layers.BatchNorm.momentum
-        for name, array in train(jnp.asarray(faces)).items()
-    }
-    state = weights.to_state_dict(params, moved)
     twin = twins.build(network)
-    twin.load_state_dict(state, strict=True)
-    ours = np.asarray(embed(moved, jnp.asarray(faces)))
-    assert parity.largest_error(ours, parity.torch_embeddings(twin, faces)) < 1e-5
+    twin.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
+    return (params, batch_stats), np.asarray(embed(params, batch_stats, faces)), twin
+
+
+def assert_equal_to_torch(network: str, faces: np.ndarray) -> None:
+    """Names, a round trip, and embeddings with the statistics of a training pass."""
+    arrays, ours, twin = embeddings_and_twin(network, faces)
+    error = parity.largest_error(ours, parity.torch_embeddings(twin, faces))
+    assert error < BOUNDS.get(network, BOUND)
     again = weights.from_state_dict(twin.state_dict(), network, source="twin")
-    for back, there in zip(again, (params, moved), strict=True):
+    for back, there in zip(again, arrays, strict=True):
         assert back.keys() == there.keys()
         for name, array in there.items():
             np.testing.assert_array_equal(back[name], array)
@@ -102,12 +103,38 @@ def test_embeddings_equal_those_of_the_torch_twin(network, faces):
     assert_equal_to_torch(network, faces)
 
 
+@pytest.fixture(scope="module")
+def photographs(faces) -> np.ndarray:
+    """Faces of LFW where it is there, else drawn ones."""
+    lfw = os.environ.get("ARCFACE_JAX_LFW")
+    return pairs.read_bin(Path(lfw) / "lfw_dev.bin").images[:16] if lfw else faces
+
+
+LARGE = sorted(set(models.NETWORKS) - {"r_tiny", "r18", "r50", "mbf", "vit_t", "r2060"})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "network", ["r34", "r100", "r200", "mbf_large", "vit_s", "vit_b", "vit_l_dp005_mask_005"]
-)
-def test_embeddings_of_large_networks_equal_those_of_their_twins(network, faces):
-    assert_equal_to_torch(network, faces)
+@pytest.mark.parametrize("network", LARGE)
+def test_embeddings_of_large_networks_equal_those_of_their_twins(network, photographs):
+    assert_equal_to_torch(network, photographs)
+
+
+@pytest.mark.slow
+def test_r2060_equals_its_twin(photographs):
+    """4.5 GB of weights, several times over."""
+    if psutil.virtual_memory().available < 16 * 2**30:
+        pytest.skip("needs 16 GiB of free memory")
+    assert_equal_to_torch("r2060", photographs[:4])
+
+
+@pytest.mark.slow
+def test_mbf_large_is_as_near_to_float64_as_torchs_own(photographs):
+    _, ours, twin = embeddings_and_twin("mbf_large", photographs)
+    theirs = parity.torch_embeddings(twin, photographs)
+    x = torch.from_numpy(photographs.copy()).permute(0, 3, 1, 2).double()
+    with torch.inference_mode():
+        exact = twin.double()((x - preprocess.MEAN) / preprocess.SCALE).numpy()
+    assert parity.largest_error(ours, exact) <= 1.5 * parity.largest_error(theirs, exact)
 
 
 def test_gradients_of_mobilefacenet_are_as_near_to_float64_as_torchs_own(faces):

@@ -7,7 +7,7 @@ import numpy as np
 from tyro.conf import Positional
 
 from arcface_jax.config import DataConfig
-from arcface_jax.data import sources
+from arcface_jax.data import pair_lists, sources
 from arcface_jax.data.interface import Source
 from arcface_jax.data.tools import (
     aligning,
@@ -151,24 +151,42 @@ def split(
 def pairs(
     path: Positional[str],
     output: Positional[Path],
-    pairs: int = 6000,
+    pairs: int = 0,
     disjoint: bool = False,
     seed: int = 0,
 ) -> Result:
     """Writes a verification set (.bin) that insightface reads.
 
     Args:
-      path: A training set to draw balanced pairs from.
+      path: A training set to draw balanced pairs from; or a list of pairs, LFW's pairs.txt or CSV,
+        with the folder of its images: LIST:FOLDER.
       output: The .bin file.
-      pairs: How many to draw, a multiple of 20: ten folds, each half same and half different.
-      disjoint: An identity is in one fold alone.
+      pairs: How many to choose, a multiple of 20: ten folds, each half same and half different. By
+        default 6,000 of a training set, and a list as it is, in its order.
+      disjoint: An identity is in one fold alone; of a training set.
       seed: Of the choice.
     """
-    source = _open(path)
-    chosen, same = pair_sets.draw(source.labels(), pairs=pairs, seed=seed, disjoint=disjoint)
-    pair_sets.from_source(source, chosen, same, output)
+    if ":" in path and (found := pair_lists.split(path)):
+        if disjoint:
+            raise UserError(
+                "--disjoint is for training sets: a list says itself who meets whom; draw the "
+                "pairs from the folder of its images instead"
+            )
+        listed = pair_lists.listed(*found)
+        if pairs:
+            kinds = np.array([pair.same for pair in listed])
+            listed = [listed[i] for i in pair_sets.choose(kinds, pairs=pairs, seed=seed)]
+        pair_sets.from_list(listed, output)
+        same = np.array([pair.same for pair in listed])
+        images = len({file for pair in listed for file in (pair.left, pair.right)})
+    else:
+        source = _open(path)
+        options = {"pairs": pairs or 6000, "seed": seed, "disjoint": disjoint}
+        chosen, same = pair_sets.draw(source.labels(), **options)
+        pair_sets.from_source(source, chosen, same, output)
+        images = len(np.unique(chosen))
     print(f"{output}: {len(same):,} pairs, {int(same.sum()):,} of one person")
-    return {"pairs": len(same), "images": len(np.unique(chosen)), "files": [output]}
+    return {"pairs": len(same), "images": images, "files": [output]}
 
 
 def align(

@@ -1,13 +1,16 @@
 """`data.py pairs`: a verification set made from labelled images, or from a list of pairs."""
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 
+from arcface_jax.data import interface, pair_lists
 from arcface_jax.data.interface import Source
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.models import IMAGE_SIZE
 
 FOLDS = 10
 _TRIES = 100  # draws for each different pair before the images are taken to be too few
@@ -32,11 +35,7 @@ def draw(
       UserError: the number of pairs does not make ten even folds.
       DataError: the images do not have as many pairs.
     """
-    if pairs < 2 * FOLDS or pairs % (2 * FOLDS):
-        raise UserError(
-            f"--pairs {pairs} must be a multiple of {2 * FOLDS}: ten folds, each half same and "
-            f"half different; use {max(1, round(pairs / 20)) * 20}"
-        )
+    _check_even(pairs)
     rng = np.random.default_rng(seed)
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
@@ -51,6 +50,42 @@ def draw(
     chosen = np.concatenate(both, axis=1).reshape(-1, 2)
     half = pairs // 2 // FOLDS
     return chosen, np.tile(np.repeat([True, False], half), FOLDS)
+
+
+def choose(same: np.ndarray, *, pairs: int, seed: int) -> np.ndarray:
+    """Chooses some of the pairs of a list: ten folds, each half same and half different.
+
+    Args:
+      same: (n,) bool: whether the listed pairs show one person.
+      pairs: how many to choose, a multiple of 20.
+      seed: of the choice.
+
+    Returns:
+      (pairs,) int64 numbers of listed pairs. Each fold has its same pairs first.
+
+    Raises:
+      UserError: the number of pairs does not make ten even folds.
+      DataError: the list has too few of either kind.
+    """
+    _check_even(pairs)
+    rng = np.random.default_rng(seed)
+    kinds = [rng.permutation(np.flatnonzero(same == kind)) for kind in (True, False)]
+    if min(map(len, kinds)) < pairs // 2:
+        raise DataError(
+            f"the list has {len(kinds[0])} pairs of one person and {len(kinds[1])} of two, and "
+            f"--pairs {pairs} needs {pairs // 2} of either kind: use fewer --pairs, or leave it "
+            "away to take the list as it is"
+        )
+    halves = [kind[: pairs // 2].reshape(FOLDS, -1) for kind in kinds]
+    return np.concatenate(halves, axis=1).ravel()
+
+
+def _check_even(pairs: int) -> None:
+    if pairs < 2 * FOLDS or pairs % (2 * FOLDS):
+        raise UserError(
+            f"--pairs {pairs} must be a multiple of {2 * FOLDS}: ten folds, each half same and "
+            f"half different; use {max(1, round(pairs / 20)) * 20}"
+        )
 
 
 def _share_out(people: list[np.ndarray]) -> list[list[np.ndarray]]:
@@ -126,6 +161,31 @@ def from_source(source: Source, chosen: np.ndarray, same: np.ndarray, path: Path
       path: the `.bin` file.
     """
     write([source.read(int(number)).data for number in chosen.ravel()], same, path)
+
+
+def from_list(pairs: Sequence[pair_lists.Pair], path: Path) -> None:
+    """Writes listed pairs; images of 112 x 112 as they are stored, others as PNG of that size.
+
+    Args:
+      pairs: with files that exist.
+      path: the `.bin` file.
+
+    Raises:
+      DataError: naming an image that cannot be read.
+    """
+    files = [file for pair in pairs for file in (pair.left, pair.right)]
+    encoded = {file: _fitting(file) for file in dict.fromkeys(files)}
+    write([encoded[file] for file in files], np.array([pair.same for pair in pairs]), path)
+
+
+def _fitting(file: Path) -> bytes:
+    data = file.read_bytes()
+    image = interface.decode_any_size(data, where=str(file))
+    if image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3):
+        return data
+    # insightface's reader takes no image but square ones.
+    square = pair_lists.square(data, str(file))
+    return cv2.imencode(".png", square[:, :, ::-1])[1].tobytes()
 
 
 def write(encoded: list[bytes], same: np.ndarray, path: Path) -> None:
