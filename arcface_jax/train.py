@@ -155,7 +155,9 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     if done > start:  # what was trained so far is good
                         checkpoint.save(manager, state, dataset)
                     raise
-                state, metrics = train_step(state, batch)
+                # Moves the batch and nothing else: whatever waits for the devices is an error here.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, batch)
                 done += 1
                 if done == start + 1:  # it was compiled, which is not to be counted as training
                     jax.block_until_ready(metrics)

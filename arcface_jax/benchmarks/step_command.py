@@ -113,7 +113,7 @@ def _measure(arguments: Step, case: Case, others: Callable[[], Others]) -> dict[
         options = {"seconds": seconds, "product_flops": product}
         rows.append(step.row(case, "arcface_torch", "step", program, **options))
     rows = step.beside_ours(rows)
-    Console().print(_parts_table(case, rows))
+    _show(_parts_table(case, rows))
     words += [
         f"GFLOP/s are the model's; one large {case.dtype} product here reaches "
         f"{product / 1e9:.0f} on each device, of which `of product` is the share",
@@ -201,7 +201,7 @@ def _table(arguments: Step) -> dict[str, Any]:
                     _text(row.published_gb, "{:.1f}"),
                     _text(row.published_images_per_second, "{}"),
                 )
-        Console().print(out)
+        _show(out)
     words = [
         "published: arcface_torch on 8 x V100-32GB; compiled: this project's step; sum: its "
         "backbone and a dense head",
@@ -209,6 +209,11 @@ def _table(arguments: Step) -> dict[str, Any]:
     ]
     measured = {"rows": [row._asdict() for row in rows]}
     return _finish(arguments.output / "step_table.json", measured, timing.machine(), words)
+
+
+def _show(table: Table) -> None:
+    """Wide enough for its numbers, where they go into a file too."""
+    Console(width=max(112, Console().width)).print(table)
 
 
 def _text(value: float | None, form: str, *, unit: int = 1) -> str:
