@@ -17,7 +17,6 @@ from arcface_jax.benchmarks.step import PARTS, Case, Program, draw_batch
 from arcface_jax.errors import UserError
 from convert import twins
 
-FORMS = ("plain", "channels_last", "channels_last+compile")
 _SCALE, _MARGIN = 64.0, 0.4
 
 
@@ -25,25 +24,23 @@ class Twin(NamedTuple):
     """The twin as programs, and how they came to be."""
 
     form: str
-    """The fastest of `FORMS`."""
+    """The fastest."""
     trials: dict[str, float | str]
     """Seconds of forward and backward pass in each form, or why it could not be had."""
     programs: dict[str, Program]
     """By part, as `arcface_jax.benchmarks.step.PARTS`."""
 
 
-def make(case: Case, *, forms: tuple[str, ...] = FORMS) -> Twin:
+def make(case: Case, *, forms: tuple[str, ...]) -> Twin:
     """Prepares the twin on the GPU, where there is one, or the CPU, in its fastest form.
 
     Args:
       case: the size; one device, all classes.
-      forms: some of `FORMS`, to be tried.
+      forms: `plain`, `channels_last`, `channels_last+compile`: those to be tried.
 
     Raises:
-      UserError: the case is for more than one device, or no form runs.
+      UserError: it runs in none of the forms.
     """
-    if case.devices != 1:
-        raise UserError(f"--against torch runs on one device, not {case.devices}: --devices 1")
     torch.backends.cudnn.benchmark = True  # as arcface_torch has it
     trials: dict[str, float | str] = {}
     best: tuple[float, str, dict[str, Callable[[], None]]] | None = None

@@ -175,7 +175,7 @@ def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
 
         options = {"directory": arguments.reference, "repeats": arguments.repeats}
         return step_command.Others(
-            torch=step_twin.make,
+            torch=partial(step_twin.make, forms=arguments.torch_forms),
             torch_precision=step_twin.precision,
             reference=partial(reference_step.measure, **options),
         )

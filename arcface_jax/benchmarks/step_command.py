@@ -18,6 +18,7 @@ from arcface_jax.config import Dtype, Network
 from arcface_jax.errors import ConfigError
 
 MIB, GIB = 2**20, 2**30
+TorchForm = Literal["plain", "channels_last", "channels_last+compile"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Step:
     """Counted runs of each part, the median of which is given."""
     against: Literal["none", "torch"] = "none"
     """Time the torch twin too, in turn, in the fastest of its forms."""
+    torch_forms: tuple[TorchForm, ...] = ("plain", "channels_last", "channels_last+compile")
+    """The forms to try; torch.compile needs a C++ compiler, and minutes for a large network."""
     reference: Path | None = None
     """A checkout of arcface_torch, whose own step is timed on the same GPU before."""
     host_overhead: bool = False
@@ -53,7 +56,7 @@ class Others(NamedTuple):
     """Implementations that this package does not know, as functions of a case."""
 
     torch: Callable[[Case], Any]
-    """A `convert.step_twin.Twin`."""
+    """Gives a `convert.step_twin.Twin`."""
     torch_precision: Callable[[], str]
     reference: Callable[[Case], tuple[float, step.Program]]
 
@@ -77,6 +80,11 @@ def run(arguments: Step, others: Callable[[], Others]) -> dict[str, Any]:
         raise ConfigError("--classes and --devices must be 1 or more")
     if arguments.table:
         return _table(arguments)
+    if arguments.devices != 1 and (arguments.reference or arguments.against == "torch"):
+        raise ConfigError(
+            f"--against and --reference compare on one device, not {arguments.devices}: "
+            "say --devices 1"
+        )
     case = Case(
         arguments.network,
         arguments.batch,
@@ -203,9 +211,9 @@ def _table(arguments: Step) -> dict[str, Any]:
                 )
         _show(out)
     words = [
-        "published: arcface_torch on 8 x V100-32GB; compiled: this project's step; sum: its "
-        "backbone and a dense head",
-        "temporaries are XLA's CPU backend's, which keeps 16-bit convolutions in float32",
+        "published: arcface_torch on 8 x V100-32GB (GB); compiled: this project's step; sum: its "
+        "backbone and a dense head, compiled apart, at most",
+        "temporaries are those of XLA's CPU backend; what 16 bits save on a GPU they do not tell",
     ]
     measured = {"rows": [row._asdict() for row in rows]}
     return _finish(arguments.output / "step_table.json", measured, timing.machine(), words)

@@ -2,8 +2,8 @@
 
 Published: insightface's recognition/arcface_torch README of 2021, on 8 x V100-32GB. This
 project's bytes come from the real train step, compiled for eight devices from shapes; nothing is
-allocated. Temporaries are those that XLA's CPU backend lays out, which keeps bfloat16 and float16
-activations of convolutions in float32; a GPU's are smaller there, and larger by the workspaces.
+allocated. Temporaries are those that XLA's CPU backend lays out; a GPU's differ, most of all in
+what 16 bits save.
 """
 
 import time
@@ -112,8 +112,9 @@ def _compiled(case: Case, method: str) -> Row:
 def _with_dense_head(row: Row, dtype: Dtype) -> Row:
     """The same with the logits stored: what the head alone asks for, added to the backbone's step.
 
-    The blocked head's own tens of MiB stay in the sum. During the head the backbone keeps its
-    activations for the backward pass, so both are held at a time.
+    At most that much: the backbone keeps its activations while the head runs, but its own largest
+    moment, in the backward pass, comes when the logits are gone. The blocked head's tens of MiB
+    stay in the sum.
     """
     case = head.Case(row.classes, row.batch, DEVICES, dtype=dtype)
     dense = head.compile_method("model parallel", case).temporary_bytes
