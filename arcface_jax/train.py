@@ -155,7 +155,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     if done > start:  # what was trained so far is good
                         checkpoint.save(manager, state, dataset)
                     raise
-                # Moves the batch and nothing else: whatever waits for the devices is an error here.
+                # The batch is there already: whatever else goes to or fro by itself is an error.
                 with jax.transfer_guard("disallow"):
                     state, metrics = train_step(state, batch)
                 done += 1

@@ -112,6 +112,7 @@ def compile_parts(case: Case) -> dict[str, Program]:
     def forward(state: step.TrainState, images: jax.Array) -> passes.Forward:
         return passes.forward(
             network,
+            state.params,  # the gradient of all of them
             state.params,
             state.batch_stats,
             images,
