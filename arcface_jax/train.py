@@ -177,7 +177,9 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     raise
                 with clock.paused():
                     trace.before(done + 1)
-                state, metrics = train_step(state, batch)
+                # The batch is there already: whatever else goes to or fro by itself is an error.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = train_step(state, batch)
                 done += 1
                 if done == start + 1:  # it was compiled, which is not to be counted as training
                     jax.block_until_ready(metrics)

@@ -3,11 +3,13 @@
 python scripts/benchmark.py head [--classes 131072] [--batches 128 256 1024] [--devices 1 2]
 python scripts/benchmark.py blocks [--batch 8] [--dtype bfloat16]
 python scripts/benchmark.py evaluation [--pairs 6000] [--scores 15000000]
+python scripts/benchmark.py step [--network r50] [--batch 128] [--against torch] [--table]
 """
 
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from arcface_jax import errors, mesh
-from arcface_jax.benchmarks import blocks, evaluation, head, report, timing
+from arcface_jax.benchmarks import blocks, evaluation, head, report, step_command, timing
 from arcface_jax.benchmarks.head import Case, Measurement
 from arcface_jax.config import Dtype
 
@@ -161,6 +163,27 @@ def run_evaluation(
     seconds = round(time.perf_counter() - begin, 1)
     measured = {row.what: row.seconds for row in rows}
     print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": [str(file)]}))
+
+
+@app.command(name="step")
+def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
+    """Forward, forward and backward, and the whole train step (docs/benchmarks.md)."""
+    begin = time.perf_counter()
+
+    def others() -> step_command.Others:
+        from convert import reference_step, step_twin
+
+        options = {"directory": arguments.reference, "repeats": arguments.repeats}
+        return step_command.Others(
+            torch=partial(step_twin.make, forms=arguments.torch_forms),
+            torch_precision=step_twin.precision,
+            reference=partial(reference_step.measure, **options),
+        )
+
+    with errors.reported():
+        outcome = step_command.run(arguments, others)
+    seconds = round(time.perf_counter() - begin, 1)
+    print("RESULT " + json.dumps({**outcome, "seconds": seconds}))
 
 
 if __name__ == "__main__":
