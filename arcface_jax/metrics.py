@@ -1,6 +1,7 @@
 """Where numbers go while training: metrics.jsonl, TensorBoard, the terminal; and the clock."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from arcface_jax import distributed
 from arcface_jax.errors import CheckpointError
 
 METRICS = "metrics.jsonl"
@@ -24,24 +26,27 @@ class MetricsFile:
       start: the step that the run resumes from; what an undone continuation wrote behind it is
         dropped.
       tensorboard: whether to write TensorBoard events too.
+
+    Of the processes of a run the first alone writes.
     """
 
     def __init__(self, workdir: Path, *, start: int, tensorboard: bool):
-        path = workdir / METRICS
+        path, first = workdir / METRICS, distributed.is_first()
         try:
             self._kept = (
                 [line for line in read(path) if line["step"] <= start] if path.exists() else []
             )
             # In one move, so that a run that is killed here keeps its history.
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in self._kept))
-            part.replace(path)
+            if first:
+                part = path.with_suffix(".part")
+                part.write_text("".join(json.dumps(line) + "\n" for line in self._kept))
+                part.replace(path)
             self._events = (
                 SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
-                if tensorboard
+                if tensorboard and first
                 else None
             )
-            self._file = path.open("a")
+            self._file = (path if first else Path(os.devnull)).open("a")
         except OSError as error:
             raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
 
@@ -134,7 +139,7 @@ class Terminal:
     """A progress bar, or plain lines where the output is not a terminal."""
 
     def __init__(self, *, total_steps: int, start: int):
-        self._console = Console(file=sys.stderr)
+        self._console = Console(file=sys.stderr, quiet=not distributed.is_first())
         self._total = total_steps
         self._bar: Progress | None = None
         if self._console.is_terminal:

@@ -12,7 +12,17 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax import checkpoint, failure, initial, mesh, optim, step, validation
+from arcface_jax import (
+    checkpoint,
+    distributed,
+    failure,
+    initial,
+    mesh,
+    optim,
+    step,
+    validation,
+    watchdog,
+)
 from arcface_jax import config as configs
 from arcface_jax.config import Config, DataConfig
 from arcface_jax.data import order, pairs, pipeline, sources
@@ -135,7 +145,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     if best_metric:
         save_at |= evaluate_at
     bad_images = BadImages(
-        Path(config.workdir) / "bad_images.jsonl",
+        Path(config.workdir) / distributed.own_name("bad_images.jsonl"),
         num_images=len(source),
         max_share=config.data.max_bad_share,
     )
@@ -145,14 +155,16 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     done = start
     try:
         with _stop_signals() as stop:
-            while done < total and not stop:
+            while done < total and not distributed.to_stop(stop, done):
+                watchdog.arm(config.logging)
                 try:
                     with clock.waiting():
                         batch, bad = next(batches)
                     for image in bad_images.add(bad, step=done + 1):
                         terminal.say(_replaced(image))
                 except UserError:
-                    if done > start:  # what was trained so far is good
+                    # Several processes save together, and the others know nothing of it.
+                    if done > start and jax.process_count() == 1:  # what was trained so far is good
                         checkpoint.save(manager, state, dataset)
                     raise
                 state, metrics = train_step(state, batch)
@@ -190,6 +202,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     if values["train/invalid_labels"]:
                         checkpoint.save(manager, state, dataset)  # they took no part in it
                         raise _invalid_labels(values["train/invalid_labels"], done, dataset)
+                watchdog.disarm()
                 with clock.paused():
                     if done in evaluate_at:
                         results = evaluate(state)
@@ -209,6 +222,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     f"stopped by {stop[0].name} at step {done}; the same command resumes here"
                 )
     finally:
+        watchdog.disarm()
         batches.close()
         manager.close()  # waits for a save that is under way
         log.close()
@@ -217,7 +231,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     # ---- What the run came to --------------------------------------------------------------------
     if not stop and not results:  # resumed behind the last step
         results = evaluate(state)
-    files = _draw(config, targets, results)
+    files = _draw(config, targets, results) if distributed.is_first() else []
     values = _metrics(results) | before | baselines
     return Outcome(done, values, files, stop[0] if stop else None)
 
@@ -313,7 +327,9 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         signal.signal(number, previous[signal.Signals(number)])
 
-    previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    # Of several processes JAX watches for SIGTERM, so that all stop at one step.
+    watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    previous = {s: signal.getsignal(s) for s in watched}
     try:
         for s in previous:
             signal.signal(s, note)
