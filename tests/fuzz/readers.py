@@ -146,11 +146,12 @@ def main() -> None:
         corpus.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, __file__, "--here", "--readers", reader]
         command += ["--corpus", str(corpus), "--seconds", str(each)]
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
-        runs = re.search(r"number_of_executed_units: (\d+)", done.stderr)
-        covered = re.findall(r"cov: (\d+)", done.stderr)
+        together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(command, **together, text=True, errors="replace")
+        runs = re.search(r"number_of_executed_units: (\d+)", done.stdout)
+        covered = re.findall(r"cov: (\d+)", done.stdout)
         if done.returncode or runs is None or not covered:
-            sys.exit(f"{done.stderr[-6000:]}\nerror: {reader} crashed; inputs: {corpus}/crash-*")
+            sys.exit(f"{done.stdout[-6000:]}\nerror: {reader} crashed; inputs: {corpus}/crash-*")
         result[f"{reader}/runs"], result[f"{reader}/branches"] = int(runs[1]), int(covered[-1])
         print(f"{reader}: {int(runs[1]):,} inputs, {covered[-1]} branches, no crash", flush=True)
     print("RESULT " + json.dumps(result))
