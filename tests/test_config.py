@@ -162,20 +162,23 @@ def changed_everywhere() -> Config:
     choices = {"r50": "r18", "bfloat16": "float32", "arcface": "cosface", "none": "linear"}
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
     choices |= {"sgd": "adamw", "untouched": "decayed", "random": "kept", "float32": "bfloat16"}
-    choices |= {"drop": "pad", "shuffled": "shards"}
+    choices |= {"drop": "pad", "shuffled": "shards", "~/.cache/arcface_jax": "x"}
     lists = {"schedule.decay_epochs": (3, 5), "evaluation.targets": ("a.bin", "b.bin")}
     lists |= {"finetune.frozen": ("fc.*",), "finetune.frozen_statistics": ("*",)}
     lists |= {
         "finetune.rates": (("*", 0.5), ("fc.*", 2.0)),
         "data.augment.sets": ("dali", "erasing"),
+        "distributed.local_devices": (1, 2),
     }
     for name, value in config_files.flatten(config).items():
-        if isinstance(value, bool):
+        if name in lists:
+            new = lists[name]
+        elif isinstance(value, bool):
             new = not value
         elif isinstance(value, str):
             new = choices[value]
         elif isinstance(value, list):
-            new = lists[name] if name in lists else tuple(x + 1 for x in value)
+            new = tuple(x + 1 for x in value)
         else:
             new = 7 if value is None else value + 1
         config = configs.replace(config, **{name.replace(".", "__"): new})
@@ -235,6 +238,9 @@ def test_differences_are_those_that_change_what_is_computed():
         "optimizer.stop_after_skipped",
         "evaluation",
         "checkpoint",
+        "deterministic",
+        "compilation_cache",
+        "distributed",
         "logging",
     )
     expected = [
