@@ -156,9 +156,17 @@ def _check_sizes(data: bytes) -> None:
     """Walks through a pickle without doing what it says: no number in it may ask for memory.
 
     The unpickler takes memory for the largest index of its memo, and for a length before it looks
-    whether so many bytes are left; `genops` looks at the lengths first.
+    whether so many bytes are left; pickletools looks at the lengths first.
     """
-    for operation, argument, _ in pickletools.genops(data):
+    stream = io.BytesIO(data)
+    while code := stream.read(1):
+        operation = pickletools.code2op[code.decode("latin1")]
+        if operation.name == "STRING":  # Python 2's bytes, which pickletools takes for ASCII
+            stream.readline()
+            continue
+        if operation.name == "STOP":
+            return
+        argument: Any = operation.arg.reader(stream) if operation.arg else None
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise DataError(f"the pickle keeps an object at {argument}, behind all it could have")
 

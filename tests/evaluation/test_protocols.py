@@ -130,6 +130,9 @@ def result(name: str, accuracy: float, *, shift: float, seed: int = 0) -> Verifi
         tars=tuple(roc.tar_at_far(-distance, same, fars=[0.1])),
         fold_tar=1.0,
         xnorm=1.0,
+        norms=np.ones(4),
+        mean_cosine=0.0,
+        effective_rank=9.0,
         distance=distance,
         same=same,
     )

@@ -11,6 +11,8 @@ from arcface_jax.config import Config
 from arcface_jax.data import synthetic
 from arcface_jax.models.layers import BatchNorm
 
+KEYS = jax.random.split(jax.random.key(0), 8)
+
 
 def faces(count: int) -> np.ndarray:
     return np.stack([synthetic.draw_face(seed=5, identity=i, index=0) for i in range(count)])
@@ -30,7 +32,7 @@ def test_embeddings_in_training_are_near_those_of_float32(network):
 
         @jax.jit
         def run(params, batch_stats, backbone=backbone):
-            return backbone.apply(params, batch_stats, images, train=True, key=jax.random.key(0))
+            return backbone.apply(params, batch_stats, images, train=True, keys=KEYS)
 
         embeddings, moved = run(*backbone.init(0))
         for array in (embeddings, *moved.values()):
@@ -55,8 +57,7 @@ def test_gradients_are_nearer_to_those_of_float32_than_those_of_bfloat16(network
         @jax.jit
         @jax.grad
         def gradient(params, batch_stats, backbone=backbone):
-            key = jax.random.key(0)
-            embeddings, _ = backbone.apply(params, batch_stats, images, train=True, key=key)
+            embeddings, _ = backbone.apply(params, batch_stats, images, train=True, keys=KEYS)
             return jnp.mean(embeddings * target)
 
         gradients = gradient(*backbone.init(0))
