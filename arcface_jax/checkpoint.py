@@ -7,7 +7,9 @@ imported weights has no `training`: `backbone` alone, or `centers` and `dataset`
 """
 
 import math
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from arcface_jax import checkpoint_forms, config_files, models, step
+from arcface_jax import (
+    checkpoint_forms,
+    checksums,
+    config_files,
+    distributed,
+    environment,
+    models,
+    step,
+)
 from arcface_jax.config import CheckpointConfig, Config
 from arcface_jax.errors import CheckpointError
 from arcface_jax.step import TrainState
@@ -35,6 +45,21 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
       CheckpointError: the folder holds another run, every difference of which is named, or cannot
         be written. Nothing that was there has changed.
     """
+    with distributed.first_alone():
+        _prepare(config)
+        folder = _folder(Path(config.workdir))
+        if distributed.is_first():
+            for sentence in checksums.set_aside_damaged(folder):
+                print(f"warning: {sentence}", file=sys.stderr)
+            environment.write(config)
+    options = _what_to_keep(config.checkpoint)
+    if distributed.is_first():
+        note = partial(checksums.note, folder)
+        options.async_options = ocp.options.AsyncOptions(post_finalization_callback=note)
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _prepare(config: Config) -> None:
     workdir = Path(config.workdir)
     if (workdir / CONFIG).exists():
         _refuse_weights_alone(workdir)
@@ -53,7 +78,6 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
             (workdir / CONFIG).write_text(config_files.to_json(config))
     except OSError as error:
         raise CheckpointError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-    return ocp.CheckpointManager(_folder(workdir), options=_what_to_keep(config.checkpoint))
 
 
 def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
@@ -311,7 +335,8 @@ def _open_to_read(
     """The configuration, and one of the checkpoints by number."""
     config = read_config(workdir)
     manager = ocp.CheckpointManager(
-        _folder(workdir), options=ocp.CheckpointManagerOptions(create=False)
+        _folder(workdir),
+        options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=_alone()),
     )
     return config, manager, _choose(manager, which, workdir)
 
@@ -394,4 +419,14 @@ def _not_resumable(workdir: Path, different: list[str]) -> CheckpointError:
         f"{workdir} holds a run that this command cannot resume:\n  "
         + "\n  ".join(different)
         + "\nGive the stored values to resume it, or another --workdir to begin a new run"
+    )
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Each process reads for itself, whatever the others do."""
+    here = jax.process_index()
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"alone-{here}"
     )

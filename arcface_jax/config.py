@@ -272,6 +272,8 @@ class CheckpointConfig:
     eval/lfw/eer. Then every evaluation is saved."""
     keep_best: int = 1
     """How many of the best stay on disk, besides the newest."""
+    requeue_exit_code: int = 0
+    """Exit code of a run that SIGTERM stopped and that can be started again; 0 is the usual 143."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -289,6 +291,25 @@ class LoggingConfig:
     """Project of Weights & Biases to log to; empty is none."""
     profile_steps: tuple[int, int] = (0, 0)
     """First and last step of a profiler trace in WORKDIR/profile; 0 0 is none."""
+    watchdog_seconds: float = 0.0
+    """Where a step, compilation included, takes longer, the stacks of all threads are written to
+    stderr; 0 is off."""
+    watchdog_abort: bool = False
+    """And the process ends with code 1, to be started anew."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DistributedConfig:
+    """The processes of a run (docs/multi_host.md); SLURM, Open MPI and Kubernetes name them."""
+
+    coordinator: str = ""
+    """HOST:PORT: an address of process 0, and a free port there."""
+    num_processes: int | None = None
+    process_id: int | None = None
+    """0 to num_processes - 1."""
+    local_devices: tuple[int, ...] = ()
+    """Which devices of its host this process takes; all of them when not given, or one each where
+    SLURM or Open MPI starts several processes on a host."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -298,6 +319,11 @@ class Config:
     workdir: str = ""
     """Where everything is written; a run that stopped there is resumed by the same command."""
     seed: int = 0
+    deterministic: bool = False
+    """Make GPUs add up in one order, which costs time; CPUs always do."""
+    compilation_cache: str = "~/.cache/arcface_jax"
+    """Folder of compiled programs, which make restarts fast; JAX_COMPILATION_CACHE_DIR goes
+    first, "" is off."""
     devices: int | None = None
     """How many devices to use; all of them when not given."""
     init_from: str = ""
@@ -311,12 +337,16 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
 
 # Fields that a resumed run may change: where it runs and what it writes, never what it computes.
 MAY_DIFFER_ON_RESUME = (
     "workdir",
     "devices",
+    "deterministic",
+    "compilation_cache",
+    "distributed.",
     "data.path",
     "data.max_bad_share",
     "data.workers",

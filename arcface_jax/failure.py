@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from arcface_jax import distributed
 from arcface_jax.config import Config
 from arcface_jax.errors import CheckpointError, UserError
 
@@ -42,6 +43,8 @@ def write(
         "images": images,
     }
     path = workdir / f"failure_{step}.json"
+    if not distributed.is_first():
+        return path
     try:
         path.write_text(json.dumps(found, indent=1) + "\n")
     except OSError as error:

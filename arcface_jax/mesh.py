@@ -4,7 +4,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
@@ -18,18 +18,23 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 
-def make(num_devices: int | None = None) -> Mesh:
-    """A mesh of the first `num_devices` devices of all hosts, or of all.
+def make(num_devices: int | Literal["own"] | None = None) -> Mesh:
+    """A mesh of the first `num_devices` devices of all hosts, of all, or of this process's own.
 
     Raises:
       ConfigError: there are fewer.
     """
-    devices = jax.devices()
-    wanted = len(devices) if num_devices is None else num_devices
+    devices = jax.local_devices() if num_devices == "own" else jax.devices()
+    wanted = num_devices if isinstance(num_devices, int) else len(devices)
     if not 1 <= wanted <= len(devices):
         raise ConfigError(
             f"devices {wanted}: this machine has {len(devices)} ({devices[0].platform}); "
             f"use 1 to {len(devices)}, or leave the option out to use all"
+        )
+    if wanted < len(devices) and jax.process_count() > 1:
+        raise ConfigError(
+            f"devices {wanted}: the {jax.process_count()} processes of this run have "
+            f"{len(devices)} together, and all take part; leave the option out, or start fewer processes"
         )
     # Auto: the partitioner splits the backbone's step; JAX's default would ask for it in the types.
     return jax.make_mesh((wanted,), (AXIS,), (AxisType.Auto,), devices=devices[:wanted])

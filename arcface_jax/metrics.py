@@ -1,6 +1,7 @@
 """Where numbers go while training: metrics.jsonl, other writers, the terminal; and the clock."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from arcface_jax import distributed
 from arcface_jax.errors import CheckpointError
 from arcface_jax.writers import Csv, TensorBoard, Wandb, Writer
 
@@ -29,6 +31,8 @@ class MetricsFile:
       csv: whether to write metrics.csv too.
       wandb: project of Weights & Biases to write to; none if empty.
       settings: of the run, for W&B.
+
+    Of the processes of a run the first alone writes.
     """
 
     def __init__(
@@ -42,22 +46,23 @@ class MetricsFile:
         settings: Mapping[str, Any] | None = None,
     ):
         self._writers: list[Writer] = []
-        path = workdir / METRICS
+        path, first = workdir / METRICS, distributed.is_first()
         try:
             self._kept = (
                 [line for line in read(path) if line["step"] <= start] if path.exists() else []
             )
             # In one move, so that a run that is killed here keeps its history.
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in self._kept))
-            part.replace(path)
-            if tensorboard:
+            if first:
+                part = path.with_suffix(".part")
+                part.write_text("".join(json.dumps(line) + "\n" for line in self._kept))
+                part.replace(path)
+            if first and tensorboard:
                 self._writers.append(TensorBoard(workdir, start=start))
-            if csv:
+            if first and csv:
                 self._writers.append(Csv(workdir, kept=self._kept))
-            if wandb:
+            if first and wandb:
                 self._writers.append(Wandb(workdir, project=wandb, settings=settings or {}))
-            self._file = path.open("a")
+            self._file = (path if first else Path(os.devnull)).open("a")
         except OSError as error:
             raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
 
@@ -158,7 +163,7 @@ class Terminal:
     """A progress bar, or plain lines where the output is not a terminal."""
 
     def __init__(self, *, total_steps: int, start: int):
-        self._console = Console(file=sys.stderr)
+        self._console = Console(file=sys.stderr, quiet=not distributed.is_first())
         self._total = total_steps
         self._bar: Progress | None = None
         if self._console.is_terminal:

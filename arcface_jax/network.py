@@ -3,7 +3,7 @@
 import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import jax
 import numpy as np
@@ -37,7 +37,8 @@ class Network:
       batch_stats: its BatchNorm statistics.
       batch_size: images per forward pass, a multiple of the number of devices. Fewer images are
         run as one or as eight a device, so that at most three programs are compiled.
-      devices: how many devices share a batch; all of them when not given.
+      devices: how many devices share a batch; all of them when not given, and "own" those of
+        this process, whatever others there are.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Network:
         batch_stats: Arrays,
         *,
         batch_size: int = 64,
-        devices: int | None = None,
+        devices: int | Literal["own"] | None = None,
     ):
         self.network = network
         device_mesh = self._mesh = mesh.make(devices)

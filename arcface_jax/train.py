@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from arcface_jax import (
     checkpoint,
     config_files,
+    distributed,
     failure,
     header,
     initial,
@@ -22,6 +23,7 @@ from arcface_jax import (
     optim,
     step,
     validation,
+    watchdog,
 )
 from arcface_jax import config as configs
 from arcface_jax.config import Config, DataConfig
@@ -155,7 +157,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     if best_metric:
         save_at |= evaluate_at
     bad_images = BadImages(
-        Path(config.workdir) / "bad_images.jsonl",
+        Path(config.workdir) / distributed.own_name("bad_images.jsonl"),
         num_images=len(source),
         max_share=config.data.max_bad_share,
     )
@@ -165,14 +167,16 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     done = start
     try:
         with _stop_signals() as stop:
-            while done < total and not stop:
+            while done < total and not distributed.to_stop(stop, done):
+                watchdog.arm(config.logging)
                 try:
                     with clock.waiting():
                         batch, bad = next(batches)
                     for image in bad_images.add(bad, step=done + 1):
                         terminal.say(_replaced(image))
                 except UserError:
-                    if done > start:  # what was trained so far is good
+                    # Several processes save together, and the others know nothing of it.
+                    if done > start and jax.process_count() == 1:  # what was trained so far is good
                         checkpoint.save(manager, state, dataset)
                     raise
                 with clock.paused():
@@ -222,6 +226,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                 if done in evaluate_at | save_at:
                     with clock.blocked():
                         jax.block_until_ready(metrics)  # or training would hide in the pause
+                watchdog.disarm()
                 with clock.paused():
                     terminal.say_all(trace.after(done, metrics))
                     if done in evaluate_at:
@@ -242,6 +247,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     f"stopped by {stop[0].name} at step {done}; the same command resumes here"
                 )
     finally:
+        watchdog.disarm()
         batches.close()
         trace.close()
         manager.close()  # waits for a save that is under way
@@ -251,7 +257,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     # ---- What the run came to --------------------------------------------------------------------
     if not stop and not results:  # resumed behind the last step
         results = evaluate(state)
-    files = _draw(config, targets, results)
+    files = _draw(config, targets, results) if distributed.is_first() else []
     values = _metrics(results) | before | baselines
     return Outcome(done, values, files, stop[0] if stop else None)
 
@@ -347,7 +353,9 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
         received.append(signal.Signals(number))
         signal.signal(number, previous[signal.Signals(number)])
 
-    previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    # Of several processes JAX watches for SIGTERM, so that all stop at one step.
+    watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    previous = {s: signal.getsignal(s) for s in watched}
     try:
         for s in previous:
             signal.signal(s, note)

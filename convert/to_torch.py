@@ -37,7 +37,7 @@ def export(workdir: Path, output: Path) -> float:
     Raises:
       UserError: the workdir cannot be read, the embeddings differ, or the file cannot be written.
     """
-    embedder = Network.from_workdir(workdir)
+    embedder = Network.from_workdir(workdir, devices="own")  # another process may be gone
     state = weights.to_state_dict(embedder.params, embedder.batch_stats)
     error = parity.check(embedder, state, network=embedder.network)
     weight_files.write(output, state)

@@ -10,16 +10,17 @@ if __name__ == "__main__":
 
 import importlib.util
 import json
+import signal
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from arcface_jax import checkpoint, config_files, errors, initial
+from arcface_jax import checkpoint, config_files, distributed, errors, initial, runtime
 from arcface_jax.config import Config
 from arcface_jax.evaluation import tables
-from arcface_jax.train import train
+from arcface_jax.train import Outcome, train
 
 
 def read_weights(config: Config) -> initial.Weights | None:
@@ -55,11 +56,15 @@ def main(argv: list[str]) -> int:
     begin = time.perf_counter()
     with errors.reported():
         config = config_files.load(argv)
+        runtime.start(config)
         outcome = train(config, read_weights(config))
         workdir = Path(config.workdir)
         files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]
-        if outcome.stopped_by is None and (weights := export(workdir)):
+        first = distributed.is_first()
+        if first and outcome.stopped_by is None and (weights := export(workdir)):
             files.append(weights)
+    if not first:
+        return _exit_code(config, outcome)
     if compared := tables.before_and_after(outcome.results):
         Console(width=100).print(compared)
     result = {
@@ -69,7 +74,15 @@ def main(argv: list[str]) -> int:
         "files": [str(file) for file in files],
     }
     print("RESULT " + json.dumps(result))
-    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+    return _exit_code(config, outcome)
+
+
+def _exit_code(config: Config, outcome: Outcome) -> int:
+    if outcome.stopped_by is None:
+        return 0
+    requeue = config.checkpoint.requeue_exit_code
+    by_term = outcome.stopped_by is signal.SIGTERM
+    return requeue if requeue and by_term else 128 + outcome.stopped_by
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Whether a checkpoint is what was written: a hash of each file, noted when it is complete.
+
+Orbax renames a checkpoint into place when all of it is written, so one that was cut off by the end
+of a process is never taken for one; but a disk may return other bytes than it was given.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from arcface_jax.errors import CheckpointError
+
+_FOLDER = "checksums"
+_DAMAGED = "damaged"
+
+
+def note(checkpoints: Path) -> None:
+    """Writes WORKDIR/checksums/STEP.json for each complete checkpoint that has none.
+
+    Those of checkpoints that are gone are removed.
+    """
+    folder = checkpoints.parent / _FOLDER
+    folder.mkdir(exist_ok=True)
+    steps = {path.name: path for path in _complete(checkpoints)}
+    for path in folder.glob("*.json"):
+        if path.stem not in steps:
+            path.unlink(missing_ok=True)
+    for step, path in steps.items():
+        target = folder / f"{step}.json"
+        if not target.exists():
+            part = target.with_suffix(".part")
+            try:
+                part.write_text(json.dumps(_hashes(path), indent=1) + "\n")
+            except FileNotFoundError:  # pruned meanwhile
+                continue
+            part.replace(target)
+
+
+def set_aside_damaged(checkpoints: Path) -> list[str]:
+    """Moves the newest checkpoints that are not what was written to WORKDIR/damaged.
+
+    Returns:
+      A sentence about each; the newest that is left is whole, or was saved without checksums.
+
+    Raises:
+      CheckpointError: none is left of those that there were.
+    """
+    steps = sorted(_complete(checkpoints), key=lambda path: int(path.name))
+    said = []
+    for path in reversed(steps):
+        wrong = _wrong(path)
+        if not wrong:
+            return said
+        target = _free(checkpoints.parent / _DAMAGED / path.name)
+        if path is steps[0]:
+            raise CheckpointError(
+                f"no checkpoint in {checkpoints} is what was written ({_listed(wrong)} of step "
+                f"{path.name} differ from {_FOLDER}/{path.name}.json): put back a copy of one, or "
+                "begin anew in another --workdir"
+            )
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        said.append(
+            f"the checkpoint of step {path.name} is damaged ({_listed(wrong)}): it is now in "
+            f"{target}, and the one before it is taken"
+        )
+    return said
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    return [path for path in checkpoints.glob("*") if path.name.isdigit()]
+
+
+def _wrong(path: Path) -> list[str]:
+    """Files that are missing or differ from what was noted."""
+    noted = path.parent.parent / _FOLDER / f"{path.name}.json"
+    try:
+        expected: dict[str, str] = json.loads(noted.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # nothing to compare with
+        return []
+    found = _hashes(path)
+    return [name for name, value in expected.items() if found.get(name) != value]
+
+
+def _hashes(path: Path) -> dict[str, str]:
+    hashes = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            with file.open("rb") as stream:
+                value = hashlib.file_digest(stream, "blake2b").hexdigest()
+            hashes[file.relative_to(path).as_posix()] = value
+    return hashes
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _free(path: Path) -> Path:
+    """That path, or one like it that nothing has."""
+    taken = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]
+    return next(name for name in taken if not name.exists())
