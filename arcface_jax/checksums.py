@@ -46,18 +46,19 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
       CheckpointError: none is left of those that there were.
     """
     steps = sorted(_complete(checkpoints), key=lambda path: int(path.name))
+    damaged = []
+    while steps and (wrong := _wrong(steps[-1])):
+        damaged.append((steps.pop(), wrong))
+    if damaged and not steps:
+        path, wrong = damaged[-1]
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} is what was written ({_listed(wrong)} of step "
+            f"{path.name} differ from {_FOLDER}/{path.name}.json): put back a copy of one, or "
+            "begin anew in another --workdir"
+        )
     said = []
-    for path in reversed(steps):
-        wrong = _wrong(path)
-        if not wrong:
-            return said
+    for path, wrong in damaged:
         target = _free(checkpoints.parent / _DAMAGED / path.name)
-        if path is steps[0]:
-            raise CheckpointError(
-                f"no checkpoint in {checkpoints} is what was written ({_listed(wrong)} of step "
-                f"{path.name} differ from {_FOLDER}/{path.name}.json): put back a copy of one, or "
-                "begin anew in another --workdir"
-            )
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
         said.append(

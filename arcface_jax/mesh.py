@@ -34,7 +34,8 @@ def make(num_devices: int | Literal["own"] | None = None) -> Mesh:
     if wanted < len(devices) and jax.process_count() > 1:
         raise ConfigError(
             f"devices {wanted}: the {jax.process_count()} processes of this run have "
-            f"{len(devices)} together, and all take part; leave the option out, or start fewer processes"
+            f"{len(devices)} together, and all take part; leave the option out, or start fewer "
+            "processes"
         )
     # Auto: the partitioner splits the backbone's step; JAX's default would ask for it in the types.
     return jax.make_mesh((wanted,), (AXIS,), (AxisType.Auto,), devices=devices[:wanted])

@@ -37,7 +37,7 @@ def validate(config: Config, *, num_devices: int) -> None:
         raise ConfigError(
             f"data.global_batch_size {batch} cannot be divided by {num_devices} devices: "
             f"use a multiple of {num_devices} ({' or '.join(fits)}), or choose another number of "
-            "--devices"
+            f"--devices: {_device_counts(config)} fit"
         )
     if config.evaluation.batch_size % num_devices:
         raise ConfigError(
@@ -137,8 +137,18 @@ def _check_batch_norm_groups(config: Config, *, num_devices: int) -> None:
             f"model.bn_batch_size {bn_batch} makes {groups} BatchNorm groups, which {num_devices} "
             "devices "
             f"cannot share evenly: use one of {[n for n in fits if n > 1]} "
-            f"({batch} is one group over the whole batch)"
+            f"({batch} is one group over the whole batch), or another number of --devices: "
+            f"{_device_counts(config)} fit"
         )
+
+
+def _device_counts(config: Config) -> str:
+    """The numbers of devices that can share this run."""
+    batch, groups = config.data.global_batch_size, batch_norm_groups(config)
+    slices = config.optimizer.micro_batches
+    whole = math.gcd(batch, config.evaluation.batch_size)
+    counts = [n for n in _divisors(whole) if groups == 1 or groups % (n * slices) == 0]
+    return ", ".join(map(str, counts)) or "none"
 
 
 def _check_micro_batches(config: Config, *, num_devices: int) -> None:

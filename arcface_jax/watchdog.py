@@ -14,7 +14,7 @@ def arm(logging: LoggingConfig) -> None:
     """
     if logging.watchdog_seconds:
         faulthandler.dump_traceback_later(
-            logging.watchdog_seconds, exit=logging.watchdog_abort, file=sys.__stderr__
+            logging.watchdog_seconds, exit=logging.watchdog_abort, file=sys.__stderr__ or 2
         )
 
 

@@ -175,5 +175,5 @@ def test_a_process_takes_its_hosts_devices_or_one(cluster, environment, devices)
     ],
 )
 def test_incomplete_options_are_refused(config):
-    with pytest.raises(ConfigError, match="distributed.process_id"):
+    with pytest.raises(ConfigError, match=r"distributed\.process_id"):
         distributed.start(config)

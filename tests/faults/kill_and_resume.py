@@ -1,0 +1,143 @@
+"""Kills a training again and again, and compares its weights with those of one left alone.
+
+python tests/faults/kill_and_resume.py --kills 50
+
+Each start is scripts/train.py on drawn faces, killed with SIGKILL at a random moment: half of the
+time after a random wait, half while a checkpoint is being written.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = Path(__file__).parent.parent.parent
+RECIPE = """
+from arcface_jax import config as c
+
+
+def get_config():
+    return c.Config(
+        devices=1,
+        data=c.DataConfig(
+            path="synthetic",
+            global_batch_size=8,
+            synthetic=c.SyntheticConfig(identities=8, images_per_identity=5),
+        ),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
+        head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0, sample_rate=0.5),
+        schedule=c.ScheduleConfig(epochs=EPOCHS),
+        evaluation=c.EvaluationConfig(batch_size=8, every_epochs=0),
+        checkpoint=c.CheckpointConfig(every_epochs=0.2),
+        logging=c.LoggingConfig(every_steps=1, tensorboard=False),
+    )
+"""
+
+
+def start(recipe: Path, workdir: Path) -> subprocess.Popen:
+    """The real command, on the CPU."""
+    command = [sys.executable, "scripts/train.py", str(recipe), "--workdir", str(workdir)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    output = (workdir.parent / f"{workdir.name}.log").open("a")
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+    )
+
+
+def kill_once(process: subprocess.Popen, workdir: Path, draw: random.Random) -> str | None:
+    """Kills it when training has gone on; returns during what, or None where it ended before."""
+    metrics = workdir / "metrics.jsonl"
+    begun = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    during = draw.choice(("save", "any"))
+    saves, wait = draw.randrange(1, 3), draw.uniform(0, 1.5)
+    seen: set[str] = set()
+    since = None
+    while process.poll() is None:
+        if since is None and metrics.exists() and metrics.stat().st_mtime_ns > begun:
+            since = time.monotonic()
+        unfinished = {p.name for p in workdir.glob("checkpoints/*") if not p.name.isdigit()}
+        seen |= unfinished
+        in_save = during == "save" and unfinished and len(seen) >= saves and since is not None
+        if in_save or (during == "any" and since and time.monotonic() - since > wait):
+            if in_save:
+                time.sleep(draw.uniform(0, 0.02))
+                in_save = any(not p.name.isdigit() for p in workdir.glob("checkpoints/*"))
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return "save" if in_save else "any"
+        time.sleep(0.001)
+    return None
+
+
+def finish(process: subprocess.Popen, workdir: Path) -> None:
+    """Waits for a start that is left alone."""
+    if process.wait() != 0:
+        raise SystemExit((workdir.parent / f"{workdir.name}.log").read_text()[-3000:])
+
+
+def weights(workdir: Path) -> dict[str, np.ndarray]:
+    """All arrays of the newest checkpoint."""
+    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
+    arrays: dict[str, np.ndarray] = {}
+    with ocp.PyTreeCheckpointer() as reader:
+        for item in ("backbone", "training"):
+            tree = reader.metadata(newest / item).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            found = reader.restore(newest / item, restore_args=as_numpy)
+            leaves = jax.tree_util.tree_leaves_with_path(found)
+            arrays |= {f"{item}{jax.tree_util.keystr(k)}": np.asarray(v) for k, v in leaves}
+    return arrays
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(argv)
+    draw = random.Random(asked.seed)
+    begin = time.perf_counter()
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe = folder / "recipe.py"
+        recipe.write_text(RECIPE.replace("EPOCHS", str(20 + 4 * asked.kills)))
+        during: list[str] = []
+        while len(during) < asked.kills:
+            killed = kill_once(start(recipe, folder / "killed"), folder / "killed", draw)
+            if killed is None:
+                raise SystemExit((folder / "killed.log").read_text()[-3000:])
+            during.append(killed)
+            print(f"kill {len(during)} of {asked.kills}: {killed}", file=sys.stderr)
+        for run in ("killed", "undisturbed"):
+            finish(start(recipe, folder / run), folder / run)
+        killed_weights, expected = (weights(folder / run) for run in ("killed", "undisturbed"))
+        same = killed_weights.keys() == expected.keys() and all(
+            np.array_equal(expected[name], killed_weights[name], equal_nan=True)
+            for name in expected
+        )
+        resumed = (folder / "killed.log").read_text().count("resuming at step")
+    result = {
+        "kills": len(during),
+        "during_a_save": during.count("save"),
+        "resumed": resumed,
+        "arrays": len(expected),
+        "equal": same,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "files": [],
+    }
+    print("RESULT " + json.dumps(result))
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
