@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written: a hash of each file, noted when it is complete.
+"""Whether a checkpoint is what was written: a hash of each file, noted before it is complete.
 
 Orbax renames a checkpoint into place when all of it is written, so one that was cut off by the end
 of a process is never taken for one; but a disk may return other bytes than it was given.
@@ -12,28 +12,26 @@ from arcface_jax.errors import CheckpointError
 
 _FOLDER = "checksums"
 _DAMAGED = "damaged"
+# Orbax adds the time of the renaming to it.
+_CHANGED_LATER = ("_CHECKPOINT_METADATA",)
 
 
 def note(checkpoints: Path) -> None:
-    """Writes WORKDIR/checksums/STEP.json for each complete checkpoint that has none.
+    """Writes WORKDIR/checksums/STEP.json of the checkpoint that is about to be renamed into place.
 
-    Those of checkpoints that are gone are removed.
+    So there is no complete checkpoint without. Those of checkpoints that are gone are removed.
     """
     folder = checkpoints.parent / _FOLDER
     folder.mkdir(exist_ok=True)
-    steps = {path.name: path for path in _complete(checkpoints)}
+    written = {path.name.partition(".")[0]: path for path in checkpoints.glob("[0-9]*.*")}
+    for step, path in written.items():
+        part = folder / f"{step}.part"
+        part.write_text(json.dumps(_hashes(path), indent=1) + "\n")
+        part.replace(part.with_suffix(".json"))
+    here = {path.name for path in _complete(checkpoints)} | written.keys()
     for path in folder.glob("*.json"):
-        if path.stem not in steps:
+        if path.stem not in here:
             path.unlink(missing_ok=True)
-    for step, path in steps.items():
-        target = folder / f"{step}.json"
-        if not target.exists():
-            part = target.with_suffix(".part")
-            try:
-                part.write_text(json.dumps(_hashes(path), indent=1) + "\n")
-            except FileNotFoundError:  # pruned meanwhile
-                continue
-            part.replace(target)
 
 
 def set_aside_damaged(checkpoints: Path) -> list[str]:
@@ -86,7 +84,7 @@ def _wrong(path: Path) -> list[str]:
 def _hashes(path: Path) -> dict[str, str]:
     hashes = {}
     for file in sorted(path.rglob("*")):
-        if file.is_file():
+        if file.is_file() and file.name not in _CHANGED_LATER:
             with file.open("rb") as stream:
                 value = hashlib.file_digest(stream, "blake2b").hexdigest()
             hashes[file.relative_to(path).as_posix()] = value
