@@ -30,7 +30,7 @@ def config(workdir: Path, devices: int) -> c.Config:
         ),
         model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=2),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
-        optimizer=c.OptimizerConfig(learning_rate=0.005),
+        optimizer=c.OptimizerConfig(learning_rate=0.001),
         schedule=c.ScheduleConfig(epochs=2, warmup_epochs=0.5),
         evaluation=c.EvaluationConfig(batch_size=BATCH, every_epochs=0),
         checkpoint=c.CheckpointConfig(every_epochs=0),
@@ -65,6 +65,7 @@ def watched(monkeypatch) -> tuple[list[str], list[int]]:
     return images, end
 
 
+@pytest.mark.slow
 def test_eight_then_three_then_one_then_eight_devices(watched, tmp_path):
     images, end = watched
     train.train(config(tmp_path / "undisturbed", 8))
