@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from arcface_jax import config_files, plan
+from arcface_jax import config_files, distributed, plan
 from arcface_jax.config import Config
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import Arrays
@@ -44,7 +44,8 @@ def write(config: Config, state: TrainState, devices: Mesh, *, first_lines: str)
     ]
     path = Path(config.workdir) / "run.txt"
     try:
-        path.write_text("\n\n".join(parts) + "\n")
+        if distributed.is_first():
+            path.write_text("\n\n".join(parts) + "\n")
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
     count = sum(array.size for array in state.params.values())

@@ -56,11 +56,11 @@ class MetricsFile:
                 part = path.with_suffix(".part")
                 part.write_text("".join(json.dumps(line) + "\n" for line in self._kept))
                 part.replace(path)
-            if tensorboard and first:
+            if first and tensorboard:
                 self._writers.append(TensorBoard(workdir, start=start))
-            if csv and first:
+            if first and csv:
                 self._writers.append(Csv(workdir, kept=self._kept))
-            if wandb and first:
+            if first and wandb:
                 self._writers.append(Wandb(workdir, project=wandb, settings=settings or {}))
             self._file = (path if first else Path(os.devnull)).open("a")
         except OSError as error:

@@ -123,9 +123,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     terminal = Terminal(total_steps=total, start=start)
     clock = Clock(global_batch_size=config.data.global_batch_size)
     headline = _headline(config, dataset, devices, start=start, total=total)
-    terminal.say(headline)
-    if distributed.is_first():
-        terminal.say(header.write(config, state, devices, first_lines=headline))
+    terminal.say_all(headline, header.write(config, state, devices, first_lines=headline))
     trace = Trace(Path(config.workdir), config.logging.profile_steps)
     if baselines:
         log.write(start, baselines)

@@ -264,6 +264,8 @@ def _check_ranges(config: Config) -> None:
         "schedule.warmup_steps",
         "evaluation.every_epochs",
         "checkpoint.every_epochs",
+        "checkpoint.requeue_exit_code",
+        "logging.watchdog_seconds",
     ):
         if values[name] < 0:
             raise ConfigError(f"{name} {values[name]} must not be negative")
