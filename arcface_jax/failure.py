@@ -4,15 +4,19 @@ A step whose loss or gradient is not finite changes neither weights nor statisti
 of them in a row end the run; the state is still the last good one.
 """
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from arcface_jax import distributed
 from arcface_jax.config import Config
 from arcface_jax.errors import CheckpointError, UserError
+from arcface_jax.step import TrainState
 
 
 def write(
@@ -74,4 +78,32 @@ def _hint(config: Config, loss: float) -> str:
     return (
         f"Begin anew in another --workdir with a lower rate (--optimizer.learning-rate {lower:g}), "
         "a warm-up (--schedule.warmup-epochs 1) or --model.dtype float32"
+    )
+
+
+def report(
+    config: Config,
+    images: list[str],
+    state: TrainState,
+    gradient_norms: Callable,
+    batch: dict[str, jax.Array],
+    values: dict[str, float],
+) -> UserError:
+    """The error of a run whose steps no longer have a finite gradient, and its report."""
+    done = int(state.step)
+    norms = gradient_norms(dataclasses.replace(state, step=state.step - 1), batch)
+    path = write(
+        Path(config.workdir),
+        done,
+        metrics=values,
+        images=images,
+        gradient_norms={name: float(norm) for name, norm in norms.items()},
+        scale=config.head.scale,
+    )
+    return error(
+        config,
+        done,
+        in_row=int(values["train/skipped_in_row"]),
+        loss=values["train/loss"],
+        report=path,
     )

@@ -3,9 +3,8 @@
 import dataclasses
 import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,22 +15,22 @@ from arcface_jax import (
     checkpoint,
     config_files,
     distributed,
+    evaluators,
     failure,
     header,
     initial,
     mesh,
+    messages,
     optim,
     step,
     validation,
     watchdog,
 )
-from arcface_jax import config as configs
-from arcface_jax.config import Config, DataConfig
+from arcface_jax.config import Config
 from arcface_jax.data import order, pairs, pipeline, sources
 from arcface_jax.data.bad_images import BadImage, BadImages
-from arcface_jax.data.pairs import PairSet
-from arcface_jax.errors import ConfigError, DataError, UserError
-from arcface_jax.evaluation import collapse, embed, plots, verification
+from arcface_jax.errors import UserError
+from arcface_jax.evaluation import collapse, verification
 from arcface_jax.evaluation.verification import Verification
 from arcface_jax.heads import chance
 from arcface_jax.metrics import Clock, MetricsFile, Terminal
@@ -43,8 +42,6 @@ from arcface_jax.watch import Watch
 _STEPS_AHEAD = 2
 # Batches that are copied to the devices before the step that takes them.
 _BATCHES_AHEAD = 2
-# The share of the time spent waiting for data from which on a warning is given.
-_MAX_WAIT_SHARE = 0.2
 
 
 class Outcome(NamedTuple):
@@ -93,8 +90,12 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     # ---- State: fresh, of other weights, or the newest checkpoint --------------------------------
     manager = checkpoint.open_workdir(config)
     state = step.init_state(config, num_classes=source.num_classes, mesh=devices, weights=weights)
-    evaluate = _make_evaluation(config, targets, devices)
-    baselines = _baselines(config, targets, evaluate, state) if config.evaluation.baselines else {}
+    evaluate = evaluators.make(config, targets, devices)
+    baselines = (
+        evaluators.baselines(config, targets, evaluate, state)
+        if config.evaluation.baselines
+        else {}
+    )
     began: list[Verification] = []
     if weights:  # not on resuming
         centers = initial.centers(config, state, source, mesh=devices)
@@ -122,7 +123,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     )
     terminal = Terminal(total_steps=total, start=start)
     clock = Clock(global_batch_size=config.data.global_batch_size)
-    headline = _headline(config, dataset, devices, start=start, total=total)
+    headline = messages.headline(config, dataset, devices, start=start, total=total)
     terminal.say_all(headline, header.write(config, state, devices, first_lines=headline))
     trace = Trace(Path(config.workdir), config.logging.profile_steps)
     if baselines:
@@ -131,9 +132,9 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
 
     before = log.stored("before/")
     if began:
-        before = _metrics(began, "before")
+        before = evaluators.metrics(began, "before")
         log.write(start, before)
-        terminal.say(f"before training  {_in_words(began)}")
+        terminal.say(f"before training  {messages.in_words(began)}")
 
     by_chance = chance.chance_loss(
         config.head,
@@ -173,7 +174,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     with clock.waiting():
                         batch, bad = next(batches)
                     for image in bad_images.add(bad, step=done + 1):
-                        terminal.say(_replaced(image))
+                        terminal.say(messages.replaced(image))
                 except UserError:
                     # Several processes save together, and the others know nothing of it.
                     if done > start and jax.process_count() == 1:  # what was trained so far is good
@@ -189,7 +190,11 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     jax.block_until_ready(metrics)
                     terminal.say_all(watch.labels(mesh.own_part(batch["label"])))
                     if start == 0:
-                        terminal.say(_first_loss(metrics["train/loss"], by_chance, bool(weights)))
+                        terminal.say(
+                            messages.first_loss(
+                                float(metrics["train/loss"]), by_chance, bool(weights)
+                            )
+                        )
                     clock.restart()
                 else:
                     clock.count_step()
@@ -213,18 +218,18 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     terminal.say_all(
                         watch.skipped(done, values), watch.loss(done, values["train/loss"]), words
                     )
-                    if not warned and (warned := _input_is_the_limit(values)):
-                        terminal.say(_slow_input(values, config.data))
+                    if not warned and (warned := messages.input_is_the_limit(values)):
+                        terminal.say(messages.slow_input(values, config.data))
                     if values["train/skipped_in_row"] >= config.optimizer.stop_after_skipped:
                         checkpoint.save(manager, state, dataset)
                         norms = step.make_gradient_norms(
                             config, num_classes=source.num_classes, schedule=schedule, mesh=devices
                         )
                         names = map(source.where, images.images(*images.places(done - 1)).tolist())
-                        raise _stuck(config, list(names), state, norms, batch, values)
+                        raise failure.report(config, list(names), state, norms, batch, values)
                     if values["train/invalid_labels"]:
                         checkpoint.save(manager, state, dataset)  # they took no part in it
-                        raise _invalid_labels(values["train/invalid_labels"], done, dataset)
+                        raise messages.invalid_labels(values["train/invalid_labels"], done, dataset)
                 if done in evaluate_at | save_at:
                     with clock.blocked():
                         jax.block_until_ready(metrics)  # or training would hide in the pause
@@ -233,15 +238,19 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     terminal.say_all(trace.after(done, metrics))
                     if done in evaluate_at:
                         results = evaluate(state)
-                        log.write(done, _metrics(results))
-                        terminal.say(f"step {done}/{total}  {_in_words(results)}")
+                        log.write(done, evaluators.metrics(results))
+                        terminal.say(f"step {done}/{total}  {messages.in_words(results)}")
                         loss = float(metrics["train/loss"])
                         for result in results:
                             if words := collapse.explain(result, loss=loss, chance_loss=by_chance):
                                 terminal.say(words)
                     if done in save_at:
                         measured = best_metric and done in evaluate_at
-                        score = {best_metric: _metrics(results)[best_metric]} if measured else None
+                        score = (
+                            {best_metric: evaluators.metrics(results)[best_metric]}
+                            if measured
+                            else None
+                        )
                         checkpoint.save(manager, state, dataset, score)
             if stop:
                 checkpoint.save(manager, state, dataset)
@@ -259,8 +268,8 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     # ---- What the run came to --------------------------------------------------------------------
     if not stop and not results:  # resumed behind the last step
         results = evaluate(state)
-    files = _draw(config, targets, results) if distributed.is_first() else []
-    values = _metrics(results) | before | baselines
+    files = evaluators.draw(config, targets, results) if distributed.is_first() else []
+    values = evaluators.metrics(results) | before | baselines
     return Outcome(done, values, files, stop[0] if stop else None)
 
 
@@ -284,60 +293,6 @@ def _batches_on_devices(
 
     with closing(batches):
         yield from mesh.ahead(batches, send, count=_BATCHES_AHEAD)
-
-
-def _make_evaluation(
-    config: Config, targets: list[PairSet], devices: Mesh
-) -> Callable[[step.TrainState], list[Verification]]:
-    """All verification sets, as a function of the state."""
-    size = config.evaluation.batch_size
-    network = step.make_embed(step.backbone(config))
-    one_group = configs.replace(config, model__bn_batch_size=config.data.global_batch_size)
-    in_training = step.make_embed(step.backbone(one_group), mode="training")
-
-    def evaluate(state: step.TrainState) -> list[Verification]:
-        run, as_trained = (
-            embed.batched(
-                partial(embed_on_devices, *step.weights(state).values()),
-                batch_size=size,
-                mesh=devices,
-            )
-            for embed_on_devices in (network, in_training)
-        )
-        results = []
-        for target in targets:
-            result = verification.verify(run, target)
-            cosine = collapse.mode_cosine(run, as_trained, target.images, batch_size=size)
-            results.append(result._replace(mode_cosine=cosine))
-        return results
-
-    return evaluate
-
-
-def _baselines(
-    config: Config, targets: list[PairSet], evaluate: Callable, untrained: step.TrainState
-) -> dict[str, float]:
-    """Accuracy on the first set without training: what a trained network has to beat."""
-    if not targets:
-        raise ConfigError(
-            "evaluation.baselines needs a set to score: name one with --evaluation.targets"
-        )
-    baselines = {"baseline/raw": verification.raw_pixel_accuracy(targets[0])}
-    if not config.init_from:
-        baselines["baseline/untrained"] = evaluate(untrained)[0].accuracy
-    return baselines
-
-
-def _draw(config: Config, targets: list[PairSet], results: list[Verification]) -> list[Path]:
-    """The curves of the run, and a sheet of pairs for each verification set."""
-    workdir = Path(config.workdir)
-    files = [plots.training_curves(workdir)]
-    for target, result in zip(targets, results, strict=False):  # a stopped run may have no results
-        path = workdir / "eval" / f"{target.name}_pairs.png"
-        files.append(
-            plots.pair_sheet(target, result.distance, threshold=result.threshold, path=path)
-        )
-    return [file for file in files if file]
 
 
 def _milestones(every_epochs: float, steps_per_epoch: int, total: int) -> set[int]:
@@ -365,107 +320,3 @@ def _stop_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
-
-
-def _stuck(
-    config: Config,
-    images: list[str],
-    state: step.TrainState,
-    gradient_norms: Callable,
-    batch: dict[str, jax.Array],
-    values: dict[str, float],
-) -> UserError:
-    """The error of a run whose steps no longer have a finite gradient, and its report."""
-    done = int(state.step)
-    norms = gradient_norms(dataclasses.replace(state, step=state.step - 1), batch)
-    report = failure.write(
-        Path(config.workdir),
-        done,
-        metrics=values,
-        images=images,
-        gradient_norms={name: float(norm) for name, norm in norms.items()},
-        scale=config.head.scale,
-    )
-    return failure.error(
-        config,
-        done,
-        in_row=int(values["train/skipped_in_row"]),
-        loss=values["train/loss"],
-        report=report,
-    )
-
-
-def _replaced(image: BadImage) -> str:
-    return f"replaced by another image: {image.where}: {image.problem}"
-
-
-def _input_is_the_limit(values: dict[str, float]) -> bool:
-    return values.get("perf/data_wait_share", 0.0) > _MAX_WAIT_SHARE
-
-
-def _slow_input(values: dict[str, float], data: DataConfig) -> str:
-    return (
-        f"the input is the limit: {values['perf/data_wait_share']:.0%} of the time was spent "
-        f"waiting for images ({values['perf/data_wait_ms']:.0f} ms a step). Try more "
-        f"--data.workers (now {data.workers}) or --data.threads (now {data.threads}), fewer "
-        "augmentations, or a faster disk; python scripts/data.py bench says which stage binds"
-    )
-
-
-def _first_loss(measured: jax.Array, by_chance: float, pretrained: bool) -> str:
-    has = (
-        "class centers that know nothing give" if pretrained else "a network that knows nothing has"
-    )
-    return f"the first loss is {float(measured):.2f}; {has} about {by_chance:.2f}"
-
-
-def _invalid_labels(count: float, done: int, dataset: dict[str, int]) -> DataError:
-    last = dataset["num_classes"] - 1
-    return DataError(
-        f"{count:.0f} images of the steps up to {done} have labels outside 0 .. {last}: they were "
-        "left out of loss and gradient, and the checkpoint of this step is good. Number the "
-        "identities of the training set from 0 without gaps, or give it all its identities"
-    )
-
-
-def _headline(
-    config: Config, dataset: dict[str, int], devices: Mesh, *, start: int, total: int
-) -> str:
-    kind = devices.devices.flat[0].device_kind
-    begin = f"resuming at step {start} of {total}" if start else f"{total} steps"
-    return (
-        f"{config.model.network} ({config.model.dtype}) on {devices.size} x {kind}: "
-        f"{dataset['num_images']} images of {dataset['num_classes']} identities, "
-        f"{config.head.loss} "
-        f"{config.head.margin}, batch {config.data.global_batch_size}, {begin}; writing to "
-        f"{config.workdir}\n{_rate_rule(config)}"
-    )
-
-
-def _rate_rule(config: Config) -> str:
-    """The rate goes with the global batch; what it would be at others."""
-    rate, batch = config.optimizer.learning_rate, config.data.global_batch_size
-    # SGD's noise grows with the rate over the batch, that of Adam with its root: Goyal et al.,
-    # 2017; Malladi et al., NeurIPS 2022.
-    power, words = (
-        (1.0, "in proportion")
-        if config.optimizer.kind in ("sgd", "lars")
-        else (0.5, "with its root")
-    )
-    others = ", ".join(f"{rate * (n / batch) ** power:.3g} at {n}" for n in (batch // 2, 2 * batch))
-    return (
-        f"learning rate {rate:g} for the global batch of {batch}; it changes {words} with the "
-        f"batch: {others}"
-    )
-
-
-def _metrics(results: list[Verification], prefix: str = "eval") -> dict[str, float]:
-    return {
-        f"{prefix}/{name.removeprefix('eval/')}": value
-        for result in results
-        for name, value in result.metrics().items()
-    }
-
-
-def _in_words(results: list[Verification]) -> str:
-    return "  ".join(f"{r.name} accuracy {r.accuracy:.4f} +- {r.accuracy_std:.4f}" for r in results)

@@ -152,6 +152,9 @@ def read_bin(path: Path) -> PairSet:
     return PairSet(path.stem, images, same)
 
 
+_OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}
+
+
 def _check_sizes(data: bytes) -> None:
     """Walks through a pickle without doing what it says: no number in it may ask for memory.
 
@@ -160,7 +163,7 @@ def _check_sizes(data: bytes) -> None:
     """
     stream = io.BytesIO(data)
     while code := stream.read(1):
-        operation = pickletools.code2op[code.decode("latin1")]
+        operation = _OPERATIONS[code.decode("latin1")]
         if operation.name == "STRING":  # Python 2's bytes, which pickletools takes for ASCII
             stream.readline()
             continue
