@@ -10,7 +10,7 @@ from arcface_jax import initial, mesh, optim, step
 from arcface_jax.config import Config, FineTuneConfig
 from arcface_jax.data import synthetic
 from arcface_jax.data.sources import SyntheticSource
-from arcface_jax.embedder import Embedder
+from arcface_jax.network import Network
 from convert import torch_iresnet, weights
 
 BATCH, CLASSES, SIZE = 16, 6, 32
@@ -175,7 +175,7 @@ def test_class_means_are_those_of_a_loop_over_the_images(pretrained):
             return 13
 
     source = Source(seed=1, identities=CLASSES, images_per_identity=3)
-    embed = Embedder("r_tiny", *pretrained, batch_size=1, devices=1)
+    embed = Network("r_tiny", *pretrained, batch_size=1, devices=1)
     sums = np.zeros((CLASSES, SIZE))
     for index in range(len(source)):
         image, label = source[index]
