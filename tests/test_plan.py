@@ -101,6 +101,7 @@ def test_bytes_are_named_and_nothing_is_allocated(planned):
     assert outcome["bytes/batch"] == BATCH // DEVICES * (112 * 112 * 3 + 4)
     named = {name: size for name, size in outcome.items() if name.startswith("bytes/")}
     total = named.pop("bytes/total")
+    assert named.pop("bytes/running_mean") == 0  # the recipe asks for none
     assert total == sum(named.values()) and min(named.values()) > 0
     assert outcome["fits"] is True and total <= MEMORY * 2**30
     assert outcome["files"] == [] and outcome["seconds"] > 0
