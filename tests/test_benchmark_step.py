@@ -19,6 +19,7 @@ def outcome(capsys) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
 
 
+@pytest.mark.slow
 def test_all_parts_are_timed_beside_the_torch_twin(tmp_path, capsys):
     forms = ["--against", "torch", "--torch-forms", "plain", "channels_last"]
     benchmark(*TINY, *forms, "--output", str(tmp_path))

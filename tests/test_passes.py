@@ -125,6 +125,7 @@ def test_what_is_drawn_for_an_image_depends_on_neither_slices_nor_devices(batch,
             )
 
 
+@pytest.mark.slow
 def test_one_group_over_several_devices_has_their_common_statistics(batch):
     """SyncBN: the moved statistics are those that one device finds for the whole batch."""
     config = configs.replace(CONFIG, model__bn_batch_size=BATCH, head__sample_rate=1.0)

@@ -75,6 +75,7 @@ def test_damaged_images_are_replaced_listed_and_counted(recipe, faces, tmp_path,
     assert "data.max_bad_share 0.05" in message and "bad_images.jsonl" in message
 
 
+@pytest.mark.slow
 def test_a_run_stopped_with_workers_goes_on_without_them_to_the_bit(recipe, faces, tmp_path):
     damage(faces, 17)
     options = [*PLAIN, "--data.path", str(faces), "--data.max-bad-share", "0.05"]

@@ -137,6 +137,7 @@ def test_mbf_large_is_as_near_to_float64_as_torchs_own(photographs):
     assert parity.largest_error(ours, exact) <= 1.5 * parity.largest_error(theirs, exact)
 
 
+@pytest.mark.slow
 def test_gradients_of_mobilefacenet_are_as_near_to_float64_as_torchs_own(faces):
     backbone, twin = models.build("mbf"), twins.build("mbf")
     params, batch_stats = backbone.init(1)
