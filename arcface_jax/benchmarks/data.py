@@ -144,6 +144,7 @@ def _decode_loop(encoded: list[bytes], seconds: float, pipe: Connection) -> None
 
 
 def one_thread(take: Callable[[int], object], length: int, seconds: float) -> float:
+    """Calls a second of `take` with the numbers 0 .. length - 1 in a shuffled order."""
     places = np.random.default_rng(0).permutation(length).tolist()
     done, begin = 0, time.perf_counter()
     while (now := time.perf_counter() - begin) < seconds:
