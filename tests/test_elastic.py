@@ -30,7 +30,7 @@ def config(workdir: Path, devices: int) -> c.Config:
         ),
         model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=2),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
-        optimizer=c.OptimizerConfig(learning_rate=0.001),
+        optimizer=c.OptimizerConfig(learning_rate=0.005),
         schedule=c.ScheduleConfig(epochs=2, warmup_epochs=0.5),
         evaluation=c.EvaluationConfig(batch_size=BATCH, every_epochs=0),
         checkpoint=c.CheckpointConfig(every_epochs=0),
