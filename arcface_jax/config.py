@@ -105,8 +105,9 @@ class DataConfig:
     """Share of the images that may be damaged: they are replaced; more stop the run."""
     workers: int = 0
     """Processes that read and decode on each host; 0 leaves it to threads of this process."""
-    threads: int = 4
-    """Threads that read and decode, in each worker process or in this one."""
+    threads: int = 0
+    """Threads that read and decode, in each worker process or in this one; 0 takes as many as
+    there are cores, eight at most."""
     prefetch_batches: int = 4
     """Batches decoded ahead of the step."""
     synthetic: SyntheticConfig = SyntheticConfig()

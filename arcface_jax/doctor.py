@@ -24,7 +24,7 @@ from arcface_jax import plan, step, validation
 from arcface_jax.benchmarks import collectives, timing
 from arcface_jax.benchmarks import data as data_benchmark
 from arcface_jax.config import Config
-from arcface_jax.data import sources
+from arcface_jax.data import pipeline, sources
 from arcface_jax.errors import UserError
 
 _PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin")
@@ -141,7 +141,8 @@ def check_data(config: Config, source: sources.Source, *, seconds: float) -> Che
     one = data_benchmark.one_thread(source.read, len(source), seconds)
     words = (
         f"{len(source):,} images of {source.num_classes:,} identities; {rate:,.0f} images/s with "
-        f"{data.workers} workers of {data.threads} threads; one thread reads {one:,.0f}/s undecoded"
+        f"{data.workers} workers, {pipeline.num_threads(data)} threads; "
+        f"one thread reads {one:,.0f}/s undecoded"
     )
     needed = data.global_batch_size / jax.process_count()
     values = {"images_per_second": rate, "read_per_second": one, "data_ms": 1e3 * needed / rate}

@@ -1,6 +1,5 @@
 """What a fine-tuned run begins with: the weights of another, and class centers for its data."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 from arcface_jax import checkpoint, step
 from arcface_jax import mesh as meshes
 from arcface_jax.config import Config
+from arcface_jax.data import pipeline
 from arcface_jax.data.sources import Source
-from arcface_jax.errors import ConfigError, ImageError
+from arcface_jax.errors import ConfigError
 from arcface_jax.heads import centers as class_centers
 from arcface_jax.mesh import AXIS
 from arcface_jax.models import IMAGE_SIZE, Arrays
@@ -158,13 +158,11 @@ def _every_image_once(source: Source, config: Config) -> Iterator[dict[str, np.n
         begin = number * size + first
         images = np.zeros((share, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         labels = np.full(share, -1, np.int32)
-        for place in range(min(share, len(source) - begin)):
-            with contextlib.suppress(ImageError):  # training tells of it
-                images[place], labels[place] = source[begin + place]
+        rows = np.arange(min(share, len(source) - begin))
+        for row, _ in source.load(begin + rows, rows, images, labels):  # training tells of it
+            labels[row] = -1
         return {"image": images, "label": labels}
 
-    options = grain.ReadOptions(
-        num_threads=config.data.threads, prefetch_buffer_size=config.data.prefetch_batches
-    )
+    options = pipeline.read_options(config.data)
     numbers = grain.MapDataset.range(-(-len(source) // size))
     return iter(numbers.map(read).to_iter_dataset(options))

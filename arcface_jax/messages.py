@@ -3,6 +3,7 @@
 from jax.sharding import Mesh
 
 from arcface_jax.config import Config, DataConfig
+from arcface_jax.data import pipeline
 from arcface_jax.data.bad_images import BadImage
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.verification import Verification
@@ -65,10 +66,11 @@ def input_is_the_limit(values: dict[str, float]) -> bool:
 
 def slow_input(values: dict[str, float], data: DataConfig) -> str:
     """What to do about it."""
+    threads = pipeline.num_threads(data)
     return (
         f"the input is the limit: {values['perf/data_wait_share']:.0%} of the time was spent "
         f"waiting for images ({values['perf/data_wait_ms']:.0f} ms a step). Try more "
-        f"--data.workers (now {data.workers}) or --data.threads (now {data.threads}), fewer "
+        f"--data.workers (now {data.workers}) or --data.threads (now {threads}), fewer "
         "augmentations, or a faster disk; python scripts/data.py bench says which stage binds"
     )
 

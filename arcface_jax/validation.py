@@ -217,7 +217,6 @@ def _check_ranges(config: Config) -> None:
     values = config_files.flatten(config)
     for name in (
         "data.global_batch_size",
-        "data.threads",
         "data.prefetch_batches",
         "data.shard_images",
         "data.shard_window",
@@ -254,6 +253,7 @@ def _check_ranges(config: Config) -> None:
     for name in (
         "seed",
         "data.workers",
+        "data.threads",
         "head.margin",
         "head.sample_rate",
         "head.interclass_filtering_threshold",

@@ -58,6 +58,7 @@ def measure(
     """
     source = sources.open_source(data, seed=0)
     encoded = _encoded(source)
+    threads = pipeline.num_threads(data)
     one_device = mesh.make(1)
     found: dict[tuple[str, int, int], list[float]] = {}
     with _bare_loops(encoded, seconds) as bare:
@@ -70,7 +71,7 @@ def measure(
                 for stage in ("pipeline", "to device"):
                     device = one_device if stage == "to device" else None
                     rate = pipeline_rate(source, data, count, device=device, seconds=seconds)
-                    found.setdefault((stage, count, data.threads), []).append(rate)
+                    found.setdefault((stage, count, threads), []).append(rate)
     reference = next(iter(found.values()))
     return [
         Rate(
@@ -177,7 +178,7 @@ def pipeline_rate(
 def command(
     path: Positional[str],
     workers: tuple[int, ...] = (0, 1, 2),
-    threads: int = 4,
+    threads: int = 0,
     batch_size: int = 128,
     augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
     rounds: int = 5,
@@ -188,7 +189,8 @@ def command(
     Args:
       path: A training set, as --data.path of train.py takes it.
       workers: Numbers of worker processes to try; 0 reads in threads of this process.
-      threads: Threads that read and decode, in each worker or in this process.
+      threads: Threads that read and decode, in each worker or in this process; 0 takes as many as
+        there are cores, eight at most.
       batch_size: Images of a batch.
       augment: As --data.augment.sets.
       rounds: Of all stages, of which medians are given.

@@ -1,5 +1,7 @@
 """What every training set offers: how many identities, and labelled images by number."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import cv2
@@ -34,8 +36,8 @@ class Source(Protocol):
         Raises:
           ImageError: the image cannot be read, or its label is out of range.
         """
-        sample = self.read(index)
-        return decode(sample.data, where=self.where(index)), sample.label
+        data, label = self.read(index)
+        return decode(data, where=partial(self.where, index)), label
 
     def read(self, index: int) -> Sample:
         """The image's bytes, not decoded, and its label.
@@ -44,6 +46,28 @@ class Source(Protocol):
           ImageError: they cannot be read, or the label is out of range.
         """
         ...
+
+    def load(
+        self, numbers: np.ndarray, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> list[tuple[int, ImageError]]:
+        """Reads and decodes many images.
+
+        Args:
+          numbers: (n,) int64, of the images.
+          rows: (n,) int64: where each of them goes.
+          images: (b, 112, 112, 3) uint8 RGB, written to.
+          labels: (b,) int32, written to.
+
+        Returns:
+          Rows whose image cannot be read, and why; what stands there afterwards is of no use.
+        """
+        failed: list[tuple[int, ImageError]] = []
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+            try:
+                images[row], labels[row] = self[number]
+            except ImageError as error:
+                failed.append((row, error))
+        return failed
 
     def labels(self) -> np.ndarray:
         """(len,) int32: the label of every image; -1 where it cannot be read."""
@@ -54,20 +78,22 @@ class Source(Protocol):
         ...
 
 
-def decode(data: bytes, *, where: str) -> np.ndarray:
+def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
     """An encoded image as (112, 112, 3) uint8 RGB.
 
     Args:
       data: JPEG, PNG, or what else OpenCV reads.
-      where: what the image is, for the error message.
+      where: says what the image is, for the error message.
 
     Raises:
       ImageError: it cannot be decoded, or has another size.
     """
-    image = decode_any_size(data, where=where)
+    image = pixels(np.frombuffer(data, np.uint8))
+    if image is None:
+        raise _not_an_image(data, where())
     if image.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE):
         raise ImageError(
-            where,
+            where(),
             f"the image is {image.shape[1]} x {image.shape[0]} pixels, training takes "
             f"faces aligned to {IMAGE_SIZE} x {IMAGE_SIZE}: align and crop the images first "
             "(python scripts/data.py align)",
@@ -81,14 +107,22 @@ def decode_any_size(data: bytes, *, where: str) -> np.ndarray:
     Raises:
       ImageError: it cannot be decoded.
     """
-    buffer = np.frombuffer(data, np.uint8)
-    try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB) if buffer.size else None
-    except cv2.error:  # for instance a damaged header that announces a billion pixels
-        image = None
+    image = pixels(np.frombuffer(data, np.uint8))
     if image is None:
-        raise ImageError(where, f"{len(data)} bytes that are not an image; remove or replace it")
+        raise _not_an_image(data, where)
     return image
+
+
+def pixels(data: np.ndarray) -> np.ndarray | None:
+    """(n,) uint8, an encoded image, as (H, W, 3) uint8 RGB; None where it is none."""
+    try:
+        return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    except cv2.error:  # for instance a damaged header that announces a billion pixels
+        return None
+
+
+def _not_an_image(data: bytes, where: str) -> ImageError:
+    return ImageError(where, f"{len(data)} bytes that are not an image; remove or replace it")
 
 
 def encode(image: np.ndarray) -> bytes:

@@ -24,6 +24,8 @@ from arcface_jax.models import IMAGE_SIZE
 
 # Images tried in place of a damaged one before the whole set is taken to be damaged.
 _TRIES = 100
+# More than this many fight for Python's lock.
+_MOST_THREADS = 8
 
 
 class BadImage(NamedTuple):
@@ -81,10 +83,7 @@ def batches(
 
 
 def _iterate(read: "_BatchReader", data: DataConfig, *, start: int, stop: int) -> Generator[Batch]:
-    options = grain.ReadOptions(
-        num_threads=data.threads, prefetch_buffer_size=data.prefetch_batches
-    )
-    steps = grain.MapDataset.range(start, stop).map(read).to_iter_dataset(options)
+    steps = grain.MapDataset.range(start, stop).map(read).to_iter_dataset(read_options(data))
     if data.workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts a process
             flags.FLAGS.mark_as_parsed()
@@ -104,6 +103,19 @@ def _iterate(read: "_BatchReader", data: DataConfig, *, start: int, stop: int) -
         ) from error
     finally:
         iterator.close()
+
+
+def num_threads(data: DataConfig) -> int:
+    """Threads that read and decode, in this process or in each worker."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return data.threads or min(_MOST_THREADS, cores or 1)
+
+
+def read_options(data: DataConfig) -> grain.ReadOptions:
+    """How many threads read, and how far ahead."""
+    threads = num_threads(data)
+    ahead = max(data.prefetch_batches, threads)
+    return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
 
 
 def _prepare_worker(*_: int) -> None:
@@ -138,16 +150,13 @@ class _BatchReader:
     def __call__(self, step: int) -> Batch:
         epoch, places = self._order.places(int(step))
         places = places[self._part]
-        numbers = self._order.images(epoch, places).tolist()
+        numbers = self._order.images(epoch, places)
         images = np.empty((len(numbers), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         labels = np.empty(len(numbers), np.int32)
         bad: list[BadImage] = []
-        for i, number in enumerate(numbers):
-            try:
-                images[i], labels[i] = self._source[number]
-            except ImageError as error:
-                bad.append(BadImage(number, error.where, error.problem))
-                images[i], labels[i] = self._instead(epoch, int(places[i]), error)
+        for row, error in self._source.load(numbers, np.arange(len(numbers)), images, labels):
+            bad.append(BadImage(int(numbers[row]), error.where, error.problem))
+            images[row], labels[row] = self._instead(epoch, int(places[row]), error)
         if self._augment is not None:
             self._augment(images, step=int(step), batch_size=self._batch_size, part=self._part)
         return Batch(images, labels, tuple(bad))

@@ -232,22 +232,38 @@ def _scan(rec: Path, offsets: np.ndarray) -> np.ndarray:
 
 
 def _first_labels(words: np.ndarray, offsets: np.ndarray, file_size: int) -> np.ndarray:
-    """Labels by the layout of recordio.py: frame, header, labels. `take` leaves the GIL to others.
+    """Labels of records, -1 where there is none.
 
     A header of several labels that a magic word cuts, one case in billions, counts as damaged.
     """
     offsets = np.asarray(offsets)
+    good, flag, length, count, label = headers(words, offsets)
+    need = HEADER.size + 4 * count
+    # Of a split record the first part may end anywhere behind the label.
+    need = np.where(flag == FIRST, np.where(count > 0, HEADER.size + 4, 8), need)
+    good &= ((flag == WHOLE) | (flag == FIRST)) & (length >= need)
+    good &= offsets + FRAME.size + length <= file_size
+    good &= (label >= 0) & (label < 2**31) & (label == np.floor(label))
+    return np.where(good, np.where(good, label, 0).astype(np.int32), np.int32(-1))
+
+
+def headers(words: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What frames and headers say, by the layout of recordio.py. `take` leaves the GIL to others.
+
+    Args:
+      words: the file as (n,) little-endian uint32.
+      offsets: (r,) int64, of the records.
+
+    Returns:
+      Five arrays of (r,): whether there is a frame (bool), the number of the record's part, the
+      length of its data, how many labels its header announces (int64), and the first of its labels
+      (float32). Nothing is known where there is no frame.
+    """
     base = offsets >> 2
     magic, size, count, label = (words.take(base + k, mode="clip") for k in range(4))
     several = count > 0
     behind = (FRAME.size + HEADER.size) // 4  # where several labels stand
     label[several] = words.take(base[several] + behind, mode="clip")
-    flag, length = size >> LENGTH_BITS, (size & LENGTH_MASK).astype(np.int64)
-    need = HEADER.size + 4 * count.astype(np.int64)
-    # Of a split record the first part may end anywhere behind the label.
-    need = np.where(flag == FIRST, np.where(several, HEADER.size + 4, 8), need)
-    good = (magic == MAGIC) & ((flag == WHOLE) | (flag == FIRST)) & (length >= need)
-    good &= (offsets & 3 == 0) & (offsets + FRAME.size + length <= file_size)
-    numbers = label.view("<f4")
-    good &= (numbers >= 0) & (numbers < 2**31) & (numbers == np.floor(numbers))
-    return np.where(good, np.where(good, numbers, 0).astype(np.int32), np.int32(-1))
+    there = (magic == MAGIC) & (offsets & 3 == 0)
+    length = (size & LENGTH_MASK).astype(np.int64)
+    return there, size >> LENGTH_BITS, length, count.astype(np.int64), label.view("<f4")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_jax.data.interface import Sample, Source, whole_label
+from arcface_jax.data.interface import Sample, Source, pixels, whole_label
 from arcface_jax.data.recordio import RecordReader
 from arcface_jax.errors import DataError, ImageError
 
@@ -71,7 +71,7 @@ class RecordSource(Source):
         """
         if self._shard:
             self._fetch_ahead(index // self._shard)
-        record = self._reader.read(self._key(index))
+        record = self._reader.read_at(self._position(index))
         label = whole_label(self._label(record.label), where=self.where(index))
         if label >= self.num_classes:
             raise ImageError(
@@ -82,6 +82,29 @@ class RecordSource(Source):
             )
         return Sample(record.data, label)
 
+    def load(
+        self, numbers: np.ndarray, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> list[tuple[int, ImageError]]:
+        """Reads and decodes many images; of what is unusual `read` is asked.
+
+        Raises:
+          DataError: the file has become shorter.
+        """
+        if self._shard:
+            for shard in np.unique(numbers // self._shard).tolist():
+                self._fetch_ahead(shard)
+        encoded, given = self._reader.images(self._first + numbers)
+        usual = (given >= 0) & (given < self.num_classes) & (given == np.floor(given))
+        labels[rows] = np.where(usual, given, 0)
+        # As little as can be between two images: other threads want Python's lock.
+        for place, (row, data) in enumerate(zip(rows.tolist(), encoded, strict=True)):
+            image = pixels(data)
+            if image is not None and image.shape == images.shape[1:]:
+                images[row] = image
+            else:
+                usual[place] = False
+        return super().load(numbers[~usual], rows[~usual], images, labels)
+
     def labels(self) -> np.ndarray:
         """(len,) int32; -1 where a record is damaged, or its label out of range."""
         labels = self._reader.labels()[self._first : self._first + self._count]
@@ -91,10 +114,13 @@ class RecordSource(Source):
         """The file and the record's key."""
         return f"{self._reader.path}, record {self._key(index)}"
 
-    def _key(self, index: int) -> int:
+    def _position(self, index: int) -> int:
         if not 0 <= index < self._count:
             raise IndexError(f"image {index} of {self._count}")
-        return int(self._reader.keys[self._first + index])
+        return self._first + index
+
+    def _key(self, index: int) -> int:
+        return int(self._reader.keys[self._position(index)])
 
     def _count_images(self, first: int) -> int:
         """How many keys are in front of the first identity record."""
@@ -117,7 +143,8 @@ class RecordSource(Source):
                 return
             self._asked = [*self._asked[1 - _SHARDS_REMEMBERED :], shard]
         begin = self._first + shard * self._shard
-        self._reader.will_need(begin, min(begin + self._shard, self._first + self._count))
+        end = min(begin + self._shard, self._first + self._count)
+        self._reader.will_need(np.array([begin]), np.array([end]))
 
 
 def _inside(labels: np.ndarray, num_classes: int) -> np.ndarray:

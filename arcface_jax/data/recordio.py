@@ -8,8 +8,9 @@ image.
 All numbers are little-endian.
 """
 
+import mmap
 import os
-import weakref
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -30,6 +31,11 @@ from arcface_jax.data.record_format import (
     WHOLE,
 )
 from arcface_jax.errors import DataError, ImageError
+
+# Seconds for a header that show that a disk was waited for. Asking the system to read ahead costs
+# as much as all else that is done for an image, and so is done for some time after that alone.
+_SLOW = 20e-6
+_SLOW_CALLS = 1000
 
 
 class Record(NamedTuple):
@@ -70,15 +76,19 @@ class RecordReader:
         return self._index.keys
 
     def _open(self) -> None:
-        self._file = self.path.open("rb")
-        self._size = os.fstat(self._file.fileno()).st_size
-        weakref.finalize(self, self._file.close)
+        with self.path.open("rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._size = len(self._bytes)
+        self._slow = 0  # calls of `images` that ask the system to read ahead
+        self._data = np.frombuffer(self._bytes, np.uint8)
+        self._words = np.frombuffer(self._bytes, "<u4", self._size // 4)
+        self._offsets = np.asarray(self._index.offsets)  # whose parts cost less than a memmap's
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_file"}
+        return {"path": self.path, "_index": self._index}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -91,8 +101,54 @@ class RecordReader:
           DataError: there is no such key.
           ImageError: the bytes at its place are not a whole record.
         """
-        offset = int(self._index.offsets[self.position(key)])
-        return _unpack(self._payload(key, offset), f"{self.path}, record {key}")
+        return self.read_at(self.position(key))
+
+    def read_at(self, position: int) -> Record:
+        """The record at a position of the ascending keys.
+
+        Raises:
+          ImageError: the bytes at its place are not a whole record.
+        """
+        key = int(self.keys[position])
+        return _unpack(
+            self._payload(key, int(self._offsets[position])), f"{self.path}, record {key}"
+        )
+
+    def images(self, positions: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """Encoded images of many records, not copied, and the first label of each.
+
+        No more of it than a few calls for all of them holds Python's lock.
+
+        Args:
+          positions: (n,) int64, of the ascending keys.
+
+        Returns:
+          n uint8 arrays, and (n,) float32. An array is empty where the record has no image, is in
+          parts or is damaged: `read_at` reads it, or says what is wrong.
+
+        Raises:
+          DataError: the file has become shorter.
+        """
+        if self._bytes.size() < self._size:
+            raise DataError(
+                f"{self.path} was cut from {self._size} to {self._bytes.size()} bytes while it was "
+                "read: put the whole file back, and run the same command again"
+            )
+        if self._slow > 0:
+            self._slow -= 1
+            self.will_need(positions, positions + 1)
+        started = time.perf_counter()
+        offsets = self._offsets[positions]
+        there, flag, length, count, labels = record_index.headers(self._words, offsets)
+        if time.perf_counter() - started > _SLOW * len(positions):
+            self._slow = _SLOW_CALLS
+        begin = offsets + FRAME.size + HEADER.size + 4 * count
+        end = offsets + FRAME.size + length
+        whole = there & (flag == WHOLE) & (begin < end) & (end <= self._size)
+        spans = zip(
+            np.where(whole, begin, 0).tolist(), np.where(whole, end, 0).tolist(), strict=True
+        )
+        return [self._data[begin:end] for begin, end in spans], labels
 
     def labels(self) -> np.ndarray:
         """(n,) int32: the first label of each record, in the order of the keys, scanned once.
@@ -121,13 +177,22 @@ class RecordReader:
             return min(max(key - keys.start, 0), len(keys))
         return int(np.searchsorted(keys, key))
 
-    def will_need(self, first: int, last: int) -> None:
-        """Has the system read the records at positions first .. last - 1 ahead, in one piece."""
-        offsets = self._index.offsets
-        begin = int(offsets[first])
-        end = int(offsets[last]) if last < len(offsets) else os.fstat(self._file.fileno()).st_size
-        if end > begin and hasattr(os, "posix_fadvise"):  # Linux has it
-            os.posix_fadvise(self._file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+    def will_need(self, first: np.ndarray, last: np.ndarray) -> None:
+        """Has the system read the records at positions first .. last - 1 ahead, all at once.
+
+        Args:
+          first: (n,) int64.
+          last: (n,) int64.
+        """
+        if not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        begin = self._offsets[first]
+        begin -= begin % mmap.PAGESIZE
+        inside = last < len(self._offsets)
+        end = np.where(inside, self._offsets[np.where(inside, last, 0)], self._size)
+        for place, length in zip(begin.tolist(), (end - begin).tolist(), strict=True):
+            if 0 < length <= self._size - place:
+                self._bytes.madvise(mmap.MADV_WILLNEED, place, length)
 
     def _payload(self, key: int, offset: int) -> bytes:
         parts = []
@@ -144,14 +209,14 @@ class RecordReader:
             offset += FRAME.size + len(data) + -len(data) % 4
 
     def _part(self, key: int, offset: int) -> tuple[int, bytes]:
-        frame = self._pread(FRAME.size, offset)
-        if len(frame) < FRAME.size:
+        if offset + FRAME.size > self._size:
             raise self._damaged(key, offset, "ends before its header does")
-        magic, word = FRAME.unpack(frame)
+        magic, word = FRAME.unpack_from(self._bytes, offset)
         if magic != MAGIC:
             raise self._damaged(key, offset, f"begins with {magic:#010x} instead of {MAGIC:#010x}")
         length = word & LENGTH_MASK
-        data = self._pread(length, offset + FRAME.size)
+        begin = offset + FRAME.size
+        data = self._bytes[begin : begin + length]
         if len(data) < length:
             raise self._damaged(key, offset, f"announces {length} bytes, and {len(data)} are left")
         return word >> LENGTH_BITS, data
@@ -162,11 +227,6 @@ class RecordReader:
             f"at byte {offset} it {what}: the file is cut short or damaged, or the .idx belongs to "
             f"another file; copy {self.path.name} and its .idx again",
         )
-
-    def _pread(self, length: int, offset: int) -> bytes:
-        # pread takes memory for all it is asked for, before it looks whether the file has it.
-        length = max(0, min(length, self._size - offset))
-        return os.pread(self._file.fileno(), length, offset)
 
 
 def _unpack(payload: bytes, where: str) -> Record:

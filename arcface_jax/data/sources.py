@@ -12,7 +12,7 @@ from arcface_jax.data.interface import Sample, Source
 from arcface_jax.data.parquet_source import ParquetSource
 from arcface_jax.data.record_source import RecordSource
 from arcface_jax.data.tfds_source import TfdsSource
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError
 
 SYNTHETIC = "synthetic"
 NOISE = "noise"
@@ -118,6 +118,19 @@ class JoinedSource(Source):
         part, inside = self._locate(index)
         data, label = self._parts[part].read(inside)
         return Sample(data, label + self._offsets[part])
+
+    def load(
+        self, numbers: np.ndarray, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> list[tuple[int, ImageError]]:
+        """Each part loads its own."""
+        of = np.searchsorted(self._ends, numbers, side="right")
+        failed: list[tuple[int, ImageError]] = []
+        for number in np.unique(of).tolist():
+            part, here = self._parts[number], of == number
+            begin = self._ends[number] - len(part)
+            failed += part.load(numbers[here] - begin, rows[here], images, labels)
+            labels[rows[here]] += self._offsets[number]
+        return failed
 
     def labels(self) -> np.ndarray:
         """(len,) int32; -1 where it cannot be read."""

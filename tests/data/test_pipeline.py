@@ -12,6 +12,7 @@ import pytest
 
 from arcface_jax.config import AugmentConfig, DataConfig
 from arcface_jax.data import order
+from arcface_jax.data.interface import Source
 from arcface_jax.data.pipeline import Batch, batches
 from arcface_jax.data.sources import RecordSource
 from arcface_jax.errors import DataError, ImageError, UserError
@@ -19,7 +20,7 @@ from arcface_jax.errors import DataError, ImageError, UserError
 LFW = os.environ.get("ARCFACE_JAX_LFW", "")
 
 
-class Numbered:
+class Numbered(Source):
     """A training set whose image i is the number i, in any of its pixels."""
 
     num_classes = 7

@@ -162,7 +162,9 @@ def test_shards_are_asked_for_once_and_change_nothing(tmp_path: Path, monkeypatc
     asked = []
     ahead = RecordReader.will_need
     monkeypatch.setattr(
-        RecordReader, "will_need", lambda self, a, b: (asked.append((a, b)), ahead(self, a, b))
+        RecordReader,
+        "will_need",
+        lambda self, a, b: (asked.append((*a.tolist(), *b.tolist())), ahead(self, a, b)),
     )
     plain, source = RecordSource(rec), RecordSource(rec, shard=20)
     for number in (0, 5, 19, 45, 21, 49, 1):

@@ -12,13 +12,13 @@ import PIL.Image
 import pytest
 
 from arcface_jax.config import DataConfig, SyntheticConfig
-from arcface_jax.data import interface
+from arcface_jax.data import interface, recordio
 from arcface_jax.data.drawn_sources import SyntheticSource
 from arcface_jax.data.record_source import RecordSource
-from arcface_jax.data.recordio import RecordWriter
+from arcface_jax.data.recordio import RecordReader, RecordWriter
 from arcface_jax.data.sources import open_source
 from arcface_jax.data.synthetic import draw_face
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError
 
 LFW = os.environ.get("ARCFACE_JAX_LFW", "")
 needs_lfw = pytest.mark.skipif(
@@ -74,6 +74,80 @@ def test_images_and_labels_with_an_identity_header_and_without(folder, identitie
         np.testing.assert_array_equal(image, face(index))
         assert (image.shape, image.dtype) == ((112, 112, 3), np.uint8)
         assert number == label and type(number) is int
+
+
+def test_many_images_at_once_are_those_read_one_by_one(folder, tmp_path):
+    """Usual records, one with several labels, one in parts, and four that cannot be read."""
+    noisy = encode(face(6), "BMP")
+    noisy += bytes(-(len(noisy) + 24) % 4) + struct.pack("<I", 0xCED7230A) * 2
+    records: list = [
+        *PLAIN,
+        ([2.0, 7.0, 8.0], encode(face(4))),
+        (1, noisy),
+        (1, b"no image"),
+        (1, b""),
+        (3, encode(face(5))),
+        (0.5, encode(face(5))),
+        (1, encode(face(5, height=90))),
+        (2, encode(face(7), "JPEG")),
+    ]
+    path = folder(records, identities=3)
+    (tmp_path / "other").mkdir()
+    with RecordWriter(tmp_path / "other" / "train.rec") as writer:
+        for key, (label, data) in enumerate(PLAIN):
+            writer.write(key, data, label=label)
+    for source in (opened(path), opened(f"{path},{tmp_path / 'other'}")):
+        numbers = np.random.default_rng(0).permutation(len(source))
+        rows = np.random.default_rng(1).permutation(len(source) + 3)[: len(source)]
+        images = np.full((len(source) + 3, 112, 112, 3), 7, np.uint8)
+        labels = np.full(len(source) + 3, -7, np.int32)
+        failed = dict(source.load(numbers, rows, images, labels))
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+            try:
+                image, label = source[number]
+            except ImageError as error:
+                assert str(failed.pop(row)) == str(error)
+                continue
+            np.testing.assert_array_equal(images[row], image)
+            assert labels[row] == label
+        assert not failed
+        others = np.setdiff1d(np.arange(len(images)), rows)
+        assert (images[others] == 7).all() and (labels[others] == -7).all()
+    numbers = np.arange(12)
+    failed = opened(path).load(numbers, numbers, images, labels)
+    assert sorted(row for row, _ in failed) == [6, 7, 8, 9, 10]
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(folder, tmp_path):
+    source = opened(folder(PLAIN))
+    rec = tmp_path / "train.rec"
+    size = rec.stat().st_size
+    os.truncate(rec, size // 2)
+    images, labels = np.zeros((4, 112, 112, 3), np.uint8), np.zeros(4, np.int32)
+    with pytest.raises(DataError, match=rf"train\.rec was cut from {size} to {size // 2} bytes"):
+        source.load(np.arange(4), np.arange(4), images, labels)
+    os.truncate(rec, size)  # of the same length again: zeros are no records
+    assert [row for row, _ in source.load(np.arange(4), np.arange(4), images, labels)] == [2, 3]
+
+
+def test_a_slow_disk_is_asked_for_all_images_of_a_batch_at_once(folder, monkeypatch):
+    source = opened(folder(PLAIN))
+    asked = []
+    monkeypatch.setattr(RecordReader, "will_need", lambda _, *span: asked.append(span))
+    images, labels = np.zeros((4, 112, 112, 3), np.uint8), np.zeros(4, np.int32)
+    numbers = np.array([3, 0, 1, 2])
+
+    def load(seconds: float) -> None:
+        now = iter((0.0, seconds))
+        monkeypatch.setattr(recordio.time, "perf_counter", lambda: next(now))
+        assert not source.load(numbers, numbers, images, labels)
+
+    load(4 * 10e-6)
+    load(4 * 30e-6)  # a disk was waited for, by whatever reads next
+    assert not asked
+    load(4 * 10e-6)
+    ((first, last),) = asked
+    np.testing.assert_array_equal((first, last), (numbers, numbers + 1))
 
 
 def test_the_header_counts_identities_that_have_no_image(folder):
@@ -194,15 +268,15 @@ def test_red_is_the_first_channel():
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 120, 10]], np.uint8)
     image = np.repeat(colours, 28, axis=0)[:, None].repeat(112, axis=1)
     rows = b"".join(b"\x00" + row.tobytes() for row in image)
-    np.testing.assert_array_equal(interface.decode(png(112, 112, rows), where="x"), image)
-    jpeg = interface.decode(encode(image, "JPEG", quality=95, subsampling=0), where="x")
+    np.testing.assert_array_equal(interface.decode(png(112, 112, rows), where=lambda: "x"), image)
+    jpeg = interface.decode(encode(image, "JPEG", quality=95, subsampling=0), where=lambda: "x")
     np.testing.assert_allclose(jpeg[14::28, 56].astype(int), colours, atol=6)
 
 
 def test_gray_images_have_three_equal_channels():
     gray = face(0)[..., 0]
     np.testing.assert_array_equal(
-        interface.decode(encode(gray), where="x"), gray[..., None].repeat(3, axis=2)
+        interface.decode(encode(gray), where=lambda: "x"), gray[..., None].repeat(3, axis=2)
     )
 
 

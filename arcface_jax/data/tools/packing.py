@@ -7,6 +7,7 @@ want it. A pack that was interrupted goes on where it stopped.
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -113,7 +114,7 @@ def checked(source: Source, number: int) -> Sample:
       ImageError: it does not, or has not.
     """
     sample = source.read(number)
-    interface.decode(sample.data, where=source.where(number))
+    interface.decode(sample.data, where=partial(source.where, number))
     return sample
 
 
