@@ -81,8 +81,8 @@ def _compile_seconds(network: str, faces: np.ndarray) -> float:
 
     def loss(params, batch_stats, images):
         x = preprocess.normalise(images)
-        key = jax.random.key(0)
-        embeddings, moved = backbone.apply(params, batch_stats, x, train=True, key=key)
+        keys = jax.random.split(jax.random.key(0), len(images))
+        embeddings, moved = backbone.apply(params, batch_stats, x, train=True, keys=keys)
         return jnp.mean(jnp.square(embeddings)), moved
 
     begin = time.perf_counter()

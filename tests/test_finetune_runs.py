@@ -16,6 +16,7 @@ from arcface_jax import checkpoint, initial, mesh, step
 from arcface_jax import config as configs
 from arcface_jax.data import sources
 from arcface_jax.errors import CheckpointError
+from convert import to_torch
 
 CENTERS = ["--finetune.centers", "class_means"]
 OPTIONS = [
@@ -45,12 +46,12 @@ def source_run(recipe, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(recipe, source_run, tmp_path_factory) -> Path:
-    """Fine-tuned from the source's backbone.pth, which is gone afterwards."""
+    """Fine-tuned from the source's backbone, as safetensors that are gone afterwards."""
     folder = tmp_path_factory.mktemp("tuned")
-    shutil.copy(source_run / "backbone.pth", folder / "weights.pth")
-    options = ["--init-from", str(folder / "weights.pth"), *OPTIONS]
+    to_torch.export(source_run, folder / "weights.safetensors")
+    options = ["--init-from", str(folder / "weights.safetensors"), *OPTIONS]
     assert script("train").main(command(recipe, folder / "run", *options)) == 0
-    (folder / "weights.pth").unlink()
+    (folder / "weights.safetensors").unlink()
     return folder / "run"
 
 
