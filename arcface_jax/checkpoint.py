@@ -343,7 +343,8 @@ def _open_to_read(
 
 def _refuse_weights_alone(workdir: Path) -> None:
     for saved in _folder(workdir).glob("[0-9]*"):
-        if not (saved / "training").is_dir():
+        # One that was cut off by the end of a process has another name, and perhaps no part yet.
+        if saved.name.isdigit() and not (saved / "training").is_dir():
             raise CheckpointError(
                 f"--workdir {workdir} holds imported weights and no run that could be resumed: to "
                 f"train from them, give a new --workdir and --init-from {workdir}"
