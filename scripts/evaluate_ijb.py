@@ -8,14 +8,14 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import jax
 import tyro
 from rich.console import Console
 
-from arcface_jax import errors
+from arcface_jax import distributed, errors
+from arcface_jax.config import DistributedConfig
 from arcface_jax.evaluation import ijb, ijb_files, ijb_tables, roc_plot
 from arcface_jax.evaluation.ijb_files import Protocol
 from convert.any_model import ModelChoice, open_model
@@ -38,6 +38,8 @@ class Arguments:
     """Images per forward pass, over all devices."""
     threads: int = os.cpu_count() or 4
     """Threads that read and align images."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """With several hosts each embeds its part of the images (docs/multi_host.md)."""
 
 
 def main(argv: list[str]) -> None:
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="evaluate_ijb.py", description=__doc__)
     begin = time.perf_counter()
     with errors.reported():
+        distributed.start(arguments.distributed)
         options = [ijb.Options.parse(letters) for letters in arguments.options]
         ijb_set = ijb_files.read(arguments.data, arguments.protocol)
         model = open_model(arguments.model, batch_size=arguments.batch_size)
@@ -57,8 +60,8 @@ def main(argv: list[str]) -> None:
             threads=arguments.threads,
             progress=lambda done: print(f"{done:,} of {total:,} images", file=sys.stderr),
         )
-        if jax.process_index():
-            return  # the first host does the rest
+        if not distributed.is_first():
+            return  # it does the rest
         results = [ijb.evaluate(ijb_set, extracted, option) for option in options]
     console = Console() if sys.stdout.isatty() else Console(width=100)
     console.print(*ijb_tables.tables(results), *ijb_tables.remarks(results[0]), sep="\n")

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -182,17 +184,12 @@ def test_what_is_missing_is_named(arguments, expected, capsys):
 
 TWO_HOSTS = """
 import sys
-import jax
-jax.config.update("jax_num_cpu_devices", 2)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-port, process, *arguments = sys.argv[1:]
-jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=int(process))
 from arcface_jax.evaluation import features
 aligned, seen = features.aligned_image, []
 features.aligned_image = lambda *a: seen.append(1) or aligned(*a)
 sys.path.insert(0, "scripts")
 import evaluate_ijb
-evaluate_ijb.main(arguments)
+evaluate_ijb.main(sys.argv[1:])
 print("IMAGES", len(seen))
 """
 
@@ -200,12 +197,18 @@ print("IMAGES", len(seen))
 @pytest.mark.slow
 def test_two_hosts_read_half_the_images_each_and_find_the_same(run, ijbc, weight, tmp_path):
     alone, _ = run("evaluate_ijb", *weight, "--data", ijbc, "--output", tmp_path / "one")
-    port = str(20_000 + int.from_bytes(tmp_path.name.encode()[-2:]) % 20_000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
     command = [*weight[:5], "16", "--data", ijbc, "--output", tmp_path / "two"]
+    hosts = ["--distributed.coordinator", coordinator, "--distributed.num-processes", "2"]
+    hosts += ["--distributed.process-id"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TWO_HOSTS, port, str(k), *map(str, command)],
+            [sys.executable, "-c", TWO_HOSTS, *map(str, [*command, *hosts, k])],
             cwd=ROOT,
+            env=environment,
             stdout=subprocess.PIPE,
             text=True,
         )
