@@ -57,10 +57,9 @@ def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
     params, batch_stats = parity.settled(network, faces)
     embedder = Network(network, params, batch_stats, batch_size=len(faces), devices=1)
     embeddings = embedder(faces)
-    twin = twins.build(network)
-    twin.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
+    twin = twins.load(network, weights.to_state_dict(params, batch_stats))
     difference = parity.largest_error(parity.torch_embeddings(twin, faces), embeddings)
-    del twin
+    del twin, params, batch_stats
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         to_onnx.export(embedder, path)  # which compares drawn faces

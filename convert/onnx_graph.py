@@ -1,6 +1,7 @@
 """A backbone as an ONNX graph, in the form that insightface's clients expect."""
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Collection, Iterator
@@ -50,14 +51,15 @@ def write(path: Path, embedder: Network, *, normalization: Normalization) -> Non
     """
     state = weights.to_state_dict(embedder.params, embedder.batch_stats)
     size = models.embedding_size(state) or 0
-    module = twins.build(embedder.network, embedding_size=size)
-    module.load_state_dict(state, strict=True)
+    module = twins.load(embedder.network, state)
     if normalization == "inside":
         module = _FromPixels(module)
     large = sum(tensor.nbytes for tensor in state.values()) > _LARGEST_FILE
     with _quiet():
         program = _export(module.eval())
         program.save(path, external_data=large)
+    del program, module, state
+    gc.collect()  # what is checked next takes as much memory again
     metadata = {
         "network": embedder.network,
         "embedding_size": str(size),

@@ -76,8 +76,7 @@ def check(embedder: Network, state: StateDict, *, network: str) -> float:
     Raises:
       UserError: it exceeds 1e-4.
     """
-    module = twins.build(network, embedding_size=models.embedding_size(state) or 0)
-    module.load_state_dict(state, strict=True)
+    module = twins.load(network, state)
     images = drawn_faces()
     return require_equal(
         torch_embeddings(module, images), embedder(images), what="torch network", bound=TOLERANCE

@@ -31,7 +31,9 @@ _PREFIXES = re.compile(r"^((module|backbone|_orig_mod)\.)+")
 def to_state_dict(params: Arrays, batch_stats: Arrays) -> StateDict:
     """Arrays by arcface_jax's names to float32 tensors by insightface's."""
     state = {}
-    for name, array in _torch_arrays(params, batch_stats).items():
+    # Of NumPy's arrays the blocks of a stack are views.
+    stacked: Arrays = {n: np.asarray(x) for n, x in (*params.items(), *batch_stats.items())}
+    for name, array in _torch_arrays(stacked, {}).items():
         state[name] = torch.from_numpy(np.array(array, np.float32, order="C"))
         if name.endswith(".running_var"):
             state[f"{name.removesuffix('running_var')}{_COUNTER}"] = torch.tensor(0)
