@@ -54,8 +54,11 @@ def start(workdir: Path, *more: str, processes: int, devices: int) -> list[subpr
     return [
         subprocess.Popen(
             [*command, *([*several, str(number)] if processes > 1 else [])],
-            **{"cwd": ROOT, "env": environment, "text": True},
-            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         for number in range(processes)
     ]
@@ -101,26 +104,41 @@ def test_four_processes_are_one_run(tmp_path):
     check_equal_to_one_process(tmp_path, processes=4, devices=1)
 
 
-@pytest.mark.slow
-def test_sigterm_to_one_process_stops_all_and_another_number_resumes(tmp_path):
-    finish(start(tmp_path / "one", processes=1, devices=4))
-    workdir = tmp_path / "many"
-    processes = start(
-        *(workdir, "--checkpoint.requeue-exit-code", "85"), **{"processes": 2, "devices": 2}
-    )
+def stop(
+    processes: list[subprocess.Popen], workdir: Path, *, behind: int, signals: tuple[int, ...]
+) -> int:
+    """SIGTERM to some of them, once the run is behind a step; how many steps it did in all."""
     deadline = time.monotonic() + 300
-    while not (workdir / "metrics.jsonl").exists() or not losses(workdir):
+    while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) <= behind:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
+    for number in signals:
+        processes[number].send_signal(signal.SIGTERM)
     finish(processes, code=85)
-    stopped = len(losses(workdir))
-    assert 0 < stopped < 10
-    finish(start(workdir, processes=1, devices=2))
-    assert losses(workdir) == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
-    assert [s["processes"] for s in json.loads((workdir / "environment.json").read_text())] == [
-        *(2, 1)
-    ]
+    return len(losses(workdir))
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_processes(tmp_path):
+    """One process of 4 devices, two of 2 each, one of 2; SIGTERM to one of two stops both."""
+    # JAX looks for the signal once a second only: enough steps that some are left by then.
+    epochs = ("--schedule.epochs", "6", "--checkpoint.requeue-exit-code", "85")
+    finish(start(tmp_path / "undisturbed", *epochs, processes=1, devices=4))
+    workdir = tmp_path / "moved"
+    processes = start(workdir, *epochs, processes=1, devices=4)
+    first = stop(processes, workdir, behind=0, signals=(0,))
+    processes = start(workdir, *epochs, processes=2, devices=2)
+    second = stop(processes, workdir, behind=first, signals=(1,))
+    assert 0 < first < second < 30
+    finish(start(workdir, *epochs, processes=1, devices=2))
+    moved, undisturbed = losses(workdir), losses(tmp_path / "undisturbed")
+    assert len(moved) == len(undisturbed) == 30
+    print(first, second, "differences", [a - b for a, b in zip(moved, undisturbed, strict=True)])
+    for number in (0, first, second):
+        assert moved[number] == pytest.approx(undisturbed[number], abs=1e-3)
+    assert moved[:10] == pytest.approx(undisturbed[:10], abs=1e-3)
+    sessions = json.loads((workdir / "environment.json").read_text())
+    assert [session["processes"] for session in sessions] == [1, 2, 1]
 
 
 SLURM = {
