@@ -57,6 +57,7 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
                     print(f"warning: {sentence}", file=sys.stderr)
                 storage.remove_unfinished(workdir)
             environment.write(config)
+    storage.quiet_orbax()
     options = _what_to_keep(config.checkpoint)
     if distributed.is_first():
         note = partial(checksums.note, folder)
@@ -83,7 +84,10 @@ def _prepare(config: Config) -> None:
         if not (workdir / CONFIG).exists():
             storage.write_whole(workdir / CONFIG, config_files.to_json(config))
     except OSError as error:
-        raise CheckpointError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+        raise CheckpointError(
+            f"cannot write to --workdir {workdir}: {error.strerror}. Make room, or make it "
+            "writable, or name another folder"
+        ) from error
 
 
 def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
@@ -381,8 +385,8 @@ def _open_to_read(
 
 
 def _refuse_weights_alone(workdir: Path) -> None:
-    for saved in _folder(workdir).glob("[0-9]*"):
-        if not (saved / "training").is_dir():
+    for number in storage.complete_steps(workdir):
+        if not (_folder(workdir) / str(number) / "training").is_dir():
             raise CheckpointError(
                 f"--workdir {workdir} holds imported weights and no run that could be resumed: to "
                 f"train from them, give a new --workdir and --init-from {workdir}"

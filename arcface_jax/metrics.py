@@ -94,9 +94,11 @@ class MetricsFile:
 
     def close(self) -> None:
         """Flushes and closes all, whether or not the disk takes the last of it."""
-        with storage.in_words(self._workdir, self._workdir), ExitStack() as all_of_them:
+        with ExitStack() as all_of_them:
             for writer in self._writers:
+                all_of_them.enter_context(storage.in_words(self._workdir, writer.path))
                 all_of_them.callback(writer.close)
+            all_of_them.enter_context(storage.in_words(self._workdir, self._workdir / METRICS))
             all_of_them.callback(self._file.close)
 
 

@@ -5,6 +5,7 @@ it several times over, raises it in the next save, and leaves writes behind that
 """
 
 import errno
+import functools
 import gc
 import inspect
 import logging
@@ -89,10 +90,13 @@ def kept(workdir: Path) -> str:
     )
 
 
-@contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Keeps back what Orbax prints of a failed save besides raising it."""
-    log, hook = logging.getLogger("absl"), sys.unraisablehook
+@functools.cache
+def quiet_orbax() -> None:
+    """Keeps back what Orbax prints of a failed save besides raising it.
+
+    For the rest of the process: what such a save leaves behind may complain as late as at its end.
+    """
+    hook = sys.unraisablehook
 
     def unraisable(args: "sys.UnraisableHookArgs") -> None:
         of_orbax = inspect.iscoroutine(args.object) and "orbax" in args.object.cr_code.co_filename
@@ -100,17 +104,17 @@ def quiet_orbax() -> Iterator[None]:
         if not of_orbax and str(args.exc_value) != "Event loop is closed":
             hook(args)
 
-    log.addFilter(_not_of_orbax)
+    logging.getLogger("absl").addFilter(_not_of_a_failed_save)
+    logging.getLogger("asyncio").addFilter(_not_of_a_failed_save)
     sys.unraisablehook = unraisable
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
-        log.removeFilter(_not_of_orbax)
 
 
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname or not record.exc_info
+def _not_of_a_failed_save(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    if error is None:
+        return True
+    text = [record.pathname, record.getMessage(), *traceback.format_exception(error)]
+    return not any("orbax" in part for part in text)
 
 
 def _of_the_system(error: BaseException) -> OSError | None:

@@ -74,7 +74,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
       UserError: configuration, data or workdir do not allow the run, the loss is no longer finite,
         or the disk does not take what is written.
     """
-    with storage.in_words(Path(config.workdir)), storage.quiet_orbax():
+    with storage.in_words(Path(config.workdir)):
         return _train(config, init)
 
 
