@@ -9,6 +9,7 @@ imported weights has no `training`: `backbone` alone, or `centers` and `dataset`
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from arcface_jax import (
     environment,
     models,
     step,
+    storage,
 )
 from arcface_jax.config import CheckpointConfig, Config
 from arcface_jax.errors import CheckpointError
@@ -47,16 +49,21 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
     """
     with distributed.first_alone():
         _prepare(config)
-        folder = _folder(Path(config.workdir))
+        workdir = Path(config.workdir)
+        folder = _folder(workdir)
         if distributed.is_first():
-            for sentence in checksums.set_aside_damaged(folder):
-                print(f"warning: {sentence}", file=sys.stderr)
+            with storage.in_words(workdir, workdir):
+                for sentence in checksums.set_aside_damaged(folder):
+                    print(f"warning: {sentence}", file=sys.stderr)
+                storage.remove_unfinished(workdir)
             environment.write(config)
+    storage.quiet_orbax()
     options = _what_to_keep(config.checkpoint)
     if distributed.is_first():
         note = partial(checksums.note, folder)
         options.async_options = ocp.options.AsyncOptions(post_finalization_callback=note)
-    return ocp.CheckpointManager(folder, options=options)
+    with storage.in_words(workdir, folder):
+        return ocp.CheckpointManager(folder, options=options)
 
 
 def _prepare(config: Config) -> None:
@@ -75,9 +82,12 @@ def _prepare(config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / CONFIG).exists():
-            (workdir / CONFIG).write_text(config_files.to_json(config))
+            storage.write_whole(workdir / CONFIG, config_files.to_json(config))
     except OSError as error:
-        raise CheckpointError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+        raise CheckpointError(
+            f"cannot write to --workdir {workdir}: {error.strerror}. Make room, or make it "
+            "writable, or name another folder"
+        ) from error
 
 
 def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
@@ -132,6 +142,9 @@ def save(
       state: to be saved.
       dataset: the training set.
       score: {checkpoint.best_metric: its value}, where it was measured for this state.
+
+    Raises:
+      CheckpointError: this cannot be written, or the one before it could not.
     """
     number = int(state.step)
     if number in manager.all_steps():
@@ -140,7 +153,37 @@ def save(
         name: ocp.args.PyTreeSave(item) for name, item in _split(state).items()
     }
     items["dataset"] = ocp.args.JsonSave(dataset)
-    manager.save(number, args=ocp.args.Composite(**items), metrics=score)
+    with _in_words(manager):
+        manager.save(number, args=ocp.args.Composite(**items), metrics=score)
+
+
+def check(manager: ocp.CheckpointManager) -> None:
+    """Looks whether a save that was begun has failed since; waits for nothing.
+
+    Orbax itself says so in the next save, which may be hours later.
+
+    Raises:
+      CheckpointError: it has.
+    """
+    # Several processes would have to ask at the same time.
+    if jax.process_count() == 1 and not manager.is_saving_in_progress():
+        with _in_words(manager):
+            manager.wait_until_finished()
+
+
+def close(manager: ocp.CheckpointManager) -> None:
+    """Waits for a save that is under way.
+
+    Raises:
+      CheckpointError: it has failed.
+    """
+    with _in_words(manager):
+        manager.close()
+
+
+def _in_words(manager: ocp.CheckpointManager) -> AbstractContextManager[None]:
+    folder = Path(manager.directory)
+    return storage.in_words(folder.parent, folder)
 
 
 def restore(
@@ -342,9 +385,8 @@ def _open_to_read(
 
 
 def _refuse_weights_alone(workdir: Path) -> None:
-    for saved in _folder(workdir).glob("[0-9]*"):
-        # One that was cut off by the end of a process has another name, and perhaps no part yet.
-        if saved.name.isdigit() and not (saved / "training").is_dir():
+    for number in storage.complete_steps(workdir):
+        if not (_folder(workdir) / str(number) / "training").is_dir():
             raise CheckpointError(
                 f"--workdir {workdir} holds imported weights and no run that could be resumed: to "
                 f"train from them, give a new --workdir and --init-from {workdir}"

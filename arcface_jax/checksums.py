@@ -8,6 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from arcface_jax import storage
 from arcface_jax.errors import CheckpointError
 
 _FOLDER = "checksums"
@@ -25,9 +26,7 @@ def note(checkpoints: Path) -> None:
     folder.mkdir(exist_ok=True)
     written = {path.name.partition(".")[0]: path for path in checkpoints.glob("[0-9]*.*")}
     for step, path in written.items():
-        part = folder / f"{step}.part"
-        part.write_text(json.dumps(_hashes(path), indent=1) + "\n")
-        part.replace(part.with_suffix(".json"))
+        storage.write_whole(folder / f"{step}.json", json.dumps(_hashes(path), indent=1) + "\n")
     here = {path.name for path in _complete(checkpoints)} | written.keys()
     for path in folder.glob("*.json"):
         if path.stem not in here:

@@ -275,6 +275,8 @@ class CheckpointConfig:
     """How many of the best stay on disk, besides the newest."""
     requeue_exit_code: int = 0
     """Exit code of a run that SIGTERM stopped and that can be started again; 0 is the usual 143."""
+    deadline_seconds: float = 0.0
+    """Seconds after SIGTERM or Ctrl-C when a run gives up its step or save and ends; 0 waits."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 
 from arcface_jax.config import DistributedConfig
 from arcface_jax.errors import ConfigError
+from arcface_jax.stopping import Stop
 
 Cluster = Literal["slurm", "ompi", "k8s"]
 _SECONDS_TO_MEET = 300
@@ -128,16 +129,17 @@ def first_alone() -> Iterator[None]:
         multihost_utils.sync_global_devices("first")
 
 
-def to_stop(received: list[signal.Signals], step: int) -> bool:
+def to_stop(stop: Stop, step: int) -> bool:
     """Whether the run ends here: a signal came, to whichever process, and all are at this step.
 
     Args:
-      received: the signals that came here; of several processes JAX watches for SIGTERM.
+      stop: has the signals that came here; of several processes JAX watches for SIGTERM.
       step: about to be done.
     """
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-        received.append(signal.SIGTERM)
-    return bool(received)
+        stop.signals.append(signal.SIGTERM)
+        stop.count_down(signal.SIGTERM)
+    return bool(stop)
 
 
 def own_name(name: str) -> str:

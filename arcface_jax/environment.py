@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from arcface_jax import config_files
+from arcface_jax import config_files, storage
 from arcface_jax.config import Config
 from arcface_jax.errors import CheckpointError
 
@@ -39,11 +39,10 @@ def write(config: Config) -> Path:
     path = Path(config.workdir) / "environment.json"
     try:
         starts = json.loads(path.read_text()) if path.exists() else []
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps([*starts, _now(config)], indent=1) + "\n")
-        part.replace(path)
     except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"cannot read or write {path}: {error}; remove it") from error
+        raise CheckpointError(f"cannot read {path}: {error}; remove it") from error
+    with storage.in_words(path.parent, path):
+        storage.write_whole(path, json.dumps([*starts, _now(config)], indent=1) + "\n")
     return path
 
 

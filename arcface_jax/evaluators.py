@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from jax.sharding import Mesh
 
@@ -15,21 +16,32 @@ from arcface_jax.evaluation import collapse, embed, plots, verification
 from arcface_jax.evaluation.verification import Verification
 
 
-def make(
-    config: Config, targets: list[PairSet], devices: Mesh
-) -> Callable[[step.TrainState], list[Verification]]:
+class Evaluate(Protocol):
     """All verification sets, as a function of the state."""
+
+    def __call__(
+        self, state: step.TrainState, between: Callable[[], None] = ..., /
+    ) -> list[Verification]:
+        """`between` is called before each batch; what it raises ends the evaluation."""
+        ...
+
+
+def make(config: Config, targets: list[PairSet], devices: Mesh) -> Evaluate:
+    """The verification sets of a run."""
     size = config.evaluation.batch_size
     network = step.make_embed(step.backbone(config))
     one_group = configs.replace(config, model__bn_batch_size=config.data.global_batch_size)
     in_training = step.make_embed(step.backbone(one_group), mode="training")
 
-    def evaluate(state: step.TrainState) -> list[Verification]:
+    def evaluate(
+        state: step.TrainState, between: Callable[[], None] = embed.nothing, /
+    ) -> list[Verification]:
         run, as_trained = (
             embed.batched(
                 partial(embed_on_devices, *step.weights(state).values()),
                 batch_size=size,
                 mesh=devices,
+                between=between,
             )
             for embed_on_devices in (network, in_training)
         )
@@ -44,7 +56,7 @@ def make(
 
 
 def baselines(
-    config: Config, targets: list[PairSet], evaluate: Callable, untrained: step.TrainState
+    config: Config, targets: list[PairSet], evaluate: Evaluate, untrained: step.TrainState
 ) -> dict[str, float]:
     """Accuracy on the first set without training: what a trained network has to beat."""
     if not targets:

@@ -13,9 +13,9 @@ from typing import Any
 
 import jax
 
-from arcface_jax import distributed
+from arcface_jax import distributed, storage
 from arcface_jax.config import Config
-from arcface_jax.errors import CheckpointError, UserError
+from arcface_jax.errors import UserError
 from arcface_jax.step import TrainState
 
 
@@ -49,10 +49,8 @@ def write(
     path = workdir / f"failure_{step}.json"
     if not distributed.is_first():
         return path
-    try:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    with storage.in_words(workdir, path):
+        storage.write_whole(path, json.dumps(found, indent=1) + "\n")
     return path
 
 

@@ -8,9 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from arcface_jax import config_files, distributed, plan
+from arcface_jax import config_files, distributed, plan, storage
 from arcface_jax.config import Config
-from arcface_jax.errors import CheckpointError
 from arcface_jax.models import Arrays
 from arcface_jax.step import TrainState
 
@@ -43,11 +42,9 @@ def write(config: Config, state: TrainState, devices: Mesh, *, first_lines: str)
         "Parameters\n" + _indented(parameter_lines(state.params)),
     ]
     path = Path(config.workdir) / "run.txt"
-    try:
-        if distributed.is_first():
-            path.write_text("\n\n".join(parts) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+    if distributed.is_first():
+        with storage.in_words(path.parent, path):
+            storage.write_whole(path, "\n\n".join(parts) + "\n")
     count = sum(array.size for array in state.params.values())
     return (
         f"{count:,} parameters; {memory}; {len(changed)} settings differ from their defaults; "

@@ -5,15 +5,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from arcface_jax import distributed
-from arcface_jax.errors import CheckpointError
+from arcface_jax import distributed, storage
 from arcface_jax.writers import Csv, TensorBoard, Wandb, Writer
 
 METRICS = "metrics.jsonl"
@@ -47,15 +46,15 @@ class MetricsFile:
     ):
         self._writers: list[Writer] = []
         path, first = workdir / METRICS, distributed.is_first()
-        try:
+        self._workdir = workdir
+        with storage.in_words(workdir, workdir):
             self._kept = (
                 [line for line in read(path) if line["step"] <= start] if path.exists() else []
             )
             # In one move, so that a run that is killed here keeps its history.
             if first:
-                part = path.with_suffix(".part")
-                part.write_text("".join(json.dumps(line) + "\n" for line in self._kept))
-                part.replace(path)
+                kept = "".join(json.dumps(line) + "\n" for line in self._kept)
+                storage.write_whole(path, kept)
             if first and tensorboard:
                 self._writers.append(TensorBoard(workdir, start=start))
             if first and csv:
@@ -63,15 +62,19 @@ class MetricsFile:
             if first and wandb:
                 self._writers.append(Wandb(workdir, project=wandb, settings=settings or {}))
             self._file = (path if first else Path(os.devnull)).open("a")
-        except OSError as error:
-            raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line, which is on disk when this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Appends one line, which is on disk when this returns.
+
+        Raises:
+          CheckpointError: the disk does not take it.
+        """
+        with storage.in_words(self._workdir, self._workdir / METRICS):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         for writer in self._writers:
-            writer.write(step, values)
+            with storage.in_words(self._workdir, writer.path):
+                writer.write(step, values)
 
     def stored(self, prefix: str) -> dict[str, float]:
         """The last values, by names of that beginning, which the run wrote before it resumed."""
@@ -82,11 +85,21 @@ class MetricsFile:
             if name.startswith(prefix)
         }
 
+    def has(self, step: int, prefix: str) -> bool:
+        """Whether the run wrote names of that beginning at a step before it resumed."""
+        return any(
+            line["step"] == step and any(name.startswith(prefix) for name in line)
+            for line in self._kept
+        )
+
     def close(self) -> None:
-        """Flushes and closes all."""
-        self._file.close()
-        for writer in self._writers:
-            writer.close()
+        """Flushes and closes all, whether or not the disk takes the last of it."""
+        with ExitStack() as all_of_them:
+            for writer in self._writers:
+                all_of_them.enter_context(storage.in_words(self._workdir, writer.path))
+                all_of_them.callback(writer.close)
+            all_of_them.enter_context(storage.in_words(self._workdir, self._workdir / METRICS))
+            all_of_them.callback(self._file.close)
 
 
 def read(path: Path) -> list[dict[str, float]]:

@@ -3,8 +3,8 @@
 import dataclasses
 import signal
 from collections import deque
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ from arcface_jax import (
     messages,
     optim,
     step,
+    stopping,
+    storage,
     validation,
     watchdog,
 )
@@ -69,9 +71,14 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
       checkpoints/, eval/.
 
     Raises:
-      UserError: configuration, data or workdir do not allow the run; or the loss is no longer
-        finite.
+      UserError: configuration, data or workdir do not allow the run, the loss is no longer finite,
+        or the disk does not take what is written.
     """
+    with storage.in_words(Path(config.workdir)):
+        return _train(config, init)
+
+
+def _train(config: Config, init: initial.Weights | None) -> Outcome:
     # ---- Devices and data ------------------------------------------------------------------------
     devices = mesh.make(config.devices)
     validation.validate(config, num_devices=devices.size)
@@ -166,8 +173,14 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
     warned = False
     in_flight: deque = deque()
     done = start
-    try:
-        with _stop_signals() as stop:
+    with stopping.watched(config) as stop:
+        try:
+            # A signal came while this was evaluated, and the run before this one left it.
+            if targets and start in evaluate_at and not log.has(start, "eval/"):
+                with suppress(stopping.Left):
+                    results = evaluate(state, stop.leave)
+                    log.write(start, evaluators.metrics(results))
+                    terminal.say(f"step {start}/{total}  {messages.in_words(results)}")
             while done < total and not distributed.to_stop(stop, done):
                 watchdog.arm(config.logging)
                 try:
@@ -215,6 +228,7 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                     values["data/bad_images"] = len(bad_images)
                     log.write(done, values)
                     terminal.show(done, values)
+                    checkpoint.check(manager)
                     terminal.say_all(
                         watch.skipped(done, values), watch.loss(done, values["train/loss"]), words
                     )
@@ -237,7 +251,10 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                 with clock.paused():
                     terminal.say_all(trace.after(done, metrics))
                     if done in evaluate_at:
-                        results = evaluate(state)
+                        try:
+                            results = evaluate(state, stop.leave)
+                        except stopping.Left:
+                            break
                         log.write(done, evaluators.metrics(results))
                         terminal.say(f"step {done}/{total}  {messages.in_words(results)}")
                         loss = float(metrics["train/loss"])
@@ -254,23 +271,24 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
                         checkpoint.save(manager, state, dataset, score)
             if stop:
                 checkpoint.save(manager, state, dataset)
-                terminal.say(
-                    f"stopped by {stop[0].name} at step {done}; the same command resumes here"
-                )
-    finally:
-        watchdog.disarm()
-        batches.close()
-        trace.close()
-        manager.close()  # waits for a save that is under way
-        log.close()
-        terminal.close()
+        finally:
+            watchdog.disarm()
+            with ExitStack() as all_of_them:  # from the last line up, whichever fails
+                all_of_them.callback(terminal.close)
+                all_of_them.callback(log.close)
+                all_of_them.callback(checkpoint.close, manager)
+                all_of_them.callback(trace.close)
+                all_of_them.callback(batches.close)
 
     # ---- What the run came to --------------------------------------------------------------------
-    if not stop and not results:  # resumed behind the last step
+    by = stop.signals[0] if stop else None
+    if by:
+        terminal.say(f"stopped by {by.name} at step {done}; the same command resumes here")
+    elif not results:  # resumed behind the last step
         results = evaluate(state)
     files = evaluators.draw(config, targets, results) if distributed.is_first() else []
     values = evaluators.metrics(results) | before | baselines
-    return Outcome(done, values, files, stop[0] if stop else None)
+    return Outcome(done, values, files, by)
 
 
 def _batches_on_devices(
@@ -299,24 +317,3 @@ def _milestones(every_epochs: float, steps_per_epoch: int, total: int) -> set[in
     """The steps after which something periodic is due; the last is one of them."""
     interval = max(1, round(every_epochs * steps_per_epoch)) if every_epochs else total
     return {*range(interval, total, interval), total}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[signal.Signals]]:
-    """A list that SIGTERM and Ctrl-C append to; a second one ends the program as usual."""
-    received: list[signal.Signals] = []
-
-    def note(number: int, _) -> None:
-        received.append(signal.Signals(number))
-        signal.signal(number, previous[signal.Signals(number)])
-
-    # Of several processes JAX watches for SIGTERM, so that all stop at one step.
-    watched = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-    previous = {s: signal.getsignal(s) for s in watched}
-    try:
-        for s in previous:
-            signal.signal(s, note)
-        yield received
-    finally:
-        for s, handler in previous.items():
-            signal.signal(s, handler)

@@ -1,18 +1,29 @@
 """Where the numbers of a run go besides metrics.jsonl: CSV, TensorBoard, Weights & Biases."""
 
 import csv
+import socket
+import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from arcface_jax.errors import ConfigError
+
+_EVENTS: Any = event_pb2  # which gets its names when it is imported
+# TensorBoard's events are put on the disk so often.
+_FLUSH_SECONDS = 30.0
 
 
 class Writer(Protocol):
     """Takes each log step and evaluation."""
+
+    path: Path
+    """What is written."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Takes the numbers of one step; several calls may name the same."""
@@ -27,16 +38,31 @@ class TensorBoard:
     """WORKDIR/tensorboard; events of `start` + 1 and later that it holds are taken back."""
 
     def __init__(self, workdir: Path, *, start: int):
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self.path = workdir / "tensorboard"
+        self.path.mkdir(exist_ok=True)
+        # Not the SummaryWriter, whose thread dies of a full disk and leaves the run waiting for it.
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
+        self._events = RecordWriter(str(self.path / name))
+        self._flushed = 0.0
+        self._add(0, file_version="brain.Event:2")
+        begin = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+        self._add(start + 1, session_log=begin)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """A scalar for each number."""
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._add(step, summary=scalar(name, value))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flushes."""
+        """Closes the file."""
         self._events.close()
+
+    def _add(self, step: int, **what: Any) -> None:
+        event = _EVENTS.Event(wall_time=time.time(), step=step, **what)
+        self._events.write(event.SerializeToString())
 
 
 class Csv:
@@ -48,7 +74,7 @@ class Csv:
     """
 
     def __init__(self, workdir: Path, *, kept: list[dict[str, float]]):
-        self._path = workdir / "metrics.csv"
+        self.path = workdir / "metrics.csv"
         self._names = ["step"]
         self._add_columns(kept)
         self._rewrite(kept)
@@ -58,7 +84,7 @@ class Csv:
         line = {"step": step, **values}
         if self._add_columns([line]):
             self._file.close()
-            with self._path.open(newline="") as file:
+            with self.path.open(newline="") as file:
                 self._rewrite(list(csv.DictReader(file)))
         self._lines.writerow(line)
         self._file.flush()
@@ -75,13 +101,13 @@ class Csv:
 
     def _rewrite(self, lines: list[Any]) -> None:
         """In one move, so that a run that is killed here keeps its history."""
-        part = self._path.with_suffix(".csv.part")
+        part = self.path.with_suffix(".csv.part")
         self._file = part.open("w", newline="")
         self._lines = csv.DictWriter(self._file, self._names)
         self._lines.writeheader()
         self._lines.writerows(lines)
         self._file.flush()
-        part.replace(self._path)
+        part.replace(self.path)
 
 
 class Wandb:
@@ -104,6 +130,7 @@ class Wandb:
                 f"logging.wandb {project}: this needs the package of Weights & Biases: "
                 "pip install 'arcface-jax[wandb]'"
             ) from error
+        self.path = workdir / "wandb"
         known = workdir / "wandb_id"
         if not known.exists():
             known.write_text(uuid.uuid4().hex[:12])

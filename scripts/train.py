@@ -10,17 +10,25 @@ if __name__ == "__main__":
 
 import importlib.util
 import json
-import signal
 import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from arcface_jax import checkpoint, config_files, distributed, errors, initial, runtime
+from arcface_jax import (
+    checkpoint,
+    config_files,
+    distributed,
+    errors,
+    initial,
+    runtime,
+    stopping,
+    storage,
+)
 from arcface_jax.config import Config
 from arcface_jax.evaluation import tables
-from arcface_jax.train import Outcome, train
+from arcface_jax.train import train
 
 
 def read_weights(config: Config) -> initial.Weights | None:
@@ -38,17 +46,17 @@ def read_weights(config: Config) -> initial.Weights | None:
     return weights.load(path, config.model.network)
 
 
-def export(workdir: Path) -> Path | None:
-    """Writes WORKDIR/backbone.pth where torch is installed."""
+def export(workdir: Path) -> list[Path]:
+    """Writes WORKDIR/backbone.pth where torch is installed; returns it."""
     if importlib.util.find_spec("torch") is None:
         print("no backbone.pth: PyTorch is not installed (pip install 'arcface-jax[torch]')")
-        return None
+        return []
     from convert import to_torch
 
     path = workdir / "backbone.pth"
     error = to_torch.export(workdir, path)
     print(f"{path}: embeddings equal those of JAX to {error:.1e} (relative)")
-    return path
+    return [path]
 
 
 def main(argv: list[str]) -> int:
@@ -61,10 +69,13 @@ def main(argv: list[str]) -> int:
         workdir = Path(config.workdir)
         files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]
         first = distributed.is_first()
-        if first and outcome.stopped_by is None and (weights := export(workdir)):
-            files.append(weights)
+        if first and outcome.stopped_by is None:
+            with storage.in_words(workdir):
+                files += export(workdir)
+    by = outcome.stopped_by
+    code = 0 if by is None else stopping.exit_code(config.checkpoint, by)
     if not first:
-        return _exit_code(config, outcome)
+        return code
     if compared := tables.before_and_after(outcome.results):
         Console(width=100).print(compared)
     result = {
@@ -74,15 +85,7 @@ def main(argv: list[str]) -> int:
         "files": [str(file) for file in files],
     }
     print("RESULT " + json.dumps(result))
-    return _exit_code(config, outcome)
-
-
-def _exit_code(config: Config, outcome: Outcome) -> int:
-    if outcome.stopped_by is None:
-        return 0
-    requeue = config.checkpoint.requeue_exit_code
-    by_term = outcome.stopped_by is signal.SIGTERM
-    return requeue if requeue and by_term else 128 + outcome.stopped_by
+    return code
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Embeddings of many images, on all devices."""
 
+from collections import deque
 from collections.abc import Callable
 
 import jax
@@ -11,8 +12,21 @@ from arcface_jax import mesh as meshes
 Embed = Callable[[np.ndarray], np.ndarray]
 """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
 
+# Batches that the devices have, or whose embeddings are on their way back.
+_BATCHES_AHEAD = 3
 
-def batched(embed: Callable[[jax.Array], jax.Array], *, batch_size: int, mesh: Mesh) -> Embed:
+
+def nothing() -> None:
+    """Between two batches, where nobody waits."""
+
+
+def batched(
+    embed: Callable[[jax.Array], jax.Array],
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    between: Callable[[], None] = nothing,
+) -> Embed:
     """Feeds a device function any number of images, in batches of one size.
 
     Args:
@@ -20,13 +34,20 @@ def batched(embed: Callable[[jax.Array], jax.Array], *, batch_size: int, mesh: M
       batch_size: a multiple of the number of devices; the last batch is filled up with black
         images.
       mesh: the devices, each of which takes an equal part of every batch.
+      between: called before each batch; what it raises ends the embedding.
     """
     gather = jax.jit(lambda x: x, out_shardings=meshes.replicated(mesh))
     sharding = meshes.split(mesh)
 
+    def received(out: jax.Array, count: int) -> np.ndarray:
+        return np.asarray(out)[:count]
+
     def run(images: np.ndarray) -> np.ndarray:
-        parts = []
+        parts, done = deque(), []
         for start in range(0, len(images), batch_size):
+            if len(parts) >= _BATCHES_AHEAD:  # or `between` would be asked long before their end
+                done.append(received(*parts.popleft()))
+            between()
             part = images[start : start + batch_size]
             filled = np.zeros((batch_size, *images.shape[1:]), images.dtype)
             filled[: len(part)] = part
@@ -35,7 +56,7 @@ def batched(embed: Callable[[jax.Array], jax.Array], *, batch_size: int, mesh: M
                 filled.shape, sharding, lambda index, filled=filled: filled[index]
             )
             parts.append((gather(embed(batch)), len(part)))
-        return np.concatenate([np.asarray(out)[:count] for out, count in parts])
+        return np.concatenate(done + [received(*part) for part in parts])
 
     return run
 
