@@ -1,6 +1,7 @@
 """Every network: sizes as published, torch twins, and what training leaves out at random."""
 
 import copy
+import gc
 import importlib.util
 import json
 import os
@@ -62,11 +63,11 @@ def faces() -> np.ndarray:
     return parity.drawn_faces()
 
 
-# The largest relative difference between two float32 networks. mbf_large's own float32 error is
-# above 1e-5 in torch too: beside float64, on faces of LFW, ours is 1.30e-5 and torch's 1.17e-5
-# (seed 0; 1.34e-5 and 1.33e-5 for seed 1), on drawn ones both are 1.05e-5.
+# The largest relative difference between two float32 networks. The float32 errors of two networks
+# are above 1e-5 in torch too: beside float64, on faces of LFW, ours is 1.30e-5 and torch's 1.17e-5
+# for mbf_large, 0.76e-5 and 1.11e-5 for r2060. A test below compares the two.
 BOUND = 1e-5
-BOUNDS = {"mbf_large": 3e-5}
+BOUNDS = {"mbf_large": 3e-5, "r2060": 3e-5}
 
 
 def embeddings_and_twin(
@@ -81,8 +82,7 @@ def embeddings_and_twin(
         x = preprocess.normalise(images)
         return backbone.apply(params, batch_stats, x, train=False)[0]
 
-    twin = twins.build(network)
-    twin.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
+    twin = twins.load(network, weights.to_state_dict(params, batch_stats))
     return (params, batch_stats), np.asarray(embed(params, batch_stats, faces)), twin
 
 
@@ -119,22 +119,31 @@ def test_embeddings_of_large_networks_equal_those_of_their_twins(network, photog
     assert_equal_to_torch(network, photographs)
 
 
+def needs_memory(network: str) -> None:
+    """r2060 has 4.5 GB of weights, which are there several times over."""
+    if network == "r2060" and psutil.virtual_memory().available < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free memory")
+
+
 @pytest.mark.slow
 def test_r2060_equals_its_twin(photographs):
-    """4.5 GB of weights, several times over."""
-    if psutil.virtual_memory().available < 16 * 2**30:
-        pytest.skip("needs 16 GiB of free memory")
-    assert_equal_to_torch("r2060", photographs[:4])
+    needs_memory("r2060")
+    assert_equal_to_torch("r2060", photographs)
 
 
 @pytest.mark.slow
-def test_mbf_large_is_as_near_to_float64_as_torchs_own(photographs):
-    _, ours, twin = embeddings_and_twin("mbf_large", photographs)
+@pytest.mark.parametrize("network", BOUNDS)
+def test_it_is_as_near_to_float64_as_torchs_own(network, photographs):
+    needs_memory(network)
+    _, ours, twin = embeddings_and_twin(network, photographs)
+    gc.collect()
     theirs = parity.torch_embeddings(twin, photographs)
     x = torch.from_numpy(photographs.copy()).permute(0, 3, 1, 2).double()
     with torch.inference_mode():
         exact = twin.double()((x - preprocess.MEAN) / preprocess.SCALE).numpy()
-    assert parity.largest_error(ours, exact) <= 1.5 * parity.largest_error(theirs, exact)
+    error, torchs = (parity.largest_error(e, exact) for e in (ours, theirs))
+    print(network, error, torchs, parity.largest_error(ours, theirs))
+    assert error <= 1.5 * torchs
 
 
 @pytest.mark.slow
