@@ -242,9 +242,12 @@ def restore_backbone(
     """What inference needs of a run: configuration, params, batch_stats, and their step.
 
     Raises:
-      CheckpointError: the folder holds no run, no such checkpoint, or one of another network.
+      CheckpointError: the folder holds no run, no such checkpoint, or one that is damaged or of
+        another network.
     """
     config, manager, number = _open_to_read(workdir, which)
+    item = "ema" if config.optimizer.ema else "backbone"
+    checksums.require_whole(_folder(workdir) / str(number), item)
     placed = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
@@ -252,7 +255,6 @@ def restore_backbone(
     }
     form = checkpoint_forms.stored(manager, number)
     try:
-        item = "ema" if config.optimizer.ema else "backbone"
         as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
         args = ocp.args.Composite(**{item: _restore_args(as_stored)})
         restored = manager.restore(number, args=args)[item]

@@ -69,20 +69,34 @@ def _complete(checkpoints: Path) -> list[Path]:
     return [path for path in checkpoints.glob("*") if path.name.isdigit()]
 
 
-def _wrong(path: Path) -> list[str]:
-    """Files that are missing or differ from what was noted."""
+def require_whole(checkpoint: Path, item: str) -> None:
+    """Looks at the files of one item of a checkpoint that is about to be read.
+
+    Raises:
+      CheckpointError: one of them is not what was written.
+    """
+    if wrong := _wrong(checkpoint, item):
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({_listed(wrong)}): take another of the run's checkpoints "
+            "(--step), or put back a copy"
+        )
+
+
+def _wrong(path: Path, item: str = "") -> list[str]:
+    """Files, of one item or of all, that are missing or differ from what was noted."""
     noted = path.parent.parent / _FOLDER / f"{path.name}.json"
     try:
         expected: dict[str, str] = json.loads(noted.read_text())
     except (FileNotFoundError, json.JSONDecodeError):  # nothing to compare with
         return []
-    found = _hashes(path)
-    return [name for name, value in expected.items() if found.get(name) != value]
+    of_item = {n: x for n, x in expected.items() if not item or n.startswith(f"{item}/")}
+    found = _hashes(path, item)
+    return [name for name, value in of_item.items() if found.get(name) != value]
 
 
-def _hashes(path: Path) -> dict[str, str]:
+def _hashes(path: Path, item: str = "") -> dict[str, str]:
     hashes = {}
-    for file in sorted(path.rglob("*")):
+    for file in sorted((path / item).rglob("*")):
         if file.is_file() and file.name not in _CHANGED_LATER:
             with file.open("rb") as stream:
                 value = hashlib.file_digest(stream, "blake2b").hexdigest()

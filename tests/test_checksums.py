@@ -85,3 +85,15 @@ def test_where_none_is_whole_nothing_is_touched(run):
     with pytest.raises(CheckpointError, match="begin anew in another --workdir"):
         train.train(config(run))
     assert files(run / "checkpoints") == before
+
+
+def test_what_inference_reads_of_a_damaged_one_is_refused_by_name(run):
+    damaged = largest(run / "checkpoints" / "4" / "backbone")
+    before = damaged.read_bytes()
+    flip(damaged)
+    with pytest.raises(CheckpointError, match=rf"checkpoints/4 is damaged .*{damaged.name}"):
+        checkpoint.restore_backbone(run)
+    assert checkpoint.restore_backbone(run, 2)[3] == 2
+    damaged.write_bytes(before)
+    flip(largest(run / "checkpoints" / "4" / "training"))  # of no interest to inference
+    assert checkpoint.restore_backbone(run)[3] == 4
