@@ -4,6 +4,7 @@ The computing libraries report a full disk in their own ways, some of them from 
 it several times over, raises it in the next save, and leaves writes behind that complain later.
 """
 
+import contextlib
 import errno
 import functools
 import gc
@@ -15,7 +16,6 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from arcface_jax.errors import CheckpointError
@@ -43,8 +43,8 @@ def write_whole(path: Path, text: str) -> None:
         part.write_text(text)
         part.replace(path)
     except OSError:
-        if part.exists():
-            part.unlink()
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            part.unlink(missing_ok=True)
         raise
 
 
@@ -59,7 +59,7 @@ def remove_unfinished(workdir: Path) -> None:
         shutil.rmtree(path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def in_words(workdir: Path, writing: Path | None = None) -> Iterator[None]:
     """Turns the system's refusal to write into a CheckpointError that says what is kept.
 

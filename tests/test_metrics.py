@@ -93,17 +93,17 @@ def test_a_half_written_last_line_is_left_out_and_the_next_is_whole(tmp_path: Pa
 def test_a_history_that_cannot_be_rewritten_is_left_as_it_is(tmp_path: Path):
     log(tmp_path, start=0, steps=range(10, 40, 10))
     before = written(tmp_path)
-    (tmp_path / "metrics.part").mkdir()
-    with pytest.raises(CheckpointError, match=f"cannot write to {tmp_path}"):
+    (tmp_path / "metrics.jsonl.part").mkdir()
+    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}: Is a directory"):
         MetricsFile(tmp_path, start=10, tensorboard=False)
     assert written(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path):
-    with pytest.raises(CheckpointError, match=f"cannot write to {tmp_path}/missing: No such file"):
+    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}/missing: No such file"):
         MetricsFile(tmp_path / "missing", start=0, tensorboard=False)
     (tmp_path / "tensorboard").touch()
-    with pytest.raises(CheckpointError, match=f"cannot write to {tmp_path}: (File|Not a dir)"):
+    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}: (File|Not a dir)"):
         MetricsFile(tmp_path, start=0, tensorboard=True)
 
 
