@@ -49,10 +49,10 @@ def start(recipe: Path, workdir: Path) -> subprocess.Popen:
     """The real command, on the CPU."""
     command = [sys.executable, "scripts/train.py", str(recipe), "--workdir", str(workdir)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    output = (workdir.parent / f"{workdir.name}.log").open("a")
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-    )
+    with (workdir.parent / f"{workdir.name}.log").open("a") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
 
 
 def complete(workdir: Path) -> set[str]:
