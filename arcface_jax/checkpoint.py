@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import SingleDeviceSharding
 
 from arcface_jax import (
     checkpoint_forms,
@@ -26,7 +25,6 @@ from arcface_jax import (
     distributed,
     environment,
     models,
-    step,
     storage,
 )
 from arcface_jax.config import CheckpointConfig, Config
@@ -37,7 +35,7 @@ CONFIG = "config.json"
 Dataset = dict[str, int]
 """num_classes and num_images of the training set."""
 
-_BACKBONE_FIELDS = ("params", "batch_stats")
+BACKBONE_FIELDS = ("params", "batch_stats")
 
 
 def open_workdir(config: Config) -> ocp.CheckpointManager:
@@ -50,7 +48,7 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
     with distributed.first_alone():
         _prepare(config)
         workdir = Path(config.workdir)
-        folder = _folder(workdir)
+        folder = folder_of(workdir)
         if distributed.is_first():
             with storage.in_words(workdir, workdir):
                 for sentence in checksums.set_aside_damaged(folder):
@@ -97,7 +95,7 @@ def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
         return ocp.CheckpointManagerOptions(max_to_keep=config.keep)
 
     def rank(metrics: Mapping[str, float]) -> float:
-        return _rank(metrics, name)
+        return rank_of(metrics, name)
 
     newest = ocp.checkpoint_managers.LatestN(n=config.keep)
     best = ocp.checkpoint_managers.BestN(
@@ -107,7 +105,7 @@ def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
     return ocp.CheckpointManagerOptions(best_fn=rank, preservation_policy=either)
 
 
-def _rank(metrics: Mapping[str, float], name: str) -> float:
+def rank_of(metrics: Mapping[str, float], name: str) -> float:
     """The higher the better; last where the metric was not measured."""
     value = metrics.get(name, math.nan)
     if math.isnan(value):
@@ -221,7 +219,7 @@ def restore(
     items = _split(fresh)
     backbone, form = items["backbone"], checkpoint_forms.stored(manager, number)
     args = {
-        name: _restore_args(
+        name: restore_args(
             checkpoint_forms.as_stored(item, backbone, form), strict_shapes=name != "training"
         )
         for name, item in items.items()
@@ -230,42 +228,6 @@ def restore(
     ema = restored.get("ema", {})
     state = {**restored["backbone"], **restored["training"], "ema": ema}
     return TrainState(**checkpoint_forms.as_wanted(state, form, backbone))
-
-
-Which = int | Literal["latest", "best"]
-"""A checkpoint of a run: by its step, the newest, or the best by `checkpoint.best_metric`."""
-
-
-def restore_backbone(
-    workdir: Path, which: Which = "latest"
-) -> tuple[Config, models.Arrays, models.Arrays, int]:
-    """What inference needs of a run: configuration, params, batch_stats, and their step.
-
-    Raises:
-      CheckpointError: the folder holds no run, no such checkpoint, or one that is damaged or of
-        another network.
-    """
-    config, manager, number = _open_to_read(workdir, which)
-    item = "ema" if config.optimizer.ema else "backbone"
-    checksums.require_whole(_folder(workdir) / str(number), item)
-    placed = SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {
-        name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
-        for name, part in zip(_BACKBONE_FIELDS, step.backbone(config).shapes, strict=True)
-    }
-    form = checkpoint_forms.stored(manager, number)
-    try:
-        as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
-        args = ocp.args.Composite(**{item: _restore_args(as_stored)})
-        restored = manager.restore(number, args=args)[item]
-        restored = checkpoint_forms.as_wanted(restored, form, wanted)
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"the checkpoint in {workdir} is not of the network {config.model.network} that its "
-            f"{CONFIG} names; "
-            f"put the right {CONFIG} back: {error}"
-        ) from error
-    return config, restored["params"], restored["batch_stats"], number
 
 
 def save_weights(
@@ -296,7 +258,7 @@ def save_weights(
         items["centers"] = ocp.args.PyTreeSave({"centers": centers})
         items["dataset"] = ocp.args.JsonSave({"num_classes": len(centers)})
     try:
-        with ocp.CheckpointManager(_folder(workdir)) as manager:
+        with ocp.CheckpointManager(folder_of(workdir)) as manager:
             manager.save(0, args=ocp.args.Composite(**items))
         (workdir / CONFIG).write_text(config_files.to_json(config))
     except OSError as error:
@@ -309,137 +271,29 @@ def require_empty(workdir: Path) -> None:
         raise CheckpointError(f"{workdir} exists and is not an empty folder: name a new one")
 
 
-def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """(C * subcenters, D) float32 class centers of the newest checkpoint, and their SGD momentum.
-
-    The momentum is None for another optimizer, and for imported weights.
-
-    Raises:
-      CheckpointError: the folder holds no checkpoint, or one without centers.
-    """
-    config, manager, number = _open_to_read(workdir)
-    path = _folder(workdir) / str(number) / _item_of_centers(workdir, number)
-    dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
-    rows = dataset["dataset"]["num_classes"] * config.head.subcenters  # the rest is padding
-    with ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(path).item_metadata.tree
-        wanted = {"centers": tree["centers"]}
-        if "momentum" in tree.get("centers_opt", {}):
-            wanted["centers_opt"] = {"momentum": tree["centers_opt"]["momentum"]}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        found = reader.restore(path, item=wanted, restore_args=as_numpy, partial_restore=True)
-    momentum = found.get("centers_opt", {}).get("momentum")
-    return found["centers"][:rows], None if momentum is None else momentum[:rows]
-
-
-def restore_kept_centers(
-    workdir: Path, config: Config, *, like: jax.Array, num_classes: int
-) -> jax.Array:
-    """The class centers of another run of the same classes.
-
-    Args:
-      workdir: of that run.
-      config: of the run that wants them.
-      like: an array of their shape and placement here.
-      num_classes: C here.
-
-    Raises:
-      CheckpointError: the folder holds no checkpoint, or its centers do not fit.
-    """
-    there, manager, number = _open_to_read(workdir)
-    item = _item_of_centers(workdir, number)
-    dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
-    stored = (dataset["dataset"]["num_classes"], there.head.subcenters)
-    if stored != (num_classes, config.head.subcenters):
-        raise CheckpointError(
-            f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x {stored[1]}, "
-            f"the training set here needs {num_classes} x {config.head.subcenters}: use "
-            "--finetune.centers class_means or random"
-        )
-    wanted = {"centers": like}
-    args = _restore_args(wanted, strict_shapes=False, partial=True)
-    return manager.restore(number, args=ocp.args.Composite(**{item: args}))[item]["centers"]
-
-
-def is_begun(workdir: Path) -> bool:
-    """Whether a run has saved anything there that the same command resumes."""
-    return _folder(workdir).is_dir() and bool(ocp.utils.checkpoint_steps(_folder(workdir)))
-
-
-def _item_of_centers(workdir: Path, number: int) -> str:
-    saved = _folder(workdir) / str(number)
-    item = next((name for name in ("training", "centers") if (saved / name).is_dir()), None)
-    if item is None:
-        raise CheckpointError(f"{workdir} holds a backbone alone, and no class centers")
-    return item
-
-
-def _open_to_read(
-    workdir: Path, which: Which = "latest"
-) -> tuple[Config, ocp.CheckpointManager, int]:
-    """The configuration, and one of the checkpoints by number."""
-    config = read_config(workdir)
-    manager = ocp.CheckpointManager(
-        _folder(workdir),
-        options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=_alone()),
-    )
-    return config, manager, _choose(manager, which, workdir)
-
-
 def _refuse_weights_alone(workdir: Path) -> None:
     for number in storage.complete_steps(workdir):
-        if not (_folder(workdir) / str(number) / "training").is_dir():
+        if not (folder_of(workdir) / str(number) / "training").is_dir():
             raise CheckpointError(
                 f"--workdir {workdir} holds imported weights and no run that could be resumed: to "
                 f"train from them, give a new --workdir and --init-from {workdir}"
             )
 
 
-def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
-    """The step of one of the checkpoints on disk."""
-    steps = sorted(manager.all_steps())
-    if not steps:
-        raise CheckpointError(
-            f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
-        )
-    if which == "latest":
-        return steps[-1]
-    if which == "best":
-        return _best(manager, steps, workdir)
-    if which not in steps:
-        stored = ", ".join(map(str, steps))
-        raise CheckpointError(
-            f"{workdir} holds no checkpoint of step {which}: use one of {stored}, latest or best"
-        )
-    return which
-
-
-def _best(manager: ocp.CheckpointManager, steps: list[int], workdir: Path) -> int:
-    # A resumed run may rank by another metric than config.json does: it is stored with the value.
-    measured = {step: score for step in steps if (score := manager.metrics(step))}
-    if not measured:
-        raise CheckpointError(
-            f"{workdir} was trained without a metric to call a checkpoint the best: train with "
-            "--checkpoint.best-metric eval/NAME/accuracy, or take --step latest"
-        )
-    (name,) = measured[max(measured)]
-    return max(measured, key=lambda step: (_rank(measured[step], name), step))
-
-
-def _folder(workdir: Path) -> Path:
+def folder_of(workdir: Path) -> Path:
     return workdir.absolute() / "checkpoints"
 
 
 def _split(state: TrainState) -> dict[str, dict[str, Any]]:
     """The state by checkpoint item."""
     fields = dict(vars(state))
-    items = {"backbone": {name: fields.pop(name) for name in _BACKBONE_FIELDS}}
+    items = {"backbone": {name: fields.pop(name) for name in BACKBONE_FIELDS}}
     if ema := fields.pop("ema"):
         items["ema"] = ema
     return items | {"training": fields}
 
 
-def _restore_args(like: Any, *, strict_shapes: bool = True, partial: bool = False) -> Any:
+def restore_args(like: Any, *, strict_shapes: bool = True, partial: bool = False) -> Any:
     """Arguments to restore arrays of the shapes, types and placement of `like`.
 
     Args:
@@ -464,14 +318,4 @@ def _not_resumable(workdir: Path, different: list[str]) -> CheckpointError:
         f"{workdir} holds a run that this command cannot resume:\n  "
         + "\n  ".join(different)
         + "\nGive the stored values to resume it, or another --workdir to begin a new run"
-    )
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-    """Each process reads for itself, whatever the others do."""
-    here = jax.process_index()
-    if jax.process_count() == 1:
-        return ocp.options.MultiprocessingOptions()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"alone-{here}"
     )

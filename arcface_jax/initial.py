@@ -12,8 +12,8 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from arcface_jax import checkpoint, step
 from arcface_jax import mesh as meshes
+from arcface_jax import saved_runs, step
 from arcface_jax.config import Config
 from arcface_jax.data import pipeline
 from arcface_jax.data.sources import Source
@@ -40,7 +40,7 @@ def weights(config: Config, given: Weights | None) -> Weights | None:
       CheckpointError: the other run cannot be read.
     """
     source = Path(config.init_from)
-    if checkpoint.is_begun(Path(config.workdir)) or not (config.init_from or given):
+    if saved_runs.is_begun(Path(config.workdir)) or not (config.init_from or given):
         return None
     if given is None:
         if not source.is_dir():
@@ -49,7 +49,7 @@ def weights(config: Config, given: Weights | None) -> Weights | None:
                 "over: train(config, init=convert.weights.load(path, network)), as "
                 "scripts/train.py does"
             )
-        _, params, batch_stats, _ = checkpoint.restore_backbone(source)
+        _, params, batch_stats, _ = saved_runs.restore_backbone(source)
         given = (params, batch_stats)
     elif config.finetune.centers == "kept":
         raise ConfigError(
@@ -99,7 +99,7 @@ def centers(config: Config, state: TrainState, source: Source, *, mesh: Mesh) ->
     if kind == "random":
         return state.centers
     if kind == "kept":
-        return checkpoint.restore_kept_centers(
+        return saved_runs.restore_kept_centers(
             Path(config.init_from), config, like=state.centers, num_classes=source.num_classes
         )
     return _class_means(config, state, source, mesh=mesh)

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import jax
 import numpy as np
 
-from arcface_jax import checkpoint, mesh, models, step
+from arcface_jax import mesh, models, saved_runs, step
 from arcface_jax.evaluation import embed
 from arcface_jax.models import Arrays
 
@@ -65,14 +65,14 @@ class Network:
 
     @classmethod
     def from_workdir(
-        cls, workdir: str | Path, *, which: checkpoint.Which = "latest", **options
+        cls, workdir: str | Path, *, which: saved_runs.Which = "latest", **options
     ) -> "Network":
         """A checkpoint of a run, the newest if no other is named; options as in the class.
 
         Raises:
           CheckpointError: the folder holds none.
         """
-        config, params, batch_stats, _ = checkpoint.restore_backbone(Path(workdir), which)
+        config, params, batch_stats, _ = saved_runs.restore_backbone(Path(workdir), which)
         return cls(config.model.network, params, batch_stats, **options)
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:

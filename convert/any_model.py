@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_jax import checkpoint
-from arcface_jax.checkpoint import Which
 from arcface_jax.config import Config
 from arcface_jax.errors import UserError
 from arcface_jax.network import Model, Network
+from arcface_jax.saved_runs import Which
 
 
 @dataclass(frozen=True)

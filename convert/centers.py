@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tyro
 
-from arcface_jax import checkpoint, errors
+from arcface_jax import checkpoint, errors, saved_runs
 from arcface_jax.errors import UserError
 from convert import weight_files
 
@@ -143,7 +143,7 @@ def _read_workdir(workdir: Path) -> Centers:
         raise UserError(
             f"{workdir} has {subcenters} sub-centers of each class; arcface_torch knows one"
         )
-    return Centers(*checkpoint.restore_centers(workdir))
+    return Centers(*saved_runs.restore_centers(workdir))
 
 
 def _read_folder(folder: Path) -> Centers:

@@ -1,6 +1,6 @@
 """Draws what each augmentation does to a face (docs/input_pipeline.md), and times it.
 
-python scripts/augmentations.py [--path FOLDER] [--output docs/images/augmentations.png]
+python scripts/augmentations.py [--path FOLDER] [--output docs/images/augmentations.jpg]
 """
 
 import json
@@ -21,7 +21,7 @@ _TIMED = 400
 
 def main(
     path: str = "synthetic",
-    output: Path = Path("docs/images/augmentations.png"),
+    output: Path = Path("docs/images/augmentations.jpg"),
     image: int = 0,
     seed: int = 0,
 ) -> None:

@@ -3,7 +3,7 @@
 python scripts/train.py RECIPE [--section.field value ...] --workdir FOLDER
 """
 
-from arcface_jax import host
+from arcface_jax import host, saved_runs
 
 if __name__ == "__main__":
     host.use_huge_pages()  # restarts, and so comes before the imports that take seconds
@@ -17,7 +17,6 @@ from pathlib import Path
 from rich.console import Console
 
 from arcface_jax import (
-    checkpoint,
     config_files,
     distributed,
     errors,
@@ -34,7 +33,7 @@ from arcface_jax.train import train
 def read_weights(config: Config) -> initial.Weights | None:
     """What `init_from` holds where it is a file; a workdir is read by `train` itself."""
     path, workdir = Path(config.init_from), Path(config.workdir)
-    if not config.init_from or path.is_dir() or checkpoint.is_begun(workdir):
+    if not config.init_from or path.is_dir() or saved_runs.is_begun(workdir):
         return None
     if importlib.util.find_spec("torch") is None:
         raise errors.ConfigError(

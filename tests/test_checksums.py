@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from arcface_jax import checkpoint, checksums, train
+from arcface_jax import checksums, saved_runs, train
 from arcface_jax import config as c
 from arcface_jax.errors import CheckpointError
 
@@ -61,7 +61,7 @@ def test_each_finished_checkpoint_has_checksums(finished):
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_the_last_whole_one_is_taken_and_the_run_ends_as_it_would(run, capsys, damage):
-    weights = checkpoint.restore_backbone(run)[1]
+    weights = saved_runs.restore_backbone(run)[1]
     target = largest(run / "checkpoints" / "4")
     if damage == "flipped":
         flip(target)
@@ -74,7 +74,7 @@ def test_the_last_whole_one_is_taken_and_the_run_ends_as_it_would(run, capsys, d
     assert "the checkpoint of step 4 is damaged" in said and target.name in said
     assert "resuming at step 2" in said
     assert (run / "damaged" / "4").is_dir()
-    again = checkpoint.restore_backbone(run)[1]
+    again = saved_runs.restore_backbone(run)[1]
     assert all((weights[name] == again[name]).all() for name in weights)
 
 
@@ -92,8 +92,8 @@ def test_what_inference_reads_of_a_damaged_one_is_refused_by_name(run):
     before = damaged.read_bytes()
     flip(damaged)
     with pytest.raises(CheckpointError, match=rf"checkpoints/4 is damaged .*{damaged.name}"):
-        checkpoint.restore_backbone(run)
-    assert checkpoint.restore_backbone(run, 2)[3] == 2
+        saved_runs.restore_backbone(run)
+    assert saved_runs.restore_backbone(run, 2)[3] == 2
     damaged.write_bytes(before)
     flip(largest(run / "checkpoints" / "4" / "training"))  # of no interest to inference
-    assert checkpoint.restore_backbone(run)[3] == 4
+    assert saved_runs.restore_backbone(run)[3] == 4

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import arcface_jax
-from arcface_jax import checkpoint, mesh, step
+from arcface_jax import checkpoint, mesh, saved_runs, step
 from arcface_jax.config import Config, ModelConfig
 from arcface_jax.data import synthetic
 from arcface_jax.data.align import TEMPLATE
@@ -51,7 +51,7 @@ def embedder(workdir: Path) -> Embedder:
 @pytest.fixture(scope="module")
 def expected(workdir: Path):
     """The torch twin's raw embeddings of any aligned images."""
-    _, params, batch_stats, _ = checkpoint.restore_backbone(workdir)
+    _, params, batch_stats, _ = saved_runs.restore_backbone(workdir)
     module = torch_iresnet.build("r_tiny", embedding_size=16)
     module.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
     return lambda images: parity.torch_embeddings(module, np.ascontiguousarray(images))

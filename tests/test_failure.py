@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from arcface_jax import checkpoint
+from arcface_jax import saved_runs
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -75,8 +75,8 @@ def test_the_report_names_the_images_and_the_layers(stuck):
 
 def test_what_is_kept_is_finite_and_goes_on(stuck):
     recipe, workdir, _ = stuck
-    _, params, batch_stats, kept = checkpoint.restore_backbone(workdir)
-    arrays = jax.tree.leaves((params, batch_stats, checkpoint.restore_centers(workdir)[0]))
+    _, params, batch_stats, kept = saved_runs.restore_backbone(workdir)
+    arrays = jax.tree.leaves((params, batch_stats, saved_runs.restore_centers(workdir)[0]))
     assert len(arrays) > 10 and all(np.isfinite(array).all() for array in arrays)
     assert (workdir / f"failure_{kept}.json").exists()
     more = ("--optimizer.learning-rate", "1e30", "--optimizer.stop-after-skipped", "5")

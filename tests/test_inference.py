@@ -92,7 +92,7 @@ def test_one_image_is_saved_resized_with_a_note_or_aligned(run, twin, folder):
     resized = cv2.resize(cv2.resize(FACES[0], (150, 200)), (112, 112))[None]
     expected = twin(resized) + twin(resized[:, :, ::-1])
     # Not of length 1, so compared as all embeddings are: with ||a - b|| / ||b||.
-    assert parity.largest_error(np.load("x.npy"), expected) < 1e-5
+    assert parity.largest_error(np.load("x.npy"), expected) < 3e-6
     shifted = np.zeros((130, 140, 3), np.uint8)
     shifted[10:122, 20:132] = FACES[1]
     cv2.imwrite("shifted.png", shifted[..., ::-1])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from arcface_jax import checkpoint
+from arcface_jax import saved_runs
 from arcface_jax.data import sources, synthetic
 from arcface_jax.data.recordio import RecordWriter
 from convert import parity, torch_iresnet
@@ -143,7 +143,7 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, recipe, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"resuming at step {stopped} of 9" in done.stderr
     assert losses(workdir) == losses(finished[0])
-    ours, theirs = (checkpoint.restore_backbone(w) for w in (workdir, finished[0]))
+    ours, theirs = (saved_runs.restore_backbone(w) for w in (workdir, finished[0]))
     for index in (1, 2):
         for name, array in theirs[index].items():
             np.testing.assert_array_equal(ours[index][name], array)
@@ -257,7 +257,7 @@ def test_a_damaged_record_costs_no_step_before_it(recipe, tmp_path, capsys):
     assert "record 30" in capsys.readouterr().err
     done = max(losses(workdir))
     assert 1 <= done < 6, "with another seed the record is in a later batch than the first"
-    assert checkpoint.restore_backbone(workdir)[3] == done
+    assert saved_runs.restore_backbone(workdir)[3] == done
 
 
 def test_labels_outside_the_classes_stop_the_run_in_words(recipe, tmp_path, capsys, monkeypatch):
@@ -278,7 +278,7 @@ def test_labels_outside_the_classes_stop_the_run_in_words(recipe, tmp_path, caps
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "labels outside 0 .. 2" in message and "Number the identities" in message
-    assert checkpoint.restore_backbone(tmp_path / "run")[3] == 1  # the first log step
+    assert saved_runs.restore_backbone(tmp_path / "run")[3] == 1  # the first log step
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcface_jax import checkpoint, step
 from arcface_jax import config as c
+from arcface_jax import saved_runs, step
 from arcface_jax.errors import CheckpointError, ConfigError
 from arcface_jax.evaluation import verification
 from arcface_jax.models import layers
@@ -73,11 +73,11 @@ def test_the_best_checkpoint_stays_also_over_a_resumption(tmp_path: Path, monkey
     train(run)  # the same command again
     assert measured(workdir, BEST) == {3: 0.7, 6: 0.9, 9: 0.8, 12: 0.6}
     assert stored(workdir) == {6, 12}
-    assert checkpoint.restore_backbone(workdir)[3] == 12
-    assert checkpoint.restore_backbone(workdir, "best")[3] == 6
-    assert checkpoint.restore_backbone(workdir, 6)[3] == 6
+    assert saved_runs.restore_backbone(workdir)[3] == 12
+    assert saved_runs.restore_backbone(workdir, "best")[3] == 6
+    assert saved_runs.restore_backbone(workdir, 6)[3] == 6
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 9: use one of 6, 12, latest"):
-        checkpoint.restore_backbone(workdir, 9)
+        saved_runs.restore_backbone(workdir, 9)
     newest, best = (Network.from_workdir(workdir, which=which) for which in ("latest", "best"))
     assert any(np.any(newest.params[name] != best.params[name]) for name in best.params)
 
@@ -92,7 +92,7 @@ def sound(tmp_path_factory) -> Path:
 
 def test_without_a_metric_there_is_no_best(sound: Path):
     with pytest.raises(CheckpointError, match=r"--checkpoint\.best-metric .*--step latest"):
-        checkpoint.restore_backbone(sound, "best")
+        saved_runs.restore_backbone(sound, "best")
 
 
 @pytest.mark.parametrize("name", ["eval/synthetic/threshold", "eval/lfw/accuracy", "accuracy"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from arcface_jax import checkpoint, profiling, writers
+from arcface_jax import profiling, saved_runs, writers
 from arcface_jax.errors import ConfigError
 from arcface_jax.metrics import MetricsFile
 
@@ -61,7 +61,7 @@ def test_the_header_marks_what_differs_and_counts_parameters(run):
     assert "  * data.global_batch_size = 8   (default 128)" in text
     assert "\n    seed = 0\n" in text
     assert "  jax " in text and "process 0" in text
-    _, params, batch_stats, _ = checkpoint.restore_backbone(workdir)
+    _, params, batch_stats, _ = saved_runs.restore_backbone(workdir)
     count = sum(np.size(array) for array in params.values())
     assert f"  total: {count:,} in {len(params)} arrays" in text
     assert f"{count:,} parameters" in said and str(workdir / "run.txt") in said

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcface_jax import checkpoint, mesh, models, optim, plan, preprocess, step
+from arcface_jax import checkpoint, mesh, models, optim, plan, preprocess, saved_runs, step
 from arcface_jax import config as configs
 from arcface_jax.config import Config, OptimizerConfig
 from arcface_jax.data import synthetic
@@ -187,7 +187,7 @@ def test_checkpoints_move_between_the_forms(saved_as, monkeypatch, tmp_path):
     for ours, like in zip(jax.tree.leaves(restored), jax.tree.leaves(fresh), strict=True):
         assert (ours.shape, ours.sharding) == (like.shape, like.sharding)
     (again,) = [part.mu for part in restored.opt_state if hasattr(part, "mu")]
-    _, params, batch_stats, _ = checkpoint.restore_backbone(tmp_path / "run")
+    _, params, batch_stats, _ = saved_runs.restore_backbone(tmp_path / "run")
     for ours, theirs in (
         (restored.params, state.params),
         (again, mean),
