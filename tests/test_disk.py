@@ -96,34 +96,38 @@ def disk(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_checkpoint_that_fills_the_disk_costs_only_itself(disk):
-    """20 MiB hold two checkpoints; then there is more room, and the same command."""
-    script = """
+    """20 MiB hold two checkpoints; then there is more room, and the same command.
+
+    There are 32 steps from one checkpoint to the next, for a save fails some steps after it began.
+    """
+    options = "--schedule.epochs 32 --checkpoint.every-epochs 8"
+    script = f"""
         mount -t tmpfs -o size=20m tmpfs $D
-        train $D/run
+        train $D/run {options}
         ls $D/run/checkpoints > $D/../after_full
-        train $D/run
+        train $D/run {options}
         mount -o remount,size=400m $D
-        train $D/run
-        train $D/undisturbed
+        train $D/run {options}
+        train $D/undisturbed {options}
         cp -r $D/run $D/undisturbed $D/..
     """
     full, again, *rest = mounted(disk, script, runs=4)
     for which in (full, again):
         message = one_message(*which)
-        assert f"cannot write {disk}/run/checkpoints/12 (the checkpoint of step 12)" in message
+        assert f"cannot write {disk}/run/checkpoints/96 (the checkpoint of step 96)" in message
         assert "No space left on device" in message and "free space there" in message
-        assert "the last complete checkpoint is that of step 8" in message
+        assert "the last complete checkpoint is that of step 64" in message
         assert "the same command resumes there" in message
-    assert "step 15/32" not in full[1], "it is noticed steps before the next checkpoint"
+    assert "step 127/128" not in full[1], "it is noticed steps before the next checkpoint"
     left = (disk.parent / "after_full").read_text().split()
-    assert sorted(name for name in left if name.isdigit()) == ["4", "8"]
+    assert sorted(name for name in left if name.isdigit()) == ["32", "64"]
     assert any(not name.isdigit() for name in left), "the test is of one that is half-written"
     assert [code for code, _ in rest] == [0, 0], rest
-    assert "resuming at step 8 of 32" in again[1] and "resuming at step 8 of 32" in rest[0][1]
+    assert all("resuming at step 64 of 128" in said for _, said in (again, rest[0]))
     ours, theirs = (losses(disk.parent / name) for name in ("run", "undisturbed"))
-    assert ours == theirs and len(ours) == 32
+    assert ours == theirs and len(ours) == 128
     kept = {path.name for path in (disk.parent / "run" / "checkpoints").iterdir()}
-    assert kept == {str(step) for step in range(4, 33, 4)}
+    assert kept == {str(step) for step in range(32, 129, 32)}
 
 
 @pytest.mark.slow
