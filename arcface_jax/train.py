@@ -11,33 +11,32 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax import (
-    checkpoint,
-    config_files,
-    distributed,
-    evaluators,
-    failure,
-    header,
-    initial,
-    mesh,
-    messages,
-    optim,
-    step,
-    stopping,
-    storage,
-    validation,
-    watchdog,
-)
-from arcface_jax.config import Config
-from arcface_jax.data import order, pairs, pipeline, sources
-from arcface_jax.data.bad_images import BadImage, BadImages
+from arcface_jax.config import Config, loading
+from arcface_jax.data import opening, order, pipeline
+from arcface_jax.data.pairs.opening import open_targets
+from arcface_jax.data.pipeline import BadImage, BadImages
+from arcface_jax.data.source import Source
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation import collapse, verification
 from arcface_jax.evaluation.verification import Verification
-from arcface_jax.heads import chance
-from arcface_jax.metrics import Clock, MetricsFile, Terminal
-from arcface_jax.profiling import Trace, slowest_host
-from arcface_jax.watch import Watch
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.runtime import launch, signals
+from arcface_jax.runtime.console import Terminal
+from arcface_jax.runtime.files import reporting_disk_errors
+from arcface_jax.runtime.metrics import Clock, MetricsFile
+from arcface_jax.runtime.profiling import Trace
+from arcface_jax.training import (
+    checkpoint,
+    diagnostics,
+    evaluators,
+    finetune,
+    manifest,
+    messages,
+    optim,
+    step,
+    validation,
+)
+from arcface_jax.training.diagnostics import Watch, slowest_host
 
 # Steps that may be handed to the devices before the first of them is done: enough to keep them
 # busy, and few enough that batches do not pile up in their memory.
@@ -59,7 +58,7 @@ class Outcome(NamedTuple):
     """The signal that ended the run before its last step; everything is saved."""
 
 
-def train(config: Config, init: initial.Weights | None = None) -> Outcome:
+def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
     """Trains, or goes on where WORKDIR stopped.
 
     Args:
@@ -74,16 +73,16 @@ def train(config: Config, init: initial.Weights | None = None) -> Outcome:
       UserError: configuration, data or workdir do not allow the run, the loss is no longer finite,
         or the disk does not take what is written.
     """
-    with storage.in_words(Path(config.workdir)):
+    with reporting_disk_errors(Path(config.workdir)):
         return _train(config, init)
 
 
-def _train(config: Config, init: initial.Weights | None) -> Outcome:
+def _train(config: Config, init: finetune.Weights | None) -> Outcome:
     # ---- Devices and data ------------------------------------------------------------------------
-    devices = mesh.make(config.devices)
+    devices = meshes.make(config.devices)
     validation.validate(config, num_devices=devices.size)
-    source = sources.open_source(config.data, seed=config.seed)
-    targets = pairs.open_targets(config)
+    source = opening.open_source(config.data, seed=config.seed)
+    targets = open_targets(config)
     for target in targets:
         verification.check(target)  # better now than after the first epochs
     if config.checkpoint.best_metric:
@@ -92,7 +91,7 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
     per_epoch = images.steps_per_epoch
     total = per_epoch * config.schedule.epochs
     dataset = {"num_classes": source.num_classes, "num_images": len(source)}
-    weights = initial.weights(config, init)
+    weights = finetune.weights(config, init)
 
     # ---- State: fresh, of other weights, or the newest checkpoint --------------------------------
     manager = checkpoint.open_workdir(config)
@@ -105,7 +104,7 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
     )
     began: list[Verification] = []
     if weights:  # not on resuming
-        centers = initial.centers(config, state, source, mesh=devices)
+        centers = finetune.centers(config, state, source, mesh=devices)
         state = dataclasses.replace(state, centers=centers)
         began = evaluate(state)
     state = checkpoint.restore(manager, state, dataset) or state
@@ -126,12 +125,12 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
         tensorboard=config.logging.tensorboard,
         csv=config.logging.csv,
         wandb=config.logging.wandb,
-        settings=config_files.flatten(config),
+        settings=loading.flatten(config),
     )
     terminal = Terminal(total_steps=total, start=start)
     clock = Clock(global_batch_size=config.data.global_batch_size)
     headline = messages.headline(config, dataset, devices, start=start, total=total)
-    terminal.say_all(headline, header.write(config, state, devices, first_lines=headline))
+    terminal.say_all(headline, manifest.write_summary(config, state, devices, first_lines=headline))
     trace = Trace(Path(config.workdir), config.logging.profile_steps)
     if baselines:
         log.write(start, baselines)
@@ -143,7 +142,7 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
         log.write(start, before)
         terminal.say(f"before training  {messages.in_words(began)}")
 
-    by_chance = chance.chance_loss(
+    by_chance = diagnostics.chance_loss(
         config.head,
         num_classes=source.num_classes,
         embedding_size=config.model.embedding_size,
@@ -165,7 +164,7 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
     if best_metric:
         save_at |= evaluate_at
     bad_images = BadImages(
-        Path(config.workdir) / distributed.own_name("bad_images.jsonl"),
+        Path(config.workdir) / launch.own_name("bad_images.jsonl"),
         num_images=len(source),
         max_share=config.data.max_bad_share,
     )
@@ -173,16 +172,16 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
     warned = False
     in_flight: deque = deque()
     done = start
-    with stopping.watched(config) as stop:
+    with signals.watched(config) as stop:
         try:
             # A signal came while this was evaluated, and the run before this one left it.
             if targets and start in evaluate_at and not log.has(start, "eval/"):
-                with suppress(stopping.Left):
+                with suppress(signals.Left):
                     results = evaluate(state, stop.leave)
                     log.write(start, evaluators.metrics(results))
                     terminal.say(f"step {start}/{total}  {messages.in_words(results)}")
-            while done < total and not distributed.to_stop(stop, done):
-                watchdog.arm(config.logging)
+            while done < total and not launch.to_stop(stop, done):
+                diagnostics.arm(config.logging)
                 try:
                     with clock.waiting():
                         batch, bad = next(batches)
@@ -201,7 +200,7 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
                 done += 1
                 if done == start + 1:  # it was compiled, which is not to be counted as training
                     jax.block_until_ready(metrics)
-                    terminal.say_all(watch.labels(mesh.own_part(batch["label"])))
+                    terminal.say_all(watch.labels(meshes.own_part(batch["label"])))
                     if start == 0:
                         terminal.say(
                             messages.first_loss(
@@ -240,20 +239,20 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
                             config, num_classes=source.num_classes, schedule=schedule, mesh=devices
                         )
                         names = map(source.where, images.images(*images.places(done - 1)).tolist())
-                        raise failure.report(config, list(names), state, norms, batch, values)
+                        raise diagnostics.report(config, list(names), state, norms, batch, values)
                     if values["train/invalid_labels"]:
                         checkpoint.save(manager, state, dataset)  # they took no part in it
                         raise messages.invalid_labels(values["train/invalid_labels"], done, dataset)
                 if done in evaluate_at | save_at:
                     with clock.blocked():
                         jax.block_until_ready(metrics)  # or training would hide in the pause
-                watchdog.disarm()
+                diagnostics.disarm()
                 with clock.paused():
                     terminal.say_all(trace.after(done, metrics))
                     if done in evaluate_at:
                         try:
                             results = evaluate(state, stop.leave)
-                        except stopping.Left:
+                        except signals.Left:
                             break
                         log.write(done, evaluators.metrics(results))
                         terminal.say(f"step {done}/{total}  {messages.in_words(results)}")
@@ -272,7 +271,7 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
             if stop:
                 checkpoint.save(manager, state, dataset)
         finally:
-            watchdog.disarm()
+            diagnostics.disarm()
             with ExitStack() as all_of_them:  # from the last line up, whichever fails
                 all_of_them.callback(terminal.close)
                 all_of_them.callback(log.close)
@@ -286,13 +285,13 @@ def _train(config: Config, init: initial.Weights | None) -> Outcome:
         terminal.say(f"stopped by {by.name} at step {done}; the same command resumes here")
     elif not results:  # resumed behind the last step
         results = evaluate(state)
-    files = evaluators.draw(config, targets, results) if distributed.is_first() else []
+    files = evaluators.draw(config, targets, results) if launch.is_first() else []
     values = evaluators.metrics(results) | before | baselines
     return Outcome(done, values, files, by)
 
 
 def _batches_on_devices(
-    config: Config, source: sources.Source, devices: Mesh, *, start: int, stop: int
+    config: Config, source: Source, devices: Mesh, *, start: int, stop: int
 ) -> Generator[tuple[dict[str, jax.Array], tuple[BadImage, ...]]]:
     """The batches of steps start .. stop - 1, and the damaged images of each."""
     batches = pipeline.batches(
@@ -307,10 +306,10 @@ def _batches_on_devices(
 
     def send(batch: pipeline.Batch) -> tuple[dict[str, jax.Array], tuple[BadImage, ...]]:
         parts = {"image": batch.images, "label": batch.labels}
-        return mesh.to_devices(parts, devices), batch.bad
+        return meshes.to_devices(parts, devices), batch.bad
 
     with closing(batches):
-        yield from mesh.ahead(batches, send, count=_BATCHES_AHEAD)
+        yield from meshes.ahead(batches, send, count=_BATCHES_AHEAD)
 
 
 def _milestones(every_epochs: float, steps_per_epoch: int, total: int) -> set[int]:

@@ -8,7 +8,7 @@ MFR-ALL 70.18. Not yet repeated with this project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import GLINT360K, cosface
+from arcface_jax.config.recipes import GLINT360K, cosface
 
 
 def get_config() -> Config:

@@ -10,7 +10,7 @@ All classes take part in each step; glint360k_r100 has the settings of 2021 and 
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import GLINT360K, cosface
+from arcface_jax.config.recipes import GLINT360K, cosface
 
 
 def get_config() -> Config:

@@ -10,7 +10,7 @@ A tenth of the class centers takes part in each step (Partial FC); --head.sample
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import glint360k_2021
+from arcface_jax.config.recipes import glint360k_2021
 
 
 def get_config() -> Config:

@@ -8,7 +8,7 @@ MFR-ALL 62.07. Not yet repeated with this project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import MS1MV2, ms1m
+from arcface_jax.config.recipes import MS1MV2, ms1m
 
 
 def get_config() -> Config:

@@ -8,7 +8,7 @@ AgeDB-30 97.77, CFP-FP 97.73, LFW 99.77. Not yet repeated with this project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import ms1mv3_2021
+from arcface_jax.config.recipes import ms1mv3_2021
 
 
 def get_config() -> Config:

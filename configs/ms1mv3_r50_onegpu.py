@@ -7,7 +7,7 @@ For one GPU with 128 images. No published figures in insightface's README.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import MS1MV3, ms1m
+from arcface_jax.config.recipes import MS1MV3, ms1m
 
 
 def get_config() -> Config:

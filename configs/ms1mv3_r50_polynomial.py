@@ -10,7 +10,7 @@ ms1mv3_r50 has the settings of 2021.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import MS1MV3, ms1m
+from arcface_jax.config.recipes import MS1MV3, ms1m
 
 
 def get_config() -> Config:

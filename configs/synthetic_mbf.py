@@ -7,7 +7,7 @@ published figures in insightface's README. `--data.noise.classes 10000000` tries
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import speed_test
+from arcface_jax.config.recipes import speed_test
 
 
 def get_config() -> Config:

@@ -9,7 +9,7 @@ this project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import WEBFACE12M_CONFLICT, cosface
+from arcface_jax.config.recipes import WEBFACE12M_CONFLICT, cosface
 
 
 def get_config() -> Config:

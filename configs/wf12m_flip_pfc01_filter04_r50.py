@@ -9,7 +9,7 @@ this project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import WEBFACE12M_FLIP, cosface
+from arcface_jax.config.recipes import WEBFACE12M_FLIP, cosface
 
 
 def get_config() -> Config:

@@ -8,7 +8,7 @@ MFR-ALL 94.75. Not yet repeated with this project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import WEBFACE12M, cosface
+from arcface_jax.config.recipes import WEBFACE12M, cosface
 
 
 def get_config() -> Config:

@@ -7,7 +7,7 @@ For 8 GPUs with 128 images each. No published figures in insightface's README.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import WEBFACE12M, cosface
+from arcface_jax.config.recipes import WEBFACE12M, cosface
 
 
 def get_config() -> Config:

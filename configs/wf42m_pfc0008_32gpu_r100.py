@@ -10,7 +10,7 @@ No class takes part but those of the batch: at most 16,384 of 2,059,906, the 0.0
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import WEBFACE42M, cosface
+from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:

@@ -7,7 +7,7 @@ For 16 GPUs with 512 images each. No published figures in insightface's README.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import WEBFACE42M, cosface
+from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:

@@ -8,7 +8,7 @@ MFR-ALL 97.70. Not yet repeated with this project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import WEBFACE42M, cosface
+from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:

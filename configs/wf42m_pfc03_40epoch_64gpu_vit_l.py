@@ -9,7 +9,7 @@ project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import webface42m_vit
+from arcface_jax.config.recipes import webface42m_vit
 
 
 def get_config() -> Config:

@@ -11,7 +11,7 @@ insightface takes twelve such batches before each update, so that an update sees
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import webface42m_vit
+from arcface_jax.config.recipes import webface42m_vit
 
 
 def get_config() -> Config:

@@ -10,7 +10,7 @@ images are augmented as its dali_aug does.
 """
 
 from arcface_jax.config import Config, replace
-from arcface_jax.recipes import webface42m_vit
+from arcface_jax.config.recipes import webface42m_vit
 
 
 def get_config() -> Config:

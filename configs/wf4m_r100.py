@@ -8,7 +8,7 @@ MFR-ALL 89.87. Not yet repeated with this project.
 """
 
 from arcface_jax.config import Config
-from arcface_jax.recipes import WEBFACE4M, cosface
+from arcface_jax.config.recipes import WEBFACE4M, cosface
 
 
 def get_config() -> Config:

@@ -1,1 +1,51 @@
-"""Between arcface_jax and PyTorch: twins of the networks, weights both ways, parity checks."""
+"""The conversion commands of a checkout: `python -m convert.to_torch` and its neighbors.
+
+The code is in `arcface_jax.convert`. Importing a module from here still works, with a warning, and
+stops working in the release after 0.1.
+"""
+
+import importlib
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+_ELSEWHERE = {
+    "any_model": "arcface_jax.inference.open_model",
+    "modelzoo": "benchmarks.modelzoo",
+    "reference_head": "benchmarks.reference_head",
+    "reference_step": "benchmarks.reference_step",
+    "step_twin": "benchmarks.step_twin",
+}
+
+
+def moved(name: str) -> ModuleType:
+    """The module that `convert.NAME` is today, with a warning.
+
+    Raises:
+      ModuleNotFoundError: there never was one.
+    """
+    new = _ELSEWHERE.get(name, f"arcface_jax.convert.{name}")
+    module = importlib.import_module(new)
+    warnings.warn(
+        f"convert.{name} is now {new}; the old name goes with the release after 0.1",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return module
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Finds every `convert.NAME` that is not a file here."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None):
+        package, _, _ = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == __name__ else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        sys.modules[name] = moved(name.rpartition(".")[2])
+
+
+sys.meta_path.append(_Moved())

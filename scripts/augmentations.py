@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from arcface_jax import errors
 from arcface_jax.config import DataConfig
-from arcface_jax.data import augment, sources
+from arcface_jax.data import augment, opening
 
 _SAMPLES = 7
 _TIMED = 400
@@ -35,7 +35,7 @@ def main(
     """
     begin = time.perf_counter()
     with errors.reported():
-        face, _ = sources.open_source(DataConfig(path=path), seed=0)[image]
+        face, _ = opening.open_source(DataConfig(path=path), seed=0)[image]
     rng = np.random.default_rng(seed)
     figure = Figure(figsize=(1.1 * (_SAMPLES + 1), 1.2 * len(augment.OPERATIONS)))
     panels = figure.subplots(len(augment.OPERATIONS), _SAMPLES + 1)

@@ -17,10 +17,12 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from arcface_jax import errors, mesh
-from arcface_jax.benchmarks import blocks, evaluation, head, report, step_command, timing
-from arcface_jax.benchmarks.head import Case, Measurement
+from arcface_jax import errors
 from arcface_jax.config import Dtype
+from arcface_jax.machine import timing
+from arcface_jax.runtime import devices as meshes
+from benchmarks import blocks, evaluation, head, report, step_command
+from benchmarks.head import Case, Measurement
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def reference(arguments: Head, case: Case) -> list[Measurement]:
     """arcface_torch's head on the same case, over all classes and over a tenth of them."""
     if arguments.reference is None:
         return []
-    from convert import reference_head
+    from benchmarks import reference_head
 
     options = {"directory": arguments.reference, "repeats": arguments.repeats}
     return [reference_head.measure(case, sample_rate=rate, **options) for rate in (1.0, 0.1)]
@@ -83,7 +85,7 @@ def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
     begin = time.perf_counter()
     with errors.reported():
         head.check(arguments.methods, arguments.batches, arguments.devices)
-        mesh.ask_for_cpu_devices(max(arguments.devices))
+        meshes.ask_for_cpu_devices(max(arguments.devices))
         machine = timing.machine()
         product = timing.matmul_flops_per_second(arguments.dtype)
         rows = measure(arguments)
@@ -171,7 +173,7 @@ def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
     begin = time.perf_counter()
 
     def others() -> step_command.Others:
-        from convert import reference_step, step_twin
+        from benchmarks import reference_step, step_twin
 
         options = {"directory": arguments.reference, "repeats": arguments.repeats}
         return step_command.Others(

@@ -16,10 +16,10 @@ from typing import Annotated
 import tyro
 
 from arcface_jax import errors
-from arcface_jax.data import pairs
-from arcface_jax.embedder import Embedder
+from arcface_jax.data.pairs.opening import open_for_runs
 from arcface_jax.evaluation import calibration, verification
-from convert.any_model import ModelChoice, config_of, open_model
+from arcface_jax.inference.embedder import Embedder
+from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     begin = time.perf_counter()
     with errors.reported():
         config = config_of(arguments.model)
-        (pair_set,) = pairs.open_for_runs([config], [arguments.pairs])
+        (pair_set,) = open_for_runs([config], [arguments.pairs])
         verification.check(pair_set)
         model = open_model(arguments.model, batch_size=arguments.batch_size)
         embedder = Embedder(model, flip=arguments.flip, batch_size=arguments.batch_size)

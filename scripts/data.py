@@ -10,8 +10,8 @@ import time
 import tyro
 
 from arcface_jax import errors
-from arcface_jax.benchmarks import data as benchmark
-from arcface_jax.data.tools import commands
+from arcface_jax.commands import data as commands
+from arcface_jax.machine import input as benchmark
 
 COMMANDS = {
     "inspect": commands.inspect,

@@ -14,7 +14,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from arcface_jax import config_files, doctor, errors
+from arcface_jax import errors
+from arcface_jax.config import loading
+from arcface_jax.machine import doctor
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
         Arguments, args=argv, prog="doctor.py RECIPE", description=__doc__, return_unknown_args=True
     )
     with errors.reported():
-        config = config_files.load(words, prog="doctor.py")
+        config = loading.load(words, prog="doctor.py")
         if arguments.seconds <= 0 or (arguments.num_classes or 1) < 1:
             raise errors.UserError(
                 f"--seconds {arguments.seconds:g} and --num-classes {arguments.num_classes} must "

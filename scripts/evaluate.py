@@ -16,12 +16,14 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from arcface_jax import checkpoint, errors
+from arcface_jax import errors
 from arcface_jax.config import Config
-from arcface_jax.data import pairs
-from arcface_jax.evaluation import report, tables, verification
-from arcface_jax.evaluation.report import Evaluated
-from convert.any_model import ModelChoices, open_models
+from arcface_jax.data.pairs.opening import open_for_runs
+from arcface_jax.evaluation import verification
+from arcface_jax.evaluation.report import document, tables
+from arcface_jax.evaluation.report.document import Evaluated
+from arcface_jax.inference.open_model import ModelChoices, open_models
+from arcface_jax.training import checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ def evaluate(arguments: Arguments) -> list[Evaluated]:
     """Every network on every set."""
     models = open_models(arguments.models, batch_size=arguments.batch_size)
     configs = [checkpoint.read_config(run) for run in arguments.models.checkpoint] or [Config()]
-    sets = pairs.open_for_runs(configs, arguments.targets)
+    sets = open_for_runs(configs, arguments.targets)
     if not sets:
         raise errors.UserError(
             "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
     begin = time.perf_counter()
     with errors.reported():
         evaluated = evaluate(arguments)
-        page = arguments.report and report.write(arguments.report, evaluated, made=datetime.now())
+        page = arguments.report and document.write(arguments.report, evaluated, made=datetime.now())
     results = [one.result for one in evaluated]
     # Where nobody watches, rich takes 80 columns; the tables want up to 100.
     console = Console() if sys.stdout.isatty() else Console(width=100)

@@ -14,11 +14,13 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from arcface_jax import distributed, errors
+from arcface_jax import errors
 from arcface_jax.config import DistributedConfig
-from arcface_jax.evaluation import ijb, ijb_files, ijb_tables, roc_plot
-from arcface_jax.evaluation.ijb_files import Protocol
-from convert.any_model import ModelChoice, open_model
+from arcface_jax.evaluation.protocols import ijb, ijb_files, ijb_tables
+from arcface_jax.evaluation.protocols.ijb_files import Protocol
+from arcface_jax.evaluation.report import roc_plot
+from arcface_jax.inference.open_model import ModelChoice, open_model
+from arcface_jax.runtime import launch
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="evaluate_ijb.py", description=__doc__)
     begin = time.perf_counter()
     with errors.reported():
-        distributed.start(arguments.distributed)
+        launch.join_processes(arguments.distributed)
         options = [ijb.Options.parse(letters) for letters in arguments.options]
         ijb_set = ijb_files.read(arguments.data, arguments.protocol)
         model = open_model(arguments.model, batch_size=arguments.batch_size)
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> None:
             threads=arguments.threads,
             progress=lambda done: print(f"{done:,} of {total:,} images", file=sys.stderr),
         )
-        if not distributed.is_first():
+        if not launch.is_first():
             return  # it does the rest
         results = [ijb.evaluate(ijb_set, extracted, option) for option in options]
     console = Console() if sys.stdout.isatty() else Console(width=100)

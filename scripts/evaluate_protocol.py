@@ -14,17 +14,17 @@ import tyro
 from rich.console import Console
 
 from arcface_jax import errors
-from arcface_jax.evaluation import protocols
-from convert.any_model import ModelChoice, config_of, open_model
+from arcface_jax.evaluation.protocols import runner
+from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
 
 
 @dataclass(frozen=True)
 class Arguments:
     """The command line."""
 
-    protocol: tyro.conf.Positional[protocols.Protocol]
+    protocol: tyro.conf.Positional[runner.Protocol]
     model: tyro.conf.OmitArgPrefixes[ModelChoice]
-    options: tyro.conf.OmitArgPrefixes[protocols.Options]
+    options: tyro.conf.OmitArgPrefixes[runner.Options]
 
 
 def main(argv: list[str]) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="evaluate_protocol.py", description=__doc__)
     begin = time.perf_counter()
     with errors.reported():
-        report = protocols.run(
+        report = runner.run(
             arguments.protocol,
             arguments.options,
             open_model=lambda: open_model(arguments.model, batch_size=arguments.options.batch_size),

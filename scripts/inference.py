@@ -13,8 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from arcface_jax import errors, inference
-from convert.any_model import ModelChoice, open_model
+from arcface_jax import errors
+from arcface_jax.commands import embed as command
+from arcface_jax.inference.open_model import ModelChoice, open_model
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Arguments:
 
     # The text is said here, for tyro finds no other in a script that is not an imported module.
     model: Annotated[ModelChoice, tyro.conf.arg(name="", help="The network; name one.")]
-    request: Annotated[inference.Request, tyro.conf.arg(name="", help="What to do with it.")]
+    request: Annotated[command.Request, tyro.conf.arg(name="", help="What to do with it.")]
 
 
 def main(argv: list[str]) -> None:
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
     with errors.reported(), warnings.catch_warnings():
         warnings.simplefilter("once", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-        result = inference.run(
+        result = command.run(
             arguments.request,
             open_model=lambda **options: open_model(arguments.model, **options),
         )

@@ -14,9 +14,9 @@ import tyro
 
 from arcface_jax import errors
 from arcface_jax.config import DataConfig
-from arcface_jax.data import sources
-from arcface_jax.evaluation import ijb_generator
-from arcface_jax.evaluation.ijb_files import Protocol
+from arcface_jax.data import opening
+from arcface_jax.evaluation.protocols import ijb_generator
+from arcface_jax.evaluation.protocols.ijb_files import Protocol
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Arguments:
 
     output: Path
     """The folder to make."""
-    source: str = sources.SYNTHETIC
+    source: str = opening.SYNTHETIC
     """What --data.path of training takes: a folder with train.rec, or `synthetic`."""
     protocol: Protocol = "ijbc"
     """Whose file names."""
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     arguments = tyro.cli(Arguments, args=argv, prog="make_ijb.py", description=__doc__)
     begin = time.perf_counter()
     with errors.reported():
-        source = sources.open_source(DataConfig(path=arguments.source), seed=arguments.seed)
+        source = opening.open_source(DataConfig(path=arguments.source), seed=arguments.seed)
         ijb_generator.generate(
             source,
             arguments.output,

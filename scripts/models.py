@@ -9,8 +9,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from arcface_jax import models
-from arcface_jax.models import cost
+from arcface_jax.machine import cost
+from arcface_jax.models import registry
 
 
 def main(embedding_size: int = 512) -> None:
@@ -21,7 +21,7 @@ def main(embedding_size: int = 512) -> None:
     """
     table = Table("network", "M parameters", "GMAC")
     result = {}
-    for network in models.NETWORKS:
+    for network in registry.NETWORKS:
         found = cost.measure(network, embedding_size=embedding_size)
         table.add_row(network, f"{found.parameters / 1e6:.2f}", f"{found.macs / 1e9:.2f}")
         result[network] = found._asdict()

@@ -13,15 +13,16 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from arcface_jax import errors, models
-from convert import modelzoo
+from arcface_jax import errors
+from arcface_jax.models import registry
+from benchmarks import modelzoo
 
 
 @dataclass(frozen=True)
 class Arguments:
     """The command line."""
 
-    networks: tuple[str, ...] = models.NETWORKS
+    networks: tuple[str, ...] = registry.NETWORKS
     """Which to measure, each in a process of its own; all when not given."""
     faces: Path | None = None
     """A verification set (.bin) whose first 16 images are used; drawn faces when not given."""
@@ -35,10 +36,10 @@ def main(argv: list[str]) -> None:
     data = arguments.page.with_suffix(".json")
     rows = []
     with errors.reported():
-        unknown = [name for name in arguments.networks if name not in models.NETWORKS]
+        unknown = [name for name in arguments.networks if name not in registry.NETWORKS]
         if unknown:
             raise errors.UserError(
-                f"unknown networks {', '.join(unknown)}: use some of {', '.join(models.NETWORKS)}"
+                f"unknown networks {', '.join(unknown)}: use some of {', '.join(registry.NETWORKS)}"
             )
         for network in arguments.networks:
             with Console(stderr=True).status(network):

@@ -16,7 +16,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from arcface_jax import config_files, errors, plan
+from arcface_jax import errors
+from arcface_jax.config import loading
+from arcface_jax.machine import plan
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
         Arguments, args=argv, prog="plan.py RECIPE", description=__doc__, return_unknown_args=True
     )
     with errors.reported():
-        config = config_files.load(words, prog="plan.py")
+        config = loading.load(words, prog="plan.py")
         if not 0 < arguments.memory < math.inf:
             raise errors.UserError(
                 f"--memory {arguments.memory:g} must be above 0: GiB of a device, 80 for an H100"

@@ -3,10 +3,11 @@
 python scripts/train.py RECIPE [--section.field value ...] --workdir FOLDER
 """
 
-from arcface_jax import host, saved_runs
+from arcface_jax.runtime import launch
+from arcface_jax.training import saved_runs
 
 if __name__ == "__main__":
-    host.use_huge_pages()  # restarts, and so comes before the imports that take seconds
+    launch.use_huge_pages()  # restarts, and so comes before the imports that take seconds
 
 import importlib.util
 import json
@@ -16,21 +17,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from arcface_jax import (
-    config_files,
-    distributed,
-    errors,
-    initial,
-    runtime,
-    stopping,
-    storage,
-)
-from arcface_jax.config import Config
-from arcface_jax.evaluation import tables
+from arcface_jax import errors
+from arcface_jax.config import Config, loading
+from arcface_jax.evaluation.report import tables
+from arcface_jax.runtime import launch, signals
+from arcface_jax.runtime.files import reporting_disk_errors
 from arcface_jax.train import train
+from arcface_jax.training import finetune
 
 
-def read_weights(config: Config) -> initial.Weights | None:
+def read_weights(config: Config) -> finetune.Weights | None:
     """What `init_from` holds where it is a file; a workdir is read by `train` itself."""
     path, workdir = Path(config.init_from), Path(config.workdir)
     if not config.init_from or path.is_dir() or saved_runs.is_begun(workdir):
@@ -40,7 +36,7 @@ def read_weights(config: Config) -> initial.Weights | None:
             f"init_from {path}: reading weights of PyTorch needs PyTorch: "
             "pip install 'arcface-jax[torch]'"
         )
-    from convert import weights
+    from arcface_jax.convert import weights
 
     return weights.load(path, config.model.network)
 
@@ -50,7 +46,7 @@ def export(workdir: Path) -> list[Path]:
     if importlib.util.find_spec("torch") is None:
         print("no backbone.pth: PyTorch is not installed (pip install 'arcface-jax[torch]')")
         return []
-    from convert import to_torch
+    from arcface_jax.convert import to_torch
 
     path = workdir / "backbone.pth"
     error = to_torch.export(workdir, path)
@@ -62,17 +58,17 @@ def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
     begin = time.perf_counter()
     with errors.reported():
-        config = config_files.load(argv)
-        runtime.start(config)
+        config = loading.load(argv)
+        launch.start(config)
         outcome = train(config, read_weights(config))
         workdir = Path(config.workdir)
         files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]
-        first = distributed.is_first()
+        first = launch.is_first()
         if first and outcome.stopped_by is None:
-            with storage.in_words(workdir):
+            with reporting_disk_errors(workdir):
                 files += export(workdir)
     by = outcome.stopped_by
-    code = 0 if by is None else stopping.exit_code(config.checkpoint, by)
+    code = 0 if by is None else signals.exit_code(config.checkpoint, by)
     if not first:
         return code
     if compared := tables.before_and_after(outcome.results):

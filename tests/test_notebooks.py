@@ -9,7 +9,7 @@ from arcface_jax import config as c
 from arcface_jax.train import train
 from scripts import notebooks
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 QUICK = {"explore_embeddings"}
 

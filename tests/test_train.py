@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from arcface_jax import saved_runs
-from arcface_jax.data import sources, synthetic
-from arcface_jax.data.recordio import RecordWriter
-from convert import parity, torch_iresnet
+from arcface_jax.convert import parity, torch_iresnet
+from arcface_jax.data import opening
+from arcface_jax.data.recordio.reader import RecordWriter
+from arcface_jax.data.synthetic import faces
+from arcface_jax.training import saved_runs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 
 # A run of nine steps in three epochs, on the smallest set that exercises everything.
 RECIPE = """
@@ -194,7 +195,7 @@ def test_an_unlike_run_is_refused_and_left_alone(finished, recipe, capsys, optio
 
 def write_records(folder: Path, labels: list[float], *, identities: int) -> None:
     folder.mkdir()
-    face = synthetic.draw_face(seed=0, identity=0, index=0)
+    face = faces.draw_face(seed=0, identity=0, index=0)
     encoded = cv2.imencode(".jpg", face)[1].tobytes()
     with RecordWriter(folder / "train.rec") as writer:
         first = len(labels) + 1
@@ -263,7 +264,7 @@ def test_a_damaged_record_costs_no_step_before_it(recipe, tmp_path, capsys):
 def test_labels_outside_the_classes_stop_the_run_in_words(recipe, tmp_path, capsys, monkeypatch):
     """A source that counts its identities wrongly; the others are trained, and that is kept."""
 
-    class TooFewClasses(sources.SyntheticSource):
+    class TooFewClasses(opening.SyntheticSource):
         def __len__(self) -> int:
             return 25
 
@@ -272,7 +273,7 @@ def test_labels_outside_the_classes_stop_the_run_in_words(recipe, tmp_path, caps
         source.num_classes = 3
         return source
 
-    monkeypatch.setattr(sources, "open_source", open_source)
+    monkeypatch.setattr(opening, "open_source", open_source)
     with pytest.raises(SystemExit) as stop:
         script("train").main(arguments(recipe, tmp_path / "run"))
     assert stop.value.code == 2
@@ -330,7 +331,7 @@ def test_bad_options_are_one_message_and_code_2(recipe, tmp_path, capsys, option
 
 
 def test_a_set_that_cannot_be_verified_is_refused_before_training(recipe, tmp_path, capsys):
-    face = cv2.imencode(".png", synthetic.draw_face(seed=0, identity=0, index=0))[1].tobytes()
+    face = cv2.imencode(".png", faces.draw_face(seed=0, identity=0, index=0))[1].tobytes()
     path = tmp_path / "alike.bin"
     path.write_bytes(pickle.dumps(([face] * 40, [True] * 20)))
     with pytest.raises(SystemExit) as stop:
@@ -388,7 +389,7 @@ def test_models_of_all_kinds_are_evaluated_side_by_side(finished, capsys, tmp_pa
         names = [f"{number}{side}.png" for side in "ab"]
         for side, name in enumerate(names):
             who = number // 4 if number % 2 else number + 40 * side
-            drawn = synthetic.draw_face(seed=5, identity=who, index=2 * number + side)
+            drawn = faces.draw_face(seed=5, identity=who, index=2 * number + side)
             cv2.imwrite(str(tmp_path / name), drawn[:, :, ::-1])
         lines.append(",".join([*names, str(number % 2)]))
     (tmp_path / "mine.csv").write_text("\n".join(lines))
@@ -420,7 +421,7 @@ def test_models_of_all_kinds_are_evaluated_side_by_side(finished, capsys, tmp_pa
 
 def test_inference_prints_the_embedding_of_the_torch_network(finished, capsys, tmp_path):
     weight = finished[0] / "backbone.pth"
-    face = synthetic.draw_face(seed=9, identity=0, index=0)
+    face = faces.draw_face(seed=9, identity=0, index=0)
     cv2.imwrite(str(tmp_path / "face.png"), face[:, :, ::-1])
     options = ["--weight", str(weight), "--network", "r_tiny"]
     script("inference").main([*options, "--img", str(tmp_path / "face.png")])

@@ -13,8 +13,9 @@ import psutil
 import pytest
 from test_train import ROOT, arguments, losses, metrics, recipe, script
 
-from arcface_jax.data import sources, synthetic
-from arcface_jax.data.recordio import RecordWriter
+from arcface_jax.data import opening
+from arcface_jax.data.recordio.reader import RecordWriter
+from arcface_jax.data.synthetic.faces import draw_face
 
 __all__ = ["recipe"]  # a fixture
 
@@ -29,7 +30,7 @@ def faces(tmp_path: Path) -> Path:
     with RecordWriter(folder / "train.rec") as writer:
         writer.write(0, b"", label=[49, 51])
         for key in range(1, 49):
-            face = synthetic.draw_face(seed=0, identity=key % 2, index=key)
+            face = draw_face(seed=0, identity=key % 2, index=key)
             writer.write(key, cv2.imencode(".jpg", face)[1].tobytes(), label=float(key % 2))
     return folder
 
@@ -124,7 +125,7 @@ def test_workers_do_not_outlive_a_run_that_is_killed(recipe, tmp_path):
 
 
 def test_a_slow_source_is_named_as_the_limit(recipe, tmp_path, capsys, monkeypatch):
-    class Slow(sources.SyntheticSource):
+    class Slow(opening.SyntheticSource):
         def __getitem__(self, index: int):
             time.sleep(0.05)
             return super().__getitem__(index)
@@ -132,7 +133,7 @@ def test_a_slow_source_is_named_as_the_limit(recipe, tmp_path, capsys, monkeypat
     def open_source(*_, **__):
         return Slow(seed=0, identities=5, images_per_identity=5)
 
-    monkeypatch.setattr(sources, "open_source", open_source)
+    monkeypatch.setattr(opening, "open_source", open_source)
     options = [*PLAIN, "--data.threads", "1", "--data.prefetch-batches", "1"]
     assert script("train").main(arguments(recipe, tmp_path / "run", *options)) == 0
     said = capsys.readouterr().err

@@ -2,12 +2,26 @@
 
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from arcface_jax import mesh as meshes
+from arcface_jax.runtime import devices as meshes
+
+
+class Model(Protocol):
+    """What inference and evaluation need of a network, whatever runs it."""
+
+    def __call__(self, images: np.ndarray, /) -> np.ndarray:
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        ...
+
+    def digest(self) -> str:
+        """A SHA-256 that names the weights."""
+        ...
+
 
 Embed = Callable[[np.ndarray], np.ndarray]
 """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arcface_jax.data.pairs import PairSet
+from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import ConfigError, DataError
 from arcface_jax.evaluation import collapse, roc
 from arcface_jax.evaluation.embed import Embed

@@ -21,14 +21,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from arcface_jax.config import HeadConfig, OptimizerConfig
+from arcface_jax.heads import block_passes, margins, partial_fc
 from arcface_jax.heads import centers as class_centers
-from arcface_jax.heads import losses, margins, partial_fc, visits
+from arcface_jax.heads import softmax as softmax_loss
+from arcface_jax.heads.block_passes import Visit
 from arcface_jax.heads.blocks import EveryClass, ListedClasses, Walk
 from arcface_jax.heads.centers import Moments, Rule
-from arcface_jax.heads.losses import Batch, Loss, Softmax
 from arcface_jax.heads.margins import Margin, State
-from arcface_jax.heads.visits import Visit
-from arcface_jax.mesh import AXIS
+from arcface_jax.heads.softmax import Batch, Loss, Softmax
+from arcface_jax.runtime.devices import AXIS
 
 # A margin whose values stay below this times the scale needs no maximum in front of exp().
 _UNSHIFTED_BOUND = 1.0
@@ -143,7 +144,7 @@ def _on_one_device(
     optimizer: OptimizerConfig,
 ) -> HeadOutput:
     margin, rule = margins.make(head), class_centers.make_rule(optimizer)
-    unit, norm = visits.normalise(embeddings)
+    unit, norm = block_passes.normalise(embeddings)
     batch = _gather(unit, norm, labels, num_classes=num_classes, head=head, margin=margin)
     stored = len(centers.rows) // head.subcenters
     target = batch.labels - lax.axis_index(AXIS) * stored
@@ -151,7 +152,7 @@ def _on_one_device(
     walk, target_slot = _choose(target, key, stored=stored, num_classes=num_classes, head=head)
     visit = Visit(batch.x, centers.rows, walk, target_slot, head.subcenters, head.scale, bend=None)
     visit, softmax = _first_visit(visit, target, batch, centers.state, margin)
-    loss = losses.evaluate(softmax, batch, margin, scale=head.scale)
+    loss = softmax_loss.evaluate(softmax, batch, margin, scale=head.scale)
 
     update = jnp.isfinite(loss.mean)  # nothing that is not a number gets into the centers
     d_x, centers = _second_visit(
@@ -167,11 +168,14 @@ def _on_one_device(
     )
     state = jax.tree.map(partial(jnp.where, update), softmax.state, centers.state)
     d_unit = lax.psum_scatter(d_x, AXIS, scatter_dimension=0, tiled=True)
-    d_embeddings = visits.pull_normalise(d_unit, unit, norm)
+    d_embeddings = block_passes.pull_normalise(d_unit, unit, norm)
     if margin.uses_norms:
         d_embeddings += _own_part(loss.d_norms, len(unit))[:, None] * unit
     return HeadOutput(
-        loss.mean, d_embeddings, centers._replace(state=state), losses.metrics(softmax, loss, batch)
+        loss.mean,
+        d_embeddings,
+        centers._replace(state=state),
+        softmax_loss.metrics(softmax, loss, batch),
     )
 
 
@@ -214,7 +218,7 @@ def _first_visit(
     visit: Visit, target, batch: Batch, state: State, margin: Margin
 ) -> tuple[Visit, Softmax]:
     """The sum over the other classes, and the visit as its second time has to be."""
-    z_target = visits.target_cosine(visit, target)
+    z_target = block_passes.target_cosine(visit, target)
     if margin.others_need_target:
         z_target = lax.psum(z_target, AXIS)
         state = margin.update(state, z_target, batch.norms, batch.valid)
@@ -222,7 +226,7 @@ def _first_visit(
     if others is not None:
         visit = visit._replace(bend=lambda cosine: others(cosine, known, moved))
     shifted = margin.others_bound > _UNSHIFTED_BOUND
-    exp_sum, shift, hardest = visits.sum_over_others(visit, shifted=shifted)
+    exp_sum, shift, hardest = block_passes.sum_over_others(visit, shifted=shifted)
     if shifted:
         local = shift
         shift, hardest = lax.pmax(jnp.stack([local, hardest]), AXIS)
@@ -269,7 +273,7 @@ def _second_visit(
     if touch_all and isinstance(visit.walk, ListedClasses):
         moments = jax.tree.map(partial(jnp.where, update), rule.fade(moments, rows), moments)
         rule = rule._replace(fade=lambda moments, rows: moments)
-    d_x, moments = visits.gradients(
+    d_x, moments = block_passes.gradients(
         visit,
         moments,
         log_sum=loss.log_sum,
@@ -282,7 +286,7 @@ def _second_visit(
     if touch_all:
         rows = rule.move(rows, moments, learning_rate, step)
     else:
-        rows = visits.move(visit, moments, rule=rule, learning_rate=learning_rate, step=step)
+        rows = block_passes.move(visit, moments, rule=rule, learning_rate=learning_rate, step=step)
     return d_x, Centers(rows, moments, centers.state)
 
 

@@ -7,10 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from arcface_jax import checkpoint
 from arcface_jax import config as configs
-from arcface_jax.data import synthetic
-from convert import parity
+from arcface_jax.convert import parity
+from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.training import checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pairs") / "few.bin"
     same = [True, False] * 10
     faces = [
-        synthetic.draw_face(seed=3, identity=pair + (side and not alike), index=side)
+        draw_face(seed=3, identity=pair + (side and not alike), index=side)
         for pair, alike in enumerate(same)
         for side in range(2)
     ]

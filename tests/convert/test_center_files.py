@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from arcface_jax import checkpoint, mesh, step
 from arcface_jax import config as configs
+from arcface_jax.convert import centers
+from arcface_jax.convert.centers import Centers
 from arcface_jax.errors import UserError
-from convert import centers
-from convert.centers import Centers
+from arcface_jax.runtime import devices
+from arcface_jax.training import checkpoint, step
 
 ROWS = np.random.default_rng(0).normal(size=(11, 6)).astype(np.float32)
 MOMENTUM = np.random.default_rng(1).normal(size=(11, 6)).astype(np.float32)
@@ -135,7 +136,7 @@ def test_the_centers_of_a_run_are_those_of_its_state(tmp_path):
         model__network="r_tiny",
         model__embedding_size=6,
     )
-    state = step.init_state(config, num_classes=11, mesh=mesh.make(2))
+    state = step.init_state(config, num_classes=11, mesh=devices.make(2))
     assert state.centers.shape == (12, 6)
     with checkpoint.open_workdir(config) as manager:
         checkpoint.save(manager, state, {"num_classes": 11, "num_images": 20})

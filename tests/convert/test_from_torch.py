@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from arcface_jax import checkpoint, models
 from arcface_jax import config as configs
+from arcface_jax.convert import centers, from_torch, parity, to_torch, weight_files, weights
 from arcface_jax.errors import CheckpointError, UserError
-from arcface_jax.network import Network
-from convert import centers, from_torch, parity, to_torch, weight_files, weights
+from arcface_jax.models import registry
+from arcface_jax.training import checkpoint
+from arcface_jax.training.network import Network
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def state() -> weights.StateDict:
     """Of a network of length 32, as torch saves one."""
-    params, batch_stats = models.build("r_tiny", embedding_size=32).init(0)
+    params, batch_stats = registry.build("r_tiny", embedding_size=32).init(0)
     drawn = np.random.default_rng(0)
     moved = {name: drawn.uniform(0.5, 1.5, a.shape) for name, a in batch_stats.items()}
     moved["features.scale"] = batch_stats["features.scale"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
-from convert.onnx_runner import onnx_embedder
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")

@@ -8,11 +8,11 @@ import onnx
 import onnxruntime
 import pytest
 
+from arcface_jax.convert import onnx_graph, parity, to_onnx
+from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
-from arcface_jax.network import Network
-from convert import onnx_graph, parity, to_onnx
-from convert.any_model import ModelChoice, open_network
-from convert.onnx_runner import onnx_embedder
+from arcface_jax.inference.open_model import ModelChoice, open_network
+from arcface_jax.training.network import Network
 
 
 @pytest.fixture(scope="module")

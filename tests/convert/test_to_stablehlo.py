@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from arcface_jax.convert import parity, to_stablehlo
 from arcface_jax.errors import UserError
-from convert import parity, to_stablehlo
-from convert.any_model import ModelChoice, open_network
+from arcface_jax.inference.open_model import ModelChoice, open_network
 
 CALLER = """
 import sys

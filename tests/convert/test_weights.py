@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from arcface_jax import models
+from arcface_jax.convert import parity, torch_iresnet, weights
 from arcface_jax.errors import UserError
-from arcface_jax.network import Network
-from convert import parity, torch_iresnet, weights
+from arcface_jax.models import registry
+from arcface_jax.training.network import Network
 
 
 @pytest.fixture(scope="module")
 def arrays():
-    return models.build("r_tiny", embedding_size=32).init(0)
+    return registry.build("r_tiny", embedding_size=32).init(0)
 
 
 @pytest.fixture(scope="module")

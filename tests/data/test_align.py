@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from arcface_jax.data.align import TEMPLATE, align, similarity
+from arcface_jax.data.faces import TEMPLATE, align, similarity
 from arcface_jax.errors import DataError
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from arcface_jax.config import AugmentConfig
 from arcface_jax.data import augment
-from arcface_jax.data.synthetic import draw_face
+from arcface_jax.data.synthetic.faces import draw_face
 
 FACE = draw_face(seed=0, identity=3, index=1)
 ALL = ("dali", "adaface", "erasing")

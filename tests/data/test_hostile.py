@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arcface_jax.data.interface import decode_any_size
-from arcface_jax.data.pairs import read_bin
-from arcface_jax.data.recordio import RecordReader, RecordWriter
+from arcface_jax.data.images import decode_any_size
+from arcface_jax.data.pairs.bins import read_bin
+from arcface_jax.data.recordio.reader import RecordReader, RecordWriter
 from arcface_jax.errors import DataError, ImageError
 
 FUZZ = settings(

@@ -13,10 +13,10 @@ import pytest
 
 from arcface_jax.config import DataConfig
 from arcface_jax.data import pipeline
-from arcface_jax.data.sources import open_source
+from arcface_jax.data.opening import open_source
 from arcface_jax.data.tools import packing
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 LFW = os.environ.get("ARCFACE_JAX_LFW", "")
 pytestmark = pytest.mark.skipif(not LFW, reason="set ARCFACE_JAX_LFW to the folder of train.rec")
 

@@ -12,9 +12,9 @@ import pytest
 
 from arcface_jax.config import AugmentConfig, DataConfig
 from arcface_jax.data import order
-from arcface_jax.data.interface import Source
+from arcface_jax.data.opening import RecordSource
 from arcface_jax.data.pipeline import Batch, batches
-from arcface_jax.data.sources import RecordSource
+from arcface_jax.data.source import Source
 from arcface_jax.errors import DataError, ImageError, UserError
 
 LFW = os.environ.get("ARCFACE_JAX_LFW", "")

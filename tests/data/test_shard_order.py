@@ -6,10 +6,10 @@ import pytest
 from witness import encode, face
 
 from arcface_jax.config import DataConfig
+from arcface_jax.data.opening import open_source
+from arcface_jax.data.order import Shards
 from arcface_jax.data.pipeline import batches
-from arcface_jax.data.recordio import RecordWriter
-from arcface_jax.data.shard_order import Shards
-from arcface_jax.data.sources import open_source
+from arcface_jax.data.recordio.reader import RecordWriter
 
 
 def epoch(order: Shards, number: int) -> np.ndarray:

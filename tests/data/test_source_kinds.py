@@ -13,9 +13,9 @@ import pytest
 from witness import encode, face, smooth
 
 from arcface_jax.config import DataConfig, NoiseConfig, SyntheticConfig
-from arcface_jax.data.interface import Source
-from arcface_jax.data.recordio import RecordWriter
-from arcface_jax.data.sources import folder_with, open_source, split_paths
+from arcface_jax.data.opening import folder_with, open_source, split_paths
+from arcface_jax.data.recordio.reader import RecordWriter
+from arcface_jax.data.source import Source
 from arcface_jax.data.tools import packing, tfds_writing
 from arcface_jax.errors import DataError, ImageError
 

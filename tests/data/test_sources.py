@@ -12,12 +12,13 @@ import PIL.Image
 import pytest
 
 from arcface_jax.config import DataConfig, SyntheticConfig
-from arcface_jax.data import interface, recordio
-from arcface_jax.data.drawn_sources import SyntheticSource
-from arcface_jax.data.record_source import RecordSource
-from arcface_jax.data.recordio import RecordReader, RecordWriter
-from arcface_jax.data.sources import open_source
-from arcface_jax.data.synthetic import draw_face
+from arcface_jax.data.images import decode, decode_any_size
+from arcface_jax.data.opening import open_source
+from arcface_jax.data.recordio import reader
+from arcface_jax.data.recordio.reader import RecordReader, RecordWriter
+from arcface_jax.data.recordio.source import RecordSource
+from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.data.synthetic.source import SyntheticSource
 from arcface_jax.errors import DataError, ImageError
 
 LFW = os.environ.get("ARCFACE_JAX_LFW", "")
@@ -139,7 +140,7 @@ def test_a_slow_disk_is_asked_for_all_images_of_a_batch_at_once(folder, monkeypa
 
     def load(seconds: float) -> None:
         now = iter((0.0, seconds))
-        monkeypatch.setattr(recordio.time, "perf_counter", lambda: next(now))
+        monkeypatch.setattr(reader.time, "perf_counter", lambda: next(now))
         assert not source.load(numbers, numbers, images, labels)
 
     load(4 * 10e-6)
@@ -256,7 +257,7 @@ def test_flipped_bytes_give_an_image_or_a_data_error():
         for _ in range(rng.integers(1, 4)):
             data[rng.integers(60)] ^= 1 << int(rng.integers(8))
         try:
-            image = interface.decode_any_size(bytes(data), where="x")
+            image = decode_any_size(bytes(data), where="x")
             assert image.dtype == np.uint8 and image.shape[2:] == (3,)
             outcomes["image"] += 1
         except DataError:
@@ -268,15 +269,15 @@ def test_red_is_the_first_channel():
     colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 120, 10]], np.uint8)
     image = np.repeat(colours, 28, axis=0)[:, None].repeat(112, axis=1)
     rows = b"".join(b"\x00" + row.tobytes() for row in image)
-    np.testing.assert_array_equal(interface.decode(png(112, 112, rows), where=lambda: "x"), image)
-    jpeg = interface.decode(encode(image, "JPEG", quality=95, subsampling=0), where=lambda: "x")
+    np.testing.assert_array_equal(decode(png(112, 112, rows), where=lambda: "x"), image)
+    jpeg = decode(encode(image, "JPEG", quality=95, subsampling=0), where=lambda: "x")
     np.testing.assert_allclose(jpeg[14::28, 56].astype(int), colours, atol=6)
 
 
 def test_gray_images_have_three_equal_channels():
     gray = face(0)[..., 0]
     np.testing.assert_array_equal(
-        interface.decode(encode(gray), where=lambda: "x"), gray[..., None].repeat(3, axis=2)
+        decode(encode(gray), where=lambda: "x"), gray[..., None].repeat(3, axis=2)
     )
 
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arcface_jax import mesh as meshes
 from arcface_jax.evaluation import embed
+from arcface_jax.runtime import devices as meshes
 
 
 @jax.jit

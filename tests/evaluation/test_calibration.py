@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from arcface_jax.data.pairs import PairSet
+from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import calibration
 

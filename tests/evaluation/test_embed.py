@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcface_jax import mesh as meshes
 from arcface_jax.evaluation import embed
+from arcface_jax.runtime import devices as meshes
 
 
 @jax.jit

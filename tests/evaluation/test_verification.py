@@ -8,7 +8,7 @@ import scipy.stats
 from sklearn import metrics
 from sklearn.preprocessing import normalize
 
-from arcface_jax.data.pairs import PairSet
+from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.verification import (
     pair_distances,

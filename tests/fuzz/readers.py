@@ -30,7 +30,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for the checkout that this file lies in
 
 with atheris.instrument_imports(include=["arcface_jax.data", "pickletools"]):
-    from arcface_jax.data import pair_lists, pairs, record_index, record_source, recordio
+    from arcface_jax.data.pairs import bins, lists
+    from arcface_jax.data.recordio import index as record_index
+    from arcface_jax.data.recordio.reader import RecordReader, RecordWriter
+    from arcface_jax.data.recordio.source import RecordSource
     from arcface_jax.errors import DataError
 
 _MEMORY_MIB = 2048
@@ -43,14 +46,14 @@ def read_recordio(data: bytes, folder: Path) -> None:
     idx, _, rec = data.partition(_CUT)
     (folder / "a.idx").write_bytes(idx)
     (folder / "a.rec").write_bytes(rec)
-    reader = recordio.RecordReader(folder / "a.rec")
+    reader = RecordReader(folder / "a.rec")
     reader.labels()
     for key in list(reader.keys[:5]):
         try:
             reader.read(int(key))
         except DataError:
             continue
-    source = record_source.RecordSource(folder / "a.rec", shard=2)
+    source = RecordSource(folder / "a.rec", shard=2)
     source.labels()
     for index in range(min(5, len(source))):
         try:
@@ -64,16 +67,16 @@ def read_recordio(data: bytes, folder: Path) -> None:
 def read_bin(data: bytes, folder: Path) -> None:
     """A verification set."""
     (folder / "a.bin").write_bytes(data)
-    pairs.read_bin(folder / "a.bin")
+    bins.read_bin(folder / "a.bin")
 
 
 def read_pairs(data: bytes, folder: Path) -> None:
     """The same text as LFW's list and as CSV, over a folder with three images."""
-    for ending in pair_lists.SUFFIXES:
+    for ending in lists.SUFFIXES:
         path = folder / f"a{ending}"
         path.write_bytes(data)
         try:
-            pair_lists.read(path, folder)
+            lists.read(path, folder)
         except DataError:
             continue
 
@@ -92,7 +95,7 @@ def seeds(reader: str, folder: Path) -> list[bytes]:
         return [b"1\t1\nAnn\t1\t2\nAnn\t1\tBob\t1\n", b"left,right,same\na.png,b.png,1\n"]
     files = []
     for header in (True, False):
-        with recordio.RecordWriter(folder / "seed.rec") as writer:
+        with RecordWriter(folder / "seed.rec") as writer:
             if header:
                 writer.write(0, b"", label=[3, 5])
             writer.write(1, b"abc" + struct.pack("<I", 0xCED7230A) * 2, label=0.0)

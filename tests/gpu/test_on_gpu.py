@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from arcface_jax.benchmarks import step as benchmark
-from arcface_jax.benchmarks.step import Case
+from benchmarks import step as benchmark
+from benchmarks.step import Case
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20

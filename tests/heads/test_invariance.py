@@ -11,7 +11,7 @@ import pytest
 from dense import error
 from several_steps import STEPS, Trace, run_steps
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 ONE_STEP, TEN_STEPS = 1e-5, 1e-3
 
 
@@ -41,8 +41,8 @@ def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent)}
-    command = [sys.executable, str(HERE / "several_steps.py"), address]
+    environment = {**os.environ, "PYTHONPATH": str(SUPPORT.parent.parent)}
+    command = [sys.executable, str(SUPPORT / "several_steps.py"), address]
     processes = [
         subprocess.Popen(
             [*command, str(number), str(tmp_path)],

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from arcface_jax import mesh as meshes
 from arcface_jax.config import HeadConfig, OptimizerConfig
 from arcface_jax.heads import centers as class_centers
 from arcface_jax.heads import margin_softmax, margins
 from arcface_jax.heads.margin_softmax import Centers
+from arcface_jax.runtime import devices as meshes
 
 B, D, DEVICES = 1024, 512, 8
 MIB = 2**20

@@ -9,17 +9,18 @@ import pytest
 from scipy import stats
 
 from arcface_jax.heads import partial_fc
-from arcface_jax.heads.partial_fc import Permutation, Sample
+from arcface_jax.heads.partial_fc import Sample
+from arcface_jax.permutation import ROUNDS, Permutation, grid
 
 KEYS = 4000
 
 
-def permuted(size: int, slots: np.ndarray, *, rounds: int = partial_fc.ROUNDS) -> np.ndarray:
+def permuted(size: int, slots: np.ndarray, *, rounds: int = ROUNDS) -> np.ndarray:
     """Where the slots go under each of many keys: (KEYS, slots)."""
 
     def one(key):
         keys = jax.random.bits(key, (rounds,))
-        permutation = Permutation(keys, jnp.int32(size), partial_fc.grid(size))
+        permutation = Permutation(keys, jnp.int32(size), grid(size))
         return permutation.forward(jnp.asarray(slots, jnp.int32))
 
     return np.asarray(jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), KEYS)))
@@ -27,8 +28,8 @@ def permuted(size: int, slots: np.ndarray, *, rounds: int = partial_fc.ROUNDS) -
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 97, 1000, 1024, 4999])
 def test_it_is_a_permutation_and_the_inverse_undoes_it(size):
-    keys = jax.random.bits(jax.random.key(size), (partial_fc.ROUNDS,))
-    permutation = Permutation(keys, jnp.int32(size), partial_fc.grid(size))
+    keys = jax.random.bits(jax.random.key(size), (ROUNDS,))
+    permutation = Permutation(keys, jnp.int32(size), grid(size))
     index = jnp.arange(size)
     forward = permutation.forward(index)
     assert sorted(forward.tolist()) == list(range(size))
@@ -37,7 +38,7 @@ def test_it_is_a_permutation_and_the_inverse_undoes_it(size):
 
 def test_the_grid_holds_all_classes_and_wastes_little():
     for size in (*range(1, 200), 1_000, 125_000, 1_250_000, 10_000_000):
-        rows, columns = partial_fc.grid(size)
+        rows, columns = grid(size)
         assert rows * columns >= size
         if size >= 1000:
             assert rows * columns <= 1.01 * size

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from arcface_jax import config as configs
-from arcface_jax import models, preprocess, step, validation
 from arcface_jax.config import Config
-from arcface_jax.data import synthetic
+from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.models import preprocess, registry
 from arcface_jax.models.layers import BatchNorm
+from arcface_jax.training import step, validation
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 
 
 def faces(count: int) -> np.ndarray:
-    return np.stack([synthetic.draw_face(seed=5, identity=i, index=0) for i in range(count)])
+    return np.stack([draw_face(seed=5, identity=i, index=0) for i in range(count)])
 
 
 def relative(ours: np.ndarray, exact: np.ndarray) -> float:
@@ -28,7 +29,7 @@ def test_embeddings_in_training_are_near_those_of_float32(network):
     images = preprocess.normalise(jnp.asarray(faces(8)))
     found = []
     for dtype in ("float16", "float32"):
-        backbone = models.build(network, embedding_size=32, dtype=dtype)
+        backbone = registry.build(network, embedding_size=32, dtype=dtype)
 
         @jax.jit
         def run(params, batch_stats, backbone=backbone):
@@ -52,7 +53,7 @@ def test_gradients_are_nearer_to_those_of_float32_than_those_of_bfloat16(network
     images = preprocess.normalise(jnp.asarray(faces(8)))
     found = {}
     for dtype in ("float32", "float16", "bfloat16"):
-        backbone = models.build(network, embedding_size=32, dtype=dtype)
+        backbone = registry.build(network, embedding_size=32, dtype=dtype)
 
         @jax.jit
         @jax.grad
@@ -71,7 +72,7 @@ def test_gradients_are_nearer_to_those_of_float32_than_those_of_bfloat16(network
 
 def dtypes(network: str, primitive: str) -> list[str]:
     """The types that a primitive's operands have in the program of a network's inference."""
-    backbone = models.build(network, embedding_size=32, dtype="float16")
+    backbone = registry.build(network, embedding_size=32, dtype="float16")
     images = jax.ShapeDtypeStruct((2, 112, 112, 3), jnp.float32)
     program = jax.make_jaxpr(lambda *given: backbone.apply(*given, train=False)[0])(
         *backbone.shapes, images

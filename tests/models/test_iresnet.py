@@ -7,15 +7,16 @@ import optax
 import pytest
 import torch
 
-from arcface_jax import models, optim, preprocess
 from arcface_jax.config import OptimizerConfig
-from arcface_jax.data import synthetic
+from arcface_jax.convert import parity, torch_iresnet, weights
+from arcface_jax.data.synthetic.faces import draw_face
 from arcface_jax.errors import ConfigError
-from convert import parity, torch_iresnet, weights
+from arcface_jax.models import preprocess, registry
+from arcface_jax.training import optim
 
 
 def faces(count: int) -> np.ndarray:
-    return np.stack([synthetic.draw_face(seed=5, identity=i, index=0) for i in range(count)])
+    return np.stack([draw_face(seed=5, identity=i, index=0) for i in range(count)])
 
 
 # insightface's own figures; its count includes `features.weight`, which is not trained.
@@ -27,7 +28,7 @@ def faces(count: int) -> np.ndarray:
     ],
 )
 def test_parameter_counts_are_insightfaces(network, millions):
-    params, batch_stats = models.build(network).shapes
+    params, batch_stats = registry.build(network).shapes
     count = sum(a.size for a in params.values()) + batch_stats["features.scale"].size
     assert round(count / 1e6, 2) == millions
     with torch.device("meta"):  # shapes alone
@@ -39,7 +40,7 @@ def test_parameter_counts_are_insightfaces(network, millions):
 
 
 def test_names_are_those_of_insightfaces_state_dict():
-    names = set(weights.to_state_dict(*models.build("r18").init(0)))
+    names = set(weights.to_state_dict(*registry.build("r18").init(0)))
     block = "layer2.0."
     for name in (
         *("conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"),
@@ -55,25 +56,25 @@ def test_names_are_those_of_insightfaces_state_dict():
 
 
 def test_the_scale_of_the_last_layer_is_frozen_at_one():
-    params, batch_stats = models.build("r_tiny").init(0)
+    params, batch_stats = registry.build("r_tiny").init(0)
     assert "features.scale" not in params and "features.bias" in params
     np.testing.assert_array_equal(batch_stats["features.scale"], 1)
 
 
 def test_the_seed_decides_the_weights():
-    first, again, other = (models.build("r_tiny").init(seed)[0] for seed in (1, 1, 2))
+    first, again, other = (registry.build("r_tiny").init(seed)[0] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first["fc.kernel"], again["fc.kernel"])
     assert not np.array_equal(first["fc.kernel"], other["fc.kernel"])
 
 
 def test_an_unknown_network_is_named_with_those_that_are_known():
     with pytest.raises(ConfigError, match=r"unknown network 'r51'.*r_tiny, r18, r34, r50"):
-        models.build("r51")
+        registry.build("r51")
 
 
 @pytest.mark.parametrize("size", [7, 512])
 def test_any_embedding_size(size):
-    network = models.build("r_tiny", embedding_size=size)
+    network = registry.build("r_tiny", embedding_size=size)
     params, batch_stats = network.init(0)
     shape = jax.eval_shape(
         lambda x: network.apply(params, batch_stats, x, train=False)[0],
@@ -87,7 +88,7 @@ def test_embeddings_and_one_sgd_step_equal_torch(network):
     """A training pass with its gradients and update, then embeddings with the statistics it set."""
     images, target = faces(8), np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)
     twin = torch_iresnet.build(network)
-    backbone = models.build(network)
+    backbone = registry.build(network)
     params, batch_stats = backbone.init(0)
     twin.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
 

@@ -8,8 +8,7 @@ import torch
 from flax import nnx
 from jax import lax
 
-from arcface_jax import models
-from arcface_jax.models import layers
+from arcface_jax.models import layers, registry
 from arcface_jax.models.layers import BatchNorm, Conv, Linear, PReLU, RandomInitializer
 
 
@@ -158,7 +157,7 @@ def test_linear_is_initialised_within_torchs_bound():
 
 
 def test_convolutions_are_initialised_as_insightface_does():
-    params, _ = models.build("r18").init(0)
+    params, _ = registry.build("r18").init(0)
     kernel = params["layer4.1.conv1.kernel"]
     assert np.std(kernel) == pytest.approx(0.1, rel=0.01)
     assert abs(np.mean(kernel)) < 1e-3

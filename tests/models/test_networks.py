@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from arcface_jax import config as configs
-from arcface_jax import mesh as meshes
-from arcface_jax import models, optim, preprocess, step
 from arcface_jax.config import Config
-from arcface_jax.data import pairs, synthetic
-from arcface_jax.models import layers, stacks, vit
-from convert import parity, twins, weights
+from arcface_jax.convert import parity, twins, weights
+from arcface_jax.data.pairs import bins
+from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.models import layers, preprocess, registry, stacks, vit
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import optim, step
 
 # insightface's published millions of parameters, and GMACs.
 PUBLISHED = {
@@ -55,7 +56,7 @@ def test_sizes_and_costs_are_the_published_ones(capsys):
         assert result[network]["macs"] / 1e9 == pytest.approx(gmacs, rel=0.03), network
     # Its own torch module has 6,314,880; the published figure is 6.32 million.
     assert result["mbf_large"]["parameters"] == 6_314_880
-    assert set(models.NETWORKS) == set(result) - {"files"}
+    assert set(registry.NETWORKS) == set(result) - {"files"}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def embeddings_and_twin(
 ) -> tuple[tuple, np.ndarray, torch.nn.Module]:
     """Settled arrays, their embeddings in JAX, and the twin that holds them."""
     params, batch_stats = parity.settled(network, faces)
-    backbone = models.build(network)
+    backbone = registry.build(network)
 
     @jax.jit
     def embed(params, batch_stats, images):
@@ -110,10 +111,10 @@ def test_embeddings_equal_those_of_the_torch_twin(network, faces):
 def photographs(faces) -> np.ndarray:
     """Faces of LFW where it is there, else drawn ones."""
     lfw = os.environ.get("ARCFACE_JAX_LFW")
-    return pairs.read_bin(Path(lfw) / "lfw_dev.bin").images[:16] if lfw else faces
+    return bins.read_bin(Path(lfw) / "lfw_dev.bin").images[:16] if lfw else faces
 
 
-LARGE = sorted(set(models.NETWORKS) - {"r_tiny", "r18", "r50", "mbf", "vit_t", *BEYOND_FLOAT32})
+LARGE = sorted(set(registry.NETWORKS) - {"r_tiny", "r18", "r50", "mbf", "vit_t", *BEYOND_FLOAT32})
 
 
 @pytest.mark.slow
@@ -147,7 +148,7 @@ def test_it_is_as_near_to_float64_as_torchs_own(network, photographs):
 
 @pytest.mark.slow
 def test_gradients_of_mobilefacenet_are_as_near_to_float64_as_torchs_own(faces):
-    backbone, twin = models.build("mbf"), twins.build("mbf")
+    backbone, twin = registry.build("mbf"), twins.build("mbf")
     params, batch_stats = backbone.init(1)
     twin.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
     target = np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)
@@ -179,11 +180,11 @@ def test_gradients_of_mobilefacenet_are_as_near_to_float64_as_torchs_own(faces):
 ARCHITECTURE = vit.Architecture(32, 3, drop_path=0.5, masked=True)
 
 
-def build_small(monkeypatch, **changes) -> models.Backbone:
+def build_small(monkeypatch, **changes) -> registry.Backbone:
     architecture = vit.Architecture(**(vars(ARCHITECTURE) | changes))
     monkeypatch.setitem(vit.ARCHITECTURES, "small", architecture)
-    monkeypatch.setattr(models, "NETWORKS", (*models.NETWORKS, "small"))
-    return models.build("small", embedding_size=8)
+    monkeypatch.setattr(registry, "NETWORKS", (*registry.NETWORKS, "small"))
+    return registry.build("small", embedding_size=8)
 
 
 def test_training_draws_the_same_for_the_same_key_alone(monkeypatch, faces):
@@ -289,7 +290,7 @@ def test_the_train_step_of_a_transformer_on_several_devices():
     state = step.init_state(config, num_classes=7, mesh=mesh)
     schedule = optim.make_schedule(config.schedule, base_rate=1e-3, steps_per_epoch=5)
     run = step.make_train_step(config, num_classes=7, schedule=schedule, mesh=mesh)
-    drawn = [synthetic.draw_face(seed=0, identity=i % 7, index=i) for i in range(8)]
+    drawn = [draw_face(seed=0, identity=i % 7, index=i) for i in range(8)]
     batch = {"image": np.stack(drawn), "label": np.arange(8, dtype=np.int32) % 7}
     losses = []
     for _ in range(3):

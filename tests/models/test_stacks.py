@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcface_jax import checkpoint, mesh, models, optim, plan, preprocess, saved_runs, step
 from arcface_jax import config as configs
 from arcface_jax.config import Config, OptimizerConfig
-from arcface_jax.data import synthetic
-from arcface_jax.models import Backbone, iresnet, stacks
-from convert import parity, torch_iresnet, weights
+from arcface_jax.convert import parity, torch_iresnet, weights
+from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.machine import plan
+from arcface_jax.models import iresnet, preprocess, registry, stacks
+from arcface_jax.models.registry import Backbone
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import checkpoint, optim, saved_runs, step
 
 # Behind the first blocks: two of stage 2, and of stage 3 three groups of two, and one alone.
 SHALLOW = iresnet.Architecture(
@@ -47,7 +50,7 @@ def shallow(monkeypatch) -> None:
 
 
 def faces(count: int) -> np.ndarray:
-    return np.stack([synthetic.draw_face(seed=5, identity=i, index=0) for i in range(count)])
+    return np.stack([draw_face(seed=5, identity=i, index=0) for i in range(count)])
 
 
 def relative(ours: dict, theirs: dict) -> float:
@@ -80,8 +83,8 @@ def one_step(backbone: Backbone, params: dict, batch_stats: dict):
 
 def assert_equal_to_unrolled() -> None:
     """Measured: embeddings and statistics bit for bit, updates to 2e-7."""
-    stacked = models.build("r18", embedding_size=16)
-    unrolled = models.build("r18", embedding_size=16, stacked=False)
+    stacked = registry.build("r18", embedding_size=16)
+    unrolled = registry.build("r18", embedding_size=16, stacked=False)
     arrays = stacked.init(0)
     alone = tuple(map(stacks.unstack, arrays))
     assert [set(a) for a in alone] == [set(a) for a in unrolled.shapes]
@@ -108,10 +111,10 @@ def test_two_devices_take_the_step_of_one(shallow):
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=5)
     found = []
     for count in (1, 2):
-        devices = mesh.make(count)
+        devices = meshes.make(count)
         state = step.init_state(config, num_classes=5, mesh=devices)
         run = step.make_train_step(config, num_classes=5, schedule=schedule, mesh=devices)
-        state, metrics = run(state, mesh.to_devices(batch, devices))
+        state, metrics = run(state, meshes.to_devices(batch, devices))
         mean = [part.mu for part in state.opt_state if hasattr(part, "mu")]
         found.append(({**mean[0], **state.batch_stats}, float(metrics["train/loss"])))
     (one, loss), (two, other_loss) = found
@@ -142,7 +145,7 @@ def test_every_block_has_one_place_in_order(count, nested):
 
 
 def test_forms_are_converted_bit_for_bit_and_exported_alike(shallow):
-    nested, unrolled = models.build("r18"), models.build("r18", stacked=False)
+    nested, unrolled = registry.build("r18"), registry.build("r18", stacked=False)
     params, batch_stats = nested.init(0)
     assert params["layer3.1-6.conv1.kernel"].shape == (3, 2, 3, 3, 16, 16)
     alone = stacks.restack(params, unrolled.shapes[0])
@@ -172,7 +175,7 @@ def test_checkpoints_move_between_the_forms(saved_as, monkeypatch, tmp_path):
     written, read = (unrolled, SHALLOW) if saved_as == "unrolled" else (SHALLOW, unrolled)
     config = configs.replace(CONFIG, workdir=str(tmp_path / "run"))
     monkeypatch.setitem(iresnet.ARCHITECTURES, "r18", written)
-    state = step.init_state(config, num_classes=5, mesh=mesh.make(1))
+    state = step.init_state(config, num_classes=5, mesh=meshes.make(1))
     (mean,) = [part.mu for part in state.opt_state if hasattr(part, "mu")]
     mean.update({name: array + 1 for name, array in state.params.items()})
     manager = checkpoint.open_workdir(config)
@@ -180,7 +183,7 @@ def test_checkpoints_move_between_the_forms(saved_as, monkeypatch, tmp_path):
     manager.wait_until_finished()
 
     monkeypatch.setitem(iresnet.ARCHITECTURES, "r18", read)
-    fresh = step.init_state(configs.replace(config, seed=1), num_classes=5, mesh=mesh.make(2))
+    fresh = step.init_state(configs.replace(config, seed=1), num_classes=5, mesh=meshes.make(2))
     restored = checkpoint.restore(manager, fresh, {"num_classes": 5})
     assert restored is not None
     assert jax.tree.structure(restored) == jax.tree.structure(fresh)
@@ -224,7 +227,7 @@ def test_a_nested_scan_keeps_few_blocks_activations(monkeypatch):
         monkeypatch.setitem(
             iresnet.ARCHITECTURES, "r18", replace(deep, blocks_are=form, remat=remat)
         )
-        needed[form] = gradient_bytes(models.build("r18", embedding_size=16), 8)
+        needed[form] = gradient_bytes(registry.build("r18", embedding_size=16), 8)
     print(needed)
     assert needed["scanned"] > 400 * 8 * 14 * 14 * 16 * 4  # the blocks' outputs alone
     assert needed["nested"] < 0.2 * needed["scanned"]
@@ -233,7 +236,7 @@ def test_a_nested_scan_keeps_few_blocks_activations(monkeypatch):
 @pytest.mark.slow
 def test_the_gradient_of_r2060_takes_less_than_a_gibibyte():
     """Measured: 0.83 GiB."""
-    assert gradient_bytes(models.build("r2060"), 8) < 2**30
+    assert gradient_bytes(registry.build("r2060"), 8) < 2**30
 
 
 @pytest.mark.slow
@@ -242,7 +245,7 @@ def test_a_real_step_of_r2060(capsys):
     config = configs.replace(
         Config(), model__network="r2060", data__global_batch_size=2, model__bn_batch_size=2
     )
-    devices = mesh.make(1)
+    devices = meshes.make(1)
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=5)
     run = step.make_train_step(config, num_classes=16, schedule=schedule, mesh=devices)
     start = time.perf_counter()
@@ -252,7 +255,7 @@ def test_a_real_step_of_r2060(capsys):
     state = jax.block_until_ready(step.init_state(config, num_classes=16, mesh=devices))
     batch = {"image": faces(2), "label": np.arange(2, dtype=np.int32)}
     start = time.perf_counter()
-    state, metrics = compiled(state, mesh.to_devices(batch, devices))
+    state, metrics = compiled(state, meshes.to_devices(batch, devices))
     assert np.isfinite(float(metrics["train/loss"]))
     seconds["step"] = time.perf_counter() - start
     assert all(bool(jnp.isfinite(x).all()) for x in state.params.values())

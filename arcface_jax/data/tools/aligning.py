@@ -10,10 +10,11 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 
-from arcface_jax.data import align, interface
-from arcface_jax.data.file_sources import IMAGE_SUFFIXES
+from arcface_jax.data.detectors import Detector, Faces
+from arcface_jax.data.faces import POINT_NAMES, align
+from arcface_jax.data.files import IMAGE_SUFFIXES
+from arcface_jax.data.images import decode_any_size
 from arcface_jax.data.tools import reading
-from arcface_jax.data.tools.detectors import Detector, Faces
 from arcface_jax.errors import DataError, ImageError
 
 Choice = Literal["largest", "center", "score"]
@@ -62,13 +63,13 @@ def align_folder(
 
     def look(number: int) -> None:
         name = names[number]
-        image = interface.decode_any_size(files[number].read_bytes(), where=name)
+        image = decode_any_size(files[number].read_bytes(), where=name)
         points = _choose(points_of(name, image), image.shape, choose, where=name)
         eyes = float(np.linalg.norm(points[1] - points[0]))
         if eyes < min_eyes:
             raise ImageError(name, f"the eyes are {eyes:.1f} pixels apart, fewer than {min_eyes:g}")
         try:
-            face = align.align(image, points)
+            face = align(image, points)
         except DataError as error:
             raise ImageError(name, str(error)) from error
         target = output / name
@@ -127,7 +128,7 @@ def listed(path: Path) -> PointsOf:
             values = np.array(numbers, np.float64).reshape(5, 2)
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{place}: {str(numbers)[:80]} are not ten numbers x, y of {align.POINT_NAMES}"
+                f"{place}: {str(numbers)[:80]} are not ten numbers x, y of {POINT_NAMES}"
             ) from error
         points.setdefault(name, []).append(values)
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcface_jax.data import interface
-from arcface_jax.data.interface import Source
+from arcface_jax.data.images import decode_any_size
+from arcface_jax.data.source import Source
 from arcface_jax.data.tools import pictures, reading
 from arcface_jax.errors import ImageError
 
@@ -91,7 +91,7 @@ def inspect(source: Source, *, most: int = 0, seed: int = 0, threads: int = 0) -
 
     def look(number: int) -> tuple[_Look, int]:
         data, label = source.read(number)
-        image = interface.decode_any_size(data, where=source.where(number))
+        image = decode_any_size(data, where=source.where(number))
         digest = hashlib.blake2b(data, digest_size=12).digest()
         return _Look((image.shape[1], image.shape[0]), digest, label), len(data)
 

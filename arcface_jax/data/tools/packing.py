@@ -13,12 +13,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from arcface_jax.data import interface
-from arcface_jax.data.interface import Sample, Source
-from arcface_jax.data.recordio import RecordWriter
+from arcface_jax.data.images import IMAGE_SIZE, decode
+from arcface_jax.data.recordio.reader import RecordWriter
+from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError, UserError
-from arcface_jax.models import IMAGE_SIZE
 
 Bad = Literal["stop", "skip"]
 
@@ -114,7 +113,7 @@ def checked(source: Source, number: int) -> Sample:
       ImageError: it does not, or has not.
     """
     sample = source.read(number)
-    interface.decode(sample.data, where=partial(source.where, number))
+    decode(sample.data, where=partial(source.where, number))
     return sample
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from arcface_jax.data import interface, pair_lists
-from arcface_jax.data.interface import Source
+from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
+from arcface_jax.data.pairs import lists
+from arcface_jax.data.source import Source
 from arcface_jax.errors import DataError, UserError
-from arcface_jax.models import IMAGE_SIZE
 
 FOLDS = 10
 _TRIES = 100  # draws for each different pair before the images are taken to be too few
@@ -163,7 +163,7 @@ def from_source(source: Source, chosen: np.ndarray, same: np.ndarray, path: Path
     write([source.read(int(number)).data for number in chosen.ravel()], same, path)
 
 
-def from_list(pairs: Sequence[pair_lists.Pair], path: Path) -> None:
+def from_list(pairs: Sequence[lists.Pair], path: Path) -> None:
     """Writes listed pairs; images of 112 x 112 as they are stored, others as PNG of that size.
 
     Args:
@@ -180,11 +180,11 @@ def from_list(pairs: Sequence[pair_lists.Pair], path: Path) -> None:
 
 def _fitting(file: Path) -> bytes:
     data = file.read_bytes()
-    image = interface.decode_any_size(data, where=str(file))
+    image = decode_any_size(data, where=str(file))
     if image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3):
         return data
     # insightface's reader takes no image but square ones.
-    square = pair_lists.square(data, str(file))
+    square = lists.square(data, str(file))
     return cv2.imencode(".png", square[:, :, ::-1])[1].tobytes()
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from arcface_jax.data import interface
-from arcface_jax.data.interface import Source
+from arcface_jax.data.images import IMAGE_SIZE, decode_any_size, encode
+from arcface_jax.data.source import Source
 from arcface_jax.errors import ImageError
-from arcface_jax.models import IMAGE_SIZE
 
 _ROWS, _COLUMNS = 8, 8
 
@@ -53,14 +52,14 @@ def sheet(source: Source, path: Path, *, seed: int) -> Path:
         for column, number in enumerate(numbers.tolist()):
             y, x = row * IMAGE_SIZE, column * IMAGE_SIZE
             canvas[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = _thumbnail(source, number)
-    path.write_bytes(interface.encode(canvas))
+    path.write_bytes(encode(canvas))
     return path
 
 
 def _thumbnail(source: Source, number: int) -> np.ndarray:
     try:
         data = source.read(number).data
-        image = interface.decode_any_size(data, where=source.where(number))
+        image = decode_any_size(data, where=source.where(number))
     except ImageError:
         return np.full((IMAGE_SIZE, IMAGE_SIZE, 3), (200, 0, 0), np.uint8)
     return cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_jax.data.interface import Source
+from arcface_jax.data.source import Source
 from arcface_jax.data.tools import packing, reading
 from arcface_jax.data.tools.packing import Bad, Packed, Selection
 from arcface_jax.errors import ImageError, UserError

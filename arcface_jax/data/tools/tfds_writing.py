@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from arcface_jax.data.interface import Sample, Source
-from arcface_jax.data.tfds_source import import_tfds
+from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.data.source import Sample, Source
+from arcface_jax.data.tfds import import_tfds
 from arcface_jax.data.tools import packing
 from arcface_jax.data.tools.packing import Bad, Journal, Packed, Selection
 from arcface_jax.errors import DataError, UserError
-from arcface_jax.models import IMAGE_SIZE
 
 _VERSION = "1.0.0"
 _SPLIT = "train"

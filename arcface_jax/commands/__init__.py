@@ -1,0 +1,1 @@
+"""The commands of `arcface-jax`, one module each; they parse before they import anything heavy."""

@@ -1,0 +1,237 @@
+"""The sub-commands of scripts/data.py: what each takes, and what it prints."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tyro.conf import Positional
+
+from arcface_jax.config import DataConfig
+from arcface_jax.data import detectors, opening
+from arcface_jax.data.pairs import lists
+from arcface_jax.data.source import Source
+from arcface_jax.data.tools import aligning, inspection, packing, pair_sets, splitting, tfds_writing
+from arcface_jax.data.tools.aligning import Choice
+from arcface_jax.data.tools.packing import Bad, Packed
+from arcface_jax.errors import UserError
+
+Result = dict[str, Any]
+
+
+def inspect(
+    path: Positional[str],
+    output: Path = Path("runs/inspect"),
+    most: int = 0,
+    seed: int = 0,
+    threads: int = 0,
+) -> Result:
+    """Looks at every image: counts, sizes, copies, damage, and a sheet of samples.
+
+    Args:
+      path: A training set, as --data.path of train.py takes it.
+      output: Folder for inspect.json, images_per_identity.png and samples.png.
+      most: Look at so many images alone, chosen at random; 0 for all.
+      seed: Of the choice and of the samples.
+      threads: 0 for as many as there are processors.
+    """
+    source = _open(path)
+    report = inspection.inspect(source, most=most, seed=seed, threads=threads)
+    print(*inspection.in_words(report), sep="\n")
+    files = inspection.write(report, source, output, seed=seed)
+    return {**report.summary(), "files": files}
+
+
+def pack(
+    path: Positional[str],
+    output: Positional[Path],
+    format: Literal["recordio", "folder"] = "recordio",
+    renumber: bool = False,
+    bad: Bad = "stop",
+    threads: int = 0,
+) -> Result:
+    """Writes a training set as train.rec for insightface, or as a folder for each identity.
+
+    Args:
+      path: A training set, as --data.path of train.py takes it.
+      output: Folder to write to; the same command goes on with what was interrupted.
+      format: train.rec, train.idx and property, or one folder for each identity.
+      renumber: Number the identities that have images from 0, without gaps.
+      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      threads: 0 for as many as there are processors.
+    """
+    source = _open(path)
+    selection = packing.select(source, renumber=renumber)
+    write = packing.pack if format == "recordio" else splitting.write_folder
+    return _packed(write(source, selection, output, bad=bad, threads=threads), output)
+
+
+def to_tfds(
+    path: Positional[str],
+    output: Positional[Path],
+    name: str = "faces",
+    shard_images: int = 50_000,
+    renumber: bool = False,
+    bad: Bad = "stop",
+    threads: int = 0,
+) -> Result:
+    """Writes a training set as ArrayRecord files; tfds.data_source(NAME, data_dir=OUTPUT) opens it.
+
+    Args:
+      path: A training set, as --data.path of train.py takes it.
+      output: Data directory of TFDS; the same command goes on with what was interrupted.
+      name: Of the data set.
+      shard_images: Images of a file.
+      renumber: Number the identities that have images from 0, without gaps.
+      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      threads: 0 for as many as there are processors.
+    """
+    source = _open(path)
+    selection = packing.select(source, renumber=renumber)
+    options = {"name": name, "shard_images": shard_images, "bad": bad, "threads": threads}
+    return _packed(tfds_writing.write(source, selection, output, **options), output / name)
+
+
+def merge(
+    output: Positional[Path], paths: tuple[str, ...], bad: Bad = "stop", threads: int = 0
+) -> Result:
+    """Writes several training sets as one record file; no two share an identity.
+
+    Args:
+      output: Folder to write to; the same command goes on with what was interrupted.
+      paths: The training sets, two or more.
+      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      threads: 0 for as many as there are processors.
+    """
+    if len(paths) < 2:
+        raise UserError(f"merge needs two training sets or more behind --paths, and got {paths}")
+    source = opening.JoinedSource([_open(path) for path in paths])
+    done = packing.pack(source, packing.select(source), output, bad=bad, threads=threads)
+    return _packed(done, output)
+
+
+def split(
+    path: Positional[str],
+    output: Positional[Path],
+    fraction: float = 0.1,
+    min_images: int = 1,
+    seed: int = 0,
+    bad: Bad = "stop",
+    threads: int = 0,
+) -> Result:
+    """Divides the identities into record files to train and to evaluate on, numbered from 0.
+
+    Args:
+      path: A training set, as --data.path of train.py takes it.
+      output: Folder for train/ and eval/.
+      fraction: Share of the identities that go to eval.
+      min_images: Leave out identities with fewer images.
+      seed: Of the choice.
+      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      threads: 0 for as many as there are processors.
+    """
+    source = _open(path)
+    sides = splitting.divide(source.labels(), fraction=fraction, seed=seed, min_images=min_images)
+    result: Result = {"files": []}
+    for name, identities in zip(("train", "eval"), sides, strict=True):
+        selection = packing.select(source, identities=identities)
+        packed = packing.pack(source, selection, output / name, bad=bad, threads=threads)
+        done = _packed(packed, output / name)
+        result["files"] += done.pop("files")
+        result |= {f"{name}/{key}": value for key, value in done.items()}
+    return result
+
+
+def pairs(
+    path: Positional[str],
+    output: Positional[Path],
+    pairs: int = 0,
+    disjoint: bool = False,
+    seed: int = 0,
+) -> Result:
+    """Writes a verification set (.bin) that insightface reads.
+
+    Args:
+      path: A training set to draw balanced pairs from; or a list of pairs, LFW's pairs.txt or CSV,
+        with the folder of its images: LIST:FOLDER.
+      output: The .bin file.
+      pairs: How many to choose, a multiple of 20: ten folds, each half same and half different. By
+        default 6,000 of a training set, and a list as it is, in its order.
+      disjoint: An identity is in one fold alone; of a training set.
+      seed: Of the choice.
+    """
+    if ":" in path and (found := lists.split(path)):
+        if disjoint:
+            raise UserError(
+                "--disjoint is for training sets: a list says itself who meets whom; draw the "
+                "pairs from the folder of its images instead"
+            )
+        listed = lists.listed(*found)
+        if pairs:
+            kinds = np.array([pair.same for pair in listed])
+            listed = [listed[i] for i in pair_sets.choose(kinds, pairs=pairs, seed=seed)]
+        pair_sets.from_list(listed, output)
+        same = np.array([pair.same for pair in listed])
+        images = len({file for pair in listed for file in (pair.left, pair.right)})
+    else:
+        source = _open(path)
+        options = {"pairs": pairs or 6000, "seed": seed, "disjoint": disjoint}
+        chosen, same = pair_sets.draw(source.labels(), **options)
+        pair_sets.from_source(source, chosen, same, output)
+        images = len(np.unique(chosen))
+    print(f"{output}: {len(same):,} pairs, {int(same.sum()):,} of one person")
+    return {"pairs": len(same), "images": images, "files": [output]}
+
+
+def align(
+    path: Positional[Path],
+    output: Positional[Path],
+    points: Path | None = None,
+    detector: str = "",
+    threshold: float = 0.5,
+    detector_size: int = 640,
+    choose: Choice = "largest",
+    min_eyes: float = 0.0,
+    quality: int = 95,
+    threads: int = 0,
+) -> Result:
+    """Turns photographs into faces of 112 x 112, by five points of each.
+
+    Args:
+      path: Folder of photographs, in sub-folders or not.
+      output: Folder for the faces, under the same names, and rejects.csv.
+      points: CSV of path,x1,y1,...,x5,y5, or JSON of path: [[x, y], ...].
+      detector: ONNX file of the SCRFD or YuNet kind, or module:function.
+      threshold: Lowest score of a face that is taken.
+      detector_size: Side of the square that SCRFD looks at, a multiple of 32.
+      choose: Which face of several.
+      min_eyes: Reject faces whose eyes are fewer pixels apart.
+      quality: Of the JPEG files.
+      threads: 0 for as many as there are processors.
+    """
+    if (points is None) == (not detector):
+        raise UserError("align needs either --points FILE or --detector NAME")
+    if points is not None:
+        find = aligning.listed(points)
+    else:
+        find = aligning.detected(detectors.load(detector, threshold=threshold, size=detector_size))
+    done = aligning.align_folder(
+        path, output, find, choose=choose, min_eyes=min_eyes, quality=quality, threads=threads
+    )
+    print(f"{done.written:,} faces in {output}, {len(done.rejected):,} rejected: {done.report}")
+    return {"written": done.written, "rejected": len(done.rejected), "files": [done.report]}
+
+
+def _open(path: str) -> Source:
+    return opening.open_source(DataConfig(path=path), seed=0)
+
+
+def _packed(done: Packed, folder: Path) -> Result:
+    for text in done.skipped:
+        print(f"left out: {text}")
+    print(f"{done.images:,} images of {done.identities:,} identities in {folder}")
+    return {
+        "images": done.images,
+        "identities": done.identities,
+        "skipped": len(done.skipped),
+        "files": done.files,
+    }

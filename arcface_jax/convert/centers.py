@@ -1,0 +1,225 @@
+"""Class centers in arcface_torch's files, one for each GPU, to one array and back.
+
+python -m convert.centers read FOLDER --output centers.npy
+python -m convert.centers write centers.npy --output FOLDER --ranks 8 --layout 2021
+"""
+
+import itertools
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+import tyro
+
+from arcface_jax import errors
+from arcface_jax.convert import weight_files
+from arcface_jax.errors import UserError
+from arcface_jax.training import checkpoint, saved_runs
+
+Layout = Literal["2021", "2022", "head"]
+
+# File names of a rank, by layout. 2021 has a bare tensor, and the momentum in a file of its own;
+# early 2022 the module's state_dict; head (since May 2022) has it in a checkpoint with everything.
+_NAMES: dict[str, str] = {
+    "2021": "rank_{}_softmax_weight.pt",
+    "2022": "softmax_fc_gpu_{}.pt",
+    "head": "checkpoint_gpu_{}.pt",
+}
+_MOMENTUM = "rank_{}_softmax_weight_mom.pt"
+_HEAD_KEY = "state_dict_softmax_fc"
+
+
+class Centers(NamedTuple):
+    """Of all classes, in the order of their labels."""
+
+    rows: np.ndarray
+    """(C, D) float32."""
+    momentum: np.ndarray | None = None
+    """(C, D) float32, of SGD, where the files have it."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """Join arcface_torch's files of one training to a .npy file of (C, D) float32."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """The folder of the head's files; or a WORKDIR."""
+    output: Path
+    """The .npy file to write."""
+    num_classes: int | None = None
+    """How many classes there must be; without it, missing files of the last GPUs may pass."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """Split class centers into arcface_torch's files, for a number of GPUs."""
+
+    source: Annotated[Path, tyro.conf.Positional]
+    """A .npy file of (C, D), a WORKDIR, or a folder of the head's files."""
+    output: Path
+    """The folder to write to; files of these names must not be there."""
+    ranks: int
+    """The number of GPUs."""
+    layout: Layout = "head"
+    """checkpoint_gpu_R.pt (head), softmax_fc_gpu_R.pt (2022) or rank_R_softmax_weight.pt (2021)."""
+
+
+def read(source: Path, *, num_classes: int | None = None) -> Centers:
+    """Class centers from a .npy file, a workdir, or a folder of arcface_torch's head files.
+
+    Raises:
+      UserError: there are none, a GPU's file is missing, or the files do not fit together.
+    """
+    if source.suffix == ".npy":
+        centers = Centers(_read_array(source))
+    elif (source / checkpoint.CONFIG).is_file():
+        centers = _read_workdir(source)
+    else:
+        centers = _read_folder(source)
+    if num_classes is not None and len(centers.rows) != num_classes:
+        raise UserError(
+            f"{source} has centers of {len(centers.rows)} classes, not of {num_classes}: are files "
+            "of the last GPUs missing?"
+        )
+    return centers
+
+
+def write(folder: Path, centers: Centers, *, ranks: int, layout: Layout) -> list[Path]:
+    """Writes a file for each GPU, in 2021's layout two; their paths.
+
+    Where 2021's momentum is not known it is zero.
+
+    Raises:
+      UserError: there are fewer classes than GPUs, or a file is there already.
+    """
+    if not 1 <= ranks <= len(centers.rows):
+        raise UserError(f"--ranks {ranks} must be 1 to {len(centers.rows)}, the number of classes")
+    momentum = np.zeros_like(centers.rows) if centers.momentum is None else centers.momentum
+    contents: dict[Path, object] = {}
+    for rank, part in enumerate(_ranges(len(centers.rows), ranks)):
+        rows = torch.from_numpy(np.array(centers.rows[part]))
+        path = folder / _NAMES[layout].format(rank)
+        if layout == "2021":
+            contents[path] = rows
+            contents[folder / _MOMENTUM.format(rank)] = torch.from_numpy(np.array(momentum[part]))
+        else:
+            state = {"weight": rows}
+            contents[path] = {_HEAD_KEY: state} if layout == "head" else state
+    there = [str(path) for path in contents if path.exists()]
+    if there:
+        raise UserError(f"there already: {', '.join(there)}; name another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, content in contents.items():
+        torch.save(content, path)
+    return list(contents)
+
+
+def _ranges(classes: int, ranks: int) -> list[slice]:
+    """Contiguous; the first C mod N ranks hold one more."""
+    each, more = divmod(classes, ranks)
+    starts = [rank * each + min(rank, more) for rank in range(ranks + 1)]
+    return [slice(*ends) for ends in itertools.pairwise(starts)]
+
+
+def _read_array(path: Path) -> np.ndarray:
+    if not path.is_file():
+        raise UserError(f"there is no {path}")
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a .npy file of numbers: {error}") from error
+    if rows.ndim != 2 or rows.dtype.kind != "f":
+        raise UserError(f"{path} holds {rows.dtype} {rows.shape}, not class centers (C, D)")
+    return rows.astype(np.float32)
+
+
+def _read_workdir(workdir: Path) -> Centers:
+    subcenters = checkpoint.read_config(workdir).head.subcenters
+    if subcenters != 1:
+        raise UserError(
+            f"{workdir} has {subcenters} sub-centers of each class; arcface_torch knows one"
+        )
+    return Centers(*saved_runs.restore_centers(workdir))
+
+
+def _read_folder(folder: Path) -> Centers:
+    found = {layout: _ranks(folder, name) for layout, name in _NAMES.items()}
+    layouts = [layout for layout, ranks in found.items() if ranks]
+    if len(layouts) != 1:
+        names = " or ".join(_NAMES[layout].format("R") for layout in layouts or _NAMES)
+        raise UserError(
+            f"{folder} holds head files of several generations: leave {names} there alone"
+            if layouts
+            else f"{folder} holds no {names}: name a folder that arcface_torch trained in"
+        )
+    (layout,) = layouts
+    rows = _join(folder, _NAMES[layout], found[layout])
+    moments = _ranks(folder, _MOMENTUM) if layout == "2021" else []
+    momentum = _join(folder, _MOMENTUM, moments) if moments else None
+    if momentum is not None and momentum.shape != rows.shape:
+        raise UserError(f"{folder}: centers are {rows.shape}, their momentum {momentum.shape}")
+    return Centers(rows, momentum)
+
+
+def _ranks(folder: Path, name: str) -> list[int]:
+    pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+    found = [pattern.fullmatch(p.name) for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _join(folder: Path, name: str, ranks: list[int]) -> np.ndarray:
+    missing = sorted({*range(ranks[-1])} - {*ranks})
+    if missing:
+        names = ", ".join(name.format(rank) for rank in missing)
+        raise UserError(f"{folder} lacks {names}: the files of all GPUs are needed")
+    parts = [_read_rank(folder / name.format(rank)) for rank in ranks]
+    widths = {part.shape[1] for part in parts}
+    counts = [len(part) for part in parts]
+    expected = [part.stop - part.start for part in _ranges(sum(counts), len(parts))]
+    if len(widths) > 1 or counts != expected:
+        each = ", ".join(f"{name.format(r)} {p.shape}" for r, p in zip(ranks, parts, strict=True))
+        raise UserError(
+            f"the files in {folder} are not of one training, in which all have one width and the "
+            f"first GPUs one row more: {each}"
+        )
+    return np.concatenate(parts)
+
+
+def _read_rank(path: Path) -> np.ndarray:
+    content = weight_files.read_torch(path)
+    for key in (_HEAD_KEY, "weight"):
+        if isinstance(content, dict):
+            content = content.get(key, content)
+    if not isinstance(content, torch.Tensor) or content.ndim != 2:
+        raise UserError(f"{path} holds no class centers (rows, D)")
+    return content.detach().float().numpy()
+
+
+def main(argv: list[str]) -> None:
+    """The command."""
+    command = tyro.cli(
+        Read | Write, args=argv, prog="python -m convert.centers", description=__doc__
+    )
+    with errors.reported():
+        if isinstance(command, Read):
+            centers = read(command.source, num_classes=command.num_classes)
+            if command.output.suffix != ".npy":
+                raise UserError(f"--output {command.output} must end in .npy")
+            np.save(command.output, centers.rows)
+            files = [command.output]
+        else:
+            centers = read(command.source)
+            files = write(command.output, centers, ranks=command.ranks, layout=command.layout)
+    classes, size = centers.rows.shape
+    print(f"{classes} class centers of length {size}, in {len(files)} files")
+    result = {"classes": classes, "embedding_size": size, "files": [str(file) for file in files]}
+    print("RESULT " + json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,66 @@
+"""An ONNX graph in float16, or in int8 with ranges measured on images."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_jax.convert import onnx_graph
+from arcface_jax.convert.onnx_graph import INPUT, NORMALISERS
+from arcface_jax.convert.packages import require
+from arcface_jax.models import preprocess
+
+# Their running variances may exceed what float16 holds.
+_FLOAT32_NODES = ["BatchNormalization"]
+
+
+def to_float16(path: Path) -> None:
+    """Rewrites a float32 graph; input, output and BatchNorm stay float32."""
+    onnx, float16 = require("onnx"), require("onnxruntime.transformers.float16")
+    model = float16.convert_float_to_float16(
+        onnx.load(path),
+        keep_io_types=True,
+        op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_FLOAT32_NODES],
+    )
+    graphs = require("onnxruntime.transformers.onnx_model").OnnxModel
+    graphs.graph_topological_sort(model.graph)  # the casts were put last
+    onnx.save(model, path)
+    onnx_graph.finish(path, {"precision": "float16"})
+
+
+def to_int8(path: Path, images: np.ndarray, *, inside: bool) -> None:
+    """Rewrites a float32 graph: weights by channel, activations by the range seen on images.
+
+    Args:
+      path: the graph.
+      images: (n, 112, 112, 3) uint8 RGB, aligned faces of the kind it will see.
+      inside: whether the graph normalises.
+    """
+    quantization = require("onnxruntime.quantization")
+
+    class Reader(quantization.CalibrationDataReader):
+        """Hands the images over one by one."""
+
+        def __init__(self):
+            self._images = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self._images, None)
+            if image is None:
+                return None
+            x = image.astype(np.float32).transpose(2, 0, 1)[None]
+            return {INPUT: x if inside else (x - preprocess.MEAN) / preprocess.SCALE}
+
+    part = path.with_name("int8.onnx")
+    logger = logging.getLogger()  # the package writes advice to it on every call
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        quantization.quantize_static(
+            path, part, Reader(), per_channel=True, nodes_to_exclude=list(NORMALISERS)
+        )
+    finally:
+        logger.setLevel(level)
+    part.replace(path)
+    onnx_graph.finish(path, {"precision": "int8", "calibration_images": str(len(images))})

@@ -1,0 +1,101 @@
+"""Whether two networks give the same embeddings."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from arcface_jax.convert import twins
+from arcface_jax.convert.weights import StateDict
+from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.errors import UserError
+from arcface_jax.models import layers, preprocess, registry
+from arcface_jax.models.registry import Arrays
+from arcface_jax.training.network import Network
+
+TOLERANCE = 1e-4
+_FACES = 16
+
+
+def torch_embeddings(module: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+    """(n, 112, 112, 3) uint8 RGB to (n, D) float32, by a torch network in evaluation mode."""
+    x = torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        return module.eval()((x - preprocess.MEAN) / preprocess.SCALE).numpy()
+
+
+def largest_error(embeddings: np.ndarray, reference: np.ndarray) -> float:
+    """The largest ||a - b|| / ||b|| over the rows; infinite where anything is not finite."""
+    if not (np.isfinite(embeddings).all() and np.isfinite(reference).all()):
+        return float("inf")
+    error = np.linalg.norm(embeddings - reference, axis=1) / np.linalg.norm(reference, axis=1)
+    return float(error.max())
+
+
+def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, Arrays]:
+    """Fresh weights of a network, with the BatchNorm statistics of one training pass over faces.
+
+    The initial statistics, and running ones that are a tenth of the way there, let networks of a
+    hundred layers overflow.
+
+    Args:
+      network: a name in `arcface_jax.models.registry.NETWORKS`.
+      faces: (n, 112, 112, 3) uint8 RGB.
+      seed: of the weights.
+
+    Returns:
+      params, batch_stats.
+    """
+    backbone = registry.build(network)
+    params, batch_stats = backbone.init(seed)
+    keys = jax.random.split(jax.random.key(seed), len(faces))
+
+    @jax.jit
+    def train(params, batch_stats, images):
+        x = preprocess.normalise(images)
+        return backbone.apply(params, batch_stats, x, train=True, keys=keys)[1]
+
+    moved = train(params, batch_stats, jnp.asarray(faces))
+    return params, {
+        name: before + (np.asarray(moved[name]) - before) / layers.BatchNorm.momentum
+        for name, before in batch_stats.items()
+    }
+
+
+def drawn_faces(count: int = _FACES) -> np.ndarray:
+    """(count, 112, 112, 3) uint8 RGB, each of another drawn person."""
+    return np.stack([draw_face(seed=1, identity=i, index=0) for i in range(count)])
+
+
+def check(embedder: Network, state: StateDict, *, network: str) -> float:
+    """Loads a state_dict strictly into the torch twin and compares the embeddings of drawn faces.
+
+    Returns:
+      The largest relative error.
+
+    Raises:
+      UserError: it exceeds 1e-4.
+    """
+    module = twins.load(network, state)
+    images = drawn_faces()
+    return require_equal(
+        torch_embeddings(module, images), embedder(images), what="torch network", bound=TOLERANCE
+    )
+
+
+def require_equal(
+    embeddings: np.ndarray, reference: np.ndarray, *, what: str, bound: float
+) -> float:
+    """The largest relative error of embeddings beside the JAX network's.
+
+    Raises:
+      UserError: it exceeds the bound.
+    """
+    error = largest_error(embeddings, reference)
+    if not error <= bound:
+        raise UserError(
+            f"the {what}'s embeddings differ by {error:.1e} (relative) from the JAX network's, "
+            f"more than {bound:.0e}: nothing was written. Fresh BatchNorm statistics overflow deep "
+            "networks: export weights that were trained"
+        )
+    return error

@@ -1,0 +1,154 @@
+"""Which training set lies at a path: found by looking at it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from arcface_jax.config import DataConfig
+from arcface_jax.data import parquet, tfds
+from arcface_jax.data.files import LIST_SUFFIXES, has_identity_folders, open_folder, open_list
+from arcface_jax.data.parquet import ParquetSource
+from arcface_jax.data.recordio.source import RecordSource
+from arcface_jax.data.source import Sample, Source
+from arcface_jax.data.synthetic.source import NoiseSource, SyntheticSource
+from arcface_jax.data.tfds import TfdsSource
+from arcface_jax.errors import DataError, ImageError
+
+SYNTHETIC = "synthetic"
+NOISE = "noise"
+
+
+def open_source(data: DataConfig, *, seed: int) -> Source:
+    """Finds out what lies at `data.path` and opens it.
+
+    Args:
+      data: whose path is one training set, or several with commas between them.
+      seed: of drawn faces and noise.
+
+    Raises:
+      DataError: nothing is there, or nothing that is known.
+    """
+    opened = [_open_one(path, data, seed=seed) for path in split_paths(data.path)]
+    return opened[0] if len(opened) == 1 else JoinedSource(opened)
+
+
+def split_paths(path: str) -> list[str]:
+    """The training sets that `data.path` names; a path that exists as it is may hold commas."""
+    return [path] if Path(path).exists() else [part.strip() for part in path.split(",")]
+
+
+def folder_with(path: str, name: str) -> Path:
+    """The folder of a training set; of several sets, the first in which there is such a file."""
+    folders = [
+        Path(part) if Path(part).is_dir() else Path(part).parent for part in split_paths(path)
+    ]
+    return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+
+
+def _open_one(path: str, data: DataConfig, *, seed: int) -> Source:
+    if path == SYNTHETIC:
+        drawn = data.synthetic
+        return SyntheticSource(
+            seed=seed,
+            identities=drawn.identities,
+            images_per_identity=drawn.images_per_identity,
+        )
+    if path == NOISE:
+        return NoiseSource(seed=seed, classes=data.noise.classes, images=data.noise.images)
+    folder = Path(path.partition("#")[0]) if "#" in path else Path(path)
+    if path.startswith(tfds.PREFIX) or tfds.is_builder(folder):
+        return TfdsSource(path)
+    if not folder.exists():
+        raise DataError(
+            f"data.path {folder} does not exist: set --data.path to a training set ({_KNOWN})"
+        )
+    shard = data.shard_images if data.order == "shards" else 0
+    return _open_folder(folder, shard) if folder.is_dir() else _open_file(folder, shard)
+
+
+_KNOWN = (
+    "a folder with train.rec and train.idx, a folder of identities' folders, a list of 'path,label'"
+    " lines, Parquet files, a TFDS data set, or the words synthetic and noise: docs/data.md"
+)
+
+
+def _open_file(path: Path, shard: int) -> Source:
+    if path.suffix in (".rec", ".idx"):
+        return RecordSource(path.with_suffix(".rec"), shard=shard)
+    if path.suffix == ".parquet":
+        return ParquetSource([path])
+    if path.suffix in LIST_SUFFIXES:
+        return open_list(path)
+    raise DataError(f"data.path {path} is a file of no kind that can be trained on ({_KNOWN})")
+
+
+def _open_folder(folder: Path, shard: int) -> Source:
+    if any((folder / name).is_file() for name in ("train.rec", "train.idx")):
+        return RecordSource(folder / "train.rec", shard=shard)
+    if files := parquet.parquet_files(folder):
+        return ParquetSource(files)
+    if has_identity_folders(folder):
+        return open_folder(folder)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+    raise DataError(
+        f"data.path {folder} holds no training set (it holds: {found}): set --data.path to {_KNOWN}"
+    )
+
+
+class JoinedSource(Source):
+    """Several training sets in a row; the labels of each begin behind those of the one before."""
+
+    def __init__(self, parts: Sequence[Source]):
+        self._parts = list(parts)
+        self._ends = np.cumsum([len(part) for part in parts]).tolist()
+        self._offsets = np.cumsum([0, *(part.num_classes for part in parts)]).tolist()
+        self.num_classes = self._offsets[-1]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """(112, 112, 3) uint8 RGB and its label."""
+        part, inside = self._locate(index)
+        image, label = self._parts[part][inside]
+        return image, label + self._offsets[part]
+
+    def read(self, index: int) -> Sample:
+        """The image's bytes and its label."""
+        part, inside = self._locate(index)
+        data, label = self._parts[part].read(inside)
+        return Sample(data, label + self._offsets[part])
+
+    def load(
+        self, numbers: np.ndarray, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> list[tuple[int, ImageError]]:
+        """Each part loads its own."""
+        of = np.searchsorted(self._ends, numbers, side="right")
+        failed: list[tuple[int, ImageError]] = []
+        for number in np.unique(of).tolist():
+            part, here = self._parts[number], of == number
+            begin = self._ends[number] - len(part)
+            failed += part.load(numbers[here] - begin, rows[here], images, labels)
+            labels[rows[here]] += self._offsets[number]
+        return failed
+
+    def labels(self) -> np.ndarray:
+        """(len,) int32; -1 where it cannot be read."""
+        each = [part.labels() for part in self._parts]
+        moved = [
+            np.where(x < 0, x, x + np.int32(offset))
+            for x, offset in zip(each, self._offsets, strict=False)  # the last offset is the end
+        ]
+        return np.concatenate(moved).astype(np.int32)
+
+    def where(self, index: int) -> str:
+        """As the part says it."""
+        part, inside = self._locate(index)
+        return self._parts[part].where(inside)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return part, index - (self._ends[part - 1] if part else 0)

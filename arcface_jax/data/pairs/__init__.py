@@ -1,0 +1,1 @@
+"""Verification sets: pairs of faces, and whether each pair shows one person."""

@@ -1,0 +1,100 @@
+"""Open verification sets: `.bin` files, pair lists, or pairs of synthetic faces."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from arcface_jax.config import Config
+from arcface_jax.data import opening
+from arcface_jax.data.pairs import bins, lists
+from arcface_jax.data.pairs.bins import PairSet
+from arcface_jax.data.synthetic import faces
+from arcface_jax.errors import ConfigError
+
+
+def open_targets(config: Config) -> list[PairSet]:
+    """Reads every set of `evaluation.targets`.
+
+    Raises:
+      ConfigError: two sets have one name.
+      DataError: a file is missing or not a verification set.
+    """
+    return _with_different_names([_open_target(t, config) for t in config.evaluation.targets])
+
+
+def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[PairSet]:
+    """Reads the sets on which several runs are compared.
+
+    Args:
+      configs: of the runs; a single default one where there is none.
+      targets: as `evaluation.targets`; relative to here, or to the data of the first run that has
+        it. "synthetic" is drawn as the run that trains on drawn faces has it. When none is named,
+        those of all runs, each set once.
+
+    Raises:
+      ConfigError: two different sets have one name.
+      DataError: a file is missing or not a verification set.
+    """
+    if not targets:
+        sets = [_open_target(t, config) for config in configs for t in config.evaluation.targets]
+        return _with_different_names(_without_copies(sets))
+    return _with_different_names([_open_target(t, _home(t, configs)) for t in targets])
+
+
+def _home(target: str, configs: Sequence[Config]) -> Config:
+    """The run whose data a target belongs to."""
+    for config in configs:
+        folder, file = Path(config.data.path), target.partition(":")[0]
+        if config.data.path == target or (folder / file).is_file():
+            return config
+    return configs[0]
+
+
+def _without_copies(sets: list[PairSet]) -> list[PairSet]:
+    kept: list[PairSet] = []
+    for one in sets:
+        twins = (k for k in kept if k.name == one.name and np.array_equal(k.same, one.same))
+        if not any(np.array_equal(twin.images, one.images) for twin in twins):
+            kept.append(one)
+    return kept
+
+
+def _with_different_names(sets: list[PairSet]) -> list[PairSet]:
+    names = [pairs.name for pairs in sets]
+    if len(set(names)) < len(names):
+        raise ConfigError(
+            f"evaluation.targets: two sets have one name ({', '.join(names)}); rename a file"
+        )
+    return sets
+
+
+def _open_target(target: str, config: Config) -> PairSet:
+    if target == opening.SYNTHETIC:
+        drawn = config.data.synthetic
+        images, same = faces.verification_pairs(
+            seed=config.seed,
+            first_identity=drawn.identities,  # the first that is not trained on
+            identities=drawn.pair_identities,
+            pairs=drawn.pairs,
+        )
+        return PairSet(opening.SYNTHETIC, images, same)
+    name, _, _ = target.partition(":")
+    return open_file(target, base=opening.folder_with(config.data.path, name))
+
+
+def open_file(target: str, *, base: Path = Path()) -> PairSet:
+    """Reads a set from its file, by the file's ending.
+
+    Args:
+      target: a `.bin` file, or a list of pairs, `.txt` or `.csv` (`lists.read`), which may
+        name the folder of its images behind a colon; without one they lie beside the list.
+      base: the folder in which to look for what is not found as it is named.
+
+    Raises:
+      DataError: a file is missing or not a verification set.
+    """
+    found = lists.split(target, base=base)
+    if found is None:
+        return bins.read_bin(Path(target) if Path(target).is_file() else base / target)
+    return PairSet(found[0].stem, *lists.read(*found))

@@ -1,0 +1,1 @@
+"""RecordIO, the format of insightface's training sets: reader and writer, index, source."""

@@ -1,0 +1,272 @@
+"""Where each record of a `.rec` lies: its `.idx` read once, and kept beside it as arrays to map.
+
+`train.idx` is text. Its first reading leaves `train.arcface_index/`, a folder with the arrays, and,
+where they were asked for, the labels of all records; later readings map these files, which costs
+neither time nor memory of its own. Where the data's folder cannot be written, the user's cache
+folder holds them.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+import uuid
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from arcface_jax.errors import DataError
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+FRAME = struct.Struct("<II")
+"""Magic; the part's place in the record in the top 3 bits, its length in the others."""
+HEADER = struct.Struct("<IfQQ")
+"""How many labels follow, the label where none do, two ids."""
+LENGTH_BITS = 29
+LENGTH_MASK = (1 << LENGTH_BITS) - 1
+WHOLE, FIRST, MIDDLE, LAST = range(4)
+
+
+_CHUNK = 1 << 20  # records that are looked at together
+_SETTLED = 2.0  # seconds without a change after which a file is taken to be complete
+
+
+@dataclass(frozen=True, eq=False)
+class RecordIndex:
+    """Keys in ascending order, and the byte at which each one's record begins."""
+
+    rec: Path
+    keys: range | np.ndarray
+    """A range where they are consecutive, which takes no memory."""
+    offsets: np.ndarray
+    """(n,) int64."""
+    folder: Path | None
+    """Where the arrays are mapped from."""
+
+    def __reduce__(self) -> tuple:
+        # A mapped array would be copied into the pickle.
+        if self.folder is not None:
+            return open_index, (self.rec,)
+        return RecordIndex, (self.rec, self.keys, self.offsets, None)
+
+
+def open_index(rec: Path) -> RecordIndex:
+    """The index of a record file, from the kept arrays where they are still right.
+
+    Raises:
+      DataError: the `.idx` is not an index, or not of this record file.
+    """
+    stamp = _stamp(rec)
+    for folder in _folders(rec):
+        index = _mapped(rec, folder, stamp)
+        if index is not None:
+            return index
+    index = _parsed(rec)
+    newest = max(path.stat().st_mtime for path in (rec, rec.with_suffix(".idx")))
+    if time.time() - newest > _SETTLED:  # else it may still be in the making
+        folder = _keep(index, stamp)
+        if folder is not None:
+            return _mapped(rec, folder, stamp) or index
+    return index
+
+
+def open_labels(index: RecordIndex) -> np.ndarray:
+    """(n,) int32: the first label of each record of the index, scanned once.
+
+    -1 stands for a label that is no identity, and for a record that is damaged: reading that record
+    says what is wrong with it.
+    """
+    file = index.folder / "labels.npy" if index.folder is not None else None
+    if file is not None and file.is_file():
+        with contextlib.suppress(OSError, ValueError):  # damaged: it is written anew
+            return np.load(file, mmap_mode="r")
+    labels = _scan(index.rec, index.offsets)
+    if file is not None:
+        with contextlib.suppress(OSError):
+            _save(file, labels)
+            return np.load(file, mmap_mode="r")
+    return labels
+
+
+def _stamp(rec: Path) -> dict:
+    """What changes when either file does."""
+    files = {"rec": rec.stat(), "idx": rec.with_suffix(".idx").stat()}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()} | {"version": 1}
+
+
+def _folders(rec: Path) -> tuple[Path, Path]:
+    """Beside the data, and in the user's cache."""
+    name = hashlib.sha256(str(rec.resolve()).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return rec.with_suffix(".arcface_index"), cache / "arcface_jax" / name
+
+
+def _mapped(rec: Path, folder: Path, stamp: dict) -> RecordIndex | None:
+    try:
+        kept = json.loads((folder / "stamp.json").read_text())
+        if kept.pop("files") != stamp:
+            return None
+        offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        if "first" in kept:
+            keys = range(kept["first"], kept["first"] + len(offsets))
+        else:
+            keys = np.load(folder / "keys.npy", mmap_mode="r")
+    except (OSError, ValueError, KeyError, AttributeError):  # absent, or not ours
+        return None
+    return RecordIndex(rec, keys, offsets, folder)
+
+
+def _keep(index: RecordIndex, stamp: dict) -> Path | None:
+    """Writes the arrays to the first folder that takes them."""
+    beside, cache = _folders(index.rec)
+    for folder in (beside, cache):
+        # The superuser may write anywhere; a folder that nobody should write to is left alone.
+        if folder is beside and not folder.parent.stat().st_mode & 0o222:
+            continue
+        with contextlib.suppress(OSError):
+            _write(index, stamp, folder)
+            if folder is cache:
+                print(
+                    f"{beside.parent} is read-only: its index is kept in {cache}", file=sys.stderr
+                )
+            return folder
+    return None
+
+
+def _write(index: RecordIndex, stamp: dict, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+    new.mkdir()
+    try:
+        _save(new / "offsets.npy", index.offsets)
+        content: dict = {"files": stamp}
+        if isinstance(index.keys, range):
+            content["first"] = index.keys[0]
+        else:
+            small = index.keys[-1] < 2**32
+            _save(new / "keys.npy", index.keys.astype(np.uint32) if small else index.keys)
+        (new / "stamp.json").write_text(json.dumps(content))
+        shutil.rmtree(folder, ignore_errors=True)  # of other files under this name
+        with contextlib.suppress(OSError):
+            new.rename(folder)  # fails where another process was faster, and wrote the same
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _save(file: Path, values: np.ndarray) -> None:
+    """Writes an array chunk by chunk, so that a strided one is never copied whole."""
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
+    mapped = np.lib.format.open_memmap(partial, "w+", values.dtype, values.shape)
+    for start in range(0, len(values), _CHUNK):
+        mapped[start : start + _CHUNK] = values[start : start + _CHUNK]
+    mapped.flush()
+    partial.replace(file)
+
+
+def _parsed(rec: Path) -> RecordIndex:
+    path = rec.with_suffix(".idx")
+    table = _read_text(path)
+    keys, offsets = table[:, 0], table[:, 1]
+    size, last = rec.stat().st_size, offsets.max()
+    if last > size - FRAME.size:
+        raise DataError(
+            f"{path} points to byte {last} but {rec} has {size}: the record file is cut short, or "
+            "the index belongs to another; copy both again"
+        )
+    if not _rising(keys):
+        order = np.argsort(keys, kind="stable")
+        keys, offsets = keys[order], offsets[order]
+        twice = keys[1:][keys[1:] == keys[:-1]]
+        if twice.size:
+            raise DataError(
+                f"{path} lists key {twice[0]} more than once: each record needs a key of its own; "
+                "make the pair anew"
+            )
+    first = int(keys[0])
+    if int(keys[-1]) - first == len(keys) - 1:  # they rise, so none is missing
+        return RecordIndex(rec, range(first, first + len(keys)), offsets, None)
+    return RecordIndex(rec, keys, offsets, None)
+
+
+def _rising(keys: np.ndarray) -> bool:
+    """Whether each key is above the one before it, looked at chunk by chunk."""
+    parts = (keys[i : i + _CHUNK + 1] for i in range(0, len(keys), _CHUNK))
+    return all((part[:-1] < part[1:]).all() for part in parts)
+
+
+def _read_text(path: Path) -> np.ndarray:
+    """(n, 2) int64 keys and byte offsets of the lines `key<TAB>offset`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "loadtxt: input contained no data")
+            table = np.loadtxt(path, dtype=np.int64, delimiter="\t", comments=None, ndmin=2)
+    except ValueError as error:
+        raise DataError(f"{path} is not an index of lines 'key<TAB>offset': {error}") from error
+    if table.size == 0:
+        raise DataError(f"{path} is empty: it should have a line 'key<TAB>offset' for each record")
+    if table.shape[1] != 2 or table.min() < 0:
+        raise DataError(
+            f"{path} is not an index: each line should be 'key<TAB>offset', neither negative"
+        )
+    return table
+
+
+def _scan(rec: Path, offsets: np.ndarray) -> np.ndarray:
+    """(n,) int32 first labels of the records, read in parallel without their images."""
+    labels = np.full(len(offsets), -1, np.int32)
+    size = rec.stat().st_size
+    words = np.memmap(rec, "<u4", "r", shape=(size // 4,))
+
+    def look(start: int) -> None:
+        part = slice(start, start + _CHUNK)
+        labels[part] = _first_labels(words, offsets[part], size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(look, range(0, len(offsets), _CHUNK)))
+    return labels
+
+
+def _first_labels(words: np.ndarray, offsets: np.ndarray, file_size: int) -> np.ndarray:
+    """Labels of records, -1 where there is none.
+
+    A header of several labels that a magic word cuts, one case in billions, counts as damaged.
+    """
+    offsets = np.asarray(offsets)
+    good, flag, length, count, label = headers(words, offsets)
+    need = HEADER.size + 4 * count
+    # Of a split record the first part may end anywhere behind the label.
+    need = np.where(flag == FIRST, np.where(count > 0, HEADER.size + 4, 8), need)
+    good &= ((flag == WHOLE) | (flag == FIRST)) & (length >= need)
+    good &= offsets + FRAME.size + length <= file_size
+    good &= (label >= 0) & (label < 2**31) & (label == np.floor(label))
+    return np.where(good, np.where(good, label, 0).astype(np.int32), np.int32(-1))
+
+
+def headers(words: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What frames and headers say, by the layout of recordio.py. `take` leaves the GIL to others.
+
+    Args:
+      words: the file as (n,) little-endian uint32.
+      offsets: (r,) int64, of the records.
+
+    Returns:
+      Five arrays of (r,): whether there is a frame (bool), the number of the record's part, the
+      length of its data, how many labels its header announces (int64), and the first of its labels
+      (float32). Nothing is known where there is no frame.
+    """
+    base = offsets >> 2
+    magic, size, count, label = (words.take(base + k, mode="clip") for k in range(4))
+    several = count > 0
+    behind = (FRAME.size + HEADER.size) // 4  # where several labels stand
+    label[several] = words.take(base[several] + behind, mode="clip")
+    there = (magic == MAGIC) & (offsets & 3 == 0)
+    length = (size & LENGTH_MASK).astype(np.int64)
+    return there, size >> LENGTH_BITS, length, count.astype(np.int64), label.view("<f4")

@@ -1,0 +1,91 @@
+"""What every training set offers: how many identities, and labelled images by number."""
+
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from arcface_jax.data.images import decode
+from arcface_jax.errors import ImageError
+
+
+class Sample(NamedTuple):
+    """An image as it is stored."""
+
+    data: bytes
+    """Encoded: JPEG, PNG, or what else OpenCV reads."""
+    label: int
+
+
+class Source(Protocol):
+    """Random access to labelled face images.
+
+    Safe to read from many threads, and to send to another process, where files are opened anew.
+    """
+
+    num_classes: int
+    """Identities; labels are 0 .. num_classes - 1."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """(112, 112, 3) uint8 RGB and its label.
+
+        Raises:
+          ImageError: the image cannot be read, or its label is out of range.
+        """
+        data, label = self.read(index)
+        return decode(data, where=partial(self.where, index)), label
+
+    def read(self, index: int) -> Sample:
+        """The image's bytes, not decoded, and its label.
+
+        Raises:
+          ImageError: they cannot be read, or the label is out of range.
+        """
+        ...
+
+    def load(
+        self, numbers: np.ndarray, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
+    ) -> list[tuple[int, ImageError]]:
+        """Reads and decodes many images.
+
+        Args:
+          numbers: (n,) int64, of the images.
+          rows: (n,) int64: where each of them goes.
+          images: (b, 112, 112, 3) uint8 RGB, written to.
+          labels: (b,) int32, written to.
+
+        Returns:
+          Rows whose image cannot be read, and why; what stands there afterwards is of no use.
+        """
+        failed: list[tuple[int, ImageError]] = []
+        for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
+            try:
+                images[row], labels[row] = self[number]
+            except ImageError as error:
+                failed.append((row, error))
+        return failed
+
+    def labels(self) -> np.ndarray:
+        """(len,) int32: the label of every image; -1 where it cannot be read."""
+        ...
+
+    def where(self, index: int) -> str:
+        """The file and the place in it, for messages."""
+        ...
+
+
+def whole_label(label: float, *, where: str) -> int:
+    """A label read from a file as the number of an identity.
+
+    Raises:
+      ImageError: it is not a whole number from 0, or too large for int32.
+    """
+    if not (0 <= label < 2**31 and float(label).is_integer()):
+        raise ImageError(
+            where,
+            f"label {label} is not an identity: labels are whole numbers from 0; make "
+            "the file anew with labels counted from 0",
+        )
+    return int(label)

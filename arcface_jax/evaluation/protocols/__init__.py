@@ -1,0 +1,1 @@
+"""Evaluation protocols beyond pairs: IJB-B/C, retrieval, groups, all pairs."""

@@ -1,0 +1,189 @@
+"""Makes a small data set in the file formats of IJB-B and IJB-C, out of any labelled faces.
+
+The real images are not free to pass on. These sets let the whole protocol run, and show what files
+it reads; their figures say nothing about IJB.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from arcface_jax.data import faces
+from arcface_jax.data.source import Source
+from arcface_jax.errors import DataError
+from arcface_jax.evaluation.protocols import ijb_files
+from arcface_jax.evaluation.protocols.ijb_files import Protocol
+
+_LARGEST = 8
+"""Images of a person that are used."""
+_FEWEST = 3
+"""A gallery template and two probe templates of one image each."""
+
+
+class _Image(NamedTuple):
+    """A line of the lists of images."""
+
+    source: int
+    """Its number in the source."""
+    template: int
+    medium: int
+
+
+class _Template(NamedTuple):
+    number: int
+    subject: int
+    gallery: int | None
+    """0 or 1; None for a probe."""
+
+
+def generate(
+    source: Source,
+    folder: Path,
+    *,
+    protocol: Protocol = "ijbc",
+    subjects: int = 40,
+    pairs: int = 10_000,
+    seed: int = 0,
+) -> None:
+    """Writes FOLDER/meta and FOLDER/loose_crop.
+
+    Each person has a gallery template, in one of the two galleries, and two probe templates. A
+    template's images are single photos and frames of videos. Faces lie turned, scaled and shifted
+    in larger pictures, with the five points that undo it.
+
+    Args:
+      source: aligned faces with labels; people with three images or more are used.
+      folder: made where it is missing; an existing meta/ is an error.
+      protocol: whose names the files have.
+      subjects: how many people; the first that have images enough.
+      pairs: how many pairs of different people; pairs of one person are all there.
+      seed: the same seed, the same files.
+
+    Raises:
+      DataError: the source has too few people, or the folder holds a set already.
+    """
+    meta = folder / ijb_files.META
+    if meta.exists():
+        raise DataError(f"{meta} exists already: name another folder, or delete this one")
+    rng = np.random.default_rng([seed, subjects, pairs])
+    people = _people(source, subjects)
+    images, templates = _arrange(people, rng)
+    loose = folder / ijb_files.IMAGES
+    loose.mkdir(parents=True, exist_ok=True)
+    points = [_write_crop(source, image, loose / _name(k), rng) for k, image in enumerate(images)]
+    meta.mkdir()
+    _write_lists(meta, protocol, images, points, rng)
+    _write_pairs(meta / f"{protocol}_template_pair_label.txt", templates, pairs, rng)
+    _write_csvs(meta, protocol, images, templates)
+
+
+def _name(number: int) -> str:
+    return f"{number + 1}.jpg"
+
+
+def _people(source: Source, subjects: int) -> list[list[int]]:
+    """The image numbers of each person."""
+    images: dict[int, list[int]] = defaultdict(list)
+    full = 0
+    for number in range(len(source)):
+        label = source[number][1]
+        if len(images[label]) < _LARGEST:
+            images[label].append(number)
+            full += len(images[label]) == _LARGEST
+        if full == max(subjects, 4):
+            break
+    people = [numbers for numbers in images.values() if len(numbers) >= _FEWEST]
+    if len(people) < max(subjects, 4):
+        raise DataError(
+            f"the source has {len(people)} people with {_FEWEST} images or more, and {subjects} "
+            "are asked for, at least 4: ask for fewer subjects, or name a larger source"
+        )
+    return people[:subjects]
+
+
+def _arrange(
+    people: list[list[int]], rng: np.random.Generator
+) -> tuple[list[_Image], list[_Template]]:
+    """Deals each person's images to a gallery template and two probe templates."""
+    # As in the real sets, the numbers have gaps and no order.
+    numbers = iter(rng.permutation(10 * len(people))[: 3 * len(people)] + 1)
+    subject_numbers = rng.permutation(10 * len(people))[: len(people)] + 1
+    images, templates = [], []
+    medium = 0
+    for place, owned in enumerate(people):
+        # Templates of one image and of many.
+        cuts = np.sort(rng.choice(np.arange(1, len(owned)), 2, replace=False))
+        deal = np.split(rng.permutation(owned), cuts)
+        for part, gallery in zip(deal, (place % 2, None, None), strict=True):
+            template = _Template(int(next(numbers)), int(subject_numbers[place]), gallery)
+            templates.append(template)
+            for k, number in enumerate(part):
+                # Every other time an image goes on with the video of the one before it.
+                medium += 1 if k == 0 or rng.random() < 0.5 else 0
+                images.append(_Image(int(number), template.number, medium))
+    order = rng.permutation(len(images))
+    return [images[k] for k in order], templates
+
+
+def _write_crop(source: Source, image: _Image, path: Path, rng: np.random.Generator) -> np.ndarray:
+    """Puts a face into a larger picture; returns its five points, (5, 2) float64."""
+    face, _ = source[image.source]
+    side = int(rng.integers(190, 280))
+    turn = rng.uniform(1.0, 1.5) * np.exp(1j * np.deg2rad(rng.uniform(-30, 30)))
+    middle = complex(*(side / 2 + rng.uniform(-12, 12, 2)))
+    shift = middle - turn * complex(*(length / 2 for length in face.shape[1::-1]))
+    matrix = np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
+    colour = tuple(float(value) for value in face.mean(axis=(0, 1)))
+    placed = cv2.warpAffine(face, matrix, (side, side), flags=cv2.INTER_CUBIC, borderValue=colour)
+    cv2.imwrite(str(path), placed[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 97])
+    return faces.TEMPLATE @ matrix[:, :2].T + matrix[:, 2]
+
+
+def _write_lists(
+    meta: Path,
+    protocol: Protocol,
+    images: list[_Image],
+    points: list[np.ndarray],
+    rng: np.random.Generator,
+) -> None:
+    with (
+        (meta / f"{protocol}_name_5pts_score.txt").open("w") as five,
+        (meta / f"{protocol}_face_tid_mid.txt").open("w") as tid_mid,
+    ):
+        for k, (image, five_points) in enumerate(zip(images, points, strict=True)):
+            coordinates = " ".join(f"{value:.3f}" for value in five_points.ravel())
+            five.write(f"{_name(k)} {coordinates} {rng.uniform(0.5, 1):.3f}\n")
+            tid_mid.write(f"{_name(k)} {image.template} {image.medium}\n")
+
+
+def _write_pairs(
+    path: Path, templates: list[_Template], pairs: int, rng: np.random.Generator
+) -> None:
+    number = np.array([template.number for template in templates])
+    subject = np.array([template.subject for template in templates])
+    one, other = np.triu_indices(len(templates), 1)
+    same = subject[one] == subject[other]
+    different = np.flatnonzero(~same)
+    chosen = rng.choice(different, min(pairs, len(different)), replace=False)
+    rows = rng.permutation(np.concatenate([np.flatnonzero(same), chosen]))
+    table = np.stack([number[one[rows]], number[other[rows]], same[rows]], axis=1)
+    np.savetxt(path, table, fmt="%d")
+
+
+def _write_csvs(
+    meta: Path, protocol: Protocol, images: list[_Image], templates: list[_Template]
+) -> None:
+    """A line for each image, as the real files have it."""
+    names = [f"gallery_{name}" for name in ijb_files.GALLERIES[protocol]]
+    for name, gallery in [*zip(names, (0, 1), strict=True), ("probe_mixed", None)]:
+        chosen = {t.number: t.subject for t in templates if t.gallery == gallery}
+        lines = [
+            f"{image.template},{chosen[image.template]},{_name(k)}\n"
+            for k, image in enumerate(images)
+            if image.template in chosen
+        ]
+        heading = "TEMPLATE_ID,SUBJECT_ID,FILENAME\n"
+        (meta / f"{protocol}_1N_{name}.csv").write_text(heading + "".join(lines))

@@ -1,0 +1,67 @@
+"""IJB results for the terminal: a table of pairs and one of identification, and words."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from arcface_jax.evaluation.protocols.ijb import IjbResult
+
+_RULES = ("insightface", "standard")
+
+
+def tables(results: Sequence[IjbResult]) -> list[Table]:
+    """Pairs, and identification where the set has galleries; a line for each rule and options.
+
+    Args:
+      results: of `ijb.evaluate`, all on one set.
+    """
+    first = results[0]
+    title = f"{first.name.split('_')[0]} pairs: {first.same:,} same, {first.different:,} different"
+    heads = [f"TAR at\n{at.label}" for at in reversed(first.tars)]
+    pairs = _table(f"{title}; TAR at FAR", [*heads, "AUC", "EER"])
+    for result in results:
+        for rule in _RULES:
+            tars = result.nearest if rule == "insightface" else result.tars
+            cells = [_share(at.tar) for at in reversed(tars)]
+            shared = [f"{result.auc:.5f}", _share(result.eer)]
+            pairs.add_row(result.options.label, rule, *cells, *shared)
+    if not first.identification:
+        return [pairs]
+    outcome = first.identification[0]
+    heads = [f"rank {rank}" for rank in outcome.ranks]
+    heads += [f"TPIR at\nFPIR {at.fpir:g}" for at in outcome.tpirs]
+    identification = _table("identification, mixed probes in both galleries", heads)
+    for result in results:
+        for outcome in result.identification:
+            cells = [*outcome.ranks.values(), *(at.tpir for at in outcome.tpirs)]
+            identification.add_row(result.options.label, outcome.rule, *map(_share, cells))
+    return [pairs, identification]
+
+
+def remarks(result: IjbResult) -> list[str]:
+    """What the set is too small for, and what insightface's rule does there."""
+    lines = []
+    missing = [at for at in result.tars if at.tar is None]
+    if missing:
+        needs = ", ".join(f"{at.label} (needs {at.pairs_needed:,})" for at in missing)
+        lines.append(
+            f"{result.different:,} pairs of different people are too few for a FAR of {needs}; "
+            "insightface's rule takes the nearest point there, whatever its FAR"
+        )
+    if not result.identification:
+        lines.append("no identification: the folder's meta/ has no 1N csv files")
+    return lines
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("options")
+    table.add_column("rule")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

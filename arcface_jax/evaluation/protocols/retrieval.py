@@ -1,0 +1,72 @@
+"""Retrieval by rank, as TinyFace is evaluated: is a probe's person among the first of a gallery?
+
+The gallery may hold several images of a person and any number of distractors, faces that no probe
+shows. A probe's rank is 1 + the number of images of others that score at least as high as the best
+of its own; rank-k accuracy is the share of the probes whose rank is at most k.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from arcface_jax.errors import DataError
+from arcface_jax.evaluation.protocols import identification
+from arcface_jax.evaluation.protocols.all_to_all import unit_vectors
+from arcface_jax.evaluation.protocols.labelled import NOBODY, Labelled
+
+RANKS = (1, 5, 10, 20)
+
+
+class Retrieval(NamedTuple):
+    """The outcome of P probes in a gallery."""
+
+    probes: int
+    gallery: int
+    """Images with a name."""
+    distractors: int
+    accuracy: dict[int, float]
+    """By rank."""
+    rank: np.ndarray
+    """(P,) int64 from 1: of each probe."""
+
+
+def retrieve(
+    probes: Labelled, gallery: Labelled, *, distractors: Labelled | None = None
+) -> Retrieval:
+    """Searches every probe in the gallery, distractors included.
+
+    Raises:
+      DataError: a probe has no name, or its person is not in the gallery.
+    """
+    parts = [gallery] if distractors is None else [gallery, distractors]
+    vectors = np.concatenate([part.features for part in parts])
+    # Distractors are of nobody whatever their names; nobody is no probe's mate.
+    names = [gallery.people] + [np.full(len(p.people), NOBODY) for p in parts[1:]]
+    _, number = np.unique(np.concatenate([*names, probes.people]), return_inverse=True)
+    wrong = np.flatnonzero((probes.people == NOBODY) | ~np.isin(probes.people, gallery.people))
+    if len(wrong):
+        raise DataError(
+            f"{len(wrong)} of {len(probes.people)} probes have no image in the gallery, the first "
+            f"of {probes.people[wrong[0]]!r}: every probe needs its person there; look at the "
+            "names of the folders or at the lists"
+        )
+    found = identification.search(
+        unit_vectors(probes.features),
+        number[len(vectors) :],
+        gallery=unit_vectors(vectors),
+        gallery_subjects=number[: len(vectors)],
+    )
+    named = int(np.count_nonzero(gallery.people != NOBODY))
+    return Retrieval(
+        probes=len(probes.people),
+        gallery=named,
+        distractors=len(vectors) - named,
+        accuracy=accuracies(found.rank, RANKS),
+        rank=found.rank,
+    )
+
+
+def accuracies(rank: np.ndarray, ranks: Sequence[int]) -> dict[int, float]:
+    """The share of the probes that are found at each rank or before it."""
+    return {k: float(np.mean(rank <= k)) for k in ranks}

@@ -1,0 +1,153 @@
+"""One page, without any other file, that shows how models verify sets of pairs."""
+
+import base64
+from collections.abc import Sequence
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import jinja2
+import numpy as np
+
+from arcface_jax.data.pairs.bins import PairSet
+from arcface_jax.errors import UserError
+from arcface_jax.evaluation import roc
+from arcface_jax.evaluation.report import charts
+from arcface_jax.evaluation.report.charts import Series
+from arcface_jax.evaluation.verification import Verification
+
+PAGE = "index.html"
+_HARDEST = 6
+_SAME, _DIFFERENT, _LENGTH = 0, 1, 2
+
+
+class Evaluated(NamedTuple):
+    """What one model came to on one set."""
+
+    model: str
+    pairs: PairSet
+    result: Verification
+
+
+def write(folder: Path, evaluated: Sequence[Evaluated], *, made: datetime) -> Path:
+    """Writes FOLDER/index.html.
+
+    Args:
+      folder: made where it is missing.
+      evaluated: every model on every set; at least one.
+      made: when, as the page says.
+
+    Returns:
+      The page.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    template = resources.files("arcface_jax.evaluation").joinpath("report.html").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["share"] = _share
+    names = list(dict.fromkeys(one.pairs.name for one in evaluated))
+    page = environment.from_string(template).render(
+        made=made.strftime("%Y-%m-%d %H:%M"),
+        models=list(dict.fromkeys(one.model for one in evaluated)),
+        summary=[_summary(one) for name in names for one in evaluated if one.pairs.name == name],
+        sets=[_set([one for one in evaluated if one.pairs.name == name]) for name in names],
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PAGE).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
+    return folder / PAGE
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"  # noqa: RUF001  # a dash for the reader
+
+
+def _summary(one: Evaluated) -> dict:
+    result = one.result
+    return {"model": one.model, "result": result, "tars": {at.label: at.tar for at in result.tars}}
+
+
+def _set(evaluated: Sequence[Evaluated]) -> dict:
+    """One set: the ROC of all models, and each model's own part."""
+    same = evaluated[0].result.same
+    curves = [
+        charts.thin(roc.roc(1 - one.result.distance / 2, one.result.same)) for one in evaluated
+    ]
+    areas = ", ".join(f"{one.model} {one.result.auc:.4f}" for one in evaluated)
+    alt = f"ROC curves on {evaluated[0].pairs.name}; areas under the curves: {areas}"
+    return {
+        "name": evaluated[0].pairs.name,
+        "same": int(same.sum()),
+        "different": int((~same).sum()),
+        "models": [(one.model, number % charts.COLOURS) for number, one in enumerate(evaluated)],
+        "roc": charts.roc_chart(curves, alt=alt),
+        "parts": [_part(one) for one in evaluated],
+    }
+
+
+def _part(one: Evaluated) -> dict:
+    result = one.result
+    cosine = 1 - result.distance / 2
+    same, different = cosine[result.same], cosine[~result.same]
+    scores = charts.histogram(
+        [Series(same, _SAME), Series(different, _DIFFERENT)],
+        x_label="cosine",
+        mark=(result.threshold_cosine, f"threshold {result.threshold_cosine:.3f}"),
+        alt=(
+            f"Cosines of {one.model} on {one.pairs.name}: pairs of one person have a median of "
+            f"{np.median(same):.2f}, pairs of two people {np.median(different):.2f}; the threshold "
+            f"is {result.threshold_cosine:.3f}"
+        ),
+    )
+    lengths = charts.histogram(
+        [Series(result.norms, _LENGTH)],
+        x_label="length of the embedding",
+        alt=(
+            f"Lengths of the embeddings of {one.model} on {one.pairs.name}: from "
+            f"{result.norms.min():.1f} to {result.norms.max():.1f}, mean {result.xnorm:.1f}"
+        ),
+    )
+    return {
+        "model": one.model,
+        "result": result,
+        "scores": scores,
+        "lengths": lengths,
+        "hardest": [
+            ("One person, least alike", _hardest(one, cosine, kind=True)),
+            ("Two people, most alike", _hardest(one, cosine, kind=False)),
+        ],
+    }
+
+
+def _hardest(one: Evaluated, cosine: np.ndarray, *, kind: bool) -> list[dict]:
+    """The same pairs of the lowest cosine, or the different ones of the highest."""
+    where = np.flatnonzero(one.result.same == kind)
+    order = np.argsort(cosine[where] if kind else -cosine[where], kind="stable")
+    words = "one person" if kind else "two people"
+    shown = []
+    for pair in where[order[:_HARDEST]]:
+        wrong = (one.result.distance[pair] < one.result.threshold) != kind
+        shown.append(
+            {
+                "image": _picture(one.pairs.images[2 * pair : 2 * pair + 2]),
+                "alt": f"Pair {pair} of {one.pairs.name}, {words}, cosine {cosine[pair]:.3f}",
+                "cosine": f"{cosine[pair]:.3f}",
+                "number": int(pair),
+                "wrong": bool(wrong),
+            }
+        )
+    return shown
+
+
+def _picture(faces: np.ndarray) -> str:
+    """Two (112, 112, 3) RGB faces side by side, as the address of an embedded JPEG."""
+    bgr = np.hstack([faces[0], faces[1]])[:, :, ::-1]
+    data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()

@@ -1,0 +1,222 @@
+"""Embeddings of whole folders, in shards of files: streamed, and resumable after any stop.
+
+OUTPUT/settings.json says what made the shards. Shard i is `embeddings-0000i.npy`, (n, D) float32,
+and `ids-0000i.json`, whose `ids` are the n files in the order of the rows and whose `skipped` are
+the files without a row, with the reason. A shard is there when its .npy is: both files are renamed
+into place, that one last.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from arcface_jax.data import faces
+from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from arcface_jax.inference.embedder import Embedder
+
+SETTINGS = "settings.json"
+_BATCHES_AHEAD = 2
+Decoded = np.ndarray | DataError
+
+
+class Summary(NamedTuple):
+    """What lies in an output folder."""
+
+    embedded: int
+    """Rows of all shards."""
+    skipped: dict[str, str]
+    """Reason by file."""
+    shards: int
+    kept: int
+    """How many of them were there already."""
+
+
+def embed_folder(
+    embedder: "Embedder",
+    folder: Path,
+    output: Path,
+    *,
+    shard_size: int,
+    points: Mapping[str, np.ndarray] | None = None,
+    normalized: bool = True,
+) -> Summary:
+    """Embeds every image below a folder; the same call goes on where it was stopped.
+
+    Args:
+      embedder: of arcface_jax.
+      folder: the images; an id is an image's path from here.
+      output: the folder of the shards, made where there is none.
+      shard_size: files per shard, those that cannot be read included.
+      points: (5, 2) by id, to align every image by; one without points is skipped.
+      normalized: whether the embeddings are of length 1.
+
+    Returns:
+      What there is when all is done.
+
+    Raises:
+      DataError: there is no such folder, or no image in it.
+      UserError: the output was made with other settings, or cannot be written.
+    """
+    if shard_size < 1:
+        raise UserError(f"a shard of {shard_size} files: give a size of 1 at least")
+    ids = faces.find(folder)
+    settings = {
+        "model": embedder.model.digest(),
+        "flip": embedder.flip,
+        "other_size": embedder.other_size,
+        "normalized": normalized,
+        "shard_size": shard_size,
+        "images": len(ids),
+        "files": _digest(folder, ids, points),
+    }
+    try:
+        _open_output(output, settings)
+        return _embed_all(embedder, folder, output, ids, points, settings)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}") from error
+
+
+def shards(output: Path) -> list[Path]:
+    """The embeddings' files, in order."""
+    return sorted(output.glob("embeddings-*.npy"))
+
+
+def read(output: Path) -> tuple[list[str], np.ndarray]:
+    """The ids and embeddings (n, D) of all shards of an output folder, in memory."""
+    paths = shards(output)
+    if not paths:
+        raise DataError(f"{output} holds no embeddings-*.npy: name the output of a bulk run")
+    ids = [name for path in paths for name in _ids(path)["ids"]]
+    return ids, np.concatenate([np.load(path) for path in paths])
+
+
+def _open_output(output: Path, settings: dict) -> None:
+    path = output / SETTINGS
+    if not path.exists():
+        if shards(output):
+            raise UserError(f"{output} holds embeddings but no {SETTINGS}: give another folder")
+        output.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(settings, indent=2).encode())
+        return
+    stored = json.loads(path.read_text())
+    different = [
+        f"{name}: {stored.get(name)} there, {value} here"
+        for name, value in settings.items()
+        if stored.get(name) != value
+    ]
+    if different:
+        raise UserError(
+            f"{output} was made with other settings or images:\n  "
+            + "\n  ".join(different)
+            + "\nGive those to go on, or another folder to begin anew"
+        )
+
+
+def _embed_all(
+    embedder: "Embedder",
+    folder: Path,
+    output: Path,
+    ids: list[str],
+    points: Mapping[str, np.ndarray] | None,
+    settings: dict,
+) -> Summary:
+    def load(name: str) -> Decoded:
+        if points is not None and name not in points:
+            return DataError("its five points are not in the list")
+        five = None if points is None else points[name]
+        try:
+            return faces.prepare(folder / name, five, other_size=embedder.other_size)
+        except DataError as error:
+            return error
+
+    embedded, kept, skipped = 0, 0, {}
+    size = settings["shard_size"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for number, start in enumerate(range(0, len(ids), size)):
+            path = output / f"embeddings-{number:05d}.npy"
+            kept += path.exists()
+            if not path.exists():
+                shard = ids[start : start + size]
+                decoded = _in_batches(pool, load, shard, embedder.batch_size)
+                _write_shard(embedder, path, decoded, normalized=settings["normalized"])
+            found = _ids(path)
+            embedded += len(found["ids"])
+            skipped |= found["skipped"]
+    return Summary(embedded, skipped, shards=-(-len(ids) // size), kept=kept)
+
+
+def _in_batches(
+    pool: ThreadPoolExecutor, load, names: Sequence[str], size: int
+) -> Iterator[tuple[Sequence[str], list[Decoded]]]:
+    """Batches of names with what `load` made of them, the next ones being loaded meanwhile."""
+    ahead: deque[tuple[Sequence[str], list[Future]]] = deque()
+    for start in range(0, len(names), size):
+        batch = names[start : start + size]
+        ahead.append((batch, [pool.submit(load, name) for name in batch]))
+        if len(ahead) > _BATCHES_AHEAD:
+            batch, futures = ahead.popleft()
+            yield batch, [future.result() for future in futures]
+    for batch, futures in ahead:
+        yield batch, [future.result() for future in futures]
+
+
+def _write_shard(
+    embedder: "Embedder",
+    path: Path,
+    decoded: Iterator[tuple[Sequence[str], list[Decoded]]],
+    *,
+    normalized: bool,
+) -> None:
+    ids, skipped, parts = [], {}, []
+    for names, images in decoded:
+        good = []
+        for name, image in zip(names, images, strict=True):
+            if isinstance(image, DataError):
+                skipped[name] = str(image)
+            else:
+                ids.append(name)
+                good.append(image)
+        if good:
+            parts.append(embedder.embed_aligned(np.stack(good), normalized=normalized))
+    if not parts:  # a shard of no rows has columns nevertheless
+        black = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        parts = [embedder.embed_aligned(black)[:0]]
+    _write(_ids_path(path), json.dumps({"ids": ids, "skipped": skipped}, indent=0).encode())
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.save(file, np.concatenate(parts))
+    part.replace(path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    part = path.with_suffix(".part")
+    part.write_bytes(data)
+    part.replace(path)
+
+
+def _ids_path(shard: Path) -> Path:
+    return shard.with_name(shard.name.replace("embeddings-", "ids-")).with_suffix(".json")
+
+
+def _ids(shard: Path) -> dict:
+    return json.loads(_ids_path(shard).read_text())
+
+
+def _digest(folder: Path, ids: list[str], points: Mapping[str, np.ndarray] | None) -> str:
+    """Of the files' names and sizes and their points: what would make other shards."""
+    total = hashlib.sha256()
+    for name in ids:
+        total.update(f"{name}\0{(folder / name).stat().st_size}\0".encode())
+        if points is not None and name in points:
+            total.update(np.asarray(points[name], np.float64).tobytes())
+    return total.hexdigest()

@@ -1,0 +1,130 @@
+"""The network that a command line names: a run, torch weights, or an ONNX file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from arcface_jax.config import Config
+from arcface_jax.errors import UserError
+from arcface_jax.evaluation.embed import Model
+from arcface_jax.training import checkpoint
+from arcface_jax.training.network import Network
+from arcface_jax.training.saved_runs import Which
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Options of a command that takes one network, of any of three kinds."""
+
+    checkpoint: Path | None = None
+    """WORKDIR of a training run."""
+    step: Which = "latest"
+    """Which of the run's checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
+    weight: Path | None = None
+    """Or a backbone.pth, of this project or of insightface."""
+    network: str = "r50"
+    """The network that --weight is of."""
+    onnx: Path | None = None
+    """Or an ONNX file."""
+
+
+def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None = None) -> Model:
+    """Opens the one network that is named.
+
+    Args:
+      choice: what the command line says.
+      batch_size: images per forward pass, over all devices.
+      devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
+
+    Raises:
+      UserError: none or several are named, or it cannot be read.
+    """
+    named = [name for name in ("checkpoint", "weight", "onnx") if getattr(choice, name) is not None]
+    if len(named) != 1:
+        raise UserError(
+            f"{len(named)} networks are named ({', '.join(f'--{n}' for n in named) or 'none'}); "
+            "name one: --checkpoint WORKDIR, --weight FILE.pth with --network, or --onnx FILE.onnx"
+        )
+    if choice.checkpoint is not None:
+        options = {"batch_size": batch_size, "devices": devices}
+        return Network.from_workdir(choice.checkpoint, which=choice.step, **options)
+    if choice.weight is not None:
+        from arcface_jax.convert import weights  # torch is needed for these files alone
+
+        arrays = weights.load(choice.weight, choice.network)
+        return Network(choice.network, *arrays, batch_size=batch_size, devices=devices)
+    assert choice.onnx is not None  # it is the one named
+    from arcface_jax.convert.onnx_runner import onnx_embedder
+
+    return onnx_embedder(choice.onnx, batch_size=batch_size)
+
+
+def config_of(choice: ModelChoice) -> Config:
+    """The recipe of the run that is named; the default one where the network is of no run."""
+    return Config() if choice.checkpoint is None else checkpoint.read_config(choice.checkpoint)
+
+
+def open_network(choice: ModelChoice, *, batch_size: int = 16) -> Network:
+    """Opens a run or torch weights to export them, on one device.
+
+    Raises:
+      UserError: none or several are named, it cannot be read, or it is an ONNX file.
+    """
+    model = open_model(choice, batch_size=batch_size, devices=1)
+    if not isinstance(model, Network):
+        raise UserError(
+            f"--onnx {choice.onnx} has been exported already: name its --checkpoint or --weight"
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class ModelChoices:
+    """Options of a command that takes several networks, of any kinds."""
+
+    checkpoint: tuple[Path, ...] = ()
+    """WORKDIRs of training runs."""
+    step: Which = "latest"
+    """Which of their checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
+    weight: tuple[Path, ...] = ()
+    """backbone.pth files, of this project or of insightface."""
+    network: tuple[str, ...] = ("r50",)
+    """The network of all --weight, or one for each."""
+    onnx: tuple[Path, ...] = ()
+    """ONNX files."""
+
+    def each(self) -> list[ModelChoice]:
+        """One by one, in the order of the options.
+
+        Raises:
+          UserError: the networks are not as many as the weights.
+        """
+        networks, count = self.network, len(self.weight)
+        if len(networks) not in (1, count):
+            raise UserError(
+                f"{count} --weight and {len(networks)} --network: name one network, or one for each"
+            )
+        networks = networks * count if len(networks) == 1 else networks
+        return [
+            *(ModelChoice(checkpoint=path, step=self.step) for path in self.checkpoint),
+            *(ModelChoice(weight=w, network=n) for w, n in zip(self.weight, networks, strict=True)),
+            *(ModelChoice(onnx=path) for path in self.onnx),
+        ]
+
+
+def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, Model]:
+    """Opens several networks, each named after its folder or file, a second of one name NAME-2.
+
+    Raises:
+      UserError: none is named, or one cannot be read.
+    """
+    each = choices.each()
+    if not each:
+        open_model(ModelChoice())  # which says how to name one
+    models: dict[str, Model] = {}
+    for choice in each:
+        path = choice.checkpoint or choice.weight or choice.onnx or Path()
+        stem = path.resolve().name if choice.checkpoint else path.stem
+        names = [stem, *(f"{stem}-{number}" for number in range(2, len(each) + 1))]
+        name = next(name for name in names if name not in models)
+        models[name] = open_model(choice, batch_size=batch_size)
+    return models

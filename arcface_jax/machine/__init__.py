@@ -1,0 +1,1 @@
+"""Plan and examine a machine: memory, speed, collectives, input."""

@@ -1,0 +1,283 @@
+"""Whether a machine can run a recipe, and what will hold it up: everything is measured here.
+
+The parts of a step are measured alone: reading and decoding images, the products of backbone and
+head at the speed of one large product, and what the devices send to each other. The longest of them
+is the bottleneck; a real step takes at least as long.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from arcface_jax import config as configs
+from arcface_jax.config import Config
+from arcface_jax.data import opening, pipeline
+from arcface_jax.data.source import Source
+from arcface_jax.errors import UserError
+from arcface_jax.machine import collectives, plan, timing
+from arcface_jax.machine import input as data_benchmark
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import manifest, step, validation
+
+_PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin")
+_SAMPLE = 64 * 2**20  # bytes written to the workdir's disk
+_PRODUCT = {"cpu": 1024}  # side of the matrices that are multiplied; 4096 elsewhere
+
+
+class Check(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    verdict: Literal["ok", "warning", "fails"]
+    """`fails` is what would make a run fail."""
+    words: str
+    values: Mapping[str, float] = {}
+    """For RESULT."""
+
+
+def examine(config: Config, *, num_classes: int | None, seconds: float) -> Iterator[Check]:
+    """All checks, one after the other as they are done.
+
+    Args:
+      config: the run; its data and workdir are looked at where they are stated.
+      num_classes: C, where no data tells it.
+      seconds: that reading images is measured for.
+    """
+    yield check_versions(installed())
+    yield check_driver()
+    try:
+        mesh = meshes.make(config.devices)
+        named = {"workdir": config.workdir or "-", "data__path": config.data.path or "-"}
+        validation.validate(configs.replace(config, **named), num_devices=mesh.size)
+    except UserError as error:
+        yield Check("devices", "fails", str(error))
+        return
+    first = mesh.devices.flat[0]
+    words = f"{mesh.size} x {first.device_kind} ({first.platform}); the recipe can be split so"
+    yield Check("devices", "ok", words, {"devices": mesh.size})
+    milliseconds: dict[str, float] = {}
+    if config.data.path:
+        try:
+            source = opening.open_source(config.data, seed=config.seed)
+            data = check_data(config, source, seconds=seconds)
+        except UserError as error:
+            yield Check("data", "fails", str(error))
+            return
+        yield data
+        milliseconds["reading and decoding images"] = data.values["data_ms"]
+        num_classes = num_classes or source.num_classes
+    if not num_classes:
+        yield Check("step", "warning", "not looked at: name --data.path or --num-classes")
+        return
+    state = manifest.state_bytes(step.abstract_state(config, num_classes=num_classes, mesh=mesh))
+    yield check_memory(state, mesh)
+    if config.workdir:
+        yield check_disk(Path(config.workdir), config, state, mesh)
+    compute = check_compute(config, num_classes, mesh)
+    traffic = check_traffic(config, mesh)
+    yield from (compute, traffic)
+    milliseconds["the products of backbone and head"] = compute.values["compute_ms"]
+    milliseconds["the head's all-gather and reduce-scatter"] = traffic.values["head_ms"]
+    milliseconds["the all-reduce of the backbone's gradient"] = traffic.values["all_reduce_ms"]
+    yield bottleneck(milliseconds, config.data.global_batch_size)
+
+
+def installed() -> dict[str, str]:
+    """Versions by package, of those that are there."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_versions(found: Mapping[str, str]) -> Check:
+    """JAX, its library and its CUDA plugin have to be of one release."""
+    said = ", ".join(f"{name} {version}" for name, version in found.items())
+    apart = [n for n, v in found.items() if n.startswith("jax") and v != found["jax"]]
+    if not apart:
+        return Check("versions", "ok", said)
+    # An older jaxlib that JAX does not take it refuses itself; a plugin's GPUs would be missing.
+    verdict = "fails" if any("plugin" in name for name in apart) else "warning"
+    wanted = " ".join(f"{name}=={found['jax']}" for name in apart)
+    return Check("versions", verdict, f"{said}: not of one release: pip install {wanted}")
+
+
+def check_driver() -> Check:
+    """What nvidia-smi says, where there is one, and whether JAX sees the same GPUs."""
+    if shutil.which("nvidia-smi") is None:
+        return Check("driver", "ok", "no nvidia-smi: no NVIDIA GPU is expected")
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("driver", "fails", f"nvidia-smi does not answer: {error}")
+    lines = (done.stdout + done.stderr).strip().splitlines() or ["no GPU"]
+    if done.returncode:
+        return Check("driver", "fails", f"nvidia-smi fails: {' '.join(lines)[:200]}")
+    if done.stdout.strip() and jax.devices()[0].platform == "cpu":
+        words = f"{lines[0]}, but JAX sees the CPU alone: pip install 'arcface-jax[cuda12]'"
+        return Check("driver", "fails", words)
+    return Check("driver", "ok", f"{len(lines)} x {lines[0]}")
+
+
+def check_data(config: Config, source: Source, *, seconds: float) -> Check:
+    """The speed of the real input pipeline, with the recipe's workers, threads, augmentations."""
+    data = config.data
+    if len(source) < data.global_batch_size:
+        words = f"{len(source)} images are less than a batch of {data.global_batch_size}"
+        return Check("data", "fails", words, {"data_ms": 0.0})
+    rate = data_benchmark.pipeline_rate(source, data, data.workers, device=None, seconds=seconds)
+    one = data_benchmark.one_thread(source.read, len(source), seconds)
+    words = (
+        f"{len(source):,} images of {source.num_classes:,} identities; {rate:,.0f} images/s with "
+        f"{data.workers} workers, {pipeline.num_threads(data)} threads; "
+        f"one thread reads {one:,.0f}/s undecoded"
+    )
+    needed = data.global_batch_size / jax.process_count()
+    values = {"images_per_second": rate, "read_per_second": one, "data_ms": 1e3 * needed / rate}
+    return Check("data", "ok", words, values)
+
+
+def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
+    """The state beside what is free; on CPUs all devices share the machine's."""
+    free = timing.free_memory() / (1 if _is_cpu(mesh) else len(jax.local_devices()))
+    needed = sum(state.values()) * (len(mesh.local_devices) if _is_cpu(mesh) else 1)
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    words = (
+        f"the state takes {_gib(needed)} of {_gib(free)} free"
+        f"{'' if _is_cpu(mesh) else ' on each device'}, activations not counted (scripts/plan.py); "
+        f"{_gib(host)} of the host's memory are free"
+    )
+    values = {"state_bytes": needed, "free_bytes": free, "host_free_bytes": host}
+    if needed > free:
+        return Check("memory", "fails", words + ": more devices, or fewer classes", values)
+    return Check("memory", "ok", words, values)
+
+
+def check_disk(workdir: Path, config: Config, state: Mapping[str, int], mesh: Mesh) -> Check:
+    """Speed and room of the workdir's disk, against the checkpoints that it has to hold."""
+    backbone = sum(size for name, size in state.items() if not name.startswith("centers"))
+    one = backbone + mesh.size * (sum(state.values()) - backbone)
+    copies = config.checkpoint.keep + 1  # the new one is written before the oldest goes
+    copies += config.checkpoint.keep_best if config.checkpoint.best_metric else 0
+    try:
+        folder = next(p for p in (workdir, *workdir.absolute().parents) if p.is_dir())
+        write, read = _disk_speed(folder)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return Check("disk", "fails", f"cannot write to {workdir}: {error.strerror}")
+    seconds = one / write
+    words = (
+        f"writes {write / 2**20:,.0f} MiB/s, reads {read / 2**20:,.0f}; a checkpoint of "
+        f"{_gib(one)} takes {seconds:.1f} s; {copies} of them fit into {_gib(free)} free"
+    )
+    values = {"disk_write": write, "disk_read": read, "checkpoint_bytes": one, "disk_free": free}
+    if copies * one > free:
+        fix = "free some, or keep fewer with --checkpoint.keep"
+        words = words.replace(" fit into", " do not fit into") + f": {fix}"
+        return Check("disk", "fails", words, values)
+    return Check("disk", "ok", words, values)
+
+
+def _disk_speed(folder: Path) -> tuple[float, float]:
+    """Bytes a second written and synced, and read once the page cache has let go of them."""
+    path = folder / f".doctor_{os.getpid()}"
+    data = np.random.default_rng(0).bytes(_SAMPLE)
+    try:
+        with path.open("wb") as file:
+            begin = time.perf_counter()
+            file.write(data)
+            os.fsync(file.fileno())
+            write = time.perf_counter() - begin
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        begin = time.perf_counter()
+        path.read_bytes()
+        return _SAMPLE / write, _SAMPLE / (time.perf_counter() - begin)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def check_compute(config: Config, num_classes: int, mesh: Mesh) -> Check:
+    """The step's floating-point operations at the speed of one large product a device."""
+    model, batch = config.model, config.data.global_batch_size
+    platform = mesh.devices.flat[0].platform
+    rates = {
+        dtype: timing.matmul_flops_per_second(dtype, size=_PRODUCT.get(platform, 4096))
+        for dtype in {model.dtype, config.head.dtype}
+    }
+    # CPU devices are parts of one processor, which the product has to itself.
+    together = 1 if _is_cpu(mesh) else mesh.size
+    backbone = plan.backbone_flops_per_image(config) * batch
+    head = plan.head_flops(
+        config, config.head.sample_rate, num_classes=num_classes, num_devices=mesh.size
+    )
+    body_ms = 1e3 * backbone / rates[model.dtype] / together
+    head_ms = 1e3 * head / rates[config.head.dtype] / together
+    words = (
+        f"{rates[model.dtype] / 1e12:.3g} TFLOP/s in {model.dtype}: the backbone takes "
+        f"{body_ms:.3g} ms a step at least, the head {head_ms:.3g} ({backbone / 1e12:.3g} and "
+        f"{head / 1e12:.3g} TFLOP)"
+    )
+    values = {"flops_per_second": rates[model.dtype], "compute_ms": body_ms + head_ms}
+    return Check("compute", "ok", words, values)
+
+
+def check_traffic(config: Config, mesh: Mesh) -> Check:
+    """Collectives over the devices, at the sizes of this recipe's step."""
+    if mesh.size == 1:
+        nothing = {"head_ms": 0.0, "all_reduce_ms": 0.0}
+        return Check("traffic", "ok", "one device: nothing has to be sent", nothing)
+    shapes = step.backbone(config).shapes[0]
+    found = collectives.measure(
+        mesh,
+        batch=config.data.global_batch_size,
+        size=config.model.embedding_size,
+        parameters=sum(int(np.prod(x.shape)) for x in shapes.values()),
+        head_dtype=config.head.dtype,
+        reduce_dtype=config.optimizer.reduce_dtype,
+    )
+    gather, scatter, reduce = found.values()
+    words = (
+        f"a device sends {gather.bytes / 2**20:.2f} MiB a step in the head's all-gather "
+        f"({gather.rate / 1e9:.2f} GB/s), {scatter.bytes / 2**20:.2f} in its reduce-scatter "
+        f"({scatter.rate / 1e9:.2f} GB/s), {reduce.bytes / 2**20:.1f} in the gradient's all-reduce "
+        f"({reduce.rate / 1e9:.2f} GB/s)"
+    )
+    values = {f"{name}_bytes": t.bytes for name, t in found.items()}
+    values |= {f"{name}_bytes_per_second": t.rate for name, t in found.items()}
+    values["head_ms"] = 1e3 * (gather.seconds + scatter.seconds)
+    values["all_reduce_ms"] = 1e3 * reduce.seconds
+    return Check("traffic", "ok", words, values)
+
+
+def bottleneck(milliseconds: Mapping[str, float], batch: int) -> Check:
+    """Which part of a step takes longest, of those measured."""
+    slowest = max(milliseconds, key=lambda name: milliseconds[name])
+    longest = milliseconds[slowest]
+    parts = ", ".join(f"{name} {ms:.3g} ms" for name, ms in milliseconds.items())
+    words = (
+        f"{slowest} will be the bottleneck: no more than {1e3 * batch / longest:,.0f} images/s. "
+        f"For one step alone: {parts}"
+    )
+    return Check("bottleneck", "ok", words, {"most_images_per_second": 1e3 * batch / longest})
+
+
+def _is_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

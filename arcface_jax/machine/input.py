@@ -1,0 +1,218 @@
+"""How fast training images come: each stage beside two bare decode loops, in the same run."""
+
+import dataclasses
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
+from statistics import median
+from typing import Any, Literal, NamedTuple
+
+import cv2
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional
+
+from arcface_jax.config import AugmentConfig, DataConfig
+from arcface_jax.data import opening, pipeline
+from arcface_jax.data.source import Source
+from arcface_jax.machine import timing
+from arcface_jax.runtime import devices
+
+BARE_PROCESSES = 2
+_IN_MEMORY = 4096  # images whose bytes the bare loops hold
+_WARM_UP = 4  # batches that are not counted
+
+
+class Rate(NamedTuple):
+    """What one stage reached."""
+
+    stage: str
+    """bare decode: loops in two processes at once, bytes in memory; read: bytes from the source;
+    decode: images from the source, one thread; pipeline: batches on the host; to device."""
+    workers: int
+    threads: int
+    images_per_second: float
+    """Median of the rounds."""
+    of_bare: float
+    """Median, over the rounds, of the ratio to the bare loops of the same round."""
+
+
+def measure(
+    data: DataConfig, *, workers: tuple[int, ...], rounds: int = 5, seconds: float = 2.0
+) -> list[Rate]:
+    """All stages in turn, round after round, so that all see the same machine.
+
+    Args:
+      data: path, batch size, threads, augmentation; its workers are not looked at.
+      workers: numbers of worker processes to try; 0 is threads alone.
+      rounds: of all stages.
+      seconds: that each stage is given in a round.
+
+    Raises:
+      DataError: the training set cannot be opened.
+    """
+    source = opening.open_source(data, seed=0)
+    encoded = _encoded(source)
+    threads = pipeline.num_threads(data)
+    one_device = devices.make(1)
+    found: dict[tuple[str, int, int], list[float]] = {}
+    with _bare_loops(encoded, seconds) as bare:
+        for _ in range(rounds):
+            found.setdefault(("bare decode", BARE_PROCESSES, 1), []).append(bare())
+            for name, take in (("read", source.read), ("decode", source.__getitem__)):
+                rate = one_thread(take, len(source), seconds)
+                found.setdefault((name, 0, 1), []).append(rate)
+            for count in workers:
+                for stage in ("pipeline", "to device"):
+                    device = one_device if stage == "to device" else None
+                    rate = pipeline_rate(source, data, count, device=device, seconds=seconds)
+                    found.setdefault((stage, count, threads), []).append(rate)
+    reference = next(iter(found.values()))
+    return [
+        Rate(
+            *case,
+            images_per_second=median(rates),
+            of_bare=median(rate / base for rate, base in zip(rates, reference, strict=True)),
+        )
+        for case, rates in found.items()
+    ]
+
+
+def bottleneck(rates: list[Rate]) -> str:
+    """Which stage binds, in words."""
+    best = max((r for r in rates if r.stage == "pipeline"), key=lambda r: r.images_per_second)
+    sent = max((r for r in rates if r.stage == "to device"), key=lambda r: r.images_per_second)
+    read, decode = (next(r for r in rates if r.stage == name) for name in ("read", "decode"))
+    speed = f"the fastest pipeline, with {best.workers} workers, gives {best.images_per_second:.0f}"
+    if sent.images_per_second < 0.8 * best.images_per_second:
+        return f"{speed} images/s, and copying to the device binds: {sent.images_per_second:.0f}"
+    share = decode.images_per_second / read.images_per_second
+    if share > 0.5:
+        return f"{speed} images/s, and reading binds: it takes {share:.0%} of a thread's time"
+    return (
+        f"{speed} images/s, {best.of_bare:.2f} of {BARE_PROCESSES} bare decode loops; decoding "
+        f"binds: reading takes {share:.0%} of a thread's time"
+    )
+
+
+def _encoded(source: Source) -> list[bytes]:
+    places = np.random.default_rng(0).permutation(len(source))[:_IN_MEMORY]
+    return [source.read(int(place)).data for place in places]
+
+
+@contextmanager
+def _bare_loops(encoded: list[bytes], seconds: float) -> Iterator[Callable[[], float]]:
+    """A function that has two processes decode at once; images a second of both together."""
+    context = multiprocessing.get_context("spawn")
+    loops = []
+    for number in range(BARE_PROCESSES):
+        ours, theirs = context.Pipe()
+        arguments = (encoded[number::BARE_PROCESSES], seconds, theirs)
+        process = context.Process(target=_decode_loop, args=arguments, daemon=True)
+        process.start()
+        loops.append((ours, process))
+
+    def run() -> float:
+        for pipe, _ in loops:
+            pipe.send(True)
+        return sum(pipe.recv() for pipe, _ in loops)
+
+    try:
+        yield run
+    finally:
+        for pipe, process in loops:
+            pipe.send(False)
+            process.join()
+
+
+def _decode_loop(encoded: list[bytes], seconds: float, pipe: Connection) -> None:
+    buffers = [np.frombuffer(data, np.uint8) for data in encoded]
+    for buffer in buffers[:100]:
+        cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+    while pipe.recv():
+        done, begin = 0, time.perf_counter()
+        while (now := time.perf_counter() - begin) < seconds:
+            for buffer in buffers[:256]:
+                cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+            done += len(buffers[:256])
+            buffers = buffers[256:] + buffers[:256]
+        pipe.send(done / now)
+
+
+def one_thread(take: Callable[[int], object], length: int, seconds: float) -> float:
+    """Calls a second of `take` with the numbers 0 .. length - 1 in a shuffled order."""
+    places = np.random.default_rng(0).permutation(length).tolist()
+    done, begin = 0, time.perf_counter()
+    while (now := time.perf_counter() - begin) < seconds:
+        take(places[done % length])
+        done += 1
+    return done / now
+
+
+def pipeline_rate(
+    source: Source, data: DataConfig, workers: int, *, device: Mesh | None, seconds: float
+) -> float:
+    """Images a second of whole batches, once the ones read ahead are used up."""
+    data = dataclasses.replace(data, workers=workers)
+    stream = pipeline.batches(source, data, seed=0, start=0, stop=10**9)
+
+    taken = stream
+    if device is not None:
+        send = partial(_to_device, device=device)
+        taken = devices.ahead(stream, send, count=2)
+    with closing(stream), closing(taken):
+        for _ in range(_WARM_UP + (data.prefetch_batches + 1) * max(1, workers)):
+            next(taken)
+        done, begin = 0, time.perf_counter()
+        while (now := time.perf_counter() - begin) < seconds:
+            jax.block_until_ready(next(taken))
+            done += data.global_batch_size
+    return done / now
+
+
+def command(
+    path: Positional[str],
+    workers: tuple[int, ...] = (0, 1, 2),
+    threads: int = 0,
+    batch_size: int = 128,
+    augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
+    rounds: int = 5,
+    seconds: float = 2.0,
+) -> dict[str, Any]:
+    """How many images a second come, stage by stage, beside two bare decode loops.
+
+    Args:
+      path: A training set, as --data.path of train.py takes it.
+      workers: Numbers of worker processes to try; 0 reads in threads of this process.
+      threads: Threads that read and decode, in each worker or in this process; 0 takes as many as
+        there are cores, eight at most.
+      batch_size: Images of a batch.
+      augment: As --data.augment.sets.
+      rounds: Of all stages, of which medians are given.
+      seconds: For each stage in a round.
+    """
+    data = DataConfig(
+        path=path,
+        threads=threads,
+        global_batch_size=batch_size,
+        augment=AugmentConfig(sets=augment),
+    )
+    rates = measure(data, workers=workers, rounds=rounds, seconds=seconds)
+    table = Table("stage", "workers", "threads", "images/s", "of bare decode")
+    for rate in rates:
+        numbers = (rate.workers, rate.threads, round(rate.images_per_second))
+        table.add_row(rate.stage, *map(str, numbers), f"{rate.of_bare:.2f}")
+    Console().print(table)
+    print(bottleneck(rates))
+    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
+    return {"rates": [rate._asdict() for rate in rates], "bottleneck": bottleneck(rates)}
+
+
+def _to_device(batch: pipeline.Batch, *, device: Mesh) -> dict[str, jax.Array]:
+    return devices.to_devices({"image": batch.images, "label": batch.labels}, device)

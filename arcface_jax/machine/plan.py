@@ -1,0 +1,259 @@
+"""What a run needs on each device, found from shapes and a compiled step before it is allocated.
+
+The state's bytes are those of its abstract arrays. Activations and temporaries are what the real
+train step asks for, compiled for as many CPU devices as the run will have: at the recipe's batch,
+which takes no longer than at a small one, and at another, for a straight line to the largest.
+"""
+
+import contextlib
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from arcface_jax import config as configs
+from arcface_jax.config import Config
+from arcface_jax.data import opening
+from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.errors import UserError
+from arcface_jax.heads import partial_fc
+from arcface_jax.machine import cost
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import optim, step, validation
+from arcface_jax.training.manifest import device_bytes, state_bytes
+
+GIB = 2**30
+# Labels are int32.
+_MOST_CLASSES = 2**31 - 1
+SAMPLE_RATES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+_IMAGE = (IMAGE_SIZE, IMAGE_SIZE, 3)
+# Machine code that never runs need not be fast. Buffers are laid out before this has a say.
+_COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+
+class Plan(NamedTuple):
+    """What each device of a run holds, and what would fit."""
+
+    needed: dict[str, int]
+    """Bytes on each device by name: the parts of the state, batch, activations."""
+    memory: int
+    """Bytes of a device."""
+    measured: tuple[int, int]
+    """Global batches that the step was compiled for; the first is the recipe's."""
+    slope: float
+    """Bytes of activations on a device for each further image of the global batch."""
+    largest_batch: int
+    """Largest valid global batch that fits with the classes as they are; 0 where none does."""
+    largest_classes: int
+    """Most classes that fit with the batch as it is; 0 where none do."""
+    backbone_flops: float
+    """Of one step, over all devices: forward and backward pass."""
+    head_flops: dict[float, float]
+    """The same by sample rate."""
+    sample_rate: float
+    """The largest of `SAMPLE_RATES` at which the head costs no more than the backbone."""
+
+    @property
+    def total(self) -> int:
+        """Bytes on each device."""
+        return sum(self.needed.values())
+
+    def results(self) -> dict[str, Any]:
+        """The keys of RESULT."""
+        return {
+            **{f"bytes/{name}": size for name, size in self.needed.items()},
+            "bytes/total": self.total,
+            "fits": self.total <= self.memory,
+            "largest_batch": self.largest_batch,
+            "largest_classes": self.largest_classes,
+            "sample_rate": self.sample_rate,
+        }
+
+
+def use_cpu_devices(count: int | None) -> None:
+    """Lets JAX see at least `count` CPU devices and nothing else.
+
+    Where a backend is up already its devices stay, and `mesh.make` tells whether they suffice.
+
+    Raises:
+      UserError: the number is missing or impossible.
+    """
+    if count is None or count < 1:
+        raise UserError(f"devices {count}: say for how many to plan, for instance --devices 8")
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_platforms", "cpu")
+    meshes.ask_for_cpu_devices(count)
+
+
+def count_classes(config: Config, given: int | None) -> tuple[int, str]:
+    """The number of classes to plan for, and where it comes from.
+
+    Args:
+      config: whose data.path is looked at where no number is given.
+      given: --num-classes.
+
+    Raises:
+      UserError: the number is impossible, or neither it nor data is there.
+    """
+    if given is not None:
+        if not 1 <= given <= _MOST_CLASSES:
+            raise UserError(f"--num-classes {given} must be 1 to {_MOST_CLASSES} (int32 labels)")
+        return given, "--num-classes"
+    path = config.data.path
+    try:
+        if not path:
+            raise UserError("data.path is empty")
+        source = opening.open_source(config.data, seed=config.seed)
+    except UserError as error:
+        raise UserError(
+            f"{error}; so the number of classes is not known: name the data with --data.path "
+            "FOLDER, or state the number, for instance --num-classes 93431"
+        ) from error
+    return source.num_classes, f"data.path {path}"
+
+
+def make(config: Config, *, num_classes: int, memory: int) -> Plan:
+    """Plans a run; takes as long as compiling its step twice.
+
+    Args:
+      config: the run; `devices` is stated, workdir and data.path may be empty.
+      num_classes: C.
+      memory: bytes of a device.
+
+    Raises:
+      ConfigError: the configuration does not allow the run on so many devices.
+    """
+    mesh = meshes.make(config.devices)
+    named = {"workdir": config.workdir or "-", "data__path": config.data.path or "-"}
+    validation.validate(configs.replace(config, **named), num_devices=mesh.size)
+    batch = config.data.global_batch_size
+    state = step.abstract_state(config, num_classes=num_classes, mesh=mesh)
+    measured = (batch, _second_batch(config, num_devices=mesh.size))
+    temporary = [
+        temporary_bytes(config, n, state, num_classes=num_classes, mesh=mesh) for n in measured
+    ]
+    slope = (temporary[1] - temporary[0]) / (measured[1] - measured[0])
+    needed = {
+        **state_bytes(state),
+        "batch": device_bytes(abstract_batch(batch, mesh)),
+        "activations": temporary[0],
+    }
+    backbone_flops = backbone_flops_per_image(config) * batch
+    flops = {
+        rate: head_flops(config, rate, num_classes=num_classes, num_devices=mesh.size)
+        for rate in SAMPLE_RATES
+    }
+    cheap = [rate for rate in SAMPLE_RATES if flops[rate] <= backbone_flops]
+    return Plan(
+        needed=needed,
+        memory=memory,
+        measured=measured,
+        slope=slope,
+        largest_batch=_largest_batch(config, needed, slope, memory=memory, mesh=mesh),
+        largest_classes=_largest_classes(config, needed, memory=memory, mesh=mesh),
+        backbone_flops=backbone_flops,
+        head_flops=flops,
+        sample_rate=cheap[0] if cheap else SAMPLE_RATES[-1],
+    )
+
+
+def abstract_batch(size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The train step's second argument for a global batch of `size` images."""
+    array = partial(jax.ShapeDtypeStruct, sharding=meshes.split(mesh))
+    return {"image": array((size, *_IMAGE), jnp.uint8), "label": array((size,), jnp.int32)}
+
+
+def temporary_bytes(
+    config: Config, batch: int, state: step.TrainState, *, num_classes: int, mesh: Mesh
+) -> int:
+    """What the step of a global batch asks for beside its arguments, on each device."""
+    config = configs.replace(config, data__global_batch_size=batch)
+    # How many steps an epoch has changes constants of the program alone.
+    schedule = optim.make_schedule(config.schedule, base_rate=1.0, steps_per_epoch=1)
+    train_step: Any = step.make_train_step(
+        config, num_classes=num_classes, schedule=schedule, mesh=mesh
+    )
+    lowered = train_step.lower(state, abstract_batch(batch, mesh))
+    return lowered.compile(compiler_options=_COMPILER_OPTIONS).memory_analysis().temp_size_in_bytes
+
+
+def backbone_flops_per_image(config: Config) -> float:
+    """2 for each multiply-accumulate, in the forward pass and for two gradients.
+
+    What rematerialised blocks compute again is not counted.
+    """
+    model = config.model
+    return 6.0 * cost.measure(model.network, embedding_size=model.embedding_size).macs
+
+
+def head_flops(config: Config, rate: float, *, num_classes: int, num_devices: int) -> float:
+    """8 B D times the rows visited in one step on all devices.
+
+    Four products of 2 B D each for every row: the cosines in both visits, and the gradients of
+    embeddings and centers.
+    """
+    batch = config.data.global_batch_size
+    visited = -(-num_classes // num_devices)
+    if rate < 1:
+        wanted = partial_fc.sample_sizes(num_classes, num_devices, rate).max()
+        visited = partial_fc.num_slots(visited, batch, int(wanted))
+    rows = num_devices * visited * config.head.subcenters
+    return 8.0 * batch * config.model.embedding_size * rows
+
+
+def _second_batch(config: Config, *, num_devices: int) -> int:
+    """A valid global batch other than the recipe's, at least twice as large."""
+    twice, bn_batch = 2 * config.data.global_batch_size, config.model.bn_batch_size
+    unit = num_devices * bn_batch
+    return twice if twice <= bn_batch else -(-twice // unit) * unit
+
+
+def _largest_batch(
+    config: Config, needed: dict[str, int], slope: float, *, memory: int, mesh: Mesh
+) -> int:
+    """With the classes as they are, and the batch in one BatchNorm group or some a device."""
+    batch, bn_batch = config.data.global_batch_size, config.model.bn_batch_size
+    per_image = slope + needed["batch"] / batch
+    limit = max(0, batch + math.floor((memory - sum(needed.values())) / per_image))
+    unit = mesh.size * bn_batch
+    return limit // unit * unit or min(limit, bn_batch) // mesh.size * mesh.size
+
+
+def _largest_classes(config: Config, needed: dict[str, int], *, memory: int, mesh: Mesh) -> int:
+    """With the batch as it is; temporaries do not grow with the classes."""
+    kept = needed["centers"] + needed["centers_optimizer"]
+    stored = needed["centers"] // (4 * config.model.embedding_size * config.head.subcenters)
+    room = memory - (sum(needed.values()) - kept)
+    return min(max(0, room // (kept // stored)) * mesh.size, _MOST_CLASSES)
+
+
+def in_words(plan: Plan, config: Config, num_classes: int) -> list[str]:
+    """A line for each thing that the bytes alone do not tell."""
+    batch, other = plan.measured
+    verdict = "fits" if plan.total <= plan.memory else "does not fit"
+    return [
+        f"{verdict}: {plan.total / GIB:.2f} of {plan.memory / GIB:g} GiB",
+        f"activations and temporaries: the train step compiled at batch {batch} by XLA's CPU "
+        "backend; a GPU's differ (convolution workspaces, other fusions), so leave room",
+        f"largest global batch at {num_classes:,} classes: {plan.largest_batch:,}, from a straight "
+        f"line through the step compiled at {batch} and {other}; model.bn_batch_size "
+        f"{config.model.bn_batch_size} stays",
+        f"most classes at batch {batch}: {plan.largest_classes:,}; each costs the bytes of its "
+        "centers and their optimizer, temporaries do not grow with them",
+        _on_sampling(plan),
+    ]
+
+
+def _on_sampling(plan: Plan) -> str:
+    rate, flops = plan.sample_rate, plan.head_flops
+    said = (
+        f"suggested head.sample_rate {rate:g}: with all classes the head takes (8 B D C) "
+        f"{flops[1] / 1e12:.3g} TFLOP a step, the backbone {plan.backbone_flops / 1e12:.3g}"
+    )
+    if rate < 1:
+        less = "no" if flops[rate] <= plan.backbone_flops else "still"
+        said += f"; at {rate:g} the head takes {flops[rate] / 1e12:.3g}, {less} more"
+    return said + "; sampling saves compute, not memory: all centers stay stored"

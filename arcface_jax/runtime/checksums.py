@@ -1,0 +1,114 @@
+"""Whether a checkpoint is what was written: a hash of each file, noted before it is complete.
+
+Orbax renames a checkpoint into place when all of it is written, so one that was cut off by the end
+of a process is never taken for one; but a disk may return other bytes than it was given.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from arcface_jax.errors import CheckpointError
+from arcface_jax.runtime.files import write_whole
+
+_FOLDER = "checksums"
+_DAMAGED = "damaged"
+# Orbax adds the time of the renaming to it.
+_CHANGED_LATER = ("_CHECKPOINT_METADATA",)
+
+
+def note(checkpoints: Path) -> None:
+    """Writes WORKDIR/checksums/STEP.json of the checkpoint that is about to be renamed into place.
+
+    So there is no complete checkpoint without. Those of checkpoints that are gone are removed.
+    """
+    folder = checkpoints.parent / _FOLDER
+    folder.mkdir(exist_ok=True)
+    written = {path.name.partition(".")[0]: path for path in checkpoints.glob("[0-9]*.*")}
+    for step, path in written.items():
+        write_whole(folder / f"{step}.json", json.dumps(_hashes(path), indent=1) + "\n")
+    here = {path.name for path in _complete(checkpoints)} | written.keys()
+    for path in folder.glob("*.json"):
+        if path.stem not in here:
+            path.unlink(missing_ok=True)
+
+
+def set_aside_damaged(checkpoints: Path) -> list[str]:
+    """Moves the newest checkpoints that are not what was written to WORKDIR/damaged.
+
+    Returns:
+      A sentence about each; the newest that is left is whole, or was saved without checksums.
+
+    Raises:
+      CheckpointError: none is left of those that there were.
+    """
+    steps = sorted(_complete(checkpoints), key=lambda path: int(path.name))
+    damaged = []
+    while steps and (wrong := _wrong(steps[-1])):
+        damaged.append((steps.pop(), wrong))
+    if damaged and not steps:
+        path, wrong = damaged[-1]
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints} is what was written ({_listed(wrong)} of step "
+            f"{path.name} differ from {_FOLDER}/{path.name}.json): put back a copy of one, or "
+            "begin anew in another --workdir"
+        )
+    said = []
+    for path, wrong in damaged:
+        target = _free(checkpoints.parent / _DAMAGED / path.name)
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+        said.append(
+            f"the checkpoint of step {path.name} is damaged ({_listed(wrong)}): it is now in "
+            f"{target}, and the one before it is taken"
+        )
+    return said
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    return [path for path in checkpoints.glob("*") if path.name.isdigit()]
+
+
+def require_whole(checkpoint: Path, item: str) -> None:
+    """Looks at the files of one item of a checkpoint that is about to be read.
+
+    Raises:
+      CheckpointError: one of them is not what was written.
+    """
+    if wrong := _wrong(checkpoint, item):
+        raise CheckpointError(
+            f"{checkpoint} is damaged ({_listed(wrong)}): take another of the run's checkpoints "
+            "(--step), or put back a copy"
+        )
+
+
+def _wrong(path: Path, item: str = "") -> list[str]:
+    """Files, of one item or of all, that are missing or differ from what was noted."""
+    noted = path.parent.parent / _FOLDER / f"{path.name}.json"
+    try:
+        expected: dict[str, str] = json.loads(noted.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):  # nothing to compare with
+        return []
+    of_item = {n: x for n, x in expected.items() if not item or n.startswith(f"{item}/")}
+    found = _hashes(path, item)
+    return [name for name, value in of_item.items() if found.get(name) != value]
+
+
+def _hashes(path: Path, item: str = "") -> dict[str, str]:
+    hashes = {}
+    for file in sorted((path / item).rglob("*")):
+        if file.is_file() and file.name not in _CHANGED_LATER:
+            with file.open("rb") as stream:
+                value = hashlib.file_digest(stream, "blake2b").hexdigest()
+            hashes[file.relative_to(path).as_posix()] = value
+    return hashes
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _free(path: Path) -> Path:
+    """That path, or one like it that nothing has."""
+    taken = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]
+    return next(name for name in taken if not name.exists())

@@ -1,0 +1,65 @@
+"""Progress of a run on the terminal: a bar, or plain lines where stderr is not a terminal."""
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from arcface_jax.runtime import launch
+from arcface_jax.runtime.metrics import train_accuracy
+
+
+class Terminal:
+    """A progress bar, or plain lines where the output is not a terminal."""
+
+    def __init__(self, *, total_steps: int, start: int):
+        self._console = Console(file=sys.stderr, quiet=not launch.is_first())
+        self._total = total_steps
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "train", total=total_steps, completed=start, status="compiling"
+            )
+            self._bar.start()
+
+    def advance(self) -> None:
+        """A step was handed to the devices."""
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """The numbers of a log step."""
+        words = [f"loss {values['train/loss']:.3f}", f"acc {train_accuracy(values):.3f}"]
+        if "perf/images_per_sec" in values:
+            words.append(f"{values['perf/images_per_sec']:.0f} img/s")
+            words.append(f"data wait {values['perf/data_wait_share']:.0%}")
+        if self._bar is not None:
+            self._bar.update(self._task, status="  ".join(words))
+        else:
+            left = ""
+            if "perf/steps_per_sec" in values:
+                seconds = (self._total - step) / values["perf/steps_per_sec"]
+                left = f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
+            self.say(f"step {step}/{self._total}  {'  '.join(words)}{left}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def say_all(self, *texts: str | None) -> None:
+        """A line for each text that there is."""
+        for text in filter(None, texts):
+            self.say(text)
+
+    def close(self) -> None:
+        """Takes the bar down."""
+        if self._bar is not None:
+            self._bar.stop()

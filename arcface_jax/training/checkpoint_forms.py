@@ -1,0 +1,74 @@
+"""Checkpoints whose networks are stacked in another way than those of this version."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from arcface_jax.models import stacks
+from arcface_jax.models.registry import Arrays
+
+Backbone = dict[str, Arrays]
+"""`params` and `batch_stats`; of the arrays, names and shapes matter alone."""
+
+
+def stored(manager: ocp.CheckpointManager, number: int) -> Backbone:
+    """The names and shapes of the backbone in a checkpoint."""
+    # The manager's own metadata is empty until it has saved or restored something.
+    folder = manager.directory / str(number) / "backbone"
+    metadata: Any = ocp.PyTreeCheckpointHandler().metadata(folder)
+    return {part: dict(metadata[part]) for part in ("params", "batch_stats")}
+
+
+def as_stored(tree: Any, backbone: Backbone, stored: Backbone) -> Any:
+    """Arrays to be restored, as shapes in the form in which they are stored.
+
+    Args:
+      tree: holds dicts with the names of `backbone`: itself, and what an optimizer remembers.
+      backbone: in the form in which it is wanted.
+      stored: see `stored`.
+    """
+
+    def shapes(arrays: Arrays, like: Arrays) -> dict[str, Any]:
+        one: Any = next(iter(arrays.values()))  # all of the same type, on the same devices
+        return {
+            name: jax.ShapeDtypeStruct(x.shape, one.dtype, sharding=one.sharding)
+            for name, x in like.items()
+        }
+
+    return _change(tree, backbone, stored, shapes)
+
+
+def as_wanted(tree: Any, stored: Backbone, backbone: Backbone) -> Any:
+    """The reverse, of restored arrays.
+
+    Raises:
+      KeyError: a part of the backbone is not among those stored.
+    """
+
+    def restacked(arrays: Arrays, like: Arrays) -> Arrays:
+        one: Any = next(iter(arrays.values()))
+        return jax.device_put(stacks.restack(arrays, like), one.sharding)
+
+    return _change(tree, stored, backbone, restacked)
+
+
+def _change(
+    tree: Any, old: Backbone, new: Backbone, change: Callable[[Arrays, Arrays], Arrays]
+) -> Any:
+    """Each dict with the names of a part of `old` becomes one with those of `new`."""
+    for part, arrays in old.items():
+        names = arrays.keys()
+        if names == new[part].keys():
+            continue
+
+        def of_part(x: Any, names=names) -> bool:
+            return isinstance(x, dict) and x.keys() == names
+
+        tree = jax.tree.map(
+            lambda x, like=new[part], of_part=of_part: change(x, like) if of_part(x) else x,
+            tree,
+            is_leaf=of_part,
+        )
+    return tree

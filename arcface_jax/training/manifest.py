@@ -1,0 +1,220 @@
+"""What a run was started with: run.txt for people, environment.json for programs."""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from arcface_jax.config import Config, loading
+from arcface_jax.errors import CheckpointError
+from arcface_jax.models.registry import Arrays
+from arcface_jax.runtime import launch
+from arcface_jax.runtime.files import reporting_disk_errors, write_whole
+from arcface_jax.training.step import TrainState
+
+_PACKAGES = ("arcface-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+MIB = 2**20
+
+
+def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lines: str) -> str:
+    """Writes WORKDIR/run.txt; a resumed run's takes the place of the last.
+
+    Args:
+      config: of the run.
+      state: on the devices.
+      devices: its mesh.
+      first_lines: what the terminal says of the run.
+
+    Returns:
+      A few lines of it for the terminal.
+    """
+    changed = changed_settings(config)
+    held = state_bytes(state)
+    memory = f"state {sum(held.values()) / MIB:,.1f} MiB on each device"
+    parts = [
+        first_lines,
+        "Versions\n" + _indented(versions()),
+        "Mesh\n" + _indented(mesh_lines(devices)),
+        "Memory\n" + _indented(_memory_lines(held)),
+        "Settings (* differs from the default)\n" + _indented(_setting_lines(config, changed)),
+        "Parameters\n" + _indented(parameter_lines(state.params)),
+    ]
+    path = Path(config.workdir) / "run.txt"
+    if launch.is_first():
+        with reporting_disk_errors(path.parent, path):
+            write_whole(path, "\n\n".join(parts) + "\n")
+    count = sum(array.size for array in state.params.values())
+    return (
+        f"{count:,} parameters; {memory}; {len(changed)} settings differ from their defaults; "
+        f"{path} has them all"
+    )
+
+
+def changed_settings(config: Config) -> dict[str, tuple[object, object]]:
+    """(value, default) of the settings that differ from their default, by dotted name."""
+    now, default = loading.flatten(config), loading.flatten(Config())
+    return {name: (x, default[name]) for name, x in now.items() if x != default[name]}
+
+
+def versions() -> list[str]:
+    """Of Python and the packages that a run's numbers come from, as far as they are installed."""
+    found = [f"python {platform.python_version()} on {platform.platform()}"]
+    for name in _PACKAGES + _PLUGINS:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def mesh_lines(devices: Mesh) -> list[str]:
+    """The axis, and where its devices are."""
+    flat = devices.devices.flat
+    axes = ", ".join(f"{name} {size}" for name, size in devices.shape.items())
+    return [
+        f"{axes}: batch and class centers split, backbone on every device",
+        f"{jax.process_count()} process(es), {len(jax.local_devices())} device(s) in each",
+        *(f"{d.id}: {d.device_kind} ({d.platform}), process {d.process_index}" for d in flat),
+    ]
+
+
+def _memory_lines(held: dict[str, int]) -> list[str]:
+    rows = [f"{name:<20}{size / MIB:>12,.2f} MiB" for name, size in held.items()]
+    return [
+        "on each device, the state alone:",
+        *rows,
+        f"{'total':<20}{sum(held.values()) / MIB:>12,.2f} MiB",
+        "activations are not in it; scripts/plan.py tells them before a run",
+    ]
+
+
+def _setting_lines(config: Config, changed: dict[str, tuple[object, object]]) -> list[str]:
+    lines = []
+    for name, value in loading.flatten(config).items():
+        default = f"   (default {changed[name][1]!r})" if name in changed else ""
+        lines.append(f"{'*' if name in changed else ' '} {name} = {value!r}{default}")
+    return lines
+
+
+def parameter_lines(params: Arrays) -> list[str]:
+    """Every array with its shape and count, under its stage with the stage's sum.
+
+    A stage is the first part of the dotted name.
+    """
+    stages: dict[str, Arrays] = {}
+    for name, array in params.items():
+        stages.setdefault(name.partition(".")[0], {})[name] = array
+    lines = []
+    for stage, arrays in stages.items():
+        total = sum(array.size for array in arrays.values())
+        lines.append(f"{stage}: {total:,} in {len(arrays)} arrays")
+        for name, array in arrays.items():
+            shape = " x ".join(map(str, np.shape(array)))
+            lines.append(f"  {name:<48} {shape:<24} {array.size:>14,}")
+    return [*lines, f"total: {sum(a.size for a in params.values()):,} in {len(params)} arrays"]
+
+
+def _indented(lines: list[str]) -> str:
+    return "\n".join("  " + line for line in lines)
+
+
+_PACKAGES = (
+    "arcface-jax",
+    "flax",
+    "grain",
+    "jax",
+    "jaxlib",
+    "numpy",
+    "opencv-python-headless",
+    "optax",
+    "orbax-checkpoint",
+)
+_VARIABLES = ("XLA_", "JAX_", "SLURM_JOB", "OMPI_COMM", "CUDA_VISIBLE", "NVIDIA_TF32", "GLIBC_TUN")
+
+
+def write_environment(config: Config) -> Path:
+    """Appends this start to the list in WORKDIR/environment.json.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    path = Path(config.workdir) / "environment.json"
+    try:
+        starts = json.loads(path.read_text()) if path.exists() else []
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; remove it") from error
+    with reporting_disk_errors(path.parent, path):
+        write_whole(path, json.dumps([*starts, _now(config)], indent=1) + "\n")
+    return path
+
+
+def _now(config: Config) -> dict[str, Any]:
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "python": sys.version,
+        "system": platform.platform(),
+        "host": platform.node(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _git(),
+        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "config": json.loads(loading.to_json(config)),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and changed files of the code's checkout; None where there is none."""
+    commit = _output("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _output("status", "--porcelain", "--untracked-files=no") or ""
+    return {"commit": commit.strip(), "changed": changed.splitlines()}
+
+
+def _output(*words: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of abstract arrays on one device of their mesh."""
+    shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    """Bytes on each device of an abstract state, by the names of `Plan.needed`."""
+    parts = {
+        "parameters": state.params,
+        "batch_norm": state.batch_stats,
+        "optimizer": state.opt_state,
+        "centers": state.centers,
+        "centers_optimizer": state.centers_opt,
+        "running_mean": state.ema,
+        "scalars": (state.step, state.head_state, state.counters, state.loss_scale),
+    }
+    return {name: device_bytes(part) for name, part in parts.items()}

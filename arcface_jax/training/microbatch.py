@@ -1,0 +1,114 @@
+"""The backbone's way through a batch: forward, and back with the gradient of the embeddings.
+
+Every device takes its own images, and within them one slice of the global batch behind the other
+(`optimizer.micro_batches`). The embeddings of all slices are there before the head sees any; the
+backward pass then computes each slice again, with the same draws, and adds up its gradient. What
+the slices change is memory and time, not the result: k of them equal one batch, because BatchNorm's
+groups lie within a slice and every random draw belongs to an image.
+
+A device's gradient stays on the device until the last slice is done, and is summed over the devices
+once. Therefore the parameters enter as one copy a device, whose gradients JAX does not add up.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from arcface_jax.models import preprocess
+from arcface_jax.models.registry import Arrays, Backbone
+from arcface_jax.runtime.devices import AXIS
+
+
+class Forward(NamedTuple):
+    """What the forward pass gives."""
+
+    embeddings: jax.Array
+    """(B, D) float32, not normalised, split over the devices."""
+    batch_stats: Arrays
+    """BatchNorm's statistics, moved once, towards the mean over all groups."""
+    pull: Callable[[jax.Array], Arrays]
+    """(B, D) gradient of the embeddings -> gradient of the moving parameters, float32, summed over
+    all devices; like the parameters on every one."""
+
+
+def forward(
+    network: Backbone,
+    moving: Arrays,
+    params: Arrays,
+    batch_stats: Arrays,
+    images: jax.Array,
+    *,
+    key: jax.Array,
+    micro_batches: int,
+    reduce_dtype: str,
+    mesh: Mesh,
+) -> Forward:
+    """Takes a batch through the backbone, and prepares the way back.
+
+    Args:
+      network: made for the images of one slice on one device.
+      moving: the parameters whose gradient is wanted, on every device.
+      params: all of the backbone's, the same way.
+      batch_stats: BatchNorm's statistics, on every device.
+      images: (B, 112, 112, 3) uint8, split over the devices.
+      key: of the step; an image draws from it and from its place in the global batch.
+      micro_batches: slices that each device takes one behind the other.
+      reduce_dtype: type in which the gradient is summed over the devices.
+      mesh: the devices.
+    """
+    apart = partial(jax.shard_map, mesh=mesh, check_vma=False)
+
+    def each(copies, params, batch_stats, images, places):
+        params = {**params, **_own(copies)}
+        embeddings, moved = _on_one_device(
+            network, params, batch_stats, images, places, key=key, slices=micro_batches
+        )
+        return embeddings, jax.tree.map(lambda a: a[None], moved)
+
+    places = jnp.arange(len(images), dtype=jnp.int32)
+    copies = jax.tree.map(
+        lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (mesh.size, *a.shape)), moving
+    )
+    run = apart(each, in_specs=(P(AXIS), P(), P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS)))
+    embeddings, pull, moved = jax.vjp(
+        lambda copies: run(copies, params, batch_stats, images, places), copies, has_aux=True
+    )
+
+    @partial(apart, in_specs=P(AXIS), out_specs=P())
+    def add_up(gradients):
+        sums = lax.psum(jax.tree.map(lambda a: a[0].astype(reduce_dtype), gradients), AXIS)
+        return jax.tree.map(lambda a: a.astype(jnp.float32), sums)
+
+    mean = apart(lambda moved: lax.pmean(_own(moved), AXIS), in_specs=P(AXIS), out_specs=P())
+    return Forward(embeddings, mean(moved), lambda d_embeddings: add_up(pull(d_embeddings)[0]))
+
+
+def _own(copies: Any) -> Any:
+    return jax.tree.map(lambda a: a[0], copies)
+
+
+def _on_one_device(network: Backbone, params, batch_stats, images, places, *, key, slices: int):
+    """(b, D) embeddings, and moved statistics."""
+
+    def one(images, places):
+        keys = jax.vmap(partial(jax.random.fold_in, key))(places)
+        images = preprocess.normalise(images)
+        return network.apply(params, batch_stats, images, train=True, keys=keys)
+
+    if slices == 1:
+        return one(images, places)
+
+    def cut(a):
+        return a.reshape(slices, -1, *a.shape[1:])
+
+    again = jax.checkpoint(one, prevent_cse=False)  # a scan's body is not merged with another
+    _, (embeddings, moved) = lax.scan(
+        lambda _, given: (None, again(*given)), None, (cut(images), cut(places))
+    )
+    return embeddings.reshape(len(images), -1), jax.tree.map(lambda a: a.mean(0), moved)

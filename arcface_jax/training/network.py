@@ -1,0 +1,92 @@
+"""A trained network as a function from images to embeddings, on the devices of this machine."""
+
+import hashlib
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from arcface_jax.evaluation import embed
+from arcface_jax.models import registry
+from arcface_jax.models.registry import Arrays
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import saved_runs, step
+
+
+class Network:
+    """A trained backbone in float32.
+
+    `Network.from_workdir("runs/demo")(images)` gives the embeddings of (n, 112, 112, 3) uint8 RGB
+    images as (n, D) float32, not normalised.
+
+    Args:
+      network: a name in `arcface_jax.models.registry.NETWORKS`.
+      params: the backbone's parameters.
+      batch_stats: its BatchNorm statistics.
+      batch_size: images per forward pass, a multiple of the number of devices. Fewer images are
+        run as one or as eight a device, so that at most three programs are compiled.
+      devices: how many devices share a batch; all of them when not given, and "own" those of
+        this process, whatever others there are.
+    """
+
+    def __init__(
+        self,
+        network: str,
+        params: Arrays,
+        batch_stats: Arrays,
+        *,
+        batch_size: int = 64,
+        devices: int | Literal["own"] | None = None,
+    ):
+        self.network = network
+        device_mesh = self._mesh = meshes.make(devices)
+        self.params, self.batch_stats = jax.device_put(
+            (params, batch_stats), meshes.replicated(device_mesh)
+        )
+        backbone = registry.build(network, embedding_size=registry.embedding_size(params) or 0)
+        run = partial(step.make_embed(backbone), self.params, self.batch_stats)
+        sizes = {size for size in (device_mesh.size, 8 * device_mesh.size) if size < batch_size}
+        self._runs = {
+            size: embed.batched(run, batch_size=size, mesh=device_mesh)
+            for size in sorted({*sizes, batch_size})
+        }
+
+    @classmethod
+    def from_workdir(
+        cls, workdir: str | Path, *, which: saved_runs.Which = "latest", **options
+    ) -> "Network":
+        """A checkpoint of a run, the newest if no other is named; options as in the class.
+
+        Raises:
+          CheckpointError: the folder holds none.
+        """
+        config, params, batch_stats, _ = saved_runs.restore_backbone(Path(workdir), which)
+        return cls(config.model.network, params, batch_stats, **options)
+
+    def __call__(self, images: np.ndarray, /) -> np.ndarray:
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        if images.ndim != 4 or images.shape[1:] != (112, 112, 3) or images.dtype != np.uint8:
+            raise ValueError(
+                f"images are {images.shape} {images.dtype}; expected (n, 112, 112, 3) uint8, RGB, "
+                "aligned faces"
+            )
+        return self._runs[self._size(len(images))](images)
+
+    def rows_of_this_host(self, count: int) -> np.ndarray:
+        """(count,) bool: which of so many images a call reads here; all where one host runs."""
+        return embed.rows_of_this_host(count, batch_size=self._size(count), mesh=self._mesh)
+
+    def _size(self, count: int) -> int:
+        """The batch size of the program that runs so many images."""
+        return min((size for size in self._runs if size >= count), default=max(self._runs))
+
+    def digest(self) -> str:
+        """A SHA-256 of the network's name and weights: the same for a run and its `.pth` export."""
+        total = hashlib.sha256(self.network.encode())
+        for arrays in (self.params, self.batch_stats):
+            for name in sorted(arrays):
+                total.update(name.encode())
+                total.update(np.ascontiguousarray(arrays[name], np.float32).data)
+        return total.hexdigest()

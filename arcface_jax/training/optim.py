@@ -1,0 +1,134 @@
+"""The learning-rate schedule; the backbone's optimizer: SGD, AdamW, LARS or LAMB; what follows it.
+
+The class centers follow the same rule inside the head, block by block (heads/centers.py).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from arcface_jax.config import OptimizerConfig, ScheduleConfig
+from arcface_jax.models import stacks
+from arcface_jax.models.registry import Arrays
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch: int) -> Schedule:
+    """The learning rate of each optimizer step.
+
+    Warm-up gives step k of w the rate base * k / w, so the first update has rate 0 / w;
+    arcface_torch gives its very first update the full base rate, an accident that is not repeated.
+    Polynomial: base * (1 - (k - w) / (total - w)) ** power. Step: base * factor ** (decay epochs
+    behind). Cosine: base * (1 + cos(pi (k - w) / (total - w))) / 2.
+
+    Args:
+      schedule: the recipe's section.
+      base_rate: rate for the whole global batch.
+      steps_per_epoch: optimizer steps.
+
+    Returns:
+      A function from the step, () int32 beginning with 0, to the rate, () float32.
+    """
+    total = schedule.epochs * steps_per_epoch
+    warmup = schedule.warmup_steps or round(schedule.warmup_epochs * steps_per_epoch)
+    if schedule.kind == "polynomial":
+        after = optax.polynomial_schedule(base_rate, 0.0, schedule.power, max(total - warmup, 1))
+    elif schedule.kind == "cosine":
+        after = optax.cosine_decay_schedule(base_rate, max(total - warmup, 1))
+    else:
+        after = optax.piecewise_constant_schedule(
+            base_rate,
+            {
+                epoch * steps_per_epoch - warmup: schedule.decay_factor
+                for epoch in schedule.decay_epochs
+            },
+        )
+    warm = optax.linear_schedule(0.0, base_rate, max(warmup, 1))
+    joined = optax.join_schedules([warm, after], [warmup])
+    return lambda step: jnp.asarray(joined(step), jnp.float32)
+
+
+def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+    """Clips the gradient and turns it into what is subtracted, times the rate.
+
+    sgd: buf = momentum * buf + clipped gradient + decay * parameter, as `torch.optim.SGD` without
+    dampening. adamw: m / (sqrt(v) + epsilon) + decay * parameter with the bias-corrected means m
+    and v, as `torch.optim.AdamW`. lars: sgd whose sum of gradient and decay is scaled to `trust`
+    times the norm of the array (You et al., "Large Batch Training of Convolutional Networks",
+    2017); lamb: adamw's sum scaled to the norm of the array (You et al., ICLR 2020). Both leave
+    vectors, BatchNorm's and biases, without decay and scaling; the members of a stack have norms
+    of their own.
+    """
+    momentum = optax.trace(decay=optimizer.momentum)
+    first, second = optimizer.betas
+    adam = optax.scale_by_adam(b1=first, b2=second, eps=optimizer.epsilon)
+    by_norm = optimizer.kind in ("lars", "lamb")
+    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=_matrices if by_norm else None)
+    rules = {
+        "sgd": [decay, momentum],
+        "adamw": [adam, decay],
+        "lars": [decay, _by_norm(optimizer.trust), momentum],
+        "lamb": [adam, decay, _by_norm(1.0)],
+    }
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), *rules[optimizer.kind])
+
+
+def _by_norm(trust: float) -> optax.GradientTransformation:
+    """Scales each matrix's update to `trust` times the matrix's norm."""
+    ratio = optax.scale_by_trust_ratio(trust_coefficient=trust)
+
+    def one(update: Any, param: Any) -> Any:
+        return ratio.update(update, optax.EmptyState(), param)[0]
+
+    def by_norm(updates: Any, params: Any) -> Any:
+        scaled = dict(updates)
+        for name, is_matrix in _matrices(params).items():
+            if is_matrix:
+                member = one
+                for _ in range(stacks.leading_axes(name, params[name])):
+                    member = jax.vmap(member)
+                scaled[name] = member(updates[name], params[name])
+        return scaled
+
+    return optax.stateless(by_norm)
+
+
+def _matrices(params: Any) -> dict[str, bool]:
+    """Which arrays, seen without the axes of a stack, are more than vectors."""
+    return {
+        name: np.ndim(array) - stacks.leading_axes(name, array) > 1
+        for name, array in params.items()
+    }
+
+
+def first_scale(optimizer: OptimizerConfig, dtype: str) -> Arrays:
+    """What float16's gradients are multiplied by, and the steps since it changed; else nothing."""
+    if dtype != "float16":
+        return {}
+    return {"factor": jnp.float32(optimizer.loss_scale), "steps": jnp.int32(0)}
+
+
+def next_scale(scale: Arrays, finite: jax.Array, optimizer: OptimizerConfig) -> Arrays:
+    """Half the factor after an overflow, twice it after enough steps without (Micikevicius et al.,
+    "Mixed Precision Training", ICLR 2018)."""
+    if not scale:
+        return scale
+    steps = jnp.where(finite, scale["steps"] + 1, 0)
+    grows = steps >= optimizer.loss_scale_steps
+    factor = scale["factor"] * jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
+    return {"factor": jnp.clip(factor, 1.0, 2.0**24), "steps": jnp.where(grows, 0, steps)}
+
+
+def move_mean(mean: Arrays, weights: Arrays, *, keeps: float, steps: jax.Array) -> Arrays:
+    """The running mean of the weights, one step on: keeps * mean + (1 - keeps) * weights.
+
+    Early in a run it keeps (1 + steps) / (10 + steps) only, lest the first weights linger.
+    """
+    steps = steps.astype(jnp.float32)
+    share = 1 - jnp.minimum(keeps, (1 + steps) / (10 + steps))
+    return {name: mean[name] + share * (weights[name] - mean[name]) for name in mean}

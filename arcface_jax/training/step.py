@@ -1,0 +1,335 @@
+"""The training state and the one train step: forward, head, backward, update."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from arcface_jax.config import Config, batch_norm_groups
+from arcface_jax.heads import margin_softmax
+from arcface_jax.heads.centers import Moments
+from arcface_jax.heads.margin_softmax import Centers, HeadOutput
+from arcface_jax.heads.margins import State
+from arcface_jax.models import preprocess, registry
+from arcface_jax.models.registry import Arrays
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.runtime.devices import AXIS
+from arcface_jax.training import microbatch, name_rules, optim
+
+Metrics = dict[str, jax.Array]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "step",
+        "params",
+        "batch_stats",
+        "opt_state",
+        "centers",
+        "centers_opt",
+        "head_state",
+        "loss_scale",
+        "ema",
+        "counters",
+    ],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes and a checkpoint holds."""
+
+    step: jax.Array
+    """() int32, optimizer steps done."""
+    params: Arrays
+    """Backbone parameters by dotted name, float32, on every device."""
+    batch_stats: Arrays
+    """BatchNorm's running statistics, the same way."""
+    opt_state: optax.OptState
+    """What the backbone's optimizer remembers, the same way."""
+    centers: jax.Array
+    """(C_padded * subcenters, D) float32 class centers, split over the devices."""
+    centers_opt: Moments
+    """What the optimizer remembers of the centers, by name, of their shape and placement."""
+    head_state: State
+    """What the margin remembers, () float32 by name."""
+    loss_scale: Arrays
+    """float16: () `factor` of the embeddings' gradient and `steps` since it changed; else empty."""
+    ema: dict[str, Arrays]
+    """Running means of `params` and `batch_stats` where the recipe asks for them; else empty."""
+    counters: dict[str, jax.Array]
+    """() int32 by name: `invalid_labels` and `skipped_steps` since the first step,
+    `skipped_in_row` up to now."""
+
+
+def backbone(config: Config, *, num_devices: int = 1) -> registry.Backbone:
+    """The backbone of a configuration, for one slice of the batch on one of the devices."""
+    groups = batch_norm_groups(config)
+    across = groups == 1 and num_devices > 1
+    build = partial(
+        registry.build,
+        config.model.network,
+        embedding_size=config.model.embedding_size,
+        bn_groups=AXIS if across else groups // (num_devices * config.optimizer.micro_batches) or 1,
+        dtype=config.model.dtype,
+    )
+    network = build()
+    patterns = config.finetune.frozen_statistics
+    if not patterns:
+        return network
+    names = name_rules.select(patterns, list(network.shapes[1]), field="finetune.frozen_statistics")
+    return build(frozen_statistics=names)
+
+
+def trained(config: Config, params: Arrays) -> dict[str, float]:
+    """The parameters that training moves: each one's factor on the learning rate, by name.
+
+    Raises:
+      ConfigError: a pattern of `finetune.frozen` or `finetune.rates` fits none.
+    """
+    names = list(params)
+    frozen = name_rules.select(config.finetune.frozen, names, field="finetune.frozen")
+    factors = name_rules.factors(config.finetune.rates, names, field="finetune.rates")
+    return {name: factor for name, factor in factors.items() if name not in frozen}
+
+
+def shardings(mesh: Mesh) -> TrainState:
+    """How each part of the state lies on the devices: a prefix of the state's tree."""
+    names = [field.name for field in dataclasses.fields(TrainState)]
+    placed: dict[str, Any] = dict.fromkeys(names, meshes.replicated(mesh))
+    placed["centers"] = placed["centers_opt"] = meshes.split(mesh)
+    return TrainState(**placed)
+
+
+def init_state(
+    config: Config, *, num_classes: int, mesh: Mesh, weights: tuple[Arrays, Arrays] | None = None
+) -> TrainState:
+    """The state before the first step, on the devices.
+
+    The same seed gives the same weights and centers on any number of devices; weights that are
+    given, params and batch_stats, take the place of random ones.
+    """
+    # Copied, for they are used up here.
+    first = jax.tree.map(np.array, weights) if weights else backbone(config).init(config.seed)
+    first = jax.device_put(first, meshes.replicated(mesh))
+    start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
+    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(*first)
+
+
+def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
+    """What `init_state` gives, as shapes, types and placements: nothing is allocated."""
+    start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
+    state = jax.eval_shape(start, *backbone(config).shapes)
+
+    def place(sharding, part):
+        return jax.tree.map(lambda x: x.update(sharding=sharding), part)
+
+    return jax.tree.map(place, shardings(mesh), state)
+
+
+def _first_state(
+    config: Config, params: Arrays, batch_stats: Arrays, *, num_classes: int, num_devices: int
+) -> TrainState:
+    centers = margin_softmax.init_centers(
+        jax.random.key(config.seed),
+        num_classes=num_classes,
+        embedding_size=config.model.embedding_size,
+        num_devices=num_devices,
+        head=config.head,
+        optimizer=config.optimizer,
+    )
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optim.make_optimizer(config.optimizer).init(
+            _pick(params, trained(config, params))
+        ),
+        centers=centers.rows,
+        centers_opt=centers.moments,
+        head_state=centers.state,
+        loss_scale=optim.first_scale(config.optimizer, config.model.dtype),
+        ema=_weights(params, batch_stats) if config.optimizer.ema else {},
+        counters=dict.fromkeys(
+            ("invalid_labels", "skipped_steps", "skipped_in_row"), jnp.zeros((), jnp.int32)
+        ),
+    )
+
+
+def make_train_step(
+    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """Compiles, at its first call, the step of a configuration.
+
+    Returns:
+      (state, {"image": (B, 112, 112, 3) uint8, "label": (B,) int32}) -> (state, metrics); the
+      state it is given is used up. Metrics are () float32 on the devices, named as in
+      metrics.jsonl.
+    """
+    gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
+    optimizer = optim.make_optimizer(config.optimizer)
+    factors = trained(config, backbone(config).shapes[0])
+
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        found = gradients(state, batch)
+        head, rate, norm = found.head, found.rate, optax.tree.norm(found.params)
+        # The centers had their own say, inside the head: a gradient of the backbone that overflows
+        # does not make theirs wrong.
+        finite = jnp.isfinite(norm) & jnp.isfinite(head.loss)
+        moving = _pick(state.params, factors)
+        updates: Any
+        updates, opt_state = optimizer.update(found.params, state.opt_state, moving)
+        updates = {name: -rate * factors[name] * update for name, update in updates.items()}
+        moved, batch_stats, opt_state = jax.tree.map(
+            partial(jnp.where, finite),
+            (optax.apply_updates(moving, updates), found.batch_stats, opt_state),
+            (moving, state.batch_stats, state.opt_state),
+        )
+        params = {**state.params, **moved}
+        ema = state.ema
+        if ema:
+            move = partial(optim.move_mean, keeps=config.optimizer.ema, steps=state.step)
+            new = _weights(params, batch_stats)
+            ema = {name: move(ema[name], new[name]) for name in ema}
+        counters = {
+            "invalid_labels": state.counters["invalid_labels"] + head.metrics.pop("invalid_labels"),
+            "skipped_steps": state.counters["skipped_steps"] + ~finite,
+            "skipped_in_row": jnp.where(finite, 0, state.counters["skipped_in_row"] + 1),
+        }
+        if config.head.sample_rate < 1:  # the other classes were not asked
+            head.metrics["accuracy_sampled"] = head.metrics.pop("accuracy")
+        metrics: Any = {
+            "train/loss": head.loss,
+            **{f"train/{name}": value for name, value in head.metrics.items()},
+            "train/gradient_norm": norm,
+            "train/lr": rate,
+            **{f"train/{name}": count for name, count in counters.items()},
+        }
+        if state.loss_scale:
+            metrics["train/loss_scale"] = state.loss_scale["factor"]
+        return TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            centers=head.centers.rows,
+            centers_opt=head.centers.moments,
+            head_state=head.centers.state,
+            loss_scale=optim.next_scale(state.loss_scale, finite, config.optimizer),
+            ema=ema,
+            counters=counters,
+        ), metrics
+
+    placed = shardings(mesh)
+    # Stated, for a state that came out placed in another way would compile the step again.
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+
+
+class _Gradients(NamedTuple):
+    """What a step finds before it changes anything."""
+
+    head: HeadOutput
+    params: Arrays
+    """Gradient of the backbone's parameters that training moves, float32."""
+    batch_stats: Arrays
+    """Moved."""
+    rate: jax.Array
+    """() float32."""
+
+
+def _make_gradients(
+    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+) -> Callable[[TrainState, dict[str, jax.Array]], _Gradients]:
+    """Forward pass, head, and backward pass of a batch."""
+    network = backbone(config, num_devices=mesh.size)
+
+    def gradients(state: TrainState, batch: dict[str, jax.Array]) -> _Gradients:
+        rate = schedule(state.step)
+        images = batch["image"]
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        flip_key, network_key, head_key = jax.random.split(key, 3)
+        if config.data.flip:
+            images = preprocess.random_flip(images, flip_key)
+        moving = _pick(state.params, trained(config, state.params))
+        forward = microbatch.forward(
+            network,
+            moving,
+            state.params,
+            state.batch_stats,
+            images,
+            key=network_key,
+            micro_batches=config.optimizer.micro_batches,
+            reduce_dtype=config.optimizer.reduce_dtype,
+            mesh=mesh,
+        )
+        head = margin_softmax.apply(
+            forward.embeddings,
+            batch["label"],
+            Centers(state.centers, state.centers_opt, state.head_state),
+            learning_rate=rate,
+            step=state.step,
+            key=head_key,
+            num_classes=num_classes,
+            head=config.head,
+            optimizer=config.optimizer,
+            mesh=mesh,
+        )
+        factor = state.loss_scale.get("factor", 1.0)
+        found = forward.pull(head.d_embeddings * factor)
+        found = jax.tree.map(lambda gradient: gradient / factor, found)
+        return _Gradients(head, found, forward.batch_stats, rate)
+
+    return gradients
+
+
+def make_gradient_norms(
+    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+) -> Callable[[TrainState, dict[str, jax.Array]], dict[str, jax.Array]]:
+    """(state, batch) -> the norm of each array's gradient; changes nothing, for finding faults."""
+    gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
+
+    def norms(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        found = gradients(state, batch)
+        return {"(embeddings)": jnp.linalg.norm(found.head.d_embeddings)} | {
+            name: jnp.linalg.norm(gradient) for name, gradient in found.params.items()
+        }
+
+    return jax.jit(norms, out_shardings=meshes.replicated(mesh))
+
+
+def weights(state: TrainState) -> dict[str, Arrays]:
+    """`params` and `batch_stats` for evaluation and export: the running means, where there are."""
+    return state.ema or _weights(state.params, state.batch_stats)
+
+
+def _weights(params: Arrays, batch_stats: Arrays) -> dict[str, Arrays]:
+    return {"params": params, "batch_stats": batch_stats}
+
+
+def _pick(arrays: Arrays, names: Iterable[str]) -> Arrays:
+    return {name: arrays[name] for name in names}
+
+
+def make_embed(
+    network: registry.Backbone, *, mode: Literal["evaluation", "training"] = "evaluation"
+) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
+    """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32.
+
+    In the mode of training BatchNorm takes the statistics of these images, and what is random there
+    is so here, the same at each call.
+    """
+    train = mode == "training"
+
+    def embed(params: Arrays, batch_stats: Arrays, images: jax.Array) -> jax.Array:
+        x = preprocess.normalise(images)
+        keys = jax.random.split(jax.random.key(0), len(x)) if train else None
+        return network.apply(params, batch_stats, x, train=train, keys=keys)[0]
+
+    return jax.jit(embed)

@@ -1,0 +1,290 @@
+"""What the types of a configuration cannot tell: ranges, and values that do not fit together."""
+
+import math
+
+from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups, loading
+from arcface_jax.errors import ConfigError
+from arcface_jax.training import step
+
+# float32 overflows in exp() above this; the head sums exp(logit) without a shift
+# (heads/visits.py).
+_MAX_EXPONENT = 88.0
+
+
+def validate(config: Config, *, num_devices: int) -> None:
+    """Checks what no single field can tell, before anything is read or written.
+
+    Args:
+      config: the configuration.
+      num_devices: devices in the mesh.
+
+    Raises:
+      ConfigError: naming the value, the expectation and the fix.
+    """
+    _check_ranges(config)
+    if not config.workdir:
+        raise ConfigError("workdir is empty: say where to write with --workdir FOLDER")
+    if not config.data.path:
+        raise ConfigError(
+            "data.path is empty: name a training set (docs/data.md), for instance a folder that "
+            "holds train.rec and train.idx, with --data.path FOLDER, or draw faces with "
+            "--data.path synthetic"
+        )
+    batch = config.data.global_batch_size
+    if batch % num_devices:
+        below = batch - batch % num_devices
+        fits = [str(n) for n in (below, below + num_devices) if n]
+        raise ConfigError(
+            f"data.global_batch_size {batch} cannot be divided by {num_devices} devices: "
+            f"use a multiple of {num_devices} ({' or '.join(fits)}), or choose another number of "
+            f"--devices: {_device_counts(config)} fit"
+        )
+    if config.evaluation.batch_size % num_devices:
+        raise ConfigError(
+            f"evaluation.batch_size {config.evaluation.batch_size} cannot be divided by "
+            f"{num_devices} "
+            f"devices: use a multiple of {num_devices}"
+        )
+    _check_batch_norm_groups(config, num_devices=num_devices)
+    _check_micro_batches(config, num_devices=num_devices)
+    _check_schedule(config.schedule)
+    _check_drawn_pairs(config)
+    _check_shares(config)
+    _check_head(config.head)
+    _check_finetune(config)
+    first, last = config.logging.profile_steps
+    if (first, last) != (0, 0) and not 1 <= first <= last:
+        raise ConfigError(
+            f"logging.profile_steps {first} {last} must be the first and the last step to trace, "
+            "counted from 1, for instance 10 20; 0 0 traces none"
+        )
+
+
+def _check_finetune(config: Config) -> None:
+    finetune = config.finetune
+    if finetune.centers != "random" and not config.init_from:
+        raise ConfigError(
+            f"finetune.centers {finetune.centers} needs weights to begin with: name them with "
+            "--init-from, or use --finetune.centers random"
+        )
+    if finetune.centers == "class_means" and config.head.subcenters > 1:
+        raise ConfigError(
+            f"finetune.centers class_means gives each class one center, and head.subcenters is "
+            f"{config.head.subcenters}: use --head.subcenters 1 or --finetune.centers random"
+        )
+    for pattern, factor in finetune.rates:
+        if factor <= 0:
+            raise ConfigError(
+                f"finetune.rates {pattern} {factor} must be greater than 0: to keep arrays as they "
+                f"are use --finetune.frozen {pattern}"
+            )
+    if finetune.frozen or finetune.frozen_statistics or finetune.rates:
+        step.trained(config, step.backbone(config).shapes[0])
+
+
+def _check_head(head: HeadConfig) -> None:
+    largest = math.floor(_MAX_EXPONENT - math.log(1e8))
+    if head.scale > largest and head.loss != "curricularface":  # which subtracts a maximum
+        raise ConfigError(
+            f"head.scale {head.scale} is too large: exp(scale) times the number of classes "
+            f"must fit into float32; use at most {largest} (the usual value is 64)"
+        )
+    if head.sample_rate > 1:
+        raise ConfigError(
+            f"head.sample_rate {head.sample_rate} must be 0 to 1: the share of the classes that "
+            "take part in a step, 1 for all"
+        )
+    if head.interclass_filtering_threshold >= 1:
+        raise ConfigError(
+            f"head.interclass_filtering_threshold {head.interclass_filtering_threshold} must be "
+            "below 1, the largest cosine; 0 turns it off (the usual value is 0.4)"
+        )
+    if head.loss == "combined" and head.margins[0] <= 0:
+        raise ConfigError(
+            f"head.margins {head.margins}: m1, the factor on the angle, must be greater than 0; "
+            "arcface is (1, m, 0), cosface (1, 0, m)"
+        )
+    if head.loss == "combined" and head.beyond_pi == "linear" and head.margins[0] != 1:
+        raise ConfigError(
+            f"head.beyond_pi linear is for m1 = 1, and head.margins is {head.margins}: use "
+            "--head.beyond-pi none"
+        )
+    if head.ema > 1:
+        raise ConfigError(
+            f"head.ema {head.ema} must be at most 1: a batch's share in the running means (the "
+            "usual value is 0.01)"
+        )
+    for name in ("magface_norms", "magface_margins"):
+        low, high = getattr(head, name)
+        if not 0 < low < high:
+            raise ConfigError(
+                f"head.{name} {(low, high)} must rise from more than 0, as "
+                f"{getattr(HeadConfig(), name)}"
+            )
+
+
+def _check_batch_norm_groups(config: Config, *, num_devices: int) -> None:
+    batch, bn_batch = config.data.global_batch_size, config.model.bn_batch_size
+    if bn_batch < batch and batch % bn_batch:
+        raise ConfigError(
+            f"model.bn_batch_size {bn_batch} does not divide data.global_batch_size {batch}: "
+            f"use one of {_divisors(batch)}"
+        )
+    groups = batch_norm_groups(config)
+    if groups != 1 and groups % num_devices:
+        fits = [n for n in _divisors(batch) if n == batch or (batch // n) % num_devices == 0]
+        raise ConfigError(
+            f"model.bn_batch_size {bn_batch} makes {groups} BatchNorm groups, which {num_devices} "
+            "devices "
+            f"cannot share evenly: use one of {[n for n in fits if n > 1]} "
+            f"({batch} is one group over the whole batch), or another number of --devices: "
+            f"{_device_counts(config)} fit"
+        )
+
+
+def _device_counts(config: Config) -> str:
+    """The numbers of devices that can share this run."""
+    batch, groups = config.data.global_batch_size, batch_norm_groups(config)
+    slices = config.optimizer.micro_batches
+    whole = math.gcd(batch, config.evaluation.batch_size)
+    counts = [n for n in _divisors(whole) if groups == 1 or groups % (n * slices) == 0]
+    return ", ".join(map(str, counts)) or "none"
+
+
+def _check_micro_batches(config: Config, *, num_devices: int) -> None:
+    slices, groups = config.optimizer.micro_batches, batch_norm_groups(config)
+    if slices > 1 and groups % (slices * num_devices):
+        batch, unit = config.data.global_batch_size, slices * num_devices
+        fits = [n for n in _divisors(batch) if (batch // n) % unit == 0 and n > 1]
+        raise ConfigError(
+            f"optimizer.micro_batches {slices}: each of {num_devices} devices takes {slices} "
+            "slices of whole BatchNorm groups, and model.bn_batch_size "
+            f"{config.model.bn_batch_size} makes {groups} groups of the batch of {batch}: use a "
+            "model.bn_batch_size of "
+            f"{fits or 'none, for the batch is no multiple of ' + str(unit)}"
+        )
+
+
+def _check_schedule(schedule: ScheduleConfig) -> None:
+    if not 0 <= schedule.warmup_epochs < schedule.epochs:
+        raise ConfigError(
+            f"schedule.warmup_epochs {schedule.warmup_epochs} must be at least 0 and below "
+            f"schedule.epochs {schedule.epochs}"
+        )
+    if schedule.warmup_steps and schedule.warmup_epochs:
+        raise ConfigError(
+            f"schedule.warmup_steps {schedule.warmup_steps} and schedule.warmup_epochs "
+            f"{schedule.warmup_epochs} are both given: state one of them"
+        )
+    rising = [0, *schedule.decay_epochs]
+    if schedule.kind == "step" and rising != sorted(set(rising)):
+        raise ConfigError(
+            f"schedule.decay_epochs {schedule.decay_epochs} must rise from 1 or more, for instance "
+            "(10, 16, 22)"
+        )
+    if schedule.kind != "step" and schedule.decay_epochs:
+        raise ConfigError(
+            "schedule.decay_epochs is for schedule.kind step: set --schedule.kind step"
+        )
+
+
+def _check_drawn_pairs(config: Config) -> None:
+    """What `data/synthetic.py` can draw, where it is asked to."""
+    drawn = config.data.synthetic
+    if "synthetic" not in config.evaluation.targets:
+        return
+    if drawn.pairs < 20 or drawn.pairs % 20:
+        raise ConfigError(
+            f"data.synthetic.pairs {drawn.pairs} must be a multiple of 20, for ten folds with as "
+            f"many same as different pairs: use {max(1, round(drawn.pairs / 20)) * 20}"
+        )
+    if not 2 <= drawn.pair_identities <= drawn.pairs:
+        raise ConfigError(
+            f"data.synthetic.pair_identities {drawn.pair_identities} must be 2 to {drawn.pairs} "
+            "(data.synthetic.pairs), so that every identity is in a pair"
+        )
+
+
+def _check_shares(config: Config) -> None:
+    values = loading.flatten(config)
+    for name, value in values.items():
+        share = name == "data.max_bad_share" or name.startswith("data.augment.")
+        if share and isinstance(value, float) and not 0 <= value <= 1:
+            raise ConfigError(f"{name} {value} must be 0 to 1: it is a share of the images")
+
+
+def _check_ranges(config: Config) -> None:
+    values = loading.flatten(config)
+    for name in (
+        "data.global_batch_size",
+        "data.prefetch_batches",
+        "data.shard_images",
+        "data.shard_window",
+        "data.synthetic.identities",
+        "data.synthetic.images_per_identity",
+        "data.noise.classes",
+        "data.noise.images",
+        "model.embedding_size",
+        "model.bn_batch_size",
+        "head.scale",
+        "head.block_size",
+        "head.subcenters",
+        "head.ema",
+        "head.adaface_h",
+        "optimizer.learning_rate",
+        "optimizer.clip_norm",
+        "optimizer.epsilon",
+        "optimizer.trust",
+        "optimizer.micro_batches",
+        "optimizer.loss_scale",
+        "optimizer.loss_scale_steps",
+        "optimizer.stop_after_skipped",
+        "schedule.epochs",
+        "schedule.power",
+        "schedule.decay_factor",
+        "evaluation.batch_size",
+        "checkpoint.keep",
+        "checkpoint.keep_best",
+        "logging.every_steps",
+        "logging.stuck_steps",
+    ):
+        if values[name] <= 0:
+            raise ConfigError(f"{name} {values[name]} must be greater than 0")
+    for name in (
+        "seed",
+        "data.workers",
+        "data.threads",
+        "head.margin",
+        "head.sample_rate",
+        "head.interclass_filtering_threshold",
+        "head.magface_weight",
+        "optimizer.momentum",
+        "optimizer.weight_decay",
+        "optimizer.ema",
+        "schedule.warmup_steps",
+        "evaluation.every_epochs",
+        "checkpoint.every_epochs",
+        "checkpoint.requeue_exit_code",
+        "logging.watchdog_seconds",
+    ):
+        if values[name] < 0:
+            raise ConfigError(f"{name} {values[name]} must not be negative")
+    if config.optimizer.momentum >= 1:
+        raise ConfigError(
+            f"optimizer.momentum {config.optimizer.momentum} must be below 1, or updates grow "
+            "without end (the usual value is 0.9)"
+        )
+    if config.optimizer.ema >= 1:
+        raise ConfigError(
+            f"optimizer.ema {config.optimizer.ema} must be below 1: the share of the mean that a "
+            "step keeps (0.9999 is usual; 0 is off)"
+        )
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(
+            f"optimizer.betas {config.optimizer.betas} must be 0 or more and below 1 (the usual "
+            "values are 0.9 0.999)"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -1,0 +1,211 @@
+"""The backbone's passes and the whole train step: time, compiled memory, share of the peak.
+
+Forward and backward are the train step's own (`passes.forward`), with the statistics of BatchNorm
+taken from the batch. The step is the one that training runs, head and optimizer included. A rival,
+for instance the torch twin, is timed in turn with them.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arcface_jax import config as configs
+from arcface_jax.config import Config, Dtype, Network
+from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.machine import peaks, plan, timing
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import microbatch, optim, step, validation
+from benchmarks import head
+
+OURS = "arcface_jax"
+PARTS = ("forward", "forward+backward", "step")
+
+
+class Case(NamedTuple):
+    """One size of the problem."""
+
+    network: Network
+    batch: int
+    """Over all devices."""
+    classes: int
+    devices: int
+    dtype: Dtype
+    sample_rate: float = 1.0
+
+
+class Program(NamedTuple):
+    """One part of somebody's step, ready to run."""
+
+    run: Callable[[], object]
+    """Does it once; what it returns is waited for."""
+    compile_seconds: float | None = None
+    temporary_bytes: int | None = None
+    """On each device, beside the arguments; from the compiled program."""
+    argument_bytes: int | None = None
+
+
+class Measurement(NamedTuple):
+    """One part, of one implementation."""
+
+    implementation: str
+    part: str
+    seconds: float
+    """Median."""
+    images_per_second: float
+    flops_per_second: float
+    """Of all devices, counting what the model asks for and not what is computed again."""
+    peak_share: float | None
+    """Model FLOP utilisation; None where the devices' peak is not known."""
+    product_share: float
+    """The same beside one large matrix product of the same type, measured here."""
+    compile_seconds: float | None
+    temporary_bytes: int | None
+    argument_bytes: int | None
+    ratio: float | None = None
+    """Of others: their images a second to this project's; above 1, they are faster."""
+
+
+def make_config(case: Case) -> Config:
+    """The run whose step is measured: CosFace, SGD, BatchNorm statistics for each device.
+
+    Raises:
+      ConfigError: there can be no such run.
+    """
+    config = configs.replace(
+        Config(),
+        workdir="-",
+        data__path="-",
+        devices=case.devices,
+        data__global_batch_size=case.batch,
+        evaluation__batch_size=case.devices,
+        model__network=case.network,
+        model__dtype=case.dtype,
+        model__bn_batch_size=max(1, case.batch // case.devices),
+        head__loss="cosface",
+        head__margin=0.4,
+        head__dtype=case.dtype,
+        head__sample_rate=case.sample_rate,
+    )
+    validation.validate(config, num_devices=case.devices)
+    return config
+
+
+def draw_batch(case: Case) -> dict[str, np.ndarray]:
+    """Images and labels at random: the step's time does not depend on what they show."""
+    rng = np.random.default_rng(0)
+    shape = (case.batch, IMAGE_SIZE, IMAGE_SIZE, 3)
+    labels = rng.integers(0, case.classes, case.batch, dtype=np.int32)
+    return {"image": rng.integers(0, 256, shape, dtype=np.uint8), "label": labels}
+
+
+def compile_parts(case: Case) -> dict[str, Program]:
+    """Each of `PARTS` of this project, compiled, with a state of its own."""
+    config, mesh = make_config(case), meshes.make(case.devices)
+    batch = meshes.to_devices(draw_batch(case), mesh)
+    state = step.init_state(config, num_classes=case.classes, mesh=mesh)
+    schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)
+    network = step.backbone(config, num_devices=mesh.size)
+
+    def forward(state: step.TrainState, images: jax.Array) -> microbatch.Forward:
+        return microbatch.forward(
+            network,
+            state.params,  # the gradient of all of them
+            state.params,
+            state.batch_stats,
+            images,
+            key=jax.random.key(0),
+            micro_batches=1,
+            reduce_dtype=config.optimizer.reduce_dtype,
+            mesh=mesh,
+        )
+
+    def forward_alone(state, batch):
+        return forward(state, batch["image"])[:2]
+
+    def forward_and_backward(state, batch):
+        out = forward(state, batch["image"])
+        return out.pull(jnp.ones_like(out.embeddings)), out.batch_stats
+
+    train_step = step.make_train_step(
+        config, num_classes=case.classes, schedule=schedule, mesh=mesh
+    )
+    functions = (jax.jit(forward_alone), jax.jit(forward_and_backward), train_step)
+    held = [state]  # the step uses up the state it is given; the others take the newest
+
+    def program(part: str, function: Any) -> Program:
+        begin = time.perf_counter()
+        compiled = function.lower(state, batch).compile()
+        seconds = time.perf_counter() - begin
+        memory = compiled.memory_analysis()
+
+        def run():
+            out = compiled(held[0], batch)
+            if part == "step":
+                held[0] = out[0]
+            return out
+
+        return Program(run, seconds, memory.temp_size_in_bytes, memory.argument_size_in_bytes)
+
+    return {part: program(part, f) for part, f in zip(PARTS, functions, strict=True)}
+
+
+@cache
+def model_flops(case: Case) -> dict[str, float]:
+    """Operations that each of `PARTS` needs: 2 for a multiply-accumulate, gradients twice that."""
+    both = plan.backbone_flops_per_image(make_config(case)) * case.batch
+    products = head.dense_flops(head.Case(case.classes, case.batch, case.devices))
+    return dict(zip(PARTS, (both / 3, both, both + case.sample_rate * products), strict=True))
+
+
+def measure(
+    case: Case, programs: dict[str, dict[str, Program]], *, product_flops: float, repeats: int
+) -> list[Measurement]:
+    """Times all programs in turn.
+
+    Args:
+      case: the size.
+      programs: by implementation, this project's first, and part.
+      product_flops: of one large matrix product on one device, a second.
+      repeats: counted runs of each.
+    """
+    runs = {(who, part): p for who, parts in programs.items() for part, p in parts.items()}
+    named = {f"{who}/{part}": program.run for (who, part), program in runs.items()}
+    seconds = dict(zip(runs, timing.in_turn(named, repeats=repeats).values(), strict=True))
+    return [
+        row(case, *key, program, seconds=seconds[key], product_flops=product_flops)
+        for key, program in runs.items()
+    ]
+
+
+def row(
+    case: Case, who: str, part: str, program: Program, *, seconds: float, product_flops: float
+) -> Measurement:
+    """What a median time means."""
+    peak = peaks.peak(jax.devices()[0].device_kind, case.dtype)
+    achieved = model_flops(case)[part] / seconds
+    return Measurement(
+        implementation=who,
+        part=part,
+        seconds=seconds,
+        images_per_second=case.batch / seconds,
+        flops_per_second=achieved,
+        peak_share=achieved / (peak * case.devices) if peak else None,
+        product_share=achieved / (product_flops * case.devices),
+        compile_seconds=program.compile_seconds,
+        temporary_bytes=program.temporary_bytes,
+        argument_bytes=program.argument_bytes,
+    )
+
+
+def beside_ours(rows: list[Measurement]) -> list[Measurement]:
+    """The measurements with their speed beside this project's."""
+    ours = {row.part: row.seconds for row in rows if row.implementation == OURS}
+    return [
+        row if row.implementation == OURS else row._replace(ratio=ours[row.part] / row.seconds)
+        for row in rows
+    ]

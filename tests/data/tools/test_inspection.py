@@ -1,0 +1,92 @@
+"""`data.py inspect` finds what is planted: damage, copies, wrong sizes, gaps."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from witness import encode, face
+
+from arcface_jax.config import DataConfig
+from arcface_jax.data.opening import open_source
+from arcface_jax.data.tools import inspection
+
+
+def planted(folder: Path):
+    """Identity 0 has a copy, 2 is missing, 3 has one image, which is one of 1's too."""
+    images = {
+        "a.png": (0, encode(face(1))),
+        "b.png": (0, encode(face(1))),
+        "c.png": (0, encode(face(2))),
+        "d.png": (1, encode(face(3))),
+        "e.png": (1, encode(face(4, height=90, width=80))),
+        "f.png": (1, b"damaged"),
+        "g.png": (3, encode(face(3))),
+    }
+    for name, (_, data) in images.items():
+        (folder / name).write_bytes(data)
+    lines = [f"{name},{label}\n" for name, (label, _) in images.items()]
+    (folder / "all.csv").write_text("".join(lines))
+    return open_source(DataConfig(path=str(folder / "all.csv")), seed=0)
+
+
+def test_everything_planted_is_found_counted_and_named(tmp_path: Path):
+    source = planted(tmp_path)
+    report = inspection.inspect(source)
+    assert report.summary() == {
+        "identities": 4,
+        "images": 7,
+        "looked_at": 7,
+        "images_per_identity_mean": 1.75,
+        "images_per_identity_median": 3.0,
+        "identities_without_images": 1,
+        "identities_with_one_image": 1,
+        "unreadable": 1,
+        "bad_labels": 0,
+        "other_sizes": 1,
+        "duplicates": 1,
+        "label_conflicts": 1,
+    }
+    text = "\n".join(inspection.in_words(report))
+    for part in (
+        "7 images of 4 identities",
+        "warning: 1.75 images an identity, fewer than 10",
+        "1 identities have a single image",
+        "1 labels have no image",
+        "f.png: 7 bytes that are not an image",
+        "1 images are not 112 x 112",
+        f"{tmp_path / 'a.png'} = {tmp_path / 'b.png'}",
+        f"{tmp_path / 'd.png'} = {tmp_path / 'g.png'}",
+    ):
+        assert part in text, part
+
+
+def test_the_histogram_counts_every_identity(tmp_path: Path):
+    labels = np.repeat([0, 1, 2, 3], [1, 2, 3, 20])
+    (tmp_path / "x.csv").write_text("".join(f"{i}.png,{y}\n" for i, y in enumerate(labels)))
+    for number in range(26):
+        (tmp_path / f"{number}.png").write_bytes(encode(face(number)))
+    report = inspection.inspect(open_source(DataConfig(path=str(tmp_path / "x.csv")), seed=0))
+    lines = [line.split() for line in inspection.in_words(report)]
+    rows = [line for line in lines if line[-1].startswith("#")]
+    assert [(row[:-2], row[-2]) for row in rows] == [
+        (["1"], "1"),
+        (["2", "-", "3"], "2"),
+        (["16", "-", "31"], "1"),
+    ]
+
+
+def test_files_and_pictures_are_written(tmp_path: Path):
+    source = planted(tmp_path)
+    report = inspection.inspect(source, most=4, seed=1)
+    assert report.looked_at == 4 and report.images == 7
+    files = inspection.write(report, source, tmp_path / "out")
+    assert [f.name for f in files] == ["inspect.json", "images_per_identity.png", "samples.png"]
+    assert json.loads(files[0].read_text())["images"] == 7
+    with PIL.Image.open(files[2]) as sheet:
+        pixels = np.asarray(sheet)
+    assert pixels.shape == (896, 896, 3)
+    tiles = pixels.reshape(8, 112, 8, 112, 3).swapaxes(1, 2).reshape(64, 112, 112, 3)
+    for number in (1, 2, 3):
+        assert any(np.array_equal(tile, face(number)) for tile in tiles)
+    assert sum(np.all(tile == (200, 0, 0)) for tile in tiles) == 1  # the damaged one

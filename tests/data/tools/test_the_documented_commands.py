@@ -1,0 +1,62 @@
+"""Every command of docs/data.md, typed as it stands there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+LFW = os.environ.get("ARCFACE_JAX_LFW", "")
+PAGE = ROOT / "docs" / "data.md"
+# The page's reader brings these two: faces by name, and a list of pairs of them.
+THEIR_OWN = """
+import pathlib, shutil
+folder = pathlib.Path("lfw_aligned")
+lines = ["5\\t6"]
+people = sorted(path for path in pathlib.Path("runs/eval_faces").iterdir() if path.is_dir())[:5]
+for number, person in enumerate(people):
+    name = f"Person_{number}"
+    (folder / name).mkdir(parents=True)
+    for count, image in enumerate(sorted(person.iterdir())[:7], 1):
+        shutil.copy(image, folder / name / f"{name}_{count:04}.jpg")
+for fold in range(5):
+    name, other = f"Person_{fold}", f"Person_{(fold + 1) % 5}"
+    lines += [f"{name}\\t{a}\\t{a + 1}" for a in range(1, 7)]
+    lines += [f"{name}\\t{a}\\t{other}\\t{a}" for a in range(1, 7)]
+pathlib.Path("pairs.txt").write_text("\\n".join(lines) + "\\n")
+"""
+
+
+def commands() -> list[str]:
+    lines = PAGE.read_text().splitlines()
+    return [line.strip() for line in lines if line.startswith("    ")]
+
+
+def test_the_page_has_commands_of_every_tool():
+    text = "\n".join(commands())
+    for tool in ("inspect", "pack", "to-tfds", "split", "pairs", "align", "merge", "bench"):
+        assert f"scripts/data.py {tool} " in text, tool
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LFW, reason="set ARCFACE_JAX_LFW to the folder of train.rec")
+def test_the_commands_run_as_they_stand(tmp_path: Path):
+    for name in ("arcface_jax", "configs", "convert", "scripts"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shell = "set -e\n"
+    for command in commands():
+        if "pairs.txt:" in command:
+            shell += "python scripts/data.py pack runs/data/eval runs/eval_faces --format folder\n"
+            shell += f"python - <<'END'\n{THEIR_OWN}END\n"
+        shell += f"echo '>>>' {command.split(' -c ')[0]!r}\n{command}\n"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"LFW": LFW, "PATH": path, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        ["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]

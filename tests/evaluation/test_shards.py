@@ -1,0 +1,168 @@
+"""Embeddings in shards: order, resuming, and what is refused."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from arcface_jax.errors import DataError
+from arcface_jax.evaluation import embed as embeds
+from arcface_jax.evaluation import shards
+from arcface_jax.runtime import devices as meshes
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards, "ROWS", 8)
+
+
+def load(number: int) -> np.ndarray:
+    """An image that shows its number, left and right of it differently."""
+    image = np.zeros((112, 112, 3), np.uint8)
+    image[:, :56], image[0, 60] = number, 200
+    return image
+
+
+def embed(images: np.ndarray) -> np.ndarray:
+    """(n, 2): the number, twice as large from the left side."""
+    return images[:, 5, [0, 111], 0].astype(np.float32) * np.array([2, 1], np.float32)
+
+
+def extract(folder: Path, *, count: int = 21, load=load, embed=embed, mirrored=True, model="a"):
+    return shards.extract(
+        embed,
+        load,
+        names=[f"{i}.jpg" for i in range(count)],
+        folder=folder,
+        settings={"model": model},
+        mirrored=mirrored,
+    )
+
+
+@pytest.mark.parametrize("count", [1, 8, 21])
+def test_features_come_in_order_with_and_without_mirroring(tmp_path: Path, count: int):
+    found = extract(tmp_path, count=count)
+    numbers = np.arange(count, dtype=np.float32)[:, None]
+    np.testing.assert_array_equal(found.read(mirrored=False), numbers * [2, 0])
+    np.testing.assert_array_equal(found.read(mirrored=True), numbers * [2, 1])
+    assert found.read(mirrored=True).dtype == np.float32
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_run_that_stopped_goes_on_and_reads_nothing_twice(tmp_path: Path):
+    def stops(number: int) -> np.ndarray:
+        if number == 13:
+            raise DataError("image 13 is damaged")
+        return load(number)
+
+    with pytest.raises(DataError, match="image 13"):
+        extract(tmp_path, load=stops)
+    assert [path.name for path in sorted(tmp_path.glob("*.npy"))] == ["00000.npy"]
+    again = []
+    found = extract(tmp_path, load=lambda i: again.append(i) or load(i))
+    assert sorted(again) == list(range(8, 21))
+    np.testing.assert_array_equal(found.read(mirrored=False)[:, 0], 2 * np.arange(21))
+    extract(tmp_path, load=stops)  # all is there: nothing is read
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from arcface_jax.evaluation import shards
+import test_shards
+shards.ROWS = 8
+def slow(number):
+    time.sleep(0.02)
+    return test_shards.load(number)
+test_shards.extract(Path(sys.argv[1]), count=200, load=slow)
+"""
+
+
+def test_a_killed_process_leaves_whole_shards(tmp_path: Path):
+    script = KILLED.format(tests=str(Path(__file__).parent))
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
+    for _ in range(600):
+        if (tmp_path / "00001.npy").exists():
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list(tmp_path.glob("*.npy")))
+    assert 2 <= done < 25
+    again = []
+    found = extract(tmp_path, count=200, load=lambda i: again.append(i) or load(i))
+    assert sorted(again) == list(range(8 * done, 200))
+    np.testing.assert_array_equal(found.read(mirrored=False)[:, 0], 2 * np.arange(200) % 512)
+
+
+def test_embeddings_of_something_else_are_refused(tmp_path: Path):
+    extract(tmp_path, mirrored=False)
+    extract(tmp_path, mirrored=False)
+    with pytest.raises(DataError, match="model was 'a' and is 'b'"):
+        extract(tmp_path, mirrored=False, model="b")
+    with pytest.raises(DataError, match="images was 21 and is 22"):
+        extract(tmp_path, mirrored=False, count=22)
+    with pytest.raises(DataError, match="mirrored images were left out"):
+        extract(tmp_path, mirrored=True)
+    assert json.loads((tmp_path / "settings.json").read_text())["views"] == 1
+
+
+def test_embeddings_with_mirroring_serve_without(tmp_path: Path):
+    extract(tmp_path, mirrored=True)
+    np.testing.assert_array_equal(extract(tmp_path, mirrored=False).read(mirrored=False)[:, 1], 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite_name_an_image(tmp_path: Path, value: float):
+    def broken(images: np.ndarray) -> np.ndarray:
+        out = embed(images)
+        out[out[:, 0] == 2 * 11] = value
+        return out
+
+    with pytest.raises(DataError, match=r"1 of 8 images are not finite, the first of 11\.jpg"):
+        extract(tmp_path, embed=broken)
+    assert not (tmp_path / "00001.npy").exists()
+
+
+def test_images_that_are_missing_or_damaged_are_named(tmp_path: Path):
+    points = np.array([[30.0, 50], [70, 50], [50, 70], [35, 90], [65, 90]])
+    with pytest.raises(DataError, match=r"gone\.jpg cannot be read \(No such file"):
+        shards.aligned_image(tmp_path / "gone.jpg", points)
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"bad\.jpg"):
+        shards.aligned_image(tmp_path / "bad.jpg", points)
+    cv2.imwrite(str(tmp_path / "good.png"), np.full((90, 120, 3), (1, 2, 3), np.uint8))
+    image = shards.aligned_image(tmp_path / "good.png", points)
+    assert image.shape == (112, 112, 3)
+    assert image[56, 56].tolist() == [3, 2, 1]
+
+
+def test_a_host_reads_the_rows_of_its_devices_alone(tmp_path: Path):
+    """A host whose devices hold the first half of each batch; two real ones are in
+    test_protocol_commands.py."""
+    mesh = meshes.make(8)
+    rows = embeds.rows_of_this_host(21, batch_size=16, mesh=mesh)
+    assert rows.shape == (21,)
+    assert rows.all()
+
+    def first_half(count: int) -> np.ndarray:
+        return np.arange(count) % 8 < 4
+
+    seen = []
+    shards.extract(
+        embed,
+        lambda i: seen.append(i) or load(i),
+        names=[str(i) for i in range(16)],
+        folder=tmp_path,
+        settings={},
+        mirrored=False,
+        host_rows=first_half,
+    )
+    assert sorted(seen) == [0, 1, 2, 3, 8, 9, 10, 11]

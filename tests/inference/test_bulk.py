@@ -1,0 +1,139 @@
+"""Folders of faces to shards: complete, in order, and whole after a kill at any time."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from arcface_jax.data.faces import TEMPLATE
+from arcface_jax.errors import UserError
+from arcface_jax.inference import bulk
+from arcface_jax.inference.embedder import Embedder
+
+COUNT = 45
+
+# A real model of its own, that computes in no time what a plain line below computes too; slow on
+# demand, so that the process is killed in the middle.
+MODEL = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from arcface_jax.inference.embedder import Embedder
+
+class Model:
+    def __init__(self, seconds):
+        self.seconds = seconds
+    def __call__(self, images):
+        time.sleep(self.seconds)
+        return images.reshape(len(images), 16, -1).mean(2).astype(np.float32)
+    def digest(self):
+        return "blocks"
+
+if __name__ == "__main__":
+    embedder = Embedder(Model(0.1), batch_size=4)
+    embedder.embed_folder(Path(sys.argv[1]), Path(sys.argv[2]), shard_size=10)
+"""
+_space: dict = {"__name__": "model"}
+exec(MODEL, _space)  # the same class here as in the process
+Model = _space["Model"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """45 images in two folders, two more that are none, and a note."""
+    path = tmp_path_factory.mktemp("images")
+    (path / "more").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        image = rng.integers(0, 256, (112, 112, 3), np.uint8)
+        cv2.imwrite(str(path / ("more" if i % 3 else ".") / f"{i:02d}.png"), image)
+    (path / "more" / "07b.jpg").write_bytes(b"\xff\xd8 not a picture")
+    (path / "08b.png").write_bytes(b"")
+    (path / "notes.txt").write_text("no image")
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> tuple[list[str], np.ndarray]:
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    names.remove("08b.png")
+    images = np.stack([cv2.imread(str(folder / name))[..., ::-1] for name in names])
+    raw = images.reshape(COUNT, 16, -1).astype(np.float64).mean(2)
+    return names, raw / np.linalg.norm(raw, axis=1, keepdims=True)
+
+
+def check(output: Path, expected: tuple[list[str], np.ndarray]) -> None:
+    ids, embeddings = bulk.read(output)
+    assert ids == expected[0]
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings, expected[1], rtol=1e-5)
+
+
+def test_a_killed_run_goes_on(folder, expected, tmp_path):
+    (tmp_path / "model.py").write_text(MODEL)
+    output = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "model.py"), str(folder), str(output)], env=environment
+    )
+    deadline = time.monotonic() + 60
+    while len(bulk.shards(output)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.15)  # into the third shard
+    process.kill()
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in bulk.shards(output)}
+    assert 2 <= len(done) < 5
+    (output / "embeddings-00002.part").write_bytes(b"half a shard")
+
+    summary = Embedder(Model(0), batch_size=4).embed_folder(folder, output, shard_size=10)
+    assert (summary.embedded, summary.shards, summary.kept) == (COUNT, 5, len(done))
+    assert set(summary.skipped) == {"more/07b.jpg", "08b.png"}
+    assert all(path.stat().st_mtime_ns == then for path, then in done.items())
+    check(output, expected)
+    assert not list(output.glob("*.part"))
+    shard = json.loads((output / "ids-00000.json").read_text())
+    assert len(shard["ids"]) + len(shard["skipped"]) == 10
+
+
+def test_other_settings_or_images_are_refused(folder, expected, tmp_path):
+    embedder = Embedder(Model(0), batch_size=32)
+    output = tmp_path / "out"
+    assert embedder.embed_folder(folder, output).shards == 1
+    check(output, expected)
+    with pytest.raises(UserError, match="shard_size: 10000 there, 5 here"):
+        embedder.embed_folder(folder, output, shard_size=5)
+    with pytest.raises(UserError, match="flip: False there, True here"):
+        Embedder(Model(0), flip=True).embed_folder(folder, output)
+    (folder / "new.png").write_bytes((folder / "00.png").read_bytes())
+    try:
+        with pytest.raises(UserError, match="images: 47 there, 48 here"):
+            embedder.embed_folder(folder, output)
+    finally:
+        (folder / "new.png").unlink()
+    (output / bulk.SETTINGS).unlink()
+    with pytest.raises(UserError, match=r"no settings\.json"):
+        embedder.embed_folder(folder, output)
+
+
+def test_a_shard_without_any_image_has_no_rows(folder, tmp_path):
+    points = {"00.png": TEMPLATE + 3}
+    summary = Embedder(Model(0)).embed_folder(
+        folder, tmp_path / "out", shard_size=40, points=points
+    )
+    assert (summary.embedded, summary.shards, len(summary.skipped)) == (1, 2, COUNT + 1)
+    assert summary.skipped["more/01.png"] == "its five points are not in the list"
+    ids, embeddings = bulk.read(tmp_path / "out")
+    image = cv2.imread(str(folder / "00.png"))[..., ::-1]
+    moved = np.zeros_like(image)
+    moved[:-3, :-3] = image[3:, 3:]
+    raw = moved.reshape(16, -1).astype(np.float64).mean(1)
+    assert ids == ["00.png"]
+    np.testing.assert_allclose(embeddings, [raw / np.linalg.norm(raw)], rtol=1e-3)

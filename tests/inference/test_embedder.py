@@ -1,0 +1,211 @@
+"""The library around a network: what it takes, what it gives, held against the torch twin."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import cv2
+import jax
+import numpy as np
+import pytest
+import torch
+
+import arcface_jax
+from arcface_jax.config import Config, ModelConfig
+from arcface_jax.convert import parity, torch_iresnet, weights
+from arcface_jax.data.faces import TEMPLATE
+from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.errors import DataError, UserError
+from arcface_jax.inference.embedder import Embedder
+from arcface_jax.runtime import devices
+from arcface_jax.training import checkpoint, saved_runs, step
+from arcface_jax.training.network import Network
+
+FACES = np.stack([draw_face(seed=5, identity=i, index=0) for i in range(11)])
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory) -> Path:
+    """A run that was saved before its first step, with BatchNorm statistics that are not fresh."""
+    folder = tmp_path_factory.mktemp("run")
+    model = ModelConfig(network="r_tiny", embedding_size=16)
+    config = Config(workdir=str(folder), model=model)
+    manager = checkpoint.open_workdir(config)
+    state = step.init_state(config, num_classes=3, mesh=devices.make(1))
+    rng = np.random.default_rng(0)
+    for name, array in state.batch_stats.items():
+        low, high = (-0.2, 0.2) if name.endswith("mean") else (0.5, 2)
+        state.batch_stats[name] = jax.numpy.asarray(
+            rng.uniform(low, high, array.shape), jax.numpy.float32
+        )
+    checkpoint.save(manager, state, {"num_classes": 3, "num_images": 9})
+    manager.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def embedder(workdir: Path) -> Embedder:
+    return arcface_jax.Embedder(workdir, batch_size=8, devices=2)
+
+
+@pytest.fixture(scope="module")
+def expected(workdir: Path):
+    """The torch twin's raw embeddings of any aligned images."""
+    _, params, batch_stats, _ = saved_runs.restore_backbone(workdir)
+    module = torch_iresnet.build("r_tiny", embedding_size=16)
+    module.load_state_dict(weights.to_state_dict(params, batch_stats), strict=True)
+    return lambda images: parity.torch_embeddings(module, np.ascontiguousarray(images))
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def close(a: np.ndarray, b: np.ndarray) -> None:
+    assert (a.shape, a.dtype) == (b.shape, np.float32)
+    np.testing.assert_allclose(a, b, atol=2e-5 * max(1, float(np.abs(b).max())))
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 11])
+def test_any_number_of_faces(embedder, expected, count: int):
+    close(embedder(FACES[:count]), unit(expected(FACES[:count])))
+
+
+def test_raw_length_and_flip(workdir, embedder, expected):
+    raw = expected(FACES[:3])
+    close(embedder(FACES[:3], normalized=False), raw)
+    both = Embedder(workdir, batch_size=4, devices=1, flip=True)
+    total = raw + expected(FACES[:3, :, ::-1])
+    close(both(FACES[:3], normalized=False), total)
+    close(both(FACES[:3]), unit(total))
+
+
+def test_files_arrays_and_points_in_one_list(tmp_path: Path, embedder, expected):
+    """A face moved about in a larger picture comes back by its points."""
+    cv2.imwrite(str(tmp_path / "aligned.png"), FACES[0][..., ::-1])
+    turn = np.array([[1.2, -0.5, 60], [0.5, 1.2, 20]])
+    cv2.imwrite(str(tmp_path / "raw.png"), cv2.warpAffine(FACES[1], turn, (300, 260))[..., ::-1])
+    points = TEMPLATE @ turn[:, :2].T + turn[:, 2]
+    moved = cv2.warpAffine(FACES[2], turn, (300, 260))
+    out = embedder(
+        [tmp_path / "aligned.png", str(tmp_path / "raw.png"), FACES[3], moved],
+        points=[None, points, None, points],
+    )
+    close(out[[0, 2]], unit(expected(FACES[[0, 3]])))
+    back = np.stack([cv2.warpAffine(moved, _inverse(turn), (112, 112))])
+    close(out[[3]], unit(expected(back)))
+    assert out[1] @ embedder(FACES[1])[0] > 0.98  # twice resampled
+    close(embedder(str(tmp_path / "raw.png"), points=points), out[[1]])
+    close(embedder(FACES[0]), out[[0]])
+
+
+def _inverse(matrix: np.ndarray) -> np.ndarray:
+    return np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
+
+
+def test_other_sizes_are_refused_or_resized_with_a_note(workdir, embedder, expected):
+    large = cv2.resize(FACES[0], (150, 200))
+    with pytest.raises(DataError, match=r"150 x 200.*five points"):
+        embedder([large])
+    resizing = Embedder(embedder.model, other_size="resize")
+    with pytest.warns(UserWarning, match="resized"):
+        out = resizing(large)
+    close(out, unit(expected(cv2.resize(large, (112, 112))[None])))
+
+
+@pytest.mark.parametrize(
+    ("faces", "points", "words"),
+    [
+        ([], None, "no faces"),
+        (["nowhere.jpg"], None, r"no image at nowhere\.jpg"),
+        (FACES[:2].astype(np.float32), None, r"float32; expected \(height, width, 3\) uint8"),
+        (FACES[:2], np.stack([TEMPLATE]), "1 sets of points for 2 faces"),
+        (FACES[:1], np.zeros((5, 2)), "coincide"),
+    ],
+)
+def test_what_is_no_face(embedder, faces, points, words: str):
+    with pytest.raises(DataError, match=words):
+        embedder(faces, points=points)
+
+
+def test_similarity_and_verdict(embedder, expected):
+    cosines = unit(expected(FACES[:3])) @ unit(expected(FACES[3:5])).T
+    close(embedder.similarity(FACES[:3], FACES[3:5]), cosines)
+    close(embedder.similarity(embedder(FACES[:3]), 7 * embedder(FACES[3:5])), cosines)
+    pairs = np.diag(cosines)
+    close(embedder.similarity(FACES[:2], FACES[3:5], between="pairs"), pairs)
+    middle = float(pairs.mean())
+    verdict = embedder.verify(FACES[:2], FACES[3:5], threshold=middle)
+    np.testing.assert_array_equal(verdict.same, pairs >= middle)
+    assert verdict.same.sum() == 1
+    assert verdict.threshold == middle
+    close(verdict.score, pairs)
+    with pytest.raises(DataError, match="3 faces and 2"):
+        embedder.verify(FACES[:3], FACES[3:5], threshold=0.5)
+
+
+def test_embeddings_that_are_not_finite_are_an_error():
+    class Broken:
+        def __call__(self, images):
+            return np.full((len(images), 4), np.nan, np.float32)
+
+        def digest(self):
+            return ""
+
+    with pytest.raises(DataError, match="not finite"):
+        Embedder(Broken())(FACES[0])
+
+
+def test_the_digest_names_the_weights_whatever_file_they_are_in(workdir, tmp_path):
+    network = Network.from_workdir(workdir, devices=1, batch_size=1)
+    torch.save(weights.to_state_dict(network.params, network.batch_stats), tmp_path / "b.pth")
+    params, batch_stats = weights.load(tmp_path / "b.pth", "r_tiny")
+    from_torch = Network("r_tiny", params, batch_stats, devices=8, batch_size=8)
+    assert from_torch.digest() == network.digest()
+    params["fc.bias"] = np.nextafter(params["fc.bias"], np.float32(1))
+    other = Network("r_tiny", params, batch_stats, devices=1, batch_size=1)
+    assert other.digest() != network.digest()
+
+
+def test_swapped_colours_are_reported_once(embedder):
+    faces = [f for i in range(24) if _is_warm(f := draw_face(seed=6, identity=i, index=0))]
+    faces = np.stack(faces[:8])
+    fresh = Embedder(embedder.model, batch_size=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh(faces)
+    with pytest.warns(UserWarning, match="BGR") as caught:
+        fresh(faces[..., ::-1])
+        fresh(faces[..., ::-1])
+    assert len(caught) == 1
+
+
+def _is_warm(face: np.ndarray) -> bool:
+    red, _, blue = face[40:90, 36:76].reshape(-1, 3).mean(0)
+    return red > 1.3 * blue
+
+
+def test_a_calibration_of_other_weights_is_refused(embedder, tmp_path):
+    with pytest.raises(DataError, match="no calibration at"):
+        embedder.verify(FACES[0], FACES[1], threshold=tmp_path / "c.json")
+    (tmp_path / "c.json").write_text('{"threshold_cosine": 0.5}')
+    with pytest.raises(DataError, match="is no calibration"):
+        embedder.verify(FACES[0], FACES[1], threshold=tmp_path / "c.json")
+
+
+def test_the_package_is_imported_without_jax():
+    code = "import arcface_jax, sys; assert 'jax' not in sys.modules; print(arcface_jax.Embedder)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "arcface_jax.inference.embedder.Embedder" in done.stdout
+    with pytest.raises(AttributeError, match="Embeder"):
+        _ = arcface_jax.Embeder  # pyright: ignore[reportAttributeAccessIssue] (the point)
+
+
+def test_bulk_settings_that_do_not_fit_are_refused(embedder, tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(DataError, match="holds no image"):
+        embedder.embed_folder(tmp_path / "in", tmp_path / "out")
+    cv2.imwrite(str(tmp_path / "in" / "a.png"), FACES[0])
+    with pytest.raises(UserError, match="size of 1 at least"):
+        embedder.embed_folder(tmp_path / "in", tmp_path / "out", shard_size=0)

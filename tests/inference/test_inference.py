@@ -1,0 +1,167 @@
+"""The commands inference.py and calibrate.py on torch weights, beside the torch network."""
+
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from arcface_jax.convert import parity, torch_iresnet, weights
+from arcface_jax.data.synthetic import faces
+from arcface_jax.evaluation import verification
+from arcface_jax.inference import bulk
+from arcface_jax.models import registry
+
+ROOT = Path(__file__).parents[2]
+FACES = np.stack([faces.draw_face(seed=3, identity=i, index=0) for i in range(3)])
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """b.pth, faces/0.png .. 2.png, pairs.bin."""
+    path = tmp_path_factory.mktemp("inference")
+    params, batch_stats = registry.build("r_tiny", embedding_size=16).init(0)
+    torch.save(weights.to_state_dict(params, batch_stats), path / "b.pth")
+    (path / "faces").mkdir()
+    for i, face in enumerate(FACES):
+        cv2.imwrite(str(path / "faces" / f"{i}.png"), face[..., ::-1])
+    images, same = faces.verification_pairs(seed=3, first_identity=9, identities=6, pairs=40)
+    encoded = [cv2.imencode(".png", image[..., ::-1])[1].tobytes() for image in images]
+    _write_bin(path / "pairs.bin", encoded, same.tolist())
+    return path
+
+
+def _write_bin(path: Path, encoded: list[bytes], same: list[bool]) -> None:
+    path.write_bytes(pickle.dumps((encoded, same), protocol=4))
+
+
+@pytest.fixture(scope="module")
+def twin(folder: Path):
+    module = torch_iresnet.build("r_tiny", embedding_size=16)
+    module.load_state_dict(torch.load(folder / "b.pth", weights_only=True), strict=True)
+    return lambda images: parity.torch_embeddings(module, np.ascontiguousarray(images))
+
+
+@pytest.fixture
+def run(folder: Path, capsys, monkeypatch):
+    """Runs a command on the torch weights and gives RESULT, or the message of an error."""
+    monkeypatch.chdir(folder)
+
+    def command(name: str, *words: str) -> dict:
+        argv = ["--weight", "b.pth", "--network", "r_tiny", *words]
+        try:
+            script(name).main(argv)
+        except SystemExit as stop:
+            assert stop.code == 2
+            return {"error": capsys.readouterr().err}
+        printed = capsys.readouterr()
+        last = printed.out.splitlines()[-1]
+        return {**json.loads(last.removeprefix("RESULT ")), "out": printed.out, "err": printed.err}
+
+    return command
+
+
+def test_a_folder_is_printed_or_saved(run, twin, folder):
+    lines = run("inference", "--img", "faces")["out"].splitlines()[:3]
+    assert [line.split()[0] for line in lines] == ["0.png", "1.png", "2.png"]
+    rows = np.array([line.split()[1:] for line in lines], float)
+    np.testing.assert_allclose(rows, twin(FACES), atol=1e-4)
+    options = ("--img", "faces", "--output", "out", "--shard-size", "2", "--batch-size", "8")
+    done = run("inference", *options)
+    assert (done["embedded"], done["shards"], done["kept"]) == (3, 2, 0)
+    np.testing.assert_allclose(bulk.read(folder / "out")[1], twin(FACES), atol=1e-4)
+    assert run("inference", *options)["kept"] == 2
+
+
+def test_one_image_is_saved_resized_with_a_note_or_aligned(run, twin, folder):
+    cv2.imwrite("large.png", cv2.resize(FACES[0], (150, 200))[..., ::-1])
+    done = run("inference", "--img", "large.png", "--output", "x.npy", "--flip")
+    assert "note: images that are not 112 x 112 are resized" in done["err"]
+    resized = cv2.resize(cv2.resize(FACES[0], (150, 200)), (112, 112))[None]
+    expected = twin(resized) + twin(resized[:, :, ::-1])
+    # Not of length 1, so compared as all embeddings are: with ||a - b|| / ||b||.
+    assert parity.largest_error(np.load("x.npy"), expected) < 3e-6
+    shifted = np.zeros((130, 140, 3), np.uint8)
+    shifted[10:122, 20:132] = FACES[1]
+    cv2.imwrite("shifted.png", shifted[..., ::-1])
+    five = "58.2946 61.6963 93.5318 61.5014 76.0252 81.7366 61.5493 102.3655 90.7299 102.2041"
+    Path("points.txt").write_text(f"shifted.png {five} 0.99\n")
+    for points in (five.split(), ["points.txt"]):
+        words = ("--img", "shifted.png", "--normalized", "--output", "y.npy")
+        assert not run("inference", *words, "--points", *points)["err"]
+        expected = twin(FACES[1:2])
+        np.testing.assert_allclose(np.load("y.npy"), expected / np.linalg.norm(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_calibrated_then_verified(run, twin, flip):
+    words = ["--pairs", "pairs.bin", "--far", "0.1", "--output", "c.json", *(["--flip"] * flip)]
+    found = run("calibrate", *words)
+    assert found["different_pairs"] == 20 and not found["enough_pairs"]
+    assert "too few pairs of different people to be sure: 20" in found["out"]
+    verdict = run("inference", "--verify", "faces/0.png", "faces/1.png", "--calibration", "c.json")
+    raw = twin(FACES[:2]) + (twin(FACES[:2, :, ::-1]) if flip else 0)
+    cosine = 1 - verification.pair_distances(raw)[0] / 2
+    assert verdict["cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert verdict["same"] == (cosine >= found["threshold_cosine"])
+    assert verdict["threshold"] == found["threshold_cosine"]
+
+
+def test_verdicts_by_a_number_and_without(run):
+    pair = ("--verify", "faces/0.png", "faces/0.png")
+    same = run("inference", *pair, "--threshold", "0.99")
+    assert same["same"] is True and "the same person: cosine 1.0000" in same["out"]
+    assert run("inference", *pair, "--threshold", "1.01")["same"] is False
+    assert "same" not in run("inference", *pair)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "named"),
+    [
+        ("inference", "--checkpoint x", "2 networks are named (--checkpoint, --weight)"),
+        ("inference", "--img no.png", "no image at no.png"),
+        ("inference", "--img faces/0.png --output x.txt", "saved as a .npy file"),
+        ("inference", "--img faces/0.png --points 1 2 3", "are not five points"),
+        ("inference", "--img faces --points 1 2 3", "name a file of lines"),
+        ("inference", "--img faces/0.png --calibration c.json", "--calibration goes with --verify"),
+        ("calibrate", "--pairs no.bin --output c.json", "no verification set at"),
+        ("calibrate", "--pairs pairs.bin --output d.json", "20 pairs of different people cannot"),
+    ],
+)
+def test_errors_in_one_message(run, name, words, named):
+    assert named in run(name, *words.split())["error"]
+
+
+def test_pairs_to_calibrate_on_may_be_a_list_and_a_folder(run, folder):
+    images, same = pickle.loads((folder / "pairs.bin").read_bytes())
+    (folder / "listed").mkdir()
+    for number, image in enumerate(images):
+        (folder / "listed" / f"{number}.png").write_bytes(image)
+    lines = [f"{2 * i}.png,{2 * i + 1}.png,{int(one)}" for i, one in enumerate(same)]
+    (folder / "pairs.csv").write_text("\n".join(lines))
+    words = ["--far", "0.1", "--output", "listed.json", "--pairs"]
+    by_list, by_bin = (run("calibrate", *words, p) for p in ("pairs.csv:listed", "pairs.bin"))
+    del by_list["seconds"], by_bin["seconds"], by_list["out"], by_bin["out"]
+    assert by_list == by_bin | {"set_name": "pairs"}
+
+
+def test_a_calibration_of_another_model_is_refused(run, folder):
+    words = ("--far", "0.1", "--output", "other.json")
+    assert run("calibrate", "--pairs", "pairs.bin", *words)["files"] == ["other.json"]
+    stored = json.loads((folder / "other.json").read_text())
+    (folder / "other.json").write_text(json.dumps({**stored, "model": "0" * 64}))
+    pair = ("--verify", "faces/0.png", "faces/1.png", "--calibration", "other.json")
+    assert "the calibration is of another model" in run("inference", *pair)["error"]

@@ -1,0 +1,118 @@
+"""scripts/doctor.py on eight CPU devices, and what it would find on a machine with faults."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from arcface_jax.machine import collectives, doctor
+from arcface_jax.runtime import devices as meshes
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+from arcface_jax import config as c
+
+
+def get_config():
+    return c.Config(
+        data=c.DataConfig(path="synthetic", global_batch_size=16),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=16),
+        head=c.HeadConfig(dtype="float32"),
+    )
+"""
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # tyro reads its source
+    spec.loader.exec_module(module)
+    return module
+
+
+def examine(folder: Path, capsys, *more: str) -> tuple[int, dict, str]:
+    """Exit code, RESULT, and the table of scripts/doctor.py with the recipe above."""
+    (folder / "tiny.py").write_text(RECIPE)
+    code = script("doctor").main([str(folder / "tiny.py"), "--devices", "8", *more])
+    out = capsys.readouterr().out
+    last = out.splitlines()[-1]
+    assert last.startswith("RESULT ")
+    return code, json.loads(last.removeprefix("RESULT ")), out
+
+
+def test_a_sound_machine_gets_its_bottleneck_named(tmp_path, capsys):
+    more = ("--workdir", str(tmp_path / "new" / "run"), "--seconds", "0.2")
+    code, found, out = examine(tmp_path, capsys, *more)
+    assert code == 0 and found["fails"] == []
+    for name in ("versions", "driver", "data", "memory", "disk", "compute", "traffic"):
+        assert name in out
+    assert found["devices"] == 8
+    # A ring of 8 sends 7/8 of the (16, 32) float32 embeddings, and back.
+    assert found["all_gather_bytes"] == found["reduce_scatter_bytes"] == 7 / 8 * 16 * 32 * 4
+    parts = ("data_ms", "compute_ms", "head_ms", "all_reduce_ms")
+    longest = max(found[name] for name in parts)
+    assert found["most_images_per_second"] == pytest.approx(16 / longest * 1e3)
+    assert "will be the bottleneck" in found["bottleneck"]
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.py"]  # nothing stays behind
+
+
+@pytest.mark.parametrize(
+    ("more", "name", "words"),
+    [
+        (("--data.global-batch-size", "12"), "devices", "12 cannot be divided by 8 devices"),
+        (("--data.path", "nowhere"), "data", "nowhere"),
+        (("--num-classes", "2000000000", "--data.path", ""), "memory", "fewer classes"),
+        (("--workdir", "/proc/run", "--data.path", "", "--num-classes", "9"), "disk", "/proc"),
+    ],
+)
+def test_what_would_make_a_run_fail_is_the_exit_code(tmp_path, capsys, more, name, words):
+    code, found, out = examine(tmp_path, capsys, "--seconds", "0.1", *more)
+    assert code == 1 and found["fails"] == [name]
+    assert words in " ".join(out.replace("│", " ").split())
+
+
+def test_versions_that_are_apart_are_named():
+    check = doctor.check_versions
+    assert check({"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "1"}).verdict == "ok"
+    assert check({"jax": "0.10.2", "jaxlib": "0.10.1"}).verdict == "warning"
+    plugin = check({"jax": "0.10.2", "jaxlib": "0.10.2", "jax-cuda12-plugin": "0.9.0"})
+    assert plugin.verdict == "fails"
+    assert "pip install jax-cuda12-plugin==0.10.2" in plugin.words
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("echo 'NVIDIA H100, 560.1, 81559 MiB'", "JAX sees the CPU alone"),
+        ("echo 'driver/library version mismatch'; exit 9", "nvidia-smi fails: driver/library"),
+    ],
+)
+def test_a_driver_that_jax_cannot_use_fails(tmp_path, monkeypatch, program, words):
+    path = tmp_path / "nvidia-smi"
+    path.write_text(f"#!/bin/sh\n{program}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    check = doctor.check_driver()
+    assert check.verdict == "fails" and words in check.words
+
+
+def test_the_longest_part_is_the_bottleneck():
+    check = doctor.bottleneck({"reading": 40.0, "sending": 10.0}, batch=128)
+    assert check.words.startswith("reading will be the bottleneck: no more than 3,200 images/s")
+
+
+def test_traffic_goes_with_the_arrays():
+    found = collectives.measure(
+        meshes.make(4),
+        **{"batch": 64, "size": 16, "parameters": 1000},
+        head_dtype="bfloat16",
+        reduce_dtype="float32",
+    )
+    sent = {name: traffic.bytes for name, traffic in found.items()}
+    whole = {"all_gather": 64 * 16 * 2, "reduce_scatter": 64 * 16 * 4, "all_reduce": 2 * 1000 * 4}
+    assert sent == {name: size * 3 / 4 for name, size in whole.items()}
+    assert all(traffic.rate > 0 for traffic in found.values())

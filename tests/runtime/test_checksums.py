@@ -1,0 +1,101 @@
+"""Checkpoints that are not what was written are found, set aside, and said."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from arcface_jax import config as c
+from arcface_jax import train
+from arcface_jax.errors import CheckpointError
+from arcface_jax.runtime import checksums
+from arcface_jax.training import saved_runs
+
+
+def config(workdir: Path) -> c.Config:
+    return c.Config(
+        workdir=str(workdir),
+        devices=1,
+        data=c.DataConfig(
+            path="synthetic",
+            global_batch_size=8,
+            synthetic=c.SyntheticConfig(identities=4, images_per_identity=4),
+        ),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
+        head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
+        schedule=c.ScheduleConfig(epochs=2),
+        evaluation=c.EvaluationConfig(batch_size=8, every_epochs=0),
+        logging=c.LoggingConfig(every_steps=1, tensorboard=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run with checkpoints of steps 2 and 4."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train.train(config(workdir))
+    return workdir
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_each_finished_checkpoint_has_checksums(finished):
+    assert sorted(p.name for p in (finished / "checksums").iterdir()) == ["2.json", "4.json"]
+    assert checksums.set_aside_damaged(finished / "checkpoints") == []
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_the_last_whole_one_is_taken_and_the_run_ends_as_it_would(run, capsys, damage):
+    weights = saved_runs.restore_backbone(run)[1]
+    target = largest(run / "checkpoints" / "4")
+    if damage == "flipped":
+        flip(target)
+    elif damage == "cut":
+        target.write_bytes(target.read_bytes()[: target.stat().st_size // 2])
+    else:
+        target.unlink()
+    assert train.train(config(run)).step == 4
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 4 is damaged" in said and target.name in said
+    assert "resuming at step 2" in said
+    assert (run / "damaged" / "4").is_dir()
+    again = saved_runs.restore_backbone(run)[1]
+    assert all((weights[name] == again[name]).all() for name in weights)
+
+
+def test_where_none_is_whole_nothing_is_touched(run):
+    for step in ("2", "4"):
+        flip(largest(run / "checkpoints" / step))
+    before = files(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="begin anew in another --workdir"):
+        train.train(config(run))
+    assert files(run / "checkpoints") == before
+
+
+def test_what_inference_reads_of_a_damaged_one_is_refused_by_name(run):
+    damaged = largest(run / "checkpoints" / "4" / "backbone")
+    before = damaged.read_bytes()
+    flip(damaged)
+    with pytest.raises(CheckpointError, match=rf"checkpoints/4 is damaged .*{damaged.name}"):
+        saved_runs.restore_backbone(run)
+    assert saved_runs.restore_backbone(run, 2)[3] == 2
+    damaged.write_bytes(before)
+    flip(largest(run / "checkpoints" / "4" / "training"))  # of no interest to inference
+    assert saved_runs.restore_backbone(run)[3] == 4

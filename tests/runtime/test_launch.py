@@ -1,0 +1,197 @@
+"""One run in several processes, which meet on this machine's loopback."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from arcface_jax.config import DistributedConfig
+from arcface_jax.errors import ConfigError
+from arcface_jax.runtime import launch
+
+ROOT = Path(__file__).parents[2]
+# Calm enough that another order of sums stays a rounding error for ten steps.
+RECIPE = """
+from arcface_jax import config as c
+
+
+def get_config():
+    return c.Config(
+        data=c.DataConfig(
+            path="synthetic",
+            global_batch_size=24,
+            synthetic=c.SyntheticConfig(
+                identities=12, images_per_identity=10, pairs=20, pair_identities=4
+            ),
+        ),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=6),
+        head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
+        optimizer=c.OptimizerConfig(learning_rate=0.005),
+        schedule=c.ScheduleConfig(epochs=2),
+        evaluation=c.EvaluationConfig(targets=("synthetic",), batch_size=24, every_epochs=0),
+        logging=c.LoggingConfig(every_steps=1, tensorboard=False),
+    )
+"""
+
+
+def start(workdir: Path, *more: str, processes: int, devices: int) -> list[subprocess.Popen]:
+    """scripts/train.py in so many processes, of so many devices each."""
+    recipe = workdir.parent / "recipe.py"
+    recipe.write_text(RECIPE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, "scripts/train.py", str(recipe), "--workdir", str(workdir), *more]
+    several = ["--distributed.coordinator", coordinator, "--distributed.num-processes"]
+    several = [*several, str(processes), "--distributed.process-id"]
+    return [
+        subprocess.Popen(
+            [*command, *([*several, str(number)] if processes > 1 else [])],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for number in range(processes)
+    ]
+
+
+def finish(processes: list[subprocess.Popen], *, code: int = 0) -> list[str]:
+    """Their outputs, when all have ended as they should."""
+    try:
+        texts = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, stderr) in zip(processes, texts, strict=True):
+        assert process.returncode == code, stderr[-3000:]
+    return [stdout for stdout, _ in texts]
+
+
+def losses(workdir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def check_equal_to_one_process(folder: Path, *, processes: int, devices: int) -> None:
+    texts = finish(start(folder / "many", processes=processes, devices=devices))
+    finish(start(folder / "one", processes=1, devices=processes * devices))
+    assert texts[0].splitlines()[-1].startswith("RESULT ")
+    assert not any("RESULT" in text for text in texts[1:])
+    many, one = losses(folder / "many"), losses(folder / "one")
+    assert len(many) == len(one) == 10
+    assert many[0] == pytest.approx(one[0], abs=1e-5)
+    assert many == pytest.approx(one, abs=1e-3)
+    assert len(json.loads((folder / "many" / "environment.json").read_text())) == 1
+    assert (folder / "many" / "backbone.pth").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run(tmp_path):
+    check_equal_to_one_process(tmp_path, processes=2, devices=2)
+
+
+@pytest.mark.slow
+def test_four_processes_are_one_run(tmp_path):
+    check_equal_to_one_process(tmp_path, processes=4, devices=1)
+
+
+def stop(
+    processes: list[subprocess.Popen], workdir: Path, *, behind: int, signals: tuple[int, ...]
+) -> int:
+    """SIGTERM to some of them, once the run is behind a step; how many steps it did in all."""
+    deadline = time.monotonic() + 300
+    while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) <= behind:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for number in signals:
+        processes[number].send_signal(signal.SIGTERM)
+    finish(processes, code=85)
+    return len(losses(workdir))
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_numbers_of_processes(tmp_path):
+    """One process of 4 devices, two of 2 each, one of 2; SIGTERM to one of two stops both."""
+    # JAX looks for the signal once a second only: enough steps that some are left by then.
+    epochs = ("--schedule.epochs", "6", "--checkpoint.requeue-exit-code", "85")
+    finish(start(tmp_path / "undisturbed", *epochs, processes=1, devices=4))
+    workdir = tmp_path / "moved"
+    processes = start(workdir, *epochs, processes=1, devices=4)
+    first = stop(processes, workdir, behind=0, signals=(0,))
+    processes = start(workdir, *epochs, processes=2, devices=2)
+    second = stop(processes, workdir, behind=first, signals=(1,))
+    assert 0 < first < second < 30
+    finish(start(workdir, *epochs, processes=1, devices=2))
+    moved, undisturbed = losses(workdir), losses(tmp_path / "undisturbed")
+    assert len(moved) == len(undisturbed) == 30
+    print(first, second, "differences", [a - b for a, b in zip(moved, undisturbed, strict=True)])
+    for number in (0, first, second):
+        assert moved[number] == pytest.approx(undisturbed[number], abs=1e-3)
+    assert moved[:10] == pytest.approx(undisturbed[:10], abs=1e-3)
+    sessions = json.loads((workdir / "environment.json").read_text())
+    assert [session["processes"] for session in sessions] == [1, 2, 1]
+
+
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.1:1", "OMPI_COMM_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "cluster"),
+    [
+        (SLURM, "slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        (OPEN_MPI, "ompi"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, "k8s"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({}, None),
+    ],
+)
+def test_launchers_are_recognised(environment, cluster):
+    assert launch.find_cluster(environment) == cluster
+
+
+@pytest.mark.parametrize(
+    ("cluster", "environment", "devices"),
+    [
+        ("slurm", {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, []),  # all of the host
+        ("slurm", {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4"}, None),  # JAX gives one each
+        ("ompi", {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+        ("ompi", {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, None),
+        (None, {}, []),
+    ],
+)
+def test_a_process_takes_its_hosts_devices_or_one(cluster, environment, devices):
+    assert launch.local_devices(DistributedConfig(), cluster, environment) == devices
+    chosen = DistributedConfig(local_devices=(1, 3))
+    assert launch.local_devices(chosen, cluster, environment) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DistributedConfig(coordinator="a:1"),
+        DistributedConfig(num_processes=2),
+        DistributedConfig(process_id=0),
+        DistributedConfig(coordinator="a:1", num_processes=2, process_id=2),
+        DistributedConfig(coordinator="a", num_processes=2, process_id=1),
+    ],
+)
+def test_incomplete_options_are_refused(config):
+    with pytest.raises(ConfigError, match=r"distributed\.process_id"):
+        launch.join_processes(config)

@@ -1,0 +1,265 @@
+"""How a run ends that is asked to, hangs, or loses its data, through the real command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from arcface_jax.data.synthetic import faces
+
+ROOT = Path(__file__).parents[2]
+# Six steps an epoch.
+RECIPE = """
+from arcface_jax import config as c
+
+
+def get_config():
+    return c.Config(
+        devices=1,
+        data=c.DataConfig(
+            path="synthetic",
+            global_batch_size=8,
+            synthetic=c.SyntheticConfig(
+                identities=6, images_per_identity=8, pairs=PAIRS, pair_identities=20
+            ),
+        ),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
+        head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
+        schedule=c.ScheduleConfig(epochs=EPOCHS),
+        evaluation=c.EvaluationConfig(batch_size=8, every_epochs=1),
+        checkpoint=c.CheckpointConfig(every_epochs=0),
+        logging=c.LoggingConfig(every_steps=1, tensorboard=False),
+    )
+"""
+
+
+class Run:
+    """scripts/train.py in a process of its own; killed when a test is done with it."""
+
+    def __init__(self, folder: Path, *options: str, epochs: int = 1000, pairs: int = 20):
+        (folder / "recipe.py").write_text(
+            RECIPE.replace("EPOCHS", str(epochs)).replace("PAIRS", str(pairs))
+        )
+        self.workdir = folder / "run"
+        words = [str(folder / "recipe.py"), "--workdir", str(self.workdir), *options]
+        self.process = subprocess.Popen(
+            [sys.executable, "scripts/train.py", *words],
+            **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def wait_for(self, ready: Callable[[], bool], seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not ready():
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def steps(self) -> int:
+        return max(
+            (line["step"] for line in lines(self.workdir) if "train/loss" in line), default=0
+        )
+
+    def end(self, seconds: float = 240) -> tuple[int, str]:
+        said = self.process.communicate(timeout=seconds)[1]
+        return self.process.returncode, said
+
+
+def lines(workdir: Path) -> list[dict]:
+    path = workdir / "metrics.jsonl"
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:  # being written
+            continue
+    return found
+
+
+def evaluated(workdir: Path) -> list[int]:
+    return [line["step"] for line in lines(workdir) if "eval/synthetic/accuracy" in line]
+
+
+def saved(workdir: Path) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.mark.slow
+def test_a_signal_leaves_an_evaluation_which_is_made_up_for(tmp_path):
+    """One of 800 pairs, 400 batches, of which a few are enough to notice the signal."""
+    targets = ("--evaluation.targets", "synthetic")
+    options = {"epochs": 2, "pairs": 800}
+    with Run(tmp_path, *targets, **options) as run:
+        run.wait_for(lambda: run.steps() == 6)
+        time.sleep(1)  # into the evaluation, whose length the second run shows
+        sent = time.monotonic()
+        run.process.send_signal(signal.SIGTERM)
+        code, said = run.end()
+        waited = time.monotonic() - sent
+    assert code == 128 + signal.SIGTERM, said
+    assert "stopped by SIGTERM at step 6" in said
+    assert evaluated(run.workdir) == [] and saved(run.workdir) == [6]
+    with Run(tmp_path, *targets, **options) as run:
+        run.wait_for((run.workdir / "run.txt").exists)
+        run.wait_for(lambda: evaluated(run.workdir) == [6])
+        begin = time.monotonic()
+        run.wait_for(lambda: evaluated(run.workdir) == [6, 12])
+        whole = time.monotonic() - begin
+        code, said = run.end()
+    assert code == 0, said
+    assert "resuming at step 6 of 12" in said
+    print(f"left in {waited:.1f} s; six steps and a whole evaluation take {whole:.1f} s")
+    assert waited < whole / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("by", "options", "expected"),
+    [
+        (signal.SIGTERM, ("--checkpoint.requeue-exit-code", "85"), 85),
+        (signal.SIGTERM, (), 128 + signal.SIGTERM),
+        (signal.SIGINT, ("--checkpoint.requeue-exit-code", "85"), 128 + signal.SIGINT),
+    ],
+    ids=["requeue", "sigterm", "sigint"],
+)
+def test_a_save_that_outlasts_the_deadline_is_given_up(tmp_path, by, options, expected):
+    """A save that never ends: its checksums go to pipes that nobody reads, but for one step's."""
+    slow = tmp_path / "run" / "checksums"
+    more = ("--checkpoint.deadline-seconds", "3", "--checkpoint.every-epochs", "1")
+    with Run(tmp_path, *options, *more) as run:
+        run.wait_for(lambda: run.steps() >= 1)
+        slow.mkdir(exist_ok=True)
+        for step in range(7, 3000):
+            os.mkfifo(slow / f"{step}.json.part")
+        run.wait_for(lambda: run.steps() >= 8)
+        sent = time.monotonic()
+        run.process.send_signal(by)
+        code, said = run.end(seconds=60)
+        waited = time.monotonic() - sent
+    assert code == expected, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith(f"stopped by {by.name}, and not ready in checkpoint.deadline_seconds 3")
+    assert "the last complete checkpoint is that of step 6 " in last
+    assert "Traceback" not in said and saved(run.workdir) == [6]
+    assert 2.5 < waited < 10
+
+
+def image_folder(folder: Path) -> Path:
+    """48 drawn faces of six people."""
+    for identity in range(6):
+        (folder / f"person{identity}").mkdir(parents=True)
+        for index in range(8):
+            face = faces.draw_face(seed=0, identity=identity, index=index)
+            cv2.imwrite(str(folder / f"person{identity}" / f"{index}.png"), face[:, :, ::-1])
+    return folder
+
+
+def replace_by_pipes(folder: Path) -> None:
+    """Reading an image never ends any more."""
+    for path in folder.rglob("*.png"):
+        path.unlink()
+        os.mkfifo(path)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_run_at_once(tmp_path):
+    data = image_folder(tmp_path / "data")
+    with Run(tmp_path, "--data.path", str(data)) as run:
+        run.wait_for(lambda: run.steps() >= 1)
+        replace_by_pipes(data)
+        time.sleep(3)
+        run.process.send_signal(signal.SIGTERM)
+        time.sleep(2)
+        assert run.process.poll() is None, "a step hangs, and the run waits for it"
+        run.process.send_signal(signal.SIGTERM)
+        code, _ = run.end(seconds=10)
+    assert code == -signal.SIGTERM
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("abort", [False, True], ids=["says it", "ends it"])
+def test_a_step_that_hangs_is_found_by_the_watchdog(tmp_path, abort):
+    """The images become pipes that nobody writes to; the first step compiles, and is no hang."""
+    data = image_folder(tmp_path / "data")
+    options = ("--logging.watchdog-seconds", "30", "--logging.watchdog-abort", str(abort))
+    with Run(tmp_path, "--data.path", str(data), *options) as run:
+        run.wait_for(lambda: run.steps() >= 1)
+        replace_by_pipes(data)
+        if abort:
+            code, said = run.end(seconds=120)
+            assert code == 1
+        else:
+            time.sleep(40)
+            assert run.process.poll() is None
+            run.process.kill()
+            _, said = run.end()
+    assert "Timeout (0:00:30)!" in said
+    assert "most recent call first" in said and "arcface_jax/train.py" in said
+    assert "arcface_jax/data/" in said  # the threads that read, too
+
+
+@pytest.mark.slow
+def test_images_that_vanish_are_replaced_up_to_the_share(tmp_path):
+    data = image_folder(tmp_path / "data")
+    images = sorted(data.rglob("*.png"))
+    options = ("--data.path", str(data), "--data.max-bad-share", "0.1")  # 4 of 48
+    with Run(tmp_path, *options) as run:
+        run.wait_for(lambda: run.steps() >= 1)
+        for path in images[:3]:
+            path.unlink()
+        count = "data/bad_images"
+        run.wait_for(lambda: lines(run.workdir)[-1].get(count) == 3)
+        for path in images[10:14]:
+            path.unlink()
+        code, said = run.end()
+    assert code == 2, said
+    message = said.strip().splitlines()[-1]
+    assert message.startswith("error: ") and "of 48 training images cannot be read" in message
+    assert "bad_images.jsonl" in message and "Traceback" not in said
+    listed = [json.loads(x) for x in (run.workdir / "bad_images.jsonl").read_text().splitlines()]
+    assert len(listed) >= 5
+    assert {Path(line["where"]) for line in listed} <= {*images[:3], *images[10:14]}
+    assert saved(run.workdir) == [run.steps()]
+    (gone := tmp_path / "gone").mkdir()
+    data.rename(gone / "data")
+    with Run(tmp_path, *options) as run:
+        code, said = run.end()
+    assert code == 2 and "does not exist" in said and str(data) in said
+    assert "Traceback" not in said and saved(run.workdir) == [run.steps()]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bits_after_fifty_steps(tmp_path):
+    from faults.kill_and_resume import weights
+
+    arrays = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        with Run(tmp_path / name, epochs=9) as run:
+            code, said = run.end()
+        assert code == 0 and saved(run.workdir) == [54], said
+        arrays.append(weights(run.workdir))
+    one, two = arrays
+    assert one.keys() == two.keys() and len(one) > 50
+    for name, array in one.items():
+        assert array.dtype == two[name].dtype and array.tobytes() == two[name].tobytes(), name
+    with Run(tmp_path, "--seed", "1", epochs=9) as run:
+        assert run.end()[0] == 0
+    other = weights(run.workdir)
+    moved = [name for name in one if not np.array_equal(one[name], other[name], equal_nan=True)]
+    assert len(moved) > len(one) / 2, "another seed gives others: the comparison can fail"

@@ -1,0 +1,245 @@
+"""Every rule of `validate`: the value, the expectation and the fix are in the message."""
+
+import contextlib
+import json
+
+import pytest
+
+from arcface_jax import config as configs
+from arcface_jax.config import Config, ScheduleConfig
+from arcface_jax.errors import ConfigError
+from arcface_jax.training import validation
+
+RUNNABLE = configs.replace(Config(workdir="w"), data__path="faces")
+
+
+def test_the_defaults_can_be_run_on_the_device_counts_that_divide_the_batch():
+    fits = []
+    for num_devices in range(1, 130):
+        with contextlib.suppress(ConfigError):
+            validation.validate(RUNNABLE, num_devices=num_devices)
+            fits.append(num_devices)
+    assert fits == [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+POSITIVE = [
+    "data.global_batch_size",
+    "data.prefetch_batches",
+    "data.synthetic.identities",
+    "data.synthetic.images_per_identity",
+    "model.embedding_size",
+    "model.bn_batch_size",
+    "head.scale",
+    "head.block_size",
+    "head.subcenters",
+    "head.ema",
+    "head.adaface_h",
+    "optimizer.learning_rate",
+    "optimizer.clip_norm",
+    "optimizer.epsilon",
+    "schedule.epochs",
+    "schedule.power",
+    "schedule.decay_factor",
+    "evaluation.batch_size",
+    "checkpoint.keep",
+    "checkpoint.keep_best",
+    "logging.every_steps",
+]
+NOT_NEGATIVE = [
+    "seed",
+    "data.threads",
+    "data.workers",
+    "head.margin",
+    "head.sample_rate",
+    "head.interclass_filtering_threshold",
+    "head.magface_weight",
+    "optimizer.momentum",
+    "optimizer.weight_decay",
+    "evaluation.every_epochs",
+    "checkpoint.every_epochs",
+]
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_what_must_be_positive_is_named(name: str, value: int):
+    config = configs.replace(RUNNABLE, **{name.replace(".", "__"): value})
+    with pytest.raises(ConfigError, match=rf"{name} {value}(\.0)? must be greater than 0"):
+        validation.validate(config, num_devices=1)
+
+
+@pytest.mark.parametrize("name", NOT_NEGATIVE)
+def test_what_must_not_be_negative_is_named_and_may_be_zero(name: str):
+    field = name.replace(".", "__")
+    validation.validate(configs.replace(RUNNABLE, **{field: 0}), num_devices=1)
+    with pytest.raises(ConfigError, match=rf"{name} -1(\.0)? must not be negative"):
+        validation.validate(configs.replace(RUNNABLE, **{field: -1}), num_devices=1)
+
+
+SYNTHETIC = {"evaluation__targets": ("synthetic",)}
+
+
+@pytest.mark.parametrize(
+    ("change", "num_devices", "expected"),
+    [
+        ({"workdir": ""}, 1, ["workdir is empty", "--workdir FOLDER"]),
+        ({"data__path": ""}, 1, ["data.path is empty", "--data.path FOLDER", "synthetic"]),
+        (
+            {"data__global_batch_size": 100},
+            8,
+            ["data.global_batch_size 100", "8 devices", "(96 or 104)", "--devices"],
+        ),
+        ({"data__global_batch_size": 6}, 8, ["data.global_batch_size 6", "(8)", "--devices"]),
+        (
+            {"evaluation__batch_size": 250},
+            8,
+            ["evaluation.batch_size 250", "8 devices", "multiple of 8"],
+        ),
+        (
+            {"model__bn_batch_size": 48},
+            1,
+            ["model.bn_batch_size 48", "data.global_batch_size 128", "[1, 2, 4, 8, 16, 32, 64,"],
+        ),
+        (
+            # 4 groups on 8 devices: too few for each device to have one, too many for SyncBN.
+            {"model__bn_batch_size": 32},
+            8,
+            ["model.bn_batch_size 32", "4 BatchNorm groups", "8 devices", "[2, 4, 8, 16, 128]"],
+        ),
+        (
+            {"optimizer__momentum": 1.0},
+            1,
+            ["optimizer.momentum 1.0", "below 1", "0.9"],
+        ),
+        (
+            {"schedule__epochs": 4, "schedule__warmup_epochs": 4.0},
+            1,
+            ["schedule.warmup_epochs 4.0", "below schedule.epochs 4"],
+        ),
+        ({"schedule__warmup_epochs": -0.5}, 1, ["schedule.warmup_epochs -0.5", "at least 0"]),
+        (
+            {"schedule__kind": "step", "schedule__decay_epochs": (10, 10, 16)},
+            1,
+            ["schedule.decay_epochs (10, 10, 16)", "rise", "(10, 16, 22)"],
+        ),
+        (
+            {"schedule__kind": "step", "schedule__decay_epochs": (16, 10)},
+            1,
+            ["schedule.decay_epochs (16, 10)", "rise", "(10, 16, 22)"],
+        ),
+        (
+            {"schedule__kind": "step", "schedule__decay_epochs": (0, 10)},
+            1,
+            ["schedule.decay_epochs (0, 10)", "from 1", "(10, 16, 22)"],
+        ),
+        (
+            {"schedule__decay_epochs": (10,)},
+            1,
+            ["schedule.decay_epochs", "schedule.kind step", "--schedule.kind step"],
+        ),
+        ({"head__scale": 80.0}, 1, ["head.scale 80.0", "at most 69", "usual value is 64"]),
+        ({"head__sample_rate": 10.0}, 1, ["head.sample_rate 10.0", "0 to 1"]),
+        (
+            {"head__interclass_filtering_threshold": 1.0},
+            1,
+            ["head.interclass_filtering_threshold 1.0", "below 1", "0.4"],
+        ),
+        (
+            {"head__loss": "combined", "head__margins": (0.0, 0.5, 0.0)},
+            1,
+            ["head.margins (0.0, 0.5, 0.0)", "greater than 0", "arcface is (1, m, 0)"],
+        ),
+        (
+            {"head__loss": "combined", "head__margins": (0.9, 0.4, 0.15)}
+            | {"head__beyond_pi": "linear"},
+            1,
+            ["head.beyond_pi linear", "(0.9, 0.4, 0.15)", "--head.beyond-pi none"],
+        ),
+        ({"head__ema": 2.0}, 1, ["head.ema 2.0", "at most 1", "0.01"]),
+        (
+            {"head__magface_norms": (110.0, 10.0)},
+            1,
+            ["head.magface_norms", "rise", "(10.0, 110.0)"],
+        ),
+        ({"head__magface_margins": (0.0, 0.8)}, 1, ["head.magface_margins", "(0.45, 0.8)"]),
+        ({"optimizer__betas": (0.9, 1.0)}, 1, ["optimizer.betas (0.9, 1.0)", "0.9 0.999"]),
+        (
+            SYNTHETIC | {"data__synthetic__pairs": 601},
+            1,
+            ["data.synthetic.pairs 601", "multiple of 20", "use 600"],
+        ),
+        (
+            SYNTHETIC | {"data__synthetic__pairs": 0},
+            1,
+            ["data.synthetic.pairs 0", "multiple of 20", "use 20"],
+        ),
+        (
+            SYNTHETIC | {"data__synthetic__pair_identities": 1},
+            1,
+            ["data.synthetic.pair_identities 1", "2 to 600"],
+        ),
+        (
+            SYNTHETIC | {"data__synthetic__pair_identities": 601},
+            1,
+            ["data.synthetic.pair_identities 601", "2 to 600"],
+        ),
+    ],
+)
+def test_a_combination_that_cannot_run_names_value_expectation_and_fix(
+    change: dict, num_devices: int, expected: list[str]
+):
+    config = configs.replace(RUNNABLE, **change)
+    with pytest.raises(ConfigError) as error:
+        validation.validate(config, num_devices=num_devices)
+    assert [words for words in expected if words not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 3, 6, 8])
+def test_every_batch_norm_size_that_is_offered_is_accepted(num_devices: int):
+    batch = 8 * 3 * num_devices
+    config = configs.replace(RUNNABLE, data__global_batch_size=batch)
+    config = configs.replace(config, evaluation__batch_size=num_devices)
+    accepted = []
+    for size in range(1, batch + 1):
+        try:
+            validation.validate(
+                configs.replace(config, model__bn_batch_size=size), num_devices=num_devices
+            )
+        except ConfigError as error:
+            offered = json.loads(str(error).split("use one of ")[1].split("]")[0] + "]")
+            assert size not in offered
+            assert batch in offered
+        else:
+            accepted.append(size)
+    groups = [batch // size for size in accepted]
+    divisors = [n for n in range(batch, 0, -1) if batch % n == 0]
+    assert groups == [n for n in divisors if n == 1 or n % num_devices == 0]
+
+
+def test_the_largest_scale_that_is_offered_is_accepted():
+    validation.validate(configs.replace(RUNNABLE, head__scale=69.0), num_devices=1)
+    with pytest.raises(ConfigError, match="at most 69"):
+        validation.validate(configs.replace(RUNNABLE, head__scale=69.1), num_devices=1)
+
+
+def test_curricularface_takes_any_scale_for_it_subtracts_a_maximum():
+    config = configs.replace(RUNNABLE, head__scale=100.0, head__loss="curricularface")
+    validation.validate(config, num_devices=1)
+    with pytest.raises(ConfigError, match=r"head\.scale 100"):
+        validation.validate(configs.replace(config, head__loss="adaface"), num_devices=1)
+
+
+def test_a_batch_norm_size_above_the_batch_is_one_group():
+    config = configs.replace(RUNNABLE, data__global_batch_size=64, model__bn_batch_size=128)
+    validation.validate(config, num_devices=8)
+    assert configs.batch_norm_groups(config) == 1
+
+
+def test_the_published_recipes_sections_are_accepted():
+    config = configs.replace(
+        RUNNABLE,
+        data__global_batch_size=1024,
+        schedule=ScheduleConfig(kind="step", epochs=25, decay_epochs=(10, 16, 22)),
+    )
+    validation.validate(config, num_devices=8)
+    assert configs.batch_norm_groups(config) == 8
