@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -20,6 +20,15 @@ class Model(Protocol):
 
     def digest(self) -> str:
         """A SHA-256 that names the weights."""
+        ...
+
+
+@runtime_checkable
+class ShardedModel(Model, Protocol):
+    """A model whose devices are spread over several hosts, each of which reads its own images."""
+
+    def rows_of_this_host(self, count: int, /) -> np.ndarray:
+        """(count,) bool: which images of a call this host reads."""
         ...
 
 

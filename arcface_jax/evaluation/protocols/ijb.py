@@ -17,7 +17,7 @@ import numpy as np
 
 from arcface_jax.errors import ConfigError, DataError
 from arcface_jax.evaluation import roc, shards
-from arcface_jax.evaluation.embed import Model
+from arcface_jax.evaluation.embed import Model, ShardedModel
 from arcface_jax.evaluation.protocols import identification, templates
 from arcface_jax.evaluation.protocols.identification import Identification
 from arcface_jax.evaluation.protocols.ijb_files import IjbSet
@@ -25,7 +25,6 @@ from arcface_jax.evaluation.protocols.templates import Templates
 from arcface_jax.evaluation.roc import Roc, TarAtFar
 from arcface_jax.evaluation.shards import Features
 from arcface_jax.evaluation.verification import FARS
-from arcface_jax.training.network import Network
 
 _POINTS = 200
 """Points of a curve that are kept to draw it."""
@@ -145,7 +144,7 @@ def embed_images(
         settings={"model": model.digest(), "list": shards.digest(names, ijb_set.landmarks)},
         mirrored=mirrored,
         threads=threads,
-        host_rows=model.rows_of_this_host if isinstance(model, Network) else None,
+        host_rows=model.rows_of_this_host if isinstance(model, ShardedModel) else None,
         progress=progress,
     )
 
