@@ -1,6 +1,7 @@
 """Every recipe loads, passes validation, and states what its golden text has."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,12 @@ def compare(name: str, settings: dict[str, Any], request: pytest.FixtureRequest)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_docstring_has_the_command(path):
+def test_the_docstring_has_command_hardware_and_figures(path):
     text = path.read_text()
     assert f"python scripts/train.py configs/{path.name}" in text
+    docstring = text.split('"""')[1]
+    assert "GPUs with" in docstring or "one GPU" in docstring or "cores" in docstring
+    assert re.search("Published|Measured|No\\spublished figures", docstring)
 
 
 def test_the_zoo_of_2021_is_as_published():
