@@ -82,7 +82,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
     devices = meshes.make(config.devices)
     validation.validate(config, num_devices=devices.size)
     source = opening.open_source(config.data, seed=config.seed)
-    targets = open_targets(config)
+    targets = open_targets(config.evaluation.targets, config.data, seed=config.seed)
     for target in targets:
         verification.check(target)  # better now than after the first epochs
     if config.checkpoint.best_metric:

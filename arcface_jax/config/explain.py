@@ -27,8 +27,8 @@ _BOUNDS = {
 def explain(error: pydantic.ValidationError, *, root: type, given: Any) -> str:
     """Describes every field at fault.
 
-    A validator that stands beside a field raises a `ValueError` whose text continues the sentence
-    "FIELD VALUE ...", for instance "must rise".
+    A validator that stands beside a field raises a `ValueError` whose text either continues the
+    sentence "FIELD VALUE ...", as in "must increase", or says what to do.
 
     Args:
       error: of `root` or of a section of it, which the error's title names.
@@ -71,7 +71,8 @@ def _sentence(item: Any, prefix: str, section: type, *, root: type, given: Any) 
     else:
         return f"{name}: {item['msg']} (got {item['input']!r})"
     value = _value(given, item["loc"], default=item["input"])
-    return f"{name} {value!r} {expected}{_ending(name, root)}"
+    colon = "" if expected.startswith("must ") else ":"
+    return f"{name} {value!r}{colon} {expected}{_ending(name, root)}"
 
 
 def _value(given: Any, location: Sequence[str | int], *, default: Any) -> Any:

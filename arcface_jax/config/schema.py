@@ -410,7 +410,9 @@ class Config:
     compilation_cache: str = "~/.cache/arcface_jax"
     """Folder of compiled programs, which make restarts fast; "" is off.
     JAX_COMPILATION_CACHE_DIR takes precedence."""
-    devices: Annotated[PositiveInt | None, Hint("leave it out to use all")] = None
+    devices: Annotated[
+        PositiveInt | None, Hint("for instance --devices 8, or leave it out to use all")
+    ] = None
     """How many devices to use. Default: all."""
     init_from: str = ""
     """Initial weights: the workdir of a run, a .pth or a .safetensors; random if empty."""
