@@ -172,7 +172,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
     warned = False
     in_flight: deque = deque()
     done = start
-    with signals.watched(config) as stop:
+    with signals.watched(config.checkpoint, workdir=Path(config.workdir)) as stop:
         try:
             # A signal came while this was evaluated, and the run before this one left it.
             if targets and start in evaluate_at and not log.has(start, "eval/"):
