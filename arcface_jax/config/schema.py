@@ -1,7 +1,8 @@
 """The configuration: frozen dataclasses, one for each concern, ranges beside the fields.
 
 Every hyper-parameter default of the project is here. A recipe (`configs/*.py`) states only what
-differs; `loading.py` reads it.
+differs; `loading.py` reads it. The text under a field is its help: lines of up to 73 columns fit
+into the frame of `--help`.
 """
 
 import dataclasses
@@ -110,8 +111,8 @@ class AugmentConfig:
     """Augmentations of training images on the host (docs/input_pipeline.md), in this order."""
 
     sets: tuple[Literal["dali", "adaface", "erasing"], ...] = ()
-    """Which to apply: arcface_torch's dali_aug, AdaFace's, random erasing; the fields below are
-    their parameters."""
+    """Which to apply: arcface_torch's dali_aug, AdaFace's, random erasing;
+    the options below are their parameters."""
     dali_low_resolution: Share = 0.1
     """dali: probability of a resize to 0.5 .. 0.8 of the size and back."""
     dali_blur: Share = 0.2
@@ -127,8 +128,8 @@ class AugmentConfig:
     adaface_low_resolution: Share = 0.2
     """adaface: probability of a resize to 0.2 .. 1 of the size and back."""
     adaface_photometric: Share = 0.2
-    """adaface: probability of a change of brightness, contrast and saturation, each by a factor of
-    0.5 .. 1.5."""
+    """adaface: probability of a change of brightness, contrast and
+    saturation, each by a factor of 0.5 .. 1.5."""
     erasing: Share = 0.5
     """erasing: probability of noise in a rectangle of 0.02 .. 0.4 of the area."""
 
@@ -138,11 +139,12 @@ class DataConfig:
     """What to train on and how it reaches the devices."""
 
     path: str = ""
-    """The training set, or several separated by commas: a folder with train.rec, a folder with one
-    folder per identity, a file list, Parquet, TFDS, "synthetic" or "noise" (docs/data.md)."""
+    """The training set, or several separated by commas: a folder with
+    train.rec, a folder with one folder per identity, a file list,
+    Parquet, TFDS, "synthetic" or "noise" (docs/data.md)."""
     order: Literal["shuffled", "shards"] = "shuffled"
-    """Shuffle all images, or, for slow disks, read long runs of images and shuffle a few of these
-    shards together."""
+    """Shuffle all images, or, for slow disks, read long runs of images and
+    shuffle a few of these shards together."""
     shard_images: PositiveInt = 8192
     """order shards: consecutive images in a shard."""
     shard_window: PositiveInt = 16
@@ -153,15 +155,16 @@ class DataConfig:
     """Mirror each training image with probability one half."""
     augment: AugmentConfig = AugmentConfig()
     last_batch: Literal["drop", "pad"] = "drop"
-    """The images left at an epoch's end that do not fill a batch: skip them in this epoch, or pad
-    the batch with images from the beginning of the epoch, which are then seen twice."""
+    """The images left at an epoch's end that do not fill a batch: skip them
+    in this epoch, or pad the batch with images from the beginning of the
+    epoch, which are then seen twice."""
     max_bad_share: Share = 0.001
     """Largest share of unreadable images. They are replaced by others; above it the run stops."""
     workers: NonNegativeInt = 0
     """Processes that read and decode on each host; 0 uses threads of the main process."""
     threads: NonNegativeInt = 0
-    """Threads that read and decode, in each worker process or in the main process; 0 uses one per
-    core, at most eight."""
+    """Threads that read and decode, in each worker process or in the main
+    process; 0 uses one per core, at most eight."""
     prefetch_batches: PositiveInt = 4
     """Batches to decode ahead of the step."""
     synthetic: SyntheticConfig = SyntheticConfig()
@@ -177,8 +180,9 @@ class ModelConfig:
     embedding_size: PositiveInt = 512
     """Length of the embedding."""
     dtype: Dtype = "bfloat16"
-    """Compute type of the convolutions; parameters, statistics and the last layers are float32.
-    float16 scales the gradient (optimizer.loss_scale); bfloat16 needs no scaling."""
+    """Compute type of the convolutions; parameters, statistics and the last
+    layers are float32. float16 scales the gradient
+    (optimizer.loss_scale); bfloat16 needs no scaling."""
     bn_batch_size: PositiveInt = 128
     """Images that share BatchNorm statistics; insightface's per-GPU batch."""
 
@@ -222,11 +226,11 @@ class HeadConfig:
     sample_rate: Annotated[
         Share, Hint("the share of the classes that take part in a step, 0 to 1, where 1 is all")
     ] = 1.0
-    """Partial FC: the share of the classes that take part in a step; 0 uses only those in the
-    batch."""
+    """Partial FC: the share of the classes that take part in a step; 0 uses
+    only those in the batch."""
     unsampled: Literal["untouched", "decayed"] = "untouched"
-    """Partial FC: leave the other centers as they are, or apply momentum and decay to them too
-    (arcface_torch)."""
+    """Partial FC: leave the other centers as they are, or apply momentum and
+    decay to them too (arcface_torch)."""
     dtype: Dtype = "bfloat16"
     """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
     block_size: PositiveInt = 2048
@@ -238,8 +242,9 @@ class OptimizerConfig:
     """How the backbone and the class centers follow their gradients."""
 
     kind: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
-    """sgd and adamw as torch defines them; lars and lamb scale the rate of each backbone array, and
-    the class centers use sgd (lars) or adamw (lamb)."""
+    """sgd and adamw as torch defines them; lars and lamb scale the rate of
+    each backbone array, and the class centers use sgd (lars) or adamw
+    (lamb)."""
     learning_rate: PositiveFloat = 0.1
     """Base rate for the whole global batch."""
     momentum: Annotated[float, Field(ge=0, lt=1), Hint("at 1 updates grow without bound")] = 0.9
@@ -258,8 +263,8 @@ class OptimizerConfig:
     clip_norm: PositiveFloat = 5.0
     """Largest global norm of the backbone's gradient."""
     micro_batches: PositiveInt = 1
-    """Slices of the global batch that pass the backbone in turn, to save memory; the result is the
-    same as for the whole batch at once."""
+    """Slices of the global batch that pass the backbone in turn, to save
+    memory; the result is the same as for the whole batch at once."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the backbone's gradient is summed over the devices."""
     ema: Annotated[
@@ -267,15 +272,15 @@ class OptimizerConfig:
         Field(ge=0, lt=1),
         Hint("the share of the mean that a step keeps; 0.9999 is usual, 0 is off"),
     ] = 0.0
-    """Decay of a running mean of the weights, for instance 0.9999, which is then evaluated and
-    exported; 0 is off."""
+    """Decay of a running mean of the weights, for instance 0.9999, which is
+    then evaluated and exported; 0 is off."""
     loss_scale: PositiveFloat = 65536.0
     """float16: initial factor on the embeddings' gradient; halved when it overflows."""
     loss_scale_steps: PositiveInt = 100
     """float16: steps without an overflow after which the factor doubles."""
     stop_after_skipped: PositiveInt = 20
-    """Stop the run after this many consecutive steps with a non-finite gradient; such steps are
-    skipped."""
+    """Stop the run after this many consecutive steps with a non-finite
+    gradient; such steps are skipped."""
 
 
 @section
@@ -308,8 +313,8 @@ class FineTuneConfig:
     """
 
     centers: Literal["random", "class_means", "kept"] = "random"
-    """Initial class centers: random, the mean embeddings of the new classes, or, for the same
-    classes, the centers of the run that init_from names."""
+    """Initial class centers: random, the mean embeddings of the new classes,
+    or, for the same classes, the centers of the run that init_from names."""
     frozen: tuple[str, ...] = ()
     """Patterns of parameters that are not trained, for instance layer1.*"""
     frozen_statistics: tuple[str, ...] = ()
@@ -326,8 +331,8 @@ class EvaluationConfig:
     """Verification during and after training."""
 
     targets: tuple[str, ...] = ()
-    """Verification sets: .bin files or lists of pairs (docs/evaluation.md), absolute or relative to
-    data.path, or "synthetic"."""
+    """Verification sets: .bin files or lists of pairs (docs/evaluation.md),
+    absolute or relative to data.path, or "synthetic"."""
     every_epochs: NonNegativeFloat = 1.0
     """How often to evaluate; 0 evaluates only at the end."""
     batch_size: PositiveInt = 256
@@ -345,8 +350,8 @@ class CheckpointConfig:
     keep: PositiveInt = 2
     """Newest checkpoints to keep."""
     best_metric: str = ""
-    """Also keep the best, by an evaluation metric: eval/lfw/accuracy, eval/lfw/tar@far=1e-3,
-    eval/lfw/eer. Saves at every evaluation."""
+    """Also keep the best, by an evaluation metric: eval/lfw/accuracy,
+    eval/lfw/tar@far=1e-3, eval/lfw/eer. Saves at every evaluation."""
     keep_best: PositiveInt = 1
     """Best checkpoints to keep, besides the newest."""
     requeue_exit_code: NonNegativeInt = 0
@@ -376,8 +381,8 @@ class LoggingConfig:
     ] = (0, 0)
     """First and last step of a profiler trace in WORKDIR/profile; 0 0 is off."""
     watchdog_seconds: NonNegativeFloat = 0.0
-    """Print the stacks of all threads to stderr when a step, compilation included, takes longer;
-    0 is off."""
+    """Print the stacks of all threads to stderr when a step, compilation
+    included, takes longer; 0 is off."""
     watchdog_abort: bool = False
     """Then exit with code 1, so that the run can be restarted."""
 
@@ -393,8 +398,8 @@ class DistributedConfig:
     process_id: int | None = None
     """0 to num_processes - 1."""
     local_devices: tuple[int, ...] = ()
-    """Which devices of its host this process uses. Default: all, or one each where SLURM or Open
-    MPI starts several processes on a host."""
+    """Which devices of its host this process uses; if empty all, or one each
+    where SLURM or Open MPI starts several processes on a host."""
 
 
 @section
@@ -413,7 +418,7 @@ class Config:
     devices: Annotated[
         PositiveInt | None, Hint("for instance --devices 8, or leave it out to use all")
     ] = None
-    """How many devices to use. Default: all."""
+    """How many devices to use; None uses all."""
     init_from: str = ""
     """Initial weights: the workdir of a run, a .pth or a .safetensors; random if empty."""
     data: DataConfig = DataConfig()

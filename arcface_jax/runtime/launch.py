@@ -154,9 +154,7 @@ def own_name(name: str) -> str:
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def start(
-    distributed: DistributedConfig, *, deterministic: bool = False, compilation_cache: str = ""
-) -> None:
+def start(distributed: DistributedConfig, *, deterministic: bool, compilation_cache: str) -> None:
     """Makes this process ready for a run; the first thing that a command does with its recipe.
 
     Args:
