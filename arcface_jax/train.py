@@ -82,7 +82,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
     devices = meshes.make(config.devices)
     validation.validate(config, num_devices=devices.size)
     source = opening.open_source(config.data, seed=config.seed)
-    targets = open_targets(config)
+    targets = open_targets(config.evaluation.targets, config.data, seed=config.seed)
     for target in targets:
         verification.check(target)  # better now than after the first epochs
     if config.checkpoint.best_metric:
@@ -172,7 +172,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
     warned = False
     in_flight: deque = deque()
     done = start
-    with signals.watched(config) as stop:
+    with signals.watched(config.checkpoint, workdir=Path(config.workdir)) as stop:
         try:
             # A signal came while this was evaluated, and the run before this one left it.
             if targets and start in evaluate_at and not log.has(start, "eval/"):

@@ -157,7 +157,7 @@ def compile_parts(case: Case) -> dict[str, Program]:
 @cache
 def model_flops(case: Case) -> dict[str, float]:
     """Operations that each of `PARTS` needs: 2 for a multiply-accumulate, gradients twice that."""
-    both = plan.backbone_flops_per_image(make_config(case)) * case.batch
+    both = plan.backbone_flops_per_image(make_config(case).model) * case.batch
     products = head.dense_flops(head.Case(case.classes, case.batch, case.devices))
     return dict(zip(PARTS, (both / 3, both, both + case.sample_rate * products), strict=True))
 

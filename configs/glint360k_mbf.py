@@ -4,7 +4,7 @@
         --data.path data/glint360k --workdir runs/glint360k_mbf
 
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 92.62 / 95.04,
-MFR-ALL 70.18. Not yet repeated with this project.
+MFR-ALL 70.18. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,5 +12,4 @@ from arcface_jax.config.recipes import GLINT360K, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("mbf", path=GLINT360K, weight_decay=1e-4)

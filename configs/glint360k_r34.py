@@ -4,7 +4,7 @@
         --data.path data/glint360k --workdir runs/glint360k_r34
 
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.16 / 96.56,
-AgeDB-30 98.33, CFP-FP 98.78, LFW 99.82. Not yet repeated with this project.
+AgeDB-30 98.33, CFP-FP 98.78, LFW 99.82. Not yet reproduced with this project.
 
 A tenth of the class centers takes part in each step (Partial FC); --head.sample-rate 1 trains all.
 """
@@ -14,5 +14,4 @@ from arcface_jax.config.recipes import glint360k_2021
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return glint360k_2021("r34")

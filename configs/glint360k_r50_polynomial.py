@@ -4,7 +4,7 @@
         --data.path data/glint360k --workdir runs/glint360k_r50_polynomial
 
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.81 / 97.16,
-MFR-ALL 86.34. Not yet repeated with this project.
+MFR-ALL 86.34. Not yet reproduced with this project.
 
 All classes take part in each step; glint360k_r50 has the settings of 2021 and a tenth.
 """
@@ -14,5 +14,4 @@ from arcface_jax.config.recipes import GLINT360K, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("r50", path=GLINT360K, weight_decay=1e-4)

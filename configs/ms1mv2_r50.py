@@ -4,7 +4,7 @@
         --data.path data/faces_emore --workdir runs/ms1mv2_r50
 
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 94.07 / 95.97,
-MFR-ALL 75.13. Not yet repeated with this project.
+MFR-ALL 75.13. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,5 +12,4 @@ from arcface_jax.config.recipes import MS1MV2, ms1m
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return ms1m("r50", path=MS1MV2)

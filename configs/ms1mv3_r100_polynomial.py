@@ -4,7 +4,7 @@
         --data.path data/ms1m-retinaface-t1 --workdir runs/ms1mv3_r100_polynomial
 
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.02 / 96.85,
-MFR-ALL 81.97. Not yet repeated with this project.
+MFR-ALL 81.97. Not yet reproduced with this project.
 
 ms1mv3_r100 has the settings of 2021.
 """
@@ -14,5 +14,4 @@ from arcface_jax.config.recipes import MS1MV3, ms1m
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return ms1m("r100", path=MS1MV3)

@@ -4,7 +4,7 @@
         --data.path data/ms1m-retinaface-t1 --workdir runs/ms1mv3_r50
 
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 94.79 / 96.46,
-AgeDB-30 98.35, CFP-FP 98.96, LFW 99.83. Not yet repeated with this project.
+AgeDB-30 98.35, CFP-FP 98.96, LFW 99.83. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,5 +12,4 @@ from arcface_jax.config.recipes import ms1mv3_2021
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return ms1mv3_2021("r50")

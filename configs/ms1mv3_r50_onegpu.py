@@ -11,5 +11,4 @@ from arcface_jax.config.recipes import MS1MV3, ms1m
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return ms1m("r50", path=MS1MV3, gpus=1, rate=0.02)

@@ -2,7 +2,7 @@
 
     python scripts/train.py configs/synthetic_mbf.py --workdir runs/synthetic_mbf
 
-For 8 GPUs with 512 images each. There is nothing to learn: what counts is perf/images_per_sec. No
+For 8 GPUs with 512 images each. There is nothing to learn: look at perf/images_per_sec. No
 published figures in insightface's README. `--data.noise.classes 10000000` tries a larger head.
 """
 
@@ -11,5 +11,4 @@ from arcface_jax.config.recipes import speed_test
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return speed_test()

@@ -1,10 +1,10 @@
-"""r50 on WebFace12M with identities torn apart, CosFace 0.4, as in insightface.
+"""r50 on WebFace12M with split identities, CosFace 0.4, as in insightface.
 
     python scripts/train.py configs/wf12m_conflict_r50_pfc03_filter04.py \\
         --data.path data/WebFace12M_Conflict --workdir runs/wf12m_conflict_r50_pfc03_filter04
 
-WebFace12M with identities torn apart (1,017,970 identities). Published, on 8 GPUs with 128 images
-each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.75 / 97.28, MFR-ALL 91.68. Not yet repeated with
+WebFace12M with split identities (1,017,970 identities). Published, on 8 GPUs with 128 images
+each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.75 / 97.28, MFR-ALL 91.68. Not yet reproduced with
 this project.
 """
 
@@ -13,7 +13,6 @@ from arcface_jax.config.recipes import WEBFACE12M_CONFLICT, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface(
         "r50", path=WEBFACE12M_CONFLICT, warmup_epochs=2, sample_rate=0.3, filter_above=0.4
     )

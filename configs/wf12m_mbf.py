@@ -11,5 +11,4 @@ from arcface_jax.config.recipes import WEBFACE12M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("mbf", path=WEBFACE12M, weight_decay=1e-4)

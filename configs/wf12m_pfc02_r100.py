@@ -4,7 +4,7 @@
         --data.path data/WebFace12M --workdir runs/wf12m_pfc02_r100
 
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.90 / 97.60,
-MFR-ALL 94.75. Not yet repeated with this project.
+MFR-ALL 94.75. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,5 +12,4 @@ from arcface_jax.config.recipes import WEBFACE12M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("r100", path=WEBFACE12M, sample_rate=0.2)

@@ -4,9 +4,9 @@
         --data.path data/WebFace42M --workdir runs/wf42m_pfc0008_32gpu_r100
 
 Published, on 32 GPUs with 512 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.88 / 97.51,
-MFR-ALL 93.08. Not yet repeated with this project.
+MFR-ALL 93.08. Not yet reproduced with this project.
 
-No class takes part but those of the batch: at most 16,384 of 2,059,906, the 0.008 of the name.
+Only the classes in the batch take part: at most 16,384 of 2,059,906, the 0.008 of the name.
 """
 
 from arcface_jax.config import Config
@@ -14,7 +14,6 @@ from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface(
         "r100", path=WEBFACE42M, gpus=32, per_gpu=512, rate=0.4, warmup_epochs=2, sample_rate=0
     )

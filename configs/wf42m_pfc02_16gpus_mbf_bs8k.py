@@ -11,7 +11,6 @@ from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface(
         "mbf",
         path=WEBFACE42M,

@@ -4,7 +4,7 @@
         --data.path data/WebFace42M --workdir runs/wf42m_pfc02_16gpus_r100
 
 Published, on 16 GPUs with 256 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 96.63 / 97.85,
-MFR-ALL 96.69. Not yet repeated with this project.
+MFR-ALL 96.69. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,7 +12,6 @@ from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface(
         "r100", path=WEBFACE42M, gpus=16, per_gpu=256, rate=0.3, warmup_epochs=1, sample_rate=0.2
     )

@@ -4,7 +4,7 @@
         --data.path data/WebFace42M --workdir runs/wf42m_pfc02_16gpus_r50_bs8k
 
 Published, on 16 GPUs with 512 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 96.12 / 97.46,
-MFR-ALL 93.96. Not yet repeated with this project.
+MFR-ALL 93.96. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,7 +12,6 @@ from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface(
         "r50", path=WEBFACE42M, gpus=16, per_gpu=512, rate=0.6, warmup_epochs=4, sample_rate=0.2
     )

@@ -4,7 +4,7 @@
         --data.path data/WebFace42M --workdir runs/wf42m_pfc02_r100_16gpus
 
 Published, on 16 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 96.57 / 97.80,
-MFR-ALL 96.28. Not yet repeated with this project.
+MFR-ALL 96.28. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,5 +12,4 @@ from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("r100", path=WEBFACE42M, gpus=16, rate=0.2, warmup_epochs=2, sample_rate=0.2)

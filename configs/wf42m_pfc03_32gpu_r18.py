@@ -4,7 +4,7 @@
         --data.path data/WebFace42M --workdir runs/wf42m_pfc03_32gpu_r18
 
 Published, on 32 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 93.36 / 95.77,
-MFR-ALL 79.13. Not yet repeated with this project.
+MFR-ALL 79.13. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,5 +12,4 @@ from arcface_jax.config.recipes import WEBFACE42M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("r18", path=WEBFACE42M, gpus=32, rate=0.4, warmup_epochs=2, sample_rate=0.3)

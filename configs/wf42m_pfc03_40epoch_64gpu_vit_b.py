@@ -4,7 +4,7 @@
         --data.path data/WebFace42M --workdir runs/wf42m_pfc03_40epoch_64gpu_vit_b
 
 WebFace42M (2,059,906 identities, 42,474,557 images). Published, on 64 GPUs with 384 images each,
-in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 97.04 / 97.90, MFR-ALL 97.42. Not yet repeated with this
+in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 97.04 / 97.90, MFR-ALL 97.42. Not yet reproduced with this
 project.
 """
 
@@ -13,5 +13,4 @@ from arcface_jax.config.recipes import webface42m_vit
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return webface42m_vit("vit_b_dp005_mask_005")

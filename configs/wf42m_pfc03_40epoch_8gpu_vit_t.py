@@ -4,7 +4,7 @@
         --data.path data/WebFace42M --workdir runs/wf42m_pfc03_40epoch_8gpu_vit_t
 
 WebFace42M (2,059,906 identities, 42,474,557 images). For 8 GPUs with 512 images each. Published,
-at sample rate 0.2: IJB-C TAR at FAR 1e-5 / 1e-4 95.68 / 97.27, MFR-ALL 92.04. Not yet repeated
+at sample rate 0.2: IJB-C TAR at FAR 1e-5 / 1e-4 95.68 / 97.27, MFR-ALL 92.04. Not yet reproduced
 with this project.
 """
 
@@ -13,5 +13,4 @@ from arcface_jax.config.recipes import webface42m_vit
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return webface42m_vit("vit_t_dp005_mask0", gpus=8, per_gpu=512)

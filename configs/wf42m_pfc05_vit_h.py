@@ -14,7 +14,6 @@ from arcface_jax.config.recipes import webface42m_vit
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     config = webface42m_vit(
         "vit_h", gpus=8, per_gpu=768, epochs=16, warmup_epochs=2, sample_rate=0.5
     )

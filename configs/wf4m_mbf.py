@@ -11,5 +11,4 @@ from arcface_jax.config.recipes import WEBFACE4M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("mbf", path=WEBFACE4M, weight_decay=1e-4)

@@ -4,7 +4,7 @@
         --data.path data/WebFace4M --workdir runs/wf4m_r100
 
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.48 / 97.19,
-MFR-ALL 89.87. Not yet repeated with this project.
+MFR-ALL 89.87. Not yet reproduced with this project.
 """
 
 from arcface_jax.config import Config
@@ -12,5 +12,4 @@ from arcface_jax.config.recipes import WEBFACE4M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("r100", path=WEBFACE4M)

@@ -11,5 +11,4 @@ from arcface_jax.config.recipes import WEBFACE4M, cosface
 
 
 def get_config() -> Config:
-    """See the module's docstring."""
     return cosface("r50", path=WEBFACE4M)

@@ -67,12 +67,14 @@ def main(argv: list[str]) -> None:
                 f"--memory {arguments.memory:g} must be above 0: GiB of a device, 80 for an H100"
             )
         plan.use_cpu_devices(config.devices)
-        num_classes, origin = plan.count_classes(config, arguments.num_classes)
+        num_classes, origin = plan.count_classes(
+            config.data, arguments.num_classes, seed=config.seed
+        )
         memory = int(arguments.memory * plan.GIB)
         planned = plan.make(config, num_classes=num_classes, memory=memory)
     print(f"{config.model.network}, {num_classes:,} classes ({origin}), devices {config.devices}")
     Console().print(table(planned))
-    print(*plan.in_words(planned, config, num_classes), sep="\n")
+    print(*plan.in_words(planned, config.model, num_classes=num_classes), sep="\n")
     seconds = round(time.perf_counter() - begin, 1)
     print("RESULT " + json.dumps({**planned.results(), "seconds": seconds, "files": []}))
 

@@ -59,7 +59,11 @@ def main(argv: list[str]) -> int:
     begin = time.perf_counter()
     with errors.reported():
         config = loading.load(argv)
-        launch.start(config)
+        launch.start(
+            config.distributed,
+            deterministic=config.deterministic,
+            compilation_cache=config.compilation_cache,
+        )
         outcome = train(config, read_weights(config))
         workdir = Path(config.workdir)
         files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]

@@ -24,4 +24,4 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write the golden texts anew")
+    parser.addoption("--update-golden", action="store_true", help="rewrite the golden texts")

@@ -3,17 +3,17 @@
 The command line overrides the recipe, and `WORKDIR/config.json` records the outcome.
 """
 
-import difflib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
 import tyro
 
-from arcface_jax.config import MAY_DIFFER_ON_RESUME, Config
+from arcface_jax.config.explain import explain, former_names
+from arcface_jax.config.schema import MAY_DIFFER_ON_RESUME, Config
 from arcface_jax.errors import ConfigError
 
 _ADAPTER = pydantic.TypeAdapter(Config)
@@ -27,11 +27,12 @@ def load(argv: Sequence[str], *, prog: str = "train.py") -> Config:
       prog: the program's name in usage messages.
 
     Returns:
-      The configuration, its types checked; `validation.validate` checks the values.
+      The configuration, types and ranges checked; `validation.validate` checks what depends on
+      several fields.
 
     Raises:
-      ConfigError: no recipe was named, or it cannot be read.
-      SystemExit: an option is unknown or has a wrong value (code 2, the message on stderr), or
+      ConfigError: no recipe was named, it cannot be read, or a value is out of range.
+      SystemExit: an option is unknown or not of its type (code 2, the message on stderr), or
         --help.
     """
     recipe = Config()
@@ -43,7 +44,17 @@ def load(argv: Sequence[str], *, prog: str = "train.py") -> Config:
             f"{prog} needs a recipe as its first argument, for instance: "
             f"python scripts/{prog} configs/lfw_tiny.py --data.path FOLDER --workdir runs/lfw_tiny"
         )
+    words = [_renamed(word, former_names(Config)) for word in words]
     return tyro.cli(Config, default=recipe, args=words, prog=f"{prog} RECIPE", config=_FLAGS)
+
+
+def _renamed(word: str, names: Mapping[str, str]) -> str:
+    """An option's former name as its name now; other words as they are."""
+    option, equals, value = word.partition("=")
+    name = names.get(option.removeprefix("--").replace("-", "_"))
+    if name is None or not option.startswith("--"):
+        return word
+    return f"--{name}{equals}{value}"
 
 
 # `--model.network r50` for a field of a section, and no sub-commands or `--no-` twins to guess at.
@@ -54,8 +65,8 @@ def read_recipe(path: Path) -> Config:
     """Runs `get_config()` of a recipe file.
 
     Raises:
-      ConfigError: there is no such file, it has no get_config(), or it states an unknown field or a
-        value of the wrong type.
+      ConfigError: there is no such file, it has no get_config(), or it states an unknown field, a
+        value of the wrong type or one that is out of range.
     """
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "none"
@@ -66,8 +77,8 @@ def read_recipe(path: Path) -> Config:
     try:
         spec.loader.exec_module(module)
         recipe = module.get_config()
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"recipe {path}: {_in_words(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
     except Exception as error:
         raise ConfigError(f"recipe {path} cannot be read: {error!r}") from error
     if not isinstance(recipe, Config):
@@ -83,7 +94,7 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, *, source: str) -> Config:
-    """The reverse of `to_json`, strict: an unknown key or a wrong type is an error.
+    """The reverse of `to_json`; unknown keys, wrong types and values out of range are errors.
 
     Args:
       text: the JSON.
@@ -95,28 +106,11 @@ def from_json(text: str, *, source: str) -> Config:
     try:
         return _ADAPTER.validate_json(text)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"{source}: {_in_words(error)}") from error
-
-
-def _in_words(error: pydantic.ValidationError) -> str:
-    lines = []
-    for item in error.errors():
-        # A section's own class reports what a recipe gives it: DataConfig.threads.
-        field = ".".join([error.title, *map(str, item["loc"])]).removeprefix("Config.")
-        if item["type"] == "unexpected_keyword_argument":
-            lines.append(f"there is no {field}{_nearest(str(item['loc'][-1]))}")
-        else:
-            lines.append(f"{field}: {item['msg']} (got {item['input']!r})")
-    return "; ".join(lines)
-
-
-def _nearest(unknown: str) -> str:
-    """Where to look instead of an unknown field."""
-    names = flatten(Config())
-    near = difflib.get_close_matches(unknown, [name.rpartition(".")[2] for name in names])
-    likely = [name for name in names if name.rpartition(".")[2] in near]
-    meant = f"did you mean {' or '.join(likely)}? " if likely else ""
-    return f" ({meant}python scripts/train.py --help lists all)"
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError:
+            given = None  # pydantic's error has the place
+        raise ConfigError(f"{source}: {explain(error, root=Config, given=given)}") from error
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -132,6 +126,12 @@ def flatten(config: Config) -> dict[str, Any]:
 
     visit("", json.loads(to_json(config)))
     return flat
+
+
+def changed_settings(config: Config) -> dict[str, tuple[Any, Any]]:
+    """(value, default) of the fields that differ from their default, by dotted name."""
+    default = flatten(Config())
+    return {name: (x, default[name]) for name, x in flatten(config).items() if x != default[name]}
 
 
 def differences(stored: Config, asked: Config) -> list[str]:

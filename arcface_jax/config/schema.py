@@ -1,14 +1,28 @@
-"""The configuration: frozen dataclasses, one for each concern.
+"""The configuration: frozen dataclasses, one for each concern, ranges beside the fields.
 
-Every hyper-parameter default of the project stands here. A recipe (`configs/*.py`) states only what
-differs; `config_files.py` reads it.
+Every hyper-parameter default of the project is here. A recipe (`configs/*.py`) states only what
+differs; `loading.py` reads it. The text under a field is its help: lines of up to 73 columns fit
+into the frame of `--help`.
 """
 
 import dataclasses
-from typing import Any, Literal
+import functools
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
-from pydantic.dataclasses import dataclass
+import pydantic.dataclasses
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
+
+from arcface_jax.config.explain import Hint, explain
+from arcface_jax.errors import ConfigError
 
 Network = Literal[
     "r_tiny",
@@ -32,305 +46,381 @@ Network = Literal[
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+_Class = TypeVar("_Class", bound=type)
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def section(cls: _Class) -> _Class:
+    """Makes a frozen dataclass that raises ConfigError for a wrong type or a value out of range."""
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=_STRICT)(cls)
+    construct = made.__init__
+
+    @functools.wraps(construct)
+    def checked(self: Any, **values: Any) -> None:
+        try:
+            construct(self, **values)
+        except pydantic.ValidationError as error:
+            raise ConfigError(explain(error, root=Config, given=values)) from error
+
+    made.__init__ = checked
+    return made
+
+
+def _increasing(values: tuple[float, ...]) -> tuple[float, ...]:
+    if any(low >= high for low, high in zip((0, *values), values, strict=False)):
+        raise ValueError("must increase strictly, starting above 0")
+    return values
+
+
+def _first_and_last(steps: tuple[int, int]) -> tuple[int, int]:
+    if steps != (0, 0) and not 1 <= steps[0] <= steps[1]:
+        raise ValueError("must be the first and the last step to trace, counted from 1")
+    return steps
+
+
+Share = Annotated[float, Field(ge=0, le=1), Hint("a share, 0 to 1")]
+Increasing = Annotated[tuple[float, float], AfterValidator(_increasing)]
+
+
+@section
 class SyntheticConfig:
-    """The drawn faces that `data.path = "synthetic"` trains on."""
+    """The synthetic faces that `data.path = "synthetic"` trains on."""
 
-    identities: int = 400
-    """Identities to train on; evaluation pairs show others."""
-    images_per_identity: int = 30
-    """Images drawn of each."""
-    pairs: int = 600
+    identities: PositiveInt = 400
+    """Identities to train on; the evaluation pairs show others."""
+    images_per_identity: PositiveInt = 30
+    """Training images of each identity."""
+    pairs: PositiveInt = 600
     """Verification pairs of unseen identities, a multiple of 20."""
-    pair_identities: int = 120
-    """Unseen identities that the pairs show."""
+    pair_identities: PositiveInt = 120
+    """Unseen identities in those pairs."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class NoiseConfig:
     """The random pixels that `data.path = "noise"` trains on: a dry run of a large head."""
 
-    classes: int = 1_000_000
-    images: int = 1_000_000
+    classes: PositiveInt = 1_000_000
+    """Number of classes."""
+    images: PositiveInt = 1_000_000
+    """Number of images."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class AugmentConfig:
-    """What is done to training images on the host (docs/input_pipeline.md), in this order."""
+    """Augmentations of training images on the host (docs/input_pipeline.md), in this order."""
 
     sets: tuple[Literal["dali", "adaface", "erasing"], ...] = ()
-    """Which of arcface_torch's dali_aug, AdaFace's and random erasing; the rest is theirs."""
-    dali_low_resolution: float = 0.1
+    """Which to apply: arcface_torch's dali_aug, AdaFace's, random erasing;
+    the options below are their parameters."""
+    dali_low_resolution: Share = 0.1
     """dali: probability of a resize to 0.5 .. 0.8 of the size and back."""
-    dali_blur: float = 0.2
+    dali_blur: Share = 0.2
     """dali: probability of a Gaussian blur over 3 or 5 pixels."""
-    dali_colour: float = 0.2
-    """dali: probability of a hue turned by 0 .. 20 degrees and a saturation times 1 .. 1.2."""
-    dali_gray: float = 0.1
-    """dali: probability of no colour at all."""
-    adaface_crop: float = 0.2
-    """adaface: probability that a rectangle of 0.2 .. 1 of the area is kept, the rest black."""
-    adaface_low_resolution: float = 0.2
+    dali_color: Annotated[
+        Share, Field(validation_alias=AliasChoices("dali_color", "dali_colour"))
+    ] = 0.2
+    """dali: probability of a hue shift by 0 .. 20 degrees and a saturation factor of 1 .. 1.2."""
+    dali_gray: Share = 0.1
+    """dali: probability of a conversion to gray."""
+    adaface_crop: Share = 0.2
+    """adaface: probability of a crop to 0.2 .. 1 of the area, the rest black."""
+    adaface_low_resolution: Share = 0.2
     """adaface: probability of a resize to 0.2 .. 1 of the size and back."""
-    adaface_photometric: float = 0.2
-    """adaface: probability of other brightness, contrast and saturation, each times 0.5 .. 1.5."""
-    erasing: float = 0.5
+    adaface_photometric: Share = 0.2
+    """adaface: probability of a change of brightness, contrast and
+    saturation, each by a factor of 0.5 .. 1.5."""
+    erasing: Share = 0.5
     """erasing: probability of noise in a rectangle of 0.02 .. 0.4 of the area."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class DataConfig:
     """What to train on and how it reaches the devices."""
 
     path: str = ""
-    """The training set, or several with commas between them: a folder with train.rec, a folder of
-    identities' folders, a list of files, Parquet, TFDS, "synthetic" or "noise" (docs/data.md)."""
+    """The training set, or several separated by commas: a folder with
+    train.rec, a folder with one folder per identity, a file list,
+    Parquet, TFDS, "synthetic" or "noise" (docs/data.md)."""
     order: Literal["shuffled", "shards"] = "shuffled"
-    """All images at random, or in long runs for slow disks: a few shards shuffled together."""
-    shard_images: int = 8192
-    """order shards: neighbouring images that are read in one run."""
-    shard_window: int = 16
-    """order shards: shards that are shuffled together, and have to fit into the host's memory."""
-    global_batch_size: int = 128
+    """Shuffle all images, or, for slow disks, read long runs of images and
+    shuffle a few of these shards together."""
+    shard_images: PositiveInt = 8192
+    """order shards: consecutive images in a shard."""
+    shard_window: PositiveInt = 16
+    """order shards: shards shuffled together; they have to fit into host memory."""
+    global_batch_size: PositiveInt = 128
     """Images per step, over all devices and hosts."""
     flip: bool = True
     """Mirror each training image with probability one half."""
     augment: AugmentConfig = AugmentConfig()
     last_batch: Literal["drop", "pad"] = "drop"
-    """What becomes of the images at an epoch's end that fill no batch: left out of this epoch, or
-    trained on with images of the epoch's beginning, which it then shows twice."""
-    max_bad_share: float = 0.001
-    """Share of the images that may be damaged: they are replaced; more stop the run."""
-    workers: int = 0
-    """Processes that read and decode on each host; 0 leaves it to threads of this process."""
-    threads: int = 0
-    """Threads that read and decode, in each worker process or in this one; 0 takes as many as
-    there are cores, eight at most."""
-    prefetch_batches: int = 4
-    """Batches decoded ahead of the step."""
+    """The images left at an epoch's end that do not fill a batch: skip them
+    in this epoch, or pad the batch with images from the beginning of the
+    epoch, which are then seen twice."""
+    max_bad_share: Share = 0.001
+    """Largest share of unreadable images. They are replaced by others; above it the run stops."""
+    workers: NonNegativeInt = 0
+    """Processes that read and decode on each host; 0 uses threads of the main process."""
+    threads: NonNegativeInt = 0
+    """Threads that read and decode, in each worker process or in the main
+    process; 0 uses one per core, at most eight."""
+    prefetch_batches: PositiveInt = 4
+    """Batches to decode ahead of the step."""
     synthetic: SyntheticConfig = SyntheticConfig()
     noise: NoiseConfig = NoiseConfig()
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class ModelConfig:
     """The backbone."""
 
     network: Network = "r50"
-    """Which backbone."""
-    embedding_size: int = 512
+    """Backbone architecture."""
+    embedding_size: PositiveInt = 512
     """Length of the embedding."""
     dtype: Dtype = "bfloat16"
-    """Compute type of the convolutions; parameters, statistics and the last layers are float32.
-    float16 scales the gradient (optimizer.loss_scale); bfloat16 needs no scaling."""
-    bn_batch_size: int = 128
+    """Compute type of the convolutions; parameters, statistics and the last
+    layers are float32. float16 scales the gradient
+    (optimizer.loss_scale); bfloat16 needs no scaling."""
+    bn_batch_size: PositiveInt = 128
     """Images that share BatchNorm statistics; insightface's per-GPU batch."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class HeadConfig:
     """The margin softmax over the class centers (docs/head.md)."""
 
     loss: Literal["arcface", "cosface", "combined", "adaface", "magface", "curricularface"] = (
         "arcface"
     )
-    """Which margin; their formulas are in docs/head.md."""
-    margin: float = 0.5
+    """Margin; the formulas are in docs/head.md."""
+    margin: NonNegativeFloat = 0.5
     """m: radians for arcface and curricularface, cosine for cosface, both for adaface."""
     margins: tuple[float, float, float] = (1.0, 0.5, 0.0)
     """combined: (m1, m2, m3) of cos(m1 theta + m2) - m3."""
-    scale: float = 64.0
+    scale: PositiveFloat = 64.0
     """Factor on all cosines."""
     gradient: Literal["exact", "straight_through"] = "straight_through"
     """arcface, combined: the formula's derivative, or 1 (arcface_torch since December 2022)."""
     beyond_pi: Literal["none", "linear"] = "none"
     """arcface, combined where the angle exceeds pi: the formula, or c - m sin(m) as in 2022."""
-    interclass_filtering_threshold: float = 0.0
-    """A non-target cosine above it counts as 0, for classes that are one person; 0 is off."""
-    subcenters: int = 1
-    """Centers of each class, the nearest of which counts."""
-    ema: float = 0.01
+    interclass_filtering_threshold: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Hint("1 is the largest cosine, 0 turns the filter off, the usual value is 0.4"),
+    ] = 0.0
+    """Treat a non-target cosine above it as 0, for classes that are the same person; 0 is off."""
+    subcenters: PositiveInt = 1
+    """Centers per class, the nearest of which counts."""
+    ema: Annotated[float, Field(gt=0, le=1), Hint("a batch's share in the running means")] = 0.01
     """adaface, curricularface: a batch's share in the running means."""
-    adaface_h: float = 0.333
-    """adaface: how much of the norms' spread changes the margin."""
-    magface_norms: tuple[float, float] = (10.0, 110.0)
+    adaface_h: PositiveFloat = 0.333
+    """adaface: how strongly the embedding norm changes the margin."""
+    magface_norms: Increasing = (10.0, 110.0)
     """magface: the norms between which the margin rises."""
-    magface_margins: tuple[float, float] = (0.45, 0.8)
+    magface_margins: Increasing = (0.45, 0.8)
     """magface: the margins at these norms, radians."""
-    magface_weight: float = 35.0
-    """magface: factor of the loss that pulls norms upwards."""
-    sample_rate: float = 1.0
-    """Partial FC: the share of the classes that take part in a step; 0 is the batch's own alone."""
+    magface_weight: NonNegativeFloat = 35.0
+    """magface: weight of the loss term that increases the norms."""
+    sample_rate: Annotated[
+        Share, Hint("the share of the classes that take part in a step, 0 to 1, where 1 is all")
+    ] = 1.0
+    """Partial FC: the share of the classes that take part in a step; 0 uses
+    only those in the batch."""
     unsampled: Literal["untouched", "decayed"] = "untouched"
-    """Partial FC: the other centers rest, or momentum and decay move them too (arcface_torch)."""
+    """Partial FC: leave the other centers as they are, or apply momentum and
+    decay to them too (arcface_torch)."""
     dtype: Dtype = "bfloat16"
     """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
-    block_size: int = 2048
-    """Classes a device looks at together; bounds the head's memory, changes no result."""
+    block_size: PositiveInt = 2048
+    """Classes that a device processes at a time; bounds the head's memory, changes no result."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class OptimizerConfig:
     """How the backbone and the class centers follow their gradients."""
 
     kind: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
-    """sgd and adamw as torch defines them; lars and lamb give each of the backbone's arrays a rate
-    of its own, and the class centers follow sgd (lars) or adamw (lamb)."""
-    learning_rate: float = 0.1
+    """sgd and adamw as torch defines them; lars and lamb scale the rate of
+    each backbone array, and the class centers use sgd (lars) or adamw
+    (lamb)."""
+    learning_rate: PositiveFloat = 0.1
     """Base rate for the whole global batch."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1), Hint("at 1 updates grow without bound")] = 0.9
     """sgd, lars."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """adamw, lamb: of the running means of the gradient and of its square."""
-    epsilon: float = 1e-8
+    betas: tuple[
+        Annotated[float, Field(ge=0, lt=1)],
+        Annotated[float, Field(ge=0, lt=1)],
+    ] = (0.9, 0.999)
+    """adamw, lamb: decay rates of the running means of the gradient and its square."""
+    epsilon: PositiveFloat = 1e-8
     """adamw, lamb."""
-    trust: float = 0.001
+    trust: PositiveFloat = 0.001
     """lars: the rate of an array is this times its norm over its gradient's."""
-    weight_decay: float = 5e-4
-    """On every trained array, BatchNorm included; lars and lamb leave vectors out."""
-    clip_norm: float = 5.0
+    weight_decay: NonNegativeFloat = 5e-4
+    """Applied to every trained array, BatchNorm included; lars and lamb exclude vectors."""
+    clip_norm: PositiveFloat = 5.0
     """Largest global norm of the backbone's gradient."""
-    micro_batches: int = 1
-    """Slices of the global batch that pass the backbone one behind the other, to save memory: the
-    result is that of the whole batch at once."""
+    micro_batches: PositiveInt = 1
+    """Slices of the global batch that pass the backbone in turn, to save
+    memory; the result is the same as for the whole batch at once."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which the devices add up the backbone's gradient."""
-    ema: float = 0.0
-    """Evaluate and export a running mean of the weights that keeps this share in each step, for
-    instance 0.9999; 0 is off."""
-    loss_scale: float = 65536.0
-    """float16: the first factor on the embeddings' gradient; halved where it overflows."""
-    loss_scale_steps: int = 100
+    """Type in which the backbone's gradient is summed over the devices."""
+    ema: Annotated[
+        float,
+        Field(ge=0, lt=1),
+        Hint("the share of the mean that a step keeps; 0.9999 is usual, 0 is off"),
+    ] = 0.0
+    """Decay of a running mean of the weights, for instance 0.9999, which is
+    then evaluated and exported; 0 is off."""
+    loss_scale: PositiveFloat = 65536.0
+    """float16: initial factor on the embeddings' gradient; halved when it overflows."""
+    loss_scale_steps: PositiveInt = 100
     """float16: steps without an overflow after which the factor doubles."""
-    stop_after_skipped: int = 20
-    """Steps in a row without a finite gradient, which change nothing, that end the run."""
+    stop_after_skipped: PositiveInt = 20
+    """Stop the run after this many consecutive steps with a non-finite
+    gradient; such steps are skipped."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class ScheduleConfig:
     """The learning rate over the run."""
 
     kind: Literal["polynomial", "cosine", "step"] = "polynomial"
     """Polynomial decay to zero, half a cosine to zero, or a constant factor at given epochs."""
-    epochs: int = 20
-    warmup_epochs: float = 0.0
+    epochs: PositiveInt = 20
+    """Length of the run."""
+    warmup_epochs: NonNegativeFloat = 0.0
     """Linear warm-up from zero."""
-    warmup_steps: int = 0
-    """The same in optimizer steps; state one of the two."""
-    power: float = 1.0
+    warmup_steps: NonNegativeInt = 0
+    """The same in optimizer steps; set only one of the two."""
+    power: PositiveFloat = 1.0
     """polynomial: the exponent."""
-    decay_epochs: tuple[int, ...] = ()
-    """step: epochs at whose beginning the rate falls."""
-    decay_factor: float = 0.1
+    decay_epochs: Annotated[
+        tuple[int, ...], AfterValidator(_increasing), Hint("for instance (10, 16, 22)")
+    ] = ()
+    """step: epochs at whose start the rate drops."""
+    decay_factor: PositiveFloat = 0.1
     """step: what the rate is multiplied by."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class FineTuneConfig:
-    """How a run treats weights that it does not begin with at random (docs/finetuning.md).
+    """What to train and what to keep in a run that starts from weights (docs/finetuning.md).
 
-    A pattern is a dotted name with `*` and `?`, and has to fit one array at least.
+    A pattern is a dotted name with `*` and `?`, and has to match at least one array.
     """
 
     centers: Literal["random", "class_means", "kept"] = "random"
-    """The first class centers: random, the mean embeddings of the new classes, or, of the same
-    classes, those of the run that init_from names."""
+    """Initial class centers: random, the mean embeddings of the new classes,
+    or, for the same classes, the centers of the run that init_from names."""
     frozen: tuple[str, ...] = ()
-    """Patterns of the parameters that stay as they are, for instance layer1.*"""
+    """Patterns of parameters that are not trained, for instance layer1.*"""
     frozen_statistics: tuple[str, ...] = ()
-    """Patterns of the BatchNorm statistics (X.mean, X.var) that are used as they are; * is all."""
-    rates: tuple[tuple[str, float], ...] = ()
-    """Pattern and factor on the learning rate; of several patterns that fit, the last counts."""
+    """Patterns of BatchNorm statistics (X.mean, X.var) that are used but not updated; * is all."""
+    rates: Annotated[
+        tuple[tuple[str, PositiveFloat], ...],
+        Hint("to keep arrays as they are, name the pattern in --finetune.frozen"),
+    ] = ()
+    """Patterns, each with a factor on the learning rate; the last pattern that matches counts."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class EvaluationConfig:
     """Verification during and after training."""
 
     targets: tuple[str, ...] = ()
-    """Verification sets: .bin files or lists of pairs (docs/evaluation.md), absolute or relative to
-    data.path, or the word "synthetic"."""
-    every_epochs: float = 1.0
-    """How often; 0 evaluates at the end alone."""
-    batch_size: int = 256
+    """Verification sets: .bin files or lists of pairs (docs/evaluation.md),
+    absolute or relative to data.path, or "synthetic"."""
+    every_epochs: NonNegativeFloat = 1.0
+    """How often to evaluate; 0 evaluates only at the end."""
+    batch_size: PositiveInt = 256
     """Images per forward pass, over all devices."""
     baselines: bool = False
-    """Score the first set before training too: by raw pixels, and by the untrained network."""
+    """Also score the first set before training, with raw pixels and with the untrained network."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class CheckpointConfig:
     """What is kept in WORKDIR/checkpoints."""
 
-    every_epochs: float = 1.0
-    """How often; 0 saves at the end (and on SIGTERM or Ctrl-C) alone."""
-    keep: int = 2
-    """How many of the newest stay on disk."""
+    every_epochs: NonNegativeFloat = 1.0
+    """How often to save; 0 saves only at the end, and on SIGTERM or Ctrl-C."""
+    keep: PositiveInt = 2
+    """Newest checkpoints to keep."""
     best_metric: str = ""
-    """Keep the best too, by a number of an evaluation: eval/lfw/accuracy, eval/lfw/tar@far=1e-3,
-    eval/lfw/eer. Then every evaluation is saved."""
-    keep_best: int = 1
-    """How many of the best stay on disk, besides the newest."""
-    requeue_exit_code: int = 0
-    """Exit code of a run that SIGTERM stopped and that can be started again; 0 is the usual 143."""
-    deadline_seconds: float = 0.0
-    """Seconds after SIGTERM or Ctrl-C when a run gives up its step or save and ends; 0 waits."""
+    """Also keep the best, by an evaluation metric: eval/lfw/accuracy,
+    eval/lfw/tar@far=1e-3, eval/lfw/eer. Saves at every evaluation."""
+    keep_best: PositiveInt = 1
+    """Best checkpoints to keep, besides the newest."""
+    requeue_exit_code: NonNegativeInt = 0
+    """Exit code of a run that SIGTERM stopped and that can be resumed; 0 is the usual 143."""
+    deadline_seconds: NonNegativeFloat = 0.0
+    """Seconds after SIGTERM or Ctrl-C before a run abandons its step or save and exits; 0 waits."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class LoggingConfig:
     """What is written while training."""
 
-    every_steps: int = 20
+    every_steps: PositiveInt = 20
     """Steps between two lines of metrics.jsonl."""
-    stuck_steps: int = 2000
-    """A loss that does not move in so many steps is reported."""
+    stuck_steps: PositiveInt = 2000
+    """Warn when the loss has not moved for this many steps."""
     tensorboard: bool = True
+    """Write event files to WORKDIR/tensorboard."""
     csv: bool = False
     """Write metrics.csv beside metrics.jsonl."""
     wandb: str = ""
-    """Project of Weights & Biases to log to; empty is none."""
-    profile_steps: tuple[int, int] = (0, 0)
-    """First and last step of a profiler trace in WORKDIR/profile; 0 0 is none."""
-    watchdog_seconds: float = 0.0
-    """Where a step, compilation included, takes longer, the stacks of all threads are written to
-    stderr; 0 is off."""
+    """Weights & Biases project to log to; empty is off."""
+    profile_steps: Annotated[
+        tuple[int, int],
+        AfterValidator(_first_and_last),
+        Hint("for instance 10 20; 0 0 is off"),
+    ] = (0, 0)
+    """First and last step of a profiler trace in WORKDIR/profile; 0 0 is off."""
+    watchdog_seconds: NonNegativeFloat = 0.0
+    """Print the stacks of all threads to stderr when a step, compilation
+    included, takes longer; 0 is off."""
     watchdog_abort: bool = False
-    """And the process ends with code 1, to be started anew."""
+    """Then exit with code 1, so that the run can be restarted."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class DistributedConfig:
-    """The processes of a run (docs/multi_host.md); SLURM, Open MPI and Kubernetes name them."""
+    """The processes of a run (docs/multi_host.md); SLURM, Open MPI and Kubernetes set them."""
 
     coordinator: str = ""
     """HOST:PORT: an address of process 0, and a free port there."""
     num_processes: int | None = None
+    """How many processes the run has."""
     process_id: int | None = None
     """0 to num_processes - 1."""
     local_devices: tuple[int, ...] = ()
-    """Which devices of its host this process takes; all of them when not given, or one each where
-    SLURM or Open MPI starts several processes on a host."""
+    """Which devices of its host this process uses; if empty all, or one each
+    where SLURM or Open MPI starts several processes on a host."""
 
 
-@dataclass(frozen=True, kw_only=True, config=_STRICT)
+@section
 class Config:
     """One training run."""
 
     workdir: str = ""
-    """Where everything is written; a run that stopped there is resumed by the same command."""
-    seed: int = 0
+    """Where everything is written; the same command resumes a run that stopped there."""
+    seed: NonNegativeInt = 0
+    """Seed of initialization, data order, augmentation and sampling."""
     deterministic: bool = False
-    """Make GPUs add up in one order, which costs time; CPUs always do."""
+    """Make GPUs sum in a fixed order, which is slower; CPUs always do."""
     compilation_cache: str = "~/.cache/arcface_jax"
-    """Folder of compiled programs, which make restarts fast; JAX_COMPILATION_CACHE_DIR goes
-    first, "" is off."""
-    devices: int | None = None
-    """How many devices to use; all of them when not given."""
+    """Folder of compiled programs, which make restarts fast; "" is off.
+    JAX_COMPILATION_CACHE_DIR takes precedence."""
+    devices: Annotated[
+        PositiveInt | None, Hint("for instance --devices 8, or leave it out to use all")
+    ] = None
+    """How many devices to use; None uses all."""
     init_from: str = ""
-    """Weights to begin with: the workdir of a run, a .pth or a .safetensors; random if empty."""
+    """Initial weights: the workdir of a run, a .pth or a .safetensors; random if empty."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
@@ -365,7 +455,7 @@ MAY_DIFFER_ON_RESUME = (
 
 
 def batch_norm_groups(config: Config) -> int:
-    """Into how many slices of equal size BatchNorm divides the global batch."""
+    """The number of equal slices into which BatchNorm divides the global batch."""
     return max(1, config.data.global_batch_size // config.model.bn_batch_size)
 
 
@@ -373,6 +463,9 @@ def replace(config: Config, **changes: Any) -> Config:
     """A copy with fields changed, named by section and field joined with two underscores.
 
     `replace(config, data__path="faces", seed=1)` sets `data.path` and `seed`.
+
+    Raises:
+      ConfigError: a field is unknown, or a value has the wrong type or is out of range.
     """
     for name, value in changes.items():
         head, _, rest = name.partition("__")

@@ -118,9 +118,8 @@ def calibration_images(path: str) -> np.ndarray:
 
 def compare(embedder: Network, path: Path, targets: tuple[str, ...]) -> dict[str, float]:
     """Prints verification before and after, and gives both by name."""
-    evaluation = config.EvaluationConfig(targets=targets)
     results = []
-    for pair_set in open_targets(config.Config(evaluation=evaluation)):
+    for pair_set in open_targets(targets, config.DataConfig(), seed=0):
         for name, embed in (("jax", embedder), ("onnx", onnx_embedder(path))):
             renamed = pair_set._replace(name=f"{pair_set.name} {name}")
             results.append(verification.verify(embed, renamed))

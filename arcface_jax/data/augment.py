@@ -114,7 +114,7 @@ def _dali_blur(image: Image, draws: Draws) -> Image:
     return cv2.GaussianBlur(image, (2 * radius + 1,) * 2, sigma)
 
 
-def colour_matrix(*, hue: float, saturation: float) -> np.ndarray:
+def color_matrix(*, hue: float, saturation: float) -> np.ndarray:
     """(3, 3) float32 matrix on RGB columns: turns the chroma of YIQ, and scales it.
 
     Args:
@@ -127,9 +127,9 @@ def colour_matrix(*, hue: float, saturation: float) -> np.ndarray:
     return (_YIQ_TO_RGB @ turn @ _RGB_TO_YIQ).astype(np.float32)
 
 
-def _dali_colour(image: Image, draws: Draws) -> Image:
+def _dali_color(image: Image, draws: Draws) -> Image:
     hue, saturation = _between(draws[0], 0.0, 20.0), _between(draws[1], 1.0, 1.2)
-    return cv2.transform(image, colour_matrix(hue=hue, saturation=saturation))
+    return cv2.transform(image, color_matrix(hue=hue, saturation=saturation))
 
 
 def _dali_gray(image: Image, _: Draws) -> Image:
@@ -194,7 +194,7 @@ OPERATIONS = {
     for operation in (
         Operation("dali_low_resolution", 1, _dali_low_resolution),
         Operation("dali_blur", 1, _dali_blur),
-        Operation("dali_colour", 2, _dali_colour),
+        Operation("dali_color", 2, _dali_color),
         Operation("dali_gray", 0, _dali_gray),
         Operation("adaface_crop", 4, _adaface_crop),
         Operation("adaface_low_resolution", 3, _adaface_low_resolution),

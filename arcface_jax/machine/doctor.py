@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from arcface_jax import config as configs
-from arcface_jax.config import Config
+from arcface_jax.config import CheckpointConfig, Config, DataConfig, HeadConfig, ModelConfig
 from arcface_jax.data import opening, pipeline
 from arcface_jax.data.source import Source
 from arcface_jax.errors import UserError
@@ -68,7 +68,7 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
     if config.data.path:
         try:
             source = opening.open_source(config.data, seed=config.seed)
-            data = check_data(config, source, seconds=seconds)
+            data = check_data(config.data, source, seconds=seconds)
         except UserError as error:
             yield Check("data", "fails", str(error))
             return
@@ -81,8 +81,14 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
     state = manifest.state_bytes(step.abstract_state(config, num_classes=num_classes, mesh=mesh))
     yield check_memory(state, mesh)
     if config.workdir:
-        yield check_disk(Path(config.workdir), config, state, mesh)
-    compute = check_compute(config, num_classes, mesh)
+        yield check_disk(Path(config.workdir), config.checkpoint, state, mesh)
+    compute = check_compute(
+        config.model,
+        config.head,
+        batch=config.data.global_batch_size,
+        num_classes=num_classes,
+        mesh=mesh,
+    )
     traffic = check_traffic(config, mesh)
     yield from (compute, traffic)
     milliseconds["the products of backbone and head"] = compute.values["compute_ms"]
@@ -132,9 +138,8 @@ def check_driver() -> Check:
     return Check("driver", "ok", f"{len(lines)} x {lines[0]}")
 
 
-def check_data(config: Config, source: Source, *, seconds: float) -> Check:
+def check_data(data: DataConfig, source: Source, *, seconds: float) -> Check:
     """The speed of the real input pipeline, with the recipe's workers, threads, augmentations."""
-    data = config.data
     if len(source) < data.global_batch_size:
         words = f"{len(source)} images are less than a batch of {data.global_batch_size}"
         return Check("data", "fails", words, {"data_ms": 0.0})
@@ -166,12 +171,14 @@ def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
     return Check("memory", "ok", words, values)
 
 
-def check_disk(workdir: Path, config: Config, state: Mapping[str, int], mesh: Mesh) -> Check:
+def check_disk(
+    workdir: Path, checkpoint: CheckpointConfig, state: Mapping[str, int], mesh: Mesh
+) -> Check:
     """Speed and room of the workdir's disk, against the checkpoints that it has to hold."""
     backbone = sum(size for name, size in state.items() if not name.startswith("centers"))
     one = backbone + mesh.size * (sum(state.values()) - backbone)
-    copies = config.checkpoint.keep + 1  # the new one is written before the oldest goes
-    copies += config.checkpoint.keep_best if config.checkpoint.best_metric else 0
+    copies = checkpoint.keep + 1  # the new one is written before the oldest goes
+    copies += checkpoint.keep_best if checkpoint.best_metric else 0
     try:
         folder = next(p for p in (workdir, *workdir.absolute().parents) if p.is_dir())
         write, read = _disk_speed(folder)
@@ -210,26 +217,32 @@ def _disk_speed(folder: Path) -> tuple[float, float]:
         path.unlink(missing_ok=True)
 
 
-def check_compute(config: Config, num_classes: int, mesh: Mesh) -> Check:
+def check_compute(
+    model: ModelConfig, head: HeadConfig, *, batch: int, num_classes: int, mesh: Mesh
+) -> Check:
     """The step's floating-point operations at the speed of one large product a device."""
-    model, batch = config.model, config.data.global_batch_size
     platform = mesh.devices.flat[0].platform
     rates = {
         dtype: timing.matmul_flops_per_second(dtype, size=_PRODUCT.get(platform, 4096))
-        for dtype in {model.dtype, config.head.dtype}
+        for dtype in {model.dtype, head.dtype}
     }
     # CPU devices are parts of one processor, which the product has to itself.
     together = 1 if _is_cpu(mesh) else mesh.size
-    backbone = plan.backbone_flops_per_image(config) * batch
-    head = plan.head_flops(
-        config, config.head.sample_rate, num_classes=num_classes, num_devices=mesh.size
+    backbone = plan.backbone_flops_per_image(model) * batch
+    products = plan.head_flops(
+        head,
+        model,
+        rate=head.sample_rate,
+        batch=batch,
+        num_classes=num_classes,
+        num_devices=mesh.size,
     )
     body_ms = 1e3 * backbone / rates[model.dtype] / together
-    head_ms = 1e3 * head / rates[config.head.dtype] / together
+    head_ms = 1e3 * products / rates[head.dtype] / together
     words = (
         f"{rates[model.dtype] / 1e12:.3g} TFLOP/s in {model.dtype}: the backbone takes "
         f"{body_ms:.3g} ms a step at least, the head {head_ms:.3g} ({backbone / 1e12:.3g} and "
-        f"{head / 1e12:.3g} TFLOP)"
+        f"{products / 1e12:.3g} TFLOP)"
     )
     values = {"flops_per_second": rates[model.dtype], "compute_ms": body_ms + head_ms}
     return Check("compute", "ok", words, values)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from arcface_jax import config as configs
-from arcface_jax.config import Config
+from arcface_jax.config import Config, DataConfig, HeadConfig, ModelConfig
 from arcface_jax.data import opening
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import UserError
@@ -88,12 +88,13 @@ def use_cpu_devices(count: int | None) -> None:
     meshes.ask_for_cpu_devices(count)
 
 
-def count_classes(config: Config, given: int | None) -> tuple[int, str]:
+def count_classes(data: DataConfig, given: int | None, *, seed: int) -> tuple[int, str]:
     """The number of classes to plan for, and where it comes from.
 
     Args:
-      config: whose data.path is looked at where no number is given.
+      data: opened when no number is given.
       given: --num-classes.
+      seed: of the run.
 
     Raises:
       UserError: the number is impossible, or neither it nor data is there.
@@ -102,17 +103,16 @@ def count_classes(config: Config, given: int | None) -> tuple[int, str]:
         if not 1 <= given <= _MOST_CLASSES:
             raise UserError(f"--num-classes {given} must be 1 to {_MOST_CLASSES} (int32 labels)")
         return given, "--num-classes"
-    path = config.data.path
     try:
-        if not path:
+        if not data.path:
             raise UserError("data.path is empty")
-        source = opening.open_source(config.data, seed=config.seed)
+        source = opening.open_source(data, seed=seed)
     except UserError as error:
         raise UserError(
             f"{error}; so the number of classes is not known: name the data with --data.path "
             "FOLDER, or state the number, for instance --num-classes 93431"
         ) from error
-    return source.num_classes, f"data.path {path}"
+    return source.num_classes, f"data.path {data.path}"
 
 
 def make(config: Config, *, num_classes: int, memory: int) -> Plan:
@@ -131,7 +131,7 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
     validation.validate(configs.replace(config, **named), num_devices=mesh.size)
     batch = config.data.global_batch_size
     state = step.abstract_state(config, num_classes=num_classes, mesh=mesh)
-    measured = (batch, _second_batch(config, num_devices=mesh.size))
+    measured = (batch, _second_batch(batch, config.model.bn_batch_size, num_devices=mesh.size))
     temporary = [
         temporary_bytes(config, n, state, num_classes=num_classes, mesh=mesh) for n in measured
     ]
@@ -141,9 +141,12 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
         "batch": device_bytes(abstract_batch(batch, mesh)),
         "activations": temporary[0],
     }
-    backbone_flops = backbone_flops_per_image(config) * batch
+    model, head = config.model, config.head
+    backbone_flops = backbone_flops_per_image(model) * batch
     flops = {
-        rate: head_flops(config, rate, num_classes=num_classes, num_devices=mesh.size)
+        rate: head_flops(
+            head, model, rate=rate, batch=batch, num_classes=num_classes, num_devices=mesh.size
+        )
         for rate in SAMPLE_RATES
     }
     cheap = [rate for rate in SAMPLE_RATES if flops[rate] <= backbone_flops]
@@ -152,8 +155,20 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
         memory=memory,
         measured=measured,
         slope=slope,
-        largest_batch=_largest_batch(config, needed, slope, memory=memory, mesh=mesh),
-        largest_classes=_largest_classes(config, needed, memory=memory, mesh=mesh),
+        largest_batch=_largest_batch(
+            needed,
+            slope,
+            batch=batch,
+            bn_batch=model.bn_batch_size,
+            memory=memory,
+            mesh=mesh,
+        ),
+        largest_classes=_largest_classes(
+            needed,
+            values_per_class=model.embedding_size * head.subcenters,
+            memory=memory,
+            mesh=mesh,
+        ),
         backbone_flops=backbone_flops,
         head_flops=flops,
         sample_rate=cheap[0] if cheap else SAMPLE_RATES[-1],
@@ -180,57 +195,64 @@ def temporary_bytes(
     return lowered.compile(compiler_options=_COMPILER_OPTIONS).memory_analysis().temp_size_in_bytes
 
 
-def backbone_flops_per_image(config: Config) -> float:
+def backbone_flops_per_image(model: ModelConfig) -> float:
     """2 for each multiply-accumulate, in the forward pass and for two gradients.
 
     What rematerialised blocks compute again is not counted.
     """
-    model = config.model
     return 6.0 * cost.measure(model.network, embedding_size=model.embedding_size).macs
 
 
-def head_flops(config: Config, rate: float, *, num_classes: int, num_devices: int) -> float:
+def head_flops(
+    head: HeadConfig,
+    model: ModelConfig,
+    *,
+    rate: float,
+    batch: int,
+    num_classes: int,
+    num_devices: int,
+) -> float:
     """8 B D times the rows visited in one step on all devices.
 
-    Four products of 2 B D each for every row: the cosines in both visits, and the gradients of
-    embeddings and centers.
+    Each row takes four products of 2 B D: the cosines in the forward and the backward pass, and the
+    gradients of embeddings and centers.
     """
-    batch = config.data.global_batch_size
     visited = -(-num_classes // num_devices)
     if rate < 1:
         wanted = partial_fc.sample_sizes(num_classes, num_devices, rate).max()
         visited = partial_fc.num_slots(visited, batch, int(wanted))
-    rows = num_devices * visited * config.head.subcenters
-    return 8.0 * batch * config.model.embedding_size * rows
+    rows = num_devices * visited * head.subcenters
+    return 8.0 * batch * model.embedding_size * rows
 
 
-def _second_batch(config: Config, *, num_devices: int) -> int:
+def _second_batch(batch: int, bn_batch: int, *, num_devices: int) -> int:
     """A valid global batch other than the recipe's, at least twice as large."""
-    twice, bn_batch = 2 * config.data.global_batch_size, config.model.bn_batch_size
+    twice = 2 * batch
     unit = num_devices * bn_batch
     return twice if twice <= bn_batch else -(-twice // unit) * unit
 
 
 def _largest_batch(
-    config: Config, needed: dict[str, int], slope: float, *, memory: int, mesh: Mesh
+    needed: dict[str, int], slope: float, *, batch: int, bn_batch: int, memory: int, mesh: Mesh
 ) -> int:
     """With the classes as they are, and the batch in one BatchNorm group or some a device."""
-    batch, bn_batch = config.data.global_batch_size, config.model.bn_batch_size
     per_image = slope + needed["batch"] / batch
     limit = max(0, batch + math.floor((memory - sum(needed.values())) / per_image))
     unit = mesh.size * bn_batch
     return limit // unit * unit or min(limit, bn_batch) // mesh.size * mesh.size
 
 
-def _largest_classes(config: Config, needed: dict[str, int], *, memory: int, mesh: Mesh) -> int:
+def _largest_classes(
+    needed: dict[str, int], *, values_per_class: int, memory: int, mesh: Mesh
+) -> int:
     """With the batch as it is; temporaries do not grow with the classes."""
     kept = needed["centers"] + needed["centers_optimizer"]
-    stored = needed["centers"] // (4 * config.model.embedding_size * config.head.subcenters)
+    stored = needed["centers"] // (4 * values_per_class)
     room = memory - (sum(needed.values()) - kept)
     return min(max(0, room // (kept // stored)) * mesh.size, _MOST_CLASSES)
 
 
-def in_words(plan: Plan, config: Config, num_classes: int) -> list[str]:
+def in_words(plan: Plan, model: ModelConfig, *, num_classes: int) -> list[str]:
     """A line for each thing that the bytes alone do not tell."""
     batch, other = plan.measured
     verdict = "fits" if plan.total <= plan.memory else "does not fit"
@@ -240,7 +262,7 @@ def in_words(plan: Plan, config: Config, num_classes: int) -> list[str]:
         "backend; a GPU's differ (convolution workspaces, other fusions), so leave room",
         f"largest global batch at {num_classes:,} classes: {plan.largest_batch:,}, from a straight "
         f"line through the step compiled at {batch} and {other}; model.bn_batch_size "
-        f"{config.model.bn_batch_size} stays",
+        f"{model.bn_batch_size} stays",
         f"most classes at batch {batch}: {plan.largest_classes:,}; each costs the bytes of its "
         "centers and their optimizer, temporaries do not grow with them",
         _on_sampling(plan),

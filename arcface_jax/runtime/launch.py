@@ -19,7 +19,7 @@ from typing import Literal
 import jax
 from jax.experimental import multihost_utils
 
-from arcface_jax.config import Config, DistributedConfig
+from arcface_jax.config import DistributedConfig
 from arcface_jax.errors import ConfigError
 from arcface_jax.runtime.signals import Stop
 
@@ -154,19 +154,25 @@ def own_name(name: str) -> str:
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
-def start(config: Config) -> None:
+def start(distributed: DistributedConfig, *, deterministic: bool, compilation_cache: str) -> None:
     """Makes this process ready for a run; the first thing that a command does with its recipe.
+
+    Args:
+      distributed: the processes of the run.
+      deterministic: make GPUs sum in a fixed order.
+      compilation_cache: folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names one;
+        "" is off.
 
     Raises:
       ConfigError: the processes of the run do not find each other.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if config.deterministic and _DETERMINISTIC not in flags:
+    if deterministic and _DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
-    if config.compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(config.compilation_cache).expanduser()
+    if compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = Path(compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    join_processes(config.distributed)
+    join_processes(distributed)
 
 
 _TUNABLES = "GLIBC_TUNABLES"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from arcface_jax.config import CheckpointConfig, Config
+from arcface_jax.config import CheckpointConfig
 from arcface_jax.runtime.files import kept
 
 # The last words are worth this many seconds: they read a folder, which may be on what hangs.
@@ -27,13 +27,14 @@ class Stop:
     """The signals that asked a run to end; true where there is one.
 
     Args:
-      config: how long the run may take to end, its exit code, and its workdir.
+      checkpoint: the shutdown deadline and the exit code.
+      workdir: of the run.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, checkpoint: CheckpointConfig, *, workdir: Path):
         self.signals: list[signal.Signals] = []
-        self._config = config.checkpoint
-        self._workdir = Path(config.workdir)
+        self._config = checkpoint
+        self._workdir = workdir
         self._countdown: threading.Timer | None = None
 
     def __bool__(self) -> bool:
@@ -90,9 +91,9 @@ def exit_code(config: CheckpointConfig, by: signal.Signals) -> int:
 
 
 @contextmanager
-def watched(config: Config) -> Iterator[Stop]:
+def watched(checkpoint: CheckpointConfig, *, workdir: Path) -> Iterator[Stop]:
     """What SIGTERM and Ctrl-C are noted in; a second one of a kind ends the program as usual."""
-    stop = Stop(config)
+    stop = Stop(checkpoint, workdir=workdir)
 
     def note(number: int, _) -> None:
         stop.signals.append(signal.Signals(number))
@@ -101,7 +102,7 @@ def watched(config: Config) -> Iterator[Stop]:
     # Of several processes JAX watches for SIGTERM, so that all stop at one step.
     own = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
     previous = {s: signal.getsignal(s) for s in own}
-    at_once = bool(previous) and config.checkpoint.deadline_seconds > 0
+    at_once = bool(previous) and checkpoint.deadline_seconds > 0
     try:
         for s in previous:
             signal.signal(s, note)

@@ -40,7 +40,7 @@ def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lin
     Returns:
       A few lines of it for the terminal.
     """
-    changed = changed_settings(config)
+    changed = loading.changed_settings(config)
     held = state_bytes(state)
     memory = f"state {sum(held.values()) / MIB:,.1f} MiB on each device"
     parts = [
@@ -60,12 +60,6 @@ def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lin
         f"{count:,} parameters; {memory}; {len(changed)} settings differ from their defaults; "
         f"{path} has them all"
     )
-
-
-def changed_settings(config: Config) -> dict[str, tuple[object, object]]:
-    """(value, default) of the settings that differ from their default, by dotted name."""
-    now, default = loading.flatten(config), loading.flatten(Config())
-    return {name: (x, default[name]) for name, x in now.items() if x != default[name]}
 
 
 def versions() -> list[str]:

@@ -1,17 +1,21 @@
-"""Every recipe loads, passes validation, and says exactly what it said before."""
+"""Every recipe loads, passes validation, and states what its golden text has."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from arcface_jax import config as configs
-from arcface_jax.config import loading
+from arcface_jax.config import Config, loading
 from arcface_jax.training import validation
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
+GOLDEN_NAMES = {"defaults", *(path.stem for path in RECIPES)}
+UPDATE = "if intended: pytest tests/config/test_recipes.py --update-golden"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -20,20 +24,39 @@ def test_the_recipe_is_valid_and_unchanged(path, request):
     assert config.data.path or path.stem == "lfw_tiny"  # its data may lie anywhere
     complete = configs.replace(config, workdir="runs/x", data__path=config.data.path or "data/lfw")
     validation.validate(complete, num_devices=1)
-    text = "".join(f"{k}: {json.dumps(v)}\n" for k, v in loading.flatten(config).items())
-    golden = GOLDEN / f"{path.stem}.txt"
+    changed = loading.changed_settings(config)
+    compare(path.stem, {name: value for name, (value, _) in changed.items()}, request)
+
+
+def test_the_defaults_are_unchanged(request):
+    compare("defaults", loading.flatten(Config()), request)
+
+
+def test_every_golden_text_has_a_recipe(request):
+    stale = [path for path in GOLDEN.glob("*.txt") if path.stem not in GOLDEN_NAMES]
     if request.config.getoption("--update-golden"):
-        golden.parent.mkdir(exist_ok=True)
+        for path in stale:
+            path.unlink()
+    else:
+        assert stale == [], UPDATE
+
+
+def compare(name: str, settings: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """Compares settings with a golden text, or writes it."""
+    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in settings.items())
+    golden = GOLDEN / f"{name}.txt"
+    if request.config.getoption("--update-golden"):
         golden.write_text(text)
-    assert text == golden.read_text(), (
-        "if intended: pytest tests/config/test_recipes.py --update-golden"
-    )
+    assert text == golden.read_text(), UPDATE
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_docstring_has_the_command(path):
+def test_the_docstring_has_command_hardware_and_figures(path):
     text = path.read_text()
     assert f"python scripts/train.py configs/{path.name}" in text
+    docstring = text.split('"""')[1]
+    assert "GPUs with" in docstring or "one GPU" in docstring or "cores" in docstring
+    assert re.search("Published|Measured|No\\spublished figures", docstring)
 
 
 def test_the_zoo_of_2021_is_as_published():

@@ -53,17 +53,17 @@ def test_hue_and_saturation_are_a_turn_and_a_factor_of_the_chroma(hue, saturatio
             y - 0.27478764629897834 * i_ - 0.6356910791873801 * q,
             y - 1.1085450346420322 * i_ + 1.7090069284064666 * q,
         )
-    matrix = augment.colour_matrix(hue=hue, saturation=saturation)
+    matrix = augment.color_matrix(hue=hue, saturation=saturation)
     ours = FACE.reshape(-1, 3) @ matrix.T
     assert np.abs(ours - 255.0 * expected).max() < 3.0
     if saturation:
         draws = (hue / 20, (saturation - 1) / 0.2)
-        applied = operation("dali_colour", *draws).reshape(-1, 3)
+        applied = operation("dali_color", *draws).reshape(-1, 3)
         assert np.abs(applied - ours.clip(0, 255)).max() <= 1.0  # OpenCV rounds the matrix
 
 
 def test_gray_stays_gray_whatever_the_hue():
-    matrix = augment.colour_matrix(hue=17.0, saturation=1.15)
+    matrix = augment.color_matrix(hue=17.0, saturation=1.15)
     np.testing.assert_allclose(matrix @ np.full(3, 80.0), 80.0, atol=0.1)
 
 
@@ -177,8 +177,8 @@ def test_each_happens_at_its_rate_and_alone(name: str):
 
 
 def test_one_operation_changes_nothing_of_another():
-    both = augmented(("dali",), dali_blur=0.0, dali_colour=0.0, dali_gray=0.3)
-    alone = augmented(("dali",), dali_low_resolution=0, dali_blur=0, dali_colour=0, dali_gray=0.3)
+    both = augmented(("dali",), dali_blur=0.0, dali_color=0.0, dali_gray=0.3)
+    alone = augmented(("dali",), dali_low_resolution=0, dali_blur=0, dali_color=0, dali_gray=0.3)
     touched = (alone != FACE).any(axis=(1, 2, 3))
     gray = (both == both[..., :1]).all(axis=(1, 2, 3))
     np.testing.assert_array_equal(touched, gray)

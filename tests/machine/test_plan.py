@@ -49,6 +49,17 @@ def get_config():
 """
 
 
+def head_flops(rate: float, *, num_classes: int, num_devices: int) -> float:
+    return plan.head_flops(
+        CONFIG.head,
+        CONFIG.model,
+        rate=rate,
+        batch=BATCH,
+        num_classes=num_classes,
+        num_devices=num_devices,
+    )
+
+
 def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("script_plan", ROOT / "scripts" / "plan.py")
     assert spec is not None and spec.loader is not None
@@ -204,7 +215,7 @@ def test_the_heads_flops_are_four_products_a_class():
     embeddings, labels = shape((BATCH, D), jnp.float32), shape((BATCH,), jnp.int32)
     lowered = jax.jit(apply).lower(embeddings, labels, centers, shape((), jnp.int32))
     counted = lowered.cost_analysis()["flops"]
-    formula = plan.head_flops(CONFIG, 1.0, num_classes=classes, num_devices=1)
+    formula = head_flops(1.0, num_classes=classes, num_devices=1)
     assert formula == 8 * BATCH * D * classes
     assert formula == pytest.approx(counted, rel=0.1)
 
@@ -219,24 +230,24 @@ def test_the_backbones_flops_are_those_of_the_torch_network():
     with torch.no_grad():
         module(torch.zeros(1, 3, 112, 112))
     # Two operations each, in the forward pass and for two gradients.
-    assert plan.backbone_flops_per_image(CONFIG) == 6 * sum(products)
+    assert plan.backbone_flops_per_image(CONFIG.model) == 6 * sum(products)
 
 
 def test_sampling_is_suggested_where_the_head_costs_more_than_the_backbone(planned):
     """A hundredth of the classes: 26 GFLOP a step; the backbone takes 28, and at a fiftieth 52."""
     assert planned.outcome["sample_rate"] == 0.01
     assert "sampling saves compute, not memory" in planned.text
-    half = plan.head_flops(CONFIG, 0.5, num_classes=CLASSES, num_devices=DEVICES)
+    half = head_flops(0.5, num_classes=CLASSES, num_devices=DEVICES)
     assert half == 8 * BATCH * D * CLASSES / 2
     # A device visits all classes of the batch, however few were asked for.
-    least = plan.head_flops(CONFIG, 0.01, num_classes=800, num_devices=DEVICES)
+    least = head_flops(0.01, num_classes=800, num_devices=DEVICES)
     assert least == 8 * BATCH * D * DEVICES * BATCH
 
 
 def test_the_class_count_comes_from_the_option_or_the_data():
-    drawn = configs.replace(CONFIG, data__path="synthetic", data__synthetic__identities=7)
-    assert plan.count_classes(drawn, None) == (7, "data.path synthetic")
-    assert plan.count_classes(drawn, 9) == (9, "--num-classes")
+    drawn = configs.DataConfig(path="synthetic", synthetic=configs.SyntheticConfig(identities=7))
+    assert plan.count_classes(drawn, None, seed=0) == (7, "data.path synthetic")
+    assert plan.count_classes(drawn, 9, seed=0) == (9, "--num-classes")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Every rule of `validate`: the value, the expectation and the fix are in the message."""
+"""Every rule of `validate`: the value, the expectation and the fix are in the message.
+
+Ranges of single fields are in tests/config/test_ranges.py.
+"""
 
 import contextlib
 import json
@@ -20,60 +23,6 @@ def test_the_defaults_can_be_run_on_the_device_counts_that_divide_the_batch():
             validation.validate(RUNNABLE, num_devices=num_devices)
             fits.append(num_devices)
     assert fits == [1, 2, 4, 8, 16, 32, 64, 128]
-
-
-POSITIVE = [
-    "data.global_batch_size",
-    "data.prefetch_batches",
-    "data.synthetic.identities",
-    "data.synthetic.images_per_identity",
-    "model.embedding_size",
-    "model.bn_batch_size",
-    "head.scale",
-    "head.block_size",
-    "head.subcenters",
-    "head.ema",
-    "head.adaface_h",
-    "optimizer.learning_rate",
-    "optimizer.clip_norm",
-    "optimizer.epsilon",
-    "schedule.epochs",
-    "schedule.power",
-    "schedule.decay_factor",
-    "evaluation.batch_size",
-    "checkpoint.keep",
-    "checkpoint.keep_best",
-    "logging.every_steps",
-]
-NOT_NEGATIVE = [
-    "seed",
-    "data.threads",
-    "data.workers",
-    "head.margin",
-    "head.sample_rate",
-    "head.interclass_filtering_threshold",
-    "head.magface_weight",
-    "optimizer.momentum",
-    "optimizer.weight_decay",
-    "evaluation.every_epochs",
-    "checkpoint.every_epochs",
-]
-
-
-@pytest.mark.parametrize("name", POSITIVE)
-@pytest.mark.parametrize("value", [0, -1])
-def test_what_must_be_positive_is_named(name: str, value: int):
-    config = configs.replace(RUNNABLE, **{name.replace(".", "__"): value})
-    with pytest.raises(ConfigError, match=rf"{name} {value}(\.0)? must be greater than 0"):
-        validation.validate(config, num_devices=1)
-
-
-@pytest.mark.parametrize("name", NOT_NEGATIVE)
-def test_what_must_not_be_negative_is_named_and_may_be_zero(name: str):
-    field = name.replace(".", "__")
-    validation.validate(configs.replace(RUNNABLE, **{field: 0}), num_devices=1)
-    with pytest.raises(ConfigError, match=rf"{name} -1(\.0)? must not be negative"):
-        validation.validate(configs.replace(RUNNABLE, **{field: -1}), num_devices=1)
 
 
 SYNTHETIC = {"evaluation__targets": ("synthetic",)}
@@ -107,30 +56,9 @@ SYNTHETIC = {"evaluation__targets": ("synthetic",)}
             ["model.bn_batch_size 32", "4 BatchNorm groups", "8 devices", "[2, 4, 8, 16, 128]"],
         ),
         (
-            {"optimizer__momentum": 1.0},
-            1,
-            ["optimizer.momentum 1.0", "below 1", "0.9"],
-        ),
-        (
             {"schedule__epochs": 4, "schedule__warmup_epochs": 4.0},
             1,
             ["schedule.warmup_epochs 4.0", "below schedule.epochs 4"],
-        ),
-        ({"schedule__warmup_epochs": -0.5}, 1, ["schedule.warmup_epochs -0.5", "at least 0"]),
-        (
-            {"schedule__kind": "step", "schedule__decay_epochs": (10, 10, 16)},
-            1,
-            ["schedule.decay_epochs (10, 10, 16)", "rise", "(10, 16, 22)"],
-        ),
-        (
-            {"schedule__kind": "step", "schedule__decay_epochs": (16, 10)},
-            1,
-            ["schedule.decay_epochs (16, 10)", "rise", "(10, 16, 22)"],
-        ),
-        (
-            {"schedule__kind": "step", "schedule__decay_epochs": (0, 10)},
-            1,
-            ["schedule.decay_epochs (0, 10)", "from 1", "(10, 16, 22)"],
         ),
         (
             {"schedule__decay_epochs": (10,)},
@@ -138,12 +66,6 @@ SYNTHETIC = {"evaluation__targets": ("synthetic",)}
             ["schedule.decay_epochs", "schedule.kind step", "--schedule.kind step"],
         ),
         ({"head__scale": 80.0}, 1, ["head.scale 80.0", "at most 69", "usual value is 64"]),
-        ({"head__sample_rate": 10.0}, 1, ["head.sample_rate 10.0", "0 to 1"]),
-        (
-            {"head__interclass_filtering_threshold": 1.0},
-            1,
-            ["head.interclass_filtering_threshold 1.0", "below 1", "0.4"],
-        ),
         (
             {"head__loss": "combined", "head__margins": (0.0, 0.5, 0.0)},
             1,
@@ -155,23 +77,10 @@ SYNTHETIC = {"evaluation__targets": ("synthetic",)}
             1,
             ["head.beyond_pi linear", "(0.9, 0.4, 0.15)", "--head.beyond-pi none"],
         ),
-        ({"head__ema": 2.0}, 1, ["head.ema 2.0", "at most 1", "0.01"]),
-        (
-            {"head__magface_norms": (110.0, 10.0)},
-            1,
-            ["head.magface_norms", "rise", "(10.0, 110.0)"],
-        ),
-        ({"head__magface_margins": (0.0, 0.8)}, 1, ["head.magface_margins", "(0.45, 0.8)"]),
-        ({"optimizer__betas": (0.9, 1.0)}, 1, ["optimizer.betas (0.9, 1.0)", "0.9 0.999"]),
         (
             SYNTHETIC | {"data__synthetic__pairs": 601},
             1,
             ["data.synthetic.pairs 601", "multiple of 20", "use 600"],
-        ),
-        (
-            SYNTHETIC | {"data__synthetic__pairs": 0},
-            1,
-            ["data.synthetic.pairs 0", "multiple of 20", "use 20"],
         ),
         (
             SYNTHETIC | {"data__synthetic__pair_identities": 1},

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_jax.config import Config
+from arcface_jax.config import Config, DataConfig
 from arcface_jax.data import opening
 from arcface_jax.data.pairs import bins, lists
 from arcface_jax.data.pairs.bins import PairSet
@@ -13,33 +13,45 @@ from arcface_jax.data.synthetic import faces
 from arcface_jax.errors import ConfigError
 
 
-def open_targets(config: Config) -> list[PairSet]:
-    """Reads every set of `evaluation.targets`.
+def open_targets(targets: Sequence[str], data: DataConfig, *, seed: int) -> list[PairSet]:
+    """Reads the sets that a run evaluates on.
+
+    Args:
+      targets: `evaluation.targets`.
+      data: whose path relative targets may be under; its synthetic identities are not in the pairs.
+      seed: of synthetic faces.
 
     Raises:
       ConfigError: two sets have one name.
       DataError: a file is missing or not a verification set.
     """
-    return _with_different_names([_open_target(t, config) for t in config.evaluation.targets])
+    return _with_different_names([_open_target(t, data, seed=seed) for t in targets])
 
 
 def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[PairSet]:
     """Reads the sets on which several runs are compared.
 
     Args:
-      configs: of the runs; a single default one where there is none.
-      targets: as `evaluation.targets`; relative to here, or to the data of the first run that has
-        it. "synthetic" is drawn as the run that trains on drawn faces has it. When none is named,
-        those of all runs, each set once.
+      configs: the runs' configurations, or a single default one.
+      targets: as `evaluation.targets`, relative to the current folder or to the data of the first
+        run that has them. "synthetic" is taken from the run that trains on synthetic faces. When
+        empty, the targets of all runs, each set once.
 
     Raises:
       ConfigError: two different sets have one name.
       DataError: a file is missing or not a verification set.
     """
     if not targets:
-        sets = [_open_target(t, config) for config in configs for t in config.evaluation.targets]
+        sets = [
+            _open_target(t, config.data, seed=config.seed)
+            for config in configs
+            for t in config.evaluation.targets
+        ]
         return _with_different_names(_without_copies(sets))
-    return _with_different_names([_open_target(t, _home(t, configs)) for t in targets])
+    homes = [_home(target, configs) for target in targets]
+    return _with_different_names(
+        [_open_target(t, c.data, seed=c.seed) for t, c in zip(targets, homes, strict=True)]
+    )
 
 
 def _home(target: str, configs: Sequence[Config]) -> Config:
@@ -69,18 +81,18 @@ def _with_different_names(sets: list[PairSet]) -> list[PairSet]:
     return sets
 
 
-def _open_target(target: str, config: Config) -> PairSet:
+def _open_target(target: str, data: DataConfig, *, seed: int) -> PairSet:
     if target == opening.SYNTHETIC:
-        drawn = config.data.synthetic
+        drawn = data.synthetic
         images, same = faces.verification_pairs(
-            seed=config.seed,
+            seed=seed,
             first_identity=drawn.identities,  # the first that is not trained on
             identities=drawn.pair_identities,
             pairs=drawn.pairs,
         )
         return PairSet(opening.SYNTHETIC, images, same)
     name, _, _ = target.partition(":")
-    return open_file(target, base=opening.folder_with(config.data.path, name))
+    return open_file(target, base=opening.folder_with(data.path, name))
 
 
 def open_file(target: str, *, base: Path = Path()) -> PairSet:

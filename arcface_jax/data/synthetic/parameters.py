@@ -48,7 +48,7 @@ def _chance(probability: float) -> Any:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Identity:
-    """What all images of one person share. Lengths in face units, colours RGB in [0, 255]."""
+    """What all images of one person share. Lengths in face units, colors RGB in [0, 255]."""
 
     width: float = _between(0.66, 0.86)  # half width of the head
     jaw: float = _between(
@@ -116,7 +116,7 @@ class View:
     background: np.ndarray  # (rows, columns, 3) uint8, coarse texture
     cloth: np.ndarray  # (3,)
     occluder: Polygon  # fractions of the image size; often empty
-    occluder_colour: np.ndarray  # (3,)
+    occluder_color: np.ndarray  # (3,)
     noise_seed: int
 
 
@@ -173,13 +173,13 @@ def draw_view(seed: int, identity: int, index: int) -> View:
         background=np.clip(backdrop, 0.0, 255.0).astype(np.uint8),
         cloth=rng.uniform(20.0, 240.0, 3),
         occluder=_occluder(rng),
-        occluder_colour=rng.uniform(0.0, 255.0, 3),
+        occluder_color=rng.uniform(0.0, 255.0, 3),
         noise_seed=int(rng.integers(2**32)),
     )
 
 
 def _light(rng: np.random.Generator) -> np.ndarray:
-    """(3, 3, 3) uint8 map: a gradient in one direction, and weak coloured lamps."""
+    """(3, 3, 3) uint8 map: a gradient in one direction, and weak colored lamps."""
     angle, strength = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(0.15, 0.45)
     across = np.array((-1.0, 0.0, 1.0))
     gradient = np.cos(angle) * across + np.sin(angle) * across[:, None]

@@ -1,4 +1,4 @@
-"""The coloured polygons of a drawn face, from the parameters of a person and of a picture."""
+"""The colored polygons of a drawn face, from the parameters of a person and of a picture."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,12 +13,12 @@ _EYE_WHITE = np.array((246.0, 244.0, 240.0))
 
 
 class Part(NamedTuple):
-    """Polygons of one colour; z = relief * ellipsoid + lift.
+    """Polygons of one color; z = relief * ellipsoid + lift.
 
     Points are complex numbers x + iy: a shift is a sum, a turn a product, a mirror image -conj.
     """
 
-    colour: np.ndarray  # (3,) RGB
+    color: np.ndarray  # (3,) RGB
     polygons: list[Polygon]  # face units
     relief: float = 1.0  # 1 lies on the face, 0 on the silhouette
     lift: float = 0.0  # face units towards the viewer
@@ -113,11 +113,11 @@ def _glasses(p: Identity) -> list[Part]:
     bridge = blob(0.0, y - 0.02, centre - size + 0.01, rim * 0.6, step=2)
     hinge, ear = centre + size, p.width + 0.02
     temple = np.array([hinge - 0.04j, ear - 0.05j, ear, hinge + 0.02j]) + 1j * y
-    colour = np.array((30.0, 28.0, 34.0))
+    color = np.array((30.0, 28.0, 34.0))
     # Two contours in one fill leave the lens open, since the overlap counts twice.
     return [
-        Part(colour, [*_both(outer), *_both(inner)], 1.0, 0.1),
-        Part(colour, [bridge, *_both(temple)], 1.0, 0.1),
+        Part(color, [*_both(outer), *_both(inner)], 1.0, 0.1),
+        Part(color, [bridge, *_both(temple)], 1.0, 0.1),
     ]
 
 

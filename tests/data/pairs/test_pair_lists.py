@@ -86,11 +86,7 @@ def test_a_heading_is_skipped_and_a_first_pair_is_not(people: Path):
 
 def test_targets_of_training_are_lists_too_and_lie_in_the_data_folder(people: Path):
     write(people.parent, "pairs.txt", "Bob 1 12\n")
-    config = Config(
-        data=DataConfig(path=str(people.parent)),
-        evaluation=EvaluationConfig(targets=("pairs.txt:faces",)),
-    )
-    (pairs,) = open_targets(config)
+    (pairs,) = open_targets(["pairs.txt:faces"], DataConfig(path=str(people.parent)), seed=0)
     np.testing.assert_array_equal(pairs.images, EXPECTED[4:])
     with pytest.raises(DataError, match=r"no list of pairs at .*absent\.csv"):
         open_file("absent.csv", base=people)

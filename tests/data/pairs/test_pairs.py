@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from arcface_jax.config import Config, DataConfig, EvaluationConfig, SyntheticConfig
-from arcface_jax.data.pairs.bins import read_bin
+from arcface_jax.config import DataConfig, SyntheticConfig
+from arcface_jax.data.pairs.bins import PairSet, read_bin
 from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.data.synthetic.faces import verification_pairs
 from arcface_jax.errors import ConfigError, DataError
@@ -344,25 +344,20 @@ def test_a_missing_file_names_its_neighbours(tmp_path: Path):
         read_bin(tmp_path)
 
 
-def targets(*names: str, folder: Path = Path("nowhere")) -> Config:
-    return Config(
-        data=DataConfig(
-            path=str(folder), synthetic=SyntheticConfig(identities=9, pairs=20, pair_identities=5)
-        ),
-        evaluation=EvaluationConfig(targets=names),
-        seed=3,
-    )
+def opened(*names: str, folder: Path = Path("nowhere")) -> list[PairSet]:
+    drawn = SyntheticConfig(identities=9, pairs=20, pair_identities=5)
+    return open_targets(names, DataConfig(path=str(folder), synthetic=drawn), seed=3)
 
 
 def test_targets_are_found_by_themselves_or_in_the_data_folder(bin_file, tmp_path: Path):
     path = bin_file((BYTES, SAME))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "other.bin").write_bytes(path.read_bytes())
-    sets = open_targets(targets(str(path), "other.bin", folder=tmp_path / "data"))
+    sets = opened(str(path), "other.bin", folder=tmp_path / "data")
     assert [pairs.name for pairs in sets] == ["set", "other"]
     with pytest.raises(DataError, match=r"data/missing\.bin \(in that folder: other\.bin\)"):
-        open_targets(targets("missing.bin", folder=tmp_path / "data"))
-    assert open_targets(targets()) == []
+        opened("missing.bin", folder=tmp_path / "data")
+    assert opened() == []
 
 
 def test_two_sets_of_one_name_are_refused(bin_file, tmp_path: Path):
@@ -370,11 +365,11 @@ def test_two_sets_of_one_name_are_refused(bin_file, tmp_path: Path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "set.bin").write_bytes(path.read_bytes())
     with pytest.raises(ConfigError, match=r"two sets have one name \(set, set\); rename"):
-        open_targets(targets(str(path), str(tmp_path / "b" / "set.bin")))
+        opened(str(path), str(tmp_path / "b" / "set.bin"))
 
 
 def test_drawn_pairs_show_people_behind_those_trained_on():
-    (pairs,) = open_targets(targets("synthetic"))
+    (pairs,) = opened("synthetic")
     images, same = verification_pairs(seed=3, first_identity=9, identities=5, pairs=20)
     np.testing.assert_array_equal(pairs.images, images)
     np.testing.assert_array_equal(pairs.same, same)
