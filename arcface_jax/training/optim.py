@@ -124,11 +124,12 @@ def next_scale(scale: Arrays, finite: jax.Array, optimizer: OptimizerConfig) -> 
     return {"factor": jnp.clip(factor, 1.0, 2.0**24), "steps": jnp.where(grows, 0, steps)}
 
 
-def move_mean(mean: Arrays, weights: Arrays, *, keeps: float, steps: jax.Array) -> Arrays:
-    """The running mean of the weights, one step on: keeps * mean + (1 - keeps) * weights.
+def update_ema(ema: Arrays, weights: Arrays, *, ema_decay: float, steps: jax.Array) -> Arrays:
+    """Update the running mean of the weights: ema_decay * ema + (1 - ema_decay) * weights.
 
-    Early in a run it keeps (1 + steps) / (10 + steps) only, lest the first weights linger.
+    Early in a run the decay is only (1 + steps) / (10 + steps), so that the initial weights fade
+    quickly.
     """
     steps = steps.astype(jnp.float32)
-    share = 1 - jnp.minimum(keeps, (1 + steps) / (10 + steps))
-    return {name: mean[name] + share * (weights[name] - mean[name]) for name in mean}
+    share = 1 - jnp.minimum(ema_decay, (1 + steps) / (10 + steps))
+    return {name: ema[name] + share * (weights[name] - ema[name]) for name in ema}

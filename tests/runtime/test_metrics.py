@@ -11,7 +11,8 @@ from tensorboardX.proto.event_pb2 import Event
 from arcface_jax.errors import CheckpointError
 from arcface_jax.runtime import metrics
 from arcface_jax.runtime.console import Terminal
-from arcface_jax.runtime.metrics import Clock, MetricsFile
+from arcface_jax.runtime.metrics import MetricsFile
+from arcface_jax.runtime.profiling import Clock
 
 
 def written(workdir: Path) -> list[dict[str, float]]:
