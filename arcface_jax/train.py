@@ -128,7 +128,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         terminal = Terminal(total_steps=steps.total, start=steps.start)
         headline = messages.headline(config, dataset, mesh, start=steps.start, total=steps.total)
         summary = manifest.write_summary(config, state, mesh, first_lines=headline)
-        terminal.say_all(headline, summary)
+        terminal.print_all(headline, summary)
         before = _log_start(
             log, terminal, step=steps.start, baselines=baselines, pretrained=pretrained
         )
@@ -185,7 +185,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         # ---- Results -----------------------------------------------------------------------------
         stopped_by = stop.signals[0] if stop else None
         if stopped_by:
-            terminal.say(
+            terminal.print(
                 f"stopped by {stopped_by.name} at step {run.done}; rerun the same command to resume"
             )
         elif not run.results:  # resumed after the last step
@@ -226,7 +226,7 @@ def _loop(run: Run, stop: signals.Stop) -> None:
                 jax.block_until_ready(metrics)  # else training time would hide in the pause
         diagnostics.disarm_watchdog()
         with run.clock.paused():
-            run.terminal.say_all(run.trace.after(run.done, metrics))
+            run.terminal.print_all(run.trace.after(run.done, metrics))
             if run.done in evaluate_at:
                 run.evaluate_and_log(stop)
                 run.explain(metrics)
@@ -303,12 +303,14 @@ def _log_start(
     """
     if baselines:
         log.write(step, baselines)
-        terminal.say("before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items()))
+        terminal.print(
+            "before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items())
+        )
     if not pretrained:
         return log.stored("before/")
     before = evaluators.metrics(pretrained, "before")
     log.write(step, before)
-    terminal.say(f"before training  {messages.accuracies(pretrained)}")
+    terminal.print(f"before training  {messages.accuracies(pretrained)}")
     return before
 
 

@@ -36,8 +36,8 @@ def effective_rank(embeddings: np.ndarray) -> float:
       embeddings: (n, D) float, of any length; 0 where all of them are zero.
     """
     unit = _unit(embeddings)
-    # Singular values are the roots of this small matrix's eigenvalues. Those that rounding alone
-    # makes are left out: their roots would add up.
+    # Singular values are the roots of this small matrix's eigenvalues. Rounding
+    # errors are left out: their roots would add up.
     gram = unit.T @ unit if len(unit) >= unit.shape[1] else unit @ unit.T
     squares = np.linalg.eigvalsh(gram)
     values = np.sqrt(squares[squares > 1e-12 * squares[-1]])

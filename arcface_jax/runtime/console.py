@@ -48,16 +48,16 @@ class Terminal:
             if "perf/steps_per_sec" in values:
                 seconds = (self._total - step) / values["perf/steps_per_sec"]
                 left = f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
-            self.say(f"step {step}/{self._total}  {'  '.join(status)}{left}")
+            self.print(f"step {step}/{self._total}  {'  '.join(status)}{left}")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def say_all(self, *texts: str | None) -> None:
+    def print_all(self, *texts: str | None) -> None:
         """Print a line for each text that is not None."""
         for text in filter(None, texts):
-            self.say(text)
+            self.print(text)
 
     def close(self) -> None:
         """Remove the bar."""

@@ -33,7 +33,7 @@ _UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one move: where that fails, what was there is as it was.
+    """Write a file atomically: if that fails, the old content stays.
 
     Raises:
       OSError: it cannot be written.

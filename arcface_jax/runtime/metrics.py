@@ -188,7 +188,7 @@ class Csv:
         self._rewrite(kept)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a line; where it has new names the file is written anew with their columns."""
+        """Append a line; new names rewrite the file with their columns added."""
         line = {"step": step, **values}
         if self._add_columns([line]):
             self._file.close()
@@ -208,7 +208,7 @@ class Csv:
         return bool(new)
 
     def _rewrite(self, lines: list[Any]) -> None:
-        """In one move, so that a run that is killed here keeps its history."""
+        """Atomically, so that a run that is killed here keeps its history."""
         part = self.path.with_suffix(".csv.part")
         self._file = part.open("w", newline="")
         self._lines = csv.DictWriter(self._file, self._names)

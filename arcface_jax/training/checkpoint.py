@@ -2,8 +2,8 @@
 
 A checkpoint holds three items: `backbone` (parameters and BatchNorm statistics, all that inference
 needs), `training` (the rest of the state) and `dataset` (what the centers' rows stand for); and,
-where the recipe asks for running means of the weights, `ema`, which inference then takes. One of
-imported weights has no `training`: `backbone` alone, or `centers` and `dataset` besides.
+if the recipe asks for running means of the weights, `ema`, which inference then uses. A checkpoint
+of imported weights has no `training`: only `backbone`, or also `centers` and `dataset`.
 """
 
 import math
@@ -52,12 +52,12 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
         folder = folder_of(workdir)
         if launch.is_first():
             with reporting_disk_errors(workdir, workdir):
-                for sentence in checksums.set_aside_damaged(folder):
-                    print(f"warning: {sentence}", file=sys.stderr)
+                for message in checksums.set_aside_damaged(folder):
+                    print(f"warning: {message}", file=sys.stderr)
                 remove_unfinished(workdir)
             manifest.write_environment(config)
     quiet_orbax()
-    options = _what_to_keep(config.checkpoint)
+    options = _manager_options(config.checkpoint)
     if launch.is_first():
         note = partial(checksums.note, folder)
         options.async_options = ocp.options.AsyncOptions(post_finalization_callback=note)
@@ -88,7 +88,7 @@ def _prepare(config: Config) -> None:
         ) from error
 
 
-def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
+def _manager_options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
     """Keep the newest checkpoints, and with `best_metric` the best ones; of equals the later."""
     name = config.best_metric
     if not name:
@@ -237,14 +237,14 @@ def save_weights(
     *,
     centers: np.ndarray | None = None,
 ) -> None:
-    """Makes a WORKDIR that holds weights alone: to be read as any other, not to be resumed.
+    """Write a WORKDIR with weights only: it can be read like any other, but not resumed.
 
     Args:
-      config: names the workdir, the network and the embedding size; the rest says nothing of how
-        the weights came to be.
+      config: names the workdir, the network and the embedding size; the rest has no meaning for
+        imported weights.
       params: of the backbone.
       batch_stats: its BatchNorm statistics.
-      centers: (C, D) float32 class centers, where they are known.
+      centers: (C, D) float32 class centers, if known.
 
     Raises:
       CheckpointError: the folder is not empty, or cannot be written.
@@ -266,7 +266,7 @@ def save_weights(
 
 
 def require_empty(workdir: Path) -> None:
-    """Raises CheckpointError where there is anything at that path but an empty folder."""
+    """Raise CheckpointError if the path is anything but an empty or missing folder."""
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise CheckpointError(f"{workdir} exists and is not an empty folder: name a new one")
 

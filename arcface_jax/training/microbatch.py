@@ -29,9 +29,9 @@ class Forward(NamedTuple):
     """Result of the forward pass."""
 
     embeddings: jax.Array
-    """(B, D) float32, not normalised, split over the devices."""
+    """(B, D) float32, not normalized, split over the devices."""
     batch_stats: Arrays
-    """BatchNorm's statistics, moved once, towards the mean over all groups."""
+    """BatchNorm's statistics, updated once, with the mean over all groups."""
     vjp: Callable[[jax.Array], Arrays]
     """(B, D) gradient of the embeddings -> gradient of the moving parameters, float32, summed over
     all devices; like the parameters on every one."""
@@ -94,7 +94,7 @@ def _own(copies: Any) -> Any:
 
 
 def _on_one_device(network: Backbone, params, batch_stats, images, places, *, key, slices: int):
-    """(b, D) embeddings, and moved statistics."""
+    """(b, D) embeddings, and the updated statistics."""
 
     def one(images, places):
         keys = jax.vmap(partial(jax.random.fold_in, key))(places)

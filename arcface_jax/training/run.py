@@ -101,7 +101,7 @@ class Run:
             with self.clock.waiting():
                 batch, bad = next(self.batches)
             for image in self.bad_images.add(bad, step=self.done + 1):
-                self.terminal.say(messages.bad_image(image))
+                self.terminal.print(messages.bad_image(image))
         except UserError:
             # Several processes save together, and the others do not know of this error.
             if self.done > self.steps.start and jax.process_count() == 1:
@@ -112,10 +112,10 @@ class Run:
     def finish_first_step(self, batch: Batch, metrics: Metrics) -> None:
         """Wait for the first step, whose compilation does not count as training time."""
         jax.block_until_ready(metrics)
-        self.terminal.say_all(self.health.few_labels(meshes.own_part(batch["label"])))
+        self.terminal.print_all(self.health.few_labels(meshes.own_part(batch["label"])))
         if self.steps.start == 0:
             loss = float(metrics["train/loss"])
-            self.terminal.say(
+            self.terminal.print(
                 messages.initial_loss(loss, self.chance_loss, pretrained=self.pretrained)
             )
         self.clock.restart()
@@ -141,7 +141,7 @@ class Run:
         self.log.write(self.done, values)
         self.terminal.show(self.done, values)
         checkpoint.check(self.manager)
-        self.terminal.say_all(
+        self.terminal.print_all(
             self.health.skipped_steps(self.done, values),
             self.health.plateau(self.done, values["train/loss"]),
             straggler,
@@ -172,14 +172,14 @@ class Run:
         """
         self.results = self.evaluate(self.state, stop.raise_if_stopped)
         self.log.write(self.done, evaluators.metrics(self.results))
-        self.terminal.say(
+        self.terminal.print(
             f"step {self.done}/{self.steps.total}  {messages.accuracies(self.results)}"
         )
 
     def explain(self, metrics: Metrics) -> None:
         """Explain why sets are still verified at chance level, if any is."""
         loss = float(metrics["train/loss"])
-        self.terminal.say_all(
+        self.terminal.print_all(
             *(
                 diagnostics.explain_chance_accuracy(result, loss=loss, chance_loss=self.chance_loss)
                 for result in self.results
