@@ -201,9 +201,8 @@ def _loop(run: Run, stop: signals.Stop) -> None:
     Raises:
       Interrupted: a signal came during an evaluation.
     """
-    logging = run.config.logging
-    _, total, _, evaluate_at, save_at = run.steps
-    while run.done < total and not launch.should_stop(stop, run.done):
+    logging, steps = run.config.logging, run.steps
+    while run.done < steps.total and not launch.should_stop(stop, run.done):
         diagnostics.arm_watchdog(logging)
         batch = run.next_batch()
         with run.clock.paused():
@@ -212,25 +211,25 @@ def _loop(run: Run, stop: signals.Stop) -> None:
         with jax.transfer_guard("disallow"):
             run.state, metrics = run.train_step(run.state, batch)
         run.done += 1
-        if run.done == run.steps.start + 1:
+        if run.done == steps.start + 1:
             run.finish_first_step(batch, metrics)
         else:
             run.clock.count_step()
         run.terminal.advance()
         run.limit_steps_ahead(metrics)
-        if run.done % logging.every_steps == 0 or run.done == total:
+        if run.done % logging.every_steps == 0 or run.done == steps.total:
             values = run.log_step(metrics)
             run.raise_if_failing(batch, values)
-        if run.done in evaluate_at | save_at:
+        if run.done in steps.evaluate_at | steps.save_at:
             with run.clock.blocked():
                 jax.block_until_ready(metrics)  # else training time would hide in the pause
         diagnostics.disarm_watchdog()
         with run.clock.paused():
             run.terminal.print_all(run.trace.after(run.done, metrics))
-            if run.done in evaluate_at:
+            if run.done in steps.evaluate_at:
                 run.evaluate_and_log(stop)
                 run.explain(metrics)
-            if run.done in save_at:
+            if run.done in steps.save_at:
                 run.save(run.score())
 
 

@@ -33,10 +33,13 @@ class Steps(NamedTuple):
     """When a run starts, ends, evaluates and saves, in optimizer steps."""
 
     start: int
+    """Steps done before; 0, or the checkpoint that the run resumes from."""
     total: int
     per_epoch: int
     evaluate_at: set[int]
+    """Steps after which the state is evaluated; the last step is one of them."""
     save_at: set[int]
+    """Steps after which the state is saved; the last step is one of them."""
 
 
 def plan_steps(
@@ -82,7 +85,9 @@ class Run:
     trace: Trace
     health: diagnostics.HealthMonitor
     chance_loss: float
+    """Expected loss at initialization."""
     pretrained: bool
+    """Whether the run starts from other weights than random ones."""
 
     state: TrainState
     done: int
