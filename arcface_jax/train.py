@@ -1,30 +1,31 @@
 """Training, from a configuration to a trained and verified working directory."""
 
 import dataclasses
+import importlib.util
 import signal
-from collections import deque
-from collections.abc import Generator
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax.config import Config, loading
+from arcface_jax.config import Config, DataConfig, loading
 from arcface_jax.data import opening, order, pipeline
+from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.data.pipeline import BadImage, BadImages
 from arcface_jax.data.source import Source
-from arcface_jax.errors import UserError
-from arcface_jax.evaluation import collapse, verification
+from arcface_jax.errors import ConfigError, UserError
+from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.verification import Verification
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import launch, signals
 from arcface_jax.runtime.console import Terminal
 from arcface_jax.runtime.files import reporting_disk_errors
-from arcface_jax.runtime.metrics import Clock, MetricsFile
-from arcface_jax.runtime.profiling import Trace
+from arcface_jax.runtime.metrics import MetricsFile
+from arcface_jax.runtime.profiling import Clock, Trace
 from arcface_jax.training import (
     checkpoint,
     diagnostics,
@@ -33,37 +34,38 @@ from arcface_jax.training import (
     manifest,
     messages,
     optim,
+    saved_runs,
     step,
     validation,
 )
-from arcface_jax.training.diagnostics import Watch, slowest_host
+from arcface_jax.training.run import Batch, Batches, Run, Steps, plan_steps
+from arcface_jax.training.step import TrainState
 
-# Steps that may be handed to the devices before the first of them is done: enough to keep them
-# busy, and few enough that batches do not pile up in their memory.
-_STEPS_AHEAD = 2
-# Batches that are copied to the devices before the step that takes them.
+# Batches copied to the devices ahead of the step that takes them.
 _BATCHES_AHEAD = 2
 
 
 class Outcome(NamedTuple):
-    """What a call of `train` came to."""
+    """Result of `train`."""
 
     step: int
     results: dict[str, float]
     """`eval/NAME/accuracy` and so on of the last evaluation; `before/NAME/accuracy` and so on of
-    the weights that a fine-tuned run began with; `baseline/...` where asked for."""
+    the weights that a fine-tuned run started from; `baseline/...` where asked for."""
     files: list[Path]
-    """What was written for people to look at."""
+    """Plots to look at."""
     stopped_by: signal.Signals | None
     """The signal that ended the run before its last step; everything is saved."""
+    state: TrainState
+    """The final state, on the devices: to embed, export or train on with."""
 
 
 def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
-    """Trains, or goes on where WORKDIR stopped.
+    """Train, or resume from workdir.
 
     Args:
       config: the whole run.
-      init: params and batch_stats to begin with, where `config.init_from` is not a workdir.
+      init: params and batch_stats to start from, instead of those in `config.init_from`.
 
     Returns:
       The final state and evaluation. In WORKDIR: config.json, metrics.jsonl, tensorboard/,
@@ -71,55 +73,211 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
 
     Raises:
       UserError: configuration, data or workdir do not allow the run, the loss is no longer finite,
-        or the disk does not take what is written.
+        or the disk is full or read-only.
     """
-    with reporting_disk_errors(Path(config.workdir)):
-        return _train(config, init)
+    workdir = Path(config.workdir)
+    with reporting_disk_errors(workdir):
+        # ---- Devices and data --------------------------------------------------------------------
+        mesh = meshes.make(config.devices)
+        validation.validate(config, num_devices=mesh.size)
+        source = opening.open_source(config.data, seed=config.seed)
+        targets = _open_targets(config)
+        images = order.make(len(source), config.data, seed=config.seed)
+        dataset = {"num_classes": source.num_classes, "num_images": len(source)}
+        weights = _initial_weights(config, init)
+
+        # ---- State: fresh, from other weights, or the newest checkpoint --------------------------
+        manager = checkpoint.open_workdir(config)
+        state = step.init_state(config, num_classes=source.num_classes, mesh=mesh, weights=weights)
+        evaluate = evaluators.make(
+            targets,
+            backbone=step.backbone(config),
+            one_group=step.backbone(config, one_group=True),
+            batch_size=config.evaluation.batch_size,
+            mesh=mesh,
+        )
+        baselines, pretrained = {}, []
+        if config.evaluation.baselines:
+            untrained = None if config.init_from or init else state
+            baselines = evaluators.baselines(targets, evaluate, untrained)
+        if weights:  # not when resuming
+            centers = finetune.centers(config, state, source, mesh=mesh)
+            state = dataclasses.replace(state, centers=centers)
+            pretrained = evaluate(state)
+        state = checkpoint.restore(manager, state, dataset) or state
+        steps = plan_steps(
+            config.schedule,
+            config.evaluation,
+            config.checkpoint,
+            start=int(state.step),
+            per_epoch=images.steps_per_epoch,
+        )
+
+        # ---- The step ----------------------------------------------------------------------------
+        schedule = optim.make_schedule(
+            config.schedule,
+            base_rate=config.optimizer.learning_rate,
+            steps_per_epoch=steps.per_epoch,
+        )
+        train_step = step.make_train_step(
+            config, num_classes=source.num_classes, schedule=schedule, mesh=mesh
+        )
+
+        # ---- Logging -----------------------------------------------------------------------------
+        log = _open_log(config, start=steps.start)
+        terminal = Terminal(total_steps=steps.total, start=steps.start)
+        headline = messages.headline(config, dataset, mesh, start=steps.start, total=steps.total)
+        summary = manifest.write_summary(config, state, mesh, first_lines=headline)
+        terminal.print_all(headline, summary)
+        before = _log_start(
+            log, terminal, step=steps.start, baselines=baselines, pretrained=pretrained
+        )
+        chance_loss = diagnostics.chance_loss(
+            config.head,
+            num_classes=source.num_classes,
+            embedding_size=config.model.embedding_size,
+            global_batch_size=config.data.global_batch_size,
+            num_devices=mesh.size,
+        )
+        if steps.start == 0:
+            log.write(0, {"train/chance_loss": chance_loss})
+
+        # ---- The loop ----------------------------------------------------------------------------
+        run = Run(
+            config=config,
+            steps=steps,
+            train_step=train_step,
+            evaluate=evaluate,
+            failure=partial(
+                _failure, config=config, source=source, images=images, schedule=schedule, mesh=mesh
+            ),
+            manager=manager,
+            dataset=dataset,
+            batches=_batches_on_devices(
+                source, config.data, seed=config.seed, mesh=mesh, steps=steps
+            ),
+            bad_images=BadImages(
+                workdir / launch.per_process_name("bad_images.jsonl"),
+                num_images=len(source),
+                max_share=config.data.max_bad_share,
+            ),
+            log=log,
+            terminal=terminal,
+            clock=Clock(global_batch_size=config.data.global_batch_size),
+            trace=Trace(workdir, config.logging.profile_steps),
+            health=diagnostics.HealthMonitor(
+                num_classes=source.num_classes,
+                chance_loss=chance_loss,
+                plateau_steps=config.logging.stuck_steps,
+            ),
+            chance_loss=chance_loss,
+            pretrained=bool(weights),
+            state=state,
+            done=steps.start,
+        )
+        with signals.watched(config.checkpoint, workdir=workdir) as stop, run.closing():
+            with suppress(signals.Interrupted):  # out of an evaluation, which resuming repeats
+                run.evaluate_if_missing(stop)
+                _loop(run, stop)
+            if stop:
+                run.save()
+
+        # ---- Results -----------------------------------------------------------------------------
+        stopped_by = stop.signals[0] if stop else None
+        if stopped_by:
+            terminal.print(
+                f"stopped by {stopped_by.name} at step {run.done}; rerun the same command to resume"
+            )
+        elif not run.results:  # resumed after the last step
+            run.results = evaluate(run.state)
+        files = evaluators.draw(workdir, targets, run.results) if launch.is_first() else []
+        results = evaluators.metrics(run.results) | before | baselines
+        return Outcome(run.done, results, files, stopped_by, run.state)
 
 
-def _train(config: Config, init: finetune.Weights | None) -> Outcome:
-    # ---- Devices and data ------------------------------------------------------------------------
-    devices = meshes.make(config.devices)
-    validation.validate(config, num_devices=devices.size)
-    source = opening.open_source(config.data, seed=config.seed)
+def _loop(run: Run, stop: signals.Stop) -> None:
+    """Train up to the last step, or until a signal comes.
+
+    Raises:
+      Interrupted: a signal came during an evaluation.
+    """
+    logging, steps = run.config.logging, run.steps
+    while run.done < steps.total and not launch.should_stop(stop, run.done):
+        diagnostics.arm_watchdog(logging)
+        batch = run.next_batch()
+        with run.clock.paused():
+            run.trace.before(run.done + 1)
+        # The batch is on the devices already: any other implicit transfer is an error.
+        with jax.transfer_guard("disallow"):
+            run.state, metrics = run.train_step(run.state, batch)
+        run.done += 1
+        if run.done == steps.start + 1:
+            run.finish_first_step(batch, metrics)
+        else:
+            run.clock.count_step()
+        run.terminal.advance()
+        run.limit_steps_ahead(metrics)
+        if run.done % logging.every_steps == 0 or run.done == steps.total:
+            values = run.log_step(metrics)
+            run.raise_if_failing(batch, values)
+        if run.done in steps.evaluate_at | steps.save_at:
+            with run.clock.blocked():
+                jax.block_until_ready(metrics)  # else training time would hide in the pause
+        diagnostics.disarm_watchdog()
+        with run.clock.paused():
+            run.terminal.print_all(run.trace.after(run.done, metrics))
+            if run.done in steps.evaluate_at:
+                run.evaluate_and_log(stop)
+                run.explain(metrics)
+            if run.done in steps.save_at:
+                run.save(run.score())
+
+
+def _open_targets(config: Config) -> list[PairSet]:
+    """The verification sets, checked now rather than after the first epochs."""
     targets = open_targets(config.evaluation.targets, config.data, seed=config.seed)
     for target in targets:
-        verification.check(target)  # better now than after the first epochs
+        verification.check(target)
     if config.checkpoint.best_metric:
         verification.check_metric(config.checkpoint.best_metric, targets)
-    images = order.make(len(source), config.data, seed=config.seed)
-    per_epoch = images.steps_per_epoch
-    total = per_epoch * config.schedule.epochs
-    dataset = {"num_classes": source.num_classes, "num_images": len(source)}
-    weights = finetune.weights(config, init)
+    return targets
 
-    # ---- State: fresh, of other weights, or the newest checkpoint --------------------------------
-    manager = checkpoint.open_workdir(config)
-    state = step.init_state(config, num_classes=source.num_classes, mesh=devices, weights=weights)
-    evaluate = evaluators.make(config, targets, devices)
-    baselines = (
-        evaluators.baselines(config, targets, evaluate, state)
-        if config.evaluation.baselines
-        else {}
-    )
-    began: list[Verification] = []
-    if weights:  # not on resuming
-        centers = finetune.centers(config, state, source, mesh=devices)
-        state = dataclasses.replace(state, centers=centers)
-        began = evaluate(state)
-    state = checkpoint.restore(manager, state, dataset) or state
-    start = int(state.step)
 
-    # ---- The step --------------------------------------------------------------------------------
-    schedule = optim.make_schedule(
-        config.schedule, base_rate=config.optimizer.learning_rate, steps_per_epoch=per_epoch
-    )
-    train_step = step.make_train_step(
-        config, num_classes=source.num_classes, schedule=schedule, mesh=devices
-    )
+def _initial_weights(config: Config, init: finetune.Weights | None) -> finetune.Weights | None:
+    """The weights to start from: `init`, or those in the file or workdir `config.init_from`.
 
-    # ---- Logging ---------------------------------------------------------------------------------
-    log = MetricsFile(
+    None for random weights, and for a run that resumes.
+
+    Raises:
+      ConfigError: the weights do not fit the network, or have no class centers to keep.
+      UserError: they cannot be read.
+    """
+    if saved_runs.is_begun(Path(config.workdir)) or not (config.init_from or init):
+        return None
+    path = Path(config.init_from)
+    source = init or (path if path.is_dir() else _read_weights(path, config.model.network))
+    if config.finetune.centers == "kept" and not isinstance(source, Path):
+        raise ConfigError(
+            f"finetune.centers kept: init_from {config.init_from} is not the workdir of a run and "
+            "has no class centers; use --finetune.centers class_means or random"
+        )
+    return finetune.weights(source, config.model, name=config.init_from)
+
+
+def _read_weights(path: Path, network: str) -> finetune.Weights:
+    """Read PyTorch weights; nothing else in training needs PyTorch."""
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError(
+            f"init_from {path}: reading PyTorch weights needs PyTorch: "
+            "pip install 'arcface-jax[torch]'"
+        )
+    from arcface_jax.convert import weights
+
+    return weights.load(path, network)
+
+
+def _open_log(config: Config, *, start: int) -> MetricsFile:
+    return MetricsFile(
         Path(config.workdir),
         start=start,
         tensorboard=config.logging.tensorboard,
@@ -127,192 +285,81 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
         wandb=config.logging.wandb,
         settings=loading.flatten(config),
     )
-    terminal = Terminal(total_steps=total, start=start)
-    clock = Clock(global_batch_size=config.data.global_batch_size)
-    headline = messages.headline(config, dataset, devices, start=start, total=total)
-    terminal.say_all(headline, manifest.write_summary(config, state, devices, first_lines=headline))
-    trace = Trace(Path(config.workdir), config.logging.profile_steps)
+
+
+def _log_start(
+    log: MetricsFile,
+    terminal: Terminal,
+    *,
+    step: int,
+    baselines: dict[str, float],
+    pretrained: list[Verification],
+) -> dict[str, float]:
+    """Log the baselines and how well the initial weights do.
+
+    Returns:
+      `before/NAME/accuracy` and so on, also for a resumed run.
+    """
     if baselines:
-        log.write(start, baselines)
-        terminal.say("before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items()))
-
-    before = log.stored("before/")
-    if began:
-        before = evaluators.metrics(began, "before")
-        log.write(start, before)
-        terminal.say(f"before training  {messages.in_words(began)}")
-
-    by_chance = diagnostics.chance_loss(
-        config.head,
-        num_classes=source.num_classes,
-        embedding_size=config.model.embedding_size,
-        global_batch_size=config.data.global_batch_size,
-        num_devices=devices.size,
-    )
-    if start == 0:
-        log.write(0, {"train/chance_loss": by_chance})
-
-    watch = Watch(
-        num_classes=source.num_classes, by_chance=by_chance, steps=config.logging.stuck_steps
-    )
-
-    # ---- The loop --------------------------------------------------------------------------------
-    results: list[Verification] = []
-    evaluate_at = _milestones(config.evaluation.every_epochs, per_epoch, total)
-    save_at = _milestones(config.checkpoint.every_epochs, per_epoch, total)
-    best_metric = config.checkpoint.best_metric
-    if best_metric:
-        save_at |= evaluate_at
-    bad_images = BadImages(
-        Path(config.workdir) / launch.own_name("bad_images.jsonl"),
-        num_images=len(source),
-        max_share=config.data.max_bad_share,
-    )
-    batches = _batches_on_devices(config, source, devices, start=start, stop=total)
-    warned = False
-    in_flight: deque = deque()
-    done = start
-    with signals.watched(config.checkpoint, workdir=Path(config.workdir)) as stop:
-        try:
-            # A signal came while this was evaluated, and the run before this one left it.
-            if targets and start in evaluate_at and not log.has(start, "eval/"):
-                with suppress(signals.Left):
-                    results = evaluate(state, stop.leave)
-                    log.write(start, evaluators.metrics(results))
-                    terminal.say(f"step {start}/{total}  {messages.in_words(results)}")
-            while done < total and not launch.to_stop(stop, done):
-                diagnostics.arm(config.logging)
-                try:
-                    with clock.waiting():
-                        batch, bad = next(batches)
-                    for image in bad_images.add(bad, step=done + 1):
-                        terminal.say(messages.replaced(image))
-                except UserError:
-                    # Several processes save together, and the others know nothing of it.
-                    if done > start and jax.process_count() == 1:  # what was trained so far is good
-                        checkpoint.save(manager, state, dataset)
-                    raise
-                with clock.paused():
-                    trace.before(done + 1)
-                # The batch is there already: whatever else goes to or fro by itself is an error.
-                with jax.transfer_guard("disallow"):
-                    state, metrics = train_step(state, batch)
-                done += 1
-                if done == start + 1:  # it was compiled, which is not to be counted as training
-                    jax.block_until_ready(metrics)
-                    terminal.say_all(watch.labels(meshes.own_part(batch["label"])))
-                    if start == 0:
-                        terminal.say(
-                            messages.first_loss(
-                                float(metrics["train/loss"]), by_chance, bool(weights)
-                            )
-                        )
-                    clock.restart()
-                else:
-                    clock.count_step()
-                terminal.advance()
-                in_flight.append(metrics)
-                if len(in_flight) > _STEPS_AHEAD:
-                    with clock.blocked():
-                        jax.block_until_ready(in_flight.popleft())
-                if done % config.logging.every_steps == 0 or done == total:
-                    with clock.blocked():
-                        values = {name: float(value) for name, value in metrics.items()}
-                    values |= clock.read()
-                    words = None
-                    if "perf/host_ms" in values:  # on all hosts, or on none
-                        slowest, words = slowest_host(values["perf/host_ms"])
-                        values |= slowest
-                    values["epoch"] = done / per_epoch
-                    values["data/bad_images"] = len(bad_images)
-                    log.write(done, values)
-                    terminal.show(done, values)
-                    checkpoint.check(manager)
-                    terminal.say_all(
-                        watch.skipped(done, values), watch.loss(done, values["train/loss"]), words
-                    )
-                    if not warned and (warned := messages.input_is_the_limit(values)):
-                        terminal.say(messages.slow_input(values, config.data))
-                    if values["train/skipped_in_row"] >= config.optimizer.stop_after_skipped:
-                        checkpoint.save(manager, state, dataset)
-                        norms = step.make_gradient_norms(
-                            config, num_classes=source.num_classes, schedule=schedule, mesh=devices
-                        )
-                        names = map(source.where, images.images(*images.places(done - 1)).tolist())
-                        raise diagnostics.report(config, list(names), state, norms, batch, values)
-                    if values["train/invalid_labels"]:
-                        checkpoint.save(manager, state, dataset)  # they took no part in it
-                        raise messages.invalid_labels(values["train/invalid_labels"], done, dataset)
-                if done in evaluate_at | save_at:
-                    with clock.blocked():
-                        jax.block_until_ready(metrics)  # or training would hide in the pause
-                diagnostics.disarm()
-                with clock.paused():
-                    terminal.say_all(trace.after(done, metrics))
-                    if done in evaluate_at:
-                        try:
-                            results = evaluate(state, stop.leave)
-                        except signals.Left:
-                            break
-                        log.write(done, evaluators.metrics(results))
-                        terminal.say(f"step {done}/{total}  {messages.in_words(results)}")
-                        loss = float(metrics["train/loss"])
-                        for result in results:
-                            if words := collapse.explain(result, loss=loss, chance_loss=by_chance):
-                                terminal.say(words)
-                    if done in save_at:
-                        measured = best_metric and done in evaluate_at
-                        score = (
-                            {best_metric: evaluators.metrics(results)[best_metric]}
-                            if measured
-                            else None
-                        )
-                        checkpoint.save(manager, state, dataset, score)
-            if stop:
-                checkpoint.save(manager, state, dataset)
-        finally:
-            diagnostics.disarm()
-            with ExitStack() as all_of_them:  # from the last line up, whichever fails
-                all_of_them.callback(terminal.close)
-                all_of_them.callback(log.close)
-                all_of_them.callback(checkpoint.close, manager)
-                all_of_them.callback(trace.close)
-                all_of_them.callback(batches.close)
-
-    # ---- What the run came to --------------------------------------------------------------------
-    by = stop.signals[0] if stop else None
-    if by:
-        terminal.say(f"stopped by {by.name} at step {done}; the same command resumes here")
-    elif not results:  # resumed behind the last step
-        results = evaluate(state)
-    files = evaluators.draw(config, targets, results) if launch.is_first() else []
-    values = evaluators.metrics(results) | before | baselines
-    return Outcome(done, values, files, by)
+        log.write(step, baselines)
+        terminal.print(
+            "before training  " + "  ".join(f"{k} {v:.4f}" for k, v in baselines.items())
+        )
+    if not pretrained:
+        return log.stored("before/")
+    before = evaluators.metrics(pretrained, "before")
+    log.write(step, before)
+    terminal.print(f"before training  {messages.accuracies(pretrained)}")
+    return before
 
 
 def _batches_on_devices(
-    config: Config, source: Source, devices: Mesh, *, start: int, stop: int
-) -> Generator[tuple[dict[str, jax.Array], tuple[BadImage, ...]]]:
-    """The batches of steps start .. stop - 1, and the damaged images of each."""
+    source: Source, data: DataConfig, *, seed: int, mesh: Mesh, steps: Steps
+) -> Batches:
+    """The batches of the remaining steps, and the unreadable images of each."""
     batches = pipeline.batches(
         source,
-        config.data,
-        seed=config.seed,
-        start=start,
-        stop=stop,
+        data,
+        seed=seed,
+        start=steps.start,
+        stop=steps.total,
         host=jax.process_index(),
         hosts=jax.process_count(),
     )
 
-    def send(batch: pipeline.Batch) -> tuple[dict[str, jax.Array], tuple[BadImage, ...]]:
+    def send(batch: pipeline.Batch) -> tuple[Batch, tuple[BadImage, ...]]:
         parts = {"image": batch.images, "label": batch.labels}
-        return meshes.to_devices(parts, devices), batch.bad
+        return meshes.to_devices(parts, mesh), batch.bad
 
     with closing(batches):
         yield from meshes.ahead(batches, send, count=_BATCHES_AHEAD)
 
 
-def _milestones(every_epochs: float, steps_per_epoch: int, total: int) -> set[int]:
-    """The steps after which something periodic is due; the last is one of them."""
-    interval = max(1, round(every_epochs * steps_per_epoch)) if every_epochs else total
-    return {*range(interval, total, interval), total}
+def _failure(
+    state: TrainState,
+    batch: Batch,
+    values: dict[str, float],
+    *,
+    config: Config,
+    source: Source,
+    images: order.Order,
+    schedule: optim.Schedule,
+    mesh: Mesh,
+) -> UserError:
+    """Report a run whose steps are no longer finite, and return the error to raise."""
+    done = int(state.step)
+    gradient_norms = step.make_gradient_norms(
+        config, num_classes=source.num_classes, schedule=schedule, mesh=mesh
+    )
+    norms = gradient_norms(dataclasses.replace(state, step=state.step - 1), batch)
+    report = diagnostics.write_failure(
+        Path(config.workdir),
+        done,
+        metrics=values,
+        images=[source.where(n) for n in images.images(*images.places(done - 1)).tolist()],
+        gradient_norms={name: float(norm) for name, norm in norms.items()},
+        scale=config.head.scale,
+    )
+    return diagnostics.failure_error(
+        done, values, report, optimizer=config.optimizer, dtype=config.model.dtype
+    )

@@ -129,7 +129,7 @@ def compile_parts(case: Case) -> dict[str, Program]:
 
     def forward_and_backward(state, batch):
         out = forward(state, batch["image"])
-        return out.pull(jnp.ones_like(out.embeddings)), out.batch_stats
+        return out.vjp(jnp.ones_like(out.embeddings)), out.batch_stats
 
     train_step = step.make_train_step(
         config, num_classes=case.classes, schedule=schedule, mesh=mesh

@@ -4,7 +4,6 @@ python scripts/train.py RECIPE [--section.field value ...] --workdir FOLDER
 """
 
 from arcface_jax.runtime import launch
-from arcface_jax.training import saved_runs
 
 if __name__ == "__main__":
     launch.use_huge_pages()  # restarts, and so comes before the imports that take seconds
@@ -18,27 +17,11 @@ from pathlib import Path
 from rich.console import Console
 
 from arcface_jax import errors
-from arcface_jax.config import Config, loading
+from arcface_jax.config import loading
 from arcface_jax.evaluation.report import tables
 from arcface_jax.runtime import launch, signals
 from arcface_jax.runtime.files import reporting_disk_errors
 from arcface_jax.train import train
-from arcface_jax.training import finetune
-
-
-def read_weights(config: Config) -> finetune.Weights | None:
-    """What `init_from` holds where it is a file; a workdir is read by `train` itself."""
-    path, workdir = Path(config.init_from), Path(config.workdir)
-    if not config.init_from or path.is_dir() or saved_runs.is_begun(workdir):
-        return None
-    if importlib.util.find_spec("torch") is None:
-        raise errors.ConfigError(
-            f"init_from {path}: reading weights of PyTorch needs PyTorch: "
-            "pip install 'arcface-jax[torch]'"
-        )
-    from arcface_jax.convert import weights
-
-    return weights.load(path, config.model.network)
 
 
 def export(workdir: Path) -> list[Path]:
@@ -64,7 +47,7 @@ def main(argv: list[str]) -> int:
             deterministic=config.deterministic,
             compilation_cache=config.compilation_cache,
         )
-        outcome = train(config, read_weights(config))
+        outcome = train(config)
         workdir = Path(config.workdir)
         files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]
         first = launch.is_first()

@@ -65,7 +65,7 @@ def test_damaged_images_are_replaced_listed_and_counted(recipe, faces, tmp_path,
     met = [sum(line["step"] <= step for line in lines) for step in range(1, 19)]
     assert counts == met and met[-1] == 2
     said = capsys.readouterr().err
-    assert said.count("replaced by another image: ") == 2 and "record 17" in said
+    assert said.count("skipped unreadable image ") == 2 and "record 17" in said
 
     # One more is more than allowed.
     damage(faces, 5)
@@ -137,5 +137,5 @@ def test_a_slow_source_is_named_as_the_limit(recipe, tmp_path, capsys, monkeypat
     options = [*PLAIN, "--data.threads", "1", "--data.prefetch-batches", "1"]
     assert script("train").main(arguments(recipe, tmp_path / "run", *options)) == 0
     said = capsys.readouterr().err
-    assert said.count("the input is the limit") == 1
+    assert said.count("input-bound: ") == 1
     assert "--data.workers (now 0) or --data.threads (now 1)" in said

@@ -1,7 +1,7 @@
-"""Whether a checkpoint is what was written: a hash of each file, noted before it is complete.
+"""Detect corrupt checkpoints: a hash of each file, stored before the checkpoint is complete.
 
-Orbax renames a checkpoint into place when all of it is written, so one that was cut off by the end
-of a process is never taken for one; but a disk may return other bytes than it was given.
+Orbax renames a checkpoint into place once all of it is written, so a half-written one is never
+taken for complete; but a disk may return other bytes than were written.
 """
 
 import hashlib
@@ -13,14 +13,14 @@ from arcface_jax.runtime.files import write_whole
 
 _FOLDER = "checksums"
 _DAMAGED = "damaged"
-# Orbax adds the time of the renaming to it.
+# Orbax adds the commit time to it.
 _CHANGED_LATER = ("_CHECKPOINT_METADATA",)
 
 
 def note(checkpoints: Path) -> None:
-    """Writes WORKDIR/checksums/STEP.json of the checkpoint that is about to be renamed into place.
+    """Write WORKDIR/checksums/STEP.json of the checkpoint that is about to be renamed into place.
 
-    So there is no complete checkpoint without. Those of checkpoints that are gone are removed.
+    So every complete checkpoint has checksums. Those of removed checkpoints are removed.
     """
     folder = checkpoints.parent / _FOLDER
     folder.mkdir(exist_ok=True)
@@ -34,13 +34,13 @@ def note(checkpoints: Path) -> None:
 
 
 def set_aside_damaged(checkpoints: Path) -> list[str]:
-    """Moves the newest checkpoints that are not what was written to WORKDIR/damaged.
+    """Move the newest checkpoints to WORKDIR/damaged as long as they are corrupt.
 
     Returns:
-      A sentence about each; the newest that is left is whole, or was saved without checksums.
+      A message about each. The newest remaining one is intact, or was saved without checksums.
 
     Raises:
-      CheckpointError: none is left of those that there were.
+      CheckpointError: all checkpoints are corrupt.
     """
     steps = sorted(_complete(checkpoints), key=lambda path: int(path.name))
     damaged = []
@@ -49,20 +49,20 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
     if damaged and not steps:
         path, wrong = damaged[-1]
         raise CheckpointError(
-            f"no checkpoint in {checkpoints} is what was written ({_listed(wrong)} of step "
-            f"{path.name} differ from {_FOLDER}/{path.name}.json): put back a copy of one, or "
-            "begin anew in another --workdir"
+            f"all checkpoints in {checkpoints} failed their checksum ({_listed(wrong)} of step "
+            f"{path.name} differ from {_FOLDER}/{path.name}.json); restore one from backup, or "
+            "start a new run in another --workdir"
         )
-    said = []
+    messages = []
     for path, wrong in damaged:
         target = _free(checkpoints.parent / _DAMAGED / path.name)
         target.parent.mkdir(exist_ok=True)
         path.rename(target)
-        said.append(
-            f"the checkpoint of step {path.name} is damaged ({_listed(wrong)}): it is now in "
-            f"{target}, and the one before it is taken"
+        messages.append(
+            f"checkpoint {path.name} is corrupt ({_listed(wrong)}); moved to {target}, falling "
+            "back to the previous one"
         )
-    return said
+    return messages
 
 
 def _complete(checkpoints: Path) -> list[Path]:
@@ -70,20 +70,20 @@ def _complete(checkpoints: Path) -> list[Path]:
 
 
 def require_whole(checkpoint: Path, item: str) -> None:
-    """Looks at the files of one item of a checkpoint that is about to be read.
+    """Verify the files of one item of a checkpoint before it is read.
 
     Raises:
-      CheckpointError: one of them is not what was written.
+      CheckpointError: a file is corrupt or missing.
     """
     if wrong := _wrong(checkpoint, item):
         raise CheckpointError(
-            f"{checkpoint} is damaged ({_listed(wrong)}): take another of the run's checkpoints "
-            "(--step), or put back a copy"
+            f"{checkpoint} is corrupt ({_listed(wrong)}): use another checkpoint of the run "
+            "(--step), or restore it from backup"
         )
 
 
 def _wrong(path: Path, item: str = "") -> list[str]:
-    """Files, of one item or of all, that are missing or differ from what was noted."""
+    """Files, of one item or of all, that are missing or differ from their checksum."""
     noted = path.parent.parent / _FOLDER / f"{path.name}.json"
     try:
         expected: dict[str, str] = json.loads(noted.read_text())
@@ -109,6 +109,6 @@ def _listed(names: list[str]) -> str:
 
 
 def _free(path: Path) -> Path:
-    """That path, or one like it that nothing has."""
+    """The path, or if it exists the first free PATH.N."""
     taken = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]
     return next(name for name in taken if not name.exists())

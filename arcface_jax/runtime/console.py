@@ -31,35 +31,35 @@ class Terminal:
             self._bar.start()
 
     def advance(self) -> None:
-        """A step was handed to the devices."""
+        """Advance the bar by one step."""
         if self._bar is not None:
             self._bar.advance(self._task)
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """The numbers of a log step."""
-        words = [f"loss {values['train/loss']:.3f}", f"acc {train_accuracy(values):.3f}"]
+        """Show the metrics of a log step."""
+        status = [f"loss {values['train/loss']:.3f}", f"acc {train_accuracy(values):.3f}"]
         if "perf/images_per_sec" in values:
-            words.append(f"{values['perf/images_per_sec']:.0f} img/s")
-            words.append(f"data wait {values['perf/data_wait_share']:.0%}")
+            status.append(f"{values['perf/images_per_sec']:.0f} img/s")
+            status.append(f"data wait {values['perf/data_wait_share']:.0%}")
         if self._bar is not None:
-            self._bar.update(self._task, status="  ".join(words))
+            self._bar.update(self._task, status="  ".join(status))
         else:
             left = ""
             if "perf/steps_per_sec" in values:
                 seconds = (self._total - step) / values["perf/steps_per_sec"]
                 left = f"  {int(seconds // 60)}:{int(seconds % 60):02d} left"
-            self.say(f"step {step}/{self._total}  {'  '.join(words)}{left}")
+            self.print(f"step {step}/{self._total}  {'  '.join(status)}{left}")
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
+    def print(self, text: str) -> None:
+        """Print a line above the bar."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def say_all(self, *texts: str | None) -> None:
-        """A line for each text that there is."""
+    def print_all(self, *texts: str | None) -> None:
+        """Print a line for each text that is not None."""
         for text in filter(None, texts):
-            self.say(text)
+            self.print(text)
 
     def close(self) -> None:
-        """Takes the bar down."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()

@@ -42,7 +42,7 @@ def make(num_devices: int | Literal["own"] | None = None) -> Mesh:
 
 
 def ask_for_cpu_devices(count: int) -> None:
-    """Makes the CPU count as at least `count` devices, if JAX has not looked at it yet."""
+    """Make the CPU count as at least `count` devices, if JAX has not initialized it yet."""
     now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # set by JAX
     if count > now:
         with contextlib.suppress(RuntimeError):  # it has
@@ -60,7 +60,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def own_part(array: jax.Array) -> np.ndarray:
-    """What of an array split by its first axis lies on this host."""
+    """This host's part of an array that is split along its first axis."""
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data) for shard in shards])
 
@@ -75,15 +75,15 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
 
 
 def ahead(items: Iterator[_In], send: Callable[[_In], _Out], *, count: int) -> Generator[_Out]:
-    """What `send` makes of each item, made by a thread while the ones before are in use.
+    """Apply `send` to each item in a thread, while earlier results are in use.
 
     Args:
-      items: for instance batches; read by the thread alone.
+      items: for instance batches; read only by the thread.
       send: for instance `to_devices`.
       count: how many are kept ready.
 
     Returns:
-      A generator; an error of `items` or `send` is raised where its item would have come.
+      A generator; an error of `items` or `send` is raised in place of its item.
     """
 
     def fetch() -> tuple[_Out] | None:

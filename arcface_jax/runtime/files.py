@@ -1,7 +1,7 @@
-"""What a run writes where the disk does not take it: one error in words, and nothing half-written.
+"""Translate disk-full and read-only errors into one CheckpointError; atomic writes.
 
-The computing libraries report a full disk in their own ways, some of them from threads: Orbax logs
-it several times over, raises it in the next save, and leaves writes behind that complain later.
+The libraries report a full disk in their own ways, some of them from threads: Orbax logs it several
+times, raises it in the next save, and leaves writes behind that fail later.
 """
 
 import contextlib
@@ -20,20 +20,20 @@ from pathlib import Path
 
 from arcface_jax.errors import CheckpointError
 
-# Of these there is no doubt that something could not be written.
+# These errors always mean that something could not be written.
 _FIXES = {
-    errno.ENOSPC: "free space there",
-    errno.EDQUOT: "free space there, or have the quota raised",
-    errno.EROFS: "make it writable",
-    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.ENOSPC: "Free disk space",
+    errno.EDQUOT: "Free disk space or raise the quota",
+    errno.EROFS: "Make the disk writable",
+    errno.EFBIG: "Raise the file size limit (ulimit -f)",
 }
-# So TensorStore, which writes the arrays, names the system's error.
+# How TensorStore, which writes the arrays, names the system's error.
 _IN_TEXT = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
 _UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one move: where that fails, what was there is as it was.
+    """Write a file atomically: if that fails, the old content stays.
 
     Raises:
       OSError: it cannot be written.
@@ -49,24 +49,24 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """The steps of the checkpoints that are there as a whole, ascending."""
+    """The steps of the complete checkpoints, ascending."""
     return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
 
 
 def remove_unfinished(workdir: Path) -> None:
-    """Takes away checkpoints that a run that is gone began to write: they fill the disk too."""
+    """Remove checkpoints that an earlier process left half-written: they take disk space."""
     for path in (workdir / "checkpoints").glob(_UNFINISHED):
         shutil.rmtree(path)
 
 
 @contextlib.contextmanager
 def reporting_disk_errors(workdir: Path, writing: Path | None = None) -> Iterator[None]:
-    """Turns the system's refusal to write into a CheckpointError that says what is kept.
+    """Turn a write error of the system into a CheckpointError that names the step to resume from.
 
     Args:
       workdir: of the run.
-      writing: what is written inside; where it is given every error of the system counts, else
-        those alone that only writing can meet.
+      writing: the path that the block writes. With it every OSError counts, without it only those
+        that can come from nothing but writing.
     """
     try:
         yield
@@ -74,27 +74,25 @@ def reporting_disk_errors(workdir: Path, writing: Path | None = None) -> Iterato
         found = _of_the_system(error)
         if found is None or (writing is None and found.errno not in _FIXES):
             raise
-        words = _in_words(workdir, found, writing)
-        _let_go(error)
-        raise CheckpointError(words) from None
+        message = _message(workdir, found, writing)
+        _release_frames(error)
+        raise CheckpointError(message) from None
 
 
-def kept(workdir: Path) -> str:
-    """What a run that stops now leaves behind, and where the same command would go on."""
+def resume_point(workdir: Path) -> str:
+    """Where the same command would resume: "it resumes from step 40 (WORKDIR/checkpoints)"."""
     steps = complete_steps(workdir)
     if not steps:
-        return "no checkpoint is complete yet; the same command begins anew"
-    return (
-        f"the last complete checkpoint is that of step {steps[-1]} ({workdir / 'checkpoints'}); "
-        "the same command resumes there"
-    )
+        return "it starts over, because no checkpoint is complete yet"
+    return f"it resumes from step {steps[-1]} ({workdir / 'checkpoints'})"
 
 
 @functools.cache
 def quiet_orbax() -> None:
-    """Keeps back what Orbax prints of a failed save besides raising it.
+    """Suppress what Orbax prints about a failed save in addition to raising it.
 
-    For the rest of the process: what such a save leaves behind may complain as late as at its end.
+    For the rest of the process: the writes that such a save leaves behind may fail as late as at
+    exit.
     """
     hook = sys.unraisablehook
 
@@ -118,7 +116,7 @@ def _not_of_a_failed_save(record: logging.LogRecord) -> bool:
 
 
 def _of_the_system(error: BaseException) -> OSError | None:
-    """The error of the operating system that an exception is, or tells of."""
+    """The OSError that an exception is or describes."""
     if isinstance(error, OSError):
         return error if error.errno is not None else None
     if found := _IN_TEXT.search(str(error)):
@@ -127,19 +125,22 @@ def _of_the_system(error: BaseException) -> OSError | None:
     return None
 
 
-def _in_words(workdir: Path, error: OSError, writing: Path | None) -> str:
+def _message(workdir: Path, error: OSError, writing: Path | None) -> str:
     path = writing or error.filename or workdir
     unfinished = sorted(
         int(p.name.partition(".")[0]) for p in (workdir / "checkpoints").glob(_UNFINISHED)
     )
     if path == workdir / "checkpoints" and unfinished:
         path = f"{path / str(unfinished[-1])} (the checkpoint of step {unfinished[-1]})"
-    fix = _FIXES.get(error.errno or 0, "see to that disk")
-    return f"cannot write {path}: {error.strerror}. To go on, {fix}; {kept(workdir)}"
+    fix = _FIXES.get(error.errno or 0, "Check that disk")
+    return (
+        f"cannot write {path}: {error.strerror}. {fix} and rerun the same command; "
+        f"{resume_point(workdir)}"
+    )
 
 
-def _let_go(error: BaseException | None) -> None:
-    """Ends now, and not when the process does, what an exception's frames keep alive."""
+def _release_frames(error: BaseException | None) -> None:
+    """Destroy now, rather than at exit, the objects that an exception's frames keep alive."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None

@@ -1,4 +1,4 @@
-"""Start a run's processes: find each other, configure JAX, decide who writes.
+"""Start a run's processes: configure JAX, connect them, divide what only one of them does.
 
 Under SLURM, Open MPI and Kubernetes the launcher's own variables hold all that JAX needs; elsewhere
 `--distributed.coordinator`, `--distributed.num-processes` and `--distributed.process-id` do
@@ -24,24 +24,26 @@ from arcface_jax.errors import ConfigError
 from arcface_jax.runtime.signals import Stop
 
 Cluster = Literal["slurm", "ompi", "k8s"]
-_SECONDS_TO_MEET = 300
+_CONNECT_SECONDS = 300
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_TUNABLES = "GLIBC_TUNABLES"
 
 
 def join_processes(config: DistributedConfig) -> None:
-    """Joins the processes of the run, before anything asks JAX for its devices.
+    """Connect the processes of the run, before anything asks JAX for its devices.
 
-    One process, without a launcher and without options, does nothing.
+    Does nothing for a single process without a launcher and without options.
 
     Raises:
-      ConfigError: the options are incomplete, or the other processes were not found.
+      ConfigError: the options are incomplete, or the coordinator cannot be reached.
     """
     cluster = None if config.coordinator or config.num_processes else find_cluster(os.environ)
     if cluster is None and not _by_options(config):
         return
     if cluster == "k8s" and importlib.util.find_spec("kubernetes") is None:
         raise ConfigError(
-            "an indexed job of Kubernetes finds its processes with a package that is missing: "
-            "pip install 'jax[k8s]', or name them with --distributed.coordinator HOST:PORT "
+            "an indexed Kubernetes job needs the package kubernetes to find its processes: pip "
+            "install 'jax[k8s]', or name them with --distributed.coordinator HOST:PORT "
             "--distributed.num-processes N --distributed.process-id I"
         )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -51,16 +53,16 @@ def join_processes(config: DistributedConfig) -> None:
             config.num_processes,
             config.process_id,
             local_device_ids=local_devices(config, cluster, os.environ),
-            # JAX has a name for the others, not for Kubernetes.
+            # JAX detects Kubernetes only when no method is named.
             cluster_detection_method=(None if cluster == "k8s" else cluster or "deactivate"),
-            initialization_timeout=_SECONDS_TO_MEET,
+            initialization_timeout=_CONNECT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        where = config.coordinator or f"what {cluster} says"
+        where = config.coordinator or f"the address given by {cluster}"
         raise ConfigError(
-            f"the processes of this run did not meet at {where}: {error}. All of them have to be "
-            f"started within {_SECONDS_TO_MEET} s, with one coordinator (an address of process 0 "
-            "and a free port), and with process ids 0 to N - 1"
+            f"could not connect to the coordinator at {where}: {error}. Start all processes within "
+            f"{_CONNECT_SECONDS} s, with the same coordinator (an address of process 0 and a free "
+            "port) and with process ids 0 to N - 1"
         ) from error
 
 
@@ -71,14 +73,14 @@ def _by_options(config: DistributedConfig) -> bool:
         return False
     if count is None or not config.coordinator or config.process_id is None:
         raise ConfigError(
-            "distributed.coordinator, distributed.num_processes and distributed.process_id belong "
-            f"together, and are {config.coordinator!r}, {count} and {config.process_id}: give all "
+            "distributed.coordinator, distributed.num_processes and distributed.process_id must be "
+            f"set together, got {config.coordinator!r}, {count} and {config.process_id}: set all "
             "three, or none under SLURM, Open MPI or Kubernetes"
         )
     if count < 1 or not 0 <= config.process_id < count or ":" not in config.coordinator:
         raise ConfigError(
             f"distributed.process_id {config.process_id} must be 0 to num_processes - 1 "
-            f"({count - 1}), and distributed.coordinator {config.coordinator!r} HOST:PORT"
+            f"({count - 1}), and distributed.coordinator {config.coordinator!r} must be HOST:PORT"
         )
     return True
 
@@ -86,14 +88,14 @@ def _by_options(config: DistributedConfig) -> bool:
 def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
     """The launcher that started this process as one of several, by JAX's name for it.
 
-    The variables are those that JAX's own detection reads; a job of one task is one process.
+    Reads the same variables as JAX's own detection; a job with one task is a single process.
     """
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
     if all(name in environment for name in slurm):
         return "slurm" if int(environment.get("SLURM_NTASKS", 1)) > 1 else None
     if "OMPI_MCA_orte_hnp_uri" in environment:
         return "ompi" if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 else None
-    # Every pod has the first; an indexed job's alone the second.
+    # Every pod has the first variable, only those of an indexed job have the second.
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
         return "k8s"
     return None
@@ -102,9 +104,9 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
 def local_devices(
     config: DistributedConfig, cluster: Cluster | None, environment: Mapping[str, str]
 ) -> list[int] | None:
-    """The devices of its host that this process takes; an empty list is all, None leaves it to JAX.
+    """The local devices of this process; an empty list is all of them, None leaves it to JAX.
 
-    JAX gives each process of SLURM and Open MPI one device, even where it is alone on its host.
+    JAX gives each process of SLURM and Open MPI one device, even if it is the host's only process.
     """
     if config.local_devices:
         return list(config.local_devices)
@@ -118,13 +120,13 @@ def local_devices(
 
 
 def is_first() -> bool:
-    """Whether this process writes what a run writes once: all but its part of the checkpoints."""
+    """Whether this process writes the run's files (checkpoints are written by all processes)."""
     return jax.process_index() == 0
 
 
 @contextmanager
-def first_alone() -> Iterator[None]:
-    """The first process does it, then all others."""
+def first_process_first() -> Iterator[None]:
+    """Run the block in the first process, then in all others."""
     if not is_first():
         multihost_utils.sync_global_devices("first")
     yield
@@ -132,30 +134,28 @@ def first_alone() -> Iterator[None]:
         multihost_utils.sync_global_devices("first")
 
 
-def to_stop(stop: Stop, step: int) -> bool:
-    """Whether the run ends here: a signal came, to whichever process, and all are at this step.
+def should_stop(stop: Stop, step: int) -> bool:
+    """Whether the run stops before this step, in all its processes, because of a signal.
 
     Args:
-      stop: has the signals that came here; of several processes JAX watches for SIGTERM.
-      step: about to be done.
+      stop: the signals of this process. With several processes JAX watches for SIGTERM and names
+        the step at which all of them stop.
+      step: steps done so far.
     """
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
         stop.signals.append(signal.SIGTERM)
-        stop.count_down(signal.SIGTERM)
+        stop.start_deadline(signal.SIGTERM)
     return bool(stop)
 
 
-def own_name(name: str) -> str:
-    """A file's name for each process: that of the first as given, the others' with a number."""
+def per_process_name(name: str) -> str:
+    """A file's name for this process: NAME.EXT in the first, NAME_INDEX.EXT in the others."""
     stem, dot, ending = name.rpartition(".")
     return name if is_first() else f"{stem}_{jax.process_index()}{dot}{ending}"
 
 
-_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-
-
 def start(distributed: DistributedConfig, *, deterministic: bool, compilation_cache: str) -> None:
-    """Makes this process ready for a run; the first thing that a command does with its recipe.
+    """Configure JAX and connect the processes; called before JAX looks at its devices.
 
     Args:
       distributed: the processes of the run.
@@ -164,7 +164,7 @@ def start(distributed: DistributedConfig, *, deterministic: bool, compilation_ca
         "" is off.
 
     Raises:
-      ConfigError: the processes of the run do not find each other.
+      ConfigError: the processes of the run cannot connect.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if deterministic and _DETERMINISTIC not in flags:
@@ -173,9 +173,6 @@ def start(distributed: DistributedConfig, *, deterministic: bool, compilation_ca
         folder = Path(compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
     join_processes(distributed)
-
-
-_TUNABLES = "GLIBC_TUNABLES"
 
 
 def use_huge_pages() -> None:

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, CSV, Weights & Biases; and the step clock."""
+"""Write the metrics of a run: metrics.jsonl, TensorBoard, CSV, Weights & Biases."""
 
 import csv
 import json
@@ -6,36 +6,33 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
-
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
-from tensorboardX.summary import scalar
 
 from arcface_jax.errors import ConfigError
 from arcface_jax.runtime import launch
 from arcface_jax.runtime.files import reporting_disk_errors, write_whole
 
 METRICS = "metrics.jsonl"
+# TensorBoard events are flushed to disk this often.
+_FLUSH_SECONDS = 30.0
 
 
 class MetricsFile:
-    """WORKDIR/metrics.jsonl, and what is asked for beside it: an entry for each log step and
-    evaluation.
+    """WORKDIR/metrics.jsonl, one line for each log step and evaluation, and further writers.
 
     Args:
       workdir: of the run.
-      start: the step that the run resumes from; what an undone continuation wrote behind it is
+      start: the step that the run resumes from; later lines, of steps that are trained again, are
         dropped.
       tensorboard: whether to write TensorBoard events too.
       csv: whether to write metrics.csv too.
       wandb: project of Weights & Biases to write to; none if empty.
       settings: of the run, for W&B.
 
-    Of the processes of a run the first alone writes.
+    Only the first process of a run writes.
     """
 
     def __init__(
@@ -55,7 +52,7 @@ class MetricsFile:
             self._kept = (
                 [line for line in read(path) if line["step"] <= start] if path.exists() else []
             )
-            # In one move, so that a run that is killed here keeps its history.
+            # Atomically, so that a run that is killed here keeps its history.
             if first:
                 kept = "".join(json.dumps(line) + "\n" for line in self._kept)
                 write_whole(path, kept)
@@ -68,10 +65,10 @@ class MetricsFile:
             self._file = (path if first else Path(os.devnull)).open("a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line, which is on disk when this returns.
+        """Append one line; it is on disk when this returns.
 
         Raises:
-          CheckpointError: the disk does not take it.
+          CheckpointError: it cannot be written.
         """
         with reporting_disk_errors(self._workdir, self._workdir / METRICS):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -81,7 +78,7 @@ class MetricsFile:
                 writer.write(step, values)
 
     def stored(self, prefix: str) -> dict[str, float]:
-        """The last values, by names of that beginning, which the run wrote before it resumed."""
+        """The last values whose names have this prefix, written before the run was resumed."""
         return {
             name: value
             for line in self._kept
@@ -90,24 +87,24 @@ class MetricsFile:
         }
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether the run wrote names of that beginning at a step before it resumed."""
+        """Whether names with this prefix were written at a step before the run was resumed."""
         return any(
             line["step"] == step and any(name.startswith(prefix) for name in line)
             for line in self._kept
         )
 
     def close(self) -> None:
-        """Flushes and closes all, whether or not the disk takes the last of it."""
-        with ExitStack() as all_of_them:
+        """Flush and close all writers, even if one of them fails."""
+        with ExitStack() as writers:
             for writer in self._writers:
-                all_of_them.enter_context(reporting_disk_errors(self._workdir, writer.path))
-                all_of_them.callback(writer.close)
-            all_of_them.enter_context(reporting_disk_errors(self._workdir, self._workdir / METRICS))
-            all_of_them.callback(self._file.close)
+                writers.enter_context(reporting_disk_errors(self._workdir, writer.path))
+                writers.callback(writer.close)
+            writers.enter_context(reporting_disk_errors(self._workdir, self._workdir / METRICS))
+            writers.callback(self._file.close)
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl; one that was cut off while being written is left out."""
+    """The lines of a metrics.jsonl, without a last line that was cut off."""
     lines = []
     for line in path.read_text().splitlines():
         try:
@@ -118,112 +115,61 @@ def read(path: Path) -> list[dict[str, float]]:
 
 
 def train_accuracy(values: Mapping[str, float]) -> float:
-    """The accuracy of a log step: among all classes, or among those that Partial FC drew."""
+    """The accuracy of a log step, among all classes or among those that Partial FC sampled."""
     name = "train/accuracy"
     return values[name] if name in values else values[f"{name}_sampled"]
 
 
-class Clock:
-    """Training time, and its parts spent waiting for data and for the devices, without pauses."""
-
-    def __init__(self, *, global_batch_size: int):
-        self._batch = global_batch_size
-        self.restart()
-
-    def restart(self) -> None:
-        """Forgets what was timed so far."""
-        self._start, self._steps = time.perf_counter(), 0
-        self._waited = self._blocked = self._paused = 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around every wait for a batch."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def blocked(self) -> Iterator[None]:
-        """Around every wait for the devices."""
-        start = time.perf_counter()
-        yield
-        self._blocked += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around what is not training: compilation, evaluation, saving."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def count_step(self) -> None:
-        """A step was trained."""
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """The metrics since the last reading, `perf/...`; empty if no step was timed."""
-        seconds = time.perf_counter() - self._start - self._paused
-        steps, waited, blocked = self._steps, self._waited, self._blocked
-        self.restart()
-        if not steps or seconds <= 0:
-            return {}
-        return {
-            "perf/images_per_sec": steps * self._batch / seconds,
-            "perf/steps_per_sec": steps / seconds,
-            "perf/data_wait_ms": 1e3 * waited / steps,
-            "perf/data_wait_share": waited / seconds,
-            "perf/host_ms": 1e3 * (seconds - blocked) / steps,
-        }
-
-
-_EVENTS: Any = event_pb2  # which gets its names when it is imported
-# TensorBoard's events are put on the disk so often.
-_FLUSH_SECONDS = 30.0
-
-
 class Writer(Protocol):
-    """Takes each log step and evaluation."""
+    """Receives each log step and evaluation."""
 
     path: Path
-    """What is written."""
+    """The file or folder that is written."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the numbers of one step; several calls may name the same."""
+        """Write the values of one step; several calls may name the same step."""
         ...
 
     def close(self) -> None:
-        """What was taken is where it belongs when this returns."""
+        """Flush and close."""
         ...
 
 
 class TensorBoard:
-    """WORKDIR/tensorboard; events of `start` + 1 and later that it holds are taken back."""
+    """WORKDIR/tensorboard; events already there from `start` + 1 on are discarded."""
 
     def __init__(self, workdir: Path, *, start: int):
+        # Imported here, because reading a run's metrics needs neither TensorBoard nor protobuf.
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.record_writer import RecordWriter
+        from tensorboardX.summary import scalar
+
+        self._proto: Any = event_pb2  # its names are made at import
+        self._scalar = scalar
         self.path = workdir / "tensorboard"
         self.path.mkdir(exist_ok=True)
-        # Not the SummaryWriter, whose thread dies of a full disk and leaves the run waiting for it.
+        # Not SummaryWriter: a full disk kills its thread, and the run would wait for it forever.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}"
         self._events = RecordWriter(str(self.path / name))
         self._flushed = 0.0
         self._add(0, file_version="brain.Event:2")
-        begin = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+        begin = self._proto.SessionLog(status=self._proto.SessionLog.START)
         self._add(start + 1, session_log=begin)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """A scalar for each number."""
+        """Write one scalar for each value."""
         for name, value in values.items():
-            self._add(step, summary=scalar(name, value))
+            self._add(step, summary=self._scalar(name, value))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._events.flush()
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._events.close()
 
     def _add(self, step: int, **what: Any) -> None:
-        event = _EVENTS.Event(wall_time=time.time(), step=step, **what)
+        event = self._proto.Event(wall_time=time.time(), step=step, **what)
         self._events.write(event.SerializeToString())
 
 
@@ -242,7 +188,7 @@ class Csv:
         self._rewrite(kept)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a line; where it has new names the file is written anew with their columns."""
+        """Append a line; new names rewrite the file with their columns added."""
         line = {"step": step, **values}
         if self._add_columns([line]):
             self._file.close()
@@ -252,7 +198,7 @@ class Csv:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
     def _add_columns(self, lines: list[dict[str, float]]) -> bool:
@@ -262,7 +208,7 @@ class Csv:
         return bool(new)
 
     def _rewrite(self, lines: list[Any]) -> None:
-        """In one move, so that a run that is killed here keeps its history."""
+        """Atomically, so that a run that is killed here keeps its history."""
         part = self.path.with_suffix(".csv.part")
         self._file = part.open("w", newline="")
         self._lines = csv.DictWriter(self._file, self._names)
@@ -273,15 +219,15 @@ class Csv:
 
 
 class Wandb:
-    """A run of Weights & Biases that goes on when the workdir's run does.
+    """A run of Weights & Biases, resumed together with the workdir's run.
 
     Args:
-      workdir: of the run; wandb_id in it holds the name that W&B knows the run by.
+      workdir: of the run; wandb_id in it holds W&B's id of the run.
       project: of W&B.
       settings: the configuration by dotted name, shown beside the curves.
 
     Raises:
-      ConfigError: the package is not installed, or W&B does not take the run.
+      ConfigError: the package is not installed, or W&B refuses the run.
     """
 
     def __init__(self, workdir: Path, *, project: str, settings: Mapping[str, Any]):
@@ -307,14 +253,14 @@ class Wandb:
             )
         except (wandb.errors.CommError, wandb.errors.UsageError) as error:
             raise ConfigError(
-                f"logging.wandb {project}: {error}. Log in with `wandb login`, or keep the numbers "
-                "on this machine with the environment variable WANDB_MODE=offline"
+                f"logging.wandb {project}: {error}. Log in with `wandb login`, or set "
+                "WANDB_MODE=offline"
             ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logged at this step; those that W&B already has of later steps stay as they are."""
+        """Log at this step; W&B keeps what it already has of later steps."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Ends the run there, and waits until all is sent."""
+        """Finish the W&B run once everything is uploaded."""
         self._run.finish()

@@ -1,17 +1,73 @@
-"""Where the time goes: a profiler trace of some steps, and the slowest of several hosts."""
+"""Where the time goes: the step clock, and a profiler trace of some steps."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 
 
+class Clock:
+    """Measures training time and the waits for data and devices, without pauses."""
+
+    def __init__(self, *, global_batch_size: int):
+        self._batch = global_batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        """Discard what was measured so far."""
+        self._start, self._steps = time.perf_counter(), 0
+        self._waited = self._blocked = self._paused = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around every wait for a batch."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Around every wait for the devices."""
+        start = time.perf_counter()
+        yield
+        self._blocked += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: compilation, evaluation, saving."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def count_step(self) -> None:
+        """Count one training step."""
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The `perf/...` metrics since the last call; empty if no step was counted."""
+        seconds = time.perf_counter() - self._start - self._paused
+        steps, waited, blocked = self._steps, self._waited, self._blocked
+        self.restart()
+        if not steps or seconds <= 0:
+            return {}
+        return {
+            "perf/images_per_sec": steps * self._batch / seconds,
+            "perf/steps_per_sec": steps / seconds,
+            "perf/data_wait_ms": 1e3 * waited / steps,
+            "perf/data_wait_share": waited / seconds,
+            "perf/host_ms": 1e3 * (seconds - blocked) / steps,
+        }
+
+
 class Trace:
-    """Traces steps `first` to `last` into WORKDIR/profile; 0, 0 traces none.
+    """Profiles some steps into WORKDIR/profile.
 
     Args:
       workdir: of the run.
-      steps: first and last.
+      steps: the first and the last step to trace; (0, 0) traces none.
     """
 
     def __init__(self, workdir: Path, steps: tuple[int, int]):
@@ -20,13 +76,13 @@ class Trace:
         self._open = False
 
     def before(self, step: int) -> None:
-        """Starts at the first step, or at the one that a run resumes with among them."""
+        """Start the trace if this step is among the traced ones."""
         if self._first <= step <= self._last and not self._open:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._open = True
 
     def after(self, step: int, metrics: Any) -> str | None:
-        """Stops behind the last step, once the devices are done; says how to look at it."""
+        """Stop the trace after its last step, and return how to open it."""
         if not self._open or step < self._last:
             return None
         jax.block_until_ready(metrics)
@@ -38,7 +94,7 @@ class Trace:
         )
 
     def close(self) -> None:
-        """Writes what was traced, where a trace is open."""
+        """Stop and write the trace if it is running."""
         if self._open:
             self._open = False
             jax.profiler.stop_trace()

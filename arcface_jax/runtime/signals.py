@@ -1,4 +1,4 @@
-"""How a run is asked to end: SIGTERM and Ctrl-C, the time left after them, the exit code."""
+"""Stop a run on SIGTERM and Ctrl-C: the shutdown deadline and the exit code."""
 
 import contextlib
 import os
@@ -13,18 +13,18 @@ from pathlib import Path
 import jax
 
 from arcface_jax.config import CheckpointConfig
-from arcface_jax.runtime.files import kept
+from arcface_jax.runtime.files import resume_point
 
-# The last words are worth this many seconds: they read a folder, which may be on what hangs.
-_SECONDS_TO_SPEAK = 2.0
+# Max seconds to print the shutdown message: it reads a folder, whose disk may be what hangs.
+_MESSAGE_SECONDS = 2.0
 
 
-class Left(Exception):
-    """Something that may be given up was, because the run is asked to end."""
+class Interrupted(Exception):
+    """Raised to abandon interruptible work after a stop signal."""
 
 
 class Stop:
-    """The signals that asked a run to end; true where there is one.
+    """The stop signals that a run has received; true once there is one.
 
     Args:
       checkpoint: the shutdown deadline and the exit code.
@@ -35,56 +35,57 @@ class Stop:
         self.signals: list[signal.Signals] = []
         self._config = checkpoint
         self._workdir = workdir
-        self._countdown: threading.Timer | None = None
+        self._deadline: threading.Timer | None = None
 
     def __bool__(self) -> bool:
         return bool(self.signals)
 
-    def leave(self) -> None:
-        """To be called where a run may give up what it is at.
+    def raise_if_stopped(self) -> None:
+        """Abandon the current work if a signal has come; call it where that is safe.
 
-        Several processes go on: they would have to do so at the same place.
+        Does nothing with several processes: they would all have to stop at the same place.
 
         Raises:
-          Left: a signal came.
+          Interrupted: a signal has come.
         """
         if self.signals and jax.process_count() == 1:
-            raise Left
+            raise Interrupted
 
-    def count_down(self, number: int) -> None:
-        """The deadline begins with the first signal; the process ends itself when it is over.
+    def start_deadline(self, number: int) -> None:
+        """Start the shutdown deadline at the first signal; when it is over the process exits.
 
-        To be called by one thread alone.
+        Not thread-safe: call it from one thread only.
         """
-        if self._config.deadline_seconds and self._countdown is None:
-            self._countdown = threading.Timer(
-                self._config.deadline_seconds, self._give_up, [signal.Signals(number)]
+        if self._config.deadline_seconds and self._deadline is None:
+            self._deadline = threading.Timer(
+                self._config.deadline_seconds, self._exit, [signal.Signals(number)]
             )
-            self._countdown.daemon = True
-            self._countdown.start()
+            self._deadline.daemon = True
+            self._deadline.start()
 
     def close(self) -> None:
-        """All is saved: there is nothing to give up."""
-        if self._countdown is not None:
-            self._countdown.cancel()
+        """Cancel the deadline: everything is saved."""
+        if self._deadline is not None:
+            self._deadline.cancel()
 
-    def _give_up(self, by: signal.Signals) -> None:
-        speaker = threading.Thread(target=self._last_words, args=[by], daemon=True)
-        speaker.start()
-        speaker.join(_SECONDS_TO_SPEAK)
-        os._exit(exit_code(self._config, by))  # the main thread may be held by what hangs
+    def _exit(self, by: signal.Signals) -> None:
+        message = threading.Thread(target=self._print_message, args=[by], daemon=True)
+        message.start()
+        message.join(_MESSAGE_SECONDS)
+        os._exit(exit_code(self._config, by))  # the main thread may be blocked by what hangs
 
-    def _last_words(self, by: signal.Signals) -> None:
+    def _print_message(self, by: signal.Signals) -> None:
         print(
-            f"stopped by {by.name}, and not ready in checkpoint.deadline_seconds "
-            f"{self._config.deadline_seconds:g}: given up; {kept(self._workdir)}",
+            f"{by.name}: shutdown exceeded checkpoint.deadline_seconds="
+            f"{self._config.deadline_seconds:g}; exiting. Rerun the same command; "
+            f"{resume_point(self._workdir)}",
             file=sys.stderr,
             flush=True,
         )
 
 
 def exit_code(config: CheckpointConfig, by: signal.Signals) -> int:
-    """Of a run that a signal stopped: that for requeueing where SIGTERM did and there is one."""
+    """Exit code of a stopped run: 128 + signal, or for SIGTERM the requeue code if set."""
     if by is signal.SIGTERM and config.requeue_exit_code:
         return config.requeue_exit_code
     return 128 + by
@@ -92,21 +93,21 @@ def exit_code(config: CheckpointConfig, by: signal.Signals) -> int:
 
 @contextmanager
 def watched(checkpoint: CheckpointConfig, *, workdir: Path) -> Iterator[Stop]:
-    """What SIGTERM and Ctrl-C are noted in; a second one of a kind ends the program as usual."""
+    """Collect SIGTERM and Ctrl-C in a `Stop`; the second signal of a kind acts as usual."""
     stop = Stop(checkpoint, workdir=workdir)
 
     def note(number: int, _) -> None:
         stop.signals.append(signal.Signals(number))
         signal.signal(number, previous[signal.Signals(number)])
 
-    # Of several processes JAX watches for SIGTERM, so that all stop at one step.
+    # With several processes JAX watches for SIGTERM, so that all stop at the same step.
     own = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
     previous = {s: signal.getsignal(s) for s in own}
     at_once = bool(previous) and checkpoint.deadline_seconds > 0
     try:
         for s in previous:
             signal.signal(s, note)
-        with _told_at_once(stop) if at_once else contextlib.nullcontext():
+        with _deadline_thread(stop) if at_once else contextlib.nullcontext():
             yield stop
     finally:
         stop.close()
@@ -115,8 +116,8 @@ def watched(checkpoint: CheckpointConfig, *, workdir: Path) -> Iterator[Stop]:
 
 
 @contextmanager
-def _told_at_once(stop: Stop) -> Iterator[None]:
-    """Begins the countdown also where Python's handler waits for a call that never returns."""
+def _deadline_thread(stop: Stop) -> Iterator[None]:
+    """Start the deadline even while Python's handler waits for a call that never returns."""
     read, write = socket.socketpair()
     write.setblocking(False)
     before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
@@ -125,7 +126,7 @@ def _told_at_once(stop: Stop) -> Iterator[None]:
         while numbers := read.recv(16):
             for number in numbers:
                 if number in (signal.SIGTERM, signal.SIGINT):
-                    stop.count_down(number)
+                    stop.start_deadline(number)
 
     listener = threading.Thread(target=listen, name="signals", daemon=True)
     listener.start()

@@ -2,8 +2,8 @@
 
 A checkpoint holds three items: `backbone` (parameters and BatchNorm statistics, all that inference
 needs), `training` (the rest of the state) and `dataset` (what the centers' rows stand for); and,
-where the recipe asks for running means of the weights, `ema`, which inference then takes. One of
-imported weights has no `training`: `backbone` alone, or `centers` and `dataset` besides.
+if the recipe asks for running means of the weights, `ema`, which inference then uses. A checkpoint
+of imported weights has no `training`: only `backbone`, or also `centers` and `dataset`.
 """
 
 import math
@@ -40,24 +40,24 @@ BACKBONE_FIELDS = ("params", "batch_stats")
 
 
 def open_workdir(config: Config) -> ocp.CheckpointManager:
-    """Makes WORKDIR with its config.json, or checks that the run it holds can go on.
+    """Create WORKDIR with its config.json, or check that the run in it can be resumed.
 
     Raises:
-      CheckpointError: the folder holds another run, every difference of which is named, or cannot
-        be written. Nothing that was there has changed.
+      CheckpointError: the folder holds another run (every difference is named), or cannot be
+        written. Nothing in it has changed.
     """
-    with launch.first_alone():
+    with launch.first_process_first():
         _prepare(config)
         workdir = Path(config.workdir)
         folder = folder_of(workdir)
         if launch.is_first():
             with reporting_disk_errors(workdir, workdir):
-                for sentence in checksums.set_aside_damaged(folder):
-                    print(f"warning: {sentence}", file=sys.stderr)
+                for message in checksums.set_aside_damaged(folder):
+                    print(f"warning: {message}", file=sys.stderr)
                 remove_unfinished(workdir)
             manifest.write_environment(config)
     quiet_orbax()
-    options = _what_to_keep(config.checkpoint)
+    options = _manager_options(config.checkpoint)
     if launch.is_first():
         note = partial(checksums.note, folder)
         options.async_options = ocp.options.AsyncOptions(post_finalization_callback=note)
@@ -68,15 +68,14 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
 def _prepare(config: Config) -> None:
     workdir = Path(config.workdir)
     if (workdir / CONFIG).exists():
-        _refuse_weights_alone(workdir)
+        _refuse_imported_weights(workdir)
         different = loading.differences(read_config(workdir), config)
         if different:
             raise _not_resumable(workdir, different)
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise CheckpointError(
-            f"--workdir {workdir} is not empty and holds no {CONFIG}: give a new or empty folder, "
-            "or that of a "
-            f"run to resume"
+            f"--workdir {workdir} is not empty and holds no {CONFIG}: use a new or empty folder, "
+            "or the workdir of a run to resume"
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -84,13 +83,13 @@ def _prepare(config: Config) -> None:
             write_whole(workdir / CONFIG, loading.to_json(config))
     except OSError as error:
         raise CheckpointError(
-            f"cannot write to --workdir {workdir}: {error.strerror}. Make room, or make it "
-            "writable, or name another folder"
+            f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
+            "or choose another --workdir"
         ) from error
 
 
-def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
-    """The newest; and where a metric is named those that it calls the best, of equals the later."""
+def _manager_options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
+    """Keep the newest checkpoints, and with `best_metric` the best ones; of equals the later."""
     name = config.best_metric
     if not name:
         return ocp.CheckpointManagerOptions(max_to_keep=config.keep)
@@ -107,7 +106,7 @@ def _what_to_keep(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
 
 
 def rank_of(metrics: Mapping[str, float], name: str) -> float:
-    """The higher the better; last where the metric was not measured."""
+    """Rank of a checkpoint: higher is better; -inf if the metric was not measured."""
     value = metrics.get(name, math.nan)
     if math.isnan(value):
         return -math.inf
@@ -132,18 +131,18 @@ def save(
     dataset: Dataset,
     score: dict[str, float] | None = None,
 ) -> None:
-    """Begins to save; the state may be used up by the next step at once.
+    """Start saving in the background; the next step may donate the state at once.
 
-    A step that is saved already is left as it is.
+    Does nothing if this step is already saved.
 
     Args:
       manager: of the workdir.
       state: to be saved.
       dataset: the training set.
-      score: {checkpoint.best_metric: its value}, where it was measured for this state.
+      score: {checkpoint.best_metric: its value}, if it was measured for this state.
 
     Raises:
-      CheckpointError: this cannot be written, or the one before it could not.
+      CheckpointError: this checkpoint or the previous one cannot be written.
     """
     number = int(state.step)
     if number in manager.all_steps():
@@ -152,35 +151,35 @@ def save(
         name: ocp.args.PyTreeSave(item) for name, item in _split(state).items()
     }
     items["dataset"] = ocp.args.JsonSave(dataset)
-    with _in_words(manager):
+    with _reporting(manager):
         manager.save(number, args=ocp.args.Composite(**items), metrics=score)
 
 
 def check(manager: ocp.CheckpointManager) -> None:
-    """Looks whether a save that was begun has failed since; waits for nothing.
+    """Check whether a background save has failed, without waiting.
 
-    Orbax itself says so in the next save, which may be hours later.
-
-    Raises:
-      CheckpointError: it has.
-    """
-    # Several processes would have to ask at the same time.
-    if jax.process_count() == 1 and not manager.is_saving_in_progress():
-        with _in_words(manager):
-            manager.wait_until_finished()
-
-
-def close(manager: ocp.CheckpointManager) -> None:
-    """Waits for a save that is under way.
+    Orbax itself reports it in the next save, which may be hours later.
 
     Raises:
       CheckpointError: it has failed.
     """
-    with _in_words(manager):
+    # A collective operation with several processes: they would have to call it at the same time.
+    if jax.process_count() == 1 and not manager.is_saving_in_progress():
+        with _reporting(manager):
+            manager.wait_until_finished()
+
+
+def close(manager: ocp.CheckpointManager) -> None:
+    """Wait for a background save to finish.
+
+    Raises:
+      CheckpointError: it has failed.
+    """
+    with _reporting(manager):
         manager.close()
 
 
-def _in_words(manager: ocp.CheckpointManager) -> AbstractContextManager[None]:
+def _reporting(manager: ocp.CheckpointManager) -> AbstractContextManager[None]:
     folder = Path(manager.directory)
     return reporting_disk_errors(folder.parent, folder)
 
@@ -238,14 +237,14 @@ def save_weights(
     *,
     centers: np.ndarray | None = None,
 ) -> None:
-    """Makes a WORKDIR that holds weights alone: to be read as any other, not to be resumed.
+    """Write a WORKDIR with weights only: it can be read like any other, but not resumed.
 
     Args:
-      config: names the workdir, the network and the embedding size; the rest says nothing of how
-        the weights came to be.
+      config: names the workdir, the network and the embedding size; the rest has no meaning for
+        imported weights.
       params: of the backbone.
       batch_stats: its BatchNorm statistics.
-      centers: (C, D) float32 class centers, where they are known.
+      centers: (C, D) float32 class centers, if known.
 
     Raises:
       CheckpointError: the folder is not empty, or cannot be written.
@@ -267,17 +266,17 @@ def save_weights(
 
 
 def require_empty(workdir: Path) -> None:
-    """Raises CheckpointError where there is anything at that path but an empty folder."""
+    """Raise CheckpointError if the path is anything but an empty or missing folder."""
     if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
         raise CheckpointError(f"{workdir} exists and is not an empty folder: name a new one")
 
 
-def _refuse_weights_alone(workdir: Path) -> None:
+def _refuse_imported_weights(workdir: Path) -> None:
     for number in complete_steps(workdir):
         if not (folder_of(workdir) / str(number) / "training").is_dir():
             raise CheckpointError(
-                f"--workdir {workdir} holds imported weights and no run that could be resumed: to "
-                f"train from them, give a new --workdir and --init-from {workdir}"
+                f"--workdir {workdir} contains imported weights only and cannot be resumed; use a "
+                f"new --workdir with --init-from {workdir}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose networks are stacked in another way than those of this version."""
+"""Restore checkpoints whose blocks are stacked differently from this version's networks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from arcface_jax.models import stacks
 from arcface_jax.models.registry import Arrays
 
 Backbone = dict[str, Arrays]
-"""`params` and `batch_stats`; of the arrays, names and shapes matter alone."""
+"""`params` and `batch_stats`; only names and shapes of the arrays matter."""
 
 
 def stored(manager: ocp.CheckpointManager, number: int) -> Backbone:
@@ -22,11 +22,11 @@ def stored(manager: ocp.CheckpointManager, number: int) -> Backbone:
 
 
 def as_stored(tree: Any, backbone: Backbone, stored: Backbone) -> Any:
-    """Arrays to be restored, as shapes in the form in which they are stored.
+    """The shapes of arrays to be restored, in their stored form.
 
     Args:
-      tree: holds dicts with the names of `backbone`: itself, and what an optimizer remembers.
-      backbone: in the form in which it is wanted.
+      tree: holds dicts with the names of `backbone`: itself, and the optimizer's moments.
+      backbone: in the form of this version.
       stored: see `stored`.
     """
 
@@ -41,7 +41,7 @@ def as_stored(tree: Any, backbone: Backbone, stored: Backbone) -> Any:
 
 
 def as_wanted(tree: Any, stored: Backbone, backbone: Backbone) -> Any:
-    """The reverse, of restored arrays.
+    """The reverse: restored arrays in the form of this version.
 
     Raises:
       KeyError: a part of the backbone is not among those stored.
@@ -57,7 +57,7 @@ def as_wanted(tree: Any, stored: Backbone, backbone: Backbone) -> Any:
 def _change(
     tree: Any, old: Backbone, new: Backbone, change: Callable[[Arrays, Arrays], Arrays]
 ) -> Any:
-    """Each dict with the names of a part of `old` becomes one with those of `new`."""
+    """Convert each dict with the names of a part of `old` to one with the names of `new`."""
     for part, arrays in old.items():
         names = arrays.keys()
         if names == new[part].keys():

@@ -1,17 +1,16 @@
-"""Diagnose a run while it trains: chance-level loss, plateaus, skipped steps, stragglers, hangs.
+"""Diagnose a run while it trains: chance-level loss, health warnings, failures, stragglers, hangs.
 
 A step whose loss or gradient is not finite changes neither weights nor statistics (`step.py`).
 Enough of them in a row end the run, with a report of the last batch; the state is still the last
 good one.
 """
 
-import dataclasses
 import faulthandler
 import json
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,174 +19,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from arcface_jax.config import Config, HeadConfig, LoggingConfig
+from arcface_jax.config import DataConfig, HeadConfig, LoggingConfig, OptimizerConfig
+from arcface_jax.data import pipeline
 from arcface_jax.errors import UserError
+from arcface_jax.evaluation.verification import Verification
 from arcface_jax.heads import margins, partial_fc
 from arcface_jax.runtime import launch
 from arcface_jax.runtime.files import reporting_disk_errors, write_whole
-from arcface_jax.training.step import TrainState
 
-# A loss counts as not moving when its mean changes by less than this share of itself.
-_STILL = 0.002
-# Distinct labels in a batch, as a share of those that a shuffled batch would have.
+# A loss has plateaued when its mean changes by less than this share of itself.
+_PLATEAU = 0.002
+# Too few distinct labels in a batch: below this share of what a shuffled batch would have.
 _FEW_LABELS = 0.5
-
-
-class Watch:
-    """Reads the log steps of a run, and says what is wrong once for each cause.
-
-    Args:
-      num_classes: identities.
-      by_chance: loss of a network that knows nothing.
-      steps: the loss has to move within so many steps.
-    """
-
-    def __init__(self, *, num_classes: int, by_chance: float, steps: int):
-        self._num_classes = num_classes
-        self._by_chance = by_chance
-        self._steps = steps
-        self._losses: deque[tuple[int, float]] = deque()
-        self._skipped = 0.0
-        self._said: set[str] = set()
-
-    def labels(self, labels: np.ndarray) -> str | None:
-        """About a batch's labels (b,): a batch of few identities teaches BatchNorm these alone."""
-        expected = self._num_classes * -np.expm1(
-            len(labels) * np.log1p(-1 / max(self._num_classes, 2))
-        )
-        distinct = len(np.unique(labels))
-        if distinct >= _FEW_LABELS * expected or not self._first_time("labels"):
-            return None
-        return (
-            f"warning: this batch shows {distinct} identities where a shuffled one of "
-            f"{len(labels)} images would show about {expected:.0f}: the training set is dominated "
-            "by a few of them, or its labels are wrong"
-        )
-
-    def skipped(self, step: int, values: Mapping[str, float]) -> str | None:
-        """About steps without a finite gradient since the last log step."""
-        before, self._skipped = self._skipped, values["train/skipped_steps"]
-        new = int(self._skipped - before)
-        if new <= 0:
-            return None
-        scale = values.get("train/loss_scale")
-        reason = "" if scale is None else f" (float16; the loss scale is {scale:g} now)"
-        return (
-            f"step {step}: {new} step(s) without a finite gradient changed nothing{reason}; "
-            f"{self._skipped:.0f} in all"
-        )
-
-    def loss(self, step: int, value: float) -> str | None:
-        """About a loss that does not move."""
-        self._losses.append((step, value))
-        while self._losses[0][0] <= step - self._steps:
-            self._losses.popleft()
-        if step - self._losses[0][0] < 0.9 * self._steps or len(self._losses) < 4:
-            return None
-        values = [loss for _, loss in self._losses]
-        early, late = (np.mean(half) for half in np.array_split(values, 2))
-        if abs(early - late) > _STILL * abs(early) or not self._first_time("loss"):
-            return None
-        known = (
-            f"a network that knows nothing has about {self._by_chance:.2f}: check the labels, the "
-            "rate, and that the images are aligned"
-            if late > 0.9 * self._by_chance
-            else "it may be as low as this rate takes it"
-        )
-        return f"warning: the loss has been {late:.2f} for {self._steps} steps; {known}"
-
-    def _first_time(self, cause: str) -> bool:
-        new = cause not in self._said
-        self._said.add(cause)
-        return new
-
-
-def write(
-    workdir: Path,
-    step: int,
-    *,
-    metrics: Mapping[str, float],
-    images: list[str],
-    gradient_norms: Mapping[str, float],
-    scale: float,
-) -> Path:
-    """WORKDIR/failure_STEP.json: all that a search for the cause begins with.
-
-    Args:
-      workdir: of the run.
-      step: the last that was tried.
-      metrics: of that step.
-      images: which images its batch holds: their files and places in them.
-      gradient_norms: by name of the backbone's array.
-      scale: of the head; the largest logit is this times the largest cosine.
-    """
-    found: dict[str, Any] = {
-        "step": step,
-        "largest_logit": _number(scale * metrics["train/largest_cosine"]),
-        "metrics": {name: _number(value) for name, value in metrics.items()},
-        "gradient_norms": {name: _number(value) for name, value in gradient_norms.items()},
-        "not_finite": [name for name, x in gradient_norms.items() if not math.isfinite(x)],
-        "images": images,
-    }
-    path = workdir / f"failure_{step}.json"
-    if not launch.is_first():
-        return path
-    with reporting_disk_errors(workdir, path):
-        write_whole(path, json.dumps(found, indent=1) + "\n")
-    return path
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)  # JSON has no NaN
-
-
-def error(config: Config, step: int, *, in_row: int, loss: float, report: Path) -> UserError:
-    """What the run ends with."""
-    first = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
-    return UserError(
-        f"step {step}: {first}, for {in_row} steps in a row (optimizer.stop_after_skipped "
-        f"{config.optimizer.stop_after_skipped}). They changed nothing, and the checkpoint of this "
-        f"step is as good as the last. {report} has the batch, the largest logit and each layer's "
-        f"gradient. {_hint(config, loss)}"
-    )
-
-
-def _hint(config: Config, loss: float) -> str:
-    if config.model.dtype == "float16" and not math.isfinite(loss):
-        return "float16 overflows above 65504: use --model.dtype bfloat16, which does not"
-    lower = config.optimizer.learning_rate / 10
-    return (
-        f"Begin anew in another --workdir with a lower rate (--optimizer.learning-rate {lower:g}), "
-        "a warm-up (--schedule.warmup-epochs 1) or --model.dtype float32"
-    )
-
-
-def report(
-    config: Config,
-    images: list[str],
-    state: TrainState,
-    gradient_norms: Callable,
-    batch: dict[str, jax.Array],
-    values: dict[str, float],
-) -> UserError:
-    """The error of a run whose steps no longer have a finite gradient, and its report."""
-    done = int(state.step)
-    norms = gradient_norms(dataclasses.replace(state, step=state.step - 1), batch)
-    path = write(
-        Path(config.workdir),
-        done,
-        metrics=values,
-        images=images,
-        gradient_norms={name: float(norm) for name, norm in norms.items()},
-        scale=config.head.scale,
-    )
-    return error(
-        config,
-        done,
-        in_row=int(values["train/skipped_in_row"]),
-        loss=values["train/loss"],
-        report=path,
-    )
+# Input-bound: more than this share of the step time is spent waiting for data.
+_MAX_WAIT_SHARE = 0.2
+# A mean cosine above this: all faces look alike to the network.
+_ONE_POINT = 0.9
+# An effective rank below this: the embeddings use few directions.
+_FEW_DIRECTIONS = 3.0
+# A cosine below this between training mode and evaluation mode: two different networks.
+_OTHER_NETWORK = 0.5
+# A loss below this share of the chance-level loss: the network has learned something.
+_FALLEN = 0.9
+# A host is a straggler if it needs this many times the median, and this many ms/step more.
+_STRAGGLER_RATIO, _STRAGGLER_MS = 1.5, 5.0
 
 
 def chance_loss(
@@ -198,20 +53,20 @@ def chance_loss(
     global_batch_size: int,
     num_devices: int,
 ) -> float:
-    """The expected loss at random embeddings and centers.
+    """Expected loss at initialization, with random embeddings and random centers.
 
-    Cosines are then normal with variance 1 / D, so that the others' sum of exponentials is n
-    exp(s^2 / (2 D)) for n classes in the softmax, and the loss
-    -s psi(0) + ln(n) + s^2 / (2 D) where psi is the margin. This is the integral itself, which
-    holds for margins that change the others, and for the nearest of several sub-centers, too.
-    Lengths of embeddings are those that the backbones' last BatchNorm gives, sqrt(D).
+    Cosines are then normal with variance 1 / D. With n classes in the softmax the negatives' sum of
+    exponentials is n exp(s^2 / (2 D)), and the loss is -s psi(0) + ln(n) + s^2 / (2 D), where psi
+    is the margin function. The integral is evaluated numerically, so it also holds for margins that
+    transform the negatives and for the nearest of several sub-centers. Embeddings have the norm
+    that the backbones' last BatchNorm gives them, sqrt(D).
     """
     margin = margins.make(head)
     state = {name: jnp.float32(value) for name, value in margin.initial_state.items()}
     deviations = np.linspace(-8, 8, 4001)
     density = np.exp(-(deviations**2) / 2)
     below = np.cumsum(density) / density.sum()
-    density = density * below ** (head.subcenters - 1)  # of the largest of several
+    density = density * below ** (head.subcenters - 1)  # of the largest sub-center
     density /= density.sum()
     cosine = np.clip(deviations / math.sqrt(embedding_size), -1, 1)
 
@@ -233,37 +88,223 @@ def chance_loss(
     return float(np.logaddexp(log_others, target_logit)) - target_logit + extra
 
 
-def arm(logging: LoggingConfig) -> None:
-    """A step begins: after `logging.watchdog_seconds` without its end all stacks go to stderr.
+class HealthMonitor:
+    """Training-health warnings (label distribution, skipped steps, plateau, slow input).
 
-    The standard library's own thread waits and writes; it needs no lock of Python's, so that it
-    works where a call into the devices or the network holds it.
+    Each method returns a warning, or None; each cause but skipped steps is reported once.
+
+    Args:
+      num_classes: identities in the training set.
+      chance_loss: expected loss at initialization.
+      plateau_steps: warn when the loss has not changed for this many steps.
     """
-    if logging.watchdog_seconds:
-        faulthandler.dump_traceback_later(
-            logging.watchdog_seconds, exit=logging.watchdog_abort, file=sys.__stderr__ or 2
+
+    def __init__(self, *, num_classes: int, chance_loss: float, plateau_steps: int):
+        self._num_classes = num_classes
+        self._chance_loss = chance_loss
+        self._plateau_steps = plateau_steps
+        self._losses: deque[tuple[int, float]] = deque()
+        self._skipped = 0.0
+        self._reported: set[str] = set()
+
+    def few_labels(self, labels: np.ndarray) -> str | None:
+        """Warn if a batch's (b,) labels have few identities: BatchNorm would learn only these."""
+        expected = self._num_classes * -np.expm1(
+            len(labels) * np.log1p(-1 / max(self._num_classes, 2))
+        )
+        distinct = len(np.unique(labels))
+        if distinct >= _FEW_LABELS * expected or not self._first_time("labels"):
+            return None
+        return (
+            f"warning: only {distinct} distinct identities in a batch of {len(labels)} (expected "
+            f"~{expected:.0f} if shuffled): a few identities dominate the training set, or its "
+            "labels are wrong"
         )
 
+    def skipped_steps(self, step: int, values: Mapping[str, float]) -> str | None:
+        """Report the non-finite steps since the last log step."""
+        before, self._skipped = self._skipped, values["train/skipped_steps"]
+        new = int(self._skipped - before)
+        if new <= 0:
+            return None
+        scale = values.get("train/loss_scale")
+        reason = "" if scale is None else f" (float16 overflow; loss scale now {scale:g})"
+        return f"step {step}: skipped {new} non-finite step(s){reason}; {self._skipped:.0f} total"
 
-def disarm() -> None:
-    """What follows may take long: an evaluation, a save, the end."""
-    faulthandler.cancel_dump_traceback_later()
+    def plateau(self, step: int, loss: float) -> str | None:
+        """Warn if the loss has stopped moving."""
+        self._losses.append((step, loss))
+        while self._losses[0][0] <= step - self._plateau_steps:
+            self._losses.popleft()
+        if step - self._losses[0][0] < 0.9 * self._plateau_steps or len(self._losses) < 4:
+            return None
+        values = [value for _, value in self._losses]
+        early, late = (np.mean(half) for half in np.array_split(values, 2))
+        if abs(early - late) > _PLATEAU * abs(early) or not self._first_time("loss"):
+            return None
+        meaning = (
+            f"chance level is {self._chance_loss:.2f}: check the labels, the learning rate, and "
+            "that images are aligned"
+            if late > 0.9 * self._chance_loss
+            else "it may have converged for this learning rate"
+        )
+        return f"warning: loss plateaued at {late:.2f} for {self._plateau_steps} steps; {meaning}"
+
+    def slow_input(self, values: Mapping[str, float], data: DataConfig) -> str | None:
+        """Warn if the devices wait for images."""
+        share = values.get("perf/data_wait_share", 0.0)
+        if share <= _MAX_WAIT_SHARE or not self._first_time("input"):
+            return None
+        return (
+            f"input-bound: {share:.0%} of step time spent waiting for data "
+            f"({values['perf/data_wait_ms']:.0f} ms/step). Try more --data.workers (now "
+            f"{data.workers}) or --data.threads (now {pipeline.num_threads(data)}), fewer "
+            "augmentations, or a faster disk; arcface-jax data bench shows the slowest stage"
+        )
+
+    def _first_time(self, cause: str) -> bool:
+        new = cause not in self._reported
+        self._reported.add(cause)
+        return new
 
 
-# A host that takes so much longer than the median is called slow, if it costs this many ms a step.
-_SLOW_RATIO, _SLOW_MS = 1.5, 5.0
+def explain_chance_accuracy(result: Verification, *, loss: float, chance_loss: float) -> str | None:
+    """Explain why verification stays at chance level although the training loss has fallen.
+
+    Args:
+      result: accuracy on one set, and how its embeddings are spread.
+      loss: current training loss.
+      chance_loss: expected loss at initialization.
+
+    Returns:
+      None if the accuracy is above chance level, or if the loss has not fallen yet.
+    """
+    share = float(np.mean(result.same))
+    chance = max(share, 1 - share)
+    if result.interval[0] > chance or not loss < _FALLEN * chance_loss:
+        return None
+    return (
+        f"{result.name}: accuracy {result.accuracy:.3f} is no better than chance ({chance:.3f}), "
+        f"although the loss fell from about {chance_loss:.1f} to {loss:.1f}. {_cause(result)}"
+    )
+
+
+def _cause(result: Verification) -> str:
+    if result.mode_cosine is not None and not result.mode_cosine > _OTHER_NETWORK:
+        return (
+            "Training mode and evaluation mode disagree: the mean cosine between their embeddings "
+            f"of the same image is {result.mode_cosine:.2f}. BatchNorm's running statistics do not "
+            "match the batches. Early in a run they lag, so wait a few hundred steps; later, check "
+            "for batches of one identity or one source (shuffle the training set), or for a "
+            "--model.bn-batch-size that is too small"
+        )
+    if result.mean_cosine > _ONE_POINT:
+        return (
+            "The embeddings have collapsed to one point: the mean cosine of two images is "
+            f"{result.mean_cosine:.3f}. Lower --optimizer.learning-rate, lengthen "
+            "--schedule.warmup-epochs, and check that images are aligned"
+        )
+    if result.effective_rank < _FEW_DIRECTIONS:
+        return (
+            f"The embeddings use only {result.effective_rank:.1f} directions: lower "
+            "--optimizer.learning-rate, and check that labels are correct and identities are many"
+        )
+    return (
+        "The embeddings have not collapsed, so this set differs from the training set: check that "
+        "both are aligned the same way, that both are RGB, and that the pairs are labeled "
+        "correctly; or the network is overfitting and needs more identities"
+    )
+
+
+def write_failure(
+    workdir: Path,
+    step: int,
+    *,
+    metrics: Mapping[str, float],
+    images: list[str],
+    gradient_norms: Mapping[str, float],
+    scale: float,
+) -> Path:
+    """Write WORKDIR/failure_STEP.json, where the search for the cause of a failed run starts.
+
+    Args:
+      workdir: of the run.
+      step: the failed step.
+      metrics: of that step.
+      images: the files, and the places in them, of the batch's images.
+      gradient_norms: by name of the backbone's array.
+      scale: of the head; the largest logit is this times the largest cosine.
+
+    Returns:
+      The path; only the first process writes it.
+    """
+    report: dict[str, Any] = {
+        "step": step,
+        "largest_logit": _json_number(scale * metrics["train/largest_cosine"]),
+        "metrics": {name: _json_number(value) for name, value in metrics.items()},
+        "gradient_norms": {name: _json_number(value) for name, value in gradient_norms.items()},
+        "not_finite": [name for name, x in gradient_norms.items() if not math.isfinite(x)],
+        "images": images,
+    }
+    path = workdir / f"failure_{step}.json"
+    if not launch.is_first():
+        return path
+    with reporting_disk_errors(workdir, path):
+        write_whole(path, json.dumps(report, indent=1) + "\n")
+    return path
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)  # JSON has no NaN
+
+
+def failure_error(
+    step: int,
+    metrics: Mapping[str, float],
+    report: Path,
+    *,
+    optimizer: OptimizerConfig,
+    dtype: str,
+) -> UserError:
+    """The error that ends a run after too many non-finite steps in a row.
+
+    Args:
+      step: the failed step.
+      metrics: of that step, with `train/loss` and `train/skipped_in_row`.
+      report: what `write_failure` wrote.
+      optimizer: of the run.
+      dtype: the network's computing type.
+    """
+    loss = metrics["train/loss"]
+    first = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+    return UserError(
+        f"step {step}: {first}, for {metrics['train/skipped_in_row']:.0f} steps in a row "
+        f"(optimizer.stop_after_skipped {optimizer.stop_after_skipped}). These steps were skipped; "
+        f"the checkpoint saved now is still valid. {report} has the batch, the largest logit and "
+        f"each layer's gradient norm. {_failure_fix(loss, optimizer, dtype)}"
+    )
+
+
+def _failure_fix(loss: float, optimizer: OptimizerConfig, dtype: str) -> str:
+    if dtype == "float16" and not math.isfinite(loss):
+        return "float16 overflows above 65504: use --model.dtype bfloat16, which does not"
+    return (
+        "Start a new run (new --workdir) with a lower learning rate (--optimizer.learning-rate "
+        f"{optimizer.learning_rate / 10:g}), a warm-up (--schedule.warmup-epochs 1) or "
+        "--model.dtype float32"
+    )
 
 
 def slowest_host(own_ms: float) -> tuple[dict[str, float], str | None]:
-    """Compares the hosts; all of them have to call this at the same step.
+    """Find the slowest host. A collective operation: all hosts call it at the same step.
 
     Args:
-      own_ms: of this host, a step: the time that it did not spend waiting for its devices. A step
-        takes every host equally long, for they meet in its collectives; in the slowest the others'
-        devices wait.
+      own_ms: this host's time per step that it did not spend waiting for its devices. A step takes
+        every host equally long, because they meet in its collectives; the other hosts' devices wait
+        for the slowest host.
 
     Returns:
-      `perf/slowest_host_ms` and `perf/slowest_host`, and words where one host holds up the rest.
+      `perf/slowest_host_ms` and `perf/slowest_host`, and a warning if that host is a straggler.
     """
     if jax.process_count() == 1:
         return {"perf/slowest_host_ms": own_ms, "perf/slowest_host": 0}, None
@@ -272,14 +313,30 @@ def slowest_host(own_ms: float) -> tuple[dict[str, float], str | None]:
 
 
 def compare_hosts(times: np.ndarray) -> tuple[dict[str, float], str | None]:
-    """What `slowest_host` returns, of the times (hosts,) of all, in milliseconds."""
+    """As `slowest_host`, from the (hosts,) times of all hosts in milliseconds."""
     slowest = int(times.argmax())
     worst, others = float(times[slowest]), float(np.median(np.delete(times, slowest)))
     values = {"perf/slowest_host_ms": worst, "perf/slowest_host": slowest}
-    if worst < max(_SLOW_RATIO * others, others + _SLOW_MS):
+    if worst < max(_STRAGGLER_RATIO * others, others + _STRAGGLER_MS):
         return values, None
     return values, (
-        f"host {slowest} of {len(times)} holds the others up: it is busy for {worst:.0f} ms a step "
-        f"outside the devices, the others for {others:.0f}; look at its disk, its processor, and "
-        "its data.workers"
+        f"host {slowest}/{len(times)} is a straggler: {worst:.0f} ms/step of host time vs. "
+        f"{others:.0f} ms elsewhere; check its disk, its CPU and its data.workers"
     )
+
+
+def arm_watchdog(logging: LoggingConfig) -> None:
+    """Dump all stacks to stderr unless the step ends within `logging.watchdog_seconds`.
+
+    The standard library's own thread waits and writes. It does not need the GIL, so it works even
+    while a call into the devices or the network holds it.
+    """
+    if logging.watchdog_seconds:
+        faulthandler.dump_traceback_later(
+            logging.watchdog_seconds, exit=logging.watchdog_abort, file=sys.__stderr__ or 2
+        )
+
+
+def disarm_watchdog() -> None:
+    """Stop the countdown: evaluating and saving may take long."""
+    faulthandler.cancel_dump_traceback_later()

@@ -1,4 +1,4 @@
-"""The verification sets of a run: evaluated before, while and after it trains."""
+"""Evaluate a run on its verification sets: before, during and after training."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,18 +7,17 @@ from typing import Protocol
 
 from jax.sharding import Mesh
 
-from arcface_jax import config as configs
-from arcface_jax.config import Config
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import ConfigError
 from arcface_jax.evaluation import collapse, embed, verification
 from arcface_jax.evaluation.report import plots
 from arcface_jax.evaluation.verification import Verification
+from arcface_jax.models.registry import Backbone
 from arcface_jax.training import step
 
 
 class Evaluate(Protocol):
-    """All verification sets, as a function of the state."""
+    """Evaluates a state on all verification sets."""
 
     def __call__(
         self, state: step.TrainState, between: Callable[[], None] = ..., /
@@ -27,29 +26,42 @@ class Evaluate(Protocol):
         ...
 
 
-def make(config: Config, targets: list[PairSet], devices: Mesh) -> Evaluate:
-    """The verification sets of a run."""
-    size = config.evaluation.batch_size
-    network = step.make_embed(step.backbone(config))
-    one_group = configs.replace(config, model__bn_batch_size=config.data.global_batch_size)
-    in_training = step.make_embed(step.backbone(one_group), mode="training")
+def make(
+    targets: list[PairSet],
+    *,
+    backbone: Backbone,
+    one_group: Backbone,
+    batch_size: int,
+    mesh: Mesh,
+) -> Evaluate:
+    """The evaluation of a run.
+
+    Args:
+      targets: verification sets.
+      backbone: of the run.
+      one_group: the same with one BatchNorm group, to embed a batch as training does.
+      batch_size: images per forward pass, a multiple of the number of devices.
+      mesh: the devices.
+    """
+    evaluation_mode = step.make_embed(backbone)
+    training_mode = step.make_embed(one_group, mode="training")
 
     def evaluate(
         state: step.TrainState, between: Callable[[], None] = embed.nothing, /
     ) -> list[Verification]:
-        run, as_trained = (
+        evaluated, trained = (
             embed.batched(
                 partial(embed_on_devices, *step.weights(state).values()),
-                batch_size=size,
-                mesh=devices,
+                batch_size=batch_size,
+                mesh=mesh,
                 between=between,
             )
-            for embed_on_devices in (network, in_training)
+            for embed_on_devices in (evaluation_mode, training_mode)
         )
         results = []
         for target in targets:
-            result = verification.verify(run, target)
-            cosine = collapse.mode_cosine(run, as_trained, target.images, batch_size=size)
+            result = verification.verify(evaluated, target)
+            cosine = collapse.mode_cosine(evaluated, trained, target.images, batch_size=batch_size)
             results.append(result._replace(mode_cosine=cosine))
         return results
 
@@ -57,21 +69,30 @@ def make(config: Config, targets: list[PairSet], devices: Mesh) -> Evaluate:
 
 
 def baselines(
-    config: Config, targets: list[PairSet], evaluate: Evaluate, untrained: step.TrainState
+    targets: list[PairSet], evaluate: Evaluate, untrained: step.TrainState | None
 ) -> dict[str, float]:
-    """Accuracy on the first set without training: what a trained network has to beat."""
+    """Accuracy on the first set without training: what a trained network has to beat.
+
+    Args:
+      targets: verification sets.
+      evaluate: of the run.
+      untrained: random weights, or None if the run starts from other weights.
+
+    Raises:
+      ConfigError: there is no set.
+    """
     if not targets:
         raise ConfigError(
-            "evaluation.baselines needs a set to score: name one with --evaluation.targets"
+            "evaluation.baselines needs a verification set: name one with --evaluation.targets"
         )
     found = {"baseline/raw": verification.raw_pixel_accuracy(targets[0])}
-    if not config.init_from:
+    if untrained is not None:
         found["baseline/untrained"] = evaluate(untrained)[0].accuracy
     return found
 
 
 def metrics(results: list[Verification], prefix: str = "eval") -> dict[str, float]:
-    """All numbers of an evaluation, `eval/NAME/accuracy` and so on."""
+    """All metrics of an evaluation by name, `eval/NAME/accuracy` and so on."""
     return {
         f"{prefix}/{name.removeprefix('eval/')}": value
         for result in results
@@ -79,9 +100,8 @@ def metrics(results: list[Verification], prefix: str = "eval") -> dict[str, floa
     }
 
 
-def draw(config: Config, targets: list[PairSet], results: list[Verification]) -> list[Path]:
-    """The curves of the run, and a sheet of pairs for each verification set."""
-    workdir = Path(config.workdir)
+def draw(workdir: Path, targets: list[PairSet], results: list[Verification]) -> list[Path]:
+    """Plot the run's training curves and a sheet of pairs for each verification set."""
     files = [plots.training_curves(workdir)]
     for target, result in zip(targets, results, strict=False):  # a stopped run may have no results
         path = workdir / "eval" / f"{target.name}_pairs.png"

@@ -1,6 +1,7 @@
-"""What a fine-tuned run begins with: the weights of another, and class centers for its data."""
+"""Fine-tuning initialization: backbone weights and class centers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from arcface_jax.config import Config
+from arcface_jax.config import Config, DataConfig, ModelConfig
 from arcface_jax.data import pipeline
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Source
 from arcface_jax.errors import ConfigError
 from arcface_jax.heads import centers as class_centers
+from arcface_jax.models import registry
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime.devices import AXIS
@@ -28,67 +30,48 @@ Weights = tuple[Arrays, Arrays]
 """params and batch_stats by dotted name."""
 
 
-def weights(config: Config, given: Weights | None) -> Weights | None:
-    """The weights that a run begins with; None where they are random, or it has begun already.
+def weights(source: Path | Weights, model: ModelConfig, *, name: str) -> Weights:
+    """Backbone weights to start from, checked against the network.
 
     Args:
-      config: whose `init_from` may name the workdir of another run.
-      given: the arrays, where `init_from` is a file of another program, or empty.
+      source: the workdir of another run, or the arrays.
+      model: network and embedding size of the run.
+      name: what `init_from` names, for errors.
 
     Raises:
-      ConfigError: naming every array that the network lacks, does not know, or has in another
-        shape.
+      ConfigError: naming every array that is missing, unexpected or of another shape.
       CheckpointError: the other run cannot be read.
     """
-    source = Path(config.init_from)
-    if saved_runs.is_begun(Path(config.workdir)) or not (config.init_from or given):
-        return None
-    if given is None:
-        if not source.is_dir():
-            raise ConfigError(
-                f"init_from {source} is not the workdir of a run, and its arrays were not handed "
-                "over: train(config, init=arcface_jax.convert.weights.load(path, network)), as "
-                "scripts/train.py does"
-            )
+    if isinstance(source, Path):
         _, params, batch_stats, _ = saved_runs.restore_backbone(source)
-        given = (params, batch_stats)
-    elif config.finetune.centers == "kept":
-        raise ConfigError(
-            f"finetune.centers kept: init_from {config.init_from} is not the workdir of a run, and "
-            "holds no class centers; use --finetune.centers class_means or random"
-        )
-    _check(given, config)
-    return given
-
-
-def _check(given: Weights, config: Config) -> None:
-    wanted = step.backbone(config).shapes
-    here: dict[str, Any] = {**wanted[0], **wanted[1]}
-    there: dict[str, Any] = {**given[0], **given[1]}
+        source = (params, batch_stats)
+    wanted = registry.build(model.network, embedding_size=model.embedding_size).shapes
+    expected: dict[str, Any] = {**wanted[0], **wanted[1]}
+    given: dict[str, Any] = {**source[0], **source[1]}
     problems = {
-        "missing": [name for name in here if name not in there],
-        "unexpected": [name for name in there if name not in here],
+        "missing": [array for array in expected if array not in given],
+        "unexpected": [array for array in given if array not in expected],
         "of another shape": [
-            f"{name} {there[name].shape} instead of {here[name].shape}"
-            for name in here
-            if name in there and there[name].shape != here[name].shape
+            f"{array} {given[array].shape} instead of {expected[array].shape}"
+            for array in expected
+            if array in given and given[array].shape != expected[array].shape
         ],
     }
     if any(problems.values()):
         raise ConfigError(
-            f"the weights of init_from {config.init_from} are not those of model.network "
-            f"{config.model.network} with model.embedding_size {config.model.embedding_size}: give "
-            "the network that they belong to"
+            f"the weights in init_from {name} do not fit model.network {model.network} with "
+            f"model.embedding_size {model.embedding_size}: set both to match the checkpoint"
             + "".join(f"\n{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
         )
+    return source
 
 
 def centers(config: Config, state: TrainState, source: Source, *, mesh: Mesh) -> jax.Array:
-    """The first class centers, as `finetune.centers` says, placed as those of the state.
+    """The first class centers by `finetune.centers`, placed like those of the state.
 
     Args:
       config: the run.
-      state: with the backbone to begin with and random centers, which are used up.
+      state: with the initial backbone and random centers.
       source: the training set.
       mesh: the devices.
 
@@ -101,19 +84,31 @@ def centers(config: Config, state: TrainState, source: Source, *, mesh: Mesh) ->
         return state.centers
     if kind == "kept":
         return saved_runs.restore_kept_centers(
-            Path(config.init_from), config, like=state.centers, num_classes=source.num_classes
+            Path(config.init_from),
+            like=state.centers,
+            num_classes=source.num_classes,
+            subcenters=config.head.subcenters,
         )
-    return _class_means(config, state, source, mesh=mesh)
-
-
-def _class_means(config: Config, state: TrainState, source: Source, *, mesh: Mesh) -> jax.Array:
-    """(C_padded, D): the direction of each class's mean of normalised embeddings.
-
-    The length is that of the random centers, sqrt(D) times their deviation, on which the effect
-    of the learning rate depends. A class without images keeps its random center. Every image is
-    embedded once, not mirrored; beside the centers there is one more array of their size.
-    """
+    batches = _every_image_once(source, config.data, batch_size=config.evaluation.batch_size)
     embed = step.make_embed(step.backbone(config))
+    return _class_means(
+        partial(embed, state.params, state.batch_stats), batches, random=state.centers, mesh=mesh
+    )
+
+
+def _class_means(
+    embed: Callable[[jax.Array], jax.Array],
+    batches: Iterator[dict[str, np.ndarray]],
+    *,
+    random: jax.Array,
+    mesh: Mesh,
+) -> jax.Array:
+    """(C_padded, D): the direction of each class's mean normalized embedding.
+
+    The norm is that of the random centers, sqrt(D) times their standard deviation, because the
+    effect of the learning rate depends on it. A class without images keeps its random center.
+    Every image is embedded once, without its flip. Needs one more array of the centers' size.
+    """
     split, everywhere = P(AXIS), meshes.split(mesh)
     add = jax.jit(
         jax.shard_map(
@@ -125,23 +120,23 @@ def _class_means(config: Config, state: TrainState, source: Source, *, mesh: Mes
         ),
         donate_argnums=0,
     )
-    sums = jax.jit(jnp.zeros_like, out_shardings=everywhere)(state.centers)
-    for batch in _every_image_once(source, config):
+    sums = jax.jit(jnp.zeros_like, out_shardings=everywhere)(random)
+    for batch in batches:
         on_devices = meshes.to_devices(batch, mesh)
-        embeddings = embed(state.params, state.batch_stats, on_devices["image"])
-        # Waited for, that no batches pile up in the devices' memory.
+        embeddings = embed(on_devices["image"])
+        # Wait, or batches pile up in the devices' memory.
         sums = jax.block_until_ready(add(sums, embeddings, on_devices["label"]))
-    length = class_centers.INIT_STD * config.model.embedding_size**0.5
+    length = class_centers.INIT_STD * random.shape[1] ** 0.5
 
     def finish(sums: jax.Array, random: jax.Array) -> jax.Array:
         norm = jnp.linalg.norm(sums, axis=1, keepdims=True)
         return jnp.where(norm > 0, length * sums / jnp.maximum(norm, 1e-12), random)
 
-    return jax.jit(finish, donate_argnums=0, out_shardings=everywhere)(sums, state.centers)
+    return jax.jit(finish, donate_argnums=0, out_shardings=everywhere)(sums, random)
 
 
 def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array) -> jax.Array:
-    """Adds the batch's normalised embeddings to the rows of the classes that lie here."""
+    """Add the batch's normalized embeddings to the rows of this device's classes."""
     norm = jnp.linalg.norm(embeddings, axis=1, keepdims=True)
     unit = lax.all_gather(embeddings / jnp.maximum(norm, 1e-12), AXIS, tiled=True)
     row = lax.all_gather(labels, AXIS, tiled=True) - lax.axis_index(AXIS) * len(sums)
@@ -149,21 +144,22 @@ def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array
     return sums.at[jnp.where(here, row, len(sums))].add(unit, mode="drop")
 
 
-def _every_image_once(source: Source, config: Config) -> Iterator[dict[str, np.ndarray]]:
-    """This host's part of batches in the order of the source; what fills the last has label -1."""
-    size = config.evaluation.batch_size
-    share = size // jax.process_count()
+def _every_image_once(
+    source: Source, data: DataConfig, *, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """This host's part of batches in the order of the source; padding has label -1."""
+    share = batch_size // jax.process_count()
     first = share * jax.process_index()
 
     def read(number: int) -> dict[str, np.ndarray]:
-        begin = number * size + first
+        begin = number * batch_size + first
         images = np.zeros((share, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         labels = np.full(share, -1, np.int32)
         rows = np.arange(min(share, len(source) - begin))
-        for row, _ in source.load(begin + rows, rows, images, labels):  # training tells of it
+        for row, _ in source.load(begin + rows, rows, images, labels):  # training reports them
             labels[row] = -1
         return {"image": images, "label": labels}
 
-    options = pipeline.read_options(config.data)
-    numbers = grain.MapDataset.range(-(-len(source) // size))
+    options = pipeline.read_options(data)
+    numbers = grain.MapDataset.range(-(-len(source) // batch_size))
     return iter(numbers.map(read).to_iter_dataset(options))

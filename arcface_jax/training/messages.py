@@ -1,85 +1,59 @@
-"""What a run says of itself, in words."""
+"""User-facing messages of a run: its headline, first loss, evaluations, bad images and labels."""
 
 from jax.sharding import Mesh
 
-from arcface_jax.config import Config, DataConfig
-from arcface_jax.data import pipeline
+from arcface_jax.config import Config, OptimizerConfig
 from arcface_jax.data.pipeline import BadImage
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.verification import Verification
-
-# The share of the time spent waiting for data from which on a warning is given.
-_MAX_WAIT_SHARE = 0.2
 
 
 def headline(
     config: Config, dataset: dict[str, int], devices: Mesh, *, start: int, total: int
 ) -> str:
-    """Network, devices, data and rate of a run."""
+    """Network, devices, data and learning rate of a run."""
     kind = devices.devices.flat[0].device_kind
     begin = f"resuming at step {start} of {total}" if start else f"{total} steps"
+    batch = config.data.global_batch_size
     return (
         f"{config.model.network} ({config.model.dtype}) on {devices.size} x {kind}: "
         f"{dataset['num_images']} images of {dataset['num_classes']} identities, "
-        f"{config.head.loss} "
-        f"{config.head.margin}, batch {config.data.global_batch_size}, {begin}; writing to "
-        f"{config.workdir}\n{_rate_rule(config)}"
+        f"{config.head.loss} {config.head.margin}, batch {batch}, {begin}; writing to "
+        f"{config.workdir}\n{_scaling_rule(config.optimizer, batch)}"
     )
 
 
-def _rate_rule(config: Config) -> str:
-    """The rate goes with the global batch; what it would be at others."""
-    rate, batch = config.optimizer.learning_rate, config.data.global_batch_size
-    # SGD's noise grows with the rate over the batch, that of Adam with its root: Goyal et al.,
+def _scaling_rule(optimizer: OptimizerConfig, batch: int) -> str:
+    """The learning rate, and what it would be at other batch sizes."""
+    # SGD's noise scale is proportional to rate / batch, Adam's to rate / sqrt(batch): Goyal et al.,
     # 2017; Malladi et al., NeurIPS 2022.
-    power, words = (
-        (1.0, "in proportion to the batch")
-        if config.optimizer.kind in ("sgd", "lars")
-        else (0.5, "with the root of the batch")
-    )
+    linear = optimizer.kind in ("sgd", "lars")
+    power, rule = (1.0, "linear scaling rule") if linear else (0.5, "square-root scaling rule")
+    rate = optimizer.learning_rate
     others = ", ".join(f"{rate * (n / batch) ** power:.3g} at {n}" for n in (batch // 2, 2 * batch))
-    return f"learning rate {rate:g} for the global batch of {batch}; it goes {words}: {others}"
+    return f"learning rate {rate:g} at global batch {batch} ({rule}: {others})"
 
 
-def first_loss(measured: float, by_chance: float, pretrained: bool) -> str:
-    """The first loss beside that of a network that knows nothing."""
-    has = (
-        "class centers that know nothing give" if pretrained else "a network that knows nothing has"
-    )
-    return f"the first loss is {measured:.2f}; {has} about {by_chance:.2f}"
+def initial_loss(loss: float, chance_loss: float, *, pretrained: bool) -> str:
+    """The first loss beside its chance level."""
+    level = "chance level with random centers" if pretrained else "chance level"
+    return f"initial loss {loss:.2f} ({level}: {chance_loss:.2f})"
 
 
-def in_words(results: list[Verification]) -> str:
-    """A line for the terminal."""
+def accuracies(results: list[Verification]) -> str:
+    """One line with the accuracy on every verification set."""
     return "  ".join(f"{r.name} accuracy {r.accuracy:.4f} +- {r.accuracy_std:.4f}" for r in results)
 
 
-def replaced(image: BadImage) -> str:
-    """A damaged image, and what became of it."""
-    return f"replaced by another image: {image.where}: {image.problem}"
+def bad_image(image: BadImage) -> str:
+    """An image that cannot be read, for which the batch holds another."""
+    return f"skipped unreadable image {image.where}: {image.problem} (substituted)"
 
 
-def input_is_the_limit(values: dict[str, float]) -> bool:
-    """Whether the devices wait for images."""
-    return values.get("perf/data_wait_share", 0.0) > _MAX_WAIT_SHARE
-
-
-def slow_input(values: dict[str, float], data: DataConfig) -> str:
-    """What to do about it."""
-    threads = pipeline.num_threads(data)
-    return (
-        f"the input is the limit: {values['perf/data_wait_share']:.0%} of the time was spent "
-        f"waiting for images ({values['perf/data_wait_ms']:.0f} ms a step). Try more "
-        f"--data.workers (now {data.workers}) or --data.threads (now {threads}), fewer "
-        "augmentations, or a faster disk; python scripts/data.py bench says which stage binds"
-    )
-
-
-def invalid_labels(count: float, done: int, dataset: dict[str, int]) -> DataError:
+def invalid_labels(count: float, step: int, dataset: dict[str, int]) -> DataError:
     """The error of a run whose labels are not all classes."""
     last = dataset["num_classes"] - 1
     return DataError(
-        f"{count:.0f} images of the steps up to {done} have labels outside 0 .. {last}: they were "
-        "left out of loss and gradient, and the checkpoint of this step is good. Number the "
-        "identities of the training set from 0 without gaps, or give it all its identities"
+        f"{count:.0f} images up to step {step} have labels outside [0, {last}]; they were excluded "
+        "from the loss, so this checkpoint is usable. Relabel identities contiguously from 0"
     )

@@ -1,13 +1,13 @@
-"""The backbone's way through a batch: forward, and back with the gradient of the embeddings.
+"""The backbone's forward and backward pass over a batch, in micro-batches.
 
-Every device takes its own images, and within them one slice of the global batch behind the other
-(`optimizer.micro_batches`). The embeddings of all slices are there before the head sees any; the
-backward pass then computes each slice again, with the same draws, and adds up its gradient. What
-the slices change is memory and time, not the result: k of them equal one batch, because BatchNorm's
+Every device processes its own images, one slice of the global batch after the other
+(`optimizer.micro_batches`). The head runs once all slices have been embedded; the backward pass
+then recomputes each slice, with the same random draws, and accumulates its gradient. Slices trade
+time for memory and leave the result unchanged: k of them equal one batch, because BatchNorm's
 groups lie within a slice and every random draw belongs to an image.
 
 A device's gradient stays on the device until the last slice is done, and is summed over the devices
-once. Therefore the parameters enter as one copy a device, whose gradients JAX does not add up.
+once. Therefore the parameters enter as one copy per device, whose gradients JAX does not sum.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ from arcface_jax.runtime.devices import AXIS
 
 
 class Forward(NamedTuple):
-    """What the forward pass gives."""
+    """Result of the forward pass."""
 
     embeddings: jax.Array
-    """(B, D) float32, not normalised, split over the devices."""
+    """(B, D) float32, not normalized, split over the devices."""
     batch_stats: Arrays
-    """BatchNorm's statistics, moved once, towards the mean over all groups."""
-    pull: Callable[[jax.Array], Arrays]
+    """BatchNorm's statistics, updated once, with the mean over all groups."""
+    vjp: Callable[[jax.Array], Arrays]
     """(B, D) gradient of the embeddings -> gradient of the moving parameters, float32, summed over
     all devices; like the parameters on every one."""
 
@@ -49,7 +49,7 @@ def forward(
     reduce_dtype: str,
     mesh: Mesh,
 ) -> Forward:
-    """Takes a batch through the backbone, and prepares the way back.
+    """Run the backbone on a batch, and keep what the backward pass needs.
 
     Args:
       network: made for the images of one slice on one device.
@@ -58,7 +58,7 @@ def forward(
       batch_stats: BatchNorm's statistics, on every device.
       images: (B, 112, 112, 3) uint8, split over the devices.
       key: of the step; an image draws from it and from its place in the global batch.
-      micro_batches: slices that each device takes one behind the other.
+      micro_batches: slices that each device processes one after the other.
       reduce_dtype: type in which the gradient is summed over the devices.
       mesh: the devices.
     """
@@ -76,7 +76,7 @@ def forward(
         lambda a: jnp.broadcast_to(jnp.asarray(a)[None], (mesh.size, *a.shape)), moving
     )
     run = apart(each, in_specs=(P(AXIS), P(), P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS)))
-    embeddings, pull, moved = jax.vjp(
+    embeddings, vjp, moved = jax.vjp(
         lambda copies: run(copies, params, batch_stats, images, places), copies, has_aux=True
     )
 
@@ -86,7 +86,7 @@ def forward(
         return jax.tree.map(lambda a: a.astype(jnp.float32), sums)
 
     mean = apart(lambda moved: lax.pmean(_own(moved), AXIS), in_specs=P(AXIS), out_specs=P())
-    return Forward(embeddings, mean(moved), lambda d_embeddings: add_up(pull(d_embeddings)[0]))
+    return Forward(embeddings, mean(moved), lambda d_embeddings: add_up(vjp(d_embeddings)[0]))
 
 
 def _own(copies: Any) -> Any:
@@ -94,7 +94,7 @@ def _own(copies: Any) -> Any:
 
 
 def _on_one_device(network: Backbone, params, batch_stats, images, places, *, key, slices: int):
-    """(b, D) embeddings, and moved statistics."""
+    """(b, D) embeddings, and the updated statistics."""
 
     def one(images, places):
         keys = jax.vmap(partial(jax.random.fold_in, key))(places)

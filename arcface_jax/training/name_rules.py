@@ -1,4 +1,4 @@
-"""Which arrays of a network a pattern means: freezing and rates by dotted name."""
+"""Select a network's arrays by patterns of dotted names, for freezing and learning rates."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -11,27 +11,27 @@ _SHOWN = 5
 
 
 def select(patterns: Iterable[str], names: Sequence[str], *, field: str) -> set[str]:
-    """The names that one of the patterns fits at least.
+    """The names that match at least one of the patterns.
 
     Args:
-      patterns: names with `*` for any letters, dots too, and `?` for one.
-      names: what there is to choose from.
+      patterns: names with `*` for any characters, including dots, and `?` for one.
+      names: of all arrays.
       field: of the configuration that the patterns come from, for the error message.
 
     Raises:
-      ConfigError: a pattern fits none; every one of them is named.
+      ConfigError: naming every pattern that matches none.
     """
     fitting = {p: {name for name in names if fnmatchcase(name, p)} for p in patterns}
     unfit = [_explain(p, names) for p, found in fitting.items() if not found]
     if unfit:
-        raise ConfigError(f"{field} fits no array of the network: {'; '.join(unfit)}")
+        raise ConfigError(f"{field} matches no array of the network: {'; '.join(unfit)}")
     return set().union(*fitting.values())
 
 
 def factors(
     rates: Iterable[tuple[str, float]], names: Sequence[str], *, field: str
 ) -> dict[str, float]:
-    """The factor on the learning rate by name: that of the last pattern that fits, or 1.
+    """The factor on the learning rate by name, from the last pattern that matches, or 1.
 
     Raises:
       ConfigError: as `select`.
@@ -47,8 +47,8 @@ def _explain(pattern: str, names: Sequence[str]) -> str:
     for name in names:
         if any(fnmatchcase(member, pattern) for member in stacks.names_of_members(name) or ()):
             return (
-                f"{pattern!r} (its layer is one of a stack, which goes as a whole, for instance "
-                f"{name})"
+                f"{pattern!r} (its layer is part of a stack, which is selected as a whole, for "
+                f"instance {name})"
             )
     near = difflib.get_close_matches(pattern, names, n=_SHOWN, cutoff=0.3)
-    return f"{pattern!r} (near it: {', '.join(near or list(names)[:_SHOWN])})"
+    return f"{pattern!r} (close matches: {', '.join(near or list(names)[:_SHOWN])})"

@@ -19,16 +19,16 @@ class Network:
     """A trained backbone in float32.
 
     `Network.from_workdir("runs/demo")(images)` gives the embeddings of (n, 112, 112, 3) uint8 RGB
-    images as (n, D) float32, not normalised.
+    images as (n, D) float32, not normalized.
 
     Args:
       network: a name in `arcface_jax.models.registry.NETWORKS`.
       params: the backbone's parameters.
       batch_stats: its BatchNorm statistics.
-      batch_size: images per forward pass, a multiple of the number of devices. Fewer images are
-        run as one or as eight a device, so that at most three programs are compiled.
-      devices: how many devices share a batch; all of them when not given, and "own" those of
-        this process, whatever others there are.
+      batch_size: images per forward pass, a multiple of the number of devices. Fewer images run
+        as one or eight per device, so that at most three programs are compiled.
+      devices: how many devices share a batch; by default all of them, and "own" is those of this
+        process only.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Network:
     def from_workdir(
         cls, workdir: str | Path, *, which: saved_runs.Which = "latest", **options
     ) -> "Network":
-        """A checkpoint of a run, the newest if no other is named; options as in the class.
+        """Load a checkpoint of a run, by default the newest; options as in the class.
 
         Raises:
           CheckpointError: the folder holds none.
@@ -66,7 +66,7 @@ class Network:
         return cls(config.model.network, params, batch_stats, **options)
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
         if images.ndim != 4 or images.shape[1:] != (112, 112, 3) or images.dtype != np.uint8:
             raise ValueError(
                 f"images are {images.shape} {images.dtype}; expected (n, 112, 112, 3) uint8, RGB, "
@@ -75,11 +75,11 @@ class Network:
         return self._runs[self._size(len(images))](images)
 
     def rows_of_this_host(self, count: int) -> np.ndarray:
-        """(count,) bool: which of so many images a call reads here; all where one host runs."""
+        """(count,) bool: which images of a call this host reads; all of them on a single host."""
         return embed.rows_of_this_host(count, batch_size=self._size(count), mesh=self._mesh)
 
     def _size(self, count: int) -> int:
-        """The batch size of the program that runs so many images."""
+        """The batch size of the program that runs `count` images."""
         return min((size for size in self._runs if size >= count), default=max(self._runs))
 
     def digest(self) -> str:

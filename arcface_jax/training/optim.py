@@ -1,4 +1,4 @@
-"""The learning-rate schedule; the backbone's optimizer: SGD, AdamW, LARS or LAMB; what follows it.
+"""The learning-rate schedule, the backbone's optimizer, the loss scale and the weights' EMA.
 
 The class centers follow the same rule inside the head, block by block (heads/centers.py).
 """
@@ -21,10 +21,10 @@ Schedule = Callable[[jax.Array], jax.Array]
 def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch: int) -> Schedule:
     """The learning rate of each optimizer step.
 
-    Warm-up gives step k of w the rate base * k / w, so the first update has rate 0 / w;
-    arcface_torch gives its very first update the full base rate, an accident that is not repeated.
+    Warm-up gives step k of w the rate base * k / w, so the first update has rate 0;
+    arcface_torch's first update has the full base rate, a bug that is not repeated here.
     Polynomial: base * (1 - (k - w) / (total - w)) ** power. Step: base * factor ** (decay epochs
-    behind). Cosine: base * (1 + cos(pi (k - w) / (total - w))) / 2.
+    passed). Cosine: base * (1 + cos(pi (k - w) / (total - w))) / 2.
 
     Args:
       schedule: the recipe's section.
@@ -54,7 +54,7 @@ def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch
 
 
 def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    """Clips the gradient and turns it into what is subtracted, times the rate.
+    """The backbone's optimizer: clips the gradient and computes the update per unit of rate.
 
     sgd: buf = momentum * buf + clipped gradient + decay * parameter, as `torch.optim.SGD` without
     dampening. adamw: m / (sqrt(v) + epsilon) + decay * parameter with the bias-corrected means m
@@ -79,7 +79,7 @@ def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _by_norm(trust: float) -> optax.GradientTransformation:
-    """Scales each matrix's update to `trust` times the matrix's norm."""
+    """Scale each matrix's update to `trust` times the matrix's norm."""
     ratio = optax.scale_by_trust_ratio(trust_coefficient=trust)
 
     def one(update: Any, param: Any) -> Any:
@@ -99,7 +99,7 @@ def _by_norm(trust: float) -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> dict[str, bool]:
-    """Which arrays, seen without the axes of a stack, are more than vectors."""
+    """Which arrays have more than one axis, not counting those of a stack."""
     return {
         name: np.ndim(array) - stacks.leading_axes(name, array) > 1
         for name, array in params.items()
@@ -107,15 +107,17 @@ def _matrices(params: Any) -> dict[str, bool]:
 
 
 def first_scale(optimizer: OptimizerConfig, dtype: str) -> Arrays:
-    """What float16's gradients are multiplied by, and the steps since it changed; else nothing."""
+    """The initial loss scale and the steps since it changed, for float16; else empty."""
     if dtype != "float16":
         return {}
     return {"factor": jnp.float32(optimizer.loss_scale), "steps": jnp.int32(0)}
 
 
 def next_scale(scale: Arrays, finite: jax.Array, optimizer: OptimizerConfig) -> Arrays:
-    """Half the factor after an overflow, twice it after enough steps without (Micikevicius et al.,
-    "Mixed Precision Training", ICLR 2018)."""
+    """Halve the loss scale after an overflow, double it after enough steps without one.
+
+    (Micikevicius et al., "Mixed Precision Training", ICLR 2018.)
+    """
     if not scale:
         return scale
     steps = jnp.where(finite, scale["steps"] + 1, 0)
@@ -124,11 +126,12 @@ def next_scale(scale: Arrays, finite: jax.Array, optimizer: OptimizerConfig) -> 
     return {"factor": jnp.clip(factor, 1.0, 2.0**24), "steps": jnp.where(grows, 0, steps)}
 
 
-def move_mean(mean: Arrays, weights: Arrays, *, keeps: float, steps: jax.Array) -> Arrays:
-    """The running mean of the weights, one step on: keeps * mean + (1 - keeps) * weights.
+def update_ema(ema: Arrays, weights: Arrays, *, ema_decay: float, steps: jax.Array) -> Arrays:
+    """Update the running mean of the weights: ema_decay * ema + (1 - ema_decay) * weights.
 
-    Early in a run it keeps (1 + steps) / (10 + steps) only, lest the first weights linger.
+    Early in a run the decay is only (1 + steps) / (10 + steps), so that the initial weights fade
+    quickly.
     """
     steps = steps.astype(jnp.float32)
-    share = 1 - jnp.minimum(keeps, (1 + steps) / (10 + steps))
-    return {name: mean[name] + share * (weights[name] - mean[name]) for name in mean}
+    share = 1 - jnp.minimum(ema_decay, (1 + steps) / (10 + steps))
+    return {name: ema[name] + share * (weights[name] - ema[name]) for name in ema}

@@ -1,4 +1,4 @@
-"""What a run has saved, to be read by others: inference, exports, and runs that begin with it."""
+"""Read checkpoints for inference, export and fine-tuning."""
 
 from pathlib import Path
 from typing import Literal
@@ -45,9 +45,8 @@ def restore_backbone(
         restored = checkpoint_forms.as_wanted(restored, form, wanted)
     except (ValueError, KeyError) as error:
         raise CheckpointError(
-            f"the checkpoint in {workdir} is not of the network {config.model.network} that its "
-            f"{CONFIG} names; "
-            f"put the right {CONFIG} back: {error}"
+            f"the checkpoint in {workdir} does not match model.network {config.model.network} in "
+            f"its {CONFIG}; restore the original {CONFIG}: {error}"
         ) from error
     return config, restored["params"], restored["batch_stats"], number
 
@@ -76,15 +75,15 @@ def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def restore_kept_centers(
-    workdir: Path, config: Config, *, like: jax.Array, num_classes: int
+    workdir: Path, *, like: jax.Array, num_classes: int, subcenters: int
 ) -> jax.Array:
     """The class centers of another run of the same classes.
 
     Args:
       workdir: of that run.
-      config: of the run that wants them.
-      like: an array of their shape and placement here.
-      num_classes: C here.
+      like: an array of the shape and placement they are to have.
+      num_classes: C of the new run.
+      subcenters: per class, of the new run.
 
     Raises:
       CheckpointError: the folder holds no checkpoint, or its centers do not fit.
@@ -93,10 +92,10 @@ def restore_kept_centers(
     item = _item_of_centers(workdir, number)
     dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
     stored = (dataset["dataset"]["num_classes"], there.head.subcenters)
-    if stored != (num_classes, config.head.subcenters):
+    if stored != (num_classes, subcenters):
         raise CheckpointError(
             f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x {stored[1]}, "
-            f"the training set here needs {num_classes} x {config.head.subcenters}: use "
+            f"the training set here needs {num_classes} x {subcenters}: use "
             "--finetune.centers class_means or random"
         )
     wanted = {"centers": like}
@@ -105,7 +104,7 @@ def restore_kept_centers(
 
 
 def is_begun(workdir: Path) -> bool:
-    """Whether a run has saved anything there that the same command resumes."""
+    """Whether the workdir holds a checkpoint to resume from."""
     return bool(complete_steps(workdir))
 
 
@@ -113,7 +112,7 @@ def _item_of_centers(workdir: Path, number: int) -> str:
     saved = checkpoint.folder_of(workdir) / str(number)
     item = next((name for name in ("training", "centers") if (saved / name).is_dir()), None)
     if item is None:
-        raise CheckpointError(f"{workdir} holds a backbone alone, and no class centers")
+        raise CheckpointError(f"{workdir} holds a backbone and no class centers")
     return item
 
 
@@ -153,15 +152,15 @@ def _best(manager: ocp.CheckpointManager, steps: list[int], workdir: Path) -> in
     measured = {step: score for step in steps if (score := manager.metrics(step))}
     if not measured:
         raise CheckpointError(
-            f"{workdir} was trained without a metric to call a checkpoint the best: train with "
-            "--checkpoint.best-metric eval/NAME/accuracy, or take --step latest"
+            f"{workdir} has no best checkpoint (checkpoint.best_metric was not set): train with "
+            "--checkpoint.best-metric eval/NAME/accuracy, or use --step latest"
         )
     (name,) = measured[max(measured)]
     return max(measured, key=lambda step: (checkpoint.rank_of(measured[step], name), step))
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Each process reads for itself, whatever the others do."""
+    """Options with which each process reads independently of the others."""
     here = jax.process_index()
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()

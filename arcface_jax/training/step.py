@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from arcface_jax.config import Config, batch_norm_groups
+from arcface_jax.config import Config, FineTuneConfig, batch_norm_groups
 from arcface_jax.heads import margin_softmax
 from arcface_jax.heads.centers import Moments
 from arcface_jax.heads.margin_softmax import Centers, HeadOutput
@@ -69,9 +69,15 @@ class TrainState:
     `skipped_in_row` up to now."""
 
 
-def backbone(config: Config, *, num_devices: int = 1) -> registry.Backbone:
-    """The backbone of a configuration, for one slice of the batch on one of the devices."""
-    groups = batch_norm_groups(config)
+def backbone(config: Config, *, num_devices: int = 1, one_group: bool = False) -> registry.Backbone:
+    """The backbone of a configuration, for one slice of the batch on one of the devices.
+
+    Args:
+      config: the run.
+      num_devices: devices in the mesh.
+      one_group: whether BatchNorm normalizes the whole batch at once, whatever the recipe's groups.
+    """
+    groups = 1 if one_group else batch_norm_groups(config)
     across = groups == 1 and num_devices > 1
     build = partial(
         registry.build,
@@ -88,15 +94,15 @@ def backbone(config: Config, *, num_devices: int = 1) -> registry.Backbone:
     return build(frozen_statistics=names)
 
 
-def trained(config: Config, params: Arrays) -> dict[str, float]:
-    """The parameters that training moves: each one's factor on the learning rate, by name.
+def trained(finetune: FineTuneConfig, params: Arrays) -> dict[str, float]:
+    """The parameters that are trained: each one's factor on the learning rate, by name.
 
     Raises:
       ConfigError: a pattern of `finetune.frozen` or `finetune.rates` fits none.
     """
     names = list(params)
-    frozen = name_rules.select(config.finetune.frozen, names, field="finetune.frozen")
-    factors = name_rules.factors(config.finetune.rates, names, field="finetune.rates")
+    frozen = name_rules.select(finetune.frozen, names, field="finetune.frozen")
+    factors = name_rules.factors(finetune.rates, names, field="finetune.rates")
     return {name: factor for name, factor in factors.items() if name not in frozen}
 
 
@@ -113,10 +119,10 @@ def init_state(
 ) -> TrainState:
     """The state before the first step, on the devices.
 
-    The same seed gives the same weights and centers on any number of devices; weights that are
-    given, params and batch_stats, take the place of random ones.
+    The same seed gives the same weights and centers on any number of devices. `weights`, params
+    and batch_stats, replace the random ones.
     """
-    # Copied, for they are used up here.
+    # Copied, because they are donated here.
     first = jax.tree.map(np.array, weights) if weights else backbone(config).init(config.seed)
     first = jax.device_put(first, meshes.replicated(mesh))
     start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
@@ -124,7 +130,7 @@ def init_state(
 
 
 def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
-    """What `init_state` gives, as shapes, types and placements: nothing is allocated."""
+    """The shapes, types and placements of `init_state`, without allocating anything."""
     start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
     state = jax.eval_shape(start, *backbone(config).shapes)
 
@@ -150,7 +156,7 @@ def _first_state(
         params=params,
         batch_stats=batch_stats,
         opt_state=optim.make_optimizer(config.optimizer).init(
-            _pick(params, trained(config, params))
+            _pick(params, trained(config.finetune, params))
         ),
         centers=centers.rows,
         centers_opt=centers.moments,
@@ -166,22 +172,21 @@ def _first_state(
 def make_train_step(
     config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """Compiles, at its first call, the step of a configuration.
+    """The train step of a configuration, compiled at its first call.
 
     Returns:
       (state, {"image": (B, 112, 112, 3) uint8, "label": (B,) int32}) -> (state, metrics); the
-      state it is given is used up. Metrics are () float32 on the devices, named as in
-      metrics.jsonl.
+      given state is donated. Metrics are () float32 on the devices, named as in metrics.jsonl.
     """
     gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     optimizer = optim.make_optimizer(config.optimizer)
-    factors = trained(config, backbone(config).shapes[0])
+    factors = trained(config.finetune, backbone(config).shapes[0])
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         found = gradients(state, batch)
         head, rate, norm = found.head, found.rate, optax.tree.norm(found.params)
-        # The centers had their own say, inside the head: a gradient of the backbone that overflows
-        # does not make theirs wrong.
+        # The centers were updated inside the head, by its own check: an overflow in the backbone's
+        # gradient does not make theirs wrong.
         finite = jnp.isfinite(norm) & jnp.isfinite(head.loss)
         moving = _pick(state.params, factors)
         updates: Any
@@ -195,15 +200,18 @@ def make_train_step(
         params = {**state.params, **moved}
         ema = state.ema
         if ema:
-            move = partial(optim.move_mean, keeps=config.optimizer.ema, steps=state.step)
+            decay = config.optimizer.ema
             new = _weights(params, batch_stats)
-            ema = {name: move(ema[name], new[name]) for name in ema}
+            ema = {
+                name: optim.update_ema(ema[name], new[name], ema_decay=decay, steps=state.step)
+                for name in ema
+            }
         counters = {
             "invalid_labels": state.counters["invalid_labels"] + head.metrics.pop("invalid_labels"),
             "skipped_steps": state.counters["skipped_steps"] + ~finite,
             "skipped_in_row": jnp.where(finite, 0, state.counters["skipped_in_row"] + 1),
         }
-        if config.head.sample_rate < 1:  # the other classes were not asked
+        if config.head.sample_rate < 1:  # accuracy among the sampled classes only
             head.metrics["accuracy_sampled"] = head.metrics.pop("accuracy")
         metrics: Any = {
             "train/loss": head.loss,
@@ -228,18 +236,18 @@ def make_train_step(
         ), metrics
 
     placed = shardings(mesh)
-    # Stated, for a state that came out placed in another way would compile the step again.
+    # Stated, because a state with another placement would compile the step again.
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
 
 
 class _Gradients(NamedTuple):
-    """What a step finds before it changes anything."""
+    """Result of forward and backward pass, before any update."""
 
     head: HeadOutput
     params: Arrays
-    """Gradient of the backbone's parameters that training moves, float32."""
+    """Gradient of the trained backbone parameters, float32."""
     batch_stats: Arrays
-    """Moved."""
+    """Updated running statistics."""
     rate: jax.Array
     """() float32."""
 
@@ -257,7 +265,7 @@ def _make_gradients(
         flip_key, network_key, head_key = jax.random.split(key, 3)
         if config.data.flip:
             images = preprocess.random_flip(images, flip_key)
-        moving = _pick(state.params, trained(config, state.params))
+        moving = _pick(state.params, trained(config.finetune, state.params))
         forward = microbatch.forward(
             network,
             moving,
@@ -282,7 +290,7 @@ def _make_gradients(
             mesh=mesh,
         )
         factor = state.loss_scale.get("factor", 1.0)
-        found = forward.pull(head.d_embeddings * factor)
+        found = forward.vjp(head.d_embeddings * factor)
         found = jax.tree.map(lambda gradient: gradient / factor, found)
         return _Gradients(head, found, forward.batch_stats, rate)
 
@@ -292,7 +300,7 @@ def _make_gradients(
 def make_gradient_norms(
     config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, jax.Array]], dict[str, jax.Array]]:
-    """(state, batch) -> the norm of each array's gradient; changes nothing, for finding faults."""
+    """(state, batch) -> the norm of each array's gradient, for failure reports."""
     gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
 
     def norms(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -305,7 +313,7 @@ def make_gradient_norms(
 
 
 def weights(state: TrainState) -> dict[str, Arrays]:
-    """`params` and `batch_stats` for evaluation and export: the running means, where there are."""
+    """`params` and `batch_stats` for evaluation and export: the running means, if kept."""
     return state.ema or _weights(state.params, state.batch_stats)
 
 
@@ -322,8 +330,8 @@ def make_embed(
 ) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
     """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32.
 
-    In the mode of training BatchNorm takes the statistics of these images, and what is random there
-    is so here, the same at each call.
+    In training mode BatchNorm uses the statistics of these images, and dropout and the like are
+    active, with the same draws at each call.
     """
     train = mode == "training"
 

@@ -65,7 +65,7 @@ def _check_finetune(config: Config) -> None:
             f"{config.head.subcenters}: use --head.subcenters 1 or --finetune.centers random"
         )
     if finetune.frozen or finetune.frozen_statistics or finetune.rates:
-        step.trained(config, step.backbone(config).shapes[0])
+        step.trained(finetune, step.backbone(config).shapes[0])
 
 
 def _check_head(head: HeadConfig) -> None:

@@ -73,7 +73,7 @@ def test_the_last_whole_one_is_taken_and_the_run_ends_as_it_would(run, capsys, d
         target.unlink()
     assert train.train(config(run)).step == 4
     said = capsys.readouterr().err
-    assert "the checkpoint of step 4 is damaged" in said and target.name in said
+    assert "checkpoint 4 is corrupt" in said and target.name in said
     assert "resuming at step 2" in said
     assert (run / "damaged" / "4").is_dir()
     again = saved_runs.restore_backbone(run)[1]
@@ -84,7 +84,7 @@ def test_where_none_is_whole_nothing_is_touched(run):
     for step in ("2", "4"):
         flip(largest(run / "checkpoints" / step))
     before = files(run / "checkpoints")
-    with pytest.raises(CheckpointError, match="begin anew in another --workdir"):
+    with pytest.raises(CheckpointError, match="start a new run in another --workdir"):
         train.train(config(run))
     assert files(run / "checkpoints") == before
 
@@ -93,7 +93,7 @@ def test_what_inference_reads_of_a_damaged_one_is_refused_by_name(run):
     damaged = largest(run / "checkpoints" / "4" / "backbone")
     before = damaged.read_bytes()
     flip(damaged)
-    with pytest.raises(CheckpointError, match=rf"checkpoints/4 is damaged .*{damaged.name}"):
+    with pytest.raises(CheckpointError, match=rf"checkpoints/4 is corrupt .*{damaged.name}"):
         saved_runs.restore_backbone(run)
     assert saved_runs.restore_backbone(run, 2)[3] == 2
     damaged.write_bytes(before)

@@ -115,9 +115,8 @@ def test_a_checkpoint_that_fills_the_disk_costs_only_itself(disk):
     for which in (full, again):
         message = one_message(*which)
         assert f"cannot write {disk}/run/checkpoints/96 (the checkpoint of step 96)" in message
-        assert "No space left on device" in message and "free space there" in message
-        assert "the last complete checkpoint is that of step 64" in message
-        assert "the same command resumes there" in message
+        assert "No space left on device. Free disk space and rerun the same command" in message
+        assert "it resumes from step 64 " in message
     assert "step 127/128" not in full[1], "it is noticed steps before the next checkpoint"
     left = (disk.parent / "after_full").read_text().split()
     assert sorted(name for name in left if name.isdigit()) == ["32", "64"]
@@ -149,9 +148,9 @@ def test_a_disk_that_others_fill_while_training(disk, every):
     message = one_message(*full)
     assert f"cannot write {disk}/run/" in message and "No space left on device" in message
     if every == "0":
-        assert "no checkpoint is complete yet; the same command begins anew" in message
+        assert "it starts over, because no checkpoint is complete yet" in message
     else:
-        assert "the last complete checkpoint is that of step " in message
+        assert "it resumes from step " in message
 
 
 @pytest.mark.slow
@@ -189,7 +188,7 @@ def test_a_read_only_workdir_is_one_message_and_stays_as_it_is(disk):
         message = one_message(*which)
         assert str(disk) in message and "Read-only file system" in message
         assert "writable" in message
-    assert "the last complete checkpoint is that of step 4" in one_message(*rest[2])
+    assert "it resumes from step 4 " in one_message(*rest[2])
     assert (disk.parent / "after").read_text().split() == ["empty", "run"]
 
 
@@ -201,4 +200,4 @@ def test_a_workdir_that_cannot_be_made_is_one_message(tmp_path):
         **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
     )
     message = one_message(done.returncode, done.stderr)
-    assert "cannot write to --workdir /proc/run" in message and "another folder" in message
+    assert "cannot write to --workdir /proc/run" in message and "another --workdir" in message

@@ -11,7 +11,8 @@ from tensorboardX.proto.event_pb2 import Event
 from arcface_jax.errors import CheckpointError
 from arcface_jax.runtime import metrics
 from arcface_jax.runtime.console import Terminal
-from arcface_jax.runtime.metrics import Clock, MetricsFile
+from arcface_jax.runtime.metrics import MetricsFile
+from arcface_jax.runtime.profiling import Clock
 
 
 def written(workdir: Path) -> list[dict[str, float]]:
@@ -222,7 +223,7 @@ def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_terminal_each_log_step_is_a_plain_line_on_stderr(no_terminal, capsys):
     terminal = Terminal(total_steps=1000, start=0)
-    terminal.say("r50 on 8 x cpu [bold] " + "x" * 300)
+    terminal.print("r50 on 8 x cpu [bold] " + "x" * 300)
     terminal.advance()
     values = {"train/loss": 12.3456, "train/accuracy": 0.25}
     terminal.show(10, values)
@@ -244,7 +245,7 @@ def test_on_a_terminal_a_bar_goes_along_and_lines_stay_above_it(monkeypatch, cap
     terminal = Terminal(total_steps=50, start=20)
     terminal.advance()
     terminal.show(21, {"train/loss": 1.5, "train/accuracy": 0.5})
-    terminal.say("lfw accuracy 0.9000")
+    terminal.print("lfw accuracy 0.9000")
     terminal.close()
     err = capsys.readouterr().err
     assert "step 20/50" in err and "step 21/50" in err

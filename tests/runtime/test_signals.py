@@ -153,8 +153,8 @@ def test_a_save_that_outlasts_the_deadline_is_given_up(tmp_path, by, options, ex
         waited = time.monotonic() - sent
     assert code == expected, said
     last = said.strip().splitlines()[-1]
-    assert last.startswith(f"stopped by {by.name}, and not ready in checkpoint.deadline_seconds 3")
-    assert "the last complete checkpoint is that of step 6 " in last
+    assert last.startswith(f"{by.name}: shutdown exceeded checkpoint.deadline_seconds=3; exiting")
+    assert "it resumes from step 6 " in last
     assert "Traceback" not in said and saved(run.workdir) == [6]
     assert 2.5 < waited < 10
 

@@ -116,5 +116,5 @@ def test_running_statistics_that_never_move_are_found_and_explained(
     assert measured(tmp_path / "broken", name)[6] < 0.5 < 0.75 < measured(sound, name)[12]
     words = [line for line in said.splitlines() if line.startswith("synthetic: accuracy")]
     assert "no better than chance (0.500)" in words[-1]
-    assert "The network that is evaluated is not the one that is trained" in words[-1]
+    assert "Training mode and evaluation mode disagree" in words[-1]
     assert f"{measured(tmp_path / 'broken', name)[6]:.2f}. BatchNorm's running" in words[-1]

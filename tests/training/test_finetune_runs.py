@@ -114,8 +114,7 @@ def test_centers_of_the_same_classes_may_be_kept(source_run):
         finetune__centers="kept",
     )
     source = opening.open_source(config.data, seed=0)
-    weights = finetune.weights(config, None)
-    assert weights is not None
+    weights = finetune.weights(source_run, config.model, name=str(source_run))
     resumed = step.init_state(config, num_classes=5, mesh=meshes.make(1))
     with checkpoint.open_workdir(checkpoint.read_config(source_run)) as manager:
         resumed = checkpoint.restore(manager, resumed, {"num_classes": 5, "num_images": 25})

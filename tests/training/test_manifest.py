@@ -144,7 +144,9 @@ def test_wandb_that_is_not_installed_is_named_with_the_command(tmp_path, monkeyp
 def test_one_host_that_is_busy_longer_is_named():
     values, words = diagnostics.compare_hosts(np.array([10.0, 12.0, 60.0, 11.0]))
     assert values == {"perf/slowest_host_ms": 60.0, "perf/slowest_host": 2}
-    assert words is not None and "host 2 of 4" in words and "60 ms" in words and "for 11" in words
+    assert (
+        words is not None and "host 2/4" in words and "60 ms/step" in words and "vs. 11 ms" in words
+    )
     assert diagnostics.compare_hosts(np.array([10.0, 12.0]))[1] is None  # 2 ms are not worth a word
     assert diagnostics.compare_hosts(np.array([1000.0, 1010.0]))[1] is None
 
@@ -154,8 +156,8 @@ import json, sys, jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
-from arcface_jax import profiling
-print(json.dumps(profiling.slowest_host(float(sys.argv[3]))))
+from arcface_jax.training import diagnostics
+print(json.dumps(diagnostics.slowest_host(float(sys.argv[3]))))
 """
 
 
@@ -173,4 +175,4 @@ def test_two_processes_agree_which_is_slower():
     said = [json.loads(host.communicate(timeout=120)[0].splitlines()[-1]) for host in hosts]
     assert said[0] == said[1]
     assert said[0][0] == {"perf/slowest_host_ms": 80.0, "perf/slowest_host": 0}
-    assert "host 0 of 2" in said[0][1]
+    assert "host 0/2" in said[0][1]

@@ -108,7 +108,7 @@ def test_what_is_drawn_for_an_image_depends_on_neither_slices_nor_devices(batch,
                 reduce_dtype="float32",
                 mesh=mesh,
             )
-            return forward.embeddings, forward.pull(forward.embeddings)
+            return forward.embeddings, forward.vjp(forward.embeddings)
 
         outcomes.append(
             jax.device_get(

@@ -35,12 +35,12 @@ def test_every_pattern_that_fits_nothing_is_named_with_names_near_it():
         name_rules.select(["layer1.*", "layer2.conv", "conv1.kernl"], NAMES, field="finetune.x")
     message = str(error.value)
     assert "finetune.x" in message and "'layer1.*'" not in message
-    assert "'layer2.conv'" in message and "'conv1.kernl' (near it: conv1.kernel" in message
+    assert "'layer2.conv'" in message and "'conv1.kernl' (close matches: conv1.kernel" in message
 
 
 def test_one_layer_of_a_stack_is_refused_with_the_name_of_the_stack():
     names = list(registry.build("vit_t").shapes[0])
-    with pytest.raises(ConfigError, match=r"blocks\.3\..*one of a stack.*blocks\.0-11\."):
+    with pytest.raises(ConfigError, match=r"blocks\.3\..*part of a stack.*blocks\.0-11\."):
         name_rules.select(["blocks.3.*"], names, field="f")
 
 

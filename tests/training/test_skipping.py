@@ -130,13 +130,15 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_reported(run, tmp_path
     )
     np.testing.assert_array_equal(run.state.centers, centers)
     norms = {name: float(norm) for name, norm in run.norms(run.state, run.batch).items()}
-    path = diagnostics.write(
+    path = diagnostics.write_failure(
         tmp_path, 2, metrics=metrics, images=["4", "2"], gradient_norms=norms, scale=16.0
     )
     found = json.loads(path.read_text())
     assert found["images"] == ["4", "2"] and "conv1.kernel" in found["not_finite"]
     assert found["metrics"]["train/loss"] == "nan"
-    error = diagnostics.error(run.config, 2, in_row=2, loss=float("nan"), report=path)
+    error = diagnostics.failure_error(
+        2, metrics, path, optimizer=run.config.optimizer, dtype=run.config.model.dtype
+    )
     assert "bfloat16" in str(error) and str(path) in str(error)
     run.change(params=good, loss_scale=scale)
 

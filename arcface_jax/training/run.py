@@ -1,0 +1,217 @@
+"""A run while it trains: what happens around each step, and what has to be closed at the end."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from arcface_jax.config import CheckpointConfig, Config, EvaluationConfig, ScheduleConfig
+from arcface_jax.data.pipeline import BadImage, BadImages
+from arcface_jax.errors import UserError
+from arcface_jax.evaluation.verification import Verification
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.runtime import signals
+from arcface_jax.runtime.console import Terminal
+from arcface_jax.runtime.metrics import MetricsFile
+from arcface_jax.runtime.profiling import Clock, Trace
+from arcface_jax.training import checkpoint, diagnostics, evaluators, messages
+from arcface_jax.training.step import Metrics, TrainState
+
+Batch = dict[str, jax.Array]
+Batches = Generator[tuple[Batch, tuple[BadImage, ...]]]
+
+# Steps dispatched to the devices before the first of them is done: enough to keep them busy, and
+# few enough that batches do not pile up in their memory.
+_STEPS_AHEAD = 2
+
+
+class Steps(NamedTuple):
+    """When a run starts, ends, evaluates and saves, in optimizer steps."""
+
+    start: int
+    """Steps done before; 0, or the checkpoint that the run resumes from."""
+    total: int
+    per_epoch: int
+    evaluate_at: set[int]
+    """Steps after which the state is evaluated; the last step is one of them."""
+    save_at: set[int]
+    """Steps after which the state is saved; the last step is one of them."""
+
+
+def plan_steps(
+    schedule: ScheduleConfig,
+    evaluation: EvaluationConfig,
+    checkpoint: CheckpointConfig,
+    *,
+    start: int,
+    per_epoch: int,
+) -> Steps:
+    """The steps of a run that starts from step `start` and has `per_epoch` steps per epoch."""
+    total = per_epoch * schedule.epochs
+    evaluate_at = _milestones(evaluation.every_epochs, per_epoch, total)
+    save_at = _milestones(checkpoint.every_epochs, per_epoch, total)
+    if checkpoint.best_metric:
+        save_at |= evaluate_at
+    return Steps(start, total, per_epoch, evaluate_at, save_at)
+
+
+def _milestones(every_epochs: float, per_epoch: int, total: int) -> set[int]:
+    """The steps after which something periodic is due; the last is one of them."""
+    interval = max(1, round(every_epochs * per_epoch)) if every_epochs else total
+    return {*range(interval, total, interval), total}
+
+
+@dataclass
+class Run:
+    """A run while it trains: what the loop in `train` works with, and how far it is."""
+
+    config: Config
+    steps: Steps
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: evaluators.Evaluate
+    failure: Callable[[TrainState, Batch, dict[str, float]], UserError]
+    """The error to raise when steps are no longer finite; writes a report."""
+    manager: ocp.CheckpointManager
+    dataset: checkpoint.Dataset
+    batches: Batches
+    bad_images: BadImages
+    log: MetricsFile
+    terminal: Terminal
+    clock: Clock
+    trace: Trace
+    health: diagnostics.HealthMonitor
+    chance_loss: float
+    """Expected loss at initialization."""
+    pretrained: bool
+    """Whether the run starts from other weights than random ones."""
+
+    state: TrainState
+    done: int
+    """Steps dispatched; `state.step` may still be computed on the devices."""
+    in_flight: deque[Metrics] = field(default_factory=deque)
+    results: list[Verification] = field(default_factory=list)
+    """Of the last evaluation."""
+
+    def next_batch(self) -> Batch:
+        """Wait for the next batch, on the devices, and report its unreadable images.
+
+        Raises:
+          UserError: too many images cannot be read. What was trained so far is saved.
+        """
+        try:
+            with self.clock.waiting():
+                batch, bad = next(self.batches)
+            for image in self.bad_images.add(bad, step=self.done + 1):
+                self.terminal.print(messages.bad_image(image))
+        except UserError:
+            # Several processes save together, and the others do not know of this error.
+            if self.done > self.steps.start and jax.process_count() == 1:
+                self.save()
+            raise
+        return batch
+
+    def finish_first_step(self, batch: Batch, metrics: Metrics) -> None:
+        """Wait for the first step, whose compilation does not count as training time."""
+        jax.block_until_ready(metrics)
+        self.terminal.print_all(self.health.few_labels(meshes.own_part(batch["label"])))
+        if self.steps.start == 0:
+            loss = float(metrics["train/loss"])
+            self.terminal.print(
+                messages.initial_loss(loss, self.chance_loss, pretrained=self.pretrained)
+            )
+        self.clock.restart()
+
+    def limit_steps_ahead(self, metrics: Metrics) -> None:
+        """Wait for an earlier step if too many are in flight."""
+        self.in_flight.append(metrics)
+        if len(self.in_flight) > _STEPS_AHEAD:
+            with self.clock.blocked():
+                jax.block_until_ready(self.in_flight.popleft())
+
+    def log_step(self, metrics: Metrics) -> dict[str, float]:
+        """Log and show the metrics of a step, with warnings about them; returns the values."""
+        with self.clock.blocked():
+            values = {name: float(value) for name, value in metrics.items()}
+        values |= self.clock.read()
+        straggler = None
+        if "perf/host_ms" in values:  # on all hosts, or on none
+            slowest, straggler = diagnostics.slowest_host(values["perf/host_ms"])
+            values |= slowest
+        values["epoch"] = self.done / self.steps.per_epoch
+        values["data/bad_images"] = len(self.bad_images)
+        self.log.write(self.done, values)
+        self.terminal.show(self.done, values)
+        checkpoint.check(self.manager)
+        self.terminal.print_all(
+            self.health.skipped_steps(self.done, values),
+            self.health.plateau(self.done, values["train/loss"]),
+            straggler,
+            self.health.slow_input(values, self.config.data),
+        )
+        return values
+
+    def raise_if_failing(self, batch: Batch, values: dict[str, float]) -> None:
+        """End the run, with a checkpoint, after too many non-finite steps or for invalid labels."""
+        if values["train/skipped_in_row"] >= self.config.optimizer.stop_after_skipped:
+            self.save()
+            raise self.failure(self.state, batch, values)
+        if values["train/invalid_labels"]:
+            self.save()
+            raise messages.invalid_labels(values["train/invalid_labels"], self.done, self.dataset)
+
+    def evaluate_if_missing(self, stop: signals.Stop) -> None:
+        """Make up for an evaluation that a signal interrupted before this run resumed."""
+        missing = self.done in self.steps.evaluate_at and not self.log.has(self.done, "eval/")
+        if missing and self.config.evaluation.targets:
+            self.evaluate_and_log(stop)
+
+    def evaluate_and_log(self, stop: signals.Stop) -> None:
+        """Evaluate the state on all verification sets.
+
+        Raises:
+          Interrupted: a signal came.
+        """
+        self.results = self.evaluate(self.state, stop.raise_if_stopped)
+        self.log.write(self.done, evaluators.metrics(self.results))
+        self.terminal.print(
+            f"step {self.done}/{self.steps.total}  {messages.accuracies(self.results)}"
+        )
+
+    def explain(self, metrics: Metrics) -> None:
+        """Explain why sets are still verified at chance level, if any is."""
+        loss = float(metrics["train/loss"])
+        self.terminal.print_all(
+            *(
+                diagnostics.explain_chance_accuracy(result, loss=loss, chance_loss=self.chance_loss)
+                for result in self.results
+            )
+        )
+
+    def score(self) -> dict[str, float] | None:
+        """{checkpoint.best_metric: its value}, if this step was evaluated."""
+        name = self.config.checkpoint.best_metric
+        if not name or self.done not in self.steps.evaluate_at:
+            return None
+        return {name: evaluators.metrics(self.results)[name]}
+
+    def save(self, score: dict[str, float] | None = None) -> None:
+        """Save the state; `score` is what this step's evaluation gave, see `score`."""
+        checkpoint.save(self.manager, self.state, self.dataset, score)
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close everything that the run holds open, however the block ends."""
+        try:
+            yield
+        finally:
+            diagnostics.disarm_watchdog()
+            with ExitStack() as stack:  # closes in reverse order, even if one close() raises
+                stack.callback(self.terminal.close)
+                stack.callback(self.log.close)
+                stack.callback(checkpoint.close, self.manager)
+                stack.callback(self.trace.close)
+                stack.callback(self.batches.close)

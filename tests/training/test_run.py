@@ -1,0 +1,106 @@
+"""When a run evaluates and saves, and what `train` hands back."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from arcface_jax import config as c
+from arcface_jax.data.synthetic import faces
+from arcface_jax.errors import ConfigError
+from arcface_jax.models import registry
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.train import Outcome, train
+from arcface_jax.training import optim, saved_runs, step
+from arcface_jax.training.run import plan_steps
+
+
+def config(workdir: Path, **changes) -> c.Config:
+    tiny = c.Config(
+        workdir=str(workdir),
+        devices=1,
+        data=c.DataConfig(
+            path="synthetic",
+            global_batch_size=8,
+            synthetic=c.SyntheticConfig(identities=4, images_per_identity=4),
+        ),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
+        head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
+        schedule=c.ScheduleConfig(epochs=2),
+        evaluation=c.EvaluationConfig(targets=(), batch_size=8),
+        logging=c.LoggingConfig(every_steps=1, tensorboard=False),
+    )
+    return c.replace(tiny, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[c.Config, Outcome]:
+    run = config(tmp_path_factory.mktemp("finished") / "run")
+    return run, train(run)
+
+
+def embed(params, batch_stats) -> np.ndarray:
+    images = np.stack([faces.draw_face(seed=1, identity=i, index=0) for i in range(4)])
+    network = registry.build("r_tiny", embedding_size=32)
+    return np.asarray(step.make_embed(network)(params, batch_stats, images))
+
+
+def test_the_returned_state_is_the_one_in_the_checkpoint(finished):
+    run, outcome = finished
+    assert outcome.step == int(outcome.state.step) == 4
+    assert not any(array.is_deleted() for array in jax.tree.leaves(outcome.state))
+    _, params, batch_stats, number = saved_runs.restore_backbone(Path(run.workdir))
+    assert number == 4
+    ours = embed(outcome.state.params, outcome.state.batch_stats)
+    assert np.linalg.norm(ours, axis=1).min() > 0
+    np.testing.assert_array_equal(ours, embed(params, batch_stats))
+
+
+def test_a_resumed_run_returns_the_same_state_which_can_be_trained_further(finished):
+    run, outcome = finished
+    again = train(run)  # nothing is left to train
+    same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), outcome.state, again.state)
+    assert all(jax.tree.leaves(same))
+    mesh = meshes.make(1)
+    schedule = optim.make_schedule(run.schedule, base_rate=0.1, steps_per_epoch=4)
+    train_step = step.make_train_step(run, num_classes=4, schedule=schedule, mesh=mesh)
+    images = np.stack([faces.draw_face(seed=0, identity=i % 4, index=i // 4) for i in range(8)])
+    labels = np.arange(8, dtype=np.int32) % 4
+    batch = meshes.to_devices({"image": images, "label": labels}, mesh)
+    state, metrics = train_step(again.state, batch)
+    assert int(state.step) == 5 and np.isfinite(metrics["train/loss"])
+
+
+@pytest.mark.parametrize(
+    ("every", "best", "evaluate_at", "save_at"),
+    [
+        ((1, 1), "", {3, 6, 9, 12}, {3, 6, 9, 12}),
+        ((2, 0), "", {6, 12}, {12}),
+        ((0, 1.5), "", {12}, {4, 8, 12}),
+        ((2, 0), "eval/lfw/auc", {6, 12}, {6, 12}),
+        ((3, 4), "eval/lfw/auc", {9, 12}, {9, 12}),
+        ((0.01, 0), "", set(range(1, 13)), {12}),
+    ],
+)
+def test_steps_to_evaluate_and_save_at(every, best, evaluate_at, save_at):
+    """Four epochs of three steps; the last step is always among them."""
+    steps = plan_steps(
+        c.ScheduleConfig(epochs=4),
+        c.EvaluationConfig(every_epochs=every[0]),
+        c.CheckpointConfig(every_epochs=every[1], best_metric=best),
+        start=2,
+        per_epoch=3,
+    )
+    assert (steps.start, steps.total, steps.per_epoch) == (2, 12, 3)
+    assert (steps.evaluate_at, steps.save_at) == (evaluate_at, save_at)
+
+
+def test_weights_of_pytorch_without_pytorch_are_an_error_with_the_install_command(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"init_from .*backbone\.pth.*arcface-jax\[torch\]"):
+        train(config(tmp_path / "run", init_from=str(tmp_path / "backbone.pth")))
+    assert not (tmp_path / "run").exists()
