@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
             ijb_set,
             model,
             folder=arguments.output / "features",
-            mirrored=any(option.mirrored for option in options),
+            flip=any(option.flip for option in options),
             threads=arguments.threads,
             progress=lambda done: print(f"{done:,} of {total:,} images", file=sys.stderr),
         )

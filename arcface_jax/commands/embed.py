@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface_jax.data import faces
+from arcface_jax.data import faces, point_files
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation import calibration as calibrations
@@ -136,7 +136,7 @@ def embed_folder(
     Args:
       embedder: the network.
       folder: the images.
-      points: empty, or one file as `faces.read_points`.
+      points: empty, or one file as `point_files` reads it.
       normalized: as `Embedder.__call__`.
       output: the folder of the shards.
       shard_size: images per shard.
@@ -147,7 +147,7 @@ def embed_folder(
     """
     if len(points) > 1:
         raise UserError("--points for a folder: name a file of lines `image x1 y1 ... x5 y5`")
-    listed = faces.read_points(Path(points[0])) if points else None
+    listed = point_files.one_by_name(Path(points[0])) if points else None
     if output is None:
         names = faces.find(folder)
         for name in names:
@@ -189,7 +189,7 @@ def verify(
     Args:
       embedder: the network.
       pair: the files.
-      points: empty, or one file as `faces.read_points` with lines for both.
+      points: empty, or one file as `point_files` reads it with lines for both.
       threshold: as `Embedder.verify`; None to print the cosine alone.
 
     Raises:
@@ -218,15 +218,15 @@ def points_of(words: Sequence[str], image: Path) -> np.ndarray | None:
     """The five points of one image, from the words behind --points.
 
     Args:
-      words: ten numbers, or the name of a file as `faces.read_points`, or none.
+      words: ten numbers, or the name of a file as `point_files` reads it, or none.
       image: the image, which the file lists by this path or by its name alone.
 
     Raises:
       DataError: they are neither, or the file does not list the image.
     """
     if len(words) != 1:
-        return faces.parse_points(words) if words else None
-    return _listed(faces.read_points(Path(words[0])), [str(image), image.name], words[0])
+        return point_files.parse(words) if words else None
+    return _listed(point_files.one_by_name(Path(words[0])), [str(image), image.name], words[0])
 
 
 def _listed(points: dict[str, np.ndarray], names: Sequence[str], source: str) -> np.ndarray:

@@ -6,7 +6,6 @@ python -m convert.to_onnx --weight backbone.pth --network r50 --output model.onn
 
 import json
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +23,7 @@ from arcface_jax.errors import UserError
 from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.report import tables
 from arcface_jax.inference.open_model import ModelChoice, open_network
+from arcface_jax.runtime.files import atomic_files
 from arcface_jax.training.network import Network
 
 Precision = Literal["float32", "float16", "int8"]
@@ -77,8 +77,7 @@ def export(
         raise UserError("--precision int8 and --calibration FOLDER go together")
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no folder {output.parent}")
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".onnx") as folder:
-        path = Path(folder) / output.name  # the name by which the graph calls its data
+    with atomic_files(output) as path:  # the graph refers to its data by the file's name
         onnx_graph.write(path, embedder, normalization=normalization)
         if precision == "float16":
             onnx_precision.to_float16(path)
@@ -86,8 +85,6 @@ def export(
             onnx_precision.to_int8(path, calibration, inside=normalization == "inside")
         faces = parity.drawn_faces() if calibration is None else calibration[:16]
         error = check(path, embedder, faces, bound=_BOUNDS[precision])
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the data before the graph
-            file.replace(output.parent / file.name)
     return error
 
 

@@ -27,6 +27,7 @@ from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.inference.open_model import ModelChoice, open_network
 from arcface_jax.models import registry
+from arcface_jax.runtime.files import write_atomic
 from arcface_jax.training import step
 from arcface_jax.training.network import Network
 
@@ -71,10 +72,8 @@ def export(embedder: Network, output: Path) -> float:
     exported = jax.export.export(jax.jit(embed), platforms=PLATFORMS)(images)
     content = exported.serialize()
     error = _check(content, embedder)
-    part = output.with_name(output.name + ".part")
     try:
-        part.write_bytes(content)
-        part.replace(output)
+        write_atomic(output, bytes(content))
     except OSError as reason:
         raise errors.UserError(f"cannot write {output}: {reason.strerror}") from reason
     return error

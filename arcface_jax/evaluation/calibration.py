@@ -13,6 +13,7 @@ import pydantic
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc, verification
+from arcface_jax.runtime.files import write_atomic
 
 ENOUGH_ERRORS = 30
 """The rule of 30: 30 errors or more put the true rate within 30 % of the measured one, with 90 %
@@ -141,7 +142,7 @@ def write(found: Calibration, path: Path) -> None:
       DataError: the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+        write_atomic(path, json.dumps(dataclasses.asdict(found), indent=2) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
 

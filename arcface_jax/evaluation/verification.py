@@ -1,6 +1,6 @@
 """insightface's verification protocol, on embeddings.
 
-The embedding of an image is f(image) + f(mirrored image), normalised; the score of a pair the
+The embedding of an image is f(image) + f(flipped image), normalized; the score of a pair the
 squared distance of its embeddings. Ten contiguous folds: the threshold that is best on nine
 decides the tenth. Beside it stands what needs no folds: the ROC over all pairs of a set.
 """
@@ -60,7 +60,7 @@ class Verification(NamedTuple):
     same: np.ndarray
     """(n,) bool: whether each pair shows one person."""
     norms: np.ndarray
-    """(4 n,) float64: the embeddings' lengths, those of the images and of their mirror images."""
+    """(4 n,) float64: the embeddings' lengths, of the images and of the flipped ones."""
     mean_cosine: float
     """`collapse.mean_cosine` of images spread over the set."""
     effective_rank: float
@@ -139,7 +139,7 @@ def check_metric(name: str, sets: Sequence[PairSet]) -> None:
 
 
 def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
-    """Embeds a set, mirrored too, and applies the protocol.
+    """Embeds a set, as it is and flipped, and applies the protocol.
 
     Args:
       embed: the network.
@@ -150,20 +150,20 @@ def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
       DataError: an embedding is not finite, or the set is one that `check` refuses.
     """
     check(pairs)
-    plain, mirrored = embed(pairs.images), embed(pairs.images[:, :, ::-1])
-    if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
+    plain, flipped = embed(pairs.images), embed(pairs.images[:, :, ::-1])
+    if not (np.isfinite(plain).all() and np.isfinite(flipped).all()):
         raise DataError(
             f"{pairs.name}: the network's embeddings are not finite: the weights are damaged, or "
             "training diverged (try a lower --optimizer.learning-rate)"
         )
-    summed = plain.astype(np.float64) + mirrored
+    summed = plain.astype(np.float64) + flipped
     distance = pair_distances(summed)
     accuracies, thresholds = ten_fold(distance, pairs.same)
     fold_tars, _, _ = ten_fold_tar(distance, pairs.same, far=FOLD_FAR)
     cosine = 1 - distance / 2
     curve = roc.roc(cosine, pairs.same)
     accuracy = float(accuracies.mean())
-    norms = np.concatenate([_lengths(plain), _lengths(mirrored)])
+    norms = np.concatenate([lengths(plain), lengths(flipped)])
     some = summed[np.linspace(0, len(summed) - 1, min(len(summed), _SPREAD_IMAGES)).astype(int)]
     return Verification(
         name=pairs.name,

@@ -10,7 +10,6 @@ from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
-import cv2
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -19,7 +18,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from arcface_jax.config import AugmentConfig, DataConfig
-from arcface_jax.data import opening, pipeline
+from arcface_jax.data import images, opening, pipeline
 from arcface_jax.data.source import Source
 from arcface_jax.machine import timing
 from arcface_jax.runtime import devices
@@ -134,12 +133,12 @@ def _bare_loops(encoded: list[bytes], seconds: float) -> Iterator[Callable[[], f
 def _decode_loop(encoded: list[bytes], seconds: float, pipe: Connection) -> None:
     buffers = [np.frombuffer(data, np.uint8) for data in encoded]
     for buffer in buffers[:100]:
-        cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+        images.pixels(buffer)
     while pipe.recv():
         done, begin = 0, time.perf_counter()
         while (now := time.perf_counter() - begin) < seconds:
             for buffer in buffers[:256]:
-                cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+                images.pixels(buffer)
             done += len(buffers[:256])
             buffers = buffers[256:] + buffers[:256]
         pipe.send(done / now)

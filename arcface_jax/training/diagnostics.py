@@ -24,7 +24,7 @@ from arcface_jax.config import Config, HeadConfig, LoggingConfig
 from arcface_jax.errors import UserError
 from arcface_jax.heads import margins, partial_fc
 from arcface_jax.runtime import launch
-from arcface_jax.runtime.files import reporting_disk_errors, write_whole
+from arcface_jax.runtime.files import reporting_disk_errors, write_atomic
 from arcface_jax.training.step import TrainState
 
 # A loss counts as not moving when its mean changes by less than this share of itself.
@@ -133,7 +133,7 @@ def write(
     if not launch.is_first():
         return path
     with reporting_disk_errors(workdir, path):
-        write_whole(path, json.dumps(found, indent=1) + "\n")
+        write_atomic(path, json.dumps(found, indent=1) + "\n")
     return path
 
 

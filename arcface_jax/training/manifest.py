@@ -20,7 +20,7 @@ from arcface_jax.config import Config, loading
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import launch
-from arcface_jax.runtime.files import reporting_disk_errors, write_whole
+from arcface_jax.runtime.files import reporting_disk_errors, write_atomic
 from arcface_jax.training.step import TrainState
 
 _PACKAGES = ("arcface-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -54,7 +54,7 @@ def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lin
     path = Path(config.workdir) / "run.txt"
     if launch.is_first():
         with reporting_disk_errors(path.parent, path):
-            write_whole(path, "\n\n".join(parts) + "\n")
+            write_atomic(path, "\n\n".join(parts) + "\n")
     count = sum(array.size for array in state.params.values())
     return (
         f"{count:,} parameters; {memory}; {len(changed)} settings differ from their defaults; "
@@ -156,7 +156,7 @@ def write_environment(config: Config) -> Path:
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; remove it") from error
     with reporting_disk_errors(path.parent, path):
-        write_whole(path, json.dumps([*starts, _now(config)], indent=1) + "\n")
+        write_atomic(path, json.dumps([*starts, _now(config)], indent=1) + "\n")
     return path
 
 

@@ -18,6 +18,7 @@ from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError, UserError
+from arcface_jax.runtime.files import write_atomic
 
 Bad = Literal["stop", "skip"]
 
@@ -100,7 +101,7 @@ def pack(
     partial.replace(folder / "train.rec")
     partial.with_suffix(".idx").replace(folder / "train.idx")
     shape = f"{IMAGE_SIZE},{IMAGE_SIZE}"
-    (folder / "property").write_text(f"{selection.num_classes},{shape}\n")
+    write_atomic(folder / "property", f"{selection.num_classes},{shape}\n")
     journal.path.unlink()
     files = [folder / name for name in ("train.rec", "train.idx", "property")]
     return Packed(files, len(written), selection.num_classes, list(journal.skipped.values()))
@@ -146,9 +147,7 @@ class Journal:
         self._save()
 
     def _save(self) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"job": self._job, "skipped": self.skipped}))
-        new.replace(self.path)
+        write_atomic(self.path, json.dumps({"job": self._job, "skipped": self.skipped}))
 
 
 def fingerprint(source: Source, selection: Selection, *options: object) -> str:

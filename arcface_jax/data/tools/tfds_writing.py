@@ -15,6 +15,7 @@ from arcface_jax.data.tfds import import_tfds
 from arcface_jax.data.tools import packing
 from arcface_jax.data.tools.packing import Bad, Journal, Packed, Selection
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.runtime.files import atomic_files
 
 _VERSION = "1.0.0"
 _SPLIT = "train"
@@ -93,14 +94,14 @@ def _features(source: Source, selection: Selection) -> Any:
 def _write_shard(path: Path, features: Any, found: Any) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = path.with_name(f"{path.name}.incomplete")
-    writer = ArrayRecordWriter(str(partial), _OPTIONS)
-    try:
-        for _, sample in found:
-            writer.write(_serialised(features, sample))
-    finally:
-        writer.close()
-    partial.replace(path)
+    path.with_name(f"{path.name}.incomplete").unlink(missing_ok=True)  # of earlier versions
+    with atomic_files(path) as part:
+        writer = ArrayRecordWriter(str(part), _OPTIONS)
+        try:
+            for _, sample in found:
+                writer.write(_serialised(features, sample))
+        finally:
+            writer.close()
 
 
 def _serialised(features: Any, sample: Sample) -> bytes:

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from arcface_jax.data import point_files
 from arcface_jax.errors import DataError
 
 Protocol = Literal["ijbb", "ijbc"]
@@ -133,16 +134,17 @@ def _malformed(path: Path, number: int, line: str, expected: str) -> DataError:
 def _read_points(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     expected = "file x1 y1 x2 y2 x3 y3 x4 y4 x5 y5 score"
     names, numbers = [], []
-    for number, line in _lines(path):
-        name, *values = _fields(path, number, line, expected=expected)
+    for row in point_files.rows(path):
+        line = " ".join(map(str, (row.name, *row.words)))
         try:
-            row = np.array(values, np.float32)
-        except ValueError:
-            raise _malformed(path, number, line, expected) from None
-        if not np.isfinite(row).all():
-            raise _malformed(path, number, line, expected + ", all finite")
-        names.append(name)
-        numbers.append(row)
+            points, (score,) = point_files.parse(row.words[:10]), row.words[10:]
+            values = np.array([*points.ravel(), float(str(score))], np.float32)
+        except (DataError, ValueError):
+            raise _malformed(path, row.number, line, expected) from None
+        if not np.isfinite(values).all():
+            raise _malformed(path, row.number, line, expected + ", all finite")
+        names.append(row.name)
+        numbers.append(values)
     if not names:
         raise DataError(f"{path} is empty: fetch it again")
     table = np.stack(numbers)

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 
 from arcface_jax.data import faces
+from arcface_jax.data.images import encode_jpeg
 from arcface_jax.data.source import Source
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.protocols import ijb_files
@@ -136,9 +137,9 @@ def _write_crop(source: Source, image: _Image, path: Path, rng: np.random.Genera
     middle = complex(*(side / 2 + rng.uniform(-12, 12, 2)))
     shift = middle - turn * complex(*(length / 2 for length in face.shape[1::-1]))
     matrix = np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
-    colour = tuple(float(value) for value in face.mean(axis=(0, 1)))
-    placed = cv2.warpAffine(face, matrix, (side, side), flags=cv2.INTER_CUBIC, borderValue=colour)
-    cv2.imwrite(str(path), placed[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 97])
+    color = tuple(float(value) for value in face.mean(axis=(0, 1)))
+    placed = cv2.warpAffine(face, matrix, (side, side), flags=cv2.INTER_CUBIC, borderValue=color)
+    path.write_bytes(encode_jpeg(placed, quality=97))
     return faces.TEMPLATE @ matrix[:, :2].T + matrix[:, 2]
 
 

@@ -17,6 +17,7 @@ from arcface_jax.evaluation import roc
 from arcface_jax.evaluation.report import charts
 from arcface_jax.evaluation.report.charts import Series
 from arcface_jax.evaluation.verification import Verification
+from arcface_jax.runtime.files import write_atomic
 
 PAGE = "index.html"
 _HARDEST = 6
@@ -59,7 +60,7 @@ def write(folder: Path, evaluated: Sequence[Evaluated], *, made: datetime) -> Pa
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / PAGE).write_text(page, encoding="utf-8")
+        write_atomic(folder / PAGE, page)
     except OSError as error:
         raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
     return folder / PAGE
