@@ -12,8 +12,9 @@ import numpy as np
 
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import ConfigError, DataError
-from arcface_jax.evaluation import collapse, roc
+from arcface_jax.evaluation import roc
 from arcface_jax.evaluation.embed import Embed
+from arcface_jax.evaluation.embeddings import effective_rank, lengths, mean_cosine, normalize
 from arcface_jax.evaluation.roc import TarAtFar
 
 FOLDS = 10
@@ -62,9 +63,9 @@ class Verification(NamedTuple):
     norms: np.ndarray
     """(4 n,) float64: the embeddings' lengths, of the images and of the flipped ones."""
     mean_cosine: float
-    """`collapse.mean_cosine` of images spread over the set."""
+    """`embeddings.mean_cosine` of images spread over the set."""
     effective_rank: float
-    """`collapse.effective_rank` of images spread over the set."""
+    """`embeddings.effective_rank` of images spread over the set."""
     mode_cosine: float | None = None
     """`collapse.mode_cosine`, which training measures."""
     model: str = ""
@@ -179,8 +180,8 @@ def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
         distance=distance,
         same=pairs.same,
         norms=norms,
-        mean_cosine=collapse.mean_cosine(some),
-        effective_rank=collapse.effective_rank(some),
+        mean_cosine=mean_cosine(some),
+        effective_rank=effective_rank(some),
         model=model,
     )
 
@@ -193,15 +194,9 @@ def raw_pixel_accuracy(pairs: PairSet) -> float:
 
 
 def pair_distances(embeddings: np.ndarray) -> np.ndarray:
-    """(2 n, D) embeddings, two a pair, to (n,) float64 squared distances when normalised."""
-    embeddings = embeddings.astype(np.float64, copy=False)
-    unit = embeddings / np.maximum(_lengths(embeddings), 1e-12)[:, None]
+    """(2 n, D) embeddings, two a pair, to (n,) float64 squared distances of the normalized ones."""
+    unit = normalize(embeddings.astype(np.float64, copy=False), dtype=np.float64)
     return np.sum(np.square(unit[0::2] - unit[1::2]), axis=1)
-
-
-def _lengths(embeddings: np.ndarray) -> np.ndarray:
-    """(n, D) to (n,) float64, without squaring them into an array of their own."""
-    return np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
 
 
 def ten_fold(distance: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ head at the speed of one large product, and what the devices send to each other.
 is the bottleneck; a real step takes at least as long.
 """
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -28,7 +27,6 @@ from arcface_jax.machine import input as data_benchmark
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import manifest, step, validation
 
-_PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _SAMPLE = 64 * 2**20  # bytes written to the workdir's disk
 _PRODUCT = {"cpu": 1024}  # side of the matrices that are multiplied; 4096 elsewhere
 
@@ -52,7 +50,7 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
       num_classes: C, where no data tells it.
       seconds: that reading images is measured for.
     """
-    yield check_versions(installed())
+    yield check_versions(manifest.versions())
     yield check_driver()
     try:
         mesh = meshes.make(config.devices)
@@ -89,17 +87,6 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
     milliseconds["the head's all-gather and reduce-scatter"] = traffic.values["head_ms"]
     milliseconds["the all-reduce of the backbone's gradient"] = traffic.values["all_reduce_ms"]
     yield bottleneck(milliseconds, config.data.global_batch_size)
-
-
-def installed() -> dict[str, str]:
-    """Versions by package, of those that are there."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def check_versions(found: Mapping[str, str]) -> Check:

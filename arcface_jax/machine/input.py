@@ -14,14 +14,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.table import Table
 from tyro.conf import Positional
 
 from arcface_jax.config import AugmentConfig, DataConfig
 from arcface_jax.data import images, opening, pipeline
 from arcface_jax.data.source import Source
 from arcface_jax.machine import timing
-from arcface_jax.runtime import devices
+from arcface_jax.runtime import devices, tables
 
 BARE_PROCESSES = 2
 _IN_MEMORY = 4096  # images whose bytes the bare loops hold
@@ -203,7 +202,8 @@ def command(
         augment=AugmentConfig(sets=augment),
     )
     rates = measure(data, workers=workers, rounds=rounds, seconds=seconds)
-    table = Table("stage", "workers", "threads", "images/s", "of bare decode")
+    heads = ["workers", "threads", "images/s", "of bare decode"]
+    table = tables.new(None, heads, names=["stage"])
     for rate in rates:
         numbers = (rate.workers, rate.threads, round(rate.images_per_second))
         table.add_row(rate.stage, *map(str, numbers), f"{rate.of_bare:.2f}")

@@ -207,5 +207,5 @@ def test_bulk_settings_that_do_not_fit_are_refused(embedder, tmp_path):
     with pytest.raises(DataError, match="holds no image"):
         embedder.embed_folder(tmp_path / "in", tmp_path / "out")
     cv2.imwrite(str(tmp_path / "in" / "a.png"), FACES[0])
-    with pytest.raises(UserError, match="size of 1 at least"):
+    with pytest.raises(UserError, match="shard_size must be at least 1, got 0"):
         embedder.embed_folder(tmp_path / "in", tmp_path / "out", shard_size=0)

@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from arcface_jax.errors import CheckpointError
-from arcface_jax.runtime import metrics
+from arcface_jax.runtime import files, metrics
 from arcface_jax.runtime.console import Terminal
 from arcface_jax.runtime.metrics import Clock, MetricsFile
 

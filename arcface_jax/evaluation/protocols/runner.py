@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
-from rich import box
+import tyro
 from rich.table import Table
 
 from arcface_jax.config import Config
@@ -18,6 +18,7 @@ from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.protocols import all_to_all, groups, labelled, retrieval
 from arcface_jax.evaluation.protocols.labelled import NOBODY, Labelled
+from arcface_jax.runtime import tables
 
 
 class Report(NamedTuple):
@@ -49,8 +50,8 @@ class Options:
     """Of all-to-all."""
     output: Path = Path("runs/protocol")
     """Where features of images are kept; a killed run goes on there."""
-    mirrored: bool = True
-    """Embed images as f(image) + f(mirrored image)."""
+    flip: Annotated[bool, tyro.conf.arg(aliases=["--mirrored"])] = True
+    """Embed images as f(image) + f(flipped image)."""
     batch_size: int = 256
     """Images per forward pass, over all devices."""
     threads: int = os.cpu_count() or 4
@@ -80,7 +81,7 @@ def run(
             path,
             open_model,
             output=options.output / f"features_{name}",
-            mirrored=options.mirrored,
+            flip=options.flip,
             threads=options.threads,
             progress=lambda done: print(f"{name}: {done:,} images", file=sys.stderr),
         )
@@ -104,10 +105,8 @@ def ranks(probes: Labelled, gallery: Labelled, *, distractors: Labelled | None) 
         f"{found.probes:,} probes in {found.gallery:,} images of people and "
         f"{found.distractors:,} distractors"
     )
-    table = _table("share of the probes found")
-    for rank in found.accuracy:
-        table.add_column(f"rank {rank}", justify="right")
-    table.add_row(*(f"{value:.4f}" for value in found.accuracy.values()))
+    table = tables.new("share of the probes found", [f"rank {rank}" for rank in found.accuracy])
+    table.add_row(*map(tables.share, found.accuracy.values()))
     metrics = {f"eval/retrieval/rank{rank}": value for rank, value in found.accuracy.items()}
     return Report(table, [counts], metrics)
 
@@ -127,9 +126,8 @@ def all_pairs(faces: Labelled, *, fars: Sequence[float]) -> Report:
     vectors, people = faces.features[named], faces.people[named]
     found = all_to_all.tar_at_far(all_to_all.pairs_of(vectors, people), fars=fars)
     count = len(people) * (len(people) - 1) // 2
-    table = _table("TAR over all pairs of images")
-    for head in ("FAR", "TAR", "95 % interval", "threshold, cosine"):
-        table.add_column(head, justify="right")
+    heads = ["FAR", "TAR", "95 % interval", "threshold, cosine"]
+    table = tables.new("TAR over all pairs of images", heads)
     for at in found:
         if at.tar is not None and at.interval is not None:
             interval = "{:.4f}-{:.4f}".format(*at.interval)
@@ -142,7 +140,3 @@ def all_pairs(faces: Labelled, *, fars: Sequence[float]) -> Report:
     ]
     metrics = {f"eval/all_to_all/tar@far={at.label}": at.tar for at in found if at.tar is not None}
     return Report(table, notes, metrics)
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)

@@ -116,11 +116,11 @@ def test_one_of_several_faces_is_chosen(tmp_path: Path, choose, best: int):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.csv", "a.png,1,2,3\n", "line 1: .* not ten numbers"),
-        ("p.csv", "path,x\na.png,1,2,3,4,5,6,7,8,9,ten\n", "line 2: .* not ten numbers"),
+        ("p.csv", "a.png,1,2,3\n", "line 1, a.png: .* not five points"),
+        ("p.csv", "path,x\na.png,1,2,3,4,5,6,7,8,9,ten\n", "line 2, a.png: .* not five points"),
         ("p.json", "{", "not JSON"),
         ("p.json", "[]", "an object of path"),
-        ("p.json", '{"a.png": [[1, 2]]}', "'a.png': .* not ten numbers"),
+        ("p.json", '{"a.png": [[1, 2]]}', "entry 1, a.png: .* not five points"),
     ],
 )
 def test_wrong_lists_of_points_are_refused(tmp_path: Path, name: str, text: str, message: str):

@@ -77,7 +77,7 @@ def test_a_folder_and_a_list_of_its_images_give_the_same(tmp_path: Path):
     other = labelled.read(listed, Mean, output=tmp_path / "two")
     assert other.people.tolist() == folder.people.tolist()
     np.testing.assert_array_equal(other.features, folder.features)
-    plain = labelled.read(listed, Mean, output=tmp_path / "two", mirrored=False)
+    plain = labelled.read(listed, Mean, output=tmp_path / "two", flip=False)
     np.testing.assert_array_equal(plain.features[:, 0], [70, 10, 30, 50])
 
 
