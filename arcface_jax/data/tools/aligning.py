@@ -5,11 +5,12 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from arcface_jax.config.choices import FaceChoice
 from arcface_jax.data.detectors import Detector, Faces
 from arcface_jax.data.faces import POINT_NAMES, align
 from arcface_jax.data.files import IMAGE_SUFFIXES
@@ -17,7 +18,6 @@ from arcface_jax.data.images import decode_any_size
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError
 
-Choice = Literal["largest", "center", "score"]
 PointsOf = Callable[[str, np.ndarray], Faces]
 """The faces of an image, of which the path relative to the folder is given too."""
 
@@ -36,7 +36,7 @@ def align_folder(
     output: Path,
     points_of: PointsOf,
     *,
-    choose: Choice = "largest",
+    choose: FaceChoice = "largest",
     min_eyes: float = 0.0,
     quality: int = 95,
     threads: int = 0,
@@ -93,7 +93,7 @@ def align_folder(
     return Aligned(len(files) - len(rejected), rejected, report)
 
 
-def _choose(faces: Faces, shape: tuple[int, ...], choose: Choice, *, where: str) -> np.ndarray:
+def _choose(faces: Faces, shape: tuple[int, ...], choose: FaceChoice, *, where: str) -> np.ndarray:
     """(5, 2) points of one of the faces."""
     if not len(faces.points):
         raise ImageError(where, "no face")
