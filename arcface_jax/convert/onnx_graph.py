@@ -6,17 +6,16 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from arcface_jax.config.choices import Normalization
 from arcface_jax.convert import twins, weights
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.models import preprocess, registry
 from arcface_jax.training.network import Network
-
-Normalization = Literal["outside", "inside"]
 
 OPSET = 18
 INPUT, OUTPUT, BATCH = "input", "embedding", "batch"

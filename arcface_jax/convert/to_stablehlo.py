@@ -1,31 +1,23 @@
-"""Writes a backbone as StableHLO: a program with its weights, which JAX and XLA alone can run.
+"""Write a backbone as StableHLO: a program with its weights, for JAX and XLA.
 
-python -m convert.to_stablehlo --checkpoint WORKDIR --output model.stablehlo
-
-It takes (B, 112, 112, 3) uint8 RGB, any B, and gives (B, D) float32, not normalised:
+It takes (B, 112, 112, 3) uint8 RGB, any B, and gives (B, D) float32, not normalized:
 
     program = jax.export.deserialize(bytearray(Path("model.stablehlo").read_bytes()))
     embeddings = program.call(images)
 """
 
-import json
-import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
 from arcface_jax import errors
 from arcface_jax.convert import parity
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
-from arcface_jax.inference.open_model import ModelChoice, open_network
 from arcface_jax.models import registry
 from arcface_jax.runtime.files import write_atomic
 from arcface_jax.training import step
@@ -34,15 +26,6 @@ from arcface_jax.training.network import Network
 PLATFORMS = ("cpu", "cuda")
 # The serialised form is a flat buffer, which has less than 2 GiB.
 _LARGEST_FILE = 1_900_000_000
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The command line."""
-
-    model: Annotated[ModelChoice, tyro.conf.arg(name="")]
-    output: Path
-    """The file to write."""
 
 
 def export(embedder: Network, output: Path) -> float:
@@ -59,7 +42,7 @@ def export(embedder: Network, output: Path) -> float:
     if sum(array.nbytes for array in arrays) > _LARGEST_FILE:
         raise errors.UserError(
             f"{embedder.network} has more than 1.9 GB of weights, too many for a StableHLO file: "
-            "use python -m convert.to_onnx, which puts them into a file of their own"
+            "use `arcface-jax export onnx`, which puts them into a file of their own"
         )
     size = registry.embedding_size(embedder.params) or 0
     network = registry.build(embedder.network, embedding_size=size)
@@ -92,18 +75,3 @@ def _check(content: bytearray, embedder: Network) -> float:
         )
         for batch in (1, 3)
     )
-
-
-def main(argv: list[str]) -> None:
-    """The command."""
-    arguments = tyro.cli(
-        Arguments, args=argv, prog="python -m convert.to_stablehlo", description=__doc__
-    )
-    with errors.reported():
-        error = export(open_network(arguments.model), arguments.output)
-    print(f"{arguments.output}: embeddings differ from those of JAX by {error:.1e} (relative)")
-    print("RESULT " + json.dumps({"parity": error, "files": [str(arguments.output)]}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

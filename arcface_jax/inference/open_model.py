@@ -1,19 +1,25 @@
-"""The network that a command line names: a run, torch weights, or an ONNX file."""
+"""The network that a command line names: a run, torch weights, or an ONNX file.
+
+Commands parse `ModelChoice` before they open anything, so what opens a network is imported by the
+functions that do.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arcface_jax.config import Config
+from arcface_jax.config.choices import Which
 from arcface_jax.errors import UserError
-from arcface_jax.evaluation.embed import Model
-from arcface_jax.training import checkpoint
-from arcface_jax.training.network import Network
-from arcface_jax.training.saved_runs import Which
+
+if TYPE_CHECKING:
+    from arcface_jax.evaluation.embed import Model
+    from arcface_jax.training.network import Network
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Options of a command that takes one network, of any of three kinds."""
+    """The network; name one of --checkpoint, --weight, --onnx."""
 
     checkpoint: Path | None = None
     """WORKDIR of a training run."""
@@ -27,7 +33,7 @@ class ModelChoice:
     """Or an ONNX file."""
 
 
-def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None = None) -> Model:
+def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None = None) -> "Model":
     """Opens the one network that is named.
 
     Args:
@@ -45,10 +51,13 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
             "name one: --checkpoint WORKDIR, --weight FILE.pth with --network, or --onnx FILE.onnx"
         )
     if choice.checkpoint is not None:
+        from arcface_jax.training.network import Network
+
         options = {"batch_size": batch_size, "devices": devices}
         return Network.from_workdir(choice.checkpoint, which=choice.step, **options)
     if choice.weight is not None:
-        from arcface_jax.convert import weights  # torch is needed for these files alone
+        from arcface_jax.convert import weights  # only these files need torch
+        from arcface_jax.training.network import Network
 
         arrays = weights.load(choice.weight, choice.network)
         return Network(choice.network, *arrays, batch_size=batch_size, devices=devices)
@@ -60,15 +69,21 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
 
 def config_of(choice: ModelChoice) -> Config:
     """The recipe of the run that is named; the default one where the network is of no run."""
-    return Config() if choice.checkpoint is None else checkpoint.read_config(choice.checkpoint)
+    if choice.checkpoint is None:
+        return Config()
+    from arcface_jax.training import checkpoint
+
+    return checkpoint.read_config(choice.checkpoint)
 
 
-def open_network(choice: ModelChoice, *, batch_size: int = 16) -> Network:
+def open_network(choice: ModelChoice, *, batch_size: int = 16) -> "Network":
     """Opens a run or torch weights to export them, on one device.
 
     Raises:
       UserError: none or several are named, it cannot be read, or it is an ONNX file.
     """
+    from arcface_jax.training.network import Network
+
     model = open_model(choice, batch_size=batch_size, devices=1)
     if not isinstance(model, Network):
         raise UserError(
@@ -79,7 +94,7 @@ def open_network(choice: ModelChoice, *, batch_size: int = 16) -> Network:
 
 @dataclass(frozen=True)
 class ModelChoices:
-    """Options of a command that takes several networks, of any kinds."""
+    """The networks, of any kinds."""
 
     checkpoint: tuple[Path, ...] = ()
     """WORKDIRs of training runs."""
@@ -111,7 +126,7 @@ class ModelChoices:
         ]
 
 
-def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, Model]:
+def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, "Model"]:
     """Opens several networks, each named after its folder or file, a second of one name NAME-2.
 
     Raises:

@@ -8,19 +8,16 @@ from contextlib import closing, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
-from tyro.conf import Positional
 
-from arcface_jax.config import AugmentConfig, DataConfig
+from arcface_jax.config import DataConfig
 from arcface_jax.data import images, opening, pipeline
 from arcface_jax.data.source import Source
-from arcface_jax.machine import timing
-from arcface_jax.runtime import devices, tables
+from arcface_jax.runtime import devices
 
 BARE_PROCESSES = 2
 _IN_MEMORY = 4096  # images whose bytes the bare loops hold
@@ -172,45 +169,6 @@ def pipeline_rate(
             jax.block_until_ready(next(taken))
             done += data.global_batch_size
     return done / now
-
-
-def command(
-    path: Positional[str],
-    workers: tuple[int, ...] = (0, 1, 2),
-    threads: int = 0,
-    batch_size: int = 128,
-    augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
-    rounds: int = 5,
-    seconds: float = 2.0,
-) -> dict[str, Any]:
-    """How many images a second come, stage by stage, beside two bare decode loops.
-
-    Args:
-      path: A training set, as --data.path of train.py takes it.
-      workers: Numbers of worker processes to try; 0 reads in threads of this process.
-      threads: Threads that read and decode, in each worker or in this process; 0 takes as many as
-        there are cores, eight at most.
-      batch_size: Images of a batch.
-      augment: As --data.augment.sets.
-      rounds: Of all stages, of which medians are given.
-      seconds: For each stage in a round.
-    """
-    data = DataConfig(
-        path=path,
-        threads=threads,
-        global_batch_size=batch_size,
-        augment=AugmentConfig(sets=augment),
-    )
-    rates = measure(data, workers=workers, rounds=rounds, seconds=seconds)
-    heads = ["workers", "threads", "images/s", "of bare decode"]
-    table = tables.new(None, heads, names=["stage"])
-    for rate in rates:
-        numbers = (rate.workers, rate.threads, round(rate.images_per_second))
-        table.add_row(rate.stage, *map(str, numbers), f"{rate.of_bare:.2f}")
-    Console().print(table)
-    print(bottleneck(rates))
-    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
-    return {"rates": [rate._asdict() for rate in rates], "bottleneck": bottleneck(rates)}
 
 
 def _to_device(batch: pipeline.Batch, *, device: Mesh) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from arcface_jax.commands import export
 from arcface_jax.convert import onnx_graph, parity, to_onnx
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
@@ -101,7 +102,7 @@ def test_files_of_lower_precision(embedder, faces, tmp_path):
 
 def test_the_command_compares_before_and_after(workdir, pairs_file, tmp_path, capsys):
     argv = ["--checkpoint", str(workdir), "--output", str(tmp_path / "m.onnx")]
-    to_onnx.main([*argv, "--targets", str(pairs_file)])
+    export.onnx([*argv, "--targets", str(pairs_file)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert result["parity"] < 1e-5
     assert result["eval/few jax/accuracy"] == result["eval/few onnx/accuracy"]

@@ -4,10 +4,11 @@ import csv
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from arcface_jax.config.choices import FaceChoice
 from arcface_jax.data import point_files
 from arcface_jax.data.detectors import Detector, Faces
 from arcface_jax.data.faces import align
@@ -16,7 +17,6 @@ from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime.files import atomic, write_atomic
 
-Choice = Literal["largest", "center", "score"]
 PointsOf = Callable[[str, np.ndarray], Faces]
 """The faces of an image, of which the path relative to the folder is given too."""
 
@@ -35,7 +35,7 @@ def align_folder(
     output: Path,
     points_of: PointsOf,
     *,
-    choose: Choice = "largest",
+    choose: FaceChoice = "largest",
     min_eyes: float = 0.0,
     quality: int = 95,
     threads: int = 0,
@@ -88,7 +88,7 @@ def align_folder(
     return Aligned(len(files) - len(rejected), rejected, report)
 
 
-def _choose(faces: Faces, shape: tuple[int, ...], choose: Choice, *, where: str) -> np.ndarray:
+def _choose(faces: Faces, shape: tuple[int, ...], choose: FaceChoice, *, where: str) -> np.ndarray:
     """(5, 2) points of one of the faces."""
     if not len(faces.points):
         raise ImageError(where, "no face")

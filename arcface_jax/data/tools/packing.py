@@ -9,18 +9,17 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from arcface_jax.config.choices import Bad
 from arcface_jax.data.images import IMAGE_SIZE, decode
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError, UserError
 from arcface_jax.runtime.files import write_atomic
-
-Bad = Literal["stop", "skip"]
 
 
 class Selection(NamedTuple):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
+from arcface_jax.config.choices import Bad
 from arcface_jax.data.source import Source
 from arcface_jax.data.tools import packing, reading
-from arcface_jax.data.tools.packing import Bad, Packed, Selection
+from arcface_jax.data.tools.packing import Packed, Selection
 from arcface_jax.errors import ImageError, UserError
 from arcface_jax.runtime.files import write_atomic
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from arcface_jax.config.choices import Bad
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tfds import import_tfds
 from arcface_jax.data.tools import packing
-from arcface_jax.data.tools.packing import Bad, Journal, Packed, Selection
+from arcface_jax.data.tools.packing import Journal, Packed, Selection
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime.files import atomic_files
 

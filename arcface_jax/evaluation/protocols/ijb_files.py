@@ -14,15 +14,15 @@ may be missing together.
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from arcface_jax.config.choices import IjbProtocol
 from arcface_jax.data import point_files
 from arcface_jax.errors import DataError
 
-Protocol = Literal["ijbb", "ijbc"]
-GALLERIES: dict[Protocol, tuple[str, str]] = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}
+GALLERIES: dict[IjbProtocol, tuple[str, str]] = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}
 IMAGES = "loose_crop"
 META = "meta"
 
@@ -41,7 +41,7 @@ class Enrolled(NamedTuple):
 class IjbSet(NamedTuple):
     """What the files say about n images, T templates and p pairs."""
 
-    name: Protocol
+    name: IjbProtocol
     images: tuple[Path, ...]
     landmarks: np.ndarray
     """(n, 5, 2) float32, x and y in pixels: eyes, nose, corners of the mouth."""
@@ -62,7 +62,7 @@ class IjbSet(NamedTuple):
     probes: Enrolled | None
 
 
-def read(folder: Path, protocol: Protocol) -> IjbSet:
+def read(folder: Path, protocol: IjbProtocol) -> IjbSet:
     """Reads all of meta/; images are only looked for by name, and not opened.
 
     Raises:
@@ -216,7 +216,7 @@ def _first_line(path: Path, holds: Callable[[list[str]], bool]) -> int:
 
 
 def _read_enrolled(
-    meta: Path, protocol: Protocol, *, known: np.ndarray, template_file: Path
+    meta: Path, protocol: IjbProtocol, *, known: np.ndarray, template_file: Path
 ) -> tuple[tuple[Enrolled, ...], Enrolled | None]:
     names = [f"gallery_{gallery}" for gallery in GALLERIES[protocol]] + ["probe_mixed"]
     paths = [meta / f"{protocol}_1N_{name}.csv" for name in names]

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from arcface_jax.config.choices import IjbProtocol
 from arcface_jax.data import faces
 from arcface_jax.data.images import encode_jpeg
 from arcface_jax.data.source import Source
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.protocols import ijb_files
-from arcface_jax.evaluation.protocols.ijb_files import Protocol
 
 _LARGEST = 8
 """Images of a person that are used."""
@@ -44,7 +44,7 @@ def generate(
     source: Source,
     folder: Path,
     *,
-    protocol: Protocol = "ijbc",
+    protocol: IjbProtocol = "ijbc",
     subjects: int = 40,
     pairs: int = 10_000,
     seed: int = 0,
@@ -145,7 +145,7 @@ def _write_crop(source: Source, image: _Image, path: Path, rng: np.random.Genera
 
 def _write_lists(
     meta: Path,
-    protocol: Protocol,
+    protocol: IjbProtocol,
     images: list[_Image],
     points: list[np.ndarray],
     rng: np.random.Generator,
@@ -175,7 +175,7 @@ def _write_pairs(
 
 
 def _write_csvs(
-    meta: Path, protocol: Protocol, images: list[_Image], templates: list[_Template]
+    meta: Path, protocol: IjbProtocol, images: list[_Image], templates: list[_Template]
 ) -> None:
     """A line for each image, as the real files have it."""
     names = [f"gallery_{name}" for name in ijb_files.GALLERIES[protocol]]

@@ -8,7 +8,7 @@ import pytest
 
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc
-from arcface_jax.evaluation.protocols import groups, labelled, retrieval, runner
+from arcface_jax.evaluation.protocols import groups, labelled, reports, retrieval
 from arcface_jax.evaluation.protocols.labelled import Labelled
 from arcface_jax.evaluation.verification import Verification
 
@@ -174,7 +174,7 @@ def test_all_pairs_leave_out_faces_of_nobody():
     rng = np.random.default_rng(0)
     people = np.array(["a", "b", "c", ""] * 8)
     vectors = rng.normal(size=(32, 8)).astype(np.float32)
-    report = runner.all_pairs(Labelled(vectors, people), fars=(0.1, 1e-6))
+    report = reports.all_pairs(Labelled(vectors, people), fars=(0.1, 1e-6))
     named = people != ""
     unit = vectors[named] / np.linalg.norm(vectors[named], axis=1, keepdims=True)
     upper = np.triu_indices(24, 1)
