@@ -14,9 +14,9 @@ import tyro
 
 from arcface_jax import errors
 from arcface_jax.config import DataConfig
+from arcface_jax.config.choices import IjbProtocol as Protocol
 from arcface_jax.data import opening
 from arcface_jax.evaluation.protocols import ijb_generator
-from arcface_jax.evaluation.protocols.ijb_files import Protocol
 
 
 @dataclass(frozen=True)

@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 _EMBED = """Embed an image, or a folder of images.
 
-    arcface-jax embed --checkpoint WORKDIR --img face.jpg --output face.npy
+    arcface-jax embed --workdir WORKDIR --img face.jpg --output face.npy
     arcface-jax embed --weight backbone.pth --network r50 --img FOLDER --output FOLDER
 """
 _VERIFY = """Compare two images: their cosine and, given a threshold, whether they show one person.
 
-    arcface-jax verify a.jpg b.jpg --checkpoint WORKDIR --threshold 0.3
+    arcface-jax verify a.jpg b.jpg --workdir WORKDIR --threshold 0.3
     arcface-jax verify a.jpg b.jpg --onnx model.onnx --calibration c.json
 """
 _INFERENCE = """Embed faces, or compare two images.
 
-    python scripts/inference.py --checkpoint WORKDIR --img face.jpg
+    python scripts/inference.py --workdir WORKDIR --img face.jpg
     python scripts/inference.py --weight backbone.pth --network r50 --img FOLDER --output FOLDER
     python scripts/inference.py --onnx model.onnx --verify a.jpg b.jpg --calibration c.json
 """

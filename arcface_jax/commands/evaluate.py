@@ -1,8 +1,8 @@
 """Verify networks on pairs of faces: accuracy, ROC, TAR@FAR; several networks side by side.
 
-arcface-jax evaluate --checkpoint WORKDIR [WORKDIR ...] [--targets a.bin pairs.txt:FOLDER]
+arcface-jax evaluate --workdir WORKDIR [WORKDIR ...] [--targets a.bin pairs.txt:FOLDER]
 arcface-jax evaluate --weight backbone.pth --network r50 --targets a.bin b.bin
-arcface-jax evaluate --checkpoint WORKDIR --onnx model.onnx --targets a.bin --report FOLDER
+arcface-jax evaluate --workdir WORKDIR --onnx model.onnx --targets a.bin --report FOLDER
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def evaluate(arguments: Arguments) -> "list[Evaluated]":
     from arcface_jax.training import checkpoint
 
     models = open_models(arguments.models, batch_size=arguments.batch_size)
-    configs = [checkpoint.read_config(run) for run in arguments.models.checkpoint] or [Config()]
+    configs = [checkpoint.read_config(path) for path in arguments.models.workdir] or [Config()]
     sets = open_for_runs(configs, arguments.targets)
     if not sets:
         raise errors.UserError(

@@ -1,17 +1,18 @@
 """Export a network for PyTorch, ONNX, StableHLO or safetensors, checked before the file is named.
 
-arcface-jax export torch --checkpoint WORKDIR --output backbone.pth
-arcface-jax export onnx --checkpoint WORKDIR --output model.onnx
+arcface-jax export torch --workdir WORKDIR --output backbone.pth
+arcface-jax export onnx --workdir WORKDIR --output model.onnx
 arcface-jax export onnx --weight backbone.pth --network r50 --output model.onnx
-arcface-jax export stablehlo --checkpoint WORKDIR --output model.stablehlo
-arcface-jax export safetensors --checkpoint WORKDIR --output backbone.safetensors
+arcface-jax export stablehlo --workdir WORKDIR --output model.stablehlo
+arcface-jax export safetensors --workdir WORKDIR --output backbone.safetensors
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+import tyro
 from tyro.conf import OmitArgPrefixes
 
 from arcface_jax import errors
@@ -24,21 +25,21 @@ T = TypeVar("T")
 
 _TORCH = """Write the backbone of a training run as a state_dict with insightface's names.
 
-    {prog} --checkpoint WORKDIR --output backbone.pth
-    {prog} --checkpoint WORKDIR --output backbone.safetensors
+    {prog} --workdir WORKDIR --output backbone.pth
+    {prog} --workdir WORKDIR --output backbone.safetensors
 """
 _SAFETENSORS = """Write the backbone of a training run as safetensors, with insightface's names.
 
-    {prog} --checkpoint WORKDIR --output backbone.safetensors
+    {prog} --workdir WORKDIR --output backbone.safetensors
 """
 _ONNX = """Write a backbone as an ONNX file, checked with ONNX Runtime.
 
-    {prog} --checkpoint WORKDIR --output model.onnx
+    {prog} --workdir WORKDIR --output model.onnx
     {prog} --weight backbone.pth --network r50 --output model.onnx
 """
 _STABLEHLO = """Write a backbone as StableHLO: a program with its weights, for JAX and XLA.
 
-    {prog} --checkpoint WORKDIR --output model.stablehlo
+    {prog} --workdir WORKDIR --output model.stablehlo
 
 It takes (B, 112, 112, 3) uint8 RGB, any B, and gives (B, D) float32, not normalized:
 
@@ -51,8 +52,8 @@ It takes (B, 112, 112, 3) uint8 RGB, any B, and gives (B, D) float32, not normal
 class Torch:
     """Options of `export torch` and `export safetensors`."""
 
-    checkpoint: Path
-    """WORKDIR of a training run; its newest checkpoint is exported."""
+    workdir: Annotated[Path, tyro.conf.arg(aliases=["--checkpoint"])]
+    """Folder of a training run; its newest checkpoint is exported."""
     output: Path
     """The file to write: .pth, or .safetensors."""
 
@@ -111,7 +112,7 @@ def _torch(arguments: Torch) -> Result:
     errors.require("torch", "torch")
     from arcface_jax.convert import to_torch
 
-    error = to_torch.export(arguments.checkpoint, arguments.output)
+    error = to_torch.export(arguments.workdir, arguments.output)
     print(f"{arguments.output}: embeddings equal those of JAX to {error:.1e} (relative)")
     return Result({"parity": error}, [arguments.output])
 
@@ -126,9 +127,9 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax export onnx") -> Resu
 
     calibration = arguments.calibration
     images = to_onnx.calibration_images(calibration) if calibration else None
-    embedder = open_network(arguments.model)
+    model = open_network(arguments.model)
     error = to_onnx.export(
-        embedder,
+        model,
         arguments.output,
         normalization=arguments.normalization,
         precision=arguments.precision,
@@ -139,7 +140,7 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax export onnx") -> Resu
     if arguments.targets:
         from arcface_jax.evaluation.report import tables
 
-        results = to_onnx.compare(embedder, arguments.output, arguments.targets)
+        results = to_onnx.compare(model, arguments.output, arguments.targets)
         console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
         values |= {f"eval/{result.name}/accuracy": result.accuracy for result in results}
     return Result(values, [arguments.output])

@@ -1,8 +1,8 @@
 """Evaluate a network by rank retrieval, by groups of people, or on all pairs of many images.
 
-arcface-jax protocol retrieval --checkpoint W --gallery FOLDER --probe FOLDER
-arcface-jax protocol groups --checkpoint W --targets African.bin Asian.csv:FOLDER
-arcface-jax protocol all-to-all --checkpoint W --data FOLDER
+arcface-jax protocol retrieval --workdir WORKDIR --gallery FOLDER --probe FOLDER
+arcface-jax protocol groups --workdir WORKDIR --targets African.bin Asian.csv:FOLDER
+arcface-jax protocol all-to-all --workdir WORKDIR --data FOLDER
 """
 
 import os

@@ -31,10 +31,10 @@ def convert(weight: Path, network: str, output: Path, *, centers: Path | None = 
             f"{centers} has centers of length {rows.shape[1]}, and {weight} gives embeddings of "
             f"length {size}: they are not of one training"
         )
-    embedder = Network(network, params, batch_stats, batch_size=16, devices=1)
+    backbone = Network(network, params, batch_stats, batch_size=16, devices=1)
     # The file's own tensors, but for the batch counters that those of old torch lack.
     whole = weights.to_state_dict(params, batch_stats) | state
-    error = parity.check(embedder, whole, network=network)
+    error = parity.check(backbone, whole, network=network)
     model = config.ModelConfig(
         network=cast(config.Network, network), embedding_size=size, dtype="float32"
     )

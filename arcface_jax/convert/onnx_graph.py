@@ -38,20 +38,20 @@ class _FromPixels(torch.nn.Module):
         return self.network((pixels - preprocess.MEAN) * (1 / preprocess.SCALE))
 
 
-def write(path: Path, embedder: Network, *, normalization: Normalization) -> None:
+def write(path: Path, model: Network, *, normalization: Normalization) -> None:
     """Writes the graph of a network, float32, and beside it its weights where these are large.
 
     Args:
       path: the file to write.
-      embedder: the network.
+      model: to export.
       normalization: whether the graph takes [-1, 1] (outside, of it) or 0 .. 255 (inside).
 
     Raises:
       UserError: packages are missing.
     """
-    state = weights.to_state_dict(embedder.params, embedder.batch_stats)
+    state = weights.to_state_dict(model.params, model.batch_stats)
     size = registry.embedding_size(state) or 0
-    module = twins.load(embedder.network, state)
+    module = twins.load(model.network, state)
     if normalization == "inside":
         module = _FromPixels(module)
     large = sum(tensor.nbytes for tensor in state.values()) > _LARGEST_FILE
@@ -61,7 +61,7 @@ def write(path: Path, embedder: Network, *, normalization: Normalization) -> Non
     del program, module, state
     gc.collect()  # what is checked next takes as much memory again
     metadata = {
-        "network": embedder.network,
+        "network": model.network,
         "embedding_size": str(size),
         "color_order": "RGB",
         # What is left to the caller: (x - mean) / scale.

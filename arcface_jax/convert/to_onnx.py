@@ -22,7 +22,7 @@ _CALIBRATION_IMAGES = 128
 
 
 def export(
-    embedder: Network,
+    model: Network,
     output: Path,
     *,
     normalization: Normalization = "outside",
@@ -32,7 +32,7 @@ def export(
     """Writes the file after ONNX Runtime gave JAX's embeddings at batch 1 and 3.
 
     Args:
-      embedder: the network.
+      model: to export.
       output: the file.
       normalization: where it is done.
       precision: of the weights and of most arithmetic.
@@ -49,23 +49,23 @@ def export(
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no folder {output.parent}")
     with atomic_files(output) as path:  # the graph refers to its data by the file's name
-        onnx_graph.write(path, embedder, normalization=normalization)
+        onnx_graph.write(path, model, normalization=normalization)
         if precision == "float16":
             onnx_precision.to_float16(path)
         elif calibration is not None:
             onnx_precision.to_int8(path, calibration, inside=normalization == "inside")
         faces = parity.drawn_faces() if calibration is None else calibration[:16]
-        error = check(path, embedder, faces, bound=_BOUNDS[precision])
+        error = check(path, model, faces, bound=_BOUNDS[precision])
     return error
 
 
-def check(path: Path, embedder: Network, faces: np.ndarray, *, bound: float) -> float:
+def check(path: Path, model: Network, faces: np.ndarray, *, bound: float) -> float:
     """The largest relative difference from the JAX network's embeddings, at batch 1, 3 and all.
 
     Raises:
       UserError: it exceeds the bound.
     """
-    reference = embedder(faces)
+    reference = model(faces)
     return max(
         parity.require_equal(
             onnx_embedder(path, batch_size=batch)(faces[:batch]),
@@ -84,18 +84,18 @@ def calibration_images(path: str) -> np.ndarray:
     return np.stack([source[int(number)][0] for number in numbers])
 
 
-def compare(embedder: Network, path: Path, targets: tuple[str, ...]) -> list[Verification]:
+def compare(model: Network, path: Path, targets: tuple[str, ...]) -> list[Verification]:
     """Verification of the JAX network and of the ONNX file on each set, as `NAME jax`, `NAME onnx`.
 
     Args:
-      embedder: the JAX network.
+      model: the JAX network.
       path: the ONNX file.
       targets: the sets, as `evaluation.targets` names them.
     """
     evaluation = config.EvaluationConfig(targets=targets)
     results = []
     for pair_set in open_targets(config.Config(evaluation=evaluation)):
-        for name, embed in (("jax", embedder), ("onnx", onnx_embedder(path))):
+        for name, embed in (("jax", model), ("onnx", onnx_embedder(path))):
             renamed = pair_set._replace(name=f"{pair_set.name} {name}")
             results.append(verification.verify(embed, renamed))
     return results

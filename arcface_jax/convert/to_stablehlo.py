@@ -28,7 +28,7 @@ PLATFORMS = ("cpu", "cuda")
 _LARGEST_FILE = 1_900_000_000
 
 
-def export(embedder: Network, output: Path) -> float:
+def export(model: Network, output: Path) -> float:
     """Writes the file after it was read again and gave the same embeddings at batch 1 and 3.
 
     Returns:
@@ -38,23 +38,23 @@ def export(embedder: Network, output: Path) -> float:
       UserError: the network is too large for the format, the embeddings differ, or the file cannot
         be written.
     """
-    arrays = [np.asarray(a) for a in (*embedder.params.values(), *embedder.batch_stats.values())]
+    arrays = [np.asarray(a) for a in (*model.params.values(), *model.batch_stats.values())]
     if sum(array.nbytes for array in arrays) > _LARGEST_FILE:
         raise errors.UserError(
-            f"{embedder.network} has more than 1.9 GB of weights, too many for a StableHLO file: "
+            f"{model.network} has more than 1.9 GB of weights, too many for a StableHLO file: "
             "use `arcface-jax export onnx`, which puts them into a file of their own"
         )
-    size = registry.embedding_size(embedder.params) or 0
-    network = registry.build(embedder.network, embedding_size=size)
-    weights = jax.tree.map(np.asarray, (embedder.params, embedder.batch_stats))
+    size = registry.embedding_size(model.params) or 0
+    backbone = registry.build(model.network, embedding_size=size)
+    weights = jax.tree.map(np.asarray, (model.params, model.batch_stats))
     # Without a device of its own, or the program would be for that device alone.
-    embed = partial(step.make_embed(network), *weights)
+    embed = partial(step.make_embed(backbone), *weights)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8)
     require("flatbuffers")  # JAX's own need
     exported = jax.export.export(jax.jit(embed), platforms=PLATFORMS)(images)
     content = exported.serialize()
-    error = _check(content, embedder)
+    error = _check(content, model)
     try:
         write_atomic(output, bytes(content))
     except OSError as reason:
@@ -62,10 +62,10 @@ def export(embedder: Network, output: Path) -> float:
     return error
 
 
-def _check(content: bytearray, embedder: Network) -> float:
+def _check(content: bytearray, model: Network) -> float:
     program = jax.export.deserialize(content)
     faces = parity.drawn_faces()
-    reference = embedder(faces)
+    reference = model(faces)
     return max(
         parity.require_equal(
             np.asarray(program.call(faces[:batch])),

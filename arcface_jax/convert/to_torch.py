@@ -17,8 +17,8 @@ def export(workdir: Path, output: Path) -> float:
     Raises:
       UserError: the workdir cannot be read, the embeddings differ, or the file cannot be written.
     """
-    embedder = Network.from_workdir(workdir, devices="own")  # another process may be gone
-    state = weights.to_state_dict(embedder.params, embedder.batch_stats)
-    error = parity.check(embedder, state, network=embedder.network)
+    model = Network.from_workdir(workdir, devices="own")  # another process may be gone
+    state = weights.to_state_dict(model.params, model.batch_stats)
+    error = parity.check(model, state, network=model.network)
     weight_files.write(output, state)
     return error

@@ -6,7 +6,9 @@ functions that do.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from arcface_jax.config import Config
 from arcface_jax.config.choices import Which
@@ -19,10 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The network; name one of --checkpoint, --weight, --onnx."""
+    """The network; name one of --workdir, --weight, --onnx."""
 
-    checkpoint: Path | None = None
-    """WORKDIR of a training run."""
+    workdir: Annotated[Path | None, tyro.conf.arg(aliases=["--checkpoint"])] = None
+    """Folder of a training run."""
     step: Which = "latest"
     """Which of the run's checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
     weight: Path | None = None
@@ -44,17 +46,17 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     Raises:
       UserError: none or several are named, or it cannot be read.
     """
-    named = [name for name in ("checkpoint", "weight", "onnx") if getattr(choice, name) is not None]
+    named = [name for name in ("workdir", "weight", "onnx") if getattr(choice, name) is not None]
     if len(named) != 1:
         raise UserError(
             f"{len(named)} networks are named ({', '.join(f'--{n}' for n in named) or 'none'}); "
-            "name one: --checkpoint WORKDIR, --weight FILE.pth with --network, or --onnx FILE.onnx"
+            "name one: --workdir FOLDER, --weight FILE.pth with --network, or --onnx FILE.onnx"
         )
-    if choice.checkpoint is not None:
+    if choice.workdir is not None:
         from arcface_jax.training.network import Network
 
         options = {"batch_size": batch_size, "devices": devices}
-        return Network.from_workdir(choice.checkpoint, which=choice.step, **options)
+        return Network.from_workdir(choice.workdir, which=choice.step, **options)
     if choice.weight is not None:
         from arcface_jax.convert import weights  # only these files need torch
         from arcface_jax.training.network import Network
@@ -69,11 +71,11 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
 
 def config_of(choice: ModelChoice) -> Config:
     """The recipe of the run that is named; the default one where the network is of no run."""
-    if choice.checkpoint is None:
+    if choice.workdir is None:
         return Config()
     from arcface_jax.training import checkpoint
 
-    return checkpoint.read_config(choice.checkpoint)
+    return checkpoint.read_config(choice.workdir)
 
 
 def open_network(choice: ModelChoice, *, batch_size: int = 16) -> "Network":
@@ -87,7 +89,7 @@ def open_network(choice: ModelChoice, *, batch_size: int = 16) -> "Network":
     model = open_model(choice, batch_size=batch_size, devices=1)
     if not isinstance(model, Network):
         raise UserError(
-            f"--onnx {choice.onnx} has been exported already: name its --checkpoint or --weight"
+            f"--onnx {choice.onnx} has been exported already: name its --workdir or --weight"
         )
     return model
 
@@ -96,8 +98,8 @@ def open_network(choice: ModelChoice, *, batch_size: int = 16) -> "Network":
 class ModelChoices:
     """The networks, of any kinds."""
 
-    checkpoint: tuple[Path, ...] = ()
-    """WORKDIRs of training runs."""
+    workdir: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--checkpoint"])] = ()
+    """Folders of training runs."""
     step: Which = "latest"
     """Which of their checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
     weight: tuple[Path, ...] = ()
@@ -120,7 +122,7 @@ class ModelChoices:
             )
         networks = networks * count if len(networks) == 1 else networks
         return [
-            *(ModelChoice(checkpoint=path, step=self.step) for path in self.checkpoint),
+            *(ModelChoice(workdir=path, step=self.step) for path in self.workdir),
             *(ModelChoice(weight=w, network=n) for w, n in zip(self.weight, networks, strict=True)),
             *(ModelChoice(onnx=path) for path in self.onnx),
         ]
@@ -137,8 +139,8 @@ def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, "Mo
         open_model(ModelChoice())  # which says how to name one
     models: dict[str, Model] = {}
     for choice in each:
-        path = choice.checkpoint or choice.weight or choice.onnx or Path()
-        stem = path.resolve().name if choice.checkpoint else path.stem
+        path = choice.workdir or choice.weight or choice.onnx or Path()
+        stem = path.resolve().name if choice.workdir else path.stem
         names = [stem, *(f"{stem}-{number}" for number in range(2, len(each) + 1))]
         name = next(name for name in names if name not in models)
         models[name] = open_model(choice, batch_size=batch_size)

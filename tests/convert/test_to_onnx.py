@@ -18,7 +18,7 @@ from arcface_jax.training.network import Network
 
 @pytest.fixture(scope="module")
 def embedder(workdir) -> Network:
-    return open_network(ModelChoice(checkpoint=workdir))
+    return open_network(ModelChoice(workdir=workdir))
 
 
 @pytest.fixture(scope="module", params=["outside", "inside"])
