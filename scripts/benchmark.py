@@ -142,7 +142,7 @@ def run_evaluation(
     repeats: int = 5,
     output: Path = Path("runs/benchmark_evaluation"),
 ) -> None:
-    """Ten folds, normalisation, ROC curves (docs/evaluation.md).
+    """Ten folds, normalization, ROC curves (docs/evaluation.md).
 
     Args:
       pairs: Of a verification set.

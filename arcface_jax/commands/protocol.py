@@ -22,7 +22,7 @@ from arcface_jax.errors import UserError
 from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
 
 if TYPE_CHECKING:
-    from arcface_jax.evaluation.protocols.labelled import Labelled
+    from arcface_jax.evaluation.protocols.labeled import Labeled
     from arcface_jax.evaluation.protocols.reports import Report
 
 
@@ -73,7 +73,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax protocol") -> Result:
 
 def _run(arguments: Arguments) -> "Report":
     from arcface_jax.data.pairs.opening import open_for_runs
-    from arcface_jax.evaluation.protocols import labelled, reports
+    from arcface_jax.evaluation.protocols import labeled, reports
 
     protocol, options = arguments.protocol, arguments.options
 
@@ -81,11 +81,11 @@ def _run(arguments: Arguments) -> "Report":
         """The network; .npz files need none."""
         return open_model(arguments.model, batch_size=options.batch_size)
 
-    def read(name: str) -> "Labelled":
+    def read(name: str) -> "Labeled":
         path = getattr(options, name)
         if path is None:
             raise UserError(f"{protocol} needs --{name} FOLDER, a list, or an .npz")
-        return labelled.read(
+        return labeled.read(
             path,
             opened,
             output=options.output / f"features_{name}",

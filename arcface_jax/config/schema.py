@@ -69,7 +69,7 @@ class AugmentConfig:
     dali_colour: float = 0.2
     """dali: probability of a hue turned by 0 .. 20 degrees and a saturation times 1 .. 1.2."""
     dali_gray: float = 0.1
-    """dali: probability of no colour at all."""
+    """dali: probability of no color at all."""
     adaface_crop: float = 0.2
     """adaface: probability that a rectangle of 0.2 .. 1 of the area is kept, the rest black."""
     adaface_low_resolution: float = 0.2

@@ -20,14 +20,14 @@ from arcface_jax.training.network import Network
 OPSET = 18
 INPUT, OUTPUT, BATCH = "input", "embedding", "batch"
 # insightface's clients take an input of 0 .. 255 where names among the first eight nodes begin
-# with Sub and Mul; otherwise they normalise. Other nodes have names that begin with neither.
-NORMALISERS = ("Sub", "Mul")
+# with Sub and Mul; otherwise they normalize. Other nodes have names that begin with neither.
+NORMALIZERS = ("Sub", "Mul")
 # A protocol buffer has less than 2 GiB; larger weights go to a file beside the graph.
 _LARGEST_FILE = 1_900_000_000
 
 
 class _FromPixels(torch.nn.Module):
-    """A network that normalises its input."""
+    """A network that normalizes its input."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
@@ -74,7 +74,7 @@ def write(path: Path, model: Network, *, normalization: Normalization) -> None:
 
 
 def finish(path: Path, metadata: dict[str, str]) -> None:
-    """Names the nodes so that clients see where normalisation is done, and adds metadata.
+    """Names the nodes so that clients see where normalization is done, and adds metadata.
 
     Also drops what the exporter noted of its source files.
     """
@@ -86,14 +86,14 @@ def finish(path: Path, metadata: dict[str, str]) -> None:
     onnx.helper.set_model_props(model, known)
     nodes = list(graph.node)
     if known["normalization"] == "inside":
-        if not any(node.name in NORMALISERS for node in nodes):
-            for node, name in zip(nodes, NORMALISERS, strict=False):
+        if not any(node.name in NORMALIZERS for node in nodes):
+            for node, name in zip(nodes, NORMALIZERS, strict=False):
                 assert node.op_type == name, node.op_type
                 node.name = name
-        first = _with_ancestors(nodes, NORMALISERS)  # as quantisation may have put others first
+        first = _with_ancestors(nodes, NORMALIZERS)  # as quantization may have put others first
         nodes.sort(key=lambda node: node.name not in first)
     for number, node in enumerate(nodes):
-        if node.name not in NORMALISERS or known["normalization"] == "outside":
+        if node.name not in NORMALIZERS or known["normalization"] == "outside":
             node.name = f"node_{number}"
         node.doc_string = ""
         del node.metadata_props[:]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.convert import onnx_graph
-from arcface_jax.convert.onnx_graph import INPUT, NORMALISERS
+from arcface_jax.convert.onnx_graph import INPUT, NORMALIZERS
 from arcface_jax.convert.packages import require
 from arcface_jax.models import preprocess
 from arcface_jax.runtime.files import atomic_files
@@ -36,7 +36,7 @@ def to_int8(path: Path, images: np.ndarray, *, inside: bool) -> None:
     Args:
       path: the graph.
       images: (n, 112, 112, 3) uint8 RGB, aligned faces of the kind it will see.
-      inside: whether the graph normalises.
+      inside: whether the graph normalizes.
     """
     quantization = require("onnxruntime.quantization")
 
@@ -59,7 +59,7 @@ def to_int8(path: Path, images: np.ndarray, *, inside: bool) -> None:
     try:
         with atomic_files(path) as part:
             quantization.quantize_static(
-                path, part, Reader(), per_channel=True, nodes_to_exclude=list(NORMALISERS)
+                path, part, Reader(), per_channel=True, nodes_to_exclude=list(NORMALIZERS)
             )
     finally:
         logger.setLevel(level)

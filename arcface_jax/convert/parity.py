@@ -52,7 +52,7 @@ def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, 
 
     @jax.jit
     def train(params, batch_stats, images):
-        x = preprocess.normalise(images)
+        x = preprocess.normalize(images)
         return backbone.apply(params, batch_stats, x, train=True, keys=keys)[1]
 
     moved = train(params, batch_stats, jnp.asarray(faces))

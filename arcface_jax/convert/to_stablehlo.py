@@ -24,7 +24,7 @@ from arcface_jax.training import step
 from arcface_jax.training.network import Network
 
 PLATFORMS = ("cpu", "cuda")
-# The serialised form is a flat buffer, which has less than 2 GiB.
+# The serialized form is a flat buffer, which has less than 2 GiB.
 _LARGEST_FILE = 1_900_000_000
 
 

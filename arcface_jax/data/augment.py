@@ -114,7 +114,7 @@ def _dali_blur(image: Image, draws: Draws) -> Image:
     return cv2.GaussianBlur(image, (2 * radius + 1,) * 2, sigma)
 
 
-def colour_matrix(*, hue: float, saturation: float) -> np.ndarray:
+def color_matrix(*, hue: float, saturation: float) -> np.ndarray:
     """(3, 3) float32 matrix on RGB columns: turns the chroma of YIQ, and scales it.
 
     Args:
@@ -129,7 +129,7 @@ def colour_matrix(*, hue: float, saturation: float) -> np.ndarray:
 
 def _dali_colour(image: Image, draws: Draws) -> Image:
     hue, saturation = _between(draws[0], 0.0, 20.0), _between(draws[1], 1.0, 1.2)
-    return cv2.transform(image, colour_matrix(hue=hue, saturation=saturation))
+    return cv2.transform(image, color_matrix(hue=hue, saturation=saturation))
 
 
 def _dali_gray(image: Image, _: Draws) -> Image:

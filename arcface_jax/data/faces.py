@@ -134,7 +134,7 @@ TEMPLATE = np.array(
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The rotation, scale and shift that best move points to points, for many faces at once.
 
-    Minimises the sum of squared distances between the moved source points and the target points,
+    Minimizes the sum of squared distances between the moved source points and the target points,
     without mirroring: the transform of S. Umeyama, "Least-squares estimation of transformation
     parameters between two point patterns" (1991). In the plane, with points as complex numbers
     s_i and t_i less their means, rotation and scale are one complex number
@@ -159,12 +159,12 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
         raise DataError("a face's points are not finite: leave that face out, or detect it again")
     s, t = source[..., 0] + 1j * source[..., 1], target[..., 0] + 1j * target[..., 1]
     s_mean, t_mean = s.mean(-1, keepdims=True), t.mean(-1, keepdims=True)
-    s_centred, t_centred = s - s_mean, t - t_mean
-    spread = np.sum(np.abs(s_centred) ** 2, -1)
-    product = np.sum(s_centred.conj() * t_centred, -1)
+    s_centered, t_centered = s - s_mean, t - t_mean
+    spread = np.sum(np.abs(s_centered) ** 2, -1)
+    product = np.sum(s_centered.conj() * t_centered, -1)
     # As shares of what rounding leaves of points that coincide, and of the largest |product|.
     coincide = spread <= 1e-18 * np.sum(np.abs(s) ** 2, -1)
-    limit = 1e-9 * np.sqrt(spread * np.sum(np.abs(t_centred) ** 2, -1))
+    limit = 1e-9 * np.sqrt(spread * np.sum(np.abs(t_centered) ** 2, -1))
     degenerate = coincide | (np.abs(product) <= limit)
     if degenerate.any():
         faces = np.broadcast_to(source, (*degenerate.shape, *source.shape[-2:]))

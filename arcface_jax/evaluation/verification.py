@@ -55,7 +55,7 @@ class Verification(NamedTuple):
     fold_tar: float
     """insightface's TAR at FAR 1e-3: mean over the folds, see `ten_fold_tar`."""
     xnorm: float
-    """Mean length of the embeddings before normalisation; insightface's XNorm."""
+    """Mean length of the embeddings before normalization; insightface's XNorm."""
     distance: np.ndarray
     """(n,) float64: the pairs' squared distances, 0 .. 4."""
     same: np.ndarray

@@ -108,7 +108,7 @@ def centers(config: Config, state: TrainState, source: Source, *, mesh: Mesh) ->
 
 
 def _class_means(config: Config, state: TrainState, source: Source, *, mesh: Mesh) -> jax.Array:
-    """(C_padded, D): the direction of each class's mean of normalised embeddings.
+    """(C_padded, D): the direction of each class's mean of normalized embeddings.
 
     The length is that of the random centers, sqrt(D) times their deviation, on which the effect
     of the learning rate depends. A class without images keeps its random center. Every image is
@@ -142,8 +142,8 @@ def _class_means(config: Config, state: TrainState, source: Source, *, mesh: Mes
 
 
 def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array) -> jax.Array:
-    """Adds the batch's normalised embeddings to the rows of the classes that lie here."""
-    unit = lax.all_gather(block_passes.normalise(embeddings)[0], AXIS, tiled=True)
+    """Adds the batch's normalized embeddings to the rows of the classes that lie here."""
+    unit = lax.all_gather(block_passes.normalize(embeddings)[0], AXIS, tiled=True)
     row = lax.all_gather(labels, AXIS, tiled=True) - lax.axis_index(AXIS) * len(sums)
     here = (row >= 0) & (row < len(sums))
     return sums.at[jnp.where(here, row, len(sums))].add(unit, mode="drop")

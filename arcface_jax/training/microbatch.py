@@ -29,7 +29,7 @@ class Forward(NamedTuple):
     """What the forward pass gives."""
 
     embeddings: jax.Array
-    """(B, D) float32, not normalised, split over the devices."""
+    """(B, D) float32, not normalized, split over the devices."""
     batch_stats: Arrays
     """BatchNorm's statistics, moved once, towards the mean over all groups."""
     pull: Callable[[jax.Array], Arrays]
@@ -98,7 +98,7 @@ def _on_one_device(network: Backbone, params, batch_stats, images, places, *, ke
 
     def one(images, places):
         keys = jax.vmap(partial(jax.random.fold_in, key))(places)
-        images = preprocess.normalise(images)
+        images = preprocess.normalize(images)
         return network.apply(params, batch_stats, images, train=True, keys=keys)
 
     if slices == 1:

@@ -20,7 +20,7 @@ class Network:
     """A trained backbone in float32.
 
     `Network.from_workdir("runs/demo")(images)` gives the embeddings of (n, 112, 112, 3) uint8 RGB
-    images as (n, D) float32, not normalised.
+    images as (n, D) float32, not normalized.
 
     Args:
       network: a name in `arcface_jax.models.registry.NETWORKS`.
@@ -65,7 +65,7 @@ class Network:
         return cls(config.model.network, params, batch_stats, **options)
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
         if images.ndim != 4 or images.shape[1:] != (112, 112, 3) or images.dtype != np.uint8:
             raise ValueError(
                 f"images are {images.shape} {images.dtype}; expected (n, 112, 112, 3) uint8, RGB, "

@@ -95,7 +95,7 @@ def test_files_of_lower_precision(embedder, faces, tmp_path):
     assert 0 < error < 0.15
     whole = 4 * 5_500_000  # bytes of float32 weights
     assert half.stat().st_size < 0.55 * whole and small.stat().st_size < 0.3 * whole
-    for path in (half, small):  # clients see that pixels are normalised there too
+    for path in (half, small):  # clients see that pixels are normalized there too
         outs = onnx_embedder(path)(faces[:3])
         assert parity.largest_error(outs, embedder(faces[:3])) < 0.15
 

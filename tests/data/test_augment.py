@@ -53,7 +53,7 @@ def test_hue_and_saturation_are_a_turn_and_a_factor_of_the_chroma(hue, saturatio
             y - 0.27478764629897834 * i_ - 0.6356910791873801 * q,
             y - 1.1085450346420322 * i_ + 1.7090069284064666 * q,
         )
-    matrix = augment.colour_matrix(hue=hue, saturation=saturation)
+    matrix = augment.color_matrix(hue=hue, saturation=saturation)
     ours = FACE.reshape(-1, 3) @ matrix.T
     assert np.abs(ours - 255.0 * expected).max() < 3.0
     if saturation:
@@ -63,7 +63,7 @@ def test_hue_and_saturation_are_a_turn_and_a_factor_of_the_chroma(hue, saturatio
 
 
 def test_gray_stays_gray_whatever_the_hue():
-    matrix = augment.colour_matrix(hue=17.0, saturation=1.15)
+    matrix = augment.color_matrix(hue=17.0, saturation=1.15)
     np.testing.assert_allclose(matrix @ np.full(3, 80.0), 80.0, atol=0.1)
 
 

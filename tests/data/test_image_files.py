@@ -1,4 +1,4 @@
-"""Which files are images: the same for training, inference, pair lists, align and labelled sets."""
+"""Which files are images: the same for training, inference, pair lists, align and labeled sets."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from arcface_jax.data import files as training_files
 from arcface_jax.data.pairs import lists
 from arcface_jax.data.tools import aligning
 from arcface_jax.errors import DataError
-from arcface_jax.evaluation.protocols import labelled
+from arcface_jax.evaluation.protocols import labeled
 
 SUFFIXES = [".jpg", ".JPG", ".jpeg", ".png", ".Png", ".bmp", ".webp", ".tif", ".TIFF"]
 OTHERS = ["notes.txt", "list.csv", "jpg", "a.jpg.part", "features.npy"]
@@ -55,7 +55,7 @@ def test_every_reader_of_a_folder_finds_the_same_images(folder: Path, tmp_path: 
         def digest(self) -> str:
             return "mean"
 
-    found = labelled.read(folder, Mean, output=tmp_path / "features", flip=False)
+    found = labeled.read(folder, Mean, output=tmp_path / "features", flip=False)
     assert found.people.tolist() == ["ada"] * len(wanted)
     done = aligning.align_folder(
         folder, tmp_path / "out", lambda *_: aligning.Faces(faces.TEMPLATE[None], np.ones(1))

@@ -168,7 +168,7 @@ def test_the_digest_names_the_weights_whatever_file_they_are_in(workdir, tmp_pat
     assert other.digest() != network.digest()
 
 
-def test_swapped_colours_are_reported_once(embedder):
+def test_swapped_colors_are_reported_once(embedder):
     faces = [f for i in range(24) if _is_warm(f := draw_face(seed=6, identity=i, index=0))]
     faces = np.stack(faces[:8])
     fresh = Embedder(embedder.model, batch_size=8)

@@ -75,7 +75,7 @@ def embeddings_and_twin(
 
     @jax.jit
     def embed(params, batch_stats, images):
-        x = preprocess.normalise(images)
+        x = preprocess.normalize(images)
         return backbone.apply(params, batch_stats, x, train=False)[0]
 
     twin = twins.load(network, weights.to_state_dict(params, batch_stats))
@@ -152,7 +152,7 @@ def test_gradients_of_mobilefacenet_are_as_near_to_float64_as_torchs_own(faces):
     @jax.jit
     @jax.grad
     def gradient(params):
-        x = preprocess.normalise(jnp.asarray(images))
+        x = preprocess.normalize(jnp.asarray(images))
         return jnp.mean(backbone.apply(params, batch_stats, x, train=True)[0] * target)
 
     def by_torch(module: torch.nn.Module, dtype: torch.dtype) -> np.ndarray:
@@ -185,7 +185,7 @@ def build_small(monkeypatch, **changes) -> registry.Backbone:
 def test_training_draws_the_same_for_the_same_key_alone(monkeypatch, faces):
     backbone = build_small(monkeypatch)
     params, batch_stats = backbone.init(0)
-    x = preprocess.normalise(jnp.asarray(faces))
+    x = preprocess.normalize(jnp.asarray(faces))
     one, again, other = (
         backbone.apply(
             params, batch_stats, x, train=True, keys=jax.random.split(jax.random.key(key), 16)
@@ -199,7 +199,7 @@ def test_training_draws_the_same_for_the_same_key_alone(monkeypatch, faces):
 def test_without_masking_and_drop_path_training_is_deterministic(monkeypatch, faces):
     backbone = build_small(monkeypatch, masked=False, drop_path=0.0)
     params, batch_stats = backbone.init(0)
-    x = preprocess.normalise(jnp.asarray(faces))
+    x = preprocess.normalize(jnp.asarray(faces))
     one, other = (
         backbone.apply(
             params, batch_stats, x, train=True, keys=jax.random.split(jax.random.key(key), 16)
@@ -222,7 +222,7 @@ def test_a_tenth_of_the_tokens_is_replaced_by_the_mask_token(monkeypatch, faces)
         return take(array, indices, axis=axis)
 
     monkeypatch.setattr(jnp, "take_along_axis", note)
-    x = preprocess.normalise(jnp.asarray(faces))
+    x = preprocess.normalize(jnp.asarray(faces))
     backbone.apply(params, batch_stats, x, train=True, keys=jax.random.split(jax.random.key(0), 16))
     (kept,) = seen
     assert kept.shape == (16, 129, 1)
@@ -250,7 +250,7 @@ def test_remat_changes_no_gradient(monkeypatch, faces):
     for remat in (False, True):
         backbone = build_small(monkeypatch, remat=remat)
         params, batch_stats = backbone.init(0)
-        x = preprocess.normalise(jnp.asarray(faces))
+        x = preprocess.normalize(jnp.asarray(faces))
 
         def loss(params, backbone=backbone, batch_stats=batch_stats, x=x):
             keys = jax.random.split(jax.random.key(0), 16)

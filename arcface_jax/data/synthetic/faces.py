@@ -1,7 +1,7 @@
 """Procedurally drawn face identities: training and verification images without a download.
 
 An identity fixes what a person keeps (geometry, skin, hair, brows, glasses, beard); a view fixes
-what changes from picture to picture (pose, expression, light, colour cast, blur, noise, occlusion).
+what changes from picture to picture (pose, expression, light, color cast, blur, noise, occlusion).
 Both come from random streams keyed by their numbers, so every image is a pure function of
 `(seed, identity, index)`, whichever thread or process draws it, and in whatever order.
 """
@@ -129,16 +129,16 @@ def _render(seed: int, identity: int, v: View, size: int) -> np.ndarray:
     canvas = cv2.resize(v.background, (pixels, pixels), interpolation=cv2.INTER_LINEAR)
     for part in parts:
         shapes = [next(polygons) for _ in part.polygons]
-        cv2.fillPoly(canvas, shapes, part.colour.tolist(), cv2.LINE_8, _FIXED_POINT_BITS)
+        cv2.fillPoly(canvas, shapes, part.color.tolist(), cv2.LINE_8, _FIXED_POINT_BITS)
     if len(v.occluder):
         shape = _fixed_point(v.occluder * pixels)
-        cv2.fillPoly(canvas, [shape], v.occluder_colour.tolist(), cv2.LINE_8, _FIXED_POINT_BITS)
+        cv2.fillPoly(canvas, [shape], v.occluder_color.tolist(), cv2.LINE_8, _FIXED_POINT_BITS)
     image = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
     return _photograph(image, v)
 
 
 def _photograph(image: np.ndarray, v: View) -> np.ndarray:
-    """Blur, light, colour cast and sensor noise on a (H, W, 3) uint8 image."""
+    """Blur, light, color cast and sensor noise on a (H, W, 3) uint8 image."""
     if v.blur > 0.3:
         image = cv2.GaussianBlur(image, (5, 5), v.blur)
     levels = 255.0 * np.linspace(0.0, 1.0, 256)[:, None] ** v.gamma

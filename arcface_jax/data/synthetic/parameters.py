@@ -48,7 +48,7 @@ def _chance(probability: float) -> Any:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Identity:
-    """What all images of one person share. Lengths in face units, colours RGB in [0, 255]."""
+    """What all images of one person share. Lengths in face units, colors RGB in [0, 255]."""
 
     width: float = _between(0.66, 0.86)  # half width of the head
     jaw: float = _between(
@@ -109,14 +109,14 @@ class View:
     gaze: float = _between(-0.3, 0.3)  # fraction of the eye's width
     gamma: float = _between(0.75, 1.3)  # exponent on intensities in [0, 1]
     blur: float = _between(0.0, 0.9)  # standard deviation, pixels; below 0.3 there is none
-    noise: float = _between(1.0, 6.0)  # amplitude, grey levels
+    noise: float = _between(1.0, 6.0)  # amplitude, gray levels
     gain: np.ndarray  # (3,) multiplier per channel
-    offset: np.ndarray  # (3,) grey levels per channel
+    offset: np.ndarray  # (3,) gray levels per channel
     light: np.ndarray  # (3, 3, 3) uint8, coarse map of illumination, LIGHT_UNIT is neutral
     background: np.ndarray  # (rows, columns, 3) uint8, coarse texture
     cloth: np.ndarray  # (3,)
     occluder: Polygon  # fractions of the image size; often empty
-    occluder_colour: np.ndarray  # (3,)
+    occluder_color: np.ndarray  # (3,)
     noise_seed: int
 
 
@@ -173,13 +173,13 @@ def draw_view(seed: int, identity: int, index: int) -> View:
         background=np.clip(backdrop, 0.0, 255.0).astype(np.uint8),
         cloth=rng.uniform(20.0, 240.0, 3),
         occluder=_occluder(rng),
-        occluder_colour=rng.uniform(0.0, 255.0, 3),
+        occluder_color=rng.uniform(0.0, 255.0, 3),
         noise_seed=int(rng.integers(2**32)),
     )
 
 
 def _light(rng: np.random.Generator) -> np.ndarray:
-    """(3, 3, 3) uint8 map: a gradient in one direction, and weak coloured lamps."""
+    """(3, 3, 3) uint8 map: a gradient in one direction, and weak colored lamps."""
     angle, strength = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(0.15, 0.45)
     across = np.array((-1.0, 0.0, 1.0))
     gradient = np.cos(angle) * across + np.sin(angle) * across[:, None]

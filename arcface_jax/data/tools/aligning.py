@@ -93,10 +93,10 @@ def _choose(faces: Faces, shape: tuple[int, ...], choose: FaceChoice, *, where: 
     if not len(faces.points):
         raise ImageError(where, "no face")
     middle = faces.points.mean(axis=1)
-    centre = np.array([shape[1], shape[0]]) / 2
+    center = np.array([shape[1], shape[0]]) / 2
     rank = {
         "largest": np.prod(np.ptp(faces.points, axis=1), axis=1),
-        "center": -np.linalg.norm(middle - centre, axis=1),
+        "center": -np.linalg.norm(middle - center, axis=1),
         "score": faces.scores,
     }
     return faces.points[int(np.argmax(rank[choose]))]

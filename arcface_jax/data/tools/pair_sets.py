@@ -1,4 +1,4 @@
-"""`data.py pairs`: a verification set made from labelled images, or from a list of pairs."""
+"""`data.py pairs`: a verification set made from labeled images, or from a list of pairs."""
 
 import pickle
 from collections.abc import Iterator, Sequence

@@ -100,12 +100,12 @@ def _write_shard(path: Path, features: Any, found: Any) -> None:
         writer = ArrayRecordWriter(str(part), _OPTIONS)
         try:
             for _, sample in found:
-                writer.write(_serialised(features, sample))
+                writer.write(_serialized(features, sample))
         finally:
             writer.close()
 
 
-def _serialised(features: Any, sample: Sample) -> bytes:
+def _serialized(features: Any, sample: Sample) -> bytes:
     example = {"image": sample.data, "label": np.int64(sample.label)}
     return features.serialize_example(features.encode_example(example))
 

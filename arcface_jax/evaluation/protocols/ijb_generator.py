@@ -1,4 +1,4 @@
-"""Makes a small data set in the file formats of IJB-B and IJB-C, out of any labelled faces.
+"""Makes a small data set in the file formats of IJB-B and IJB-C, out of any labeled faces.
 
 The real images are not free to pass on. These sets let the whole protocol run, and show what files
 it reads; their figures say nothing about IJB.

@@ -9,7 +9,7 @@ from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.protocols import all_to_all, groups, retrieval
-from arcface_jax.evaluation.protocols.labelled import NOBODY, Labelled
+from arcface_jax.evaluation.protocols.labeled import NOBODY, Labeled
 from arcface_jax.runtime import tables
 
 
@@ -21,7 +21,7 @@ class Report(NamedTuple):
     metrics: dict[str, Any]
 
 
-def ranks(probes: Labelled, gallery: Labelled, *, distractors: Labelled | None) -> Report:
+def ranks(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None) -> Report:
     """`retrieval.retrieve`."""
     found = retrieval.retrieve(probes, gallery, distractors=distractors)
     counts = (
@@ -43,7 +43,7 @@ def compared_groups(model: Model, sets: Sequence[PairSet]) -> Report:
     )
 
 
-def all_pairs(faces: Labelled, *, fars: Sequence[float]) -> Report:
+def all_pairs(faces: Labeled, *, fars: Sequence[float]) -> Report:
     """`all_to_all.tar_at_far`; faces of nobody in particular are left out."""
     named = faces.people != NOBODY
     vectors, people = faces.features[named], faces.people[named]

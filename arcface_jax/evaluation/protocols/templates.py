@@ -55,7 +55,7 @@ def image_weights(
     Args:
       features: (n, D) float32.
       detector: (n,) detector scores.
-      keep_norm: N: a feature counts with its length; without it, features are normalised.
+      keep_norm: N: a feature counts with its length; without it, features are normalized.
       use_detector: D: times the detector's score.
 
     Returns:
@@ -70,7 +70,7 @@ def image_weights(
 def pool(
     features: np.ndarray, weights: np.ndarray, *, templates: np.ndarray, media: np.ndarray
 ) -> Templates:
-    """Images of a medium are averaged, media are summed, and the sum is normalised.
+    """Images of a medium are averaged, media are summed, and the sum is normalized.
 
         t = sum over media m of (1 / |m|) sum over images i in m of w_i f_i,    t / ||t||
 

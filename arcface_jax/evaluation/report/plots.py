@@ -64,7 +64,7 @@ def pair_sheet(
     cosine = 1 - distance / 2
     called_same = distance < threshold
     rows = {
-        "same person, recognised": pairs.same & called_same,
+        "same person, recognized": pairs.same & called_same,
         "different people, told apart": ~pairs.same & ~called_same,
         "same person, missed": pairs.same & ~called_same,
         "different people, confused": ~pairs.same & called_same,

@@ -22,11 +22,11 @@ NOBODY = ""
 """The person of a face that belongs to nobody in particular."""
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Features of n faces."""
 
     features: np.ndarray
-    """(n, D) float32, not normalised."""
+    """(n, D) float32, not normalized."""
     people: np.ndarray
     """(n,) str; `NOBODY` where no person is named."""
 
@@ -39,7 +39,7 @@ def read(
     flip: bool = True,
     threads: int = 4,
     progress: Callable[[int], None] = lambda count: None,
-) -> Labelled:
+) -> Labeled:
     """Reads one of the three forms; images are embedded, and their features kept on disk.
 
     Args:
@@ -71,7 +71,7 @@ def read(
         threads=threads,
         progress=progress,
     )
-    return Labelled(extracted.read(flip=flip), people)
+    return Labeled(extracted.read(flip=flip), people)
 
 
 def face(path: Path) -> np.ndarray:
@@ -117,7 +117,7 @@ def _list(path: Path) -> tuple[list[Path], np.ndarray]:
     return images, np.array(people)
 
 
-def _read_npz(path: Path) -> Labelled:
+def _read_npz(path: Path) -> Labeled:
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a folder of faces, a list, or an .npz")
     with np.load(path, allow_pickle=False) as arrays:
@@ -133,4 +133,4 @@ def _read_npz(path: Path) -> Labelled:
             f"{path}: features of shape {read.shape} and labels of shape {labels.shape}; expected "
             "(n, D) finite numbers and (n,) labels"
         )
-    return Labelled(read.astype(np.float32), labels.astype(str))
+    return Labeled(read.astype(np.float32), labels.astype(str))
