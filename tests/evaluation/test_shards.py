@@ -71,6 +71,25 @@ def test_a_run_that_stopped_goes_on_and_reads_nothing_twice(tmp_path: Path):
     extract(tmp_path, load=stops)  # all is there: nothing is read
 
 
+def test_a_folder_of_an_earlier_version_is_resumed(tmp_path: Path):
+    """Its settings end without a line feed, and a killed process left a part under a name of old."""
+    settings = {"model": "a", "images": 21, "shard": 8, "views": 2}
+    (tmp_path / "settings.json").write_text(json.dumps(settings, indent=2))
+    np.save(tmp_path / "00000.npy", np.full((8, 2, 2), 7, np.float32))
+    for suffix in (".tmp", ".part"):
+        (tmp_path / f"00001{suffix}").write_bytes(b"half a shard")
+    read = extract(tmp_path).read(flip=False)
+    assert read[:8].tolist() == [[7, 7]] * 8 and read[8:, 0].tolist() == list(range(16, 42, 2))
+    left = ["00000.npy", "00001.npy", "00002.npy", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_shards_without_settings_are_refused(tmp_path: Path):
+    np.save(tmp_path / "00000.npy", np.zeros((8, 2, 2), np.float32))
+    with pytest.raises(DataError, match=r"no settings\.json"):
+        extract(tmp_path)
+
+
 KILLED = """
 import sys, time
 sys.path.insert(0, {tests!r})

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import pytest
 
 from arcface_jax.machine import collectives, doctor
 from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import manifest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -73,6 +75,15 @@ def test_what_would_make_a_run_fail_is_the_exit_code(tmp_path, capsys, more, nam
     code, found, out = examine(tmp_path, capsys, "--seconds", "0.1", *more)
     assert code == 1 and found["fails"] == [name]
     assert words in " ".join(out.replace("│", " ").split())
+
+
+def test_the_versions_are_those_that_a_run_writes():
+    found = manifest.versions()
+    assert found.keys() <= set(manifest.PACKAGES) and {"jax", "jaxlib", "flax"} <= found.keys()
+    assert found["jax"] == jax.__version__
+    assert doctor.check_versions(found).words.startswith(
+        ", ".join(f"{k} {found[k]}" for k in found)
+    )
 
 
 def test_versions_that_are_apart_are_named():
