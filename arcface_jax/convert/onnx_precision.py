@@ -59,7 +59,14 @@ def to_int8(path: Path, images: np.ndarray, *, inside: bool) -> None:
     try:
         with atomic_files(path) as part:
             quantization.quantize_static(
-                path, part, Reader(), per_channel=True, nodes_to_exclude=list(NORMALIZERS)
+                path,
+                part,
+                Reader(),
+                per_channel=True,
+                # 7-bit weights: CPUs without VNNI add pairs of 8-bit products in 16 bits, which
+                # saturates (relative error 0.88 instead of 0.12 on such a machine).
+                reduce_range=True,
+                nodes_to_exclude=list(NORMALIZERS),
             )
     finally:
         logger.setLevel(level)

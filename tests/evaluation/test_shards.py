@@ -72,7 +72,7 @@ def test_a_run_that_stopped_goes_on_and_reads_nothing_twice(tmp_path: Path):
 
 
 def test_a_folder_of_an_earlier_version_is_resumed(tmp_path: Path):
-    """Its settings end without a line feed, and a killed process left a part under a name of old."""
+    """Its settings end without a line feed, and a killed process left parts under old names."""
     settings = {"model": "a", "images": 21, "shard": 8, "views": 2}
     (tmp_path / "settings.json").write_text(json.dumps(settings, indent=2))
     np.save(tmp_path / "00000.npy", np.full((8, 2, 2), 7, np.float32))
