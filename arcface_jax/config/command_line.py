@@ -41,9 +41,10 @@ def parse(
       SystemExit: code 2 and a message on stderr for a mistake; code 0 after --help.
     """
     words = _without_values(words, _flags(target), options_only=options_only)
-    more = {} if default is None else {"default": default}
     text = _with_examples(description)
-    return tyro.cli(target, args=words, prog=prog, description=text, **more)
+    if default is None:
+        return tyro.cli(target, args=words, prog=prog, description=text)
+    return tyro.cli(target, args=words, prog=prog, description=text, default=default)
 
 
 def parse_known(
