@@ -62,7 +62,7 @@ def test_inference_takes_them_without_the_sections_name(words: str, expected):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [("", True), ("--mirrored False", True ^ True), ("--no-mirrored", False), ("--mirrored", True)],
+    [("", True), ("--mirrored False", False), ("--no-mirrored", False), ("--mirrored", True)],
 )
 def test_a_protocol_takes_them_beside_a_positional_argument(words: str, expected):
     arguments = command_line.parse(

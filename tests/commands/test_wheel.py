@@ -20,7 +20,6 @@ DISTRIBUTIONS = {
     "absl": "absl-py",
     "cv2": "opencv-python-headless",
     "orbax": "orbax-checkpoint",
-    "array_record": "array-record",
     "tensorflow_datasets": "tensorflow-datasets",
 }
 
