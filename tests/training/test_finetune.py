@@ -31,7 +31,7 @@ CONFIG = configs.replace(
     data__flip=False,
     evaluation__batch_size=8,
     # Some gradients are zero but for rounding, as bn2.bias's, which AdamW would else blow up.
-    optimizer__epsilon=1e-3,
+    optimizer__epsilon=1e-2,
 )
 FINETUNE = FineTuneConfig(
     frozen=("conv1.*", "layer1.*"),
@@ -100,7 +100,7 @@ def torch_steps(optimizer: str, pretrained, centers: np.ndarray, *, steps: int) 
     if optimizer == "sgd":
         update = torch.optim.SGD(groups, lr=RATE, momentum=0.9, weight_decay=decay)
     else:
-        update = torch.optim.AdamW(groups, lr=RATE, eps=1e-3, weight_decay=decay)
+        update = torch.optim.AdamW(groups, lr=RATE, eps=1e-2, weight_decay=decay)
     images, labels = faces()
     x = (torch.tensor(images).float().permute(0, 3, 1, 2) - 127.5) / 127.5
     y = torch.tensor(labels).long()
