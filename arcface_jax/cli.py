@@ -4,6 +4,7 @@ Importing this module, and parsing any command line, imports neither JAX nor Ope
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -66,7 +67,23 @@ def main(words: Sequence[str] | None = None) -> int:
         importlib.import_module(f"arcface_jax.commands.{found.module}"), found.function
     )
     options = {"own_process": own_process} if found.module == "train" else {}
-    return function(words[1:], prog=f"{PROG} {first}", **options)
+    try:
+        return function(words[1:], prog=f"{PROG} {first}", **options)
+    except BrokenPipeError:
+        if not own_process or not _stdout_is_closed():
+            raise
+        return 1
+
+
+def _stdout_is_closed() -> bool:
+    """Whether the reader of stdout has gone, as in `arcface-jax recipes | head`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it exits, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _help() -> str:

@@ -2,11 +2,13 @@
 
 import dataclasses
 import signal
+import sys
 from collections import deque
 from collections.abc import Generator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -316,3 +318,13 @@ def _milestones(every_epochs: float, steps_per_epoch: int, total: int) -> set[in
     """The steps after which something periodic is due; the last is one of them."""
     interval = max(1, round(every_epochs * steps_per_epoch)) if every_epochs else total
     return {*range(interval, total, interval), total}
+
+
+class _CallableModule(ModuleType):
+    """This module, callable: `arcface_jax.train` names it and the public function alike."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Outcome:
+        return train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from arcface_jax import errors
+from arcface_jax.config import command_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +75,8 @@ def dispatch(
     """
     first = words[0] if words else ""
     if first in ("-h", "--help"):
-        print(f"usage: {prog} {{{','.join(functions)}}} [OPTIONS]\n\n{description.strip()}")
+        print(f"usage: {prog} {{{','.join(functions)}}} [OPTIONS]\n")
+        print(command_line.with_examples(description))
         print(f"\n{prog} NAME --help lists the options.")
         return 0
     if first not in functions:

@@ -8,7 +8,7 @@ arcface-jax import centers write centers.npy --output FOLDER --ranks 8 --layout 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import tyro
 from tyro.conf import Positional
@@ -96,7 +96,10 @@ def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Re
 def centers(words: Sequence[str], *, prog: str = "arcface-jax import centers") -> Result:
     """Reads or writes class centers."""
     arguments = command_line.parse(
-        Read | Write, words, prog=prog, description=_CENTERS.format(prog=prog)
+        cast("type[Read | Write]", Read | Write),
+        words,
+        prog=prog,
+        description=_CENTERS.format(prog=prog),
     )
     errors.require("torch", "torch")
     from arcface_jax.convert import centers as center_files

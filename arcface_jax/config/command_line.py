@@ -41,9 +41,10 @@ def parse(
       SystemExit: code 2 and a message on stderr for a mistake; code 0 after --help.
     """
     words = _without_values(words, _flags(target), options_only=options_only)
-    more = {} if default is None else {"default": default}
-    text = _with_examples(description)
-    return tyro.cli(target, args=words, prog=prog, description=text, **more)
+    text = with_examples(description)
+    if default is None:
+        return tyro.cli(target, args=words, prog=prog, description=text)
+    return tyro.cli(target, args=words, prog=prog, description=text, default=default)
 
 
 def parse_known(
@@ -59,7 +60,7 @@ def parse_known(
         target,
         args=words,
         prog=prog,
-        description=_with_examples(description),
+        description=with_examples(description),
         return_unknown_args=True,
     )
 
@@ -79,11 +80,11 @@ def call_subcommand(
     named = functions.get(words[0]) if words else None
     words = _without_values(words, () if named is None else _flags(named))
     return tyro.extras.subcommand_cli_from_dict(
-        dict(functions), args=words, prog=prog, description=_with_examples(description)
+        dict(functions), args=words, prog=prog, description=with_examples(description)
     )
 
 
-def _with_examples(description: str) -> str:
+def with_examples(description: str) -> str:
     """Indents example commands and code: tyro joins lines that begin with a letter."""
     kept: list[str] = []
     for line in description.strip().splitlines():
