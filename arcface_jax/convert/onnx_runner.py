@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arcface_jax.data.images import IMAGE_SIZE
-from arcface_jax.errors import UserError
+from arcface_jax.errors import UserError, install
 from arcface_jax.models import preprocess
 
 METADATA_KEYS = ("mean", "scale", "color_order")
-_INSTALL = "pip install 'arcface-jax[onnx]'"
+_INSTALL = install("onnx")
 _NAMED_NODES = 8
 _NUMBERS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _LARGEST_BATCH = 64

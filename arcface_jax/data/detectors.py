@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from arcface_jax.errors import UserError
+from arcface_jax.errors import UserError, install
 
 _STRIDES = (8, 16, 32)
 _NMS_OVERLAP = 0.4  # boxes that overlap by more are one face
@@ -88,9 +88,7 @@ def _session(name: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(
-            f"detectors need onnxruntime ({error}): pip install 'arcface-jax[onnx]'"
-        ) from error
+        raise UserError(f"detectors need onnxruntime ({error}): {install('onnx')}") from error
     try:
         return onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own types, not exported

@@ -63,7 +63,7 @@ def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
             where(),
             f"the image is {image.shape[1]} x {image.shape[0]} pixels, training takes "
             f"faces aligned to {IMAGE_SIZE} x {IMAGE_SIZE}: align and crop the images first "
-            "(python scripts/data.py align)",
+            "(`arcface-jax data align`)",
         )
     return image
 

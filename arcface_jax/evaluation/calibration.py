@@ -154,12 +154,12 @@ def read(path: Path) -> Calibration:
       DataError: there is no such file, or it is no calibration.
     """
     if not path.is_file():
-        raise DataError(f"no calibration at {path}: make one with scripts/calibrate.py")
+        raise DataError(f"no calibration at {path}: make one with `arcface-jax calibrate`")
     try:
         return _ADAPTER.validate_json(path.read_text(), strict=True)
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is no calibration, as scripts/calibrate.py writes it: {error}"
+            f"{path} is no calibration written by `arcface-jax calibrate`: {error}"
         ) from error
 
 

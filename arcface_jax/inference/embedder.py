@@ -187,8 +187,8 @@ class Embedder:
         if threshold.model != model:
             raise UserError(
                 f"the calibration is of another model (SHA-256 {threshold.model[:12]}..., this one "
-                f"is {model[:12]}...): a threshold is no use with other weights; make one with "
-                "scripts/calibrate.py"
+                f"is {model[:12]}...): thresholds do not transfer between models; make one with "
+                "`arcface-jax calibrate`"
             )
         if threshold.flip != self.flip:
             raise UserError(

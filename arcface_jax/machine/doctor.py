@@ -21,7 +21,7 @@ from arcface_jax import config as configs
 from arcface_jax.config import Config
 from arcface_jax.data import opening, pipeline
 from arcface_jax.data.source import Source
-from arcface_jax.errors import UserError
+from arcface_jax.errors import UserError, install
 from arcface_jax.machine import collectives, plan, timing
 from arcface_jax.machine import input as data_benchmark
 from arcface_jax.runtime import devices as meshes
@@ -114,7 +114,7 @@ def check_driver() -> Check:
     if done.returncode:
         return Check("driver", "fails", f"nvidia-smi fails: {' '.join(lines)[:200]}")
     if done.stdout.strip() and jax.devices()[0].platform == "cpu":
-        words = f"{lines[0]}, but JAX sees the CPU alone: pip install 'arcface-jax[cuda12]'"
+        words = f"{lines[0]}, but JAX sees only the CPU: {install('cuda12')}"
         return Check("driver", "fails", words)
     return Check("driver", "ok", f"{len(lines)} x {lines[0]}")
 
@@ -144,8 +144,8 @@ def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     words = (
         f"the state takes {_gib(needed)} of {_gib(free)} free"
-        f"{'' if _is_cpu(mesh) else ' on each device'}, activations not counted (scripts/plan.py); "
-        f"{_gib(host)} of the host's memory are free"
+        f"{'' if _is_cpu(mesh) else ' on each device'}, without activations (`arcface-jax plan` "
+        f"counts them); {_gib(host)} of the host's memory are free"
     )
     values = {"state_bytes": needed, "free_bytes": free, "host_free_bytes": host}
     if needed > free:

@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from arcface_jax.errors import ConfigError
+from arcface_jax.errors import ConfigError, install
 from arcface_jax.runtime import launch
 from arcface_jax.runtime.files import atomic, reporting_disk_errors, write_atomic
 
@@ -289,7 +289,7 @@ class Wandb:
         except ImportError as error:
             raise ConfigError(
                 f"logging.wandb {project}: this needs the package of Weights & Biases: "
-                "pip install 'arcface-jax[wandb]'"
+                f"{install('wandb')}"
             ) from error
         self.path = workdir / "wandb"
         known = workdir / "wandb_id"

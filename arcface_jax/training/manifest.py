@@ -168,7 +168,7 @@ def _memory_lines(held: dict[str, int]) -> list[str]:
         "on each device, the state alone:",
         *rows,
         f"{'total':<20}{sum(held.values()) / MIB:>12,.2f} MiB",
-        "activations are not in it; scripts/plan.py tells them before a run",
+        "activations are not in it; `arcface-jax plan` reports them before a run",
     ]
 
 

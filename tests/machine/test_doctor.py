@@ -98,7 +98,7 @@ def test_versions_that_are_apart_are_named():
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("echo 'NVIDIA H100, 560.1, 81559 MiB'", "JAX sees the CPU alone"),
+        ("echo 'NVIDIA H100, 560.1, 81559 MiB'", "JAX sees only the CPU"),
         ("echo 'driver/library version mismatch'; exit 9", "nvidia-smi fails: driver/library"),
     ],
 )
