@@ -1,18 +1,30 @@
-"""Face recognition training in JAX: class-sharded ArcFace, insightface's backbones, exports."""
+"""Face recognition training in JAX: class-sharded ArcFace, insightface's backbones, exports.
+
+The public API is `Config`, `train` and `Embedder`. They are loaded when first used, so importing
+this package imports nothing heavy.
+"""
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from arcface_jax.config import Config
     from arcface_jax.inference.embedder import Embedder
+    from arcface_jax.train import train
 
-__all__ = ["Embedder"]
+__all__ = ["Config", "Embedder", "__version__", "train"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """`arcface_jax.Embedder`, without importing JAX before it is asked for."""
-    if name == "Embedder":
-        from arcface_jax.inference.embedder import Embedder
+    """Loads a part of the public API."""
+    import importlib
 
-        return Embedder
+    if name == "Config":
+        return importlib.import_module("arcface_jax.config").Config
+    if name == "Embedder":
+        return importlib.import_module("arcface_jax.inference.embedder").Embedder
+    if name == "train":
+        # The module, which can be called as its function (see its last lines): whoever imports it
+        # by another way first finds the same object here.
+        return importlib.import_module("arcface_jax.train")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,10 @@
 """Errors that are the user's to mend, and how a command reports them."""
 
 import contextlib
+import difflib
+import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -50,3 +52,28 @@ def reported() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def install(extra: str) -> str:
+    """The command that installs an optional dependency, for a wheel and for a checkout."""
+    return f"pip install 'arcface-jax[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
+
+
+def require(package: str, extra: str) -> None:
+    """Checks that a package of an optional dependency is installed, without importing it.
+
+    Raises:
+      UserError: it is not; the message has the command that installs it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"this needs the package {package}: {install(extra)}")
+
+
+def unknown(word: str, known: Iterable[str], *, prog: str) -> str:
+    """The message for a missing or misspelled name of a command."""
+    known = list(known)
+    if not word:
+        return f"{prog} expects one of {', '.join(known)}; {prog} --help describes them"
+    near = difflib.get_close_matches(word, known)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{prog} has no command {word!r}: {meant}{prog} --help lists all"

@@ -3,10 +3,12 @@
 import dataclasses
 import importlib.util
 import signal
+import sys
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -17,7 +19,7 @@ from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.data.pipeline import BadImage, BadImages
 from arcface_jax.data.source import Source
-from arcface_jax.errors import ConfigError, UserError
+from arcface_jax.errors import ConfigError, UserError, install
 from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.verification import Verification
 from arcface_jax.runtime import devices as meshes
@@ -267,10 +269,7 @@ def _initial_weights(config: Config, init: finetune.Weights | None) -> finetune.
 def _read_weights(path: Path, network: str) -> finetune.Weights:
     """Read PyTorch weights; nothing else in training needs PyTorch."""
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError(
-            f"init_from {path}: reading PyTorch weights needs PyTorch: "
-            "pip install 'arcface-jax[torch]'"
-        )
+        raise ConfigError(f"init_from {path}: PyTorch weights need PyTorch: {install('torch')}")
     from arcface_jax.convert import weights
 
     return weights.load(path, network)
@@ -363,3 +362,13 @@ def _failure(
     return diagnostics.failure_error(
         done, values, report, optimizer=config.optimizer, dtype=config.model.dtype
     )
+
+
+class _CallableModule(ModuleType):
+    """This module, callable: `arcface_jax.train` names it and the public function alike."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Outcome:
+        return train(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

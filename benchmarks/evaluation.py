@@ -1,4 +1,4 @@
-"""How long the arithmetic of evaluation takes: ten folds, normalisation, ROC curves of millions."""
+"""How long the arithmetic of evaluation takes: ten folds, normalization, ROC curves of millions."""
 
 import json
 from collections.abc import Callable, Sequence

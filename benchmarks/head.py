@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from arcface_jax.config import Dtype, HeadConfig, OptimizerConfig
 from arcface_jax.errors import ConfigError
 from arcface_jax.heads import margin_softmax, partial_fc
-from arcface_jax.heads.block_passes import normalise
+from arcface_jax.heads.block_passes import normalize
 from arcface_jax.heads.centers import Rule, make_rule, padded_classes
 from arcface_jax.heads.margin_softmax import Centers
 from arcface_jax.machine import timing
@@ -233,7 +233,7 @@ def _dense(name: str, case: Case, mesh: Mesh) -> Callable:
     )
 
     def loss(embeddings, rows, labels):
-        x, u = (normalise(a)[0] for a in (embeddings, rows))
+        x, u = (normalize(a)[0] for a in (embeddings, rows))
         placed = by_image if name == "data parallel" else everywhere
         x = jax.lax.with_sharding_constraint(x, placed)
         target = jnp.sum(x * u[labels], axis=1)

@@ -80,7 +80,7 @@ def _compile_seconds(network: str, faces: np.ndarray) -> float:
     backbone = registry.build(network)
 
     def loss(params, batch_stats, images):
-        x = preprocess.normalise(images)
+        x = preprocess.normalize(images)
         keys = jax.random.split(jax.random.key(0), len(images))
         embeddings, moved = backbone.apply(params, batch_stats, x, train=True, keys=keys)
         return jnp.mean(jnp.square(embeddings)), moved

@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from arcface_jax.runtime import tables as console_tables
 from benchmarks.head import Measurement
 
 MIB = 2**20
@@ -18,10 +19,9 @@ def tables(rows: list[Measurement]) -> list[Table]:
 
 def _table(case: tuple[int, int, int], rows: list[Measurement]) -> Table:
     classes, batch, devices = case
-    out = Table(title=f"{classes:,} classes, batch {batch}, {devices} device(s)")
-    out.add_column("method", no_wrap=True)
-    for name in ("ms", "x dense", "GFLOP/s", "temp MiB", "x dense", "args MiB"):
-        out.add_column(name, justify="right")
+    title = f"{classes:,} classes, batch {batch}, {devices} device(s)"
+    heads = ["ms", "x dense", "GFLOP/s", "temp MiB", "x dense", "args MiB"]
+    out = console_tables.new(title, heads, names=["method"])
     for row in rows:
         out.add_row(
             row.method,

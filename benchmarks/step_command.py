@@ -15,6 +15,7 @@ from arcface_jax.config import Dtype, Network
 from arcface_jax.errors import ConfigError
 from arcface_jax.machine import plan, timing
 from arcface_jax.runtime import devices as meshes
+from arcface_jax.runtime import tables
 from benchmarks import dispatch, step, step_table
 from benchmarks.step import Case, Measurement
 
@@ -154,12 +155,9 @@ def _parts_table(case: Case, rows: list[Measurement]) -> Table:
         f"{case.network}, {case.dtype}, batch {case.batch}, {case.classes:,} classes, "
         f"{case.devices} device(s)"
     )
-    out = Table(title=title)
-    for name in ("", "part"):
-        out.add_column(name, no_wrap=True)
-    columns = ("ms", "images/s", "x ours", "GFLOP/s", "MFU", "of product")
-    for name in (*columns, "compile s", "temp MiB", "args MiB"):
-        out.add_column(name, justify="right")
+    heads = ["ms", "images/s", "x ours", "GFLOP/s", "MFU", "of product"]
+    heads += ["compile s", "temp MiB", "args MiB"]
+    out = tables.new(title, heads, names=["", "part"])
     for row in rows:
         out.add_row(
             row.implementation,
@@ -194,12 +192,9 @@ def _table(arguments: Step) -> dict[str, Any]:
     plan.use_cpu_devices(step_table.DEVICES)
     rows = step_table.measure(say=lambda words: print(words, flush=True))
     for network, classes, batch in step_table.CASES:
-        out = Table(title=f"{network}, {classes:,} classes, batch {batch}, 8 devices")
-        out.add_column("method", no_wrap=True)
-        out.add_column("GiB or GB from")
-        columns = ("state GiB", "temp GiB", "total GiB", "V100 GB", "V100 images/s")
-        for name in columns:
-            out.add_column(name, justify="right")
+        title = f"{network}, {classes:,} classes, batch {batch}, 8 devices"
+        heads = ["state GiB", "temp GiB", "total GiB", "V100 GB", "V100 images/s"]
+        out = tables.new(title, heads, names=["method", "GiB or GB from"])
         for row in rows:
             if (row.network, row.classes, row.batch) == (network, classes, batch):
                 sizes = (row.state_bytes, row.temporary_bytes, row.total_bytes)

@@ -2,10 +2,10 @@
 
 import sys
 
-from arcface_jax.convert import centers
-
 if __name__ == "__main__":
-    sys.exit(centers.main(sys.argv[1:]))
+    from arcface_jax.commands import imports
+
+    sys.exit(imports.centers(sys.argv[1:], prog="python -m convert.centers"))
 else:
     from convert import moved
 

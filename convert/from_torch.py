@@ -2,10 +2,10 @@
 
 import sys
 
-from arcface_jax.convert import from_torch
-
 if __name__ == "__main__":
-    sys.exit(from_torch.main(sys.argv[1:]))
+    from arcface_jax.commands import imports
+
+    sys.exit(imports.torch(sys.argv[1:], prog="python -m convert.from_torch"))
 else:
     from convert import moved
 

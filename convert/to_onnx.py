@@ -2,10 +2,10 @@
 
 import sys
 
-from arcface_jax.convert import to_onnx
-
 if __name__ == "__main__":
-    sys.exit(to_onnx.main(sys.argv[1:]))
+    from arcface_jax.commands import export
+
+    sys.exit(export.onnx(sys.argv[1:], prog="python -m convert.to_onnx"))
 else:
     from convert import moved
 

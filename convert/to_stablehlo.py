@@ -2,10 +2,10 @@
 
 import sys
 
-from arcface_jax.convert import to_stablehlo
-
 if __name__ == "__main__":
-    sys.exit(to_stablehlo.main(sys.argv[1:]))
+    from arcface_jax.commands import export
+
+    sys.exit(export.stablehlo(sys.argv[1:], prog="python -m convert.to_stablehlo"))
 else:
     from convert import moved
 

@@ -2,10 +2,10 @@
 
 import sys
 
-from arcface_jax.convert import to_torch
-
 if __name__ == "__main__":
-    sys.exit(to_torch.main(sys.argv[1:]))
+    from arcface_jax.commands import export
+
+    sys.exit(export.torch(sys.argv[1:], prog="python -m convert.to_torch"))
 else:
     from convert import moved
 

@@ -3,7 +3,7 @@
 python scripts/augmentations.py [--path FOLDER] [--output docs/images/augmentations.jpg]
 """
 
-import json
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from arcface_jax import errors
+from arcface_jax.commands import Result, command
 from arcface_jax.config import DataConfig
 from arcface_jax.data import augment, opening
 
@@ -19,12 +19,13 @@ _SAMPLES = 7
 _TIMED = 400
 
 
+@command
 def main(
     path: str = "synthetic",
     output: Path = Path("docs/images/augmentations.jpg"),
     image: int = 0,
     seed: int = 0,
-) -> None:
+) -> Result:
     """One row for each augmentation: the image itself, and seven outcomes.
 
     Args:
@@ -33,9 +34,7 @@ def main(
       image: Number of the image in the set.
       seed: Of the random numbers.
     """
-    begin = time.perf_counter()
-    with errors.reported():
-        face, _ = opening.open_source(DataConfig(path=path), seed=0)[image]
+    face, _ = opening.open_source(DataConfig(path=path), seed=0)[image]
     rng = np.random.default_rng(seed)
     figure = Figure(figsize=(1.1 * (_SAMPLES + 1), 1.2 * len(augment.OPERATIONS)))
     panels = figure.subplots(len(augment.OPERATIONS), _SAMPLES + 1)
@@ -54,10 +53,8 @@ def main(
     figure.savefig(output, dpi=75)
     for name, cost in microseconds.items():
         print(f"{name:24} {cost:7.1f} us of a processor for each image that gets it")
-    seconds = round(time.perf_counter() - begin, 1)
-    result = {"microseconds": microseconds, "seconds": seconds, "files": [str(output)]}
-    print("RESULT " + json.dumps(result))
+    return Result({"microseconds": microseconds}, [output])
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    sys.exit(tyro.cli(main, description=__doc__))

@@ -15,12 +15,12 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Column, Table
 
 from arcface_jax import errors
 from arcface_jax.config import Dtype
 from arcface_jax.machine import timing
 from arcface_jax.runtime import devices as meshes
+from arcface_jax.runtime import tables
 from benchmarks import blocks, evaluation, head, report, step_command
 from benchmarks.head import Case, Measurement
 
@@ -142,7 +142,7 @@ def run_evaluation(
     repeats: int = 5,
     output: Path = Path("runs/benchmark_evaluation"),
 ) -> None:
-    """Ten folds, normalisation, ROC curves (docs/evaluation.md).
+    """Ten folds, normalization, ROC curves (docs/evaluation.md).
 
     Args:
       pairs: Of a verification set.
@@ -157,7 +157,7 @@ def run_evaluation(
         rows = evaluation.measure(**sizes, repeats=repeats)
         machine = timing.machine()
         file = evaluation.write(output, rows, machine=machine)
-    table = Table("what", Column("ms", justify="right"))
+    table = tables.new(None, ["ms"], names=["what"])
     for row in rows:
         table.add_row(row.what, f"{1000 * row.seconds:.2f}")
     Console().print(table)

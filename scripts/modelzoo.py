@@ -5,22 +5,23 @@ python scripts/modelzoo.py [--networks r18 r50] [--faces lfw_dev.bin]
 Rows of networks that are not named stay as they are, in docs/modelzoo.json and in the page.
 """
 
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from arcface_jax import errors
+from arcface_jax.commands import Result, command
+from arcface_jax.config import command_line
 from arcface_jax.models import registry
 from benchmarks import modelzoo
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line."""
+    """Options of `modelzoo.py`."""
 
     networks: tuple[str, ...] = registry.NETWORKS
     """Which to measure, each in a process of its own; all when not given."""
@@ -30,27 +31,28 @@ class Arguments:
     """The page; its data goes to a .json file of the same name."""
 
 
-def main(argv: list[str]) -> None:
-    """The command."""
-    arguments = tyro.cli(Arguments, args=argv, prog="modelzoo.py", description=__doc__)
+@command
+def main(words: Sequence[str], *, prog: str = "modelzoo.py") -> Result:
+    """Measures the networks one by one and updates the page after each."""
+    arguments = command_line.parse(
+        Arguments, words, prog=prog, description=__doc__ or "", options_only=True
+    )
     data = arguments.page.with_suffix(".json")
     rows = []
-    with errors.reported():
-        unknown = [name for name in arguments.networks if name not in registry.NETWORKS]
-        if unknown:
-            raise errors.UserError(
-                f"unknown networks {', '.join(unknown)}: use some of {', '.join(registry.NETWORKS)}"
-            )
-        for network in arguments.networks:
-            with Console(stderr=True).status(network):
-                row = modelzoo.measure_apart(network, arguments.faces)
-            print(modelzoo.table([row]).splitlines()[-1], flush=True)
-            rows.append(row)
-            # At once, for the next may need more memory than there is.
-            modelzoo.write_page(arguments.page, modelzoo.merge(data, [row]))
-    files = [str(arguments.page), str(data)]
-    print("RESULT " + json.dumps({row["network"]: row for row in rows} | {"files": files}))
+    unknown = [name for name in arguments.networks if name not in registry.NETWORKS]
+    if unknown:
+        raise errors.UserError(
+            f"unknown networks {', '.join(unknown)}: use some of {', '.join(registry.NETWORKS)}"
+        )
+    for network in arguments.networks:
+        with Console(stderr=True).status(network):
+            row = modelzoo.measure_apart(network, arguments.faces)
+        print(modelzoo.table([row]).splitlines()[-1], flush=True)
+        rows.append(row)
+        # At once: the next may need more memory than there is.
+        modelzoo.write_page(arguments.page, modelzoo.merge(data, [row]))
+    return Result({row["network"]: row for row in rows}, [arguments.page, data])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

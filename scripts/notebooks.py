@@ -2,17 +2,18 @@
 
 python scripts/notebooks.py [notebooks/explore_embeddings.ipynb ...]
 
-Needs `pip install 'arcface-jax[notebook,onnx]'`, and a run: runs/demo, or that in
+Needs `pip install -e '.[notebook,onnx]'`, and a run: runs/demo, or that in
 ARCFACE_JAX_WORKDIR.
 """
 
-import json
-import time
+import sys
 from pathlib import Path
 
 import nbclient
 import nbformat
 import tyro
+
+from arcface_jax.commands import Result, command
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
@@ -26,20 +27,19 @@ def execute(path: Path) -> nbformat.NotebookNode:
     return client.execute()
 
 
-def main(paths: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
-    """The command.
+@command
+def main(paths: tyro.conf.Positional[tuple[Path, ...]] = ()) -> Result:
+    """Executes the notebooks in place.
 
     Args:
       paths: Notebooks; all of them when not given.
     """
-    begin = time.perf_counter()
     chosen = [path.resolve() for path in paths] or sorted(FOLDER.glob("*.ipynb"))
     for path in chosen:
         nbformat.write(execute(path), path)
         print(f"{path.name}: {path.stat().st_size / 1024:.0f} KiB")
-    seconds = round(time.perf_counter() - begin, 1)
-    print("RESULT " + json.dumps({"seconds": seconds, "files": [str(path) for path in chosen]}))
+    return Result(files=chosen)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="notebooks.py", description=__doc__)
+    sys.exit(tyro.cli(main, prog="notebooks.py", description=__doc__))

@@ -1,1 +1,101 @@
 """The commands of `arcface-jax`, one module each; they parse before they import anything heavy."""
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
+
+from arcface_jax import errors
+from arcface_jax.config import command_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Words = ParamSpec("Words")
+
+
+class Result(NamedTuple):
+    """What a command reports and how it ends."""
+
+    values: Mapping[str, Any] = {}
+    """Of the RESULT line, which gets `seconds` and `files` too."""
+    files: Sequence[str | Path] = ()
+    """What was written."""
+    code: int = 0
+    """The exit code."""
+    reported: bool = True
+    """False in a process whose RESULT another process of the run prints."""
+
+
+def command(body: Callable[Words, Result]) -> Callable[Words, int]:
+    """Makes a command of a function: prints its RESULT line and returns the exit code.
+
+    A UserError becomes one message on stderr and exit code 2.
+    """
+
+    @functools.wraps(body)
+    def run(*words: Words.args, **options: Words.kwargs) -> int:
+        begin = time.perf_counter()
+        with errors.reported():
+            result = body(*words, **options)
+        if result.reported:
+            seconds = round(time.perf_counter() - begin, 1)
+            files = [str(file) for file in result.files]
+            line = {**result.values, "seconds": seconds, "files": files}
+            print("RESULT " + json.dumps(line, default=str))
+        return result.code
+
+    return run
+
+
+def console() -> "Console":
+    """A console for tables: as wide as the terminal, or 100 columns where output is redirected."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=100)
+
+
+def dispatch(
+    functions: Mapping[str, Callable[..., int]],
+    words: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+) -> int:
+    """Runs the command that the first word names, and hands it the others.
+
+    Args:
+      functions: each takes words and `prog`, and returns an exit code.
+      words: the command line after `prog`.
+      prog: the program's name in usage and errors.
+      description: the text of --help.
+    """
+    first = words[0] if words else ""
+    if first in ("-h", "--help"):
+        print(f"usage: {prog} {{{','.join(functions)}}} [OPTIONS]\n")
+        print(command_line.with_examples(description))
+        print(f"\n{prog} NAME --help lists the options.")
+        return 0
+    if first not in functions:
+        with errors.reported():
+            raise errors.UserError(errors.unknown(first, functions, prog=prog))
+    return functions[first](words[1:], prog=f"{prog} {first}")
+
+
+def copy_new(source: Path, target: Path) -> None:
+    """Copies a file, and its folder where that is missing.
+
+    Raises:
+      UserError: there is a file of that name already, or it cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as file:
+            file.write(source.read_bytes())
+    except FileExistsError as error:
+        raise errors.UserError(f"{target} exists already: choose another name") from error
+    except OSError as error:
+        raise errors.UserError(f"cannot write {target}: {error.strerror}") from error

@@ -1,39 +1,69 @@
-"""The sub-commands of scripts/data.py: what each takes, and what it prints."""
+"""Inspect training sets, convert one kind into another, and measure how fast images come.
 
+arcface-jax data inspect FOLDER --output runs/inspect
+arcface-jax data pack FOLDER runs/packed --renumber
+arcface-jax data COMMAND --help
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
+import tyro
 from tyro.conf import Positional
 
-from arcface_jax.config import DataConfig
-from arcface_jax.data import detectors, opening
-from arcface_jax.data.pairs import lists
-from arcface_jax.data.source import Source
-from arcface_jax.data.tools import aligning, inspection, packing, pair_sets, splitting, tfds_writing
-from arcface_jax.data.tools.aligning import Choice
-from arcface_jax.data.tools.packing import Bad, Packed
+from arcface_jax.commands import Result, command, console
+from arcface_jax.config import AugmentConfig, DataConfig, command_line
+from arcface_jax.config.choices import Bad, FaceChoice
 from arcface_jax.errors import UserError
 
-Result = dict[str, Any]
+if TYPE_CHECKING:
+    from arcface_jax.data.source import Source
+    from arcface_jax.data.tools.packing import Packed
+
+TrainingSet = Annotated[Positional[str], tyro.conf.arg(metavar="PATH")]
+Photographs = Annotated[Positional[Path], tyro.conf.arg(metavar="PATH")]
+Output = Annotated[Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
+Values = dict[str, Any]
+"""Of the RESULT line, `files` among them."""
+
+
+@command
+def main(words: Sequence[str], *, prog: str = "arcface-jax data") -> Result:
+    """Runs the tool that the first word names."""
+    tools = {
+        "inspect": inspect,
+        "pack": pack,
+        "to-tfds": to_tfds,
+        "merge": merge,
+        "split": split,
+        "pairs": pairs,
+        "align": align,
+        "bench": bench,
+    }
+    values = command_line.call_subcommand(tools, words, prog=prog, description=__doc__ or "")
+    files = values.pop("files")
+    return Result(values, files)
 
 
 def inspect(
-    path: Positional[str],
+    path: TrainingSet,
     output: Path = Path("runs/inspect"),
     most: int = 0,
     seed: int = 0,
     threads: int = 0,
-) -> Result:
+) -> Values:
     """Looks at every image: counts, sizes, copies, damage, and a sheet of samples.
 
     Args:
-      path: A training set, as --data.path of train.py takes it.
+      path: A training set, as --data.path of `train` takes it.
       output: Folder for inspect.json, images_per_identity.png and samples.png.
-      most: Look at so many images alone, chosen at random; 0 for all.
+      most: Look at only this many images, chosen at random; 0 for all.
       seed: Of the choice and of the samples.
-      threads: 0 for as many as there are processors.
+      threads: 0 for one per processor.
     """
+    from arcface_jax.data.tools import inspection
+
     source = _open(path)
     report = inspection.inspect(source, most=most, seed=seed, threads=threads)
     print(*inspection.in_words(report), sep="\n")
@@ -42,23 +72,25 @@ def inspect(
 
 
 def pack(
-    path: Positional[str],
-    output: Positional[Path],
+    path: TrainingSet,
+    output: Output,
     format: Literal["recordio", "folder"] = "recordio",
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
-) -> Result:
+) -> Values:
     """Writes a training set as train.rec for insightface, or as a folder for each identity.
 
     Args:
-      path: A training set, as --data.path of train.py takes it.
-      output: Folder to write to; the same command goes on with what was interrupted.
+      path: A training set, as --data.path of `train` takes it.
+      output: Folder to write to; rerun the same command to resume.
       format: train.rec, train.idx and property, or one folder for each identity.
       renumber: Number the identities that have images from 0, without gaps.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
-      threads: 0 for as many as there are processors.
+      threads: 0 for one per processor.
     """
+    from arcface_jax.data.tools import packing, splitting
+
     source = _open(path)
     selection = packing.select(source, renumber=renumber)
     write = packing.pack if format == "recordio" else splitting.write_folder
@@ -66,72 +98,77 @@ def pack(
 
 
 def to_tfds(
-    path: Positional[str],
-    output: Positional[Path],
+    path: TrainingSet,
+    output: Output,
     name: str = "faces",
     shard_images: int = 50_000,
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
-) -> Result:
+) -> Values:
     """Writes a training set as ArrayRecord files; tfds.data_source(NAME, data_dir=OUTPUT) opens it.
 
     Args:
-      path: A training set, as --data.path of train.py takes it.
-      output: Data directory of TFDS; the same command goes on with what was interrupted.
+      path: A training set, as --data.path of `train` takes it.
+      output: Data directory of TFDS; rerun the same command to resume.
       name: Of the data set.
       shard_images: Images of a file.
       renumber: Number the identities that have images from 0, without gaps.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
-      threads: 0 for as many as there are processors.
+      threads: 0 for one per processor.
     """
+    from arcface_jax.data.tools import packing, tfds_writing
+
     source = _open(path)
     selection = packing.select(source, renumber=renumber)
     options = {"name": name, "shard_images": shard_images, "bad": bad, "threads": threads}
     return _packed(tfds_writing.write(source, selection, output, **options), output / name)
 
 
-def merge(
-    output: Positional[Path], paths: tuple[str, ...], bad: Bad = "stop", threads: int = 0
-) -> Result:
+def merge(output: Output, paths: tuple[str, ...], bad: Bad = "stop", threads: int = 0) -> Values:
     """Writes several training sets as one record file; no two share an identity.
 
     Args:
-      output: Folder to write to; the same command goes on with what was interrupted.
+      output: Folder to write to; rerun the same command to resume.
       paths: The training sets, two or more.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
-      threads: 0 for as many as there are processors.
+      threads: 0 for one per processor.
     """
     if len(paths) < 2:
-        raise UserError(f"merge needs two training sets or more behind --paths, and got {paths}")
+        raise UserError(f"merge needs at least two training sets in --paths, got {paths}")
+    from arcface_jax.data import opening
+    from arcface_jax.data.tools import packing
+
     source = opening.JoinedSource([_open(path) for path in paths])
     done = packing.pack(source, packing.select(source), output, bad=bad, threads=threads)
     return _packed(done, output)
 
 
 def split(
-    path: Positional[str],
-    output: Positional[Path],
+    path: TrainingSet,
+    output: Output,
     fraction: float = 0.1,
     min_images: int = 1,
     seed: int = 0,
     bad: Bad = "stop",
     threads: int = 0,
-) -> Result:
+) -> Values:
     """Divides the identities into record files to train and to evaluate on, numbered from 0.
 
     Args:
-      path: A training set, as --data.path of train.py takes it.
+      path: A training set, as --data.path of `train` takes it.
       output: Folder for train/ and eval/.
       fraction: Share of the identities that go to eval.
       min_images: Leave out identities with fewer images.
       seed: Of the choice.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
-      threads: 0 for as many as there are processors.
+      threads: 0 for one per processor.
     """
+    from arcface_jax.data.tools import packing, splitting
+
     source = _open(path)
     sides = splitting.divide(source.labels(), fraction=fraction, seed=seed, min_images=min_images)
-    result: Result = {"files": []}
+    result: Values = {"files": []}
     for name, identities in zip(("train", "eval"), sides, strict=True):
         selection = packing.select(source, identities=identities)
         packed = packing.pack(source, selection, output / name, bad=bad, threads=threads)
@@ -142,12 +179,12 @@ def split(
 
 
 def pairs(
-    path: Positional[str],
-    output: Positional[Path],
+    path: TrainingSet,
+    output: Output,
     pairs: int = 0,
     disjoint: bool = False,
     seed: int = 0,
-) -> Result:
+) -> Values:
     """Writes a verification set (.bin) that insightface reads.
 
     Args:
@@ -156,14 +193,19 @@ def pairs(
       output: The .bin file.
       pairs: How many to choose, a multiple of 20: ten folds, each half same and half different. By
         default 6,000 of a training set, and a list as it is, in its order.
-      disjoint: An identity is in one fold alone; of a training set.
+      disjoint: Keep each identity within one fold; of a training set.
       seed: Of the choice.
     """
+    import numpy as np
+
+    from arcface_jax.data.pairs import lists
+    from arcface_jax.data.tools import pair_sets
+
     if ":" in path and (found := lists.split(path)):
         if disjoint:
             raise UserError(
-                "--disjoint is for training sets: a list says itself who meets whom; draw the "
-                "pairs from the folder of its images instead"
+                "--disjoint does not apply to pair lists, whose pairs are fixed; draw the pairs "
+                "from the folder of their images instead"
             )
         listed = lists.listed(*found)
         if pairs:
@@ -183,33 +225,36 @@ def pairs(
 
 
 def align(
-    path: Positional[Path],
-    output: Positional[Path],
+    path: Photographs,
+    output: Output,
     points: Path | None = None,
     detector: str = "",
     threshold: float = 0.5,
     detector_size: int = 640,
-    choose: Choice = "largest",
+    choose: FaceChoice = "largest",
     min_eyes: float = 0.0,
     quality: int = 95,
     threads: int = 0,
-) -> Result:
+) -> Values:
     """Turns photographs into faces of 112 x 112, by five points of each.
 
     Args:
       path: Folder of photographs, in sub-folders or not.
       output: Folder for the faces, under the same names, and rejects.csv.
-      points: CSV of path,x1,y1,...,x5,y5, or JSON of path: [[x, y], ...].
+      points: CSV of path,x1,y1,...,x5,y5, JSON of path: [[x, y], ...], or lines `path x1 y1 ...`.
       detector: ONNX file of the SCRFD or YuNet kind, or module:function.
       threshold: Lowest score of a face that is taken.
       detector_size: Side of the square that SCRFD looks at, a multiple of 32.
       choose: Which face of several.
       min_eyes: Reject faces whose eyes are fewer pixels apart.
       quality: Of the JPEG files.
-      threads: 0 for as many as there are processors.
+      threads: 0 for one per processor.
     """
     if (points is None) == (not detector):
         raise UserError("align needs either --points FILE or --detector NAME")
+    from arcface_jax.data import detectors
+    from arcface_jax.data.tools import aligning
+
     if points is not None:
         find = aligning.listed(points)
     else:
@@ -221,11 +266,56 @@ def align(
     return {"written": done.written, "rejected": len(done.rejected), "files": [done.report]}
 
 
-def _open(path: str) -> Source:
+def bench(
+    path: TrainingSet,
+    workers: tuple[int, ...] = (0, 1, 2),
+    threads: int = 0,
+    batch_size: int = 128,
+    augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
+    rounds: int = 5,
+    seconds: float = 2.0,
+) -> Values:
+    """Measures images per second, stage by stage, beside two bare decode loops.
+
+    Args:
+      path: A training set, as --data.path of `train` takes it.
+      workers: Numbers of worker processes to try; 0 reads in threads of this process.
+      threads: Threads that read and decode, in each worker or in this process; 0 takes as many as
+        there are cores, eight at most.
+      batch_size: Images of a batch.
+      augment: As --data.augment.sets.
+      rounds: Of all stages, of which medians are given.
+      seconds: For each stage in a round.
+    """
+    from arcface_jax.machine import input, timing
+    from arcface_jax.runtime import tables
+
+    data = DataConfig(
+        path=path,
+        threads=threads,
+        global_batch_size=batch_size,
+        augment=AugmentConfig(sets=augment),
+    )
+    rates = input.measure(data, workers=workers, rounds=rounds, seconds=seconds)
+    heads = ["workers", "threads", "images/s", "of bare decode"]
+    table = tables.new(None, heads, names=["stage"])
+    for rate in rates:
+        numbers = (rate.workers, rate.threads, round(rate.images_per_second))
+        table.add_row(rate.stage, *map(str, numbers), f"{rate.of_bare:.2f}")
+    console().print(table)
+    bottleneck = input.bottleneck(rates)
+    print(bottleneck)
+    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
+    return {"rates": [rate._asdict() for rate in rates], "bottleneck": bottleneck, "files": []}
+
+
+def _open(path: str) -> "Source":
+    from arcface_jax.data import opening
+
     return opening.open_source(DataConfig(path=path), seed=0)
 
 
-def _packed(done: Packed, folder: Path) -> Result:
+def _packed(done: "Packed", folder: Path) -> Values:
     for text in done.skipped:
         print(f"left out: {text}")
     print(f"{done.images:,} images of {done.identities:,} identities in {folder}")

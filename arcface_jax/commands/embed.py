@@ -1,30 +1,53 @@
-"""What the inference command does with an image, a folder or a pair, printed in words.
+"""Embed images, or compare two of them.
 
-Each function returns what the command's RESULT line says.
+Three command lines share this module: `arcface-jax embed`, `arcface-jax verify`, and a checkout's
+`scripts/inference.py`, which has the options of both.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
 
-from arcface_jax.data import faces
-from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.commands import Result, command
+from arcface_jax.config import command_line
 from arcface_jax.errors import DataError, UserError
-from arcface_jax.evaluation import calibration as calibrations
-from arcface_jax.evaluation.calibration import Calibration
-from arcface_jax.evaluation.embed import Model
-from arcface_jax.inference import bulk
-from arcface_jax.inference.embedder import Embedder
+from arcface_jax.inference.open_model import ModelChoice, open_model
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from arcface_jax.evaluation.calibration import Calibration
+    from arcface_jax.inference.embedder import Embedder
+
+_EMBED = """Embed an image, or a folder of images.
+
+    arcface-jax embed --workdir WORKDIR --img face.jpg --output face.npy
+    arcface-jax embed --weight backbone.pth --network r50 --img FOLDER --output FOLDER
+"""
+_VERIFY = """Compare two images: their cosine and, given a threshold, whether they show one person.
+
+    arcface-jax verify a.jpg b.jpg --workdir WORKDIR --threshold 0.3
+    arcface-jax verify a.jpg b.jpg --onnx model.onnx --calibration c.json
+"""
+_INFERENCE = """Embed faces, or compare two images.
+
+    python scripts/inference.py --workdir WORKDIR --img face.jpg
+    python scripts/inference.py --weight backbone.pth --network r50 --img FOLDER --output FOLDER
+    python scripts/inference.py --onnx model.onnx --verify a.jpg b.jpg --calibration c.json
+"""
 _SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the command takes beside the network."""
+class Images:
+    """What to embed, and how."""
 
     img: Path | None = None
     """An image, or a folder of them; seeded noise when not given."""
@@ -32,59 +55,156 @@ class Request:
     """Where embeddings are saved: a .npy file for an image, a folder of shards for a folder."""
     points: tuple[str, ...] = ()
     """To align by: ten numbers x1 y1 ... x5 y5, or a file of lines `image x1 y1 ... x5 y5`."""
-    verify: tuple[Path, Path] | None = None
-    """Two images to compare instead."""
-    threshold: float | None = None
-    """The lowest cosine that --verify calls the same."""
-    calibration: Path | None = None
-    """Or the JSON file of calibrate.py, for this model."""
     normalized: bool = False
-    """Whether embeddings are of length 1; the network's own length when not."""
+    """Scale embeddings to length 1; by default they keep the network's own length."""
     flip: bool = False
-    """Whether to add the embeddings of the mirrored faces."""
+    """Add the embeddings of the flipped faces."""
     shard_size: int = 10_000
     """Images per shard of a folder."""
     batch_size: int = 64
     """Images per forward pass."""
 
 
-def run(request: Request, *, open_model: Callable[..., Model]) -> dict:
-    """Does what was asked for and returns what RESULT says.
+@dataclass(frozen=True)
+class Decision:
+    """When two images are called one person."""
 
-    Args:
-      request: the options.
-      open_model: opens the network, given `batch_size` and `devices`.
+    threshold: float | None = None
+    """The lowest cosine of one person."""
+    calibration: Path | None = None
+    """Or the JSON file of `calibrate`, for this model."""
 
-    Raises:
-      UserError: options that exclude each other, or as the functions below.
-    """
-    threshold, flip = request.threshold, request.flip
-    if request.calibration is not None:
-        if threshold is not None or request.verify is None:
+
+@dataclass(frozen=True)
+class EmbedArguments:
+    """Options of `embed`."""
+
+    model: OmitArgPrefixes[ModelChoice]
+    images: OmitArgPrefixes[Images]
+
+
+@dataclass(frozen=True)
+class VerifyArguments:
+    """Options of `verify`."""
+
+    first: Annotated[Positional[Path], tyro.conf.arg(metavar="FIRST")]
+    """An image."""
+    second: Annotated[Positional[Path], tyro.conf.arg(metavar="SECOND")]
+    """The image to compare it with."""
+    model: OmitArgPrefixes[ModelChoice]
+    decision: OmitArgPrefixes[Decision]
+    points: tuple[str, ...] = ()
+    """To align by: a file of lines `image x1 y1 ... x5 y5`."""
+    flip: bool = False
+    """Add the embeddings of the flipped faces; a calibration states it itself."""
+
+
+@dataclass(frozen=True)
+class InferenceArguments:
+    """Options of `scripts/inference.py`."""
+
+    model: OmitArgPrefixes[ModelChoice]
+    images: OmitArgPrefixes[Images]
+    decision: OmitArgPrefixes[Decision]
+    verify: tuple[Path, Path] | None = None
+    """Two images to compare instead."""
+
+
+@command
+def embed(words: Sequence[str], *, prog: str = "arcface-jax embed") -> Result:
+    """Prints or saves embeddings."""
+    arguments = command_line.parse(
+        EmbedArguments, words, prog=prog, description=_EMBED, options_only=True
+    )
+    return _embed(arguments.model, arguments.images)
+
+
+@command
+def verify(words: Sequence[str], *, prog: str = "arcface-jax verify") -> Result:
+    """Prints the cosine of two images, and the verdict."""
+    arguments = command_line.parse(VerifyArguments, words, prog=prog, description=_VERIFY)
+    return _verify(
+        arguments.model,
+        (arguments.first, arguments.second),
+        arguments.decision,
+        points=arguments.points,
+        flip=arguments.flip,
+    )
+
+
+@command
+def inference(words: Sequence[str], *, prog: str = "inference.py") -> Result:
+    """Does either."""
+    arguments = command_line.parse(
+        InferenceArguments, words, prog=prog, description=_INFERENCE, options_only=True
+    )
+    images, decision = arguments.images, arguments.decision
+    if arguments.verify is not None:
+        how = {"points": images.points, "flip": images.flip}
+        return _verify(arguments.model, arguments.verify, decision, **how)
+    if decision.calibration is not None:
+        raise UserError("--calibration goes with --verify, and without --threshold")
+    return _embed(arguments.model, images)
+
+
+def _embed(choice: ModelChoice, images: Images) -> Result:
+    folder = images.img if images.img is not None and images.img.is_dir() else None
+    batch_size, devices = (1, 1) if folder is None else (images.batch_size, None)
+    embedder = _embedder(choice, flip=images.flip, batch_size=batch_size, devices=devices)
+    how = {name: getattr(images, name) for name in ("points", "normalized", "output")}
+    with _notes():
+        if folder is None:
+            return embed_image(embedder, images.img, **how)
+        return embed_folder(embedder, folder, shard_size=images.shard_size, **how)
+
+
+def _verify(
+    choice: ModelChoice,
+    pair: tuple[Path, Path],
+    decision: Decision,
+    *,
+    points: Sequence[str],
+    flip: bool,
+) -> Result:
+    from arcface_jax.evaluation import calibration
+
+    threshold = decision.threshold
+    if decision.calibration is not None:
+        if threshold is not None:
             raise UserError("--calibration goes with --verify, and without --threshold")
-        threshold = calibrations.read(request.calibration)
+        threshold = calibration.read(decision.calibration)
         flip = threshold.flip
-    one = request.verify is not None or not (request.img and request.img.is_dir())
-    batch_size, devices = (1, 1) if one else (request.batch_size, None)
-    model = open_model(batch_size=batch_size, devices=devices)
-    embedder = Embedder(model, flip=flip, other_size="resize", batch_size=batch_size)
-    if request.verify is not None:
-        return verify(embedder, request.verify, points=request.points, threshold=threshold)
-    how = {name: getattr(request, name) for name in ("points", "normalized", "output")}
-    if one:
-        return embed_image(embedder, request.img, **how)
-    assert request.img is not None  # it is a folder
-    return embed_folder(embedder, request.img, shard_size=request.shard_size, **how)
+    embedder = _embedder(choice, flip=flip, batch_size=1, devices=1)
+    with _notes():
+        return compare(embedder, pair, points=points, threshold=threshold)
+
+
+def _embedder(
+    choice: ModelChoice, *, flip: bool, batch_size: int, devices: int | None
+) -> "Embedder":
+    from arcface_jax.inference.embedder import Embedder
+
+    model = open_model(choice, batch_size=batch_size, devices=devices)
+    return Embedder(model, flip=flip, other_size="resize", batch_size=batch_size)
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """Prints the library's warnings to the user as notes, each once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("once", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        yield
 
 
 def embed_image(
-    embedder: Embedder,
+    embedder: "Embedder",
     image: Path | None,
     *,
     points: Sequence[str],
     normalized: bool,
     output: Path | None,
-) -> dict:
+) -> Result:
     """Prints the embedding of one image, or saves it as (1, D) .npy.
 
     Args:
@@ -98,6 +218,11 @@ def embed_image(
       UserError: the output is no .npy file or cannot be written.
       DataError: as `Embedder.__call__`.
     """
+    import numpy as np
+
+    from arcface_jax.data.images import IMAGE_SIZE
+    from arcface_jax.runtime.files import atomic
+
     if output is not None and output.suffix != ".npy":
         raise UserError(f"--output {output}: the embedding of one image is saved as a .npy file")
     if image is None:
@@ -109,34 +234,35 @@ def embed_image(
         five = points_of(points, image)
         embedding = embedder(image, points=five, normalized=normalized)
     norm = float(np.linalg.norm(embedding))
-    result = {"shape": list(embedding.shape), "norm": norm, "files": []}
+    values = {"shape": list(embedding.shape), "norm": norm}
     if output is None:
         with np.printoptions(threshold=sys.maxsize, linewidth=100, precision=6, suppress=True):
             print(embedding)
-        return result
+        return Result(values)
     try:
-        np.save(output, embedding)
+        with atomic(output, "wb") as file:
+            np.save(file, embedding)
     except OSError as error:
         raise UserError(f"cannot write {output}: {error.strerror}") from error
     print(f"{output}: {embedding.shape} float32, norm {norm:.4f}")
-    return {**result, "files": [str(output)]}
+    return Result(values, [output])
 
 
 def embed_folder(
-    embedder: Embedder,
+    embedder: "Embedder",
     folder: Path,
     *,
     points: Sequence[str],
     normalized: bool,
     output: Path | None,
     shard_size: int,
-) -> dict:
+) -> Result:
     """Embeds a folder into shards, or prints a line per image where there is no output.
 
     Args:
       embedder: the network.
       folder: the images.
-      points: empty, or one file as `faces.read_points`.
+      points: empty, or one file as `point_files` reads it.
       normalized: as `Embedder.__call__`.
       output: the folder of the shards.
       shard_size: images per shard.
@@ -145,16 +271,19 @@ def embed_folder(
       UserError: as `bulk.embed_folder`.
       DataError: as `bulk.embed_folder` and, without output, as `Embedder.__call__`.
     """
+    from arcface_jax.data import faces, point_files
+    from arcface_jax.inference import bulk
+
     if len(points) > 1:
         raise UserError("--points for a folder: name a file of lines `image x1 y1 ... x5 y5`")
-    listed = faces.read_points(Path(points[0])) if points else None
+    listed = point_files.one_by_name(Path(points[0])) if points else None
     if output is None:
         names = faces.find(folder)
         for name in names:
             five = None if listed is None else _listed(listed, [name], points[0])
             (row,) = embedder(folder / name, points=five, normalized=normalized)
             print(name, *(f"{value:.6f}" for value in row))
-        return {"embedded": len(names), "files": []}
+        return Result({"embedded": len(names)})
     summary = embedder.embed_folder(
         folder, output, shard_size=shard_size, points=listed, normalized=normalized
     )
@@ -168,40 +297,42 @@ def embed_folder(
             print(f"  {name}: {reason}")
         if len(summary.skipped) > _SHOWN:
             print("  ... (all of them: `skipped` in the ids-*.json)")
-    return {
+    values = {
         "embedded": summary.embedded,
         "skipped": len(summary.skipped),
         "shards": summary.shards,
         "kept": summary.kept,
-        "files": [str(path) for path in bulk.shards(output)],
     }
+    return Result(values, bulk.shards(output))
 
 
-def verify(
-    embedder: Embedder,
+def compare(
+    embedder: "Embedder",
     pair: tuple[Path, Path],
     *,
     points: Sequence[str],
-    threshold: float | Calibration | None,
-) -> dict:
+    threshold: "float | Calibration | None",
+) -> Result:
     """Prints the cosine of two images and, by a threshold, whether they show one person.
 
     Args:
       embedder: the network.
       pair: the files.
-      points: empty, or one file as `faces.read_points` with lines for both.
+      points: empty, or one file as `point_files` reads it with lines for both.
       threshold: as `Embedder.verify`; None to print the cosine alone.
 
     Raises:
       UserError, DataError: as `Embedder.verify`.
     """
+    from arcface_jax.evaluation.calibration import Calibration
+
     if len(points) > 1:
         raise UserError("--points for two images: name a file of lines `image x1 y1 ... x5 y5`")
     first, second = (embedder(path, points=points_of(points, path)) for path in pair)
     if threshold is None:
         cosine = float(embedder.similarity(first, second)[0, 0])
         print(f"cosine {cosine:.4f}; for a verdict give --threshold or --calibration")
-        return {"cosine": cosine, "files": []}
+        return Result({"cosine": cosine})
     verdict = embedder.verify(first, second, threshold=threshold)
     cosine, same = float(verdict.score[0]), bool(verdict.same[0])
     words = "the same person" if same else "different people"
@@ -211,25 +342,27 @@ def verify(
             f"calibrated on {threshold.set_name}: FAR {threshold.far:.2e} "
             f"({threshold.far_low:.2e} to {threshold.far_high:.2e}), TAR {threshold.tar:.4f}"
         )
-    return {"cosine": cosine, "threshold": verdict.threshold, "same": same, "files": []}
+    return Result({"cosine": cosine, "threshold": verdict.threshold, "same": same})
 
 
-def points_of(words: Sequence[str], image: Path) -> np.ndarray | None:
+def points_of(words: Sequence[str], image: Path) -> "np.ndarray | None":
     """The five points of one image, from the words behind --points.
 
     Args:
-      words: ten numbers, or the name of a file as `faces.read_points`, or none.
+      words: ten numbers, or the name of a file as `point_files` reads it, or none.
       image: the image, which the file lists by this path or by its name alone.
 
     Raises:
       DataError: they are neither, or the file does not list the image.
     """
+    from arcface_jax.data import point_files
+
     if len(words) != 1:
-        return faces.parse_points(words) if words else None
-    return _listed(faces.read_points(Path(words[0])), [str(image), image.name], words[0])
+        return point_files.parse(words) if words else None
+    return _listed(point_files.one_by_name(Path(words[0])), [str(image), image.name], words[0])
 
 
-def _listed(points: dict[str, np.ndarray], names: Sequence[str], source: str) -> np.ndarray:
+def _listed(points: "dict[str, np.ndarray]", names: Sequence[str], source: str) -> "np.ndarray":
     for name in names:
         if name in points:
             return points[name]

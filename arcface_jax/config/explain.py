@@ -107,7 +107,7 @@ def _nearest(unknown: str, root: type) -> str:
     near = difflib.get_close_matches(unknown, [name.rpartition(".")[2] for name in names])
     likely = [name for name in names if name.rpartition(".")[2] in near]
     meant = f"did you mean {' or '.join(likely)}? " if likely else ""
-    return f" ({meant}python scripts/train.py --help lists all)"
+    return f" ({meant}arcface-jax train --help lists all)"
 
 
 def former_names(root: type) -> Mapping[str, str]:

@@ -3,6 +3,7 @@
 The command line overrides the recipe, and `WORKDIR/config.json` records the outcome.
 """
 
+import difflib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import tyro
 
+from arcface_jax.config import command_line
 from arcface_jax.config.explain import explain, former_names
 from arcface_jax.config.schema import MAY_DIFFER_ON_RESUME, Config
 from arcface_jax.errors import ConfigError
@@ -19,12 +20,13 @@ from arcface_jax.errors import ConfigError
 _ADAPTER = pydantic.TypeAdapter(Config)
 
 
-def load(argv: Sequence[str], *, prog: str = "train.py") -> Config:
+def load(words: Sequence[str], *, prog: str = "arcface-jax train", description: str = "") -> Config:
     """Reads `RECIPE [--section.field value ...]`.
 
     Args:
-      argv: the words of the command line behind the program's name.
+      words: the command line after the program's name; a recipe is named as `read_recipe` takes it.
       prog: the program's name in usage messages.
+      description: the text at the top of --help.
 
     Returns:
       The configuration, types and ranges checked; `validation.validate` checks what depends on
@@ -35,17 +37,32 @@ def load(argv: Sequence[str], *, prog: str = "train.py") -> Config:
       SystemExit: an option is unknown or not of its type (code 2, the message on stderr), or
         --help.
     """
-    recipe = Config()
-    words = list(argv)
-    if words and not words[0].startswith("-"):
-        recipe = read_recipe(Path(words.pop(0)))
-    elif "-h" not in words and "--help" not in words:
+    recipe, options = Config(), list(words)
+    if options and not options[0].startswith("-"):
+        recipe = read_recipe(options.pop(0))
+    elif "-h" not in options and "--help" not in options:
         raise ConfigError(
-            f"{prog} needs a recipe as its first argument, for instance: "
-            f"python scripts/{prog} configs/lfw_tiny.py --data.path FOLDER --workdir runs/lfw_tiny"
+            f"{prog} needs a recipe as its first argument: a name of `arcface-jax recipes` or a "
+            f"file, for instance: {prog} lfw_tiny --data.path FOLDER --workdir runs/lfw_tiny"
         )
-    words = [_renamed(word, former_names(Config)) for word in words]
-    return tyro.cli(Config, default=recipe, args=words, prog=f"{prog} RECIPE", config=_FLAGS)
+    options = [_renamed(word, former_names(Config)) for word in options]
+    return override(recipe, options, prog=f"{prog} RECIPE", description=description)
+
+
+def override(recipe: Config, options: Sequence[str], *, prog: str, description: str = "") -> Config:
+    """A recipe with the options `--section.field value ...` applied.
+
+    Raises:
+      SystemExit: as `load`.
+    """
+    return command_line.parse(
+        Config,
+        options,
+        prog=prog,
+        description=description or "One training run.",
+        default=recipe,
+        options_only=True,
+    )
 
 
 def _renamed(word: str, names: Mapping[str, str]) -> str:
@@ -57,22 +74,55 @@ def _renamed(word: str, names: Mapping[str, str]) -> str:
     return f"--{name}{equals}{value}"
 
 
-# `--model.network r50` for a field of a section, and no sub-commands or `--no-` twins to guess at.
-_FLAGS = (tyro.conf.FlagConversionOff,)
+def recipe_files() -> dict[str, Path]:
+    """The project's recipes by name, from the installed package or from the checkout around it."""
+    return {path.stem: path for path in shipped("configs").glob("*.py")}
 
 
-def read_recipe(path: Path) -> Config:
-    """Runs `get_config()` of a recipe file.
+def shipped(folder: str) -> Path:
+    """A folder that a wheel has inside the package, and a checkout beside it."""
+    package = Path(__file__).parents[1]
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe.
+
+    Args:
+      name: a path, or the name of a recipe of the project, `ms1mv3_r50`.
+
+    Raises:
+      ConfigError: there is none; the message has those of similar names.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    recipes = recipe_files()
+    if str(name) in recipes:
+        return recipes[str(name)]
+    near = difflib.get_close_matches(path.stem, sorted(recipes))
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    if path.suffix == ".py" or path.parent != Path():
+        there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "none"
+        raise ConfigError(f"no recipe at {path}: {meant}(recipes in {path.parent}/: {there})")
+    raise ConfigError(f"there is no recipe {name}: {meant}`arcface-jax recipes` lists all")
+
+
+def read_recipe(name: str | Path) -> Config:
+    """Runs `get_config()` of a recipe.
+
+    Args:
+      name: a path, or the name of a recipe of the project.
 
     Raises:
       ConfigError: there is no such file, it has no get_config(), or it states an unknown field, a
         value of the wrong type or one that is out of range.
     """
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "none"
-        raise ConfigError(f"no recipe at {path} (recipes in {path.parent}/: {known})")
+    path = find_recipe(name)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # a .py file always has both
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"recipe {path}: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

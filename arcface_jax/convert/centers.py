@@ -1,27 +1,18 @@
-"""Class centers in arcface_torch's files, one for each GPU, to one array and back.
-
-python -m convert.centers read FOLDER --output centers.npy
-python -m convert.centers write centers.npy --output FOLDER --ranks 8 --layout 2021
-"""
+"""Class centers in arcface_torch's files, one for each GPU, to one array and back."""
 
 import itertools
-import json
 import re
-import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import tyro
 
-from arcface_jax import errors
+from arcface_jax.config.choices import CenterLayout
 from arcface_jax.convert import weight_files
 from arcface_jax.errors import UserError
+from arcface_jax.runtime.files import atomic, atomic_files
 from arcface_jax.training import checkpoint, saved_runs
-
-Layout = Literal["2021", "2022", "head"]
 
 # File names of a rank, by layout. 2021 has a bare tensor, and the momentum in a file of its own;
 # early 2022 the module's state_dict; head (since May 2022) has it in a checkpoint with everything.
@@ -41,32 +32,6 @@ class Centers(NamedTuple):
     """(C, D) float32."""
     momentum: np.ndarray | None = None
     """(C, D) float32, of SGD, where the files have it."""
-
-
-@dataclass(frozen=True)
-class Read:
-    """Join arcface_torch's files of one training to a .npy file of (C, D) float32."""
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """The folder of the head's files; or a WORKDIR."""
-    output: Path
-    """The .npy file to write."""
-    num_classes: int | None = None
-    """How many classes there must be; without it, missing files of the last GPUs may pass."""
-
-
-@dataclass(frozen=True)
-class Write:
-    """Split class centers into arcface_torch's files, for a number of GPUs."""
-
-    source: Annotated[Path, tyro.conf.Positional]
-    """A .npy file of (C, D), a WORKDIR, or a folder of the head's files."""
-    output: Path
-    """The folder to write to; files of these names must not be there."""
-    ranks: int
-    """The number of GPUs."""
-    layout: Layout = "head"
-    """checkpoint_gpu_R.pt (head), softmax_fc_gpu_R.pt (2022) or rank_R_softmax_weight.pt (2021)."""
 
 
 def read(source: Path, *, num_classes: int | None = None) -> Centers:
@@ -89,7 +54,7 @@ def read(source: Path, *, num_classes: int | None = None) -> Centers:
     return centers
 
 
-def write(folder: Path, centers: Centers, *, ranks: int, layout: Layout) -> list[Path]:
+def write(folder: Path, centers: Centers, *, ranks: int, layout: CenterLayout) -> list[Path]:
     """Writes a file for each GPU, in 2021's layout two; their paths.
 
     Where 2021's momentum is not known it is zero.
@@ -115,8 +80,22 @@ def write(folder: Path, centers: Centers, *, ranks: int, layout: Layout) -> list
         raise UserError(f"there already: {', '.join(there)}; name another --output")
     folder.mkdir(parents=True, exist_ok=True)
     for path, content in contents.items():
-        torch.save(content, path)
+        with atomic_files(path) as part:
+            torch.save(content, part)
     return list(contents)
+
+
+def write_array(path: Path, centers: Centers) -> Path:
+    """Writes the rows as a .npy file of (C, D) float32; returns its path.
+
+    Raises:
+      UserError: the name does not end in .npy.
+    """
+    if path.suffix != ".npy":
+        raise UserError(f"--output {path} must end in .npy")
+    with atomic(path, "wb") as file:
+        np.save(file, centers.rows)
+    return path
 
 
 def _ranges(classes: int, ranks: int) -> list[slice]:
@@ -198,28 +177,3 @@ def _read_rank(path: Path) -> np.ndarray:
     if not isinstance(content, torch.Tensor) or content.ndim != 2:
         raise UserError(f"{path} holds no class centers (rows, D)")
     return content.detach().float().numpy()
-
-
-def main(argv: list[str]) -> None:
-    """The command."""
-    command = tyro.cli(
-        Read | Write, args=argv, prog="python -m convert.centers", description=__doc__
-    )
-    with errors.reported():
-        if isinstance(command, Read):
-            centers = read(command.source, num_classes=command.num_classes)
-            if command.output.suffix != ".npy":
-                raise UserError(f"--output {command.output} must end in .npy")
-            np.save(command.output, centers.rows)
-            files = [command.output]
-        else:
-            centers = read(command.source)
-            files = write(command.output, centers, ranks=command.ranks, layout=command.layout)
-    classes, size = centers.rows.shape
-    print(f"{classes} class centers of length {size}, in {len(files)} files")
-    result = {"classes": classes, "embedding_size": size, "files": [str(file) for file in files]}
-    print("RESULT " + json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,15 +1,7 @@
-"""Makes a workdir of a released backbone, to evaluate, export or begin a training from.
+"""Make a workdir of a released backbone, to evaluate, export or fine-tune."""
 
-python -m convert.from_torch --weight backbone.pth --network r50 --output WORKDIR
-"""
-
-import json
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
-
-import tyro
 
 from arcface_jax import config, errors
 from arcface_jax.convert import centers as center_files
@@ -17,20 +9,6 @@ from arcface_jax.convert import parity, weight_files, weights
 from arcface_jax.models import registry
 from arcface_jax.training import checkpoint
 from arcface_jax.training.network import Network
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The command line."""
-
-    weight: Path
-    """A .pth, .pt or .safetensors file of insightface's names, or a checkpoint that holds one."""
-    network: config.Network
-    """The network that the weights are of."""
-    output: Path
-    """The WORKDIR to make: a new or an empty folder."""
-    centers: Path | None = None
-    """Class centers to keep beside them: a folder of arcface_torch's head files, or a .npy."""
 
 
 def convert(weight: Path, network: str, output: Path, *, centers: Path | None = None) -> float:
@@ -53,30 +31,13 @@ def convert(weight: Path, network: str, output: Path, *, centers: Path | None = 
             f"{centers} has centers of length {rows.shape[1]}, and {weight} gives embeddings of "
             f"length {size}: they are not of one training"
         )
-    embedder = Network(network, params, batch_stats, batch_size=16, devices=1)
+    backbone = Network(network, params, batch_stats, batch_size=16, devices=1)
     # The file's own tensors, but for the batch counters that those of old torch lack.
     whole = weights.to_state_dict(params, batch_stats) | state
-    error = parity.check(embedder, whole, network=network)
+    error = parity.check(backbone, whole, network=network)
     model = config.ModelConfig(
         network=cast(config.Network, network), embedding_size=size, dtype="float32"
     )
     made = config.Config(workdir=str(output), model=model)
     checkpoint.save_weights(made, params, batch_stats, centers=rows)
     return error
-
-
-def main(argv: list[str]) -> None:
-    """The command."""
-    arguments = tyro.cli(
-        Arguments, args=argv, prog="python -m convert.from_torch", description=__doc__
-    )
-    with errors.reported():
-        error = convert(
-            arguments.weight, arguments.network, arguments.output, centers=arguments.centers
-        )
-    print(f"{arguments.output}: embeddings equal those of torch to {error:.1e} (relative)")
-    print("RESULT " + json.dumps({"parity": error, "files": [str(arguments.output)]}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

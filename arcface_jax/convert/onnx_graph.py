@@ -6,29 +6,28 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from arcface_jax.config.choices import Normalization
 from arcface_jax.convert import twins, weights
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.models import preprocess, registry
 from arcface_jax.training.network import Network
 
-Normalization = Literal["outside", "inside"]
-
 OPSET = 18
 INPUT, OUTPUT, BATCH = "input", "embedding", "batch"
 # insightface's clients take an input of 0 .. 255 where names among the first eight nodes begin
-# with Sub and Mul; otherwise they normalise. Other nodes have names that begin with neither.
-NORMALISERS = ("Sub", "Mul")
+# with Sub and Mul; otherwise they normalize. Other nodes have names that begin with neither.
+NORMALIZERS = ("Sub", "Mul")
 # A protocol buffer has less than 2 GiB; larger weights go to a file beside the graph.
 _LARGEST_FILE = 1_900_000_000
 
 
 class _FromPixels(torch.nn.Module):
-    """A network that normalises its input."""
+    """A network that normalizes its input."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
@@ -39,20 +38,20 @@ class _FromPixels(torch.nn.Module):
         return self.network((pixels - preprocess.MEAN) * (1 / preprocess.SCALE))
 
 
-def write(path: Path, embedder: Network, *, normalization: Normalization) -> None:
+def write(path: Path, model: Network, *, normalization: Normalization) -> None:
     """Writes the graph of a network, float32, and beside it its weights where these are large.
 
     Args:
       path: the file to write.
-      embedder: the network.
+      model: to export.
       normalization: whether the graph takes [-1, 1] (outside, of it) or 0 .. 255 (inside).
 
     Raises:
       UserError: packages are missing.
     """
-    state = weights.to_state_dict(embedder.params, embedder.batch_stats)
+    state = weights.to_state_dict(model.params, model.batch_stats)
     size = registry.embedding_size(state) or 0
-    module = twins.load(embedder.network, state)
+    module = twins.load(model.network, state)
     if normalization == "inside":
         module = _FromPixels(module)
     large = sum(tensor.nbytes for tensor in state.values()) > _LARGEST_FILE
@@ -62,7 +61,7 @@ def write(path: Path, embedder: Network, *, normalization: Normalization) -> Non
     del program, module, state
     gc.collect()  # what is checked next takes as much memory again
     metadata = {
-        "network": embedder.network,
+        "network": model.network,
         "embedding_size": str(size),
         "color_order": "RGB",
         # What is left to the caller: (x - mean) / scale.
@@ -75,7 +74,7 @@ def write(path: Path, embedder: Network, *, normalization: Normalization) -> Non
 
 
 def finish(path: Path, metadata: dict[str, str]) -> None:
-    """Names the nodes so that clients see where normalisation is done, and adds metadata.
+    """Names the nodes so that clients see where normalization is done, and adds metadata.
 
     Also drops what the exporter noted of its source files.
     """
@@ -87,14 +86,14 @@ def finish(path: Path, metadata: dict[str, str]) -> None:
     onnx.helper.set_model_props(model, known)
     nodes = list(graph.node)
     if known["normalization"] == "inside":
-        if not any(node.name in NORMALISERS for node in nodes):
-            for node, name in zip(nodes, NORMALISERS, strict=False):
+        if not any(node.name in NORMALIZERS for node in nodes):
+            for node, name in zip(nodes, NORMALIZERS, strict=False):
                 assert node.op_type == name, node.op_type
                 node.name = name
-        first = _with_ancestors(nodes, NORMALISERS)  # as quantisation may have put others first
+        first = _with_ancestors(nodes, NORMALIZERS)  # as quantization may have put others first
         nodes.sort(key=lambda node: node.name not in first)
     for number, node in enumerate(nodes):
-        if node.name not in NORMALISERS or known["normalization"] == "outside":
+        if node.name not in NORMALIZERS or known["normalization"] == "outside":
             node.name = f"node_{number}"
         node.doc_string = ""
         del node.metadata_props[:]

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.convert import onnx_graph
-from arcface_jax.convert.onnx_graph import INPUT, NORMALISERS
+from arcface_jax.convert.onnx_graph import INPUT, NORMALIZERS
 from arcface_jax.convert.packages import require
 from arcface_jax.models import preprocess
+from arcface_jax.runtime.files import atomic_files
 
 # Their running variances may exceed what float16 holds.
 _FLOAT32_NODES = ["BatchNormalization"]
@@ -35,7 +36,7 @@ def to_int8(path: Path, images: np.ndarray, *, inside: bool) -> None:
     Args:
       path: the graph.
       images: (n, 112, 112, 3) uint8 RGB, aligned faces of the kind it will see.
-      inside: whether the graph normalises.
+      inside: whether the graph normalizes.
     """
     quantization = require("onnxruntime.quantization")
 
@@ -52,22 +53,21 @@ def to_int8(path: Path, images: np.ndarray, *, inside: bool) -> None:
             x = image.astype(np.float32).transpose(2, 0, 1)[None]
             return {INPUT: x if inside else (x - preprocess.MEAN) / preprocess.SCALE}
 
-    part = path.with_name("int8.onnx")
     logger = logging.getLogger()  # the package writes advice to it on every call
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        quantization.quantize_static(
-            path,
-            part,
-            Reader(),
-            per_channel=True,
-            # 7-bit weights: CPUs without VNNI add pairs of 8-bit products in 16 bits, which
-            # saturates (relative error 0.88 instead of 0.12 on such a machine).
-            reduce_range=True,
-            nodes_to_exclude=list(NORMALISERS),
-        )
+        with atomic_files(path) as part:
+            quantization.quantize_static(
+                path,
+                part,
+                Reader(),
+                per_channel=True,
+                # 7-bit weights: CPUs without VNNI add pairs of 8-bit products in 16 bits, which
+                # saturates (relative error 0.88 instead of 0.12 on such a machine).
+                reduce_range=True,
+                nodes_to_exclude=list(NORMALIZERS),
+            )
     finally:
         logger.setLevel(level)
-    part.replace(path)
     onnx_graph.finish(path, {"precision": "int8", "calibration_images": str(len(images))})

@@ -1,10 +1,10 @@
 """Runs an ONNX face-recognition model on images, whoever exported it.
 
-How its input is to be normalised is told, in this order, by
+How its input is to be normalized is told, in this order, by
 - the metadata that this project's exports carry: `mean`, `scale` and `color_order`, all three as
   the caller has to apply them outside the graph (0, 1 and RGB where the graph does everything);
 - the names of its first eight nodes, as insightface's Python package reads them: one that begins
-  with Sub or _minus and one that begins with Mul or _mul normalise inside the graph, which then
+  with Sub or _minus and one that begins with Mul or _mul normalize inside the graph, which then
   takes raw 0 .. 255;
 - otherwise (x - 127.5) / 127.5, RGB.
 """
@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arcface_jax.data.images import IMAGE_SIZE
-from arcface_jax.errors import UserError
+from arcface_jax.errors import UserError, install
 from arcface_jax.models import preprocess
 
 METADATA_KEYS = ("mean", "scale", "color_order")
-_INSTALL = "pip install 'arcface-jax[onnx]'"
+_INSTALL = install("onnx")
 _NAMED_NODES = 8
 _NUMBERS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _LARGEST_BATCH = 64
 
 
-class Normalisation(NamedTuple):
+class Normalization(NamedTuple):
     """What the caller does to an image before the graph takes it: (x - mean) / scale."""
 
     mean: float
@@ -44,13 +44,13 @@ class OnnxModel:
         self._session = _session(path)
         self._entry = self._session.get_inputs()[0]
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self.normalisation = read_normalisation(path, metadata)
+        self.normalization = read_normalization(path, metadata)
         first = self._entry.shape[0]
         self._fixed = isinstance(first, int)
         self._batch_size: int = first if self._fixed else batch_size
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
         size = self._batch_size
         return np.concatenate(
             [self._run(images[start : start + size]) for start in range(0, len(images), size)]
@@ -64,9 +64,9 @@ class OnnxModel:
     def _run(self, part: np.ndarray) -> np.ndarray:
         missing = self._batch_size - len(part) if self._fixed else 0
         x = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)])
-        if self.normalisation.color_order == "BGR":
+        if self.normalization.color_order == "BGR":
             x = x[..., ::-1]
-        x = (x.astype(np.float32) - self.normalisation.mean) / self.normalisation.scale
+        x = (x.astype(np.float32) - self.normalization.mean) / self.normalization.scale
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2), _NUMBERS[self._entry.type])
         out = self._session.run(None, {self._entry.name: x})[0]
         return out[: len(part)].astype(np.float32)
@@ -80,7 +80,7 @@ def onnx_embedder(path: str | Path, *, batch_size: int = _LARGEST_BATCH) -> Onnx
       batch_size: images per call; a model whose batch is fixed gets that size.
 
     Returns:
-      A function from (n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised.
+      A function from (n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized.
 
     Raises:
       UserError: ONNX Runtime is not installed, there is no such file, or it is not such a model.
@@ -88,7 +88,7 @@ def onnx_embedder(path: str | Path, *, batch_size: int = _LARGEST_BATCH) -> Onnx
     return OnnxModel(Path(path), batch_size=batch_size)
 
 
-def read_normalisation(path: Path, metadata: Mapping[str, str]) -> Normalisation:
+def read_normalization(path: Path, metadata: Mapping[str, str]) -> Normalization:
     """How a model wants its input, by the rules of this module.
 
     Args:
@@ -101,22 +101,22 @@ def read_normalisation(path: Path, metadata: Mapping[str, str]) -> Normalisation
     if all(key in metadata for key in METADATA_KEYS):
         mean, scale, order = (metadata[key] for key in METADATA_KEYS)
         try:
-            normalisation = Normalisation(float(mean), float(scale), order)
+            normalization = Normalization(float(mean), float(scale), order)
         except ValueError:
-            normalisation = Normalisation(0, 0, order)
-        if order not in ("RGB", "BGR") or not normalisation.scale > 0:
+            normalization = Normalization(0, 0, order)
+        if order not in ("RGB", "BGR") or not normalization.scale > 0:
             raise UserError(
                 f"{path}: the metadata has mean {mean!r}, scale {scale!r}, color_order {order!r}; "
                 "expected two numbers, the second above 0, and RGB or BGR: export the model anew"
             )
-        return normalisation
+        return normalization
     names = _first_names(path)
     inside = [
         any(n.startswith(begin) for n in names) for begin in (("Sub", "_minus"), ("Mul", "_mul"))
     ]
     if all(inside):
-        return Normalisation(0, 1, "RGB")
-    return Normalisation(preprocess.MEAN, preprocess.SCALE, "RGB")
+        return Normalization(0, 1, "RGB")
+    return Normalization(preprocess.MEAN, preprocess.SCALE, "RGB")
 
 
 def _first_names(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-from arcface_jax.errors import UserError
+from arcface_jax.errors import UserError, install
 
 
 def require(name: str) -> Any:
@@ -15,6 +15,4 @@ def require(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(
-            f"this needs the package {error.name}: pip install 'arcface-jax[onnx]'"
-        ) from error
+        raise UserError(f"this needs the package {error.name}: {install('onnx')}") from error

@@ -52,7 +52,7 @@ def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, 
 
     @jax.jit
     def train(params, batch_stats, images):
-        x = preprocess.normalise(images)
+        x = preprocess.normalize(images)
         return backbone.apply(params, batch_stats, x, train=True, keys=keys)[1]
 
     moved = train(params, batch_stats, jnp.asarray(faces))
@@ -67,7 +67,7 @@ def drawn_faces(count: int = _FACES) -> np.ndarray:
     return np.stack([draw_face(seed=1, identity=i, index=0) for i in range(count)])
 
 
-def check(embedder: Network, state: StateDict, *, network: str) -> float:
+def check(model: Network, state: StateDict, *, network: str) -> float:
     """Loads a state_dict strictly into the torch twin and compares the embeddings of drawn faces.
 
     Returns:
@@ -79,7 +79,7 @@ def check(embedder: Network, state: StateDict, *, network: str) -> float:
     module = twins.load(network, state)
     images = drawn_faces()
     return require_equal(
-        torch_embeddings(module, images), embedder(images), what="torch network", bound=TOLERANCE
+        torch_embeddings(module, images), model(images), what="torch network", bound=TOLERANCE
     )
 
 

@@ -1,67 +1,38 @@
-"""Writes a backbone as an ONNX file, checked with ONNX Runtime before it gets its name.
+"""Write a backbone as an ONNX file, checked with ONNX Runtime before it gets its name."""
 
-python -m convert.to_onnx --checkpoint WORKDIR --output model.onnx
-python -m convert.to_onnx --weight backbone.pth --network r50 --output model.onnx
-"""
-
-import json
-import sys
-import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
-from rich.console import Console
 
-from arcface_jax import config, errors
+from arcface_jax import config
+from arcface_jax.config.choices import Normalization, Precision
 from arcface_jax.convert import onnx_graph, onnx_precision, parity
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.data import opening
 from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation import verification
-from arcface_jax.evaluation.report import tables
-from arcface_jax.inference.open_model import ModelChoice, open_network
+from arcface_jax.evaluation.verification import Verification
+from arcface_jax.runtime.files import atomic_files
 from arcface_jax.training.network import Network
-
-Precision = Literal["float32", "float16", "int8"]
 
 # The largest relative difference that is taken for rounding; beyond it the export is refused.
 _BOUNDS: dict[Precision, float] = {"float32": parity.TOLERANCE, "float16": 2e-2, "int8": 0.3}
 _CALIBRATION_IMAGES = 128
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """The command line."""
-
-    model: Annotated[ModelChoice, tyro.conf.arg(name="")]
-    output: Path
-    """The .onnx file to write; weights of more than 1.9 GB go to OUTPUT.data beside it."""
-    normalization: onnx_graph.Normalization = "outside"
-    """outside: the graph takes (x - 127.5) / 127.5; inside: it takes 0 .. 255."""
-    precision: Precision = "float32"
-    """float16, or int8 with --calibration."""
-    calibration: str | None = None
-    """int8: training data as --data.path names it, whose images give the activations' ranges."""
-    targets: tuple[str, ...] = ()
-    """Verification sets (.bin) to compare the JAX network and the ONNX file on."""
-
-
 def export(
-    embedder: Network,
+    model: Network,
     output: Path,
     *,
-    normalization: onnx_graph.Normalization = "outside",
+    normalization: Normalization = "outside",
     precision: Precision = "float32",
     calibration: np.ndarray | None = None,
 ) -> float:
     """Writes the file after ONNX Runtime gave JAX's embeddings at batch 1 and 3.
 
     Args:
-      embedder: the network.
+      model: to export.
       output: the file.
       normalization: where it is done.
       precision: of the weights and of most arithmetic.
@@ -77,27 +48,24 @@ def export(
         raise UserError("--precision int8 and --calibration FOLDER go together")
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no folder {output.parent}")
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".onnx") as folder:
-        path = Path(folder) / output.name  # the name by which the graph calls its data
-        onnx_graph.write(path, embedder, normalization=normalization)
+    with atomic_files(output) as path:  # the graph refers to its data by the file's name
+        onnx_graph.write(path, model, normalization=normalization)
         if precision == "float16":
             onnx_precision.to_float16(path)
         elif calibration is not None:
             onnx_precision.to_int8(path, calibration, inside=normalization == "inside")
         faces = parity.drawn_faces() if calibration is None else calibration[:16]
-        error = check(path, embedder, faces, bound=_BOUNDS[precision])
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the data before the graph
-            file.replace(output.parent / file.name)
+        error = check(path, model, faces, bound=_BOUNDS[precision])
     return error
 
 
-def check(path: Path, embedder: Network, faces: np.ndarray, *, bound: float) -> float:
+def check(path: Path, model: Network, faces: np.ndarray, *, bound: float) -> float:
     """The largest relative difference from the JAX network's embeddings, at batch 1, 3 and all.
 
     Raises:
       UserError: it exceeds the bound.
     """
-    reference = embedder(faces)
+    reference = model(faces)
     return max(
         parity.require_equal(
             onnx_embedder(path, batch_size=batch)(faces[:batch]),
@@ -116,36 +84,17 @@ def calibration_images(path: str) -> np.ndarray:
     return np.stack([source[int(number)][0] for number in numbers])
 
 
-def compare(embedder: Network, path: Path, targets: tuple[str, ...]) -> dict[str, float]:
-    """Prints verification before and after, and gives both by name."""
+def compare(model: Network, path: Path, targets: tuple[str, ...]) -> list[Verification]:
+    """Verification of the JAX network and of the ONNX file on each set, as `NAME jax`, `NAME onnx`.
+
+    Args:
+      model: the JAX network.
+      path: the ONNX file.
+      targets: the sets, as `evaluation.targets` names them.
+    """
     results = []
     for pair_set in open_targets(targets, config.DataConfig(), seed=0):
-        for name, embed in (("jax", embedder), ("onnx", onnx_embedder(path))):
+        for name, embed in (("jax", model), ("onnx", onnx_embedder(path))):
             renamed = pair_set._replace(name=f"{pair_set.name} {name}")
             results.append(verification.verify(embed, renamed))
-    Console(width=100).print(*tables.summary(results), *tables.remarks(results), sep="\n")
-    return {f"eval/{result.name}/accuracy": result.accuracy for result in results}
-
-
-def main(argv: list[str]) -> None:
-    """The command."""
-    arguments = tyro.cli(
-        Arguments, args=argv, prog="python -m convert.to_onnx", description=__doc__
-    )
-    with errors.reported():
-        images = None if not arguments.calibration else calibration_images(arguments.calibration)
-        embedder = open_network(arguments.model)
-        error = export(
-            embedder,
-            arguments.output,
-            normalization=arguments.normalization,
-            precision=arguments.precision,
-            calibration=images,
-        )
-        print(f"{arguments.output}: embeddings differ from those of JAX by {error:.1e} (relative)")
-        found = compare(embedder, arguments.output, arguments.targets) if arguments.targets else {}
-    print("RESULT " + json.dumps({"parity": error, **found, "files": [str(arguments.output)]}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return results

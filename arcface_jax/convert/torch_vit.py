@@ -66,7 +66,7 @@ class PatchEmbed(nn.Module):
 
 
 class TorchVisionTransformer(nn.Module):
-    """Images (B, 3, 112, 112) in [-1, 1], RGB, to embeddings (B, D), not normalised."""
+    """Images (B, 3, 112, 112) in [-1, 1], RGB, to embeddings (B, D), not normalized."""
 
     def __init__(self, architecture: Architecture, *, embedding_size: int = 512):
         super().__init__()

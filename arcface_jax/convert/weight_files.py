@@ -7,6 +7,7 @@ import torch
 
 from arcface_jax.convert.packages import require
 from arcface_jax.errors import UserError
+from arcface_jax.runtime.files import atomic_files
 
 StateDict = dict[str, torch.Tensor]
 
@@ -55,13 +56,12 @@ def write(path: Path, state: StateDict) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    part = path.with_name(path.name + ".part")
     try:
-        if path.suffix == ".safetensors":
-            require("safetensors.torch").save_file(state, part, metadata={"format": "pt"})
-        else:
-            torch.save(state, part)
-        part.replace(path)
+        with atomic_files(path) as part:
+            if path.suffix == ".safetensors":
+                require("safetensors.torch").save_file(state, part, metadata={"format": "pt"})
+            else:
+                torch.save(state, part)
     except (OSError, RuntimeError) as reason:
         raise UserError(f"cannot write {path}: {reason}") from reason
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from arcface_jax.errors import UserError
+from arcface_jax.errors import UserError, install
 
 _STRIDES = (8, 16, 32)
 _NMS_OVERLAP = 0.4  # boxes that overlap by more are one face
@@ -88,9 +88,7 @@ def _session(name: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UserError(
-            f"detectors need onnxruntime ({error}): pip install 'arcface-jax[onnx]'"
-        ) from error
+        raise UserError(f"detectors need onnxruntime ({error}): {install('onnx')}") from error
     try:
         return onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own types, not exported
@@ -102,7 +100,7 @@ def scrfd(session: Any, image: np.ndarray, *, threshold: float, size: int) -> Fa
 
     The image is shrunk or grown to fit into a square at its upper left. For each stride s and
     each of the anchors at a cell (x, y), the outputs are a score, the distances left, top,
-    right, bottom from the anchor's centre (s x, s y) to the box, and of the five points from it,
+    right, bottom from the anchor's center (s x, s y) to the box, and of the five points from it,
     both in units of s (J. Guo et al., "Sample and Computation Redistribution for Efficient Face
     Detection", 2021).
 
@@ -128,13 +126,13 @@ def scrfd(session: Any, image: np.ndarray, *, threshold: float, size: int) -> Fa
         score, box, point = _of_stride(outputs, side * side)
         anchors = len(score) // (side * side)
         cells = np.stack(np.meshgrid(np.arange(side), np.arange(side)), -1).reshape(-1, 2)
-        centres = np.repeat(cells * float(stride), anchors, axis=0)
+        centers = np.repeat(cells * float(stride), anchors, axis=0)
         kept = score[:, 0] >= threshold
-        centre = centres[kept]
+        center = centers[kept]
         distance = box[kept] * stride
         scores.append(score[kept, 0])
-        boxes.append(np.concatenate([centre - distance[:, :2], centre + distance[:, 2:]], 1))
-        points.append(centre[:, None] + point[kept].reshape(-1, 5, 2) * stride)
+        boxes.append(np.concatenate([center - distance[:, :2], center + distance[:, 2:]], 1))
+        points.append(center[:, None] + point[kept].reshape(-1, 5, 2) * stride)
     score, box = np.concatenate(scores), np.concatenate(boxes)
     kept = _suppress(box, score)
     factors = np.array([width, height]) / fitted

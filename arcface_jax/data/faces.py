@@ -8,6 +8,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
+from arcface_jax.data import images
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
 from arcface_jax.errors import DataError
 
@@ -19,7 +20,6 @@ OtherSize = Literal["refuse", "resize"]
 """What becomes of an image that is not 112 x 112 and has no points to align it by."""
 
 _ALIGNED = (IMAGE_SIZE, IMAGE_SIZE, 3)
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 def each(faces: Faces) -> list[Face]:
@@ -91,7 +91,7 @@ def prepare(
         "faces: give five points each to have them aligned",
         stacklevel=2,
     )
-    return cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE))
+    return images.resize(image)
 
 
 def read(path: str | Path) -> np.ndarray:
@@ -113,50 +113,7 @@ def find(folder: Path) -> list[str]:
     Raises:
       DataError: there is no such folder, or no image in it.
     """
-    if not folder.is_dir():
-        raise DataError(f"no folder at {folder}: name an existing folder of images")
-    found = [p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file()]
-    if not found:
-        raise DataError(f"{folder} holds no image ({', '.join(sorted(_SUFFIXES))})")
-    return sorted(p.relative_to(folder).as_posix() for p in found)
-
-
-def parse_points(words: Sequence[str]) -> np.ndarray:
-    """(5, 2) float64 of ten numbers x1 y1 ... x5 y5.
-
-    Raises:
-      DataError: they are not ten numbers.
-    """
-    try:
-        return np.array(words, np.float64).reshape(TEMPLATE.shape)
-    except ValueError as error:
-        raise DataError(
-            f"{' '.join(words)[:80]!r} are not five points, the ten numbers x1 y1 x2 y2 x3 y3 x4 "
-            f"y4 x5 y5: {', '.join(POINT_NAMES)}"
-        ) from error
-
-
-def read_points(path: Path) -> dict[str, np.ndarray]:
-    """Five points of many images: lines `file x1 y1 ... x5 y5`, what follows is ignored.
-
-    IJB's `name_5pts_score.txt` is such a list.
-
-    Returns:
-      (5, 2) float64 by file.
-
-    Raises:
-      DataError: there is no such file, or a line is not of that form.
-    """
-    if not path.is_file():
-        raise DataError(f"no list of points at {path}: name an existing file")
-    points = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if words := line.split():
-            try:
-                points[words[0]] = parse_points(words[1:11])
-            except DataError as error:
-                raise DataError(f"{path}, line {number}, {words[0]}: {error}") from error
-    return points
+    return sorted(path.relative_to(folder).as_posix() for path in images.find_below(folder))
 
 
 POINT_NAMES = ("left eye", "right eye", "nose", "left mouth corner", "right mouth corner")
@@ -177,7 +134,7 @@ TEMPLATE = np.array(
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The rotation, scale and shift that best move points to points, for many faces at once.
 
-    Minimises the sum of squared distances between the moved source points and the target points,
+    Minimizes the sum of squared distances between the moved source points and the target points,
     without mirroring: the transform of S. Umeyama, "Least-squares estimation of transformation
     parameters between two point patterns" (1991). In the plane, with points as complex numbers
     s_i and t_i less their means, rotation and scale are one complex number
@@ -202,12 +159,12 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
         raise DataError("a face's points are not finite: leave that face out, or detect it again")
     s, t = source[..., 0] + 1j * source[..., 1], target[..., 0] + 1j * target[..., 1]
     s_mean, t_mean = s.mean(-1, keepdims=True), t.mean(-1, keepdims=True)
-    s_centred, t_centred = s - s_mean, t - t_mean
-    spread = np.sum(np.abs(s_centred) ** 2, -1)
-    product = np.sum(s_centred.conj() * t_centred, -1)
+    s_centered, t_centered = s - s_mean, t - t_mean
+    spread = np.sum(np.abs(s_centered) ** 2, -1)
+    product = np.sum(s_centered.conj() * t_centered, -1)
     # As shares of what rounding leaves of points that coincide, and of the largest |product|.
     coincide = spread <= 1e-18 * np.sum(np.abs(s) ** 2, -1)
-    limit = 1e-9 * np.sqrt(spread * np.sum(np.abs(t_centred) ** 2, -1))
+    limit = 1e-9 * np.sqrt(spread * np.sum(np.abs(t_centered) ** 2, -1))
     degenerate = coincide | (np.abs(product) <= limit)
     if degenerate.any():
         faces = np.broadcast_to(source, (*degenerate.shape, *source.shape[-2:]))

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from arcface_jax.data.images import is_image
 from arcface_jax.data.source import Sample, Source, whole_label
 from arcface_jax.errors import DataError, ImageError
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp"))
 LIST_SUFFIXES = frozenset((".csv", ".tsv", ".txt", ".lst"))
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 _LABEL_COLUMNS = ("label", "identity", "id", "name", "person")
@@ -91,7 +91,7 @@ def open_folder(folder: Path) -> FilesSource:
 def _images(folder: str | Path) -> Iterator[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
-            if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+            if is_image(entry.name):
                 yield entry.name
 
 

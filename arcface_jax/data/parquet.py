@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.data.source import Sample, Source
-from arcface_jax.errors import DataError, ImageError, UserError
+from arcface_jax.errors import DataError, ImageError, UserError, install
 
 _GROUPS_KEPT = 8  # row groups that stay in memory
 
@@ -24,9 +24,7 @@ def _import_parquet() -> Any:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise UserError(
-            f"Parquet files need pyarrow ({error}): pip install 'arcface-jax[parquet]'"
-        ) from error
+        raise UserError(f"Parquet files need pyarrow ({error}): {install('parquet')}") from error
     return parquet
 
 

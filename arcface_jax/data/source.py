@@ -1,4 +1,4 @@
-"""What every training set offers: how many identities, and labelled images by number."""
+"""What every training set offers: how many identities, and labeled images by number."""
 
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -18,7 +18,7 @@ class Sample(NamedTuple):
 
 
 class Source(Protocol):
-    """Random access to labelled face images.
+    """Random access to labeled face images.
 
     Safe to read from many threads, and to send to another process, where files are opened anew.
     """

@@ -9,7 +9,7 @@ import numpy as np
 
 from arcface_jax.data.images import encode
 from arcface_jax.data.source import Sample, Source, whole_label
-from arcface_jax.errors import DataError, ImageError, UserError
+from arcface_jax.errors import DataError, ImageError, UserError, install
 
 PREFIX = "tfds:"
 
@@ -24,7 +24,7 @@ def import_tfds() -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise UserError(
-            f"data sets of TFDS need tensorflow-datasets ({error}): pip install 'arcface-jax[tfds]'"
+            f"data sets of TFDS need tensorflow-datasets ({error}): {install('tfds')}"
         ) from error
     return tfds
 

@@ -13,6 +13,7 @@ import pydantic
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc, verification
+from arcface_jax.runtime.files import write_atomic
 
 ENOUGH_ERRORS = 30
 """The rule of 30: 30 errors or more put the true rate within 30 % of the measured one, with 90 %
@@ -141,7 +142,7 @@ def write(found: Calibration, path: Path) -> None:
       DataError: the file cannot be written.
     """
     try:
-        path.write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n")
+        write_atomic(path, json.dumps(dataclasses.asdict(found), indent=2) + "\n")
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
 
@@ -153,12 +154,12 @@ def read(path: Path) -> Calibration:
       DataError: there is no such file, or it is no calibration.
     """
     if not path.is_file():
-        raise DataError(f"no calibration at {path}: make one with scripts/calibrate.py")
+        raise DataError(f"no calibration at {path}: make one with `arcface-jax calibrate`")
     try:
         return _ADAPTER.validate_json(path.read_text(), strict=True)
     except (pydantic.ValidationError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path} is no calibration, as scripts/calibrate.py writes it: {error}"
+            f"{path} is no calibration written by `arcface-jax calibrate`: {error}"
         ) from error
 
 

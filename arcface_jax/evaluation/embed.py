@@ -15,7 +15,7 @@ class Model(Protocol):
     """What inference and evaluation need of a network, whatever runs it."""
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
         ...
 
     def digest(self) -> str:
@@ -33,7 +33,7 @@ class ShardedModel(Model, Protocol):
 
 
 Embed = Callable[[np.ndarray], np.ndarray]
-"""(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalised."""
+"""(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
 
 # Batches that the devices have, or whose embeddings are on their way back.
 _BATCHES_AHEAD = 3

@@ -1,13 +1,13 @@
-"""Embeddings of many images, in shards on disk: a killed run goes on where it was.
+"""Embeddings of many images in shards on disk, so that a killed job resumes where it stopped.
 
-FOLDER/settings.json says what the shards are of; FOLDER/00000.npy and so on are (rows, k, D)
-float32: f(image), and with mirroring f(image) + f(mirrored image). A shard is there whole or not at
-all, for it is renamed into its place.
+`Store` is the folder: settings.json states what the shards were made of, and each shard is moved
+into place when it is complete. `extract` fills one with the features that the protocols read:
+FOLDER/00000.npy and so on are (rows, k, D) float32: f(image), and with flip f(image) + f(flipped
+image). `arcface_jax.inference.bulk` keeps its embeddings of whole folders in another.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +21,7 @@ from arcface_jax.data import faces
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.embed import Embed
+from arcface_jax.runtime.files import PART, atomic, write_atomic
 
 SETTINGS = "settings.json"
 ROWS = 2048
@@ -32,22 +33,92 @@ HostRows = Callable[[int], np.ndarray]
 """A number of images to (n,) bool: those of this host's devices, see `Network`."""
 
 
+class Store(NamedTuple):
+    """A folder of shards, all made with the same settings."""
+
+    folder: Path
+    pattern: str = "{:05d}.npy"
+    """File name of a shard, given its number."""
+
+    def agree(
+        self, settings: Mapping[str, Any], *, write: bool = True, **unchecked: Any
+    ) -> dict[str, Any]:
+        """Compares the settings with those of the folder; writes them into a new one.
+
+        Args:
+          settings: what the shards depend on; plain JSON.
+          write: whether this host writes; with several, only the first does.
+          unchecked: stored beside the settings of a new folder, but not compared.
+
+        Returns:
+          The settings that are stored.
+
+        Raises:
+          DataError: the folder holds shards with other settings, or without any.
+          OSError: the folder cannot be written.
+        """
+        path = self.folder / SETTINGS
+        if not path.is_file():
+            if self.present():
+                raise DataError(
+                    f"{self.folder} holds embeddings but no {SETTINGS}: use another folder"
+                )
+            settings = {**settings, **unchecked}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if write:
+                write_atomic(path, json.dumps(settings, indent=2) + "\n")
+            return settings
+        stored = json.loads(path.read_text())
+        different = [
+            f"{name} was {stored.get(name)!r} and is {value!r}"
+            for name, value in settings.items()
+            if stored.get(name) != value
+        ]
+        if different:
+            raise DataError(
+                f"{self.folder} holds embeddings with other settings: {'; '.join(different)}. "
+                "Match them to resume, or use another folder"
+            )
+        return stored
+
+    def path(self, number: int) -> Path:
+        """Where a shard is, once it is complete."""
+        return self.folder / self.pattern.format(number)
+
+    def present(self) -> list[Path]:
+        """The complete shards, in order."""
+        before, _, after = self.pattern.partition("{:05d}")
+        return sorted(self.folder.glob(f"{before}[0-9]*{after}"))
+
+    def missing(self, count: int) -> list[int]:
+        """Which of the first `count` shards have yet to be made."""
+        return [number for number in range(count) if not self.path(number).is_file()]
+
+    def write(self, number: int, shard: np.ndarray) -> None:
+        """Writes a shard, which appears when all of it is on disk."""
+        path = self.path(number)
+        with atomic(path, "wb") as file:
+            np.save(file, shard)
+        for suffix in (PART, ".tmp"):  # left by a killed process of an earlier version
+            path.with_suffix(suffix).unlink(missing_ok=True)
+
+
 class Features(NamedTuple):
     """Embeddings of n images on disk."""
 
-    folder: Path
+    store: Store
     count: int
 
-    def read(self, *, mirrored: bool) -> np.ndarray:
-        """(n, D) float32: f(image), or f(image) + f(mirrored image)."""
+    def read(self, *, flip: bool) -> np.ndarray:
+        """(n, D) float32: f(image), or f(image) + f(flipped image)."""
         out: np.ndarray | None = None
         for number, start in enumerate(range(0, self.count, ROWS)):
-            shard = np.load(_path(self.folder, number), mmap_mode="r")
+            shard = np.load(self.store.path(number), mmap_mode="r")
             if out is None:
                 out = np.empty((self.count, shard.shape[2]), np.float32)
-            out[start : start + len(shard)] = shard[:, int(mirrored)]
+            out[start : start + len(shard)] = shard[:, int(flip)]
         if out is None:
-            raise DataError(f"{self.folder}: no images were embedded")
+            raise DataError(f"{self.store.folder}: no images were embedded")
         return out
 
 
@@ -90,7 +161,7 @@ def extract(
     names: Sequence[str],
     folder: Path,
     settings: Mapping[str, Any],
-    mirrored: bool,
+    flip: bool,
     threads: int = 4,
     host_rows: HostRows | None = None,
     progress: Callable[[int], None] = lambda count: None,
@@ -106,7 +177,7 @@ def extract(
       names: of the n images, for errors.
       folder: of the shards; made where it is missing.
       settings: what the embeddings depend on: network and list of images; plain JSON.
-      mirrored: whether f(mirrored image) is wanted too.
+      flip: whether f(flipped image) is wanted too.
       threads: that read images.
       host_rows: with several hosts, the rows of a shard that this one reads.
       progress: told how many images are done, after each shard.
@@ -116,11 +187,11 @@ def extract(
         read, or an embedding is not finite.
     """
     count = len(names)
-    views = _agree(folder, dict(settings) | {"images": count}, mirrored=mirrored)
     first_host = jax.process_index() == 0
+    store = Store(folder)
+    views = _agreed_views(store, {**settings, "images": count}, flip=flip, write=first_host)
     starts = range(0, count, ROWS)
-    missing = [number for number in range(len(starts)) if not _path(folder, number).is_file()]
-    missing = _of_first_host(missing, len(starts))
+    missing = _of_first_host(store.missing(len(starts)), len(starts))
     progress(count - sum(min(ROWS, count - starts[number]) for number in missing))
     with ThreadPoolExecutor(threads) as pool:
 
@@ -147,9 +218,9 @@ def extract(
             shard = _embed_views(embed, images, views=views)
             _check_finite(shard, names[starts[number] : starts[number] + len(shard)])
             if first_host:
-                _write(_path(folder, number), shard)
+                store.write(number, shard)
             progress(count - sum(min(ROWS, count - starts[n]) for n in missing[place + 1 :]))
-    return Features(folder, count)
+    return Features(store, count)
 
 
 def _embed_views(embed: Embed, images: np.ndarray, *, views: int) -> np.ndarray:
@@ -169,30 +240,13 @@ def _check_finite(shard: np.ndarray, names: Sequence[str]) -> None:
         )
 
 
-def _agree(folder: Path, settings: dict[str, Any], *, mirrored: bool) -> int:
-    """Compares the settings with those of the folder, or writes them; returns the views stored."""
-    path = folder / SETTINGS
-    settings["shard"] = ROWS
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        settings["views"] = 1 + mirrored
-        if jax.process_index() == 0:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(settings, indent=2) + "\n")
-            temporary.replace(path)
-        return settings["views"]
-    stored = json.loads(path.read_text())
-    different = [
-        f"{name} was {stored.get(name)!r} and is {value!r}"
-        for name, value in settings.items()
-        if stored.get(name) != value
-    ]
-    if stored["views"] < 1 + mirrored:
-        different.append("mirrored images were left out and are wanted (option F)")
-    if different:
+def _agreed_views(store: Store, settings: dict[str, Any], *, flip: bool, write: bool) -> int:
+    """Compares settings with the store's; returns how many views of each image it holds."""
+    stored = store.agree(settings | {"shard": ROWS}, write=write, views=1 + flip)
+    if stored["views"] < 1 + flip:
         raise DataError(
-            f"{folder} holds other embeddings: {'; '.join(different)}. Write to another folder, or "
-            "delete this one"
+            f"{store.folder} was made without flipped images, and they are wanted (option F): use "
+            "another folder, or delete this one"
         )
     return stored["views"]
 
@@ -203,16 +257,3 @@ def _of_first_host(missing: list[int], shards: int) -> list[int]:
         return missing
     flags = np.isin(np.arange(shards), missing)
     return np.flatnonzero(multihost_utils.broadcast_one_to_all(flags)).tolist()
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.npy"
-
-
-def _write(path: Path, shard: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.save(file, shard)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -1,6 +1,6 @@
 """insightface's verification protocol, on embeddings.
 
-The embedding of an image is f(image) + f(mirrored image), normalised; the score of a pair the
+The embedding of an image is f(image) + f(flipped image), normalized; the score of a pair the
 squared distance of its embeddings. Ten contiguous folds: the threshold that is best on nine
 decides the tenth. Beside it stands what needs no folds: the ROC over all pairs of a set.
 """
@@ -12,8 +12,9 @@ import numpy as np
 
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import ConfigError, DataError
-from arcface_jax.evaluation import collapse, roc
+from arcface_jax.evaluation import roc
 from arcface_jax.evaluation.embed import Embed
+from arcface_jax.evaluation.embeddings import effective_rank, lengths, mean_cosine, normalize
 from arcface_jax.evaluation.roc import TarAtFar
 
 FOLDS = 10
@@ -54,17 +55,17 @@ class Verification(NamedTuple):
     fold_tar: float
     """insightface's TAR at FAR 1e-3: mean over the folds, see `ten_fold_tar`."""
     xnorm: float
-    """Mean length of the embeddings before normalisation; insightface's XNorm."""
+    """Mean length of the embeddings before normalization; insightface's XNorm."""
     distance: np.ndarray
     """(n,) float64: the pairs' squared distances, 0 .. 4."""
     same: np.ndarray
     """(n,) bool: whether each pair shows one person."""
     norms: np.ndarray
-    """(4 n,) float64: the embeddings' lengths, those of the images and of their mirror images."""
+    """(4 n,) float64: the embeddings' lengths, of the images and of the flipped ones."""
     mean_cosine: float
-    """`collapse.mean_cosine` of images spread over the set."""
+    """`embeddings.mean_cosine` of images spread over the set."""
     effective_rank: float
-    """`collapse.effective_rank` of images spread over the set."""
+    """`embeddings.effective_rank` of images spread over the set."""
     mode_cosine: float | None = None
     """`collapse.mode_cosine`, which training measures."""
     model: str = ""
@@ -139,7 +140,7 @@ def check_metric(name: str, sets: Sequence[PairSet]) -> None:
 
 
 def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
-    """Embeds a set, mirrored too, and applies the protocol.
+    """Embeds a set, as it is and flipped, and applies the protocol.
 
     Args:
       embed: the network.
@@ -150,20 +151,20 @@ def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
       DataError: an embedding is not finite, or the set is one that `check` refuses.
     """
     check(pairs)
-    plain, mirrored = embed(pairs.images), embed(pairs.images[:, :, ::-1])
-    if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
+    plain, flipped = embed(pairs.images), embed(pairs.images[:, :, ::-1])
+    if not (np.isfinite(plain).all() and np.isfinite(flipped).all()):
         raise DataError(
             f"{pairs.name}: the network's embeddings are not finite: the weights are damaged, or "
             "training diverged (try a lower --optimizer.learning-rate)"
         )
-    summed = plain.astype(np.float64) + mirrored
+    summed = plain.astype(np.float64) + flipped
     distance = pair_distances(summed)
     accuracies, thresholds = ten_fold(distance, pairs.same)
     fold_tars, _, _ = ten_fold_tar(distance, pairs.same, far=FOLD_FAR)
     cosine = 1 - distance / 2
     curve = roc.roc(cosine, pairs.same)
     accuracy = float(accuracies.mean())
-    norms = np.concatenate([_lengths(plain), _lengths(mirrored)])
+    norms = np.concatenate([lengths(plain), lengths(flipped)])
     some = summed[np.linspace(0, len(summed) - 1, min(len(summed), _SPREAD_IMAGES)).astype(int)]
     return Verification(
         name=pairs.name,
@@ -179,8 +180,8 @@ def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
         distance=distance,
         same=pairs.same,
         norms=norms,
-        mean_cosine=collapse.mean_cosine(some),
-        effective_rank=collapse.effective_rank(some),
+        mean_cosine=mean_cosine(some),
+        effective_rank=effective_rank(some),
         model=model,
     )
 
@@ -193,15 +194,9 @@ def raw_pixel_accuracy(pairs: PairSet) -> float:
 
 
 def pair_distances(embeddings: np.ndarray) -> np.ndarray:
-    """(2 n, D) embeddings, two a pair, to (n,) float64 squared distances when normalised."""
-    embeddings = embeddings.astype(np.float64, copy=False)
-    unit = embeddings / np.maximum(_lengths(embeddings), 1e-12)[:, None]
+    """(2 n, D) embeddings, two a pair, to (n,) float64 squared distances of the normalized ones."""
+    unit = normalize(embeddings.astype(np.float64, copy=False), dtype=np.float64)
     return np.sum(np.square(unit[0::2] - unit[1::2]), axis=1)
-
-
-def _lengths(embeddings: np.ndarray) -> np.ndarray:
-    """(n, D) to (n,) float64, without squaring them into an array of their own."""
-    return np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
 
 
 def ten_fold(distance: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

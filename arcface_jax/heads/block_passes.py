@@ -18,7 +18,7 @@ class Visit(NamedTuple):
     """What both visits look at."""
 
     x: jax.Array
-    """(B, D) normalised embeddings of all devices, in the operands' type."""
+    """(B, D) normalized embeddings of all devices, in the operands' type."""
     rows: jax.Array
     """(c * K, D) float32 centers of this device, K for each class."""
     walk: Walk
@@ -33,7 +33,7 @@ class Visit(NamedTuple):
     """What the margin does to the others' cosines (B, n); None for nothing."""
 
     def cosines(self, unit: jax.Array) -> jax.Array:
-        """(B, n, K) float32 cosines with a block's normalised centers (n * K, D)."""
+        """(B, n, K) float32 cosines with a block's normalized centers (n * K, D)."""
         cosine = jnp.clip(_product(self.x, unit.astype(self.x.dtype), contract=(1, 1)), -1, 1)
         return cosine.reshape(len(self.x), -1, self.subcenters)
 
@@ -50,7 +50,7 @@ def target_cosine(visit: Visit, target: jax.Array) -> jax.Array:
       target: (B,) int32 class of each sample on this device, -1 where there is none.
     """
     rows = jnp.maximum(target, 0)[:, None] * visit.subcenters + jnp.arange(visit.subcenters)[None]
-    unit, _ = normalise(visit.rows[rows.reshape(-1)])
+    unit, _ = normalize(visit.rows[rows.reshape(-1)])
     # The operands are rounded as in the blocks, so that target and others have the same error.
     unit = unit.astype(visit.x.dtype).astype(jnp.float32).reshape(*rows.shape, -1)
     cosine = jnp.sum(visit.x.astype(jnp.float32)[:, None] * unit, axis=2).max(axis=1)
@@ -74,7 +74,7 @@ def sum_over_others(
     def add(index, carry):
         total, shift, hardest = carry
         slots, present = visit.walk.slots(index)
-        unit, _ = normalise(visit.walk.read(visit.rows, index))
+        unit, _ = normalize(visit.walk.read(visit.rows, index))
         cosine = visit.cosines(unit).max(axis=2)
         others = present[None] & ~visit.is_target(slots)
         hardest = jnp.maximum(hardest, jnp.max(jnp.where(others, cosine, -jnp.inf), axis=1))
@@ -117,7 +117,7 @@ def gradients(
       rule: the centers' optimizer.
 
     Returns:
-      (B, D) float32, this device's part of the gradient of the normalised embeddings; moments.
+      (B, D) float32, this device's part of the gradient of the normalized embeddings; moments.
     """
     dtype = visit.x.dtype
     unit_of_gradient = _FP16_UNIT if dtype == jnp.float16 else 1.0
@@ -131,7 +131,7 @@ def gradients(
         d_x, moments = carry
         slots, present = visit.walk.slots(index)
         rows = visit.walk.read(visit.rows, index)
-        unit, norm = normalise(rows)
+        unit, norm = normalize(rows)
         by_center = visit.cosines(unit)
         cosine = by_center.max(axis=2)
         value, pull = jax.vjp(visit.bend, cosine) if visit.bend else (cosine, None)
@@ -144,7 +144,7 @@ def gradients(
             d = (d[:, :, None] * nearest).reshape(len(d), -1)
         d = d.astype(dtype)
         d_x += _product(d, unit.astype(dtype), contract=(1, 0))
-        d_rows = pull_normalise(factor * _product(d, visit.x, contract=(0, 0)), unit, norm)
+        d_rows = normalize_vjp(factor * _product(d, visit.x, contract=(0, 0)), unit, norm)
         old = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
         new = rule.add(rule.fade(old, rows), d_rows)
         moments = {
@@ -170,14 +170,14 @@ def move(
     return lax.fori_loop(0, visit.walk.count, add, visit.rows)
 
 
-def normalise(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def normalize(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows of length 1, and (rows, 1) their lengths before; a zero row stays zero."""
     norm = jnp.sqrt(jnp.maximum(jnp.sum(rows * rows, axis=1, keepdims=True), 1e-24))
     return rows / norm, norm
 
 
-def pull_normalise(d_unit: jax.Array, unit: jax.Array, norm: jax.Array) -> jax.Array:
-    """Gradient of the rows from the gradient of the normalised rows."""
+def normalize_vjp(d_unit: jax.Array, unit: jax.Array, norm: jax.Array) -> jax.Array:
+    """Gradient of the rows from the gradient of the normalized rows."""
     return (d_unit - unit * jnp.sum(d_unit * unit, axis=1, keepdims=True)) / norm
 
 

@@ -25,7 +25,7 @@ def padded_classes(num_classes: int, num_devices: int) -> int:
 
 
 def init(key: jax.Array, *, classes: int, subcenters: int, embedding_size: int) -> jax.Array:
-    """(classes * subcenters, D) float32, normal(0, 0.01), insightface's initialisation.
+    """(classes * subcenters, D) float32, normal(0, 0.01), insightface's initialization.
 
     Class c has the rows c * subcenters .. (c + 1) * subcenters - 1. A row's values do not depend
     on how many rows follow it, and so not on the number of devices.

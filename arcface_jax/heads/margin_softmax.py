@@ -39,7 +39,7 @@ class Centers(NamedTuple):
     """What the head keeps from step to step."""
 
     rows: jax.Array
-    """(C_padded * subcenters, D) float32, split over the devices; not normalised."""
+    """(C_padded * subcenters, D) float32, split over the devices; not normalized."""
     moments: Moments
     """The optimizer's memory of each row, the same shape and placement."""
     state: State
@@ -108,7 +108,7 @@ def apply(
     cos(x_i, w_j), and z_iy = margin(cos(x_i, w_y)).
 
     Args:
-      embeddings: (B, D) float32, not normalised, split over the devices.
+      embeddings: (B, D) float32, not normalized, split over the devices.
       labels: (B,) int32. A label outside [0, num_classes) takes no part in loss and gradient.
       centers: what the head keeps.
       learning_rate: () float32.
@@ -144,7 +144,7 @@ def _on_one_device(
     optimizer: OptimizerConfig,
 ) -> HeadOutput:
     margin, rule = margins.make(head), class_centers.make_rule(optimizer)
-    unit, norm = block_passes.normalise(embeddings)
+    unit, norm = block_passes.normalize(embeddings)
     batch = _gather(unit, norm, labels, num_classes=num_classes, head=head, margin=margin)
     stored = len(centers.rows) // head.subcenters
     target = batch.labels - lax.axis_index(AXIS) * stored
@@ -168,7 +168,7 @@ def _on_one_device(
     )
     state = jax.tree.map(partial(jnp.where, update), softmax.state, centers.state)
     d_unit = lax.psum_scatter(d_x, AXIS, scatter_dimension=0, tiled=True)
-    d_embeddings = block_passes.pull_normalise(d_unit, unit, norm)
+    d_embeddings = block_passes.normalize_vjp(d_unit, unit, norm)
     if margin.uses_norms:
         d_embeddings += _own_part(loss.d_norms, len(unit))[:, None] * unit
     return HeadOutput(
@@ -253,7 +253,7 @@ def _second_visit(
     step,
     touch_all: bool,
 ) -> tuple[jax.Array, Centers]:
-    """(B, D) this device's part of the gradient of the normalised embeddings; updated centers.
+    """(B, D) this device's part of the gradient of the normalized embeddings; updated centers.
 
     Args:
       visit: what to look at.

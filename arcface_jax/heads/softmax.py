@@ -12,7 +12,7 @@ class Batch(NamedTuple):
     """The samples of all devices, on each of them."""
 
     x: jax.Array
-    """(B, D) normalised embeddings, in the operands' type."""
+    """(B, D) normalized embeddings, in the operands' type."""
     norms: jax.Array
     """(B,) float32 lengths before; ones where the margin does not look at them."""
     labels: jax.Array

@@ -1,9 +1,9 @@
 """Embeddings of whole folders, in shards of files: streamed, and resumable after any stop.
 
-OUTPUT/settings.json says what made the shards. Shard i is `embeddings-0000i.npy`, (n, D) float32,
-and `ids-0000i.json`, whose `ids` are the n files in the order of the rows and whose `skipped` are
-the files without a row, with the reason. A shard is there when its .npy is: both files are renamed
-into place, that one last.
+OUTPUT is a `Store` of arcface_jax.evaluation.shards: settings.json states what made the shards.
+Shard i is `embeddings-0000i.npy`, (n, D) float32, and `ids-0000i.json`, whose `ids` are the n files
+in the order of the rows and whose `skipped` are the files without a row, with the reason. The .npy
+is written last, so a shard that has it is complete.
 """
 
 import hashlib
@@ -13,20 +13,33 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from arcface_jax.data import faces
+from arcface_jax.data.faces import OtherSize
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.evaluation.embed import Model
+from arcface_jax.evaluation.shards import Store
+from arcface_jax.runtime.files import write_atomic
 
-if TYPE_CHECKING:
-    from arcface_jax.inference.embedder import Embedder
-
-SETTINGS = "settings.json"
 _BATCHES_AHEAD = 2
 Decoded = np.ndarray | DataError
+
+
+class FaceEmbedder(Protocol):
+    """What this needs of an `arcface_jax.Embedder`."""
+
+    model: Model
+    flip: bool
+    other_size: OtherSize
+    batch_size: int
+
+    def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
+        """(n, 112, 112, 3) uint8 RGB to (n, D) float32."""
+        ...
 
 
 class Summary(NamedTuple):
@@ -42,7 +55,7 @@ class Summary(NamedTuple):
 
 
 def embed_folder(
-    embedder: "Embedder",
+    embedder: FaceEmbedder,
     folder: Path,
     output: Path,
     *,
@@ -68,7 +81,7 @@ def embed_folder(
       UserError: the output was made with other settings, or cannot be written.
     """
     if shard_size < 1:
-        raise UserError(f"a shard of {shard_size} files: give a size of 1 at least")
+        raise UserError(f"shard_size must be at least 1, got {shard_size}")
     ids = faces.find(folder)
     settings = {
         "model": embedder.model.digest(),
@@ -80,7 +93,7 @@ def embed_folder(
         "files": _digest(folder, ids, points),
     }
     try:
-        _open_output(output, settings)
+        _store(output).agree(settings)
         return _embed_all(embedder, folder, output, ids, points, settings)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}") from error
@@ -88,7 +101,7 @@ def embed_folder(
 
 def shards(output: Path) -> list[Path]:
     """The embeddings' files, in order."""
-    return sorted(output.glob("embeddings-*.npy"))
+    return _store(output).present()
 
 
 def read(output: Path) -> tuple[list[str], np.ndarray]:
@@ -100,30 +113,12 @@ def read(output: Path) -> tuple[list[str], np.ndarray]:
     return ids, np.concatenate([np.load(path) for path in paths])
 
 
-def _open_output(output: Path, settings: dict) -> None:
-    path = output / SETTINGS
-    if not path.exists():
-        if shards(output):
-            raise UserError(f"{output} holds embeddings but no {SETTINGS}: give another folder")
-        output.mkdir(parents=True, exist_ok=True)
-        _write(path, json.dumps(settings, indent=2).encode())
-        return
-    stored = json.loads(path.read_text())
-    different = [
-        f"{name}: {stored.get(name)} there, {value} here"
-        for name, value in settings.items()
-        if stored.get(name) != value
-    ]
-    if different:
-        raise UserError(
-            f"{output} was made with other settings or images:\n  "
-            + "\n  ".join(different)
-            + "\nGive those to go on, or another folder to begin anew"
-        )
+def _store(output: Path) -> Store:
+    return Store(output, "embeddings-{:05d}.npy")
 
 
 def _embed_all(
-    embedder: "Embedder",
+    embedder: FaceEmbedder,
     folder: Path,
     output: Path,
     ids: list[str],
@@ -139,20 +134,20 @@ def _embed_all(
         except DataError as error:
             return error
 
-    embedded, kept, skipped = 0, 0, {}
-    size = settings["shard_size"]
+    store, size = _store(output), settings["shard_size"]
+    count = -(-len(ids) // size)
+    missing = store.missing(count)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, start in enumerate(range(0, len(ids), size)):
-            path = output / f"embeddings-{number:05d}.npy"
-            kept += path.exists()
-            if not path.exists():
-                shard = ids[start : start + size]
-                decoded = _in_batches(pool, load, shard, embedder.batch_size)
-                _write_shard(embedder, path, decoded, normalized=settings["normalized"])
-            found = _ids(path)
-            embedded += len(found["ids"])
-            skipped |= found["skipped"]
-    return Summary(embedded, skipped, shards=-(-len(ids) // size), kept=kept)
+        for number in missing:
+            shard = ids[number * size : (number + 1) * size]
+            decoded = _in_batches(pool, load, shard, embedder.batch_size)
+            _write_shard(embedder, store, number, decoded, normalized=settings["normalized"])
+    embedded, skipped = 0, {}
+    for number in range(count):
+        found = _ids(store.path(number))
+        embedded += len(found["ids"])
+        skipped |= found["skipped"]
+    return Summary(embedded, skipped, shards=count, kept=count - len(missing))
 
 
 def _in_batches(
@@ -171,8 +166,9 @@ def _in_batches(
 
 
 def _write_shard(
-    embedder: "Embedder",
-    path: Path,
+    embedder: FaceEmbedder,
+    store: Store,
+    number: int,
     decoded: Iterator[tuple[Sequence[str], list[Decoded]]],
     *,
     normalized: bool,
@@ -191,17 +187,9 @@ def _write_shard(
     if not parts:  # a shard of no rows has columns nevertheless
         black = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         parts = [embedder.embed_aligned(black)[:0]]
-    _write(_ids_path(path), json.dumps({"ids": ids, "skipped": skipped}, indent=0).encode())
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
-        np.save(file, np.concatenate(parts))
-    part.replace(path)
-
-
-def _write(path: Path, data: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(data)
-    part.replace(path)
+    named = json.dumps({"ids": ids, "skipped": skipped}, indent=0)
+    write_atomic(_ids_path(store.path(number)), named)
+    store.write(number, np.concatenate(parts))
 
 
 def _ids_path(shard: Path) -> Path:

@@ -13,6 +13,7 @@ from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation import calibration
 from arcface_jax.evaluation.calibration import Calibration
 from arcface_jax.evaluation.embed import Model
+from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.inference import bulk
 from arcface_jax.models import preprocess
 from arcface_jax.training.network import Network
@@ -112,7 +113,7 @@ class Embedder:
             embeddings = embeddings + self.model(images[:, :, ::-1])
         if not np.isfinite(embeddings).all():
             raise DataError("the network's embeddings are not finite: its weights are damaged")
-        return _unit(embeddings) if normalized else embeddings
+        return normalize(embeddings) if normalized else embeddings
 
     def similarity(
         self, a: Faces, b: Faces, *, between: Literal["all", "pairs"] = "all"
@@ -178,7 +179,7 @@ class Embedder:
 
     def _embeddings(self, faces: Faces) -> np.ndarray:
         if isinstance(faces, np.ndarray) and faces.ndim == 2:
-            return _unit(faces)
+            return normalize(faces)
         return self(faces)
 
     def _check(self, threshold: Calibration) -> None:
@@ -186,16 +187,11 @@ class Embedder:
         if threshold.model != model:
             raise UserError(
                 f"the calibration is of another model (SHA-256 {threshold.model[:12]}..., this one "
-                f"is {model[:12]}...): a threshold is no use with other weights; make one with "
-                "scripts/calibrate.py"
+                f"is {model[:12]}...): thresholds do not transfer between models; make one with "
+                "`arcface-jax calibrate`"
             )
         if threshold.flip != self.flip:
             raise UserError(
                 f"the calibration was made with flip={threshold.flip}, these embeddings with "
                 f"flip={self.flip}: use one for both"
             )
-
-
-def _unit(embeddings: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    return (embeddings / np.maximum(lengths, 1e-12)).astype(np.float32)

@@ -1,22 +1,30 @@
-"""The network that a command line names: a run, torch weights, or an ONNX file."""
+"""The network that a command line names: a run, torch weights, or an ONNX file.
+
+Commands parse `ModelChoice` before they open anything, so what opens a network is imported by the
+functions that do.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from arcface_jax.config import Config
+from arcface_jax.config.choices import Which
 from arcface_jax.errors import UserError
-from arcface_jax.evaluation.embed import Model
-from arcface_jax.training import checkpoint
-from arcface_jax.training.network import Network
-from arcface_jax.training.saved_runs import Which
+
+if TYPE_CHECKING:
+    from arcface_jax.evaluation.embed import Model
+    from arcface_jax.training.network import Network
 
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """Options of a command that takes one network, of any of three kinds."""
+    """The network; name one of --workdir, --weight, --onnx."""
 
-    checkpoint: Path | None = None
-    """WORKDIR of a training run."""
+    workdir: Annotated[Path | None, tyro.conf.arg(aliases=["--checkpoint"])] = None
+    """Folder of a training run."""
     step: Which = "latest"
     """Which of the run's checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
     weight: Path | None = None
@@ -27,7 +35,7 @@ class ModelChoice:
     """Or an ONNX file."""
 
 
-def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None = None) -> Model:
+def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None = None) -> "Model":
     """Opens the one network that is named.
 
     Args:
@@ -38,17 +46,20 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     Raises:
       UserError: none or several are named, or it cannot be read.
     """
-    named = [name for name in ("checkpoint", "weight", "onnx") if getattr(choice, name) is not None]
+    named = [name for name in ("workdir", "weight", "onnx") if getattr(choice, name) is not None]
     if len(named) != 1:
         raise UserError(
             f"{len(named)} networks are named ({', '.join(f'--{n}' for n in named) or 'none'}); "
-            "name one: --checkpoint WORKDIR, --weight FILE.pth with --network, or --onnx FILE.onnx"
+            "name one: --workdir FOLDER, --weight FILE.pth with --network, or --onnx FILE.onnx"
         )
-    if choice.checkpoint is not None:
+    if choice.workdir is not None:
+        from arcface_jax.training.network import Network
+
         options = {"batch_size": batch_size, "devices": devices}
-        return Network.from_workdir(choice.checkpoint, which=choice.step, **options)
+        return Network.from_workdir(choice.workdir, which=choice.step, **options)
     if choice.weight is not None:
-        from arcface_jax.convert import weights  # torch is needed for these files alone
+        from arcface_jax.convert import weights  # only these files need torch
+        from arcface_jax.training.network import Network
 
         arrays = weights.load(choice.weight, choice.network)
         return Network(choice.network, *arrays, batch_size=batch_size, devices=devices)
@@ -60,29 +71,35 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
 
 def config_of(choice: ModelChoice) -> Config:
     """The recipe of the run that is named; the default one where the network is of no run."""
-    return Config() if choice.checkpoint is None else checkpoint.read_config(choice.checkpoint)
+    if choice.workdir is None:
+        return Config()
+    from arcface_jax.training import checkpoint
+
+    return checkpoint.read_config(choice.workdir)
 
 
-def open_network(choice: ModelChoice, *, batch_size: int = 16) -> Network:
+def open_network(choice: ModelChoice, *, batch_size: int = 16) -> "Network":
     """Opens a run or torch weights to export them, on one device.
 
     Raises:
       UserError: none or several are named, it cannot be read, or it is an ONNX file.
     """
+    from arcface_jax.training.network import Network
+
     model = open_model(choice, batch_size=batch_size, devices=1)
     if not isinstance(model, Network):
         raise UserError(
-            f"--onnx {choice.onnx} has been exported already: name its --checkpoint or --weight"
+            f"--onnx {choice.onnx} has been exported already: name its --workdir or --weight"
         )
     return model
 
 
 @dataclass(frozen=True)
 class ModelChoices:
-    """Options of a command that takes several networks, of any kinds."""
+    """The networks, of any kinds."""
 
-    checkpoint: tuple[Path, ...] = ()
-    """WORKDIRs of training runs."""
+    workdir: Annotated[tuple[Path, ...], tyro.conf.arg(aliases=["--checkpoint"])] = ()
+    """Folders of training runs."""
     step: Which = "latest"
     """Which of their checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
     weight: tuple[Path, ...] = ()
@@ -105,13 +122,13 @@ class ModelChoices:
             )
         networks = networks * count if len(networks) == 1 else networks
         return [
-            *(ModelChoice(checkpoint=path, step=self.step) for path in self.checkpoint),
+            *(ModelChoice(workdir=path, step=self.step) for path in self.workdir),
             *(ModelChoice(weight=w, network=n) for w, n in zip(self.weight, networks, strict=True)),
             *(ModelChoice(onnx=path) for path in self.onnx),
         ]
 
 
-def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, Model]:
+def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, "Model"]:
     """Opens several networks, each named after its folder or file, a second of one name NAME-2.
 
     Raises:
@@ -122,8 +139,8 @@ def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, Mod
         open_model(ModelChoice())  # which says how to name one
     models: dict[str, Model] = {}
     for choice in each:
-        path = choice.checkpoint or choice.weight or choice.onnx or Path()
-        stem = path.resolve().name if choice.checkpoint else path.stem
+        path = choice.workdir or choice.weight or choice.onnx or Path()
+        stem = path.resolve().name if choice.workdir else path.stem
         names = [stem, *(f"{stem}-{number}" for number in range(2, len(each) + 1))]
         name = next(name for name in names if name not in models)
         models[name] = open_model(choice, batch_size=batch_size)

@@ -51,7 +51,7 @@ def _macs(jaxpr: Any) -> int:
 
 
 def _programs_in(parameters: dict[str, Any]) -> Iterator[Any]:
-    """What an equation calls: the bodies of loops, jitted and rematerialised functions."""
+    """What an equation calls: the bodies of loops, jitted and rematerialized functions."""
     for value in parameters.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             program = getattr(item, "jaxpr", item)

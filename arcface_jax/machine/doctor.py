@@ -5,7 +5,6 @@ head at the speed of one large product, and what the devices send to each other.
 is the bottleneck; a real step takes at least as long.
 """
 
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -22,13 +21,12 @@ from arcface_jax import config as configs
 from arcface_jax.config import CheckpointConfig, Config, DataConfig, HeadConfig, ModelConfig
 from arcface_jax.data import opening, pipeline
 from arcface_jax.data.source import Source
-from arcface_jax.errors import UserError
+from arcface_jax.errors import UserError, install
 from arcface_jax.machine import collectives, plan, timing
 from arcface_jax.machine import input as data_benchmark
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import manifest, step, validation
 
-_PACKAGES = ("jax", "jaxlib", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin")
 _SAMPLE = 64 * 2**20  # bytes written to the workdir's disk
 _PRODUCT = {"cpu": 1024}  # side of the matrices that are multiplied; 4096 elsewhere
 
@@ -52,7 +50,7 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
       num_classes: C, where no data tells it.
       seconds: that reading images is measured for.
     """
-    yield check_versions(installed())
+    yield check_versions(manifest.versions())
     yield check_driver()
     try:
         mesh = meshes.make(config.devices)
@@ -97,17 +95,6 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
     yield bottleneck(milliseconds, config.data.global_batch_size)
 
 
-def installed() -> dict[str, str]:
-    """Versions by package, of those that are there."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def check_versions(found: Mapping[str, str]) -> Check:
     """JAX, its library and its CUDA plugin have to be of one release."""
     said = ", ".join(f"{name} {version}" for name, version in found.items())
@@ -133,7 +120,7 @@ def check_driver() -> Check:
     if done.returncode:
         return Check("driver", "fails", f"nvidia-smi fails: {' '.join(lines)[:200]}")
     if done.stdout.strip() and jax.devices()[0].platform == "cpu":
-        words = f"{lines[0]}, but JAX sees the CPU alone: pip install 'arcface-jax[cuda12]'"
+        words = f"{lines[0]}, but JAX sees only the CPU: {install('cuda12')}"
         return Check("driver", "fails", words)
     return Check("driver", "ok", f"{len(lines)} x {lines[0]}")
 
@@ -162,8 +149,8 @@ def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     words = (
         f"the state takes {_gib(needed)} of {_gib(free)} free"
-        f"{'' if _is_cpu(mesh) else ' on each device'}, activations not counted (scripts/plan.py); "
-        f"{_gib(host)} of the host's memory are free"
+        f"{'' if _is_cpu(mesh) else ' on each device'}, without activations (`arcface-jax plan` "
+        f"counts them); {_gib(host)} of the host's memory are free"
     )
     values = {"state_bytes": needed, "free_bytes": free, "host_free_bytes": host}
     if needed > free:

@@ -8,20 +8,15 @@ from contextlib import closing, contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-import cv2
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from rich.console import Console
-from rich.table import Table
-from tyro.conf import Positional
 
-from arcface_jax.config import AugmentConfig, DataConfig
-from arcface_jax.data import opening, pipeline
+from arcface_jax.config import DataConfig
+from arcface_jax.data import images, opening, pipeline
 from arcface_jax.data.source import Source
-from arcface_jax.machine import timing
 from arcface_jax.runtime import devices
 
 BARE_PROCESSES = 2
@@ -134,12 +129,12 @@ def _bare_loops(encoded: list[bytes], seconds: float) -> Iterator[Callable[[], f
 def _decode_loop(encoded: list[bytes], seconds: float, pipe: Connection) -> None:
     buffers = [np.frombuffer(data, np.uint8) for data in encoded]
     for buffer in buffers[:100]:
-        cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+        images.pixels(buffer)
     while pipe.recv():
         done, begin = 0, time.perf_counter()
         while (now := time.perf_counter() - begin) < seconds:
             for buffer in buffers[:256]:
-                cv2.imdecode(buffer, cv2.IMREAD_COLOR_RGB)
+                images.pixels(buffer)
             done += len(buffers[:256])
             buffers = buffers[256:] + buffers[:256]
         pipe.send(done / now)
@@ -174,44 +169,6 @@ def pipeline_rate(
             jax.block_until_ready(next(taken))
             done += data.global_batch_size
     return done / now
-
-
-def command(
-    path: Positional[str],
-    workers: tuple[int, ...] = (0, 1, 2),
-    threads: int = 0,
-    batch_size: int = 128,
-    augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
-    rounds: int = 5,
-    seconds: float = 2.0,
-) -> dict[str, Any]:
-    """How many images a second come, stage by stage, beside two bare decode loops.
-
-    Args:
-      path: A training set, as --data.path of train.py takes it.
-      workers: Numbers of worker processes to try; 0 reads in threads of this process.
-      threads: Threads that read and decode, in each worker or in this process; 0 takes as many as
-        there are cores, eight at most.
-      batch_size: Images of a batch.
-      augment: As --data.augment.sets.
-      rounds: Of all stages, of which medians are given.
-      seconds: For each stage in a round.
-    """
-    data = DataConfig(
-        path=path,
-        threads=threads,
-        global_batch_size=batch_size,
-        augment=AugmentConfig(sets=augment),
-    )
-    rates = measure(data, workers=workers, rounds=rounds, seconds=seconds)
-    table = Table("stage", "workers", "threads", "images/s", "of bare decode")
-    for rate in rates:
-        numbers = (rate.workers, rate.threads, round(rate.images_per_second))
-        table.add_row(rate.stage, *map(str, numbers), f"{rate.of_bare:.2f}")
-    Console().print(table)
-    print(bottleneck(rates))
-    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
-    return {"rates": [rate._asdict() for rate in rates], "bottleneck": bottleneck(rates)}
 
 
 def _to_device(batch: pipeline.Batch, *, device: Mesh) -> dict[str, jax.Array]:

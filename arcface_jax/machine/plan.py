@@ -198,7 +198,7 @@ def temporary_bytes(
 def backbone_flops_per_image(model: ModelConfig) -> float:
     """2 for each multiply-accumulate, in the forward pass and for two gradients.
 
-    What rematerialised blocks compute again is not counted.
+    What rematerialized blocks compute again is not counted.
     """
     return 6.0 * cost.measure(model.network, embedding_size=model.embedding_size).macs
 

@@ -148,7 +148,7 @@ class IResNet(nnx.Module):
         self.features = BatchNorm(embedding_size, groups=bn_groups, train_scale=False)
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised; nothing is random."""
+        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
         x = self.prelu(self.bn1(self.conv1(x.astype(self.dtype)), train=train))
         for name, blocks in zip(_STAGES, self.architecture.blocks, strict=True):
             stage = getattr(self, name)

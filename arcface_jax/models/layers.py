@@ -204,13 +204,13 @@ def _kernel_gradient_by_chunks(
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalisation as torch computes it, with statistics in float32 and over groups.
+    """Batch normalization as torch computes it, with statistics in float32 and over groups.
 
-    In training the batch is cut into `groups` slices, each normalised by its own statistics: with a
+    In training the batch is cut into `groups` slices, each normalized by its own statistics: with a
     slice per GPU this is insightface's BatchNorm, written without naming devices. Or `groups` is
     the name of a mesh axis, and the one slice goes over all its devices. The running statistics
     move by `momentum` towards the groups' mean, the variance unbiased as in torch. Where they are
-    `frozen` they are what normalises in training too, and do not move.
+    `frozen` they are what normalizes in training too, and do not move.
     The output has the input's type.
     """
 
@@ -314,7 +314,7 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis in float32, as torch does; the output has the input's type."""
+    """Normalizes the last axis in float32, as torch does; the output has the input's type."""
 
     epsilon = 1e-5
 

@@ -207,7 +207,7 @@ class MobileFaceNet(nnx.Module):
         self.features = _Features(embedding_size, last)
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised; nothing is random."""
+        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
         x = x.astype(self.dtype)
         for layer in self.layers:
             x = layer(x, train=train)

@@ -12,7 +12,7 @@ MEAN = 127.5
 SCALE = 127.5
 
 
-def normalise(images: jax.Array) -> jax.Array:
+def normalize(images: jax.Array) -> jax.Array:
     """uint8 RGB to float32 (x - 127.5) / 127.5, insightface's (x / 255 - 0.5) / 0.5."""
     return (images.astype(jnp.float32) - MEAN) / SCALE
 

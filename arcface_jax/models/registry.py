@@ -28,7 +28,7 @@ class Backbone(NamedTuple):
     """(params, batch_stats) as views of one zero, for their shapes and types."""
     apply: Callable[..., tuple[jax.Array, Arrays]]
     """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=..., keys=...) -> (embeddings
-    (B, D) float32, not normalised; batch_stats, moved if train). The (B,) keys, one for each image,
+    (B, D) float32, not normalized; batch_stats, moved if train). The (B,) keys, one for each image,
     are for what training draws at random; the vision transformers alone need them."""
 
 

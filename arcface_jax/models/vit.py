@@ -166,7 +166,7 @@ class VisionTransformer(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalised.
+        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized.
 
         In training an image's key decides which of its tokens are hidden and for which branches it
         is left out.

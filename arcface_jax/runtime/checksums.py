@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from arcface_jax.errors import CheckpointError
-from arcface_jax.runtime.files import write_whole
+from arcface_jax.runtime.files import write_atomic
 
 _FOLDER = "checksums"
 _DAMAGED = "damaged"
@@ -26,7 +26,7 @@ def note(checkpoints: Path) -> None:
     folder.mkdir(exist_ok=True)
     written = {path.name.partition(".")[0]: path for path in checkpoints.glob("[0-9]*.*")}
     for step, path in written.items():
-        write_whole(folder / f"{step}.json", json.dumps(_hashes(path), indent=1) + "\n")
+        write_atomic(folder / f"{step}.json", json.dumps(_hashes(path), indent=1) + "\n")
     here = {path.name for path in _complete(checkpoints)} | written.keys()
     for path in folder.glob("*.json"):
         if path.stem not in here:

@@ -1,4 +1,8 @@
-"""Translate disk-full and read-only errors into one CheckpointError; atomic writes.
+"""Atomic writes, and one clear error where a disk is full or read-only.
+
+Every file that must never be seen half-written goes through this module: `write_atomic` for text
+and bytes, `atomic` for streams, `atomic_files` for writers that want a name or write several files,
+`atomic_folder` for whole folders. All write to `NAME.HOST-PID.part` beside the target and rename.
 
 The libraries report a full disk in their own ways, some of them from threads: Orbax logs it several
 times, raises it in the next save, and leaves writes behind that fail later.
@@ -8,17 +12,23 @@ import contextlib
 import errno
 import functools
 import gc
+import glob
 import inspect
 import logging
 import os
+import platform
 import re
 import shutil
 import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 from arcface_jax.errors import CheckpointError
+
+PART = ".part"
+"""The suffix of everything that is being written."""
 
 # These errors always mean that something could not be written.
 _FIXES = {
@@ -32,20 +42,142 @@ _IN_TEXT = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
 _UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file atomically: if that fails, the old content stays.
+def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replaces a file in one move: if that fails, its old content stays.
+
+    Args:
+      path: of the file; its folder must exist.
+      content: text, written as UTF-8, or bytes.
+      durable: as in `atomic`.
 
     Raises:
       OSError: it cannot be written.
     """
-    part = path.with_name(f"{path.name}.part")
+    with atomic(path, "w" if isinstance(content, str) else "wb", durable=durable) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def atomic(
+    path: Path, mode: str = "w", *, newline: str | None = None, durable: bool = True
+) -> Iterator[IO[Any]]:
+    """Opens a file for writing that takes the place of `path` when the block ends without error.
+
+    Args:
+      path: of the file; its folder must exist. A device or pipe is written to directly, and a
+        symbolic link is followed.
+      mode: "w" (UTF-8) or "wb".
+      newline: as in `open`.
+      durable: sync the file before the move, so that not even a power failure leaves an empty
+        file, and remove what killed processes left of it. Turn it off for many small files that
+        can be made again.
+
+    Raises:
+      OSError: it cannot be written; the old content stays and no part is left.
+    """
+    encoding = None if "b" in mode else "utf-8"
+    if path.exists() and not path.is_file():
+        with path.open(mode, encoding=encoding, newline=newline) as file:
+            yield file
+        return
+    path = path.resolve() if path.is_symlink() else path
+    if durable:
+        _remove_stale(path)
+    part = part_of(path)
     try:
-        part.write_text(text)
+        with part.open(mode, encoding=encoding, newline=newline) as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         part.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first error is the one to report
             part.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_files(path: Path) -> Iterator[Path]:
+    """For writers that need a name, or that write other files beside it.
+
+    Yields:
+      A path of the same name in a temporary folder. When the block ends without error, every file
+      in that folder is moved beside `path`, and the one named `path` last.
+
+    Raises:
+      OSError: a file cannot be written or moved.
+    """
+    with _part_folder(path) as folder:
+        yield folder / path.name
+        files = sorted(folder.iterdir(), key=lambda file: (file.name == path.name, file.name))
+        for file in files:
+            _sync(file)
+        for file in files:
+            file.replace(path.parent / file.name)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder that takes the place of `path` when the block ends without error.
+
+    If another process puts a folder there in the meantime, that one stays.
+
+    Yields:
+      A temporary folder.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    with _part_folder(path) as folder:
+        yield folder
+        for file in folder.iterdir():
+            _sync(file)
+        shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rename(path)
+
+
+def part_of(path: Path) -> Path:
+    """Where this process writes a file or folder before it is moved into its place."""
+    return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}{PART}")
+
+
+@contextlib.contextmanager
+def _part_folder(path: Path) -> Iterator[Path]:
+    _remove_stale(path)
+    folder = part_of(path)
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier process with this number
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes what processes of this host that no longer exist were writing for `path`."""
+    prefix = f"{path.name}.{platform.node()}-"
+    for part in path.parent.glob(f"{glob.escape(prefix)}*{PART}"):
+        number = part.name.removeprefix(prefix).removesuffix(PART)
+        if number.isdecimal() and not _runs(int(number)):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def complete_steps(workdir: Path) -> list[int]:

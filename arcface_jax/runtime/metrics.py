@@ -11,9 +11,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-from arcface_jax.errors import ConfigError
+from arcface_jax.errors import ConfigError, install
 from arcface_jax.runtime import launch
-from arcface_jax.runtime.files import reporting_disk_errors, write_whole
+from arcface_jax.runtime.files import atomic, reporting_disk_errors, write_atomic
 
 METRICS = "metrics.jsonl"
 # TensorBoard events are flushed to disk this often.
@@ -55,7 +55,7 @@ class MetricsFile:
             # Atomically, so that a run that is killed here keeps its history.
             if first:
                 kept = "".join(json.dumps(line) + "\n" for line in self._kept)
-                write_whole(path, kept)
+                write_atomic(path, kept)
             if first and tensorboard:
                 self._writers.append(TensorBoard(workdir, start=start))
             if first and csv:
@@ -209,13 +209,12 @@ class Csv:
 
     def _rewrite(self, lines: list[Any]) -> None:
         """Atomically, so that a run that is killed here keeps its history."""
-        part = self.path.with_suffix(".csv.part")
-        self._file = part.open("w", newline="")
+        with atomic(self.path, newline="") as file:
+            whole = csv.DictWriter(file, self._names)
+            whole.writeheader()
+            whole.writerows(lines)
+        self._file = self.path.open("a", newline="")
         self._lines = csv.DictWriter(self._file, self._names)
-        self._lines.writeheader()
-        self._lines.writerows(lines)
-        self._file.flush()
-        part.replace(self.path)
 
 
 class Wandb:
@@ -236,12 +235,12 @@ class Wandb:
         except ImportError as error:
             raise ConfigError(
                 f"logging.wandb {project}: this needs the package of Weights & Biases: "
-                "pip install 'arcface-jax[wandb]'"
+                f"{install('wandb')}"
             ) from error
         self.path = workdir / "wandb"
         known = workdir / "wandb_id"
         if not known.exists():
-            known.write_text(uuid.uuid4().hex[:12])
+            write_atomic(known, uuid.uuid4().hex[:12])
         try:
             self._run = wandb.init(
                 project=project,

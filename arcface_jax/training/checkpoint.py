@@ -27,7 +27,7 @@ from arcface_jax.runtime.files import (
     quiet_orbax,
     remove_unfinished,
     reporting_disk_errors,
-    write_whole,
+    write_atomic,
 )
 from arcface_jax.training import checkpoint_forms, manifest
 from arcface_jax.training.step import TrainState
@@ -80,7 +80,7 @@ def _prepare(config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / CONFIG).exists():
-            write_whole(workdir / CONFIG, loading.to_json(config))
+            write_atomic(workdir / CONFIG, loading.to_json(config))
     except OSError as error:
         raise CheckpointError(
             f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
@@ -260,7 +260,7 @@ def save_weights(
     try:
         with ocp.CheckpointManager(folder_of(workdir)) as manager:
             manager.save(0, args=ocp.args.Composite(**items))
-        (workdir / CONFIG).write_text(loading.to_json(config))
+        write_atomic(workdir / CONFIG, loading.to_json(config))
     except OSError as error:
         raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
 

@@ -25,7 +25,7 @@ from arcface_jax.errors import UserError
 from arcface_jax.evaluation.verification import Verification
 from arcface_jax.heads import margins, partial_fc
 from arcface_jax.runtime import launch
-from arcface_jax.runtime.files import reporting_disk_errors, write_whole
+from arcface_jax.runtime.files import reporting_disk_errors, write_atomic
 
 # A loss has plateaued when its mean changes by less than this share of itself.
 _PLATEAU = 0.002
@@ -250,7 +250,7 @@ def write_failure(
     if not launch.is_first():
         return path
     with reporting_disk_errors(workdir, path):
-        write_whole(path, json.dumps(report, indent=1) + "\n")
+        write_atomic(path, json.dumps(report, indent=1) + "\n")
     return path
 
 

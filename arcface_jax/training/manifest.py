@@ -1,6 +1,9 @@
-"""What a run was started with: run.txt for people, environment.json for programs."""
+"""What a run was: run.txt for people, environment.json for programs, and the bytes of its state.
 
-import importlib.metadata
+A person asks later with which versions, devices and settings a run was started, and from which
+code; both files answer that, and `versions` serves the doctor too.
+"""
+
 import json
 import math
 import os
@@ -20,12 +23,87 @@ from arcface_jax.config import Config, loading
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import launch
-from arcface_jax.runtime.files import reporting_disk_errors, write_whole
+from arcface_jax.runtime.files import reporting_disk_errors, write_atomic
 from arcface_jax.training.step import TrainState
 
-_PACKAGES = ("arcface-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+PACKAGES = (
+    "arcface-jax",
+    "flax",
+    "grain",
+    "jax",
+    "jax-cuda12-plugin",
+    "jax-cuda13-plugin",
+    "jaxlib",
+    "numpy",
+    "opencv-python-headless",
+    "optax",
+    "orbax-checkpoint",
+)
+"""Those that a run's numbers come from. Of the plugins, at most one is installed."""
 MIB = 2**20
+# Environment variables that change what a run does begin with these.
+_VARIABLES = ("XLA_", "JAX_", "SLURM_JOB", "OMPI_COMM", "CUDA_VISIBLE", "NVIDIA_TF32", "GLIBC_TUN")
+
+
+def versions() -> dict[str, str]:
+    """Versions of `PACKAGES`, of those that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_environment(config: Config) -> Path:
+    """Appends this start to the list in WORKDIR/environment.json.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    path = Path(config.workdir) / "environment.json"
+    try:
+        starts = json.loads(path.read_text()) if path.exists() else []
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; remove it") from error
+    with reporting_disk_errors(path.parent, path):
+        write_atomic(path, json.dumps([*starts, _this_start(config)], indent=1) + "\n")
+    return path
+
+
+def _this_start(config: Config) -> dict[str, Any]:
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": sys.argv,
+        "python": sys.version,
+        "system": platform.platform(),
+        "host": platform.node(),
+        "packages": versions(),
+        "git": _checkout(),
+        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
+        "processes": jax.process_count(),
+        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
+        "config": json.loads(loading.to_json(config)),
+    }
+
+
+def _checkout() -> dict[str, Any] | None:
+    """Commit and changed files of the code's checkout; None where it is installed without one."""
+    commit = _git_output("rev-parse", "HEAD")
+    if commit is None:
+        return None
+    changed = _git_output("status", "--porcelain", "--untracked-files=no") or ""
+    return {"commit": commit.strip(), "changed": changed.splitlines()}
+
+
+def _git_output(*arguments: str) -> str | None:
+    """What a git command prints about this file's checkout; None if it fails."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lines: str) -> str:
@@ -45,7 +123,7 @@ def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lin
     memory = f"state {sum(held.values()) / MIB:,.1f} MiB on each device"
     parts = [
         first_lines,
-        "Versions\n" + _indented(versions()),
+        "Versions\n" + _indented(_version_lines()),
         "Mesh\n" + _indented(mesh_lines(devices)),
         "Memory\n" + _indented(_memory_lines(held)),
         "Settings (* differs from the default)\n" + _indented(_setting_lines(config, changed)),
@@ -54,7 +132,7 @@ def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lin
     path = Path(config.workdir) / "run.txt"
     if launch.is_first():
         with reporting_disk_errors(path.parent, path):
-            write_whole(path, "\n\n".join(parts) + "\n")
+            write_atomic(path, "\n\n".join(parts) + "\n")
     count = sum(array.size for array in state.params.values())
     return (
         f"{count:,} parameters; {memory}; {len(changed)} settings differ from their defaults; "
@@ -62,15 +140,9 @@ def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lin
     )
 
 
-def versions() -> list[str]:
-    """Of Python and the packages that a run's numbers come from, as far as they are installed."""
-    found = [f"python {platform.python_version()} on {platform.platform()}"]
-    for name in _PACKAGES + _PLUGINS:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+def _version_lines() -> list[str]:
+    system = f"python {platform.python_version()} on {platform.platform()}"
+    return [system, *(f"{name} {version}" for name, version in versions().items())]
 
 
 def mesh_lines(devices: Mesh) -> list[str]:
@@ -90,7 +162,7 @@ def _memory_lines(held: dict[str, int]) -> list[str]:
         "on each device, the state alone:",
         *rows,
         f"{'total':<20}{sum(held.values()) / MIB:>12,.2f} MiB",
-        "activations are not in it; scripts/plan.py tells them before a run",
+        "activations are not in it; `arcface-jax plan` reports them before a run",
     ]
 
 
@@ -122,76 +194,6 @@ def parameter_lines(params: Arrays) -> list[str]:
 
 def _indented(lines: list[str]) -> str:
     return "\n".join("  " + line for line in lines)
-
-
-_PACKAGES = (
-    "arcface-jax",
-    "flax",
-    "grain",
-    "jax",
-    "jaxlib",
-    "numpy",
-    "opencv-python-headless",
-    "optax",
-    "orbax-checkpoint",
-)
-_VARIABLES = ("XLA_", "JAX_", "SLURM_JOB", "OMPI_COMM", "CUDA_VISIBLE", "NVIDIA_TF32", "GLIBC_TUN")
-
-
-def write_environment(config: Config) -> Path:
-    """Appends this start to the list in WORKDIR/environment.json.
-
-    Raises:
-      CheckpointError: it cannot be written.
-    """
-    path = Path(config.workdir) / "environment.json"
-    try:
-        starts = json.loads(path.read_text()) if path.exists() else []
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; remove it") from error
-    with reporting_disk_errors(path.parent, path):
-        write_whole(path, json.dumps([*starts, _now(config)], indent=1) + "\n")
-    return path
-
-
-def _now(config: Config) -> dict[str, Any]:
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": sys.argv,
-        "python": sys.version,
-        "system": platform.platform(),
-        "host": platform.node(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "git": _git(),
-        "devices": [f"{d.platform} {d.device_kind}" for d in jax.devices()],
-        "processes": jax.process_count(),
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_VARIABLES)},
-        "config": json.loads(loading.to_json(config)),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit and changed files of the code's checkout; None where there is none."""
-    commit = _output("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    changed = _output("status", "--porcelain", "--untracked-files=no") or ""
-    return {"commit": commit.strip(), "changed": changed.splitlines()}
-
-
-def _output(*words: str) -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def device_bytes(tree: Any) -> int:

@@ -98,7 +98,7 @@ def _on_one_device(network: Backbone, params, batch_stats, images, places, *, ke
 
     def one(images, places):
         keys = jax.vmap(partial(jax.random.fold_in, key))(places)
-        images = preprocess.normalise(images)
+        images = preprocess.normalize(images)
         return network.apply(params, batch_stats, images, train=True, keys=keys)
 
     if slices == 1:

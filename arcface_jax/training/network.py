@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from arcface_jax.config.choices import Which
 from arcface_jax.evaluation import embed
 from arcface_jax.models import registry
 from arcface_jax.models.registry import Arrays
@@ -54,9 +55,7 @@ class Network:
         }
 
     @classmethod
-    def from_workdir(
-        cls, workdir: str | Path, *, which: saved_runs.Which = "latest", **options
-    ) -> "Network":
+    def from_workdir(cls, workdir: str | Path, *, which: Which = "latest", **options) -> "Network":
         """Load a checkpoint of a run, by default the newest; options as in the class.
 
         Raises:

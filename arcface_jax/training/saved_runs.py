@@ -1,7 +1,6 @@
 """Read checkpoints for inference, export and fine-tuning."""
 
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
@@ -9,15 +8,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from arcface_jax.config import Config
+from arcface_jax.config.choices import Which
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
 from arcface_jax.runtime import checksums
 from arcface_jax.runtime.files import complete_steps
 from arcface_jax.training import checkpoint, checkpoint_forms, step
 from arcface_jax.training.checkpoint import CONFIG
-
-Which = int | Literal["latest", "best"]
-"""A checkpoint of a run: by its step, the newest, or the best by `checkpoint.best_metric`."""
 
 
 def restore_backbone(

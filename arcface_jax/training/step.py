@@ -336,7 +336,7 @@ def make_embed(
     train = mode == "training"
 
     def embed(params: Arrays, batch_stats: Arrays, images: jax.Array) -> jax.Array:
-        x = preprocess.normalise(images)
+        x = preprocess.normalize(images)
         keys = jax.random.split(jax.random.key(0), len(x)) if train else None
         return network.apply(params, batch_stats, x, train=train, keys=keys)[0]
 

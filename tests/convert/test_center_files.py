@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from arcface_jax import config as configs
+from arcface_jax.commands import imports
 from arcface_jax.convert import centers
 from arcface_jax.convert.centers import Centers
 from arcface_jax.errors import UserError
@@ -83,9 +84,9 @@ def test_unknown_momentum_is_zero(tmp_path):
 
 def test_the_command_goes_there_and_back(tmp_path, capsys):
     as_reference_does(tmp_path, "2021", 8)
-    centers.main(["read", str(tmp_path), "--output", str(tmp_path / "c.npy")])
+    imports.centers(["read", str(tmp_path), "--output", str(tmp_path / "c.npy")])
     written = ["--output", str(tmp_path / "new"), "--ranks", "3", "--layout", "2022"]
-    centers.main(["write", str(tmp_path / "c.npy"), *written])
+    imports.centers(["write", str(tmp_path / "c.npy"), *written])
     assert '"classes": 11, "embedding_size": 6' in capsys.readouterr().out.splitlines()[-1]
     np.testing.assert_array_equal(centers.read(tmp_path / "new").rows, ROWS)
 

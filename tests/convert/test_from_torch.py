@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from arcface_jax import config as configs
+from arcface_jax.commands import imports
 from arcface_jax.convert import centers, from_torch, parity, to_torch, weight_files, weights
 from arcface_jax.errors import CheckpointError, UserError
 from arcface_jax.models import registry
@@ -40,7 +41,7 @@ def imported(state, tmp_path_factory) -> Path:
     torch.save(full, folder / "checkpoint_gpu_0.pt")
     argv = ["--weight", str(folder / "checkpoint_gpu_0.pt"), "--network", "r_tiny"]
     argv += ["--output", str(folder / "W"), "--centers", str(folder / "centers.npy")]
-    from_torch.main(argv)
+    imports.torch(argv)
     return folder / "W"
 
 

@@ -24,7 +24,7 @@ def model(
     inside: bool = False,
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """One convolution over the whole image; `inside` normalises before it, named so."""
+    """One convolution over the whole image; `inside` normalizes before it, named so."""
     helper, floats = onnx.helper, onnx.TensorProto.FLOAT
     nodes, x = [], "input"
     arrays = {"weight": WEIGHT, "half": np.float32(127.5), "step": np.float32(1 / 127.5)}
@@ -61,7 +61,7 @@ def check(path: Path, expected: np.ndarray, **options) -> None:
     np.testing.assert_allclose(out, expected, rtol=1e-3, atol=0.02)
 
 
-def test_normalises_outside_unless_the_nodes_say_inside(tmp_path: Path):
+def test_normalizes_outside_unless_the_nodes_say_inside(tmp_path: Path):
     check(model(tmp_path / "outside.onnx"), embeddings(IMAGES))
     check(model(tmp_path / "inside.onnx", inside=True), embeddings(IMAGES))
 

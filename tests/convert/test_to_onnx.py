@@ -8,6 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from arcface_jax.commands import export
 from arcface_jax.convert import onnx_graph, parity, to_onnx
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
@@ -17,7 +18,7 @@ from arcface_jax.training.network import Network
 
 @pytest.fixture(scope="module")
 def embedder(workdir) -> Network:
-    return open_network(ModelChoice(checkpoint=workdir))
+    return open_network(ModelChoice(workdir=workdir))
 
 
 @pytest.fixture(scope="module", params=["outside", "inside"])
@@ -94,14 +95,14 @@ def test_files_of_lower_precision(embedder, faces, tmp_path):
     assert 0 < error < 0.15
     whole = 4 * 5_500_000  # bytes of float32 weights
     assert half.stat().st_size < 0.55 * whole and small.stat().st_size < 0.3 * whole
-    for path in (half, small):  # clients see that pixels are normalised there too
+    for path in (half, small):  # clients see that pixels are normalized there too
         outs = onnx_embedder(path)(faces[:3])
         assert parity.largest_error(outs, embedder(faces[:3])) < 0.15
 
 
 def test_the_command_compares_before_and_after(workdir, pairs_file, tmp_path, capsys):
     argv = ["--checkpoint", str(workdir), "--output", str(tmp_path / "m.onnx")]
-    to_onnx.main([*argv, "--targets", str(pairs_file)])
+    export.onnx([*argv, "--targets", str(pairs_file)])
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert result["parity"] < 1e-5
     assert result["eval/few jax/accuracy"] == result["eval/few onnx/accuracy"]

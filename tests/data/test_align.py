@@ -48,7 +48,7 @@ def test_equals_scikit_image():
 
 @pytest.mark.parametrize("size", [112, 224])
 def test_the_points_land_on_the_template(size: int):
-    """Soft dots of three colours, drawn on the points, are found where the template has them."""
+    """Soft dots of three colors, drawn on the points, are found where the template has them."""
     points = faces(1, seed=3, noise=0.0)[0]
     points = (points - points.mean(0)) * 60 / np.ptp(points) + 150  # inside the picture
     image = np.zeros((300, 300, 3))
@@ -61,11 +61,11 @@ def test_the_points_land_on_the_template(size: int):
     y, x = np.mgrid[:size, :size]
     for (px, py), channel in zip(TEMPLATE * size / 112, channels, strict=True):
         near = aligned[..., channel] * ((x - px) ** 2 + (y - py) ** 2 < (12 * size / 112) ** 2)
-        centre = [(near * grid).sum() / near.sum() for grid in (x, y)]
-        np.testing.assert_allclose(centre, (px, py), atol=0.1)
+        center = [(near * grid).sum() / near.sum() for grid in (x, y)]
+        np.testing.assert_allclose(center, (px, py), atol=0.1)
 
 
-def test_what_lies_outside_the_picture_is_black_and_colours_keep_their_order():
+def test_what_lies_outside_the_picture_is_black_and_colors_keep_their_order():
     image = np.full((112, 112, 3), (200, 100, 50), np.uint8)
     same = align(image, TEMPLATE)
     np.testing.assert_array_equal(same, image)

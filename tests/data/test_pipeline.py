@@ -202,7 +202,7 @@ def test_a_set_without_a_whole_image_is_refused():
         steps_of(Numbered(40, broken=tuple(range(40))), global_batch_size=8, stop=1)
 
 
-class Mislabelled(Numbered):
+class Mislabeled(Numbered):
     """Image 0 has a label that is none."""
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
@@ -213,7 +213,7 @@ class Mislabelled(Numbered):
 
 def test_a_wrong_label_is_no_damage_but_an_error():
     with pytest.raises(DataError, match=r"record 0: label 0\.5"):
-        steps_of(Mislabelled(40), global_batch_size=8, stop=5)
+        steps_of(Mislabeled(40), global_batch_size=8, stop=5)
 
 
 # ---- Worker processes ----------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def test_workers_restarts_and_hosts_change_nothing_of_a_batch_of_real_faces():
 
 def test_a_worker_reports_damage_and_errors_as_this_process_does():
     whole = read(Numbered(40), batch=8, stop=5)
-    source = Mislabelled(40, broken=(int(whole[1, 0]), int(whole[2, 5])))
+    source = Mislabeled(40, broken=(int(whole[1, 0]), int(whole[2, 5])))
     stop = int(np.flatnonzero((whole == 0).any(axis=1))[0])
     reader = batches(source, DataConfig(global_batch_size=8, workers=1), seed=0, start=0, stop=5)
     with closing(reader):

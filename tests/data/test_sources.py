@@ -266,12 +266,12 @@ def test_flipped_bytes_give_an_image_or_a_data_error():
 
 
 def test_red_is_the_first_channel():
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 120, 10]], np.uint8)
-    image = np.repeat(colours, 28, axis=0)[:, None].repeat(112, axis=1)
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [250, 120, 10]], np.uint8)
+    image = np.repeat(colors, 28, axis=0)[:, None].repeat(112, axis=1)
     rows = b"".join(b"\x00" + row.tobytes() for row in image)
     np.testing.assert_array_equal(decode(png(112, 112, rows), where=lambda: "x"), image)
     jpeg = decode(encode(image, "JPEG", quality=95, subsampling=0), where=lambda: "x")
-    np.testing.assert_allclose(jpeg[14::28, 56].astype(int), colours, atol=6)
+    np.testing.assert_allclose(jpeg[14::28, 56].astype(int), colors, atol=6)
 
 
 def test_gray_images_have_three_equal_channels():
@@ -341,6 +341,6 @@ def test_lfw_has_the_identities_and_images_that_its_page_names():
 @needs_lfw
 def test_lfw_faces_are_redder_than_blue():
     source = opened(LFW)
-    centre = [source[i][0][40:80, 40:72].mean((0, 1)) for i in range(0, 9525, 95)]
-    red, _, blue = np.mean(centre, axis=0)
+    center = [source[i][0][40:80, 40:72].mean((0, 1)) for i in range(0, 9525, 95)]
+    red, _, blue = np.mean(center, axis=0)
     assert red > blue + 20

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from arcface_jax.evaluation import collapse
+from arcface_jax.evaluation import collapse, embeddings
 
 
 def spread(count: int, size: int) -> np.ndarray:
@@ -17,8 +17,8 @@ def test_the_mean_cosine_is_that_of_all_pairs(count: int, size: int):
     for i in range(count):
         for j in range(i):
             cosines.append(x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j]))
-    assert collapse.mean_cosine(x) == pytest.approx(np.mean(cosines), abs=1e-6)
-    assert collapse.mean_cosine(1e-4 * x) == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert embeddings.mean_cosine(x) == pytest.approx(np.mean(cosines), abs=1e-6)
+    assert embeddings.mean_cosine(1e-4 * x) == pytest.approx(np.mean(cosines), abs=1e-6)
 
 
 def test_the_effective_rank_is_the_entropy_of_the_singular_values():
@@ -27,24 +27,24 @@ def test_the_effective_rank_is_the_entropy_of_the_singular_values():
         unit = x.astype(float) / np.linalg.norm(x.astype(float), axis=1, keepdims=True)
         values = np.linalg.svd(unit, compute_uv=False)
         entropy = -sum(p * np.log(p) for p in values / values.sum())
-        assert collapse.effective_rank(x) == pytest.approx(np.exp(entropy), rel=1e-9)
+        assert embeddings.effective_rank(x) == pytest.approx(np.exp(entropy), rel=1e-9)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 16])
 def test_embeddings_spread_evenly_over_r_directions_have_rank_r(rank: int):
     basis = np.linalg.qr(spread(16, 16))[0][:rank]
-    assert collapse.effective_rank(np.tile(basis, (6, 1))) == pytest.approx(rank, rel=1e-5)
+    assert embeddings.effective_rank(np.tile(basis, (6, 1))) == pytest.approx(rank, rel=1e-5)
 
 
 def test_a_point_a_line_and_nothing():
     point = np.tile(spread(1, 32), (20, 1))
-    assert collapse.mean_cosine(point) == pytest.approx(1)
-    assert collapse.effective_rank(point) == pytest.approx(1)
+    assert embeddings.mean_cosine(point) == pytest.approx(1)
+    assert embeddings.effective_rank(point) == pytest.approx(1)
     line = point * np.where(np.arange(20) % 2, 3.0, -1.0)[:, None]
-    assert collapse.mean_cosine(line) == pytest.approx(-1 / 19)  # 90 pairs alike, 100 opposite
-    assert collapse.effective_rank(line) == pytest.approx(1)
+    assert embeddings.mean_cosine(line) == pytest.approx(-1 / 19)  # 90 pairs alike, 100 opposite
+    assert embeddings.effective_rank(line) == pytest.approx(1)
     nothing = np.zeros((20, 32), np.float32)
-    assert (collapse.mean_cosine(nothing), collapse.effective_rank(nothing)) == (0, 0)
+    assert (embeddings.mean_cosine(nothing), embeddings.effective_rank(nothing)) == (0, 0)
 
 
 def test_modes_are_compared_image_by_image_over_one_whole_batch():

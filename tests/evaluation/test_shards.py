@@ -34,25 +34,25 @@ def embed(images: np.ndarray) -> np.ndarray:
     return images[:, 5, [0, 111], 0].astype(np.float32) * np.array([2, 1], np.float32)
 
 
-def extract(folder: Path, *, count: int = 21, load=load, embed=embed, mirrored=True, model="a"):
+def extract(folder: Path, *, count: int = 21, load=load, embed=embed, flip=True, model="a"):
     return shards.extract(
         embed,
         load,
         names=[f"{i}.jpg" for i in range(count)],
         folder=folder,
         settings={"model": model},
-        mirrored=mirrored,
+        flip=flip,
     )
 
 
 @pytest.mark.parametrize("count", [1, 8, 21])
-def test_features_come_in_order_with_and_without_mirroring(tmp_path: Path, count: int):
+def test_features_come_in_order_with_and_without_flip(tmp_path: Path, count: int):
     found = extract(tmp_path, count=count)
     numbers = np.arange(count, dtype=np.float32)[:, None]
-    np.testing.assert_array_equal(found.read(mirrored=False), numbers * [2, 0])
-    np.testing.assert_array_equal(found.read(mirrored=True), numbers * [2, 1])
-    assert found.read(mirrored=True).dtype == np.float32
-    assert not list(tmp_path.glob("*.tmp"))
+    np.testing.assert_array_equal(found.read(flip=False), numbers * [2, 0])
+    np.testing.assert_array_equal(found.read(flip=True), numbers * [2, 1])
+    assert found.read(flip=True).dtype == np.float32
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_run_that_stopped_goes_on_and_reads_nothing_twice(tmp_path: Path):
@@ -67,8 +67,27 @@ def test_a_run_that_stopped_goes_on_and_reads_nothing_twice(tmp_path: Path):
     again = []
     found = extract(tmp_path, load=lambda i: again.append(i) or load(i))
     assert sorted(again) == list(range(8, 21))
-    np.testing.assert_array_equal(found.read(mirrored=False)[:, 0], 2 * np.arange(21))
+    np.testing.assert_array_equal(found.read(flip=False)[:, 0], 2 * np.arange(21))
     extract(tmp_path, load=stops)  # all is there: nothing is read
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(tmp_path: Path):
+    """Its settings end without a line feed, and a killed process left parts under old names."""
+    settings = {"model": "a", "images": 21, "shard": 8, "views": 2}
+    (tmp_path / "settings.json").write_text(json.dumps(settings, indent=2))
+    np.save(tmp_path / "00000.npy", np.full((8, 2, 2), 7, np.float32))
+    for suffix in (".tmp", ".part"):
+        (tmp_path / f"00001{suffix}").write_bytes(b"half a shard")
+    read = extract(tmp_path).read(flip=False)
+    assert read[:8].tolist() == [[7, 7]] * 8 and read[8:, 0].tolist() == list(range(16, 42, 2))
+    left = ["00000.npy", "00001.npy", "00002.npy", "settings.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_shards_without_settings_are_refused(tmp_path: Path):
+    np.save(tmp_path / "00000.npy", np.zeros((8, 2, 2), np.float32))
+    with pytest.raises(DataError, match=r"no settings\.json"):
+        extract(tmp_path)
 
 
 KILLED = """
@@ -99,24 +118,24 @@ def test_a_killed_process_leaves_whole_shards(tmp_path: Path):
     again = []
     found = extract(tmp_path, count=200, load=lambda i: again.append(i) or load(i))
     assert sorted(again) == list(range(8 * done, 200))
-    np.testing.assert_array_equal(found.read(mirrored=False)[:, 0], 2 * np.arange(200) % 512)
+    np.testing.assert_array_equal(found.read(flip=False)[:, 0], 2 * np.arange(200) % 512)
 
 
 def test_embeddings_of_something_else_are_refused(tmp_path: Path):
-    extract(tmp_path, mirrored=False)
-    extract(tmp_path, mirrored=False)
+    extract(tmp_path, flip=False)
+    extract(tmp_path, flip=False)
     with pytest.raises(DataError, match="model was 'a' and is 'b'"):
-        extract(tmp_path, mirrored=False, model="b")
+        extract(tmp_path, flip=False, model="b")
     with pytest.raises(DataError, match="images was 21 and is 22"):
-        extract(tmp_path, mirrored=False, count=22)
-    with pytest.raises(DataError, match="mirrored images were left out"):
-        extract(tmp_path, mirrored=True)
+        extract(tmp_path, flip=False, count=22)
+    with pytest.raises(DataError, match="without flipped images"):
+        extract(tmp_path, flip=True)
     assert json.loads((tmp_path / "settings.json").read_text())["views"] == 1
 
 
-def test_embeddings_with_mirroring_serve_without(tmp_path: Path):
-    extract(tmp_path, mirrored=True)
-    np.testing.assert_array_equal(extract(tmp_path, mirrored=False).read(mirrored=False)[:, 1], 0)
+def test_embeddings_with_flip_serve_without(tmp_path: Path):
+    extract(tmp_path, flip=True)
+    np.testing.assert_array_equal(extract(tmp_path, flip=False).read(flip=False)[:, 1], 0)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -162,7 +181,7 @@ def test_a_host_reads_the_rows_of_its_devices_alone(tmp_path: Path):
         names=[str(i) for i in range(16)],
         folder=tmp_path,
         settings={},
-        mirrored=False,
+        flip=False,
         host_rows=first_half,
     )
     assert sorted(seen) == [0, 1, 2, 3, 8, 9, 10, 11]

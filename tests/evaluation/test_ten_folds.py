@@ -159,7 +159,7 @@ def test_a_pair_on_the_threshold_is_not_the_same():
     assert ten_fold(distance, same)[0][0] == 0.5
 
 
-def test_all_same_or_all_different_pairs_are_all_recognised():
+def test_all_same_or_all_different_pairs_are_all_recognized():
     distance = np.linspace(0, 3.9, 33)
     accuracies, thresholds = ten_fold(distance, np.ones(33, bool))
     np.testing.assert_array_equal(accuracies[:-1], 1)

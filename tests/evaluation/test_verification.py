@@ -45,7 +45,7 @@ def test_an_embedding_of_length_zero_is_at_distance_one_from_any_other():
 
 
 def a_set(pairs: int = 20, *, name: str = "made") -> PairSet:
-    """Images of one grey level a person, darker to the right: mirroring changes them."""
+    """Images of one gray level a person, darker to the right: mirroring changes them."""
     same = np.arange(pairs) % 2 == 0
     person = np.repeat(np.arange(pairs), 2)
     person[1::2] += np.where(same, 0, 100)
@@ -179,7 +179,7 @@ def test_a_set_that_cannot_be_verified_is_refused_before_it_is_embedded(changes,
         verify(never, a_set()._replace(**changes))
 
 
-def test_raw_pixels_see_patterns_and_neither_brightness_nor_colour():
+def test_raw_pixels_see_patterns_and_neither_brightness_nor_color():
     rng = np.random.default_rng(0)
     pattern = rng.integers(0, 40, (40, 112, 112, 1))
     same = np.arange(20) % 2 == 0

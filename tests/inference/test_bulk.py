@@ -108,17 +108,17 @@ def test_other_settings_or_images_are_refused(folder, expected, tmp_path):
     output = tmp_path / "out"
     assert embedder.embed_folder(folder, output).shards == 1
     check(output, expected)
-    with pytest.raises(UserError, match="shard_size: 10000 there, 5 here"):
+    with pytest.raises(UserError, match="shard_size was 10000 and is 5"):
         embedder.embed_folder(folder, output, shard_size=5)
-    with pytest.raises(UserError, match="flip: False there, True here"):
+    with pytest.raises(UserError, match="flip was False and is True"):
         Embedder(Model(0), flip=True).embed_folder(folder, output)
     (folder / "new.png").write_bytes((folder / "00.png").read_bytes())
     try:
-        with pytest.raises(UserError, match="images: 47 there, 48 here"):
+        with pytest.raises(UserError, match="images was 47 and is 48"):
             embedder.embed_folder(folder, output)
     finally:
         (folder / "new.png").unlink()
-    (output / bulk.SETTINGS).unlink()
+    (output / "settings.json").unlink()
     with pytest.raises(UserError, match=r"no settings\.json"):
         embedder.embed_folder(folder, output)
 

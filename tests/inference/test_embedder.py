@@ -168,7 +168,7 @@ def test_the_digest_names_the_weights_whatever_file_they_are_in(workdir, tmp_pat
     assert other.digest() != network.digest()
 
 
-def test_swapped_colours_are_reported_once(embedder):
+def test_swapped_colors_are_reported_once(embedder):
     faces = [f for i in range(24) if _is_warm(f := draw_face(seed=6, identity=i, index=0))]
     faces = np.stack(faces[:8])
     fresh = Embedder(embedder.model, batch_size=8)
@@ -207,5 +207,5 @@ def test_bulk_settings_that_do_not_fit_are_refused(embedder, tmp_path):
     with pytest.raises(DataError, match="holds no image"):
         embedder.embed_folder(tmp_path / "in", tmp_path / "out")
     cv2.imwrite(str(tmp_path / "in" / "a.png"), FACES[0])
-    with pytest.raises(UserError, match="size of 1 at least"):
+    with pytest.raises(UserError, match="shard_size must be at least 1, got 0"):
         embedder.embed_folder(tmp_path / "in", tmp_path / "out", shard_size=0)

@@ -131,7 +131,7 @@ def test_verdicts_by_a_number_and_without(run):
 @pytest.mark.parametrize(
     ("name", "words", "named"),
     [
-        ("inference", "--checkpoint x", "2 networks are named (--checkpoint, --weight)"),
+        ("inference", "--checkpoint x", "2 networks are named (--workdir, --weight)"),
         ("inference", "--img no.png", "no image at no.png"),
         ("inference", "--img faces/0.png --output x.txt", "saved as a .npy file"),
         ("inference", "--img faces/0.png --points 1 2 3", "are not five points"),

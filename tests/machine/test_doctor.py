@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import pytest
 
 from arcface_jax.machine import collectives, doctor
 from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import manifest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -75,6 +77,15 @@ def test_what_would_make_a_run_fail_is_the_exit_code(tmp_path, capsys, more, nam
     assert words in " ".join(out.replace("│", " ").split())
 
 
+def test_the_versions_are_those_that_a_run_writes():
+    found = manifest.versions()
+    assert found.keys() <= set(manifest.PACKAGES) and {"jax", "jaxlib", "flax"} <= found.keys()
+    assert found["jax"] == jax.__version__
+    assert doctor.check_versions(found).words.startswith(
+        ", ".join(f"{k} {found[k]}" for k in found)
+    )
+
+
 def test_versions_that_are_apart_are_named():
     check = doctor.check_versions
     assert check({"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "1"}).verdict == "ok"
@@ -87,7 +98,7 @@ def test_versions_that_are_apart_are_named():
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("echo 'NVIDIA H100, 560.1, 81559 MiB'", "JAX sees the CPU alone"),
+        ("echo 'NVIDIA H100, 560.1, 81559 MiB'", "JAX sees only the CPU"),
         ("echo 'driver/library version mismatch'; exit 9", "nvidia-smi fails: driver/library"),
     ],
 )

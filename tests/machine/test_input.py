@@ -1,11 +1,12 @@
 """The bench of the input: every stage is measured, and the slowest is named."""
 
+from arcface_jax.commands import data
 from arcface_jax.machine import input
 from arcface_jax.machine.input import Rate
 
 
 def test_every_stage_is_measured_beside_the_bare_loops():
-    result = input.command("synthetic", workers=(0,), batch_size=16, rounds=1, seconds=0.1)
+    result = data.bench("synthetic", workers=(0,), batch_size=16, rounds=1, seconds=0.1)
     rates = {rate["stage"]: rate for rate in result["rates"]}
     assert list(rates) == ["bare decode", "read", "decode", "pipeline", "to device"]
     assert all(rate["images_per_second"] > 0 for rate in rates.values())

@@ -26,7 +26,7 @@ def relative(ours: np.ndarray, exact: np.ndarray) -> float:
 
 @pytest.mark.parametrize("network", ["r_tiny", "mbf", "vit_t"])
 def test_embeddings_in_training_are_near_those_of_float32(network):
-    images = preprocess.normalise(jnp.asarray(faces(8)))
+    images = preprocess.normalize(jnp.asarray(faces(8)))
     found = []
     for dtype in ("float16", "float32"):
         backbone = registry.build(network, embedding_size=32, dtype=dtype)
@@ -50,7 +50,7 @@ def test_embeddings_in_training_are_near_those_of_float32(network):
 )
 def test_gradients_are_nearer_to_those_of_float32_than_those_of_bfloat16(network):
     target = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
-    images = preprocess.normalise(jnp.asarray(faces(8)))
+    images = preprocess.normalize(jnp.asarray(faces(8)))
     found = {}
     for dtype in ("float32", "float16", "bfloat16"):
         backbone = registry.build(network, embedding_size=32, dtype=dtype)

@@ -98,7 +98,7 @@ def test_embeddings_and_one_sgd_step_equal_torch(network):
     @jax.jit
     def step(params, batch_stats):
         def loss(params):
-            x = preprocess.normalise(jnp.asarray(images))
+            x = preprocess.normalize(jnp.asarray(images))
             embeddings, moved = backbone.apply(params, batch_stats, x, train=True)
             return jnp.mean(embeddings * target), (embeddings, moved)
 
@@ -125,12 +125,12 @@ def test_embeddings_and_one_sgd_step_equal_torch(network):
         if name.endswith("num_batches_tracked"):
             continue
         moved, difference = tensor - before[name], ours[name] - tensor
-        # Some values are zero but for rounding, as the mean of what was just normalised.
+        # Some values are zero but for rounding, as the mean of what was just normalized.
         rounding = 1e-6 * difference.numel() ** 0.5
         assert float(difference.norm()) <= 5e-3 * float(moved.norm()) + rounding, name
 
     with_jax = jax.jit(
-        lambda x: backbone.apply(new_params, new_stats, preprocess.normalise(x), train=False)[0]
+        lambda x: backbone.apply(new_params, new_stats, preprocess.normalize(x), train=False)[0]
     )(jnp.asarray(faces(16)))
     twin.load_state_dict(ours, strict=True)
     error = parity.largest_error(np.asarray(with_jax), parity.torch_embeddings(twin, faces(16)))

@@ -116,7 +116,7 @@ def test_batch_norm_equals_torch_in_training_and_evaluation(shape):
     np.testing.assert_allclose(y, from_torch(twin.eval()(to_torch(x))), atol=2e-5)
 
 
-def test_groups_are_normalised_as_separate_batches():
+def test_groups_are_normalized_as_separate_batches():
     x = images(8, 4, 4, 3) * np.arange(1, 9)[:, None, None, None].astype(np.float32)
     grouped = BatchNorm(3, groups=2)
     y = grouped(jnp.asarray(x), train=True)
@@ -149,14 +149,14 @@ def test_prelu_equals_torch():
     np.testing.assert_allclose(module(jnp.asarray(x)), channels_last(twin(channels_first(x))))
 
 
-def test_linear_is_initialised_within_torchs_bound():
+def test_linear_is_initialized_within_torchs_bound():
     module = Linear(400, 300, init=RandomInitializer(0))
     for array in (module.kernel[...], module.bias[...]):
         assert np.abs(array).max() <= 0.05
         assert np.std(array) == pytest.approx(0.05 / np.sqrt(3), rel=0.1)
 
 
-def test_convolutions_are_initialised_as_insightface_does():
+def test_convolutions_are_initialized_as_insightface_does():
     params, _ = registry.build("r18").init(0)
     kernel = params["layer4.1.conv1.kernel"]
     assert np.std(kernel) == pytest.approx(0.1, rel=0.01)

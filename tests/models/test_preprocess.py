@@ -1,4 +1,4 @@
-"""Colour order: real faces in both orders, and what is no evidence of either."""
+"""Color order: real faces in both orders, and what is no evidence of either."""
 
 import os
 from pathlib import Path

@@ -30,7 +30,7 @@ SHALLOW = iresnet.Architecture(
 # The same in other depths and forms, for what takes longer.
 OTHERS = {
     "scanned": replace(SHALLOW, blocks_are="scanned", remat=False),
-    "rematerialised": replace(SHALLOW, blocks_are="scanned"),
+    "rematerialized": replace(SHALLOW, blocks_are="scanned"),
     "with_tails": replace(SHALLOW, blocks=(2, 6, 9, 3)),
 }
 CONFIG = configs.replace(
@@ -69,7 +69,7 @@ def one_step(backbone: Backbone, params: dict, batch_stats: dict):
     @jax.jit
     def run(params, batch_stats, images):
         def loss(params):
-            x = preprocess.normalise(images)
+            x = preprocess.normalize(images)
             embeddings, moved = backbone.apply(params, batch_stats, x, train=True)
             return jnp.mean(embeddings * target), (embeddings, moved)
 

@@ -162,7 +162,7 @@ OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.0.0.1:1", "OMPI_COMM
         ({}, None),
     ],
 )
-def test_launchers_are_recognised(environment, cluster):
+def test_launchers_are_recognized(environment, cluster):
     assert launch.find_cluster(environment) == cluster
 
 

@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from arcface_jax.errors import CheckpointError
-from arcface_jax.runtime import metrics
+from arcface_jax.runtime import files, metrics
 from arcface_jax.runtime.console import Terminal
 from arcface_jax.runtime.metrics import MetricsFile
 from arcface_jax.runtime.profiling import Clock
@@ -95,7 +95,7 @@ def test_a_half_written_last_line_is_left_out_and_the_next_is_whole(tmp_path: Pa
 def test_a_history_that_cannot_be_rewritten_is_left_as_it_is(tmp_path: Path):
     log(tmp_path, start=0, steps=range(10, 40, 10))
     before = written(tmp_path)
-    (tmp_path / "metrics.jsonl.part").mkdir()
+    files.part_of(tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}: Is a directory"):
         MetricsFile(tmp_path, start=10, tensorboard=False)
     assert written(tmp_path) == before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_a_save_that_outlasts_the_deadline_is_given_up(tmp_path, by, options, ex
         run.wait_for(lambda: run.steps() >= 1)
         slow.mkdir(exist_ok=True)
         for step in range(7, 3000):
-            os.mkfifo(slow / f"{step}.json.part")
+            os.mkfifo(slow / f"{step}.json.{platform.node()}-{run.process.pid}.part")
         run.wait_for(lambda: run.steps() >= 8)
         sent = time.monotonic()
         run.process.send_signal(by)

@@ -134,7 +134,7 @@ def test_one_group_over_several_devices_has_their_common_statistics(batch):
     assert loss_together == pytest.approx(loss, rel=1e-5)
     for name, array in alone.batch_stats.items():
         np.testing.assert_allclose(together.batch_stats[name], array, rtol=1e-4, atol=1e-5)
-    x = preprocess.normalise(batch["image"].astype(np.float32))
+    x = preprocess.normalize(batch["image"].astype(np.float32))
     network = registry.build("r_tiny", embedding_size=32)
     flips = configs.replace(config, data__flip=False)
     _, plain, _, _ = one_step(flips, batch, devices=3)

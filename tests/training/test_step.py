@@ -62,7 +62,7 @@ def test_any_number_of_devices_takes_the_same_steps(batch, on_one_device, device
         ours, theirs, before = (getattr(s, name) for s in (state, expected, start))
         for key in theirs:
             moved = np.linalg.norm(theirs[key] - before[key])
-            # Some values are zero but for rounding, as the mean of what was just normalised.
+            # Some values are zero but for rounding, as the mean of what was just normalized.
             rounding = 1e-6 * np.sqrt(theirs[key].size)
             assert np.linalg.norm(ours[key] - theirs[key]) <= 1e-2 * moved + rounding, key
     momenta = (s.centers_opt["momentum"] for s in (state, expected))

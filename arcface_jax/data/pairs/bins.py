@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcface_jax.data.pairs import lists
+from arcface_jax.data.images import square
 from arcface_jax.errors import DataError
 
 
@@ -57,8 +57,8 @@ def read_bin(path: Path) -> PairSet:
             f"{path}: {len(encoded)} images for {len(same)} pairs; there should be two images a "
             "pair, and a pair at least: make the set anew, or fetch it again"
         )
-    images = np.stack([lists.square(data, f"{path}, image {i}") for i, data in enumerate(encoded)])
-    return PairSet(path.stem, images, same)
+    squares = [square(data, where=f"{path}, image {i}") for i, data in enumerate(encoded)]
+    return PairSet(path.stem, np.stack(squares), same)
 
 
 _OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}

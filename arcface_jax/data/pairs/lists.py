@@ -5,14 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
-from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
+from arcface_jax.data import images
 from arcface_jax.errors import DataError
 
 SUFFIXES = (".txt", ".csv")
-_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG", ".JPEG", ".PNG")
 _SAME = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 _SHOWN = 5
 
@@ -55,7 +53,7 @@ def listed(path: Path, folder: Path) -> list[Pair]:
 
     `.txt` is LFW's form (http://vis-www.cs.umass.edu/lfw/README.txt): lines of `name n m`, images
     n and m of one person, and `name n other m`, of two. Image 7 of a person is the file
-    `FOLDER/name/name_0007.jpg`, or with another usual ending. A first line `folds n` or `n`
+    `FOLDER/name/name_0007.jpg`, or with another suffix of images. A first line `folds n` or `n`
     announces folds x n pairs of either kind, or n.
 
     `.csv` has lines of `path,path,same`, where same is 1, true or yes, or 0, false or no;
@@ -95,29 +93,11 @@ def read(path: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     pairs = listed(path, folder)
     files = {file: None for pair in pairs for file in (pair.left, pair.right)}
-    images = {file: square(file.read_bytes(), str(file)) for file in files}
+    squares = {file: images.square(file.read_bytes(), where=str(file)) for file in files}
     return (
-        np.stack([images[file] for pair in pairs for file in (pair.left, pair.right)]),
+        np.stack([squares[file] for pair in pairs for file in (pair.left, pair.right)]),
         np.array([pair.same for pair in pairs]),
     )
-
-
-def square(data: bytes, where: str) -> np.ndarray:
-    """An encoded image of any size as (112, 112, 3) uint8 RGB: its middle square, resized.
-
-    Args:
-      data: JPEG, PNG, or what else OpenCV reads.
-      where: what the image is, for the error message.
-
-    Raises:
-      DataError: it cannot be decoded.
-    """
-    image = decode_any_size(data, where=where)
-    height, width = image.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    middle = image[top : top + side, left : left + side]
-    return cv2.resize(middle, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR)
 
 
 _FORMS = {
@@ -163,8 +143,7 @@ def _announced(words: list[str]) -> int | None:
 
 def _image(folder: Path, name: str, number: str) -> Path:
     stem = folder / name / f"{name}_{int(number):04d}"
-    found = (Path(f"{stem}{ending}") for ending in _ENDINGS)
-    return next((file for file in found if file.is_file()), Path(f"{stem}{_ENDINGS[0]}"))
+    return images.find_named(stem) or stem.with_name(f"{stem.name}.jpg")
 
 
 def _csv(text: str, path: Path, folder: Path) -> Iterator[Pair]:

@@ -10,11 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import struct
 import sys
 import time
-import uuid
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_jax.errors import DataError
+from arcface_jax.runtime.files import atomic_files, atomic_folder
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -91,7 +90,8 @@ def open_labels(index: RecordIndex) -> np.ndarray:
     labels = _scan(index.rec, index.offsets)
     if file is not None:
         with contextlib.suppress(OSError):
-            _save(file, labels)
+            with atomic_files(file) as part:
+                _save(part, labels)
             return np.load(file, mmap_mode="r")
     return labels
 
@@ -143,9 +143,7 @@ def _keep(index: RecordIndex, stamp: dict) -> Path | None:
 
 def _write(index: RecordIndex, stamp: dict, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
-    new.mkdir()
-    try:
+    with atomic_folder(folder) as new:
         _save(new / "offsets.npy", index.offsets)
         content: dict = {"files": stamp}
         if isinstance(index.keys, range):
@@ -154,21 +152,14 @@ def _write(index: RecordIndex, stamp: dict, folder: Path) -> None:
             small = index.keys[-1] < 2**32
             _save(new / "keys.npy", index.keys.astype(np.uint32) if small else index.keys)
         (new / "stamp.json").write_text(json.dumps(content))
-        shutil.rmtree(folder, ignore_errors=True)  # of other files under this name
-        with contextlib.suppress(OSError):
-            new.rename(folder)  # fails where another process was faster, and wrote the same
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def _save(file: Path, values: np.ndarray) -> None:
     """Writes an array chunk by chunk, so that a strided one is never copied whole."""
-    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
-    mapped = np.lib.format.open_memmap(partial, "w+", values.dtype, values.shape)
+    mapped = np.lib.format.open_memmap(file, "w+", values.dtype, values.shape)
     for start in range(0, len(values), _CHUNK):
         mapped[start : start + _CHUNK] = values[start : start + _CHUNK]
     mapped.flush()
-    partial.replace(file)
 
 
 def _parsed(rec: Path) -> RecordIndex:

@@ -109,9 +109,9 @@ class View:
     gaze: float = _between(-0.3, 0.3)  # fraction of the eye's width
     gamma: float = _between(0.75, 1.3)  # exponent on intensities in [0, 1]
     blur: float = _between(0.0, 0.9)  # standard deviation, pixels; below 0.3 there is none
-    noise: float = _between(1.0, 6.0)  # amplitude, grey levels
+    noise: float = _between(1.0, 6.0)  # amplitude, gray levels
     gain: np.ndarray  # (3,) multiplier per channel
-    offset: np.ndarray  # (3,) grey levels per channel
+    offset: np.ndarray  # (3,) gray levels per channel
     light: np.ndarray  # (3, 3, 3) uint8, coarse map of illumination, LIGHT_UNIT is neutral
     background: np.ndarray  # (rows, columns, 3) uint8, coarse texture
     cloth: np.ndarray  # (3,)

@@ -107,11 +107,11 @@ def _glasses(p: Identity) -> list[Part]:
     if not p.has_glasses:
         return []
     size, rim, y = p.glasses_size, p.glasses_rim, p.eye_y
-    centre = max(p.eye_x, size + 0.05)
-    outer = blob(centre, y + 0.02, size, size * 0.86, power=p.glasses_roundness)
-    inner = blob(centre, y + 0.02, size - rim, size * 0.86 - rim, power=p.glasses_roundness)
-    bridge = blob(0.0, y - 0.02, centre - size + 0.01, rim * 0.6, step=2)
-    hinge, ear = centre + size, p.width + 0.02
+    center = max(p.eye_x, size + 0.05)
+    outer = blob(center, y + 0.02, size, size * 0.86, power=p.glasses_roundness)
+    inner = blob(center, y + 0.02, size - rim, size * 0.86 - rim, power=p.glasses_roundness)
+    bridge = blob(0.0, y - 0.02, center - size + 0.01, rim * 0.6, step=2)
+    hinge, ear = center + size, p.width + 0.02
     temple = np.array([hinge - 0.04j, ear - 0.05j, ear, hinge + 0.02j]) + 1j * y
     color = np.array((30.0, 28.0, 34.0))
     # Two contours in one fill leave the lens open, since the overlap counts twice.
@@ -139,14 +139,14 @@ def _eyes(p: Identity, v: View) -> list[Part]:
     height = p.eye_open * (1.0 - v.eye_closure)
     iris = min(p.eye_open * 0.95, p.eye_width * 0.62)
     gaze = v.gaze * (p.eye_width - iris)
-    centres = (gaze - p.eye_x, gaze + p.eye_x)
+    centers = (gaze - p.eye_x, gaze + p.eye_x)
 
     def discs(radius: float) -> list[Polygon]:
-        return [blob(x, p.eye_y, radius, min(radius, height * 0.96), step=2) for x in centres]
+        return [blob(x, p.eye_y, radius, min(radius, height * 0.96), step=2) for x in centers]
 
     x, y = p.eye_x + p.eye_width * _SPAN, p.eye_y - p.eye_tilt * p.eye_width * _SPAN
     lid = height * (1.0 - np.abs(_SPAN) ** 2.2)
-    glint = [blob(x - 0.02, p.eye_y - 0.35 * height, 0.018, 0.018, step=4) for x in centres]
+    glint = [blob(x - 0.02, p.eye_y - 0.35 * height, 0.018, 0.018, step=4) for x in centers]
     return [
         Part(p.skin * 0.3, _both(_band(x, y - lid - 0.035, y + 0.8 * lid))),
         Part(_EYE_WHITE, _both(_band(x, y - lid, y + 0.8 * lid))),
@@ -166,10 +166,10 @@ def _brows(p: Identity, v: View) -> list[Part]:
 
 def _mouth(p: Identity, v: View) -> list[Part]:
     x, bow = (p.mouth_width + 0.3 * max(v.smile, 0.0)) * _SPAN, 1.0 - _SPAN**2
-    centre = p.mouth_y - v.smile * _SPAN**2
+    center = p.mouth_y - v.smile * _SPAN**2
     gap = max(v.mouth_open, 0.0)
     dent = 1.0 - 0.35 * np.exp(-((_SPAN / 0.16) ** 2))
-    upper, lower = centre - gap * 0.6 * bow, centre + (gap + 0.008) * bow
+    upper, lower = center - gap * 0.6 * bow, center + (gap + 0.008) * bow
     lips = _band(x, upper - p.lip * bow * dent - 0.008, lower + 1.15 * p.lip * bow + 0.008)
     parts = [
         Part(p.skin * (0.80, 0.52, 0.52), [lips]),

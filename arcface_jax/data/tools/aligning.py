@@ -1,23 +1,22 @@
 """`data.py align`: photographs to faces of 112 x 112, by five points from a list or a detector."""
 
 import csv
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 
+from arcface_jax.config.choices import FaceChoice
+from arcface_jax.data import point_files
 from arcface_jax.data.detectors import Detector, Faces
-from arcface_jax.data.faces import POINT_NAMES, align
-from arcface_jax.data.files import IMAGE_SUFFIXES
-from arcface_jax.data.images import decode_any_size
+from arcface_jax.data.faces import align
+from arcface_jax.data.images import decode_any_size, encode_jpeg, find_below
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime.files import atomic, write_atomic
 
-Choice = Literal["largest", "center", "score"]
 PointsOf = Callable[[str, np.ndarray], Faces]
 """The faces of an image, of which the path relative to the folder is given too."""
 
@@ -36,7 +35,7 @@ def align_folder(
     output: Path,
     points_of: PointsOf,
     *,
-    choose: Choice = "largest",
+    choose: FaceChoice = "largest",
     min_eyes: float = 0.0,
     quality: int = 95,
     threads: int = 0,
@@ -55,9 +54,7 @@ def align_folder(
     Raises:
       DataError: there is no image.
     """
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(f"{folder} and its sub-folders hold no image ({', '.join(IMAGE_SUFFIXES)})")
+    files = find_below(folder)
     names = [str(path.relative_to(folder)) for path in files]
     stems = Counter(path.with_suffix("") for path in files)
 
@@ -76,9 +73,7 @@ def align_folder(
         only = stems[files[number].with_suffix("")] == 1  # not beside a.png where a.jpg is too
         target = target.with_suffix(".jpg") if only else target.with_name(f"{target.name}.jpg")
         target.parent.mkdir(parents=True, exist_ok=True)
-        bgr = cv2.cvtColor(face, cv2.COLOR_RGB2BGR)
-        data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-        target.write_bytes(data.tobytes())
+        write_atomic(target, encode_jpeg(face, quality=quality), durable=False)
 
     rejected = {}
     for number, found in reading.in_order(
@@ -88,20 +83,20 @@ def align_folder(
             rejected[names[number]] = found.problem
     output.mkdir(parents=True, exist_ok=True)
     report = output / "rejects.csv"
-    with report.open("w", newline="") as file:
+    with atomic(report, newline="") as file:
         csv.writer(file).writerows([("path", "reason"), *rejected.items()])
     return Aligned(len(files) - len(rejected), rejected, report)
 
 
-def _choose(faces: Faces, shape: tuple[int, ...], choose: Choice, *, where: str) -> np.ndarray:
+def _choose(faces: Faces, shape: tuple[int, ...], choose: FaceChoice, *, where: str) -> np.ndarray:
     """(5, 2) points of one of the faces."""
     if not len(faces.points):
         raise ImageError(where, "no face")
     middle = faces.points.mean(axis=1)
-    centre = np.array([shape[1], shape[0]]) / 2
+    center = np.array([shape[1], shape[0]]) / 2
     rank = {
         "largest": np.prod(np.ptp(faces.points, axis=1), axis=1),
-        "center": -np.linalg.norm(middle - centre, axis=1),
+        "center": -np.linalg.norm(middle - center, axis=1),
         "score": faces.scores,
     }
     return faces.points[int(np.argmax(rank[choose]))]
@@ -113,50 +108,19 @@ def detected(detector: Detector) -> PointsOf:
 
 
 def listed(path: Path) -> PointsOf:
-    """Points out of a file.
+    """Points from a file, in any form of `point_files`.
 
-    `.csv` has lines `path,x1,y1, ... ,x5,y5`, with a header line or not; `.json` is an object of
-    `"path": [[x, y], ... five]`. Paths are relative to the photographs' folder; a path may come
-    several times in the CSV, once for each face.
+    Paths are relative to the photographs' folder; one may be listed several times, once for each
+    face.
 
     Raises:
-      DataError: the file is not of that form.
+      DataError: the file has none of the forms.
     """
-    points: dict[str, list[np.ndarray]] = {}
-    for place, name, numbers in _json(path) if path.suffix == ".json" else _csv(path):
-        try:
-            values = np.array(numbers, np.float64).reshape(5, 2)
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{place}: {str(numbers)[:80]} are not ten numbers x, y of {POINT_NAMES}"
-            ) from error
-        points.setdefault(name, []).append(values)
+    points = point_files.by_name(path)
 
     def look_up(name: str, _: np.ndarray) -> Faces:
         if name not in points:
             raise ImageError(name, f"no points in {path.name}")
-        return Faces(np.stack(points[name]), np.ones(len(points[name])))
+        return Faces(points[name], np.ones(len(points[name])))
 
     return look_up
-
-
-def _csv(path: Path) -> list[tuple[str, str, list]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [(number, row) for number, row in enumerate(csv.reader(file), start=1) if row]
-    if (
-        rows
-        and len(rows[0][1]) > 1
-        and not rows[0][1][1].strip().lstrip("-").replace(".", "").isdigit()
-    ):
-        rows = rows[1:]  # a heading
-    return [(f"{path}, line {number}", row[0], row[1:]) for number, row in rows]
-
-
-def _json(path: Path) -> list[tuple[str, str, list]]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} is to be an object of path: [[x, y], ... five points]")
-    return [(f"{path}, {name!r}", name, numbers) for name, numbers in content.items()]

@@ -13,6 +13,7 @@ from arcface_jax.data.images import decode_any_size
 from arcface_jax.data.source import Source
 from arcface_jax.data.tools import pictures, reading
 from arcface_jax.errors import ImageError
+from arcface_jax.runtime.files import write_atomic
 
 _SHOWN = 10  # examples that the report names
 FEW = 10
@@ -205,6 +206,6 @@ def write(report: Report, source: Source, folder: Path, *, seed: int = 0) -> lis
         "label_conflicts": report.conflicts,
     }
     file = folder / "inspect.json"
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    write_atomic(file, json.dumps(content, indent=1) + "\n")
     histogram = pictures.histogram(report.per_identity, folder / "images_per_identity.png")
     return [file, histogram, pictures.sheet(source, folder / "samples.png", seed=seed)]

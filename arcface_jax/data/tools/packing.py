@@ -9,17 +9,17 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from arcface_jax.config.choices import Bad
 from arcface_jax.data.images import IMAGE_SIZE, decode
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError, UserError
-
-Bad = Literal["stop", "skip"]
+from arcface_jax.runtime.files import write_atomic
 
 
 class Selection(NamedTuple):
@@ -100,7 +100,7 @@ def pack(
     partial.replace(folder / "train.rec")
     partial.with_suffix(".idx").replace(folder / "train.idx")
     shape = f"{IMAGE_SIZE},{IMAGE_SIZE}"
-    (folder / "property").write_text(f"{selection.num_classes},{shape}\n")
+    write_atomic(folder / "property", f"{selection.num_classes},{shape}\n")
     journal.path.unlink()
     files = [folder / name for name in ("train.rec", "train.idx", "property")]
     return Packed(files, len(written), selection.num_classes, list(journal.skipped.values()))
@@ -146,9 +146,7 @@ class Journal:
         self._save()
 
     def _save(self) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps({"job": self._job, "skipped": self.skipped}))
-        new.replace(self.path)
+        write_atomic(self.path, json.dumps({"job": self._job, "skipped": self.skipped}))
 
 
 def fingerprint(source: Source, selection: Selection, *options: object) -> str:

@@ -1,16 +1,16 @@
-"""`data.py pairs`: a verification set made from labelled images, or from a list of pairs."""
+"""`data.py pairs`: a verification set made from labeled images, or from a list of pairs."""
 
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 
-from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
+from arcface_jax.data.images import IMAGE_SIZE, decode_any_size, encode, square
 from arcface_jax.data.pairs import lists
 from arcface_jax.data.source import Source
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.runtime.files import write_atomic
 
 FOLDS = 10
 _TRIES = 100  # draws for each different pair before the images are taken to be too few
@@ -184,8 +184,7 @@ def _fitting(file: Path) -> bytes:
     if image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3):
         return data
     # insightface's reader takes no image but square ones.
-    square = lists.square(data, str(file))
-    return cv2.imencode(".png", square[:, :, ::-1])[1].tobytes()
+    return encode(square(data, where=str(file)))
 
 
 def write(encoded: list[bytes], same: np.ndarray, path: Path) -> None:
@@ -197,6 +196,4 @@ def write(encoded: list[bytes], same: np.ndarray, path: Path) -> None:
       path: the `.bin` file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(pickle.dumps((encoded, [bool(x) for x in same]), protocol=4))
-    partial.replace(path)
+    write_atomic(path, pickle.dumps((encoded, [bool(x) for x in same]), protocol=4))

@@ -8,6 +8,7 @@ import numpy as np
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size, encode
 from arcface_jax.data.source import Source
 from arcface_jax.errors import ImageError
+from arcface_jax.runtime.files import write_atomic
 
 _ROWS, _COLUMNS = 8, 8
 
@@ -52,7 +53,7 @@ def sheet(source: Source, path: Path, *, seed: int) -> Path:
         for column, number in enumerate(numbers.tolist()):
             y, x = row * IMAGE_SIZE, column * IMAGE_SIZE
             canvas[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = _thumbnail(source, number)
-    path.write_bytes(encode(canvas))
+    write_atomic(path, encode(canvas))
     return path
 
 

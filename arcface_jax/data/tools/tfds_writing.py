@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from arcface_jax.config.choices import Bad
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tfds import import_tfds
 from arcface_jax.data.tools import packing
-from arcface_jax.data.tools.packing import Bad, Journal, Packed, Selection
+from arcface_jax.data.tools.packing import Journal, Packed, Selection
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.runtime.files import atomic_files
 
 _VERSION = "1.0.0"
 _SPLIT = "train"
@@ -93,17 +95,17 @@ def _features(source: Source, selection: Selection) -> Any:
 def _write_shard(path: Path, features: Any, found: Any) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = path.with_name(f"{path.name}.incomplete")
-    writer = ArrayRecordWriter(str(partial), _OPTIONS)
-    try:
-        for _, sample in found:
-            writer.write(_serialised(features, sample))
-    finally:
-        writer.close()
-    partial.replace(path)
+    path.with_name(f"{path.name}.incomplete").unlink(missing_ok=True)  # of earlier versions
+    with atomic_files(path) as part:
+        writer = ArrayRecordWriter(str(part), _OPTIONS)
+        try:
+            for _, sample in found:
+                writer.write(_serialized(features, sample))
+        finally:
+            writer.close()
 
 
-def _serialised(features: Any, sample: Sample) -> bytes:
+def _serialized(features: Any, sample: Sample) -> bytes:
     example = {"image": sample.data, "label": np.int64(sample.label)}
     return features.serialize_example(features.encode_example(example))
 

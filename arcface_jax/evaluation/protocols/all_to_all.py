@@ -12,6 +12,7 @@ import numpy as np
 
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc
+from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.evaluation.roc import TarAtFar
 
 _BINS = 1 << 16
@@ -26,7 +27,7 @@ def pairs_of(features: np.ndarray, labels: np.ndarray) -> Callable[[], Iterator[
     """The cosines of all n (n - 1) / 2 pairs of images, in blocks.
 
     Args:
-      features: (n, D) float, not normalised.
+      features: (n, D) float, not normalized.
       labels: (n,) the person of each.
 
     Returns:
@@ -45,7 +46,7 @@ def pairs_of(features: np.ndarray, labels: np.ndarray) -> Callable[[], Iterator[
     _, person = np.unique(labels, return_inverse=True)
     order = np.argsort(person, kind="stable")
     person = person[order]
-    unit = unit_vectors(features)[order]
+    unit = normalize(features)[order]
     starts = range(0, len(unit), _SIDE)
 
     def blocks() -> Iterator[Block]:
@@ -63,12 +64,6 @@ def pairs_of(features: np.ndarray, labels: np.ndarray) -> Callable[[], Iterator[
                     yield score.ravel(), same.ravel() if isinstance(same, np.ndarray) else same
 
     return blocks
-
-
-def unit_vectors(features: np.ndarray) -> np.ndarray:
-    """(n, D) float to float32 rows of length 1; rows of zeros stay so."""
-    length = np.sqrt(np.einsum("nd,nd->n", features, features, dtype=np.float64))
-    return (features / np.maximum(length, 1e-12)[:, None]).astype(np.float32)
 
 
 def tar_at_far(blocks: Callable[[], Iterable[Block]], *, fars: Sequence[float]) -> list[TarAtFar]:

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc
 from arcface_jax.evaluation.verification import Verification
+from arcface_jax.runtime import tables
 
 
 class Bias(NamedTuple):
@@ -81,17 +81,8 @@ def bias(results: Sequence[Verification]) -> Bias:
 
 def table(results: Sequence[Verification], found: Bias) -> Table:
     """One line a group, and the mean."""
-    lines = Table(title="groups by ten folds", title_justify="left", box=box.SIMPLE_HEAD)
-    for head in (
-        "group",
-        "pairs",
-        "accuracy",
-        "EER",
-        "own\nthreshold",
-        "FAR at\none",
-        "TAR at\none",
-    ):
-        lines.add_column(head, justify="left" if head == "group" else "right")
+    heads = ["pairs", "accuracy", "EER", "own\nthreshold", "FAR at\none", "TAR at\none"]
+    lines = tables.new("groups by ten folds", heads, names=["group"])
     for result in results:
         far, tar = found.at_one_threshold[result.name]
         lines.add_row(

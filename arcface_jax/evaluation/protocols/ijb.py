@@ -37,8 +37,8 @@ class Options(NamedTuple):
     """N: a feature counts with its length."""
     use_detector: bool = True
     """D: a feature counts times the detector's score."""
-    mirrored: bool = True
-    """F: f(image) + f(mirrored image)."""
+    flip: bool = True
+    """F: f(image) + f(flipped image)."""
 
     @classmethod
     def parse(cls, letters: str) -> "Options":
@@ -51,7 +51,7 @@ class Options(NamedTuple):
         if not set(wanted) <= set("NDF") or len(set(wanted)) < len(wanted):
             raise ConfigError(
                 f"options {letters!r}: give some of the letters N (the feature's length counts), D "
-                "(the detector's score counts) and F (mirrored images are added), as NDF, or none"
+                "(the detector's score counts) and F (flipped images are added), as NDF, or none"
             )
         return cls("N" in wanted, "D" in wanted, "F" in wanted)
 
@@ -127,7 +127,7 @@ def embed_images(
     model: Model,
     *,
     folder: Path,
-    mirrored: bool,
+    flip: bool,
     threads: int = 4,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Features:
@@ -142,7 +142,7 @@ def embed_images(
         names=names,
         folder=folder,
         settings={"model": model.digest(), "list": shards.digest(names, ijb_set.landmarks)},
-        mirrored=mirrored,
+        flip=flip,
         threads=threads,
         host_rows=model.rows_of_this_host if isinstance(model, ShardedModel) else None,
         progress=progress,
@@ -155,7 +155,7 @@ def evaluate(ijb_set: IjbSet, extracted: Features, options: Options) -> IjbResul
     Raises:
       DataError: the pairs are all of one kind, or a rule cannot be applied.
     """
-    read = extracted.read(mirrored=options.mirrored)
+    read = extracted.read(flip=options.flip)
     weights = templates.image_weights(
         read, ijb_set.detector, keep_norm=options.keep_norm, use_detector=options.use_detector
     )

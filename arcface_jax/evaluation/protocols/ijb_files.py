@@ -14,14 +14,15 @@ may be missing together.
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from arcface_jax.config.choices import IjbProtocol
+from arcface_jax.data import point_files
 from arcface_jax.errors import DataError
 
-Protocol = Literal["ijbb", "ijbc"]
-GALLERIES: dict[Protocol, tuple[str, str]] = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}
+GALLERIES: dict[IjbProtocol, tuple[str, str]] = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}
 IMAGES = "loose_crop"
 META = "meta"
 
@@ -40,7 +41,7 @@ class Enrolled(NamedTuple):
 class IjbSet(NamedTuple):
     """What the files say about n images, T templates and p pairs."""
 
-    name: Protocol
+    name: IjbProtocol
     images: tuple[Path, ...]
     landmarks: np.ndarray
     """(n, 5, 2) float32, x and y in pixels: eyes, nose, corners of the mouth."""
@@ -61,7 +62,7 @@ class IjbSet(NamedTuple):
     probes: Enrolled | None
 
 
-def read(folder: Path, protocol: Protocol) -> IjbSet:
+def read(folder: Path, protocol: IjbProtocol) -> IjbSet:
     """Reads all of meta/; images are only looked for by name, and not opened.
 
     Raises:
@@ -133,16 +134,17 @@ def _malformed(path: Path, number: int, line: str, expected: str) -> DataError:
 def _read_points(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
     expected = "file x1 y1 x2 y2 x3 y3 x4 y4 x5 y5 score"
     names, numbers = [], []
-    for number, line in _lines(path):
-        name, *values = _fields(path, number, line, expected=expected)
+    for row in point_files.rows(path):
+        line = " ".join(map(str, (row.name, *row.words)))
         try:
-            row = np.array(values, np.float32)
-        except ValueError:
-            raise _malformed(path, number, line, expected) from None
-        if not np.isfinite(row).all():
-            raise _malformed(path, number, line, expected + ", all finite")
-        names.append(name)
-        numbers.append(row)
+            points, (score,) = point_files.parse(row.words[:10]), row.words[10:]
+            values = np.array([*points.ravel(), float(str(score))], np.float32)
+        except (DataError, ValueError):
+            raise _malformed(path, row.number, line, expected) from None
+        if not np.isfinite(values).all():
+            raise _malformed(path, row.number, line, expected + ", all finite")
+        names.append(row.name)
+        numbers.append(values)
     if not names:
         raise DataError(f"{path} is empty: fetch it again")
     table = np.stack(numbers)
@@ -214,7 +216,7 @@ def _first_line(path: Path, holds: Callable[[list[str]], bool]) -> int:
 
 
 def _read_enrolled(
-    meta: Path, protocol: Protocol, *, known: np.ndarray, template_file: Path
+    meta: Path, protocol: IjbProtocol, *, known: np.ndarray, template_file: Path
 ) -> tuple[tuple[Enrolled, ...], Enrolled | None]:
     names = [f"gallery_{gallery}" for gallery in GALLERIES[protocol]] + ["probe_mixed"]
     paths = [meta / f"{protocol}_1N_{name}.csv" for name in names]

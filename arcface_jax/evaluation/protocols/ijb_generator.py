@@ -1,4 +1,4 @@
-"""Makes a small data set in the file formats of IJB-B and IJB-C, out of any labelled faces.
+"""Makes a small data set in the file formats of IJB-B and IJB-C, out of any labeled faces.
 
 The real images are not free to pass on. These sets let the whole protocol run, and show what files
 it reads; their figures say nothing about IJB.
@@ -11,11 +11,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from arcface_jax.config.choices import IjbProtocol
 from arcface_jax.data import faces
+from arcface_jax.data.images import encode_jpeg
 from arcface_jax.data.source import Source
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.protocols import ijb_files
-from arcface_jax.evaluation.protocols.ijb_files import Protocol
 
 _LARGEST = 8
 """Images of a person that are used."""
@@ -43,7 +44,7 @@ def generate(
     source: Source,
     folder: Path,
     *,
-    protocol: Protocol = "ijbc",
+    protocol: IjbProtocol = "ijbc",
     subjects: int = 40,
     pairs: int = 10_000,
     seed: int = 0,
@@ -136,15 +137,15 @@ def _write_crop(source: Source, image: _Image, path: Path, rng: np.random.Genera
     middle = complex(*(side / 2 + rng.uniform(-12, 12, 2)))
     shift = middle - turn * complex(*(length / 2 for length in face.shape[1::-1]))
     matrix = np.array([[turn.real, -turn.imag, shift.real], [turn.imag, turn.real, shift.imag]])
-    colour = tuple(float(value) for value in face.mean(axis=(0, 1)))
-    placed = cv2.warpAffine(face, matrix, (side, side), flags=cv2.INTER_CUBIC, borderValue=colour)
-    cv2.imwrite(str(path), placed[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 97])
+    color = tuple(float(value) for value in face.mean(axis=(0, 1)))
+    placed = cv2.warpAffine(face, matrix, (side, side), flags=cv2.INTER_CUBIC, borderValue=color)
+    path.write_bytes(encode_jpeg(placed, quality=97))
     return faces.TEMPLATE @ matrix[:, :2].T + matrix[:, 2]
 
 
 def _write_lists(
     meta: Path,
-    protocol: Protocol,
+    protocol: IjbProtocol,
     images: list[_Image],
     points: list[np.ndarray],
     rng: np.random.Generator,
@@ -174,7 +175,7 @@ def _write_pairs(
 
 
 def _write_csvs(
-    meta: Path, protocol: Protocol, images: list[_Image], templates: list[_Template]
+    meta: Path, protocol: IjbProtocol, images: list[_Image], templates: list[_Template]
 ) -> None:
     """A line for each image, as the real files have it."""
     names = [f"gallery_{name}" for name in ijb_files.GALLERIES[protocol]]

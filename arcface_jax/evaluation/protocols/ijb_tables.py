@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.table import Table
 
 from arcface_jax.evaluation.protocols.ijb import IjbResult
+from arcface_jax.runtime.tables import new, share
 
 _RULES = ("insightface", "standard")
+_NAMES = ("options", "rule")
 
 
 def tables(results: Sequence[IjbResult]) -> list[Table]:
@@ -19,23 +20,24 @@ def tables(results: Sequence[IjbResult]) -> list[Table]:
     first = results[0]
     title = f"{first.name.split('_')[0]} pairs: {first.same:,} same, {first.different:,} different"
     heads = [f"TAR at\n{at.label}" for at in reversed(first.tars)]
-    pairs = _table(f"{title}; TAR at FAR", [*heads, "AUC", "EER"])
+    pairs = new(f"{title}; TAR at FAR", [*heads, "AUC", "EER"], names=_NAMES)
     for result in results:
         for rule in _RULES:
             tars = result.nearest if rule == "insightface" else result.tars
-            cells = [_share(at.tar) for at in reversed(tars)]
-            shared = [f"{result.auc:.5f}", _share(result.eer)]
+            cells = [share(at.tar) for at in reversed(tars)]
+            shared = [f"{result.auc:.5f}", share(result.eer)]
             pairs.add_row(result.options.label, rule, *cells, *shared)
     if not first.identification:
         return [pairs]
     outcome = first.identification[0]
     heads = [f"rank {rank}" for rank in outcome.ranks]
     heads += [f"TPIR at\nFPIR {at.fpir:g}" for at in outcome.tpirs]
-    identification = _table("identification, mixed probes in both galleries", heads)
+    title = "identification, mixed probes in both galleries"
+    identification = new(title, heads, names=_NAMES)
     for result in results:
         for outcome in result.identification:
             cells = [*outcome.ranks.values(), *(at.tpir for at in outcome.tpirs)]
-            identification.add_row(result.options.label, outcome.rule, *map(_share, cells))
+            identification.add_row(result.options.label, outcome.rule, *map(share, cells))
     return [pairs, identification]
 
 
@@ -52,16 +54,3 @@ def remarks(result: IjbResult) -> list[str]:
     if not result.identification:
         lines.append("no identification: the folder's meta/ has no 1N csv files")
     return lines
-
-
-def _table(title: str, heads: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("options")
-    table.add_column("rule")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    return table
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

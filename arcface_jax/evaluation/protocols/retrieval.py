@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_jax.errors import DataError
+from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.evaluation.protocols import identification
-from arcface_jax.evaluation.protocols.all_to_all import unit_vectors
-from arcface_jax.evaluation.protocols.labelled import NOBODY, Labelled
+from arcface_jax.evaluation.protocols.labeled import NOBODY, Labeled
 
 RANKS = (1, 5, 10, 20)
 
@@ -31,9 +31,7 @@ class Retrieval(NamedTuple):
     """(P,) int64 from 1: of each probe."""
 
 
-def retrieve(
-    probes: Labelled, gallery: Labelled, *, distractors: Labelled | None = None
-) -> Retrieval:
+def retrieve(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None = None) -> Retrieval:
     """Searches every probe in the gallery, distractors included.
 
     Raises:
@@ -52,9 +50,9 @@ def retrieve(
             "names of the folders or at the lists"
         )
     found = identification.search(
-        unit_vectors(probes.features),
+        normalize(probes.features),
         number[len(vectors) :],
-        gallery=unit_vectors(vectors),
+        gallery=normalize(vectors),
         gallery_subjects=number[: len(vectors)],
     )
     named = int(np.count_nonzero(gallery.people != NOBODY))

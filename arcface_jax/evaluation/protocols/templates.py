@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from arcface_jax.errors import DataError
+from arcface_jax.evaluation.embeddings import SHORTEST, lengths, normalize
 
 _ROWS = 32768
 """Images that are pooled at a time, more where one template has more."""
@@ -54,7 +55,7 @@ def image_weights(
     Args:
       features: (n, D) float32.
       detector: (n,) detector scores.
-      keep_norm: N: a feature counts with its length; without it, features are normalised.
+      keep_norm: N: a feature counts with its length; without it, features are normalized.
       use_detector: D: times the detector's score.
 
     Returns:
@@ -62,15 +63,14 @@ def image_weights(
     """
     weights = np.ones(len(features))
     if not keep_norm:
-        squares = np.einsum("nd,nd->n", features, features, dtype=np.float64)
-        weights /= np.maximum(np.sqrt(squares), 1e-12)
+        weights /= np.maximum(lengths(features), SHORTEST)
     return weights * detector if use_detector else weights
 
 
 def pool(
     features: np.ndarray, weights: np.ndarray, *, templates: np.ndarray, media: np.ndarray
 ) -> Templates:
-    """Images of a medium are averaged, media are summed, and the sum is normalised.
+    """Images of a medium are averaged, media are summed, and the sum is normalized.
 
         t = sum over media m of (1 / |m|) sum over images i in m of w_i f_i,    t / ||t||
 
@@ -96,9 +96,7 @@ def pool(
         end = starts[last] if last < len(starts) else len(order)
         weighted = features[order[begin:end]] * share[begin:end, None]
         vectors[first:last] = np.add.reduceat(weighted, starts[first:last] - begin, axis=0)
-    length = np.sqrt(np.einsum("td,td->t", vectors, vectors))
-    vectors /= np.where(length > 0, length, 1)[:, None]
-    return Templates(template[starts], vectors)
+    return Templates(template[starts], normalize(vectors, dtype=np.float64))
 
 
 def _blocks(starts: np.ndarray, total: int) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
-"""Charts as SVG text, coloured by the page they stand in: light, dark, and as wide as it lets them.
+"""Charts as SVG text, colored by the page they stand in: light, dark, and as wide as it lets them.
 
-Lines and areas carry classes (`line-0`, `area-0`, ...) and no colours of their own.
+Lines and areas carry classes (`line-0`, `area-0`, ...) and no colors of their own.
 """
 
 import math
@@ -11,14 +11,13 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from arcface_jax.evaluation import roc
+from arcface_jax.evaluation.page import COLORS
 from arcface_jax.evaluation.roc import Roc
 
 # Units are those of a phone's screen, on which a chart is drawn about as large as it is said here.
 _WIDTH, _HEIGHT = 360, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 38
 _POINTS = 200
-COLOURS = 6
-"""That the page has; a seventh model begins anew."""
 _BINS = 48
 
 
@@ -36,10 +35,10 @@ class Curve(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Values to be counted, and the class number of their colour."""
+    """Values to be counted, and the class number of their color."""
 
     values: np.ndarray
-    colour: int
+    color: int
 
 
 def thin(curve: Roc) -> Curve:
@@ -57,7 +56,7 @@ def roc_chart(curves: Sequence[Curve], *, alt: str) -> Markup:
     """TAR over FAR, FAR on a log axis, each curve with its confidence band.
 
     Args:
-      curves: one a model, coloured in this order.
+      curves: one a model, colored in this order.
       alt: what the chart shows, for those who do not see it.
     """
     first = math.floor(math.log10(min(curve.far[0] for curve in curves)) + 1e-9)
@@ -70,10 +69,10 @@ def roc_chart(curves: Sequence[Curve], *, alt: str) -> Markup:
     for number, curve in enumerate(curves):
         x = np.log10(curve.far)
         band = frame.steps(x, curve.high) + frame.steps(x, curve.low)[::-1]
-        parts.append(f'<path class="area-{number % COLOURS} band" d="{_path(band)}Z"/>')
+        parts.append(f'<path class="area-{number % COLORS} band" d="{_path(band)}Z"/>')
     for number, curve in enumerate(curves):
         line = frame.steps(np.log10(curve.far), curve.tar)
-        parts.append(f'<path class="line-{number % COLOURS}" d="{_path(line)}"/>')
+        parts.append(f'<path class="line-{number % COLORS}" d="{_path(line)}"/>')
     return _svg(parts, alt)
 
 
@@ -101,7 +100,7 @@ def histogram(
     for one, count in zip(series, counts, strict=True):
         heights = np.concatenate([count, count[-1:]])
         outline = [frame.at(low, 0), *frame.steps(edges, heights), frame.at(high, 0)]
-        parts.append(f'<path class="area-{one.colour} line-{one.colour}" d="{_path(outline)}"/>')
+        parts.append(f'<path class="area-{one.color} line-{one.color}" d="{_path(outline)}"/>')
     if mark is not None:
         value, name = mark
         (x, bottom), (_, above) = frame.at(value, 0), frame.at(value, top)

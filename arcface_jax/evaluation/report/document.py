@@ -1,19 +1,14 @@
 """One page, without any other file, that shows how models verify sets of pairs."""
 
-import base64
 from collections.abc import Sequence
 from datetime import datetime
-from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
-import jinja2
 import numpy as np
 
 from arcface_jax.data.pairs.bins import PairSet
-from arcface_jax.errors import UserError
-from arcface_jax.evaluation import roc
+from arcface_jax.evaluation import page, roc
 from arcface_jax.evaluation.report import charts
 from arcface_jax.evaluation.report.charts import Series
 from arcface_jax.evaluation.verification import Verification
@@ -45,30 +40,16 @@ def write(folder: Path, evaluated: Sequence[Evaluated], *, made: datetime) -> Pa
     Raises:
       UserError: the folder cannot be written.
     """
-    template = (
-        resources.files("arcface_jax.evaluation.report").joinpath("report.html").read_text("utf-8")
-    )
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["share"] = _share
     names = list(dict.fromkeys(one.pairs.name for one in evaluated))
-    page = environment.from_string(template).render(
+    page.write(
+        folder / PAGE,
+        "report/report.html",
         made=made.strftime("%Y-%m-%d %H:%M"),
         models=list(dict.fromkeys(one.model for one in evaluated)),
         summary=[_summary(one) for name in names for one in evaluated if one.pairs.name == name],
         sets=[_set([one for one in evaluated if one.pairs.name == name]) for name in names],
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / PAGE).write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
     return folder / PAGE
-
-
-def _share(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"  # noqa: RUF001  # a dash for the reader
 
 
 def _summary(one: Evaluated) -> dict:
@@ -88,7 +69,7 @@ def _set(evaluated: Sequence[Evaluated]) -> dict:
         "name": evaluated[0].pairs.name,
         "same": int(same.sum()),
         "different": int((~same).sum()),
-        "models": [(one.model, number % charts.COLOURS) for number, one in enumerate(evaluated)],
+        "models": [(one.model, number % page.COLORS) for number, one in enumerate(evaluated)],
         "roc": charts.roc_chart(curves, alt=alt),
         "parts": [_part(one) for one in evaluated],
     }
@@ -138,7 +119,7 @@ def _hardest(one: Evaluated, cosine: np.ndarray, *, kind: bool) -> list[dict]:
         wrong = (one.result.distance[pair] < one.result.threshold) != kind
         shown.append(
             {
-                "image": _picture(one.pairs.images[2 * pair : 2 * pair + 2]),
+                "image": page.picture(np.hstack([*one.pairs.images[2 * pair : 2 * pair + 2]])),
                 "alt": f"Pair {pair} of {one.pairs.name}, {words}, cosine {cosine[pair]:.3f}",
                 "cosine": f"{cosine[pair]:.3f}",
                 "number": int(pair),
@@ -146,10 +127,3 @@ def _hardest(one: Evaluated, cosine: np.ndarray, *, kind: bool) -> list[dict]:
             }
         )
     return shown
-
-
-def _picture(faces: np.ndarray) -> str:
-    """Two (112, 112, 3) RGB faces side by side, as the address of an embedded JPEG."""
-    bgr = np.hstack([faces[0], faces[1]])[:, :, ::-1]
-    data = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
-    return "data:image/jpeg;base64," + base64.b64encode(data).decode()

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.runtime import metrics
+from arcface_jax.runtime.files import atomic_files
 
 
 def training_curves(workdir: Path) -> Path | None:
@@ -63,7 +64,7 @@ def pair_sheet(
     cosine = 1 - distance / 2
     called_same = distance < threshold
     rows = {
-        "same person, recognised": pairs.same & called_same,
+        "same person, recognized": pairs.same & called_same,
         "different people, told apart": ~pairs.same & ~called_same,
         "same person, missed": pairs.same & ~called_same,
         "different people, confused": ~pairs.same & called_same,
@@ -102,5 +103,6 @@ def _figure(rows: int, columns: int, *, width: float, height: float):
 
 def _save(figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with atomic_files(path) as part:
+        figure.savefig(part, dpi=110)
     return path

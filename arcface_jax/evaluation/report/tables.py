@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from arcface_jax.evaluation.verification import FARS, FOLD_FAR, Verification
+from arcface_jax.runtime import tables
+from arcface_jax.runtime.tables import share
 
 _LONGEST_NAME = 16
 _LONGEST_OF_TWO = 11
@@ -34,10 +35,10 @@ def before_and_after(values: Mapping[str, float]) -> Table | None:
     sets = list(dict.fromkeys(name for name, _ in before))
     shown = list(dict.fromkeys(m for _, m in before if re.fullmatch(_COMPARED, m)))
     heads = [m.replace("@far=", " at\n") for m in shown]
-    table = _table("before and after fine-tuning", heads, ["set", ""])
+    table = _named("before and after fine-tuning", heads, ["set", ""])
     for name in sets:
         for when, prefix in (("before", "before"), ("after", "eval")):
-            cells = [_share(values.get(f"{prefix}/{name}/{m}")) for m in shown]
+            cells = [share(values.get(f"{prefix}/{name}/{m}")) for m in shown]
             table.add_row(name if when == "before" else "", when, *cells)
     return table if sets else None
 
@@ -66,7 +67,7 @@ def _folds(results: Sequence[Verification]) -> Table:
         heads.append(f"TAR at\n{results[0].tars[at].label}")
     several = len(_names(results[0])) > 1  # then models fill the line, not the number of pairs
     counts = [] if several else ["same +\ndifferent"]
-    table = _table("ten folds, as insightface", [*counts, *heads], _columns(results))
+    table = _named("ten folds, as insightface", [*counts, *heads], _columns(results))
     table.columns[1].no_wrap = False
     for result in results:
         same = np.count_nonzero(result.same)
@@ -79,7 +80,7 @@ def _folds(results: Sequence[Verification]) -> Table:
             f"{result.xnorm:.3f}",
         ]
         if with_tar:
-            cells.append(_share(None if result.tars[at].tar is None else result.fold_tar))
+            cells.append(share(None if result.tars[at].tar is None else result.fold_tar))
         table.add_row(*_names(result), *cells)
     return table
 
@@ -88,10 +89,10 @@ def _roc(results: Sequence[Verification]) -> Table:
     """TAR at those FARs that one set at least can show."""
     shown = [at for at in range(len(FARS)) if _any_measured(results, at)]
     heads = [f"TAR at\n{results[0].tars[at].label}" for at in shown]
-    table = _table("all pairs, TAR at FAR", ["AUC", "EER", *heads], _columns(results))
+    table = _named("all pairs, TAR at FAR", ["AUC", "EER", *heads], _columns(results))
     for result in results:
-        tars = [_share(result.tars[at].tar) for at in shown]
-        table.add_row(*_names(result), f"{result.auc:.5f}", _share(result.eer), *tars)
+        tars = [share(result.tars[at].tar) for at in shown]
+        table.add_row(*_names(result), f"{result.auc:.5f}", share(result.eer), *tars)
     return table
 
 
@@ -107,16 +108,6 @@ def _columns(results: Sequence[Verification]) -> list[str]:
     return ["set", "model"][: len(_names(results[0]))]
 
 
-def _table(title: str, heads: Sequence[str], named: Sequence[str]) -> Table:
-    """An empty table: names at the left, numbers at the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for name in named:
-        width = _LONGEST_NAME if len(named) == 1 else _LONGEST_OF_TWO
-        table.add_column(name, max_width=width, overflow="fold")
-    for head in heads:
-        table.add_column(head, justify="right", no_wrap=True)
-    return table
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def _named(title: str, heads: Sequence[str], names: Sequence[str]) -> Table:
+    width = _LONGEST_NAME if len(names) == 1 else _LONGEST_OF_TWO
+    return tables.new(title, heads, names=names, name_width=width)

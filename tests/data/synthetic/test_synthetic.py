@@ -122,18 +122,18 @@ def test_an_identity_count_that_pairs_cannot_cover_is_refused(identities: int):
         verification_pairs(seed=0, first_identity=0, identities=identities, pairs=20)
 
 
-def test_pixels_and_colours_do_not_tell_identities_apart(drawn_pairs):
+def test_pixels_and_colors_do_not_tell_identities_apart(drawn_pairs):
     images, same = drawn_pairs
-    colour = (images.astype(np.float32) - 127.5) / 127.5
-    gray = colour.mean(3).reshape(len(images), -1)
+    color = (images.astype(np.float32) - 127.5) / 127.5
+    gray = color.mean(3).reshape(len(images), -1)
     gray -= gray.mean(1, keepdims=True)
     assert ten_fold_accuracy(pair_cosine(gray), same) <= 0.70
-    assert ten_fold_accuracy(pair_cosine(colour.reshape(len(images), -1)), same) <= 0.70
-    assert ten_fold_accuracy(pair_cosine(colour.mean((1, 2))), same) <= 0.65
+    assert ten_fold_accuracy(pair_cosine(color.reshape(len(images), -1)), same) <= 0.70
+    assert ten_fold_accuracy(pair_cosine(color.mean((1, 2))), same) <= 0.65
 
 
 def mean_gray(identity: int, indices: range) -> np.ndarray:
-    """Average of standardised grey images: colour is gone, and with many images the view too."""
+    """Average of standardized gray images: color is gone, and with many images the view too."""
     total = np.zeros((112, 112))
     for index in indices:
         gray = draw_face(seed=5, identity=identity, index=index).mean(2)

@@ -116,11 +116,11 @@ def test_one_of_several_faces_is_chosen(tmp_path: Path, choose, best: int):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.csv", "a.png,1,2,3\n", "line 1: .* not ten numbers"),
-        ("p.csv", "path,x\na.png,1,2,3,4,5,6,7,8,9,ten\n", "line 2: .* not ten numbers"),
+        ("p.csv", "a.png,1,2,3\n", "line 1, a.png: .* not five points"),
+        ("p.csv", "path,x\na.png,1,2,3,4,5,6,7,8,9,ten\n", "line 2, a.png: .* not five points"),
         ("p.json", "{", "not JSON"),
         ("p.json", "[]", "an object of path"),
-        ("p.json", '{"a.png": [[1, 2]]}', "'a.png': .* not ten numbers"),
+        ("p.json", '{"a.png": [[1, 2]]}', "entry 1, a.png: .* not five points"),
     ],
 )
 def test_wrong_lists_of_points_are_refused(tmp_path: Path, name: str, text: str, message: str):
@@ -165,7 +165,7 @@ def scrfd_outputs(faces: list[tuple], *, anchors: int = 2, batched: bool = False
         for stride in (8, 16, 32):
             outputs[f"{kind}_{stride}"] = np.zeros(((SIZE // stride) ** 2 * anchors, width))
     for stride, anchor, score, box, points in faces:
-        # The cell whose centre is nearest to the middle of the box.
+        # The cell whose center is nearest to the middle of the box.
         column, line = (int((box[i] + box[i + 2]) / 2 / stride) for i in (0, 1))
         row = (line * (SIZE // stride) + column) * anchors + anchor
         x, y = column * stride, line * stride
@@ -229,7 +229,7 @@ def yunet_graph(path: Path) -> Path:
     row = 2 * (SIZE // 16) + 1
     for kind in ("cls", "obj"):
         outputs[f"{kind}_16"][0, row] = 0.81
-    # Centre (1 + 0.5, 2 + 0.25) x 16, size e^ln 2 x 16; points as offsets from the cell.
+    # Center (1 + 0.5, 2 + 0.25) x 16, size e^ln 2 x 16; points as offsets from the cell.
     outputs["bbox_16"][0, row] = [0.5, 0.25, np.log(2.0), np.log(2.0)]
     outputs["kps_16"][0, row] = np.arange(10) / 10
     return scrfd_graph(path, outputs)

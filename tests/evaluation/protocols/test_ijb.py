@@ -37,7 +37,7 @@ def generated(request, tmp_path_factory):
     source = opening.SyntheticSource(seed=1, identities=20, images_per_identity=7)
     ijb_generator.generate(source, folder, protocol=request.param, subjects=20, pairs=2000)
     ijb_set = ijb_files.read(folder, request.param)
-    return folder, ijb_set, ijb.embed_images(ijb_set, embed, folder=folder / "f", mirrored=True)
+    return folder, ijb_set, ijb.embed_images(ijb_set, embed, folder=folder / "f", flip=True)
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_a_second_run_embeds_nothing_and_other_weights_are_refused(
     torch.save(twins.build("r_tiny").state_dict(), tmp_path / "other.pth")
     with pytest.raises(SystemExit):
         run("evaluate_ijb", "--weight", tmp_path / "other.pth", *weight[2:], *arguments)
-    assert "holds other embeddings: model was" in capsys.readouterr().err
+    assert "with other settings: model was" in capsys.readouterr().err
 
 
 def write_people(folder: Path, *, first: int, people: int = 6, images: int = 3) -> None:
@@ -184,9 +184,9 @@ def test_what_is_missing_is_named(arguments, expected, capsys):
 
 TWO_HOSTS = """
 import sys
-from arcface_jax.evaluation import features
-aligned, seen = features.aligned_image, []
-features.aligned_image = lambda *a: seen.append(1) or aligned(*a)
+from arcface_jax.evaluation import shards
+aligned, seen = shards.aligned_image, []
+shards.aligned_image = lambda *a: seen.append(1) or aligned(*a)
 sys.path.insert(0, "scripts")
 import evaluate_ijb
 evaluate_ijb.main(sys.argv[1:])

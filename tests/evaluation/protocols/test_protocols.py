@@ -1,4 +1,4 @@
-"""Retrieval, groups and labelled faces, against plain loops; odd input is named."""
+"""Retrieval, groups and labeled faces, against plain loops; odd input is named."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ import pytest
 
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc
-from arcface_jax.evaluation.protocols import groups, labelled, retrieval, runner
-from arcface_jax.evaluation.protocols.labelled import Labelled
+from arcface_jax.evaluation.protocols import groups, labeled, reports, retrieval
+from arcface_jax.evaluation.protocols.labeled import Labeled
 from arcface_jax.evaluation.verification import Verification
 
 
 class Mean:
-    """A face's mean colour and that of its left half: nothing that is trained."""
+    """A face's mean color and that of its left half: nothing that is trained."""
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
         left = images[:, :, :56].mean(axis=(1, 2))
@@ -28,15 +28,15 @@ class Mean:
 def test_ranks_equal_plain_loops_with_several_mates_and_distractors(seed: int):
     rng = np.random.default_rng(seed)
 
-    def faces(count: int, *, people: int = 12) -> Labelled:
+    def faces(count: int, *, people: int = 12) -> Labeled:
         # Corners of a cube: many exact ties.
         vectors = rng.choice([-1.0, 1.0], (count, 4)).astype(np.float32)
-        return Labelled(vectors, rng.integers(0, people, count).astype(str))
+        return Labeled(vectors, rng.integers(0, people, count).astype(str))
 
     gallery, distractors = faces(60), faces(40)  # distractors whose names seem to be the gallery's
     probes = faces(30)
     known = np.isin(probes.people, gallery.people)
-    probes = Labelled(probes.features[known], probes.people[known])
+    probes = Labeled(probes.features[known], probes.people[known])
     found = retrieval.retrieve(probes, gallery, distractors=distractors)
     ranks = []
     for vector, person in zip(probes.features, probes.people, strict=True):
@@ -51,12 +51,12 @@ def test_ranks_equal_plain_loops_with_several_mates_and_distractors(seed: int):
 
 def test_probes_that_cannot_be_found_are_named():
     vectors = np.eye(2, dtype=np.float32)
-    gallery = Labelled(vectors, np.array(["Ann", "Bob"]))
+    gallery = Labeled(vectors, np.array(["Ann", "Bob"]))
     with pytest.raises(DataError, match=r"1 of 2 probes have no image in the gallery.*'Cid'"):
-        retrieval.retrieve(Labelled(vectors, np.array(["Ann", "Cid"])), gallery)
+        retrieval.retrieve(Labeled(vectors, np.array(["Ann", "Cid"])), gallery)
     with pytest.raises(DataError, match="2 of 2 probes"):
         retrieval.retrieve(
-            Labelled(vectors, np.array(["", ""])), Labelled(vectors, np.array(["", "b"]))
+            Labeled(vectors, np.array(["", ""])), Labeled(vectors, np.array(["", "b"]))
         )
 
 
@@ -69,29 +69,29 @@ def write_faces(folder: Path) -> None:
 
 def test_a_folder_and_a_list_of_its_images_give_the_same(tmp_path: Path):
     write_faces(tmp_path / "faces")
-    folder = labelled.read(tmp_path / "faces", Mean, output=tmp_path / "one")
+    folder = labeled.read(tmp_path / "faces", Mean, output=tmp_path / "one")
     assert folder.people.tolist() == ["", "Ann", "Ann", "Bob"]
     np.testing.assert_array_equal(folder.features[:, 0], [140, 20, 60, 100])  # mirrored: twice
     listed = tmp_path / "faces" / "list.txt"
     listed.write_text("3.png\nAnn/0.png\tAnn\nAnn/1.png Ann\n\nBob/2.png\tBob\n")
-    other = labelled.read(listed, Mean, output=tmp_path / "two")
+    other = labeled.read(listed, Mean, output=tmp_path / "two")
     assert other.people.tolist() == folder.people.tolist()
     np.testing.assert_array_equal(other.features, folder.features)
-    plain = labelled.read(listed, Mean, output=tmp_path / "two", mirrored=False)
+    plain = labeled.read(listed, Mean, output=tmp_path / "two", flip=False)
     np.testing.assert_array_equal(plain.features[:, 0], [70, 10, 30, 50])
 
 
 def test_features_of_an_npz_need_no_network(tmp_path: Path):
     path = tmp_path / "f.npz"
     np.savez(path, features=np.eye(3), labels=np.array([4, 5, 4]))
-    found = labelled.read(path, pytest.fail, output=tmp_path)  # pyright: ignore[reportArgumentType]  # never called
+    found = labeled.read(path, pytest.fail, output=tmp_path)  # pyright: ignore[reportArgumentType]  # never called
     assert found.people.tolist() == ["4", "5", "4"]
     assert found.features.dtype == np.float32
 
 
 def test_input_that_is_no_such_list_is_named(tmp_path: Path):
-    def read(path: Path) -> Labelled:
-        return labelled.read(path, Mean, output=tmp_path / "out")
+    def read(path: Path) -> Labeled:
+        return labeled.read(path, Mean, output=tmp_path / "out")
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no images"):
@@ -174,7 +174,7 @@ def test_all_pairs_leave_out_faces_of_nobody():
     rng = np.random.default_rng(0)
     people = np.array(["a", "b", "c", ""] * 8)
     vectors = rng.normal(size=(32, 8)).astype(np.float32)
-    report = runner.all_pairs(Labelled(vectors, people), fars=(0.1, 1e-6))
+    report = reports.all_pairs(Labeled(vectors, people), fars=(0.1, 1e-6))
     named = people != ""
     unit = vectors[named] / np.linalg.norm(vectors[named], axis=1, keepdims=True)
     upper = np.triu_indices(24, 1)

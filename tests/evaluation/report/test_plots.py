@@ -61,7 +61,7 @@ def panels(path: Path, *, rows: int, columns: int) -> np.ndarray:
 def test_the_sheet_shows_each_kind_of_pair_as_far_as_there_are_any(tmp_path: Path):
     same = np.array([True] * 12 + [False] * 4)
     pairs = PairSet("made", np.full((32, 112, 112, 3), 60, np.uint8), same)
-    # 10 recognised, 2 missed; 3 told apart, 1 confused.
+    # 10 recognized, 2 missed; 3 told apart, 1 confused.
     distance = np.array([0.5] * 10 + [2.0] * 2 + [2.0] * 3 + [0.5])
     path = tmp_path / "eval" / "made_pairs.png"
     assert plots.pair_sheet(pairs, distance, threshold=1.0, path=path) == path

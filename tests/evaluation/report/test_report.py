@@ -137,7 +137,7 @@ def test_a_set_with_few_pairs_and_a_model_that_is_always_right_have_a_page_too(t
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, rows):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write the report to .*file"):
+    with pytest.raises(UserError, match=r"cannot write .*file"):
         document.write(tmp_path / "file", rows, made=datetime.now())
 
 

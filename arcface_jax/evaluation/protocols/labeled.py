@@ -11,24 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 
-from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
+from arcface_jax.data.images import IMAGE_SUFFIXES, decode_any_size, is_image, resize
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import shards
 from arcface_jax.evaluation.embed import Model
 
 NOBODY = ""
 """The person of a face that belongs to nobody in particular."""
-_IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """Features of n faces."""
 
     features: np.ndarray
-    """(n, D) float32, not normalised."""
+    """(n, D) float32, not normalized."""
     people: np.ndarray
     """(n,) str; `NOBODY` where no person is named."""
 
@@ -38,17 +36,17 @@ def read(
     open_model: Callable[[], Model],
     *,
     output: Path,
-    mirrored: bool = True,
+    flip: bool = True,
     threads: int = 4,
     progress: Callable[[int], None] = lambda count: None,
-) -> Labelled:
+) -> Labeled:
     """Reads one of the three forms; images are embedded, and their features kept on disk.
 
     Args:
       path: a folder, a list, or an `.npz`.
       open_model: gives the network, where images are to be embedded.
       output: the folder where features are kept, so that a killed run goes on.
-      mirrored: f(image) + f(mirrored image), rather than f(image).
+      flip: f(image) + f(flipped image), rather than f(image).
       threads: that read images.
       progress: told how many images are done.
 
@@ -69,11 +67,11 @@ def read(
             "model": model.digest(),
             "list": shards.digest([str(image.relative_to(base)) for image in images]),
         },
-        mirrored=mirrored,
+        flip=flip,
         threads=threads,
         progress=progress,
     )
-    return Labelled(extracted.read(mirrored=mirrored), people)
+    return Labeled(extracted.read(flip=flip), people)
 
 
 def face(path: Path) -> np.ndarray:
@@ -82,23 +80,20 @@ def face(path: Path) -> np.ndarray:
     Raises:
       DataError: it cannot be read.
     """
-    image = decode_any_size(shards.read_bytes(path), where=str(path))
-    if image.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
-        return image
-    return cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR)
+    return resize(decode_any_size(shards.read_bytes(path), where=str(path)))
 
 
 def _folder(folder: Path) -> tuple[list[Path], np.ndarray]:
-    images = sorted(p for p in folder.glob("*") if p.suffix.lower() in _IMAGES)
+    images = sorted(p for p in folder.glob("*") if is_image(p))
     people = [NOBODY] * len(images)
     for person in sorted(p for p in folder.iterdir() if p.is_dir()):
-        found = sorted(p for p in person.iterdir() if p.suffix.lower() in _IMAGES)
+        found = sorted(p for p in person.iterdir() if is_image(p))
         images += found
         people += [person.name] * len(found)
     if not images:
         raise DataError(
-            f"{folder} holds no images ({', '.join(_IMAGES)}), neither itself nor in a folder for "
-            "each person"
+            f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}), neither itself nor in a "
+            "folder for each person"
         )
     return images, np.array(people)
 
@@ -122,7 +117,7 @@ def _list(path: Path) -> tuple[list[Path], np.ndarray]:
     return images, np.array(people)
 
 
-def _read_npz(path: Path) -> Labelled:
+def _read_npz(path: Path) -> Labeled:
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a folder of faces, a list, or an .npz")
     with np.load(path, allow_pickle=False) as arrays:
@@ -138,4 +133,4 @@ def _read_npz(path: Path) -> Labelled:
             f"{path}: features of shape {read.shape} and labels of shape {labels.shape}; expected "
             "(n, D) finite numbers and (n,) labels"
         )
-    return Labelled(read.astype(np.float32), labels.astype(str))
+    return Labeled(read.astype(np.float32), labels.astype(str))

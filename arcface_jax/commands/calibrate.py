@@ -1,0 +1,61 @@
+"""Find the threshold for a false accept rate on your pairs, and save it for inference.
+
+arcface-jax calibrate --workdir WORKDIR --pairs pairs.bin --far 1e-2 --output c.json
+arcface-jax calibrate --weight backbone.pth --network r50 --pairs pairs.bin --output c.json
+arcface-jax calibrate --onnx model.onnx --pairs pairs.bin --output c.json
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tyro.conf import OmitArgPrefixes
+
+from arcface_jax.commands import Result, command
+from arcface_jax.config import command_line
+from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of `calibrate`."""
+
+    model: OmitArgPrefixes[ModelChoice]
+    pairs: str
+    """The pairs: a verification set, as `evaluate` takes it: a.bin, or LIST:FOLDER."""
+    output: Path
+    """The JSON file to write."""
+    far: float = 1e-3
+    """The target: the share of pairs of different people that may be accepted."""
+    flip: bool = False
+    """Add the embeddings of the flipped faces; inference with the calibration then does so too."""
+    batch_size: int = 256
+    """Images per forward pass."""
+
+
+@command
+def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result:
+    """Writes the calibration and prints it."""
+    arguments = command_line.parse(
+        Arguments, words, prog=prog, description=__doc__ or "", options_only=True
+    )
+    from arcface_jax.data.pairs.opening import open_for_runs
+    from arcface_jax.evaluation import calibration, verification
+    from arcface_jax.inference.embedder import Embedder
+
+    config = config_of(arguments.model)
+    (pair_set,) = open_for_runs([config], [arguments.pairs])
+    verification.check(pair_set)
+    model = open_model(arguments.model, batch_size=arguments.batch_size)
+    embedder = Embedder(model, flip=arguments.flip, batch_size=arguments.batch_size)
+    found = calibration.calibrate(
+        embedder(pair_set.images),
+        pair_set,
+        far=arguments.far,
+        flip=arguments.flip,
+        model=model.digest(),
+    )
+    calibration.write(found, arguments.output)
+    print(calibration.in_words(found))
+    return Result(dataclasses.asdict(found), [arguments.output])

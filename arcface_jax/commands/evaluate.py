@@ -1,0 +1,72 @@
+"""Verify networks on pairs of faces: accuracy, ROC, TAR@FAR; several networks side by side.
+
+arcface-jax evaluate --workdir WORKDIR [WORKDIR ...] [--targets a.bin pairs.txt:FOLDER]
+arcface-jax evaluate --weight backbone.pth --network r50 --targets a.bin b.bin
+arcface-jax evaluate --workdir WORKDIR --onnx model.onnx --targets a.bin --report FOLDER
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import OmitArgPrefixes
+
+from arcface_jax import errors
+from arcface_jax.commands import Result, command, console
+from arcface_jax.config import Config, command_line
+from arcface_jax.inference.open_model import ModelChoices, open_models
+
+if TYPE_CHECKING:
+    from arcface_jax.evaluation.report.document import Evaluated
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Options of `evaluate`."""
+
+    models: OmitArgPrefixes[ModelChoices]
+    targets: tuple[str, ...] = ()
+    """Verification sets: .bin files, or LIST:FOLDER; by default the targets of the runs."""
+    batch_size: int = 256
+    """Images per forward pass, over all devices."""
+    report: Path | None = None
+    """Folder for a page of tables, plots and the hardest pairs (index.html)."""
+
+
+def evaluate(arguments: Arguments) -> "list[Evaluated]":
+    """Every network on every set."""
+    from arcface_jax.data.pairs.opening import open_for_runs
+    from arcface_jax.evaluation import verification
+    from arcface_jax.evaluation.report.document import Evaluated
+    from arcface_jax.training import checkpoint
+
+    models = open_models(arguments.models, batch_size=arguments.batch_size)
+    configs = [checkpoint.read_config(path) for path in arguments.models.workdir] or [Config()]
+    sets = open_for_runs(configs, arguments.targets)
+    if not sets:
+        raise errors.UserError(
+            "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
+        )
+    return [
+        Evaluated(name, one, verification.verify(model, one, model=name if len(models) > 1 else ""))
+        for one in sets
+        for name, model in models.items()
+    ]
+
+
+@command
+def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
+    """Prints the tables, and writes the report where one is asked for."""
+    arguments = command_line.parse(
+        Arguments, words, prog=prog, description=__doc__ or "", options_only=True
+    )
+    from arcface_jax.evaluation.report import document, tables
+
+    evaluated = evaluate(arguments)
+    page = arguments.report and document.write(arguments.report, evaluated, made=datetime.now())
+    results = [one.result for one in evaluated]
+    console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
+    metrics = {name: value for result in results for name, value in result.metrics().items()}
+    return Result(metrics, [page] if page else [])

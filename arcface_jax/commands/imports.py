@@ -1,0 +1,117 @@
+"""Import PyTorch weights as a workdir, or convert arcface_torch's files of class centers.
+
+arcface-jax import torch --weight backbone.pth --network r50 --output WORKDIR
+arcface-jax import centers read FOLDER --output centers.npy
+arcface-jax import centers write centers.npy --output FOLDER --ranks 8 --layout 2021
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, cast
+
+import tyro
+from tyro.conf import Positional
+
+from arcface_jax import config, errors
+from arcface_jax.commands import Result, command, dispatch
+from arcface_jax.config import command_line
+from arcface_jax.config.choices import CenterLayout
+
+_TORCH = """Make a workdir of a released backbone, to evaluate, export or fine-tune.
+
+    {prog} --weight backbone.pth --network r50 --output WORKDIR
+"""
+_CENTERS = """Convert class centers between arcface_torch's files, one per GPU, and one array.
+
+    {prog} read FOLDER --output centers.npy
+    {prog} write centers.npy --output FOLDER --ranks 8 --layout 2021
+"""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Options of `import torch`."""
+
+    weight: Path
+    """A .pth, .pt or .safetensors file with insightface's names, or a checkpoint that holds one."""
+    network: config.Network
+    """The network of the weights."""
+    output: Path
+    """The WORKDIR to make: a new or an empty folder."""
+    centers: Path | None = None
+    """Class centers to keep with them: a folder of arcface_torch's head files, or a .npy."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """Join arcface_torch's files of one training to a .npy file of (C, D) float32."""
+
+    source: Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """The folder of the head's files; or a WORKDIR."""
+    output: Path
+    """The .npy file to write."""
+    num_classes: int | None = None
+    """The expected number of classes; without it, missing files of the last GPUs go unnoticed."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """Split class centers into arcface_torch's files, for a number of GPUs."""
+
+    source: Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+    """A .npy file of (C, D), a WORKDIR, or a folder of the head's files."""
+    output: Path
+    """The folder to write to; files of these names must not be there."""
+    ranks: int
+    """The number of GPUs."""
+    layout: CenterLayout = "head"
+    """checkpoint_gpu_R.pt (head), softmax_fc_gpu_R.pt (2022) or rank_R_softmax_weight.pt (2021)."""
+
+
+def main(words: Sequence[str], *, prog: str = "arcface-jax import") -> int:
+    """Imports what the first word names."""
+    return dispatch(
+        {"torch": torch, "centers": centers}, words, prog=prog, description=__doc__ or ""
+    )
+
+
+@command
+def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Result:
+    """Makes a workdir of weights."""
+    arguments = command_line.parse(
+        Torch, words, prog=prog, description=_TORCH.format(prog=prog), options_only=True
+    )
+    errors.require("torch", "torch")
+    from arcface_jax.convert import from_torch
+
+    error = from_torch.convert(
+        arguments.weight, arguments.network, arguments.output, centers=arguments.centers
+    )
+    print(f"{arguments.output}: embeddings equal those of torch to {error:.1e} (relative)")
+    return Result({"parity": error}, [arguments.output])
+
+
+@command
+def centers(words: Sequence[str], *, prog: str = "arcface-jax import centers") -> Result:
+    """Reads or writes class centers."""
+    arguments = command_line.parse(
+        cast("type[Read | Write]", Read | Write),
+        words,
+        prog=prog,
+        description=_CENTERS.format(prog=prog),
+    )
+    errors.require("torch", "torch")
+    from arcface_jax.convert import centers as center_files
+
+    if isinstance(arguments, Read):
+        found = center_files.read(arguments.source, num_classes=arguments.num_classes)
+        files = [center_files.write_array(arguments.output, found)]
+    else:
+        found = center_files.read(arguments.source)
+        files = center_files.write(
+            arguments.output, found, ranks=arguments.ranks, layout=arguments.layout
+        )
+    classes, size = found.rows.shape
+    print(f"{classes} class centers of length {size}, in {len(files)} files")
+    return Result({"classes": classes, "embedding_size": size}, files)

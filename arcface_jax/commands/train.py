@@ -1,0 +1,103 @@
+"""Train a recipe, or resume what its working directory holds, and export the backbone.
+
+    arcface-jax train ms1mv3_r50 --data.path FOLDER --workdir runs/ms1mv3_r50
+    arcface-jax train my_recipe.py --data.no-flip --workdir runs/mine
+
+RECIPE is a name of `arcface-jax recipes` or a file.
+"""
+
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from arcface_jax import errors
+from arcface_jax.commands import Result, command
+from arcface_jax.config import Config, loading, replace
+
+_DEMO = """Train a small network on synthetic faces: the recipe `demo`, without any download.
+
+    arcface-jax demo
+    arcface-jax demo --schedule.epochs 2 --workdir runs/longer
+"""
+_TUNABLES = "GLIBC_TUNABLES"
+
+
+@command
+def main(
+    words: Sequence[str], *, prog: str = "arcface-jax train", own_process: bool = False
+) -> Result:
+    """Trains the recipe that the first word names.
+
+    Args:
+      words: the recipe and its options.
+      prog: the program's name in usage.
+      own_process: the process runs only this command and may be restarted.
+    """
+    config = loading.load(words, prog=prog, description=__doc__ or "")
+    return _train(config, own_process=own_process)
+
+
+@command
+def demo(
+    words: Sequence[str], *, prog: str = "arcface-jax demo", own_process: bool = False
+) -> Result:
+    """Trains the recipe `demo`, by default in runs/demo; arguments as `main`."""
+    recipe = replace(loading.read_recipe("demo"), workdir="runs/demo")
+    config = loading.override(recipe, words, prog=prog, description=_DEMO)
+    return _train(config, own_process=own_process)
+
+
+def _train(config: Config, *, own_process: bool) -> Result:
+    if own_process:
+        _use_huge_pages()  # restarts, and so comes before the imports that take seconds
+
+    from arcface_jax.commands import console
+    from arcface_jax.evaluation.report import tables
+    from arcface_jax.runtime import launch, signals
+    from arcface_jax.runtime.files import reporting_disk_errors
+    from arcface_jax.train import train
+
+    launch.start(
+        config.distributed,
+        deterministic=config.deterministic,
+        compilation_cache=config.compilation_cache,
+    )
+    outcome = train(config)
+    workdir = Path(config.workdir)
+    files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]
+    first, stopped_by = launch.is_first(), outcome.stopped_by
+    if first and stopped_by is None:
+        with reporting_disk_errors(workdir):
+            files += _export(workdir)
+    code = 0 if stopped_by is None else signals.exit_code(config.checkpoint, stopped_by)
+    if first and (compared := tables.before_and_after(outcome.results)):
+        console().print(compared)
+    return Result({**outcome.results, "step": outcome.step}, files, code=code, reported=first)
+
+
+def _export(workdir: Path) -> list[Path]:
+    """Writes WORKDIR/backbone.pth where torch is installed; returns it."""
+    if importlib.util.find_spec("torch") is None:
+        print(f"no backbone.pth: PyTorch is not installed; {errors.install('torch')}")
+        return []
+    from arcface_jax.convert import to_torch
+
+    path = workdir / "backbone.pth"
+    error = to_torch.export(workdir, path)
+    print(f"{path}: embeddings equal those of JAX to {error:.1e} (relative)")
+    return [path]
+
+
+def _use_huge_pages() -> None:
+    """Restarts this program once, in the same process, with its memory in huge pages.
+
+    A training step on the CPU takes and returns more than a gigabyte of memory, which costs the
+    kernel time in pages of 4 KiB (docs/benchmarks.md). Where the C library is not glibc, or its
+    settings are the user's own, nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc" and _TUNABLES not in os.environ:
+        os.environ[_TUNABLES] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,0 +1,28 @@
+"""Choices that command lines offer and library functions take.
+
+They live apart from the code that acts on them, so that a command line is parsed, and a mistake
+answered, before JAX, OpenCV or PyTorch is imported.
+"""
+
+from typing import Literal
+
+Which = int | Literal["latest", "best"]
+"""Which checkpoint of a run: a step, the newest, or the best by `checkpoint.best_metric`."""
+
+Bad = Literal["stop", "skip"]
+"""What becomes of an image that is unreadable or not 112 x 112: an error, or it is left out."""
+
+FaceChoice = Literal["largest", "center", "score"]
+"""Which face of a photograph is taken."""
+
+IjbProtocol = Literal["ijbb", "ijbc"]
+RankProtocol = Literal["retrieval", "groups", "all-to-all"]
+
+Normalization = Literal["outside", "inside"]
+"""Whether (x - 127.5) / 127.5 is done by the caller of an ONNX graph, or by the graph."""
+
+Precision = Literal["float32", "float16", "int8"]
+"""Of an ONNX file's weights and most of its arithmetic."""
+
+CenterLayout = Literal["2021", "2022", "head"]
+"""The generation of arcface_torch's files of class centers."""

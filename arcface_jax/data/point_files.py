@@ -1,0 +1,116 @@
+"""Five points of many faces from a file, in any of the forms that people have.
+
+- `.csv`: lines `path,x1,y1, ... ,x5,y5`, with or without a heading
+- `.json`: an object of `"path": [[x, y], ... five]`
+- any other: lines `path x1 y1 ... x5 y5`, such as IJB's `name_5pts_score.txt`
+
+In lines, what follows the ten numbers is ignored unless the reader asks for it.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from arcface_jax.data.faces import POINT_NAMES, TEMPLATE
+from arcface_jax.errors import DataError
+
+_NUMBERS = TEMPLATE.size
+
+
+class Row(NamedTuple):
+    """One face, as it is written in the file."""
+
+    number: int
+    """Of the line, or of the JSON object's entry, from 1."""
+    where: str
+    """The file and the place in it, for error messages."""
+    name: str
+    """The image's path."""
+    words: Sequence[object]
+    """What follows it."""
+
+
+def rows(path: Path) -> Iterator[Row]:
+    """The faces of a file, before their numbers are parsed.
+
+    Raises:
+      DataError: there is no such file, or it is not text or JSON.
+    """
+    if not path.is_file():
+        raise DataError(f"no list of points at {path}: name an existing file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the list of points {path}: {error}") from error
+    if path.suffix == ".json":
+        yield from _json(path, text)
+        return
+    lines = text.splitlines()
+    split = csv.reader(lines) if path.suffix == ".csv" else (line.split() for line in lines)
+    for number, cells in enumerate(split, start=1):
+        heading = path.suffix == ".csv" and number == 1 and len(cells) > 1 and not _real(cells[1])
+        if cells and not heading:
+            yield Row(number, f"{path}, line {number}", cells[0], cells[1:])
+
+
+def by_name(path: Path) -> dict[str, np.ndarray]:
+    """(n, 5, 2) float64 by image: the faces of each, in the order of the file.
+
+    Raises:
+      DataError: the file is none of the forms; the message names the line.
+    """
+    points: dict[str, list[np.ndarray]] = {}
+    for row in rows(path):
+        try:
+            points.setdefault(row.name, []).append(parse(row.words[:_NUMBERS]))
+        except DataError as error:
+            raise DataError(f"{row.where}, {row.name}: {error}") from error
+    return {name: np.stack(found) for name, found in points.items()}
+
+
+def one_by_name(path: Path) -> dict[str, np.ndarray]:
+    """(5, 2) float64 by image, for files that list one face an image; of several, the last.
+
+    Raises:
+      DataError: as `by_name`.
+    """
+    return {name: found[-1] for name, found in by_name(path).items()}
+
+
+def parse(words: Sequence[object]) -> np.ndarray:
+    """(5, 2) float64 of ten numbers x1 y1 ... x5 y5, or of five pairs.
+
+    Raises:
+      DataError: they are not ten numbers.
+    """
+    try:
+        return np.array(words, np.float64).reshape(TEMPLATE.shape)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{' '.join(map(str, words))[:80]!r} are not five points, the ten numbers x1 y1 x2 y2 "
+            f"x3 y3 x4 y4 x5 y5: {', '.join(POINT_NAMES)}"
+        ) from error
+
+
+def _json(path: Path, text: str) -> Iterator[Row]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} must hold an object of path: [[x, y], ... five points]")
+    for number, (name, points) in enumerate(content.items(), start=1):
+        words = points if isinstance(points, list) else [points]
+        yield Row(number, f"{path}, entry {number}", name, words)
+
+
+def _real(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,34 @@
+"""Small tables for the terminal: names at the left, numbers at the right."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+
+def new(
+    title: str | None,
+    numbers: Sequence[str],
+    *,
+    names: Sequence[str] = (),
+    name_width: int | None = None,
+) -> Table:
+    """An empty table; `add_row` takes a cell for each name, then one for each number.
+
+    Args:
+      title: above it.
+      numbers: heads of the columns at the right, which are never wrapped.
+      names: heads of the columns at the left.
+      name_width: characters of a name that stand in one line.
+    """
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for head in names:
+        table.add_column(head, max_width=name_width, overflow="fold")
+    for head in numbers:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def share(value: float | None, *, missing: str = "-") -> str:
+    """A number between 0 and 1 with four decimals."""
+    return missing if value is None else f"{value:.4f}"

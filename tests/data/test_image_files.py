@@ -1,0 +1,97 @@
+"""Which files are images: the same for training, inference, pair lists, align and labeled sets."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from arcface_jax.data import faces, images
+from arcface_jax.data import files as training_files
+from arcface_jax.data.pairs import lists
+from arcface_jax.data.tools import aligning
+from arcface_jax.errors import DataError
+from arcface_jax.evaluation.protocols import labeled
+
+SUFFIXES = [".jpg", ".JPG", ".jpeg", ".png", ".Png", ".bmp", ".webp", ".tif", ".TIFF"]
+OTHERS = ["notes.txt", "list.csv", "jpg", "a.jpg.part", "features.npy"]
+
+
+def face(number: int) -> np.ndarray:
+    """A smooth picture, which every format keeps to a few gray levels."""
+    rows = np.linspace(20, 200, 112)[:, None, None]
+    return np.broadcast_to(rows + 5 * number, (112, 112, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """ada/ada_0001.jpg, ada/ada_0002.JPG and so on, beside files that are no images."""
+    person = tmp_path / "in" / "ada"
+    person.mkdir(parents=True)
+    for number, suffix in enumerate(SUFFIXES, start=1):
+        data = cv2.imencode(suffix.lower(), face(number)[:, :, ::-1])[1].tobytes()
+        (person / f"ada_{number:04d}{suffix}").write_bytes(data)
+    for name in OTHERS:
+        (person / name).write_text("no image")
+    return tmp_path / "in"
+
+
+def expected(folder: Path) -> list[str]:
+    found = [f"ada/ada_{n:04d}{suffix}" for n, suffix in enumerate(SUFFIXES, start=1)]
+    assert all((folder / name).is_file() for name in found)
+    return found
+
+
+def test_every_reader_of_a_folder_finds_the_same_images(folder: Path, tmp_path: Path):
+    wanted = expected(folder)
+    assert faces.find(folder) == wanted
+    source = training_files.open_folder(folder)
+    assert [source.where(i) for i in range(len(source))] == [str(folder / n) for n in wanted]
+
+    class Mean:
+        def __call__(self, batch: np.ndarray) -> np.ndarray:
+            return batch.mean(axis=(1, 2))
+
+        def digest(self) -> str:
+            return "mean"
+
+    found = labeled.read(folder, Mean, output=tmp_path / "features", flip=False)
+    assert found.people.tolist() == ["ada"] * len(wanted)
+    done = aligning.align_folder(
+        folder, tmp_path / "out", lambda *_: aligning.Faces(faces.TEMPLATE[None], np.ones(1))
+    )
+    assert (done.written, done.rejected) == (len(wanted), {})
+    assert len(faces.find(tmp_path / "out")) == len(wanted)
+
+
+def test_a_pair_list_finds_images_of_every_suffix(folder: Path, tmp_path: Path):
+    count = len(SUFFIXES)
+    (tmp_path / "pairs.txt").write_text("".join(f"ada 1 {n}\n" for n in range(1, count + 1)))
+    pairs = lists.listed(tmp_path / "pairs.txt", folder)
+    assert [pair.right.name for pair in pairs] == [Path(name).name for name in expected(folder)]
+    read, _ = lists.read(tmp_path / "pairs.txt", folder)
+    for number, image in enumerate(read[1::2], start=1):
+        np.testing.assert_allclose(image.astype(int), face(number), atol=6)
+
+
+def test_a_name_without_an_image_has_none(folder: Path):
+    assert images.find_named(folder / "ada" / "ada_0001") == folder / "ada" / "ada_0001.jpg"
+    assert images.find_named(folder / "ada" / "notes") is None
+    assert images.find_named(folder / "ada" / "ada_000") is None
+
+
+def test_a_folder_without_images_names_the_suffixes(tmp_path: Path):
+    with pytest.raises(DataError, match=r"holds no image \(\.jpg, .*\.tiff\)"):
+        images.find_below(tmp_path)
+    with pytest.raises(DataError, match="no folder at"):
+        images.find_below(tmp_path / "gone")
+
+
+def test_pictures_are_squares_of_their_middle():
+    wide = np.zeros((60, 100, 3), np.uint8)
+    wide[:, 20:80] = (10, 200, 30)
+    square = images.square(images.encode(wide), where="x")
+    assert square.shape == (112, 112, 3)
+    assert (square == (10, 200, 30)).all()
+    same = face(1)
+    assert images.resize(same) is same

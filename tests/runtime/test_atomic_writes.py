@@ -1,0 +1,157 @@
+"""Files that are written in one move: what is left after a failure, a kill, and two at once."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from arcface_jax.runtime import files
+from arcface_jax.runtime.files import atomic, atomic_files, atomic_folder, write_atomic
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_a_writer_that_fails_midway_leaves_the_old_content_and_no_part(tmp_path: Path, error):
+    path = tmp_path / "metrics.csv"
+    write_atomic(path, "old\n")
+    with pytest.raises(error), atomic(path) as file:
+        file.write("half of the n")
+        file.flush()
+        assert names(tmp_path) == ["metrics.csv", files.part_of(path).name]
+        raise error
+    assert path.read_text() == "old\n" and names(tmp_path) == ["metrics.csv"]
+    with pytest.raises(error), atomic_files(path) as part:
+        part.write_text("half")
+        raise error
+    assert path.read_text() == "old\n" and names(tmp_path) == ["metrics.csv"]
+    with pytest.raises(error), atomic_folder(tmp_path / "index") as folder:
+        (folder / "a").write_text("half")
+        raise error
+    assert names(tmp_path) == ["metrics.csv"]
+
+
+def test_a_part_has_one_suffix_and_the_name_of_its_process(tmp_path: Path):
+    part = files.part_of(tmp_path / "a.npy")
+    assert part.name == f"a.npy.{platform.node()}-{os.getpid()}.part"
+    with atomic(tmp_path / "a.npy", "wb") as file:
+        assert names(tmp_path) == [part.name]
+        np.save(file, np.arange(3))
+    assert names(tmp_path) == ["a.npy"]
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), [0, 1, 2])
+
+
+def test_text_is_utf_8_and_bytes_are_bytes(tmp_path: Path):
+    write_atomic(tmp_path / "a", "Größe: 1 m²\n")
+    assert (tmp_path / "a").read_bytes() == "Größe: 1 m²\n".encode()
+    write_atomic(tmp_path / "a", b"\xff\x00", durable=False)
+    assert (tmp_path / "a").read_bytes() == b"\xff\x00"
+
+
+def test_a_file_is_synced_before_it_is_moved(tmp_path: Path, monkeypatch):
+    seen = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (seen.append(names(tmp_path)), sync(number)))
+    write_atomic(tmp_path / "a", "x")
+    assert seen == [[files.part_of(tmp_path / "a").name]]
+    write_atomic(tmp_path / "b", "x", durable=False)
+    assert len(seen) == 1
+
+
+def test_the_missing_folder_is_the_callers_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        write_atomic(tmp_path / "gone" / "a", "x")
+    assert names(tmp_path) == []
+
+
+def test_side_files_come_first_and_the_named_one_last(tmp_path: Path, monkeypatch):
+    moved = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: (moved.append(b.name), replace(a, b)))
+    with atomic_files(tmp_path / "model.onnx") as path:
+        assert path.name == "model.onnx" and path.parent.parent == tmp_path
+        path.write_text("graph")
+        for side in ("model.onnx.data", "a.data"):
+            path.with_name(side).write_text("weights")
+    assert moved == ["a.data", "model.onnx.data", "model.onnx"]
+    assert names(tmp_path) == ["a.data", "model.onnx", "model.onnx.data"]
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path: Path):
+    for content in ("one", "two"):
+        with atomic_folder(tmp_path / "index") as folder:
+            (folder / content).write_text(content)
+    assert names(tmp_path) == ["index"] and names(tmp_path / "index") == ["two"]
+
+
+def test_a_link_is_followed_and_a_pipe_is_written_to(tmp_path: Path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    write_atomic(tmp_path / "link", "x")
+    assert (tmp_path / "real" / "file").read_text() == "x" and (tmp_path / "link").is_symlink()
+    os.mkfifo(tmp_path / "pipe")
+    found = []
+    reader = threading.Thread(target=lambda: found.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    write_atomic(tmp_path / "pipe", "through")
+    reader.join()
+    assert found == ["through"] and (tmp_path / "pipe").is_fifo()
+
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from arcface_jax.runtime.files import atomic
+with atomic(Path(sys.argv[1])) as file:
+    file.write(sys.argv[2])
+    file.flush()
+    print("half", flush=True)
+    sys.stdin.read()
+    file.write(sys.argv[2])
+"""
+
+
+def writer(path: Path, text: str) -> subprocess.Popen:
+    """A process that has written half of its file, and waits for the end of its input."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITES, str(path), text],
+        **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert process.stdout is not None and process.stdout.readline() == "half\n"
+    return process
+
+
+def test_two_processes_that_write_one_file_do_not_mix(tmp_path: Path):
+    path = tmp_path / "settings.json"
+    first, second = writer(path, "a"), writer(path, "b")
+    assert len(names(tmp_path)) == 2 and not path.exists()
+    for process, content in ((second, "bb"), (first, "aa")):
+        process.communicate()
+        assert process.returncode == 0 and path.read_text() == content
+    assert names(tmp_path) == ["settings.json"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path: Path):
+    path = tmp_path / "a.txt"
+    killed, running = writer(path, "k"), writer(path, "r")
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert len(names(tmp_path)) == 2
+    other_host = tmp_path / f"a.txt.{platform.node()}x-{killed.pid}.part"
+    other_file = tmp_path / f"b.txt.{platform.node()}-{killed.pid}.part"
+    for kept in (other_host, other_file):
+        kept.write_text("in use, for all that is known here")
+    write_atomic(path, "x")
+    of_running = f"a.txt.{platform.node()}-{running.pid}.part"
+    assert names(tmp_path) == sorted(["a.txt", of_running, other_host.name, other_file.name])
+    running.communicate()
+    assert path.read_text() == "rr"
