@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # Sub-commands that parse a command line of their own.
 NESTED = ["data pack", "import torch", "import centers", "export torch", "export onnx"]
 NESTED += ["export stablehlo", "export safetensors"]
-FIRST = dict.fromkeys(("train", "plan", "doctor"), ["demo"])
+FIRST = {name: ["demo"] for name in ("train", "plan", "doctor")}
 FIRST |= {"protocol": ["groups"], "verify": ["a", "b"], "data pack": ["a", "b"]}
 FIRST |= {"data": ["pack", "a", "b"], "import centers": ["read", "a"]}
 SECONDS = 2.0
