@@ -113,7 +113,8 @@ def test_it_works_from_an_empty_folder(wheel: Path, tmp_path: Path):
 
     short = ["--data.synthetic.identities", "12", "--data.synthetic.images-per-identity", "12"]
     short += ["--data.synthetic.pairs", "40", "--data.global-batch-size", "16"]
-    short += ["--model.bn-batch-size", "16", "--devices", "1"]
+    short += ["--data.synthetic.pair-identities", "8", "--model.bn-batch-size", "16"]
+    short += ["--devices", "1"]
     demo = arcface_jax("demo", *short)
     assert {"eval/synthetic/accuracy", "baseline/raw", "baseline/untrained"} <= demo.keys()
     arcface_jax("recipes", "demo", "--copy", "mine.py")

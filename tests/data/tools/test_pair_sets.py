@@ -137,5 +137,5 @@ def test_a_balanced_part_of_a_list(tmp_path: Path):
     assert (tmp_path / "b.bin").read_bytes() == output.read_bytes()
     with pytest.raises(DataError, match="30 pairs of one person and 25 of two, and --pairs 60"):
         commands.pairs(target, output, pairs=60)
-    with pytest.raises(UserError, match="--disjoint is for training sets"):
+    with pytest.raises(UserError, match="--disjoint does not apply to pair lists"):
         commands.pairs(target, output, disjoint=True)
