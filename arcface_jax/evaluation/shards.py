@@ -36,15 +36,15 @@ class Features(NamedTuple):
     """Embeddings of n images on disk."""
 
     folder: Path
-    count: int
+    num_images: int
 
     def read(self, *, mirrored: bool) -> np.ndarray:
         """(n, D) float32: f(image), or f(image) + f(mirrored image)."""
         out: np.ndarray | None = None
-        for number, start in enumerate(range(0, self.count, ROWS)):
+        for number, start in enumerate(range(0, self.num_images, ROWS)):
             shard = np.load(_path(self.folder, number), mmap_mode="r")
             if out is None:
-                out = np.empty((self.count, shard.shape[2]), np.float32)
+                out = np.empty((self.num_images, shard.shape[2]), np.float32)
             out[start : start + len(shard)] = shard[:, int(mirrored)]
         if out is None:
             raise DataError(f"{self.folder}: no images were embedded")

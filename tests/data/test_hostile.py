@@ -126,13 +126,13 @@ HOSTILE = {
 READ_ALL = """
 import resource
 from pathlib import Path
-from arcface_jax.data import pairs
+from arcface_jax.data.pairs import bins
 from arcface_jax.errors import DataError
 
 for path in sorted(Path().glob("*.bin")):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        pairs.read_bin(path)
+        bins.read_bin(path)
     except DataError as error:
         print(path.stem, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, "KiB")
 """

@@ -154,7 +154,7 @@ import json, sys, jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("localhost:" + sys.argv[1], 2, int(sys.argv[2]))
-from arcface_jax import profiling
+from arcface_jax.runtime import profiling
 print(json.dumps(profiling.slowest_host(float(sys.argv[3]))))
 """
 

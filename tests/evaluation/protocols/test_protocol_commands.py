@@ -184,9 +184,9 @@ def test_what_is_missing_is_named(arguments, expected, capsys):
 
 TWO_HOSTS = """
 import sys
-from arcface_jax.evaluation import features
-aligned, seen = features.aligned_image, []
-features.aligned_image = lambda *a: seen.append(1) or aligned(*a)
+from arcface_jax.evaluation import shards
+aligned, seen = shards.aligned_image, []
+shards.aligned_image = lambda *a: seen.append(1) or aligned(*a)
 sys.path.insert(0, "scripts")
 import evaluate_ijb
 evaluate_ijb.main(sys.argv[1:])
