@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import HANG
 from dense import error
 from several_steps import STEPS, Trace, run_steps
 
@@ -52,7 +53,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
         )
         for number in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=HANG)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     one = run_steps(1001, devices=8, block_size=64, optimizer="sgd")
     for number in range(2):

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from commands import script
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config
@@ -44,12 +44,7 @@ PUBLISHED = {
 
 
 def test_sizes_and_costs_are_the_published_ones(capsys):
-    path = Path(__file__).parents[2] / "scripts" / "models.py"
-    spec = importlib.util.spec_from_file_location("script_models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.main()
+    script("models").main()
     result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     for network, (millions, gmacs) in PUBLISHED.items():
         assert round(result[network]["parameters"] / 1e6, 2) == millions, network

@@ -49,7 +49,7 @@ def on_one_device(batch):
     return train(CONFIG, batch, devices=1, steps=2)
 
 
-@pytest.mark.parametrize("devices", [3, 8])
+@pytest.mark.parametrize("devices", [pytest.param(3, marks=pytest.mark.slow), 8])
 def test_any_number_of_devices_takes_the_same_steps(batch, on_one_device, devices):
     expected, expected_losses, *_ = on_one_device
     state, losses, *_ = train(CONFIG, batch, devices=devices, steps=2)

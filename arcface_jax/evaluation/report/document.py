@@ -45,7 +45,9 @@ def write(folder: Path, evaluated: Sequence[Evaluated], *, made: datetime) -> Pa
     Raises:
       UserError: the folder cannot be written.
     """
-    template = resources.files("arcface_jax.evaluation.report").joinpath("report.html").read_text("utf-8")
+    template = (
+        resources.files("arcface_jax.evaluation.report").joinpath("report.html").read_text("utf-8")
+    )
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
