@@ -238,13 +238,18 @@ def test_labels_outside_the_classes_stop_the_run_in_words(recipe, tmp_path, caps
     assert saved_runs.restore_backbone(tmp_path / "run")[3] == 1  # the first log step
 
 
+PARTIAL = ["--head.sample-rate", "0.5", "--optimizer.kind", "adamw"]
+CURRICULAR = ["--head.loss", "curricularface", "--head.subcenters", "2"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        ["--head.sample-rate", "0.5", "--optimizer.kind", "adamw"],
-        ["--head.loss", "curricularface", "--head.subcenters", "2"],
+        [*PARTIAL, *CURRICULAR],
+        pytest.param(PARTIAL, marks=pytest.mark.slow),
+        pytest.param(CURRICULAR, marks=pytest.mark.slow),
     ],
-    ids=["partial-fc-adamw", "curricularface-subcenters"],
+    ids=["both", "partial-fc-adamw", "curricularface-subcenters"],
 )
 def test_every_part_of_the_heads_state_is_resumed(recipe, tmp_path, capsys, options):
     """Trained in one go, and from a checkpoint in the middle: the same to the last bit."""

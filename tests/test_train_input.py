@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -17,6 +19,7 @@ from test_train import arguments, losses, metrics, reached, recipe
 from arcface_jax.data import opening
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.runtime.metrics import Clock
 
 __all__ = ["recipe"]  # a fixture
 
@@ -119,10 +122,24 @@ def test_workers_do_not_outlive_a_run_that_is_killed(recipe, tmp_path):
 
 
 def test_a_slow_source_is_named_as_the_limit(recipe, tmp_path, capsys, monkeypatch):
+    """Images are read only while the run waits for them, and only reading takes time."""
+    now, waits, waiting = [0.0], threading.Event(), Clock.waiting
+
+    @contextmanager
+    def noted(clock: Clock):
+        waits.set()
+        with waiting(clock):
+            yield
+        waits.clear()
+
     class Slow(opening.SyntheticSource):
         def __getitem__(self, index: int):
-            time.sleep(0.05)
+            assert waits.wait(HANG)
+            now[0] += 0.05
             return super().__getitem__(index)
+
+    monkeypatch.setattr(Clock, "waiting", noted)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def open_source(*_, **__):
         return Slow(seed=0, identities=5, images_per_identity=5)

@@ -26,8 +26,15 @@ def assert_same(ours: Trace, theirs: Trace) -> None:
     assert error(ours.centers, ours.centers_after_one) > 0.1  # they did move
 
 
-@pytest.mark.parametrize("num_classes", [5, 1001])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("num_classes", "optimizer"),
+    [
+        (1001, "sgd"),
+        (5, "adamw"),
+        pytest.param(5, "sgd", marks=pytest.mark.slow),
+        pytest.param(1001, "adamw", marks=pytest.mark.slow),
+    ],
+)
 def test_devices_and_block_sizes_change_nothing(num_classes, optimizer):
     reference = run_steps(num_classes, devices=1, block_size=4096, optimizer=optimizer)
     assert reference.losses[-1] < reference.losses[0]
