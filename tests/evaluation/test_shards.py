@@ -73,7 +73,7 @@ def test_a_run_that_stopped_goes_on_and_reads_nothing_twice(tmp_path: Path):
 
 KILLED = """
 import sys, threading
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {path!r}
 from pathlib import Path
 from arcface_jax.evaluation import shards
 import test_shards
@@ -87,7 +87,7 @@ test_shards.extract(Path(sys.argv[1]), count=200, load=stuck)
 
 
 def test_a_killed_process_leaves_whole_shards(tmp_path: Path):
-    script = KILLED.format(tests=str(Path(__file__).parent))
+    script = KILLED.format(path=[str(Path(__file__).parent), *sys.path])
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
     wait_until((tmp_path / "00001.npy").exists, process)
     process.send_signal(signal.SIGKILL)

@@ -34,7 +34,7 @@ BLOCKS = {"unrolled": (1, 1, 1, 1), "scanned": (1, 1, 4, 1)}
 _BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 
 
-@pytest.fixture(params=BLOCKS)
+@pytest.fixture(params=[pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
 def compiled(request, monkeypatch):
     """The step on eight devices, and its state's shapes; the stack is a shallow variant of r100."""
     kind = request.param
