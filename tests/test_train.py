@@ -1,61 +1,24 @@
 """Training through the real command: what it writes, how it stops, resumes, and refuses."""
 
-import importlib.util
 import json
 import pickle
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from commands import HANG, ROOT, result, run_process, script, wait_until
 
 from arcface_jax.convert import parity, torch_iresnet
 from arcface_jax.data import opening
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.synthetic import faces
 from arcface_jax.training import saved_runs
-
-ROOT = Path(__file__).parents[1]
-
-# A run of nine steps in three epochs, on the smallest set that exercises everything.
-RECIPE = """
-from arcface_jax import config as c
-
-
-def get_config():
-    return c.Config(
-        data=c.DataConfig(
-            path="synthetic",
-            global_batch_size=8,
-            synthetic=c.SyntheticConfig(
-                identities=5, images_per_identity=5, pairs=20, pair_identities=4
-            ),
-        ),
-        model=c.ModelConfig(
-            network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8
-        ),
-        head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
-        schedule=c.ScheduleConfig(epochs=3),
-        evaluation=c.EvaluationConfig(targets=("synthetic",), batch_size=24, baselines=True),
-        logging=c.LoggingConfig(every_steps=1),
-    )
-"""
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads its source
-    spec.loader.exec_module(module)
-    return module
 
 
 def metrics(workdir: Path) -> list[dict]:
@@ -68,10 +31,9 @@ def losses(workdir: Path) -> dict[int, tuple[float, ...]]:
     return {line["step"]: tuple(line[name] for name in names) for line in lines}
 
 
-def result(text: str) -> dict:
-    last = text.strip().splitlines()[-1]
-    assert last.startswith("RESULT ")
-    return json.loads(last.removeprefix("RESULT "))
+def reached(workdir: Path, step: int) -> bool:
+    """Whether a run that may not have begun has logged a step."""
+    return (workdir / "metrics.jsonl").exists() and max(losses(workdir), default=0) >= step
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -79,10 +41,8 @@ def files_under(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.py"
-    path.write_text(RECIPE)
-    return path
+def recipe(tiny_recipe) -> Path:
+    return tiny_recipe
 
 
 def arguments(recipe: Path, workdir: Path, *more: str) -> list[str]:
@@ -93,10 +53,7 @@ def arguments(recipe: Path, workdir: Path, *more: str) -> list[str]:
 def finished(recipe, tmp_path_factory) -> tuple[Path, dict]:
     """A run that never stopped, in a process of its own, and its RESULT."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    done = subprocess.run(
-        [sys.executable, "scripts/train.py", *arguments(recipe, workdir)],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
-    )
+    done = run_process(["scripts/train.py", *arguments(recipe, workdir)])
     assert done.returncode == 0, done.stderr
     return workdir, result(done.stdout)
 
@@ -127,20 +84,19 @@ def test_metrics_have_the_documented_names(finished):
 def test_a_stopped_run_resumes_bit_for_bit(finished, recipe, tmp_path):
     """SIGTERM in the middle of an epoch, then the same command again."""
     workdir = tmp_path / "run"
-    command = [sys.executable, "scripts/train.py", *arguments(recipe, workdir)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < 4:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    command = ["scripts/train.py", *arguments(recipe, workdir)]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    wait_until(lambda: reached(workdir, 4), process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 128 + signal.SIGTERM, stderr
     stopped = max(losses(workdir))
     assert stopped < 9, "it ended before the signal came; make the run longer"
     assert f"stopped by SIGTERM at step {stopped}" in stderr
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = run_process(command)
     assert done.returncode == 0, done.stderr
     assert f"resuming at step {stopped} of 9" in done.stderr
     assert losses(workdir) == losses(finished[0])
@@ -282,13 +238,18 @@ def test_labels_outside_the_classes_stop_the_run_in_words(recipe, tmp_path, caps
     assert saved_runs.restore_backbone(tmp_path / "run")[3] == 1  # the first log step
 
 
+PARTIAL = ["--head.sample-rate", "0.5", "--optimizer.kind", "adamw"]
+CURRICULAR = ["--head.loss", "curricularface", "--head.subcenters", "2"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        ["--head.sample-rate", "0.5", "--optimizer.kind", "adamw"],
-        ["--head.loss", "curricularface", "--head.subcenters", "2"],
+        [*PARTIAL, *CURRICULAR],
+        pytest.param(PARTIAL, marks=pytest.mark.slow),
+        pytest.param(CURRICULAR, marks=pytest.mark.slow),
     ],
-    ids=["partial-fc-adamw", "curricularface-subcenters"],
+    ids=["both", "partial-fc-adamw", "curricularface-subcenters"],
 )
 def test_every_part_of_the_heads_state_is_resumed(recipe, tmp_path, capsys, options):
     """Trained in one go, and from a checkpoint in the middle: the same to the last bit."""

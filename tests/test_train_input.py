@@ -5,17 +5,21 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
 import psutil
 import pytest
-from test_train import ROOT, arguments, losses, metrics, recipe, script
+from commands import HANG, ROOT, run_process, script, wait_until
+from test_train import arguments, losses, metrics, reached, recipe
 
 from arcface_jax.data import opening
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.runtime.metrics import Clock
 
 __all__ = ["recipe"]  # a fixture
 
@@ -47,8 +51,7 @@ def damage(folder: Path, *keys: int) -> None:
 
 def run(*options: str) -> None:
     """In a process of its own: this one has eight devices, and XLA sums in another order."""
-    command = [sys.executable, "scripts/train.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = run_process(["scripts/train.py", *options])
     assert done.returncode == 0, done.stderr
 
 
@@ -90,16 +93,13 @@ def test_a_run_stopped_with_workers_goes_on_without_them_to_the_bit(recipe, face
         [*command, "--data.workers", "2"],
         **{"cwd": ROOT, "stderr": subprocess.PIPE, "text": True, "start_new_session": True},
     ) as process:
-        deadline = time.monotonic() + 240
-        while not (parts / "metrics.jsonl").exists() or max(losses(parts), default=0) < 5:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: reached(parts, 5), process)
         workers = psutil.Process(process.pid).children(recursive=True)
         assert len(workers) >= 2
         os.killpg(process.pid, signal.SIGTERM)  # as a cluster does: to the workers too
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 128 + signal.SIGTERM, stderr
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert psutil.wait_procs(workers, timeout=HANG)[1] == []
     stopped = max(losses(parts))
     assert stopped < 21, "it ended before the signal came; make the run longer"
 
@@ -113,22 +113,33 @@ def test_workers_do_not_outlive_a_run_that_is_killed(recipe, tmp_path):
     options = arguments(recipe, workdir, *PLAIN, "--data.workers", "1")
     command = [sys.executable, "scripts/train.py", *options, "--schedule.epochs", "10000"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 240
-        while not (workdir / "metrics.jsonl").exists() or max(losses(workdir), default=0) < 1:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: reached(workdir, 1), process)
         workers = psutil.Process(process.pid).children(recursive=True)
         assert workers
         process.kill()
         process.wait()
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    assert psutil.wait_procs(workers, timeout=HANG)[1] == []
 
 
 def test_a_slow_source_is_named_as_the_limit(recipe, tmp_path, capsys, monkeypatch):
+    """Images are read only while the run waits for them, and only reading takes time."""
+    now, waits, waiting = [0.0], threading.Event(), Clock.waiting
+
+    @contextmanager
+    def noted(clock: Clock):
+        waits.set()
+        with waiting(clock):
+            yield
+        waits.clear()
+
     class Slow(opening.SyntheticSource):
         def __getitem__(self, index: int):
-            time.sleep(0.05)
+            assert waits.wait(HANG)
+            now[0] += 0.05
             return super().__getitem__(index)
+
+    monkeypatch.setattr(Clock, "waiting", noted)
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def open_source(*_, **__):
         return Slow(seed=0, identities=5, images_per_identity=5)

@@ -34,8 +34,8 @@ _MOST_THREADS = 8
 class BadImage(NamedTuple):
     """An image that could not be read."""
 
-    index: int
-    """Its number in the training set."""
+    number: int
+    """Its place in the training set."""
     where: str
     """The file, and the place in it."""
     problem: str
@@ -207,13 +207,15 @@ class BadImages:
         Raises:
           DataError: more than the allowed share of the training set is damaged.
         """
-        unknown = {image.index: image for image in bad if image.index not in self._known}
+        unknown = {image.number: image for image in bad if image.number not in self._known}
         new = list(unknown.values())
         if not new:
             return new
         with self._path.open("a") as file:
             for image in new:
-                file.write(json.dumps({"step": step, **image._asdict()}) + "\n")
+                line = {"step": step, "index": image.number}
+                line |= {"where": image.where, "problem": image.problem}
+                file.write(json.dumps(line) + "\n")
         self._known.update(unknown)
         if len(self._known) > self._max_share * self._num_images:
             last = new[-1]

@@ -107,15 +107,15 @@ class Features(NamedTuple):
     """Embeddings of n images on disk."""
 
     store: Store
-    count: int
+    num_images: int
 
     def read(self, *, flip: bool) -> np.ndarray:
         """(n, D) float32: f(image), or f(image) + f(flipped image)."""
         out: np.ndarray | None = None
-        for number, start in enumerate(range(0, self.count, ROWS)):
+        for number, start in enumerate(range(0, self.num_images, ROWS)):
             shard = np.load(self.store.path(number), mmap_mode="r")
             if out is None:
-                out = np.empty((self.count, shard.shape[2]), np.float32)
+                out = np.empty((self.num_images, shard.shape[2]), np.float32)
             out[start : start + len(shard)] = shard[:, int(flip)]
         if out is None:
             raise DataError(f"{self.store.folder}: no images were embedded")

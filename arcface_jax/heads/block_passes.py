@@ -94,7 +94,7 @@ def sum_over_others(
         jnp.full(batch, lowest, jnp.float32) if shifted else 0.0,
         jnp.full(batch, -jnp.inf, jnp.float32),
     )
-    return lax.fori_loop(0, visit.walk.count, add, start)
+    return lax.fori_loop(0, visit.walk.num_blocks, add, start)
 
 
 def gradients(
@@ -153,7 +153,7 @@ def gradients(
         return d_x, moments
 
     start = jnp.zeros(visit.x.shape, jnp.float32), moments
-    d_x, moments = lax.fori_loop(0, visit.walk.count, add, start)
+    d_x, moments = lax.fori_loop(0, visit.walk.num_blocks, add, start)
     return factor * d_x, moments
 
 
@@ -167,7 +167,7 @@ def move(
         block = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
         return visit.walk.write(rows, index, rule.move(old, block, learning_rate, step))
 
-    return lax.fori_loop(0, visit.walk.count, add, visit.rows)
+    return lax.fori_loop(0, visit.walk.num_blocks, add, visit.rows)
 
 
 def normalize(rows: jax.Array) -> tuple[jax.Array, jax.Array]:

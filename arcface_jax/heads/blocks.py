@@ -20,7 +20,7 @@ class Walk(Protocol):
         ...
 
     @property
-    def count(self) -> int:
+    def num_blocks(self) -> int:
         """Blocks."""
         ...
 
@@ -61,7 +61,7 @@ class EveryClass(NamedTuple):
         return min(self.block_size, self.classes)
 
     @property
-    def count(self) -> int:
+    def num_blocks(self) -> int:
         """See `Walk`."""
         return -(-self.classes // self.size)
 
@@ -105,7 +105,7 @@ class ListedClasses(NamedTuple):
         return min(self.block_size, len(self.listed))
 
     @property
-    def count(self) -> int:
+    def num_blocks(self) -> int:
         """See `Walk`."""
         return -(-len(self.listed) // self.size)
 

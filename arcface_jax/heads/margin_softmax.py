@@ -160,7 +160,7 @@ def _on_one_device(
         centers,
         loss,
         update=update,
-        factor=head.scale / batch.count,
+        factor=head.scale / batch.num_valid,
         rule=rule,
         learning_rate=learning_rate,
         step=step,
@@ -190,7 +190,7 @@ def _gather(unit, norm, labels, *, num_classes: int, head: HeadConfig, margin: M
         norms=norms,
         labels=labels,
         valid=valid,
-        count=jnp.maximum(jnp.sum(valid), 1),
+        num_valid=jnp.maximum(jnp.sum(valid), 1),
     )
 
 

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     """(B,) int32."""
     valid: jax.Array
     """(B,) bool, which labels are classes."""
-    count: jax.Array
+    num_valid: jax.Array
     """() int32, how many are, at least 1."""
 
 
@@ -46,7 +46,7 @@ class Loss(NamedTuple):
     log_sum: jax.Array
     """(B,) float32 log-sum-exp of all logits; inf for samples without a class."""
     d_target: jax.Array
-    """(B,) float32 gradient of the target cosines, times count / scale."""
+    """(B,) float32 gradient of the target cosines, times num_valid / scale."""
     d_norms: jax.Array
     """(B,) float32 gradient of the lengths."""
 
@@ -64,8 +64,8 @@ def evaluate(softmax: Softmax, batch: Batch, margin: Margin, *, scale: float) ->
     losses = jax.nn.softplus(excess)
     d_target, d_norms = pull(jnp.where(batch.valid, -jax.nn.sigmoid(excess), 0))
     log_sum = jnp.where(batch.valid, scale * value + losses, jnp.inf)
-    weight = batch.valid / batch.count
-    d_norms *= scale / batch.count
+    weight = batch.valid / batch.num_valid
+    d_norms *= scale / batch.num_valid
     if margin.extra_loss is not None:
         extra, pull = jax.vjp(margin.extra_loss, batch.norms)
         losses += extra
@@ -77,7 +77,7 @@ def metrics(softmax: Softmax, loss: Loss, batch: Batch) -> dict[str, jax.Array]:
     """What a trainer wants to see, () each; see `margin_softmax.HeadOutput`."""
 
     def mean(values):
-        return jnp.sum(jnp.where(batch.valid, values, 0)) / batch.count
+        return jnp.sum(jnp.where(batch.valid, values, 0)) / batch.num_valid
 
     # Where no other class took part there is no hardest.
     hardest = jnp.maximum(softmax.hardest, -1)

@@ -1,6 +1,5 @@
 """The benchmark runs as a user would start it, and its methods compute the same thing."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import script
 
 from arcface_jax.errors import ConfigError
 from arcface_jax.machine import timing
@@ -15,16 +15,9 @@ from arcface_jax.runtime import devices as meshes
 from benchmarks import head
 from benchmarks.head import Case
 
-ROOT = Path(__file__).parents[2]
-
 
 def benchmark(*options: str) -> None:
-    path = ROOT / "scripts" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("script_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.app.cli(args=[*options])
+    script("benchmark").app.cli(args=[*options])
 
 
 def test_it_writes_a_table_a_file_and_a_plot(tmp_path, capsys):

@@ -69,7 +69,7 @@ def test_peaks_go_by_the_devices_name(kind, dtype, expected):
 def test_the_host_overhead_is_reported(tmp_path, capsys):
     benchmark(*TINY, "--host-overhead", "--output", str(tmp_path))
     found = outcome(capsys)["host_overhead"]
-    assert found["arrays"] > 100 and 0 < found["call_seconds"] < 0.1
+    assert found["arrays"] > 100 and found["call_seconds"] > 0
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """A released backbone as a workdir: read by everything, resumed by nothing, checked first."""
 
-import importlib.util
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import result, script
 
 from arcface_jax import config as configs
 from arcface_jax.commands import imports
@@ -16,8 +14,6 @@ from arcface_jax.errors import CheckpointError, UserError
 from arcface_jax.models import registry
 from arcface_jax.training import checkpoint
 from arcface_jax.training.network import Network
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +75,9 @@ def test_training_refuses_to_resume_it(imported):
 
 
 def test_evaluation_reads_it(imported, pairs_file, capsys):
-    spec = importlib.util.spec_from_file_location("evaluate", ROOT / "scripts" / "evaluate.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = script  # its dataclass looks itself up there
-    spec.loader.exec_module(script)
     argv = ["--checkpoint", str(imported), "--targets", str(pairs_file), "--batch-size", "16"]
-    script.main(argv)
-    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
-    assert 0 <= result["eval/few/accuracy"] <= 1
+    script("evaluate").main(argv)
+    assert 0 <= result(capsys.readouterr().out)["eval/few/accuracy"] <= 1
 
 
 def test_what_exists_stays(state, tmp_path):

@@ -186,13 +186,13 @@ def test_another_image_stands_in_for_a_damaged_one(threads: int):
     parts = steps_of(damaged, global_batch_size=40, stop=12, threads=threads)
     seen = np.array([part.labels for part in parts])
     numbers = [(step, image) for step, part in enumerate(parts) for image in part.bad]
-    assert sorted(image.index for _, image in numbers) == sorted(bad * 2)  # in two epochs each
+    assert sorted(image.number for _, image in numbers) == sorted(bad * 2)  # in two epochs each
     for step, image in numbers:
-        (place,) = np.flatnonzero(whole[step] == image.index)
+        (place,) = np.flatnonzero(whole[step] == image.number)
         shown = int(parts[step].images[place, 5, 5, 0])
-        assert shown != image.index and shown not in whole[step]
+        assert shown != image.number and shown not in whole[step]
         assert seen[step, place] == shown % 7
-        assert (image.where, image.problem) == (f"train.rec, record {image.index}", "damaged")
+        assert (image.where, image.problem) == (f"train.rec, record {image.number}", "damaged")
         others = np.delete(np.arange(40), place)
         np.testing.assert_array_equal(seen[step, others], (whole[step] % 7)[others])
 

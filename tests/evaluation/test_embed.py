@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import HANG
 
 from arcface_jax.evaluation import embed
 from arcface_jax.runtime import devices as meshes
@@ -69,7 +70,7 @@ def test_every_host_embeds_its_part_and_has_all_embeddings(tmp_path: Path):
         )
         for number in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=HANG)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     x = np.random.default_rng(0).integers(0, 256, (41, 12, 10, 3), np.uint8).astype(float)
     expected = np.stack([x[:, 0].sum((1, 2)), x.sum((1, 2, 3))], axis=1)

@@ -4,12 +4,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from commands import wait_until
 
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import embed as embeds
@@ -91,30 +91,28 @@ def test_shards_without_settings_are_refused(tmp_path: Path):
 
 
 KILLED = """
-import sys, time
-sys.path.insert(0, {tests!r})
+import sys, threading
+sys.path[:0] = {path!r}
 from pathlib import Path
 from arcface_jax.evaluation import shards
 import test_shards
 shards.ROWS = 8
-def slow(number):
-    time.sleep(0.02)
+def stuck(number):
+    if number >= 24:  # in the fourth shard
+        threading.Event().wait()
     return test_shards.load(number)
-test_shards.extract(Path(sys.argv[1]), count=200, load=slow)
+test_shards.extract(Path(sys.argv[1]), count=200, load=stuck)
 """
 
 
 def test_a_killed_process_leaves_whole_shards(tmp_path: Path):
-    script = KILLED.format(tests=str(Path(__file__).parent))
+    script = KILLED.format(path=[str(Path(__file__).parent), *sys.path])
     process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)])
-    for _ in range(600):
-        if (tmp_path / "00001.npy").exists():
-            break
-        time.sleep(0.05)
+    wait_until((tmp_path / "00001.npy").exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = len(list(tmp_path.glob("*.npy")))
-    assert 2 <= done < 25
+    assert 2 <= done <= 3
     again = []
     found = extract(tmp_path, count=200, load=lambda i: again.append(i) or load(i))
     assert sorted(again) == list(range(8 * done, 200))

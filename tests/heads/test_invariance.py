@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import HANG
 from dense import error
 from several_steps import STEPS, Trace, run_steps
 
@@ -25,8 +26,15 @@ def assert_same(ours: Trace, theirs: Trace) -> None:
     assert error(ours.centers, ours.centers_after_one) > 0.1  # they did move
 
 
-@pytest.mark.parametrize("num_classes", [5, 1001])
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("num_classes", "optimizer"),
+    [
+        (1001, "sgd"),
+        (5, "adamw"),
+        pytest.param(5, "sgd", marks=pytest.mark.slow),
+        pytest.param(1001, "adamw", marks=pytest.mark.slow),
+    ],
+)
 def test_devices_and_block_sizes_change_nothing(num_classes, optimizer):
     reference = run_steps(num_classes, devices=1, block_size=4096, optimizer=optimizer)
     assert reference.losses[-1] < reference.losses[0]
@@ -52,7 +60,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
         )
         for number in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=HANG)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
     one = run_steps(1001, devices=8, block_size=64, optimizer="sgd")
     for number in range(2):

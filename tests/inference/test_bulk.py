@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from commands import wait_until
 
 from arcface_jax.data.faces import TEMPLATE
 from arcface_jax.errors import UserError
@@ -18,25 +18,28 @@ from arcface_jax.inference.embedder import Embedder
 
 COUNT = 45
 
-# A real model of its own, that computes in no time what a plain line below computes too; slow on
-# demand, so that the process is killed in the middle.
+# A real model of its own, that computes in no time what a plain line below computes too; it
+# stops after some batches on demand, so that the process is killed in the middle.
 MODEL = """
-import sys, time
+import sys, threading
 from pathlib import Path
 import numpy as np
 from arcface_jax.inference.embedder import Embedder
 
 class Model:
-    def __init__(self, seconds):
-        self.seconds = seconds
+    def __init__(self, batches=None):
+        self.batches = batches
     def __call__(self, images):
-        time.sleep(self.seconds)
+        if self.batches == 0:
+            threading.Event().wait()  # for ever
+        if self.batches is not None:
+            self.batches -= 1
         return images.reshape(len(images), 16, -1).mean(2).astype(np.float32)
     def digest(self):
         return "blocks"
 
 if __name__ == "__main__":
-    embedder = Embedder(Model(0.1), batch_size=4)
+    embedder = Embedder(Model(8), batch_size=4)
     embedder.embed_folder(Path(sys.argv[1]), Path(sys.argv[2]), shard_size=10)
 """
 _space: dict = {"__name__": "model"}
@@ -82,18 +85,14 @@ def test_a_killed_run_goes_on(folder, expected, tmp_path):
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "model.py"), str(folder), str(output)], env=environment
     )
-    deadline = time.monotonic() + 60
-    while len(bulk.shards(output)) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    time.sleep(0.15)  # into the third shard
+    wait_until(lambda: len(bulk.shards(output)) >= 2, process)
     process.kill()
     process.wait()
     done = {path: path.stat().st_mtime_ns for path in bulk.shards(output)}
     assert 2 <= len(done) < 5
     (output / "embeddings-00002.part").write_bytes(b"half a shard")
 
-    summary = Embedder(Model(0), batch_size=4).embed_folder(folder, output, shard_size=10)
+    summary = Embedder(Model(), batch_size=4).embed_folder(folder, output, shard_size=10)
     assert (summary.embedded, summary.shards, summary.kept) == (COUNT, 5, len(done))
     assert set(summary.skipped) == {"more/07b.jpg", "08b.png"}
     assert all(path.stat().st_mtime_ns == then for path, then in done.items())
@@ -104,14 +103,14 @@ def test_a_killed_run_goes_on(folder, expected, tmp_path):
 
 
 def test_other_settings_or_images_are_refused(folder, expected, tmp_path):
-    embedder = Embedder(Model(0), batch_size=32)
+    embedder = Embedder(Model(), batch_size=32)
     output = tmp_path / "out"
     assert embedder.embed_folder(folder, output).shards == 1
     check(output, expected)
     with pytest.raises(UserError, match="shard_size was 10000 and is 5"):
         embedder.embed_folder(folder, output, shard_size=5)
     with pytest.raises(UserError, match="flip was False and is True"):
-        Embedder(Model(0), flip=True).embed_folder(folder, output)
+        Embedder(Model(), flip=True).embed_folder(folder, output)
     (folder / "new.png").write_bytes((folder / "00.png").read_bytes())
     try:
         with pytest.raises(UserError, match="images was 47 and is 48"):
@@ -125,9 +124,7 @@ def test_other_settings_or_images_are_refused(folder, expected, tmp_path):
 
 def test_a_shard_without_any_image_has_no_rows(folder, tmp_path):
     points = {"00.png": TEMPLATE + 3}
-    summary = Embedder(Model(0)).embed_folder(
-        folder, tmp_path / "out", shard_size=40, points=points
-    )
+    summary = Embedder(Model()).embed_folder(folder, tmp_path / "out", shard_size=40, points=points)
     assert (summary.embedded, summary.shards, len(summary.skipped)) == (1, 2, COUNT + 1)
     assert summary.skipped["more/01.png"] == "its five points are not in the list"
     ids, embeddings = bulk.read(tmp_path / "out")

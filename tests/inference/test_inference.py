@@ -1,15 +1,14 @@
 """The commands inference.py and calibrate.py on torch weights, beside the torch network."""
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from commands import script
 
 from arcface_jax.convert import parity, torch_iresnet, weights
 from arcface_jax.data.synthetic import faces
@@ -17,16 +16,7 @@ from arcface_jax.evaluation import verification
 from arcface_jax.inference import bulk
 from arcface_jax.models import registry
 
-ROOT = Path(__file__).parents[2]
 FACES = np.stack([faces.draw_face(seed=3, identity=i, index=0) for i in range(3)])
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

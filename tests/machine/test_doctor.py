@@ -1,19 +1,15 @@
 """scripts/doctor.py on eight CPU devices, and what it would find on a machine with faults."""
 
-import importlib.util
-import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import pytest
+from commands import result, script
 
 from arcface_jax.machine import collectives, doctor
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import manifest
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 from arcface_jax import config as c
 
@@ -27,23 +23,12 @@ def get_config():
 """
 
 
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro reads its source
-    spec.loader.exec_module(module)
-    return module
-
-
 def examine(folder: Path, capsys, *more: str) -> tuple[int, dict, str]:
     """Exit code, RESULT, and the table of scripts/doctor.py with the recipe above."""
     (folder / "tiny.py").write_text(RECIPE)
     code = script("doctor").main([str(folder / "tiny.py"), "--devices", "8", *more])
     out = capsys.readouterr().out
-    last = out.splitlines()[-1]
-    assert last.startswith("RESULT ")
-    return code, json.loads(last.removeprefix("RESULT ")), out
+    return code, result(out), out
 
 
 def test_a_sound_machine_gets_its_bottleneck_named(tmp_path, capsys):

@@ -1,19 +1,15 @@
 """The plan of a run: bytes as they come to be, what would fit, and nothing allocated for it."""
 
 import contextlib
-import importlib.util
 import io
-import json
 import resource
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 import torch
+from commands import result, script
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config, HeadConfig, OptimizerConfig
@@ -24,7 +20,6 @@ from arcface_jax.machine import plan
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import manifest, step, validation
 
-ROOT = Path(__file__).parents[2]
 DEVICES, BATCH, D = 8, 64, 512
 CLASSES = 10_000_000
 MEMORY = 5.2
@@ -60,15 +55,6 @@ def head_flops(rate: float, *, num_classes: int, num_devices: int) -> float:
     )
 
 
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("script_plan", ROOT / "scripts" / "plan.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro looks the options' docstrings up there
-    spec.loader.exec_module(module)
-    return module
-
-
 class Run(NamedTuple):
     """What a call of the command came to."""
 
@@ -81,12 +67,9 @@ class Run(NamedTuple):
 def run(*arguments: str) -> Run:
     before, printed = largest_size(), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        script().main(list(arguments))
+        script("plan").main(list(arguments))
     text = printed.getvalue()
-    last = text.strip().splitlines()[-1]
-    assert last.startswith("RESULT ")
-    outcome = json.loads(last.removeprefix("RESULT "))
-    return Run(text, outcome, largest_size() - before)
+    return Run(text, result(text), largest_size() - before)
 
 
 def largest_size() -> int:
@@ -268,7 +251,7 @@ def test_the_class_count_comes_from_the_option_or_the_data():
 )
 def test_bad_options_are_one_message_and_code_2(recipe, capsys, options, named):
     with pytest.raises(SystemExit) as stop:
-        script().main([recipe, *options])
+        script("plan").main([recipe, *options])
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert all(word in message for word in named), message
@@ -278,14 +261,14 @@ def test_bad_options_are_one_message_and_code_2(recipe, capsys, options, named):
 def test_a_recipe_without_devices_asks_for_them(tmp_path, capsys):
     (tmp_path / "plain.py").write_text(RECIPE.replace("devices=8,", ""))
     with pytest.raises(SystemExit) as stop:
-        script().main([str(tmp_path / "plain.py"), "--num-classes", "9"])
+        script("plan").main([str(tmp_path / "plain.py"), "--num-classes", "9"])
     assert stop.value.code == 2
     assert "--devices 8" in capsys.readouterr().err
 
 
 def test_help_tells_the_default_memory(capsys):
     with pytest.raises(SystemExit) as stop:
-        script().main(["--help"])
+        script("plan").main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert "--memory" in said and "80" in said and "H100" in said

@@ -83,7 +83,10 @@ def test_any_embedding_size(size):
     assert (shape.shape, shape.dtype) == ((2, size), jnp.float32)
 
 
-@pytest.mark.parametrize("network", ["r_tiny", "r18", "r50"])
+@pytest.mark.parametrize(
+    "network",
+    ["r_tiny", *(pytest.param(name, marks=pytest.mark.slow) for name in ("r18", "r50"))],
+)
 def test_embeddings_and_one_sgd_step_equal_torch(network):
     """A training pass with its gradients and update, then embeddings with the statistics it set."""
     images, target = faces(8), np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)

@@ -13,17 +13,18 @@ from arcface_jax.training import saved_runs
 
 
 def config(workdir: Path) -> c.Config:
+    """As `commands.TINY_RECIPE` trains, so that the step is in the cache."""
     return c.Config(
         workdir=str(workdir),
         devices=1,
         data=c.DataConfig(
             path="synthetic",
             global_batch_size=8,
-            synthetic=c.SyntheticConfig(identities=4, images_per_identity=4),
+            synthetic=c.SyntheticConfig(identities=5, images_per_identity=5),
         ),
         model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
-        schedule=c.ScheduleConfig(epochs=2),
+        schedule=c.ScheduleConfig(epochs=3),
         evaluation=c.EvaluationConfig(batch_size=8, every_epochs=0),
         logging=c.LoggingConfig(every_steps=1, tensorboard=False),
     )
@@ -31,7 +32,7 @@ def config(workdir: Path) -> c.Config:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run with checkpoints of steps 2 and 4."""
+    """A run with checkpoints of steps 6 and 9."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train.train(config(workdir))
     return workdir
@@ -57,31 +58,31 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_each_finished_checkpoint_has_checksums(finished):
-    assert sorted(p.name for p in (finished / "checksums").iterdir()) == ["2.json", "4.json"]
+    assert sorted(p.name for p in (finished / "checksums").iterdir()) == ["6.json", "9.json"]
     assert checksums.set_aside_damaged(finished / "checkpoints") == []
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 def test_the_last_whole_one_is_taken_and_the_run_ends_as_it_would(run, capsys, damage):
     weights = saved_runs.restore_backbone(run)[1]
-    target = largest(run / "checkpoints" / "4")
+    target = largest(run / "checkpoints" / "9")
     if damage == "flipped":
         flip(target)
     elif damage == "cut":
         target.write_bytes(target.read_bytes()[: target.stat().st_size // 2])
     else:
         target.unlink()
-    assert train.train(config(run)).step == 4
+    assert train.train(config(run)).step == 9
     said = capsys.readouterr().err
-    assert "checkpoint 4 is corrupt" in said and target.name in said
-    assert "resuming at step 2" in said
-    assert (run / "damaged" / "4").is_dir()
+    assert "checkpoint 9 is corrupt" in said and target.name in said
+    assert "resuming at step 6" in said
+    assert (run / "damaged" / "9").is_dir()
     again = saved_runs.restore_backbone(run)[1]
     assert all((weights[name] == again[name]).all() for name in weights)
 
 
 def test_where_none_is_whole_nothing_is_touched(run):
-    for step in ("2", "4"):
+    for step in ("6", "9"):
         flip(largest(run / "checkpoints" / step))
     before = files(run / "checkpoints")
     with pytest.raises(CheckpointError, match="start a new run in another --workdir"):
@@ -90,12 +91,12 @@ def test_where_none_is_whole_nothing_is_touched(run):
 
 
 def test_what_inference_reads_of_a_damaged_one_is_refused_by_name(run):
-    damaged = largest(run / "checkpoints" / "4" / "backbone")
+    damaged = largest(run / "checkpoints" / "9" / "backbone")
     before = damaged.read_bytes()
     flip(damaged)
-    with pytest.raises(CheckpointError, match=rf"checkpoints/4 is corrupt .*{damaged.name}"):
+    with pytest.raises(CheckpointError, match=rf"checkpoints/9 is corrupt .*{damaged.name}"):
         saved_runs.restore_backbone(run)
-    assert saved_runs.restore_backbone(run, 2)[3] == 2
+    assert saved_runs.restore_backbone(run, 6)[3] == 6
     damaged.write_bytes(before)
-    flip(largest(run / "checkpoints" / "4" / "training"))  # of no interest to inference
-    assert saved_runs.restore_backbone(run)[3] == 4
+    flip(largest(run / "checkpoints" / "9" / "training"))  # of no interest to inference
+    assert saved_runs.restore_backbone(run)[3] == 9

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import HANG, ROOT, run_process
 
-ROOT = Path(__file__).parents[2]
 # Four steps an epoch; a checkpoint has about 7.5 MiB.
 RECIPE = """
 from arcface_jax import config as c
@@ -64,7 +64,7 @@ def mounted(folder: Path, script: str, *, runs: int) -> list[tuple[int, str]]:
     """
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-ec", begin + script],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 500},
+        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": HANG},
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
@@ -195,9 +195,7 @@ def test_a_read_only_workdir_is_one_message_and_stays_as_it_is(disk):
 def test_a_workdir_that_cannot_be_made_is_one_message(tmp_path):
     """Below /proc nobody can make a folder, root neither."""
     (tmp_path / "recipe.py").write_text(RECIPE)
-    done = subprocess.run(
-        [sys.executable, "scripts/train.py", str(tmp_path / "recipe.py"), "--workdir", "/proc/run"],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
-    )
+    command = ["scripts/train.py", str(tmp_path / "recipe.py"), "--workdir", "/proc/run"]
+    done = run_process(command)
     message = one_message(done.returncode, done.stderr)
     assert "cannot write to --workdir /proc/run" in message and "another --workdir" in message

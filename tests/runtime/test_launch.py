@@ -6,16 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from commands import HANG, ROOT, wait_until
 
 from arcface_jax.config import DistributedConfig
 from arcface_jax.errors import ConfigError
 from arcface_jax.runtime import launch
 
-ROOT = Path(__file__).parents[2]
 # Calm enough that another order of sums stays a rounding error for ten steps.
 RECIPE = """
 from arcface_jax import config as c
@@ -67,7 +66,7 @@ def start(workdir: Path, *more: str, processes: int, devices: int) -> list[subpr
 def finish(processes: list[subprocess.Popen], *, code: int = 0) -> list[str]:
     """Their outputs, when all have ended as they should."""
     try:
-        texts = [process.communicate(timeout=400) for process in processes]
+        texts = [process.communicate(timeout=HANG) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -108,10 +107,8 @@ def stop(
     processes: list[subprocess.Popen], workdir: Path, *, behind: int, signals: tuple[int, ...]
 ) -> int:
     """SIGTERM to some of them, once the run is behind a step; how many steps it did in all."""
-    deadline = time.monotonic() + 300
-    while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) <= behind:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    history = workdir / "metrics.jsonl"
+    wait_until(lambda: history.exists() and len(losses(workdir)) > behind, processes[0])
     for number in signals:
         processes[number].send_signal(signal.SIGTERM)
     finish(processes, code=85)

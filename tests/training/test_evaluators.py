@@ -103,6 +103,7 @@ def test_a_metric_that_is_not_measured_is_refused_with_those_that_are(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # quick: the words and when they are said, in evaluation/test_collapse.py
 def test_running_statistics_that_never_move_are_found_and_explained(
     sound: Path, tmp_path: Path, monkeypatch, capsys
 ):

@@ -2,16 +2,15 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from commands import run_process
 
 from arcface_jax.training import saved_runs
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 from arcface_jax import config as c
 
@@ -35,10 +34,7 @@ def get_config():
 
 def run(recipe: Path, workdir: Path, *more: str) -> subprocess.CompletedProcess[str]:
     words = [str(recipe), "--workdir", str(workdir), "--devices", "1", *more]
-    return subprocess.run(
-        [sys.executable, "scripts/train.py", *words],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
-    )
+    return run_process(["scripts/train.py", *words])
 
 
 @pytest.fixture(scope="module")

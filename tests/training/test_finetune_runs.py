@@ -10,7 +10,8 @@ import lfw_halves
 import numpy as np
 import pytest
 import torch
-from test_train import RECIPE, losses, metrics, result, script
+from commands import ROOT, result, script
+from test_train import losses, metrics
 
 from arcface_jax import config as configs
 from arcface_jax.convert import to_torch
@@ -32,10 +33,8 @@ def command(recipe: Path, workdir: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("recipe") / "tiny.py"
-    path.write_text(RECIPE)
-    return path
+def recipe(tiny_recipe) -> Path:
+    return tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +169,7 @@ def test_bad_options_are_refused_before_anything_is_written(
 def test_fine_tuning_beats_training_from_scratch_on_real_faces(tmp_path, capsys):
     """docs/finetuning.md: one half of the people, then the other half, which shares none."""
     first, second = lfw_halves.write(Path(os.environ["ARCFACE_JAX_LFW"]), tmp_path)
-    recipe = Path(__file__).parents[2] / "configs" / "lfw_tiny.py"
+    recipe = ROOT / "configs" / "lfw_tiny.py"
     options = ["--schedule.epochs", "3", "--evaluation.every-epochs", "0"]
     runs = {
         "a": [str(first)],

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import HANG, ROOT, run_process
 
 from arcface_jax.errors import ConfigError
 from arcface_jax.runtime import metrics
 from arcface_jax.runtime.metrics import MetricsFile
 from arcface_jax.training import diagnostics, saved_runs
 
-ROOT = Path(__file__).parents[2]
 RECIPE = """
 from arcface_jax import config as c
 
@@ -48,10 +48,7 @@ def run(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("writes")
     (folder / "tiny.py").write_text(RECIPE)
     words = [str(folder / "tiny.py"), "--devices", "1", "--workdir", str(folder / "run")]
-    done = subprocess.run(
-        [sys.executable, "scripts/train.py", *words],
-        **{"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300},
-    )
+    done = run_process(["scripts/train.py", *words])
     assert done.returncode == 0, done.stderr
     return folder / "run", done.stderr
 
@@ -122,9 +119,9 @@ def test_wandb_keeps_one_run_for_a_workdir(tmp_path):
         "f.write(1, {'train/loss': 0.5}); f.close()"
     )
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path)],
-            **{"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 120},
+        done = run_process(
+            ["-c", code, str(tmp_path)],
+            cwd=tmp_path,
             env=os.environ | {"WANDB_MODE": "offline", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert done.returncode == 0, done.stderr
@@ -172,7 +169,7 @@ def test_two_processes_agree_which_is_slower():
         )
         for number, own in enumerate(("80", "20"))
     ]
-    said = [json.loads(host.communicate(timeout=120)[0].splitlines()[-1]) for host in hosts]
+    said = [json.loads(host.communicate(timeout=HANG)[0].splitlines()[-1]) for host in hosts]
     assert said[0] == said[1]
     assert said[0][0] == {"perf/slowest_host_ms": 80.0, "perf/slowest_host": 0}
     assert "host 0/2" in said[0][1]

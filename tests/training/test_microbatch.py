@@ -87,11 +87,18 @@ def test_micro_batches_equal_the_whole_batch(batch, whole, devices, slices):
     assert count == compiled.as_text().count(" all-reduce(")  # not one for each slice
 
 
-def test_what_is_drawn_for_an_image_depends_on_neither_slices_nor_devices(batch, monkeypatch):
+@pytest.mark.parametrize(
+    "splits",
+    [[(1, 1), (2, 3)], pytest.param([(1, 1), (1, 3), (3, 1)], marks=pytest.mark.slow)],
+    ids=["both", "each"],
+)
+def test_what_is_drawn_for_an_image_depends_on_neither_slices_nor_devices(
+    batch, monkeypatch, splits
+):
     tiny = vit.Architecture(32, 3, 0.5, masked=True)
     monkeypatch.setitem(vit.ARCHITECTURES, "vit_t", tiny)
     outcomes = []
-    for devices, slices in ((1, 1), (1, 3), (2, 3), (3, 1)):
+    for devices, slices in splits:
         mesh = meshes.make(devices)
         network = registry.build("vit_t", embedding_size=8, bn_groups=6 // (devices * slices))
         params, batch_stats = network.init(0)

@@ -32,11 +32,25 @@ def batch() -> dict[str, np.ndarray]:
     return {"image": np.stack(faces), "label": labels}
 
 
+_steps = {}
+
+
+def traced(config: Config, devices: int):
+    """The train step, traced once for all tests that want the same."""
+    key = (repr(config), devices)
+    if key not in _steps:
+        mesh = meshes.make(devices)
+        _steps[key] = step.make_train_step(
+            config, num_classes=CLASSES, schedule=SCHEDULE, mesh=mesh
+        )
+    return _steps[key]
+
+
 def train(config: Config, batch: dict, *, devices: int, steps: int):
     """State as NumPy arrays without padding, losses, and the compiled step."""
     mesh = meshes.make(devices)
     state = step.init_state(config, num_classes=CLASSES, mesh=mesh)
-    run = step.make_train_step(config, num_classes=CLASSES, schedule=SCHEDULE, mesh=mesh)
+    run = traced(config, devices)
     losses = []
     for _ in range(steps):
         state, metrics = run(state, meshes.to_devices(batch, mesh))
@@ -49,7 +63,7 @@ def on_one_device(batch):
     return train(CONFIG, batch, devices=1, steps=2)
 
 
-@pytest.mark.parametrize("devices", [3, 8])
+@pytest.mark.parametrize("devices", [pytest.param(3, marks=pytest.mark.slow), 8])
 def test_any_number_of_devices_takes_the_same_steps(batch, on_one_device, devices):
     expected, expected_losses, *_ = on_one_device
     state, losses, *_ = train(CONFIG, batch, devices=devices, steps=2)
@@ -103,7 +117,7 @@ def test_gradients_are_reduced_in_few_all_reduces(batch):
     """BatchNorm groups stay on their devices; reduced statistics would add some for each layer."""
     mesh = meshes.make(8)
     state = step.init_state(CONFIG, num_classes=CLASSES, mesh=mesh)
-    run = step.make_train_step(CONFIG, num_classes=CLASSES, schedule=SCHEDULE, mesh=mesh)
+    run = traced(CONFIG, 8)
     text = run.lower(state, meshes.to_devices(batch, mesh)).compile().as_text()
     assert text.count(" all-reduce(") <= 5
     assert text.count(" all-gather(") <= 2  # embeddings and labels

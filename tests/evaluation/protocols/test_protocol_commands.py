@@ -1,6 +1,5 @@
 """The commands from arguments to RESULT line, with a network that the torch twin checks."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -8,28 +7,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
 import plain_ijb
 import pytest
 import torch
+from commands import HANG, ROOT, result, script
 from sklearn.metrics import roc_auc_score
 
 from arcface_jax.convert import twins
 from arcface_jax.data import opening
-
-ROOT = Path(__file__).parents[3]
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # tyro looks there for the options' descriptions
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -39,8 +27,7 @@ def run(capsys):
     def run(name: str, *arguments: str | Path) -> tuple[dict, str]:
         script(name).main([str(argument) for argument in arguments])
         out = capsys.readouterr().out
-        last = out.strip().splitlines()[-1]
-        return json.loads(last.removeprefix("RESULT ")), out
+        return result(out), out
 
     return run
 
@@ -214,7 +201,7 @@ def test_two_hosts_read_half_the_images_each_and_find_the_same(run, ijbc, weight
         )
         for k in (0, 1)
     ]
-    outs = [process.communicate(timeout=300)[0] for process in processes]
+    outs = [process.communicate(timeout=HANG)[0] for process in processes]
     images = len(list((ijbc / "loose_crop").iterdir()))
     counts = [int(out.strip().splitlines()[-1].removeprefix("IMAGES ")) for out in outs]
     assert sum(counts) == images
