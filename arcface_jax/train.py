@@ -18,7 +18,6 @@ from arcface_jax.data.pipeline import BadImage, BadImages
 from arcface_jax.data.source import Source
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation import collapse, verification
-from arcface_jax.evaluation.verification import Verification
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import launch, signals
 from arcface_jax.runtime.console import Terminal
@@ -37,6 +36,7 @@ from arcface_jax.training import (
     validation,
 )
 from arcface_jax.training.diagnostics import Watch, slowest_host
+from arcface_jax.training.evaluators import Result
 
 # Steps that may be handed to the devices before the first of them is done: enough to keep them
 # busy, and few enough that batches do not pile up in their memory.
@@ -86,7 +86,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
     for target in targets:
         verification.check(target)  # better now than after the first epochs
     if config.checkpoint.best_metric:
-        verification.check_metric(config.checkpoint.best_metric, targets)
+        evaluators.check_metric(config, targets)
     images = order.make(len(source), config.data, seed=config.seed)
     per_epoch = images.steps_per_epoch
     total = per_epoch * config.schedule.epochs
@@ -102,7 +102,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
         if config.evaluation.baselines
         else {}
     )
-    began: list[Verification] = []
+    began: list[Result] = []
     if weights:  # not on resuming
         centers = finetune.centers(config, state, source, mesh=devices)
         state = dataclasses.replace(state, centers=centers)
@@ -157,7 +157,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
     )
 
     # ---- The loop --------------------------------------------------------------------------------
-    results: list[Verification] = []
+    results: list[Result] = []
     evaluate_at = _milestones(config.evaluation.every_epochs, per_epoch, total)
     save_at = _milestones(config.checkpoint.every_epochs, per_epoch, total)
     best_metric = config.checkpoint.best_metric
@@ -175,7 +175,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
     with signals.watched(config) as stop:
         try:
             # A signal came while this was evaluated, and the run before this one left it.
-            if targets and start in evaluate_at and not log.has(start, "eval/"):
+            if config.evaluation.targets and start in evaluate_at and not log.has(start, "eval/"):
                 with suppress(signals.Left):
                     results = evaluate(state, stop.leave)
                     log.write(start, evaluators.metrics(results))
@@ -257,7 +257,7 @@ def _train(config: Config, init: finetune.Weights | None) -> Outcome:
                         log.write(done, evaluators.metrics(results))
                         terminal.say(f"step {done}/{total}  {messages.in_words(results)}")
                         loss = float(metrics["train/loss"])
-                        for result in results:
+                        for result in evaluators.verifications(results):
                             if words := collapse.explain(result, loss=loss, chance_loss=by_chance):
                                 terminal.say(words)
                     if done in save_at:

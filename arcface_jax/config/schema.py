@@ -5,30 +5,28 @@ differs; `config_files.py` reads it.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic.dataclasses import dataclass
 
-Network = Literal[
-    "r_tiny",
-    "r18",
-    "r34",
-    "r50",
-    "r100",
-    "r200",
-    "r2060",
-    "mbf",
-    "mbf_large",
-    "vit_t",
-    "vit_t_dp005_mask0",
-    "vit_s",
-    "vit_s_dp005_mask_0",
-    "vit_b",
-    "vit_b_dp005_mask_005",
-    "vit_l_dp005_mask_005",
-    "vit_h",
-]
+from arcface_jax import plugins
+
+
+def _part(field: str) -> pydantic.AfterValidator:
+    """Accept the name of a built-in part, or `package.module:name`; nothing is imported."""
+
+    def check(name: str) -> str:
+        if expected := plugins.expectation(name, field=field):
+            raise ValueError(expected)
+        return name
+
+    return pydantic.AfterValidator(check)
+
+
+Network = Annotated[str, _part("model.network")]
+Loss = Annotated[str, _part("head.loss")]
+OptimizerKind = Annotated[str, _part("optimizer.kind")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -86,7 +84,8 @@ class DataConfig:
 
     path: str = ""
     """The training set, or several with commas between them: a folder with train.rec, a folder of
-    identities' folders, a list of files, Parquet, TFDS, "synthetic" or "noise" (docs/data.md)."""
+    identities' folders, a list of files, Parquet, TFDS, "synthetic" or "noise" (docs/data.md), or
+    package.module:name[:ARGUMENT] of your own (docs/extending.md)."""
     order: Literal["shuffled", "shards"] = "shuffled"
     """All images at random, or in long runs for slow disks: a few shards shuffled together."""
     shard_images: int = 8192
@@ -119,7 +118,10 @@ class ModelConfig:
     """The backbone."""
 
     network: Network = "r50"
-    """Which backbone."""
+    """Which backbone: r18 .. r2060, mbf, vit_t .. (docs/backbones.md), or package.module:name of
+    your own (docs/extending.md)."""
+    options: tuple[tuple[str, float], ...] = ()
+    """Settings of a network of your own: NAME VALUE NAME VALUE."""
     embedding_size: int = 512
     """Length of the embedding."""
     dtype: Dtype = "bfloat16"
@@ -133,10 +135,11 @@ class ModelConfig:
 class HeadConfig:
     """The margin softmax over the class centers (docs/head.md)."""
 
-    loss: Literal["arcface", "cosface", "combined", "adaface", "magface", "curricularface"] = (
-        "arcface"
-    )
-    """Which margin; their formulas are in docs/head.md."""
+    loss: Loss = "arcface"
+    """Which margin: arcface, cosface, combined, adaface, magface or curricularface (their formulas
+    are in docs/head.md), or package.module:name of your own (docs/extending.md)."""
+    options: tuple[tuple[str, float], ...] = ()
+    """Settings of a loss of your own: NAME VALUE NAME VALUE."""
     margin: float = 0.5
     """m: radians for arcface and curricularface, cosine for cosface, both for adaface."""
     margins: tuple[float, float, float] = (1.0, 0.5, 0.0)
@@ -175,9 +178,12 @@ class HeadConfig:
 class OptimizerConfig:
     """How the backbone and the class centers follow their gradients."""
 
-    kind: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    kind: OptimizerKind = "sgd"
     """sgd and adamw as torch defines them; lars and lamb give each of the backbone's arrays a rate
-    of its own, and the class centers follow sgd (lars) or adamw (lamb)."""
+    of its own, and the class centers follow sgd (lars) or adamw (lamb). Or package.module:name of
+    your own (docs/extending.md)."""
+    options: tuple[tuple[str, float], ...] = ()
+    """Settings of an optimizer of your own: NAME VALUE NAME VALUE."""
     learning_rate: float = 0.1
     """Base rate for the whole global batch."""
     momentum: float = 0.9
@@ -251,7 +257,8 @@ class EvaluationConfig:
 
     targets: tuple[str, ...] = ()
     """Verification sets: .bin files or lists of pairs (docs/evaluation.md), absolute or relative to
-    data.path, or the word "synthetic"."""
+    data.path, or the word "synthetic"; and evaluators of your own, package.module:name[:ARGUMENT]
+    (docs/extending.md)."""
     every_epochs: float = 1.0
     """How often; 0 evaluates at the end alone."""
     batch_size: int = 256

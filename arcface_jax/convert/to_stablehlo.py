@@ -26,7 +26,6 @@ from arcface_jax.convert import parity
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.inference.open_model import ModelChoice, open_network
-from arcface_jax.models import registry
 from arcface_jax.training import step
 from arcface_jax.training.network import Network
 
@@ -60,11 +59,9 @@ def export(embedder: Network, output: Path) -> float:
             f"{embedder.network} has more than 1.9 GB of weights, too many for a StableHLO file: "
             "use python -m convert.to_onnx, which puts them into a file of their own"
         )
-    size = registry.embedding_size(embedder.params) or 0
-    network = registry.build(embedder.network, embedding_size=size)
     weights = jax.tree.map(np.asarray, (embedder.params, embedder.batch_stats))
     # Without a device of its own, or the program would be for that device alone.
-    embed = partial(step.make_embed(network), *weights)
+    embed = partial(step.make_embed(embedder.backbone), *weights)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8)
     require("flatbuffers")  # JAX's own need

@@ -186,7 +186,8 @@ def backbone_flops_per_image(config: Config) -> float:
     What rematerialised blocks compute again is not counted.
     """
     model = config.model
-    return 6.0 * cost.measure(model.network, embedding_size=model.embedding_size).macs
+    size, options = model.embedding_size, model.options
+    return 6.0 * cost.measure(model.network, embedding_size=size, options=options).macs
 
 
 def head_flops(config: Config, rate: float, *, num_classes: int, num_devices: int) -> float:

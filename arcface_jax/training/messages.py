@@ -1,5 +1,7 @@
 """What a run says of itself, in words."""
 
+from collections.abc import Sequence
+
 from jax.sharding import Mesh
 
 from arcface_jax.config import Config, DataConfig
@@ -7,6 +9,7 @@ from arcface_jax.data import pipeline
 from arcface_jax.data.pipeline import BadImage
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.verification import Verification
+from arcface_jax.training.evaluators import Result
 
 # The share of the time spent waiting for data from which on a warning is given.
 _MAX_WAIT_SHARE = 0.2
@@ -30,6 +33,8 @@ def headline(
 def _rate_rule(config: Config) -> str:
     """The rate goes with the global batch; what it would be at others."""
     rate, batch = config.optimizer.learning_rate, config.data.global_batch_size
+    if ":" in config.optimizer.kind:
+        return f"learning rate {rate:g} for the global batch of {batch}"
     # SGD's noise grows with the rate over the batch, that of Adam with its root: Goyal et al.,
     # 2017; Malladi et al., NeurIPS 2022.
     power, words = (
@@ -49,9 +54,17 @@ def first_loss(measured: float, by_chance: float, pretrained: bool) -> str:
     return f"the first loss is {measured:.2f}; {has} about {by_chance:.2f}"
 
 
-def in_words(results: list[Verification]) -> str:
+def in_words(results: Sequence[Result]) -> str:
     """A line for the terminal."""
-    return "  ".join(f"{r.name} accuracy {r.accuracy:.4f} +- {r.accuracy_std:.4f}" for r in results)
+    return "  ".join(map(_result, results))
+
+
+def _result(result: Result) -> str:
+    if isinstance(result, Verification):
+        return f"{result.name} accuracy {result.accuracy:.4f} +- {result.accuracy_std:.4f}"
+    return " ".join(
+        [result.name, *(f"{name} {value:.4g}" for name, value in result.values.items())]
+    )
 
 
 def replaced(image: BadImage) -> str:

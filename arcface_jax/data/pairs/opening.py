@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from arcface_jax import plugins
 from arcface_jax.config import Config
 from arcface_jax.data import opening
 from arcface_jax.data.pairs import bins, lists
@@ -20,7 +21,12 @@ def open_targets(config: Config) -> list[PairSet]:
       ConfigError: two sets have one name.
       DataError: a file is missing or not a verification set.
     """
-    return _with_different_names([_open_target(t, config) for t in config.evaluation.targets])
+    return _with_different_names([_open_target(t, config) for t in _files(config)])
+
+
+def _files(config: Config) -> list[str]:
+    """The targets that are sets of pairs; the others are evaluators (`training.evaluators`)."""
+    return [t for t in config.evaluation.targets if plugins.parse(t) is None]
 
 
 def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[PairSet]:
@@ -37,7 +43,7 @@ def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[Pai
       DataError: a file is missing or not a verification set.
     """
     if not targets:
-        sets = [_open_target(t, config) for config in configs for t in config.evaluation.targets]
+        sets = [_open_target(t, config) for config in configs for t in _files(config)]
         return _with_different_names(_without_copies(sets))
     return _with_different_names([_open_target(t, _home(t, configs)) for t in targets])
 
