@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from arcface_jax.convert import twins, weights
+from arcface_jax.convert import onnx_from_jax, twins, weights
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
-from arcface_jax.models import preprocess, registry
+from arcface_jax.models import preprocess
 from arcface_jax.training.network import Network
 
 Normalization = Literal["outside", "inside"]
@@ -48,22 +48,19 @@ def write(path: Path, embedder: Network, *, normalization: Normalization) -> Non
       normalization: whether the graph takes [-1, 1] (outside, of it) or 0 .. 255 (inside).
 
     Raises:
-      UserError: packages are missing.
+      UserError: packages are missing, or a network without a torch twin has an operation that
+        jax2onnx cannot translate.
     """
-    state = weights.to_state_dict(embedder.params, embedder.batch_stats)
-    size = registry.embedding_size(state) or 0
-    module = twins.load(embedder.network, state)
-    if normalization == "inside":
-        module = _FromPixels(module)
-    large = sum(tensor.nbytes for tensor in state.values()) > _LARGEST_FILE
-    with _quiet():
-        program = _export(module.eval())
-        program.save(path, external_data=large)
-    del program, module, state
+    inside = normalization == "inside"
+    if twins.find(embedder.network):
+        _write_twin(path, embedder, inside=inside)
+    else:
+        names = (INPUT, OUTPUT, BATCH)
+        onnx_from_jax.write(path, embedder, inside=inside, names=names, opset=OPSET)
     gc.collect()  # what is checked next takes as much memory again
     metadata = {
         "network": embedder.network,
-        "embedding_size": str(size),
+        "embedding_size": str(embedder.embedding_size),
         "color_order": "RGB",
         # What is left to the caller: (x - mean) / scale.
         "mean": str(preprocess.MEAN if normalization == "outside" else 0.0),
@@ -72,6 +69,17 @@ def write(path: Path, embedder: Network, *, normalization: Normalization) -> Non
         "precision": "float32",
     }
     finish(path, metadata)
+
+
+def _write_twin(path: Path, embedder: Network, *, inside: bool) -> None:
+    state = weights.to_state_dict(embedder.params, embedder.batch_stats)
+    module = twins.load(embedder.network, state, embedding_size=embedder.embedding_size)
+    if inside:
+        module = _FromPixels(module)
+    large = sum(tensor.nbytes for tensor in state.values()) > _LARGEST_FILE
+    with _quiet():
+        program = _export(module.eval())
+        program.save(path, external_data=large)
 
 
 def finish(path: Path, metadata: dict[str, str]) -> None:

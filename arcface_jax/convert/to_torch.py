@@ -12,7 +12,7 @@ from pathlib import Path
 import tyro
 
 from arcface_jax import errors
-from arcface_jax.convert import parity, weight_files, weights
+from arcface_jax.convert import parity, twins, weight_files, weights
 from arcface_jax.training.network import Network
 
 
@@ -35,9 +35,11 @@ def export(workdir: Path, output: Path) -> float:
       The largest relative difference of the embeddings.
 
     Raises:
-      UserError: the workdir cannot be read, the embeddings differ, or the file cannot be written.
+      UserError: the workdir cannot be read, the network has no torch twin, the embeddings differ,
+        or the file cannot be written.
     """
     embedder = Network.from_workdir(workdir, devices="own")  # another process may be gone
+    twins.require(embedder.network)
     state = weights.to_state_dict(embedder.params, embedder.batch_stats)
     error = parity.check(embedder, state, network=embedder.network)
     weight_files.write(output, state)

@@ -154,10 +154,10 @@ def test_curricularface_raises_the_others_that_are_too_near():
 
 def test_filtered_cosines_count_as_zero_in_front_of_the_margin():
     margin = margins.make(HeadConfig(interclass_filtering_threshold=0.4))
-    assert margin.others is not None
+    assert margin.negatives is not None
     cosine = jnp.asarray([[0.5, 0.4, -0.9]])
     np.testing.assert_allclose(margin.negatives(cosine, jnp.ones((1, 1)), {}), [[0, 0.4, -0.9]])
     both = margins.make(HeadConfig(loss="curricularface", interclass_filtering_threshold=0.4))
-    assert both.others is not None and both.others_need_target
-    given = both.others(cosine, -jnp.ones((1, 1)), {"curriculum": jnp.float32(0.1)})
+    assert both.negatives is not None and both.negatives_need_target
+    given = both.negatives(cosine, -jnp.ones((1, 1)), {"curriculum": jnp.float32(0.1)})
     np.testing.assert_allclose(given, [[0, 0.4 * 0.5, -0.9]], rtol=1e-6)
