@@ -1,6 +1,9 @@
 """A network without a torch twin as an ONNX graph, by way of the package jax2onnx."""
 
+import contextlib
+import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,11 @@ from arcface_jax.models import preprocess
 from arcface_jax.training.network import Network
 
 EXTRA = "jax2onnx"
+# What jax2onnx is written for: it uses operators of this version whatever it is asked for.
+OPSET = 23
 
 
-def write(
-    path: Path, embedder: Network, *, inside: bool, names: tuple[str, str, str], opset: int
-) -> None:
+def write(path: Path, embedder: Network, *, inside: bool, names: tuple[str, str, str]) -> None:
     """Write the float32 graph of a network.
 
     Args:
@@ -27,7 +30,6 @@ def write(
       embedder: the network.
       inside: whether the graph normalizes pixels of 0 .. 255; it takes [-1, 1] otherwise.
       names: of the input (batch, 3, 112, 112), the output (batch, D), and the batch dimension.
-      opset: version of ONNX's operators.
 
     Raises:
       UserError: jax2onnx is not installed, or cannot translate an operation of the network.
@@ -41,15 +43,14 @@ def write(
         x = jnp.transpose(x, (0, 2, 3, 1))
         return embedder.backbone.apply(*weights, x, train=False)[0]
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own use of JAX, which loses it operations
+    with _lenient():
         convert: Any = require("jax2onnx", extra=EXTRA).to_onnx
         try:
             convert(
                 embed,
                 [(batch, 3, IMAGE_SIZE, IMAGE_SIZE)],
                 model_name=embedder.network,
-                opset=opset,
+                opset=OPSET,
                 input_names=[given],
                 output_names=[out],
                 return_mode="file",
@@ -61,3 +62,21 @@ def write(
                 "network with other operations, give it a torch twin (docs/extending.md), or "
                 "export StableHLO"
             ) from error
+
+
+@contextlib.contextmanager
+def _lenient() -> Iterator[None]:
+    """JAX as jax2onnx expects it.
+
+    It adds arrays of different ranks, drops an operation whose import gives a warning, and logs
+    a traceback for each optional package that this JAX is too new for.
+    """
+    logger = logging.getLogger("jax2onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), jax.numpy_rank_promotion("allow"):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -56,7 +56,7 @@ def write(path: Path, embedder: Network, *, normalization: Normalization) -> Non
         _write_twin(path, embedder, inside=inside)
     else:
         names = (INPUT, OUTPUT, BATCH)
-        onnx_from_jax.write(path, embedder, inside=inside, names=names, opset=OPSET)
+        onnx_from_jax.write(path, embedder, inside=inside, names=names)
     gc.collect()  # what is checked next takes as much memory again
     metadata = {
         "network": embedder.network,
