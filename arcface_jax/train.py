@@ -21,7 +21,6 @@ from arcface_jax.data.pipeline import BadImage, BadImages
 from arcface_jax.data.source import Source
 from arcface_jax.errors import ConfigError, UserError, install
 from arcface_jax.evaluation import verification
-from arcface_jax.evaluation.verification import Verification
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import launch, signals
 from arcface_jax.runtime.console import Terminal
@@ -93,6 +92,9 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         state = step.init_state(config, num_classes=source.num_classes, mesh=mesh, weights=weights)
         evaluate = evaluators.make(
             targets,
+            evaluators.load(
+                config.evaluation.targets, targets, best_metric=config.checkpoint.best_metric
+            ),
             backbone=step.backbone(config),
             one_group=step.backbone(config, one_group=True),
             batch_size=config.evaluation.batch_size,
@@ -241,7 +243,7 @@ def _open_targets(config: Config) -> list[PairSet]:
     for target in targets:
         verification.check(target)
     if config.checkpoint.best_metric:
-        verification.check_metric(config.checkpoint.best_metric, targets)
+        evaluators.check_metric(config.checkpoint.best_metric, config.evaluation.targets, targets)
     return targets
 
 
@@ -292,7 +294,7 @@ def _log_start(
     *,
     step: int,
     baselines: dict[str, float],
-    pretrained: list[Verification],
+    pretrained: list[evaluators.Result],
 ) -> dict[str, float]:
     """Log the baselines and how well the initial weights do.
 

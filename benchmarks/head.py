@@ -247,8 +247,8 @@ def _dense(name: str, case: Case, mesh: Mesh) -> Callable:
 
     def step(embeddings, labels, rows, moments, step):
         value, (d_embeddings, d_rows) = jax.value_and_grad(loss, (0, 1))(embeddings, rows, labels)
-        moments = rule.add(rule.fade(moments, rows), d_rows)
-        return value, d_embeddings, rule.move(rows, moments, jnp.float32(_RATE), step), moments
+        moments = rule.accumulate(rule.decay(moments, rows), d_rows)
+        return value, d_embeddings, rule.apply(rows, moments, jnp.float32(_RATE), step), moments
 
     return step
 

@@ -21,28 +21,25 @@ from pydantic import (
     PositiveInt,
 )
 
+from arcface_jax import plugins
 from arcface_jax.config.explain import Hint, explain
 from arcface_jax.errors import ConfigError
 
-Network = Literal[
-    "r_tiny",
-    "r18",
-    "r34",
-    "r50",
-    "r100",
-    "r200",
-    "r2060",
-    "mbf",
-    "mbf_large",
-    "vit_t",
-    "vit_t_dp005_mask0",
-    "vit_s",
-    "vit_s_dp005_mask_0",
-    "vit_b",
-    "vit_b_dp005_mask_005",
-    "vit_l_dp005_mask_005",
-    "vit_h",
-]
+
+def _part(field: str) -> pydantic.AfterValidator:
+    """Accept the name of a built-in part, or `package.module:name`; nothing is imported."""
+
+    def check(name: str) -> str:
+        if expected := plugins.expectation(name, field=field):
+            raise ValueError(expected)
+        return name
+
+    return pydantic.AfterValidator(check)
+
+
+Network = Annotated[str, _part("model.network")]
+Loss = Annotated[str, _part("head.loss")]
+OptimizerKind = Annotated[str, _part("optimizer.kind")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -141,7 +138,8 @@ class DataConfig:
     path: str = ""
     """The training set, or several separated by commas: a folder with
     train.rec, a folder with one folder per identity, a file list,
-    Parquet, TFDS, "synthetic" or "noise" (docs/data.md)."""
+    Parquet, TFDS, "synthetic" or "noise" (docs/data.md), or a source of
+    your own, package.module:name[:ARGUMENT] (docs/extending.md)."""
     order: Literal["shuffled", "shards"] = "shuffled"
     """Shuffle all images, or, for slow disks, read long runs of images and
     shuffle a few of these shards together."""
@@ -176,7 +174,10 @@ class ModelConfig:
     """The backbone."""
 
     network: Network = "r50"
-    """Backbone architecture."""
+    """Backbone architecture: r18 .. r2060, mbf, vit_t .. (docs/backbones.md),
+    or your own, package.module:name (docs/extending.md)."""
+    options: tuple[tuple[str, float], ...] = ()
+    """Settings of a network of your own: NAME VALUE NAME VALUE."""
     embedding_size: PositiveInt = 512
     """Length of the embedding."""
     dtype: Dtype = "bfloat16"
@@ -191,10 +192,12 @@ class ModelConfig:
 class HeadConfig:
     """The margin softmax over the class centers (docs/head.md)."""
 
-    loss: Literal["arcface", "cosface", "combined", "adaface", "magface", "curricularface"] = (
-        "arcface"
-    )
-    """Margin; the formulas are in docs/head.md."""
+    loss: Loss = "arcface"
+    """Margin: arcface, cosface, combined, adaface, magface or
+    curricularface (formulas in docs/head.md), or your own,
+    package.module:name (docs/extending.md)."""
+    options: tuple[tuple[str, float], ...] = ()
+    """Settings of a loss of your own: NAME VALUE NAME VALUE."""
     margin: NonNegativeFloat = 0.5
     """m: radians for arcface and curricularface, cosine for cosface, both for adaface."""
     margins: tuple[float, float, float] = (1.0, 0.5, 0.0)
@@ -241,10 +244,12 @@ class HeadConfig:
 class OptimizerConfig:
     """How the backbone and the class centers follow their gradients."""
 
-    kind: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    kind: OptimizerKind = "sgd"
     """sgd and adamw as torch defines them; lars and lamb scale the rate of
     each backbone array, and the class centers use sgd (lars) or adamw
-    (lamb)."""
+    (lamb). Or your own, package.module:name (docs/extending.md)."""
+    options: tuple[tuple[str, float], ...] = ()
+    """Settings of an optimizer of your own: NAME VALUE NAME VALUE."""
     learning_rate: PositiveFloat = 0.1
     """Base rate for the whole global batch."""
     momentum: Annotated[float, Field(ge=0, lt=1), Hint("at 1 updates grow without bound")] = 0.9
@@ -332,7 +337,8 @@ class EvaluationConfig:
 
     targets: tuple[str, ...] = ()
     """Verification sets: .bin files or lists of pairs (docs/evaluation.md),
-    absolute or relative to data.path, or "synthetic"."""
+    absolute or relative to data.path, or "synthetic"; and evaluators of
+    your own, package.module:name[:ARGUMENT] (docs/extending.md)."""
     every_epochs: NonNegativeFloat = 1.0
     """How often to evaluate; 0 evaluates only at the end."""
     batch_size: PositiveInt = 256

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from arcface_jax.config.choices import Normalization
-from arcface_jax.convert import twins, weights
+from arcface_jax.convert import onnx_from_jax, twins, weights
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
-from arcface_jax.models import preprocess, registry
+from arcface_jax.models import preprocess
 from arcface_jax.training.network import Network
 
 OPSET = 18
@@ -47,22 +47,19 @@ def write(path: Path, model: Network, *, normalization: Normalization) -> None:
       normalization: whether the graph takes [-1, 1] (outside, of it) or 0 .. 255 (inside).
 
     Raises:
-      UserError: packages are missing.
+      UserError: packages are missing, or a network without a torch twin has an operation that
+        jax2onnx cannot translate.
     """
-    state = weights.to_state_dict(model.params, model.batch_stats)
-    size = registry.embedding_size(state) or 0
-    module = twins.load(model.network, state)
-    if normalization == "inside":
-        module = _FromPixels(module)
-    large = sum(tensor.nbytes for tensor in state.values()) > _LARGEST_FILE
-    with _quiet():
-        program = _export(module.eval())
-        program.save(path, external_data=large)
-    del program, module, state
+    inside = normalization == "inside"
+    if twins.find(model.network):
+        _write_twin(path, model, inside=inside)
+    else:
+        names = (INPUT, OUTPUT, BATCH)
+        onnx_from_jax.write(path, model, inside=inside, names=names)
     gc.collect()  # what is checked next takes as much memory again
     metadata = {
         "network": model.network,
-        "embedding_size": str(size),
+        "embedding_size": str(model.embedding_size),
         "color_order": "RGB",
         # What is left to the caller: (x - mean) / scale.
         "mean": str(preprocess.MEAN if normalization == "outside" else 0.0),
@@ -71,6 +68,17 @@ def write(path: Path, model: Network, *, normalization: Normalization) -> None:
         "precision": "float32",
     }
     finish(path, metadata)
+
+
+def _write_twin(path: Path, model: Network, *, inside: bool) -> None:
+    state = weights.to_state_dict(model.params, model.batch_stats)
+    module = twins.load(model.network, state, embedding_size=model.embedding_size)
+    if inside:
+        module = _FromPixels(module)
+    large = sum(tensor.nbytes for tensor in state.values()) > _LARGEST_FILE
+    with _quiet():
+        program = _export(module.eval())
+        program.save(path, external_data=large)
 
 
 def finish(path: Path, metadata: dict[str, str]) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 from arcface_jax.errors import UserError, install
 
 
-def require(name: str) -> Any:
-    """A module of a package in the extra `onnx`.
+def require(name: str, *, extra: str = "onnx") -> Any:
+    """Import a module of a package that an extra installs.
 
     Raises:
       UserError: it is not installed.
@@ -15,4 +15,4 @@ def require(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"this needs the package {error.name}: {install('onnx')}") from error
+        raise UserError(f"this needs the package {error.name}: {install(extra)}") from error

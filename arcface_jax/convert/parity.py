@@ -76,7 +76,7 @@ def check(model: Network, state: StateDict, *, network: str) -> float:
     Raises:
       UserError: it exceeds 1e-4.
     """
-    module = twins.load(network, state)
+    module = twins.load(network, state, embedding_size=model.embedding_size)
     images = drawn_faces()
     return require_equal(
         torch_embeddings(module, images), model(images), what="torch network", bound=TOLERANCE

@@ -18,7 +18,6 @@ from arcface_jax import errors
 from arcface_jax.convert import parity
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
-from arcface_jax.models import registry
 from arcface_jax.runtime.files import write_atomic
 from arcface_jax.training import step
 from arcface_jax.training.network import Network
@@ -44,11 +43,9 @@ def export(model: Network, output: Path) -> float:
             f"{model.network} has more than 1.9 GB of weights, too many for a StableHLO file: "
             "use `arcface-jax export onnx`, which puts them into a file of their own"
         )
-    size = registry.embedding_size(model.params) or 0
-    backbone = registry.build(model.network, embedding_size=size)
     weights = jax.tree.map(np.asarray, (model.params, model.batch_stats))
     # Without a device of its own, or the program would be for that device alone.
-    embed = partial(step.make_embed(backbone), *weights)
+    embed = partial(step.make_embed(model.backbone), *weights)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8)
     require("flatbuffers")  # JAX's own need

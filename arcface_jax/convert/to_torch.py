@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from arcface_jax.convert import parity, weight_files, weights
+from arcface_jax.convert import parity, twins, weight_files, weights
 from arcface_jax.training.network import Network
 
 
@@ -15,9 +15,11 @@ def export(workdir: Path, output: Path) -> float:
       The largest relative difference of the embeddings.
 
     Raises:
-      UserError: the workdir cannot be read, the embeddings differ, or the file cannot be written.
+      UserError: the workdir cannot be read, the network has no torch twin, the embeddings differ,
+        or the file cannot be written.
     """
     model = Network.from_workdir(workdir, devices="own")  # another process may be gone
+    twins.require(model.network)
     state = weights.to_state_dict(model.params, model.batch_stats)
     error = parity.check(model, state, network=model.network)
     weight_files.write(output, state)

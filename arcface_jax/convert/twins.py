@@ -1,30 +1,79 @@
-"""The torch module of every network."""
+"""The torch module of every network that has one."""
+
+from collections.abc import Callable
 
 import torch
 
+from arcface_jax import plugins
 from arcface_jax.convert import torch_iresnet, torch_mobilefacenet, torch_vit
-from arcface_jax.models import iresnet, mobilefacenet, registry
+from arcface_jax.errors import UserError
+from arcface_jax.models import iresnet, mobilefacenet, registry, vit
+
+Twin = Callable[..., torch.nn.Module]
+
+_FAMILIES = (
+    (iresnet.ARCHITECTURES, torch_iresnet.build),
+    (mobilefacenet.ARCHITECTURES, torch_mobilefacenet.build),
+    (vit.ARCHITECTURES, torch_vit.build),
+)
+
+
+def find(network: str) -> Twin | None:
+    """Return what makes a network's twin, given its name and `embedding_size`; None without one.
+
+    A network from outside the package may have one as the attribute `torch_twin` of the function
+    that makes it.
+    """
+    for architectures, build_family in _FAMILIES:
+        if network in architectures:
+            return build_family
+    return getattr(plugins.load(network, field="model.network"), "torch_twin", None)
+
+
+def require(network: str) -> Twin:
+    """As `find`, for what cannot do without.
+
+    Raises:
+      UserError: there is no twin.
+    """
+    twin = find(network)
+    if twin is None:
+        raise UserError(
+            f"{network} has no torch twin, so it has no form for PyTorch: export ONNX (pip install "
+            "'arcface-jax[jax2onnx]') or StableHLO, or give the function that makes the network "
+            "the attribute torch_twin (docs/extending.md)"
+        )
+    return twin
 
 
 def build(network: str, *, embedding_size: int = 512) -> torch.nn.Module:
-    """The twin of `arcface_jax.models.registry.build(network)`, with weights yet to be loaded.
+    """Make the twin of `arcface_jax.models.registry.build(network)`, its weights yet to be loaded.
 
     Its `state_dict` has insightface's names.
-    """
-    if network in iresnet.ARCHITECTURES:
-        return torch_iresnet.build(network, embedding_size=embedding_size)
-    if network in mobilefacenet.ARCHITECTURES:
-        return torch_mobilefacenet.build(network, embedding_size=embedding_size)
-    return torch_vit.build(network, embedding_size=embedding_size)
-
-
-def load(network: str, state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The twin that holds these tensors themselves: r2060 has 4.5 GB of them.
 
     Raises:
-      RuntimeError: one is missing, unexpected or misshapen.
+      UserError: there is no twin.
+    """
+    return require(network)(network, embedding_size=embedding_size)
+
+
+def load(
+    network: str, state: dict[str, torch.Tensor], *, embedding_size: int | None = None
+) -> torch.nn.Module:
+    """Make the twin that holds these tensors themselves: r2060 has 4.5 GB of them.
+
+    Args:
+      network: as `model.network`.
+      state: the weights.
+      embedding_size: D; read from the weights of a built-in network when not given.
+
+    Raises:
+      UserError: there is no twin.
+      RuntimeError: a tensor is missing, unexpected or misshapen.
     """
     with torch.device("meta"):
-        module = build(network, embedding_size=registry.embedding_size(state) or 0)
+        module = build(
+            network, embedding_size=embedding_size or registry.embedding_size(state) or 0
+        )
     module.load_state_dict(state, strict=True, assign=True)
     return module

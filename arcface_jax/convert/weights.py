@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from arcface_jax.convert import weight_files
+from arcface_jax.convert import twins, weight_files
 from arcface_jax.convert.weight_files import StateDict
 from arcface_jax.errors import UserError
 from arcface_jax.models import registry, stacks
@@ -60,6 +60,7 @@ def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arr
     Raises:
       UserError: naming every key that is missing, unexpected or has another shape.
     """
+    twins.require(network)
     state = without_prefixes(state)
     embedding_size = registry.embedding_size(state) or 512
     params, batch_stats = registry.build(network, embedding_size=embedding_size).shapes

@@ -1,6 +1,5 @@
 """Face detectors as functions: an ONNX file of the SCRFD or YuNet kind, or anybody's own."""
 
-import importlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from arcface_jax import plugins
 from arcface_jax.errors import UserError, install
 
 _STRIDES = (8, 16, 32)
@@ -62,14 +62,7 @@ def load(name: str, *, threshold: float = 0.5, size: int = 640) -> Detector:
 
 
 def _own(name: str) -> Detector:
-    module, _, attribute = name.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"--detector {name}: {error}; it is to be module:function, importable from here "
-            "(PYTHONPATH names more folders)"
-        ) from error
+    function = plugins.load(name, field="--detector")
 
     def detect(image: np.ndarray) -> Faces:
         points = np.asarray(function(image), np.float64)

@@ -1,10 +1,12 @@
 """Which training set lies at a path: found by looking at it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from arcface_jax import plugins
 from arcface_jax.config import DataConfig
 from arcface_jax.data import parquet, tfds
 from arcface_jax.data.files import LIST_SUFFIXES, has_identity_folders, open_folder, open_list
@@ -46,54 +48,117 @@ def folder_with(path: str, name: str) -> Path:
     return next((folder for folder in folders if (folder / name).is_file()), folders[0])
 
 
+class OpenSource(Protocol):
+    """What `data.path` names as `package.module:name[:ARGUMENT]`: opens a training set."""
+
+    def __call__(self, argument: str, data: DataConfig, *, seed: int) -> Source:
+        """Open the training set.
+
+        Args:
+          argument: what follows the second colon of `data.path`; "" without one.
+          data: the section of the recipe.
+          seed: of the run.
+        """
+        ...
+
+
 def _open_one(path: str, data: DataConfig, *, seed: int) -> Source:
-    if path == SYNTHETIC:
-        drawn = data.synthetic
-        return SyntheticSource(
-            seed=seed,
-            identities=drawn.identities,
-            images_per_identity=drawn.images_per_identity,
-        )
-    if path == NOISE:
-        return NoiseSource(seed=seed, classes=data.noise.classes, images=data.noise.images)
-    folder = Path(path.partition("#")[0]) if "#" in path else Path(path)
-    if path.startswith(tfds.PREFIX) or tfds.is_builder(folder):
-        return TfdsSource(path)
+    for open_if_known in OPENERS:
+        source = open_if_known(path, data, seed=seed)
+        if source is not None:
+            return source
+    folder = _folder(path)
     if not folder.exists():
         raise DataError(
             f"data.path {folder} does not exist: set --data.path to a training set ({_KNOWN})"
         )
-    shard = data.shard_images if data.order == "shards" else 0
-    return _open_folder(folder, shard) if folder.is_dir() else _open_file(folder, shard)
-
-
-_KNOWN = (
-    "a folder with train.rec and train.idx, a folder of identities' folders, a list of 'path,label'"
-    " lines, Parquet files, a TFDS data set, or the words synthetic and noise: docs/data.md"
-)
-
-
-def _open_file(path: Path, shard: int) -> Source:
-    if path.suffix in (".rec", ".idx"):
-        return RecordSource(path.with_suffix(".rec"), shard=shard)
-    if path.suffix == ".parquet":
-        return ParquetSource([path])
-    if path.suffix in LIST_SUFFIXES:
-        return open_list(path)
-    raise DataError(f"data.path {path} is a file of no kind that can be trained on ({_KNOWN})")
-
-
-def _open_folder(folder: Path, shard: int) -> Source:
-    if any((folder / name).is_file() for name in ("train.rec", "train.idx")):
-        return RecordSource(folder / "train.rec", shard=shard)
-    if files := parquet.parquet_files(folder):
-        return ParquetSource(files)
-    if has_identity_folders(folder):
-        return open_folder(folder)
+    if folder.is_file():
+        raise DataError(f"data.path {path} is a file of no kind that can be trained on ({_KNOWN})")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
     raise DataError(
         f"data.path {folder} holds no training set (it holds: {found}): set --data.path to {_KNOWN}"
     )
+
+
+_KNOWN = (
+    "a folder with train.rec and train.idx, a folder of identities' folders, a list of 'path,label'"
+    " lines, Parquet files, a TFDS data set, the words synthetic and noise, or package.module:name "
+    "of your own: docs/data.md"
+)
+
+
+def _synthetic(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    if path != SYNTHETIC:
+        return None
+    drawn = data.synthetic
+    return SyntheticSource(
+        seed=seed, identities=drawn.identities, images_per_identity=drawn.images_per_identity
+    )
+
+
+def _noise(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    if path != NOISE:
+        return None
+    return NoiseSource(seed=seed, classes=data.noise.classes, images=data.noise.images)
+
+
+def _tfds(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    known = path.startswith(tfds.PREFIX) or tfds.is_builder(_folder(path))
+    return TfdsSource(path) if known else None
+
+
+def _plugin(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    reference = plugins.parse(path)
+    if reference is None:
+        return None
+    open_own = plugins.load(reference.name, field="data.path")
+    return open_own(reference.argument, data, seed=seed)
+
+
+def _recordio(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    place = _folder(path)
+    shard = data.shard_images if data.order == "shards" else 0
+    if any((place / name).is_file() for name in ("train.rec", "train.idx")):
+        return RecordSource(place / "train.rec", shard=shard)
+    if place.is_file() and place.suffix in (".rec", ".idx"):
+        return RecordSource(place.with_suffix(".rec"), shard=shard)
+    return None
+
+
+def _parquet(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    place = _folder(path)
+    if place.is_file() and place.suffix == ".parquet":
+        return ParquetSource([place])
+    files = parquet.parquet_files(place) if place.is_dir() else []
+    return ParquetSource(files) if files else None
+
+
+def _list(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    place = _folder(path)
+    return open_list(place) if place.is_file() and place.suffix in LIST_SUFFIXES else None
+
+
+def _identity_folders(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    place = _folder(path)
+    return open_folder(place) if place.is_dir() and has_identity_folders(place) else None
+
+
+# In this order; each returns None for what is not its own. A new kind of training set is a
+# function with this signature and one line here.
+OPENERS: tuple[Callable[..., Source | None], ...] = (
+    _synthetic,
+    _noise,
+    _tfds,
+    _plugin,
+    _recordio,
+    _parquet,
+    _list,
+    _identity_folders,
+)
+
+
+def _folder(path: str) -> Path:
+    return Path(path.partition("#")[0]) if "#" in path else Path(path)
 
 
 class JoinedSource(Source):

@@ -29,8 +29,8 @@ class Visit(NamedTuple):
     """K."""
     scale: float
     """s."""
-    bend: Callable[[jax.Array], jax.Array] | None
-    """What the margin does to the others' cosines (B, n); None for nothing."""
+    negative_transform: Callable[[jax.Array], jax.Array] | None
+    """The margin's change of (B, n) cosines with other classes; None leaves them."""
 
     def cosines(self, unit: jax.Array) -> jax.Array:
         """(B, n, K) float32 cosines with a block's normalized centers (n * K, D)."""
@@ -78,7 +78,8 @@ def sum_over_others(
         cosine = visit.cosines(unit).max(axis=2)
         others = present[None] & ~visit.is_target(slots)
         hardest = jnp.maximum(hardest, jnp.max(jnp.where(others, cosine, -jnp.inf), axis=1))
-        logit = visit.scale * (visit.bend(cosine) if visit.bend else cosine)
+        transform = visit.negative_transform
+        logit = visit.scale * (transform(cosine) if transform else cosine)
         if shifted:
             largest = jnp.max(jnp.where(others, logit, -jnp.inf), axis=1)
             before, shift = shift, jnp.maximum(shift, largest)
@@ -134,9 +135,10 @@ def gradients(
         unit, norm = normalize(rows)
         by_center = visit.cosines(unit)
         cosine = by_center.max(axis=2)
-        value, pull = jax.vjp(visit.bend, cosine) if visit.bend else (cosine, None)
+        transform = visit.negative_transform
+        value, vjp = jax.vjp(transform, cosine) if transform else (cosine, None)
         d = jnp.exp(visit.scale * value + log_weight[:, None])
-        d = pull(d)[0] if pull else d
+        d = vjp(d)[0] if vjp else d
         d = jnp.where(visit.is_target(slots), d_target[:, None], d)
         d = jnp.where(present[None], d, 0)
         if visit.subcenters > 1:  # the nearest center of a class takes it all
@@ -146,7 +148,7 @@ def gradients(
         d_x += _product(d, unit.astype(dtype), contract=(1, 0))
         d_rows = normalize_vjp(factor * _product(d, visit.x, contract=(0, 0)), unit, norm)
         old = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
-        new = rule.add(rule.fade(old, rows), d_rows)
+        new = rule.accumulate(rule.decay(old, rows), d_rows)
         moments = {
             name: visit.walk.write(moment, index, new[name]) for name, moment in moments.items()
         }
@@ -165,7 +167,7 @@ def move(
     def add(index, rows):
         old = visit.walk.read(rows, index)
         block = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
-        return visit.walk.write(rows, index, rule.move(old, block, learning_rate, step))
+        return visit.walk.write(rows, index, rule.apply(old, block, learning_rate, step))
 
     return lax.fori_loop(0, visit.walk.num_blocks, add, visit.rows)
 

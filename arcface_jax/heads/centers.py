@@ -1,7 +1,8 @@
 """The class centers' rows: how many there are, their first values, and their optimizer.
 
 The optimizer is written in parts, because the head applies it to a block of rows at a time and must
-not hold a second copy of them: `fade` and `add` change a block's moments, `move` the centers.
+not hold a second copy of them: `decay` and `accumulate` change a block's moments, `apply` the
+centers.
 """
 
 import math
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arcface_jax import plugins
 from arcface_jax.config import OptimizerConfig
 
 INIT_STD = 0.01
@@ -38,52 +40,60 @@ class Rule(NamedTuple):
 
     names: tuple[str, ...]
     """The moments that it keeps."""
-    fade: Callable[[Moments, jax.Array], Moments]
+    decay: Callable[[Moments, jax.Array], Moments]
     """(moments, centers) -> moments, as a gradient of zero would leave them."""
-    add: Callable[[Moments, jax.Array], Moments]
-    """(faded moments, gradient) -> moments."""
-    move: Callable[[jax.Array, Moments, jax.Array, jax.Array], jax.Array]
+    accumulate: Callable[[Moments, jax.Array], Moments]
+    """(decayed moments, gradient) -> moments."""
+    apply: Callable[[jax.Array, Moments, jax.Array, jax.Array], jax.Array]
     """(centers, moments, learning rate (), steps done before this one ()) -> centers."""
 
 
 def make_rule(optimizer: OptimizerConfig) -> Rule:
-    """The rule of a configuration: what `optim.make_optimizer` does, without clipping and norms."""
-    return _sgd(optimizer) if optimizer.kind in ("sgd", "lars") else _adamw(optimizer)
+    """Make the centers' part of the optimizer that a configuration names, `optimizer.kind`.
+
+    Raises:
+      ConfigError: it is neither built in nor importable.
+    """
+    make = plugins.load(optimizer.kind, field="optimizer.kind", options=optimizer.options)
+    return make(optimizer).centers
 
 
-def _sgd(optimizer: OptimizerConfig) -> Rule:
-    def fade(moments: Moments, centers: jax.Array) -> Moments:
+def sgd_rule(optimizer: OptimizerConfig) -> Rule:
+    """SGD with momentum and weight decay, as `torch.optim.SGD` without dampening."""
+
+    def decay(moments: Moments, centers: jax.Array) -> Moments:
         kept = optimizer.momentum * moments["momentum"]
         return {"momentum": kept + optimizer.weight_decay * centers}
 
-    def add(moments: Moments, gradient: jax.Array) -> Moments:
+    def accumulate(moments: Moments, gradient: jax.Array) -> Moments:
         return {"momentum": moments["momentum"] + gradient}
 
-    def move(centers, moments: Moments, rate, steps) -> jax.Array:
+    def apply(centers, moments: Moments, rate, steps) -> jax.Array:
         return centers - rate * moments["momentum"]
 
-    return Rule(("momentum",), fade, add, move)
+    return Rule(("momentum",), decay, accumulate, apply)
 
 
-def _adamw(optimizer: OptimizerConfig) -> Rule:
+def adamw_rule(optimizer: OptimizerConfig) -> Rule:
+    """AdamW, as `torch.optim.AdamW`."""
     first, second = optimizer.betas
 
-    def fade(moments: Moments, centers: jax.Array) -> Moments:
+    def decay(moments: Moments, centers: jax.Array) -> Moments:
         return {"mean": first * moments["mean"], "square": second * moments["square"]}
 
-    def add(moments: Moments, gradient: jax.Array) -> Moments:
+    def accumulate(moments: Moments, gradient: jax.Array) -> Moments:
         return {
             "mean": moments["mean"] + (1 - first) * gradient,
             "square": moments["square"] + (1 - second) * jnp.square(gradient),
         }
 
-    def move(centers, moments: Moments, rate, steps) -> jax.Array:
+    def apply(centers, moments: Moments, rate, steps) -> jax.Array:
         mean = moments["mean"] / _share_seen(first, steps)
         square = moments["square"] / _share_seen(second, steps)
         direction = mean / (jnp.sqrt(square) + optimizer.epsilon)
         return centers - rate * (direction + optimizer.weight_decay * centers)
 
-    return Rule(("mean", "square"), fade, add, move)
+    return Rule(("mean", "square"), decay, accumulate, apply)
 
 
 def _share_seen(beta: float, steps: jax.Array) -> jax.Array:

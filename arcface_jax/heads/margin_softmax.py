@@ -32,7 +32,7 @@ from arcface_jax.heads.softmax import Batch, Loss, Softmax
 from arcface_jax.runtime.devices import AXIS
 
 # A margin whose values stay below this times the scale needs no maximum in front of exp().
-_UNSHIFTED_BOUND = 1.0
+UNSHIFTED_BOUND = 1.0
 
 
 class Centers(NamedTuple):
@@ -150,7 +150,15 @@ def _on_one_device(
     target = batch.labels - lax.axis_index(AXIS) * stored
     target = jnp.where(batch.valid & (target >= 0) & (target < stored), target, -1)
     walk, target_slot = _choose(target, key, stored=stored, num_classes=num_classes, head=head)
-    visit = Visit(batch.x, centers.rows, walk, target_slot, head.subcenters, head.scale, bend=None)
+    visit = Visit(
+        batch.x,
+        centers.rows,
+        walk,
+        target_slot,
+        head.subcenters,
+        head.scale,
+        negative_transform=None,
+    )
     visit, softmax = _first_visit(visit, target, batch, centers.state, margin)
     loss = softmax_loss.evaluate(softmax, batch, margin, scale=head.scale)
 
@@ -219,13 +227,13 @@ def _first_visit(
 ) -> tuple[Visit, Softmax]:
     """The sum over the other classes, and the visit as its second time has to be."""
     z_target = block_passes.target_cosine(visit, target)
-    if margin.others_need_target:
+    if margin.negatives_need_target:
         z_target = lax.psum(z_target, AXIS)
         state = margin.update(state, z_target, batch.norms, batch.valid)
-    others, known, moved = margin.others, z_target[:, None], state
-    if others is not None:
-        visit = visit._replace(bend=lambda cosine: others(cosine, known, moved))
-    shifted = margin.others_bound > _UNSHIFTED_BOUND
+    negatives, known, moved = margin.negatives, z_target[:, None], state
+    if negatives is not None:
+        visit = visit._replace(negative_transform=lambda cosine: negatives(cosine, known, moved))
+    shifted = margin.negatives_bound > UNSHIFTED_BOUND
     exp_sum, shift, hardest = block_passes.sum_over_others(visit, shifted=shifted)
     if shifted:
         local = shift
@@ -233,7 +241,7 @@ def _first_visit(
         exp_sum *= jnp.exp(local - shift)
     else:
         hardest = lax.pmax(hardest, AXIS)
-    if margin.others_need_target:
+    if margin.negatives_need_target:
         exp_sum = lax.psum(exp_sum, AXIS)
     else:
         z_target, exp_sum = lax.psum(jnp.stack([z_target, exp_sum]), AXIS)
@@ -271,8 +279,8 @@ def _second_visit(
     visit = visit._replace(walk=visit.walk.only_if(update))
     learning_rate = jnp.where(update, learning_rate, 0)
     if touch_all and isinstance(visit.walk, ListedClasses):
-        moments = jax.tree.map(partial(jnp.where, update), rule.fade(moments, rows), moments)
-        rule = rule._replace(fade=lambda moments, rows: moments)
+        moments = jax.tree.map(partial(jnp.where, update), rule.decay(moments, rows), moments)
+        rule = rule._replace(decay=lambda moments, rows: moments)
     d_x, moments = block_passes.gradients(
         visit,
         moments,
@@ -284,7 +292,7 @@ def _second_visit(
     # In a loop of its own, or in none: were centers and moments both written in one, XLA would
     # copy the shard.
     if touch_all:
-        rows = rule.move(rows, moments, learning_rate, step)
+        rows = rule.apply(rows, moments, learning_rate, step)
     else:
         rows = block_passes.move(visit, moments, rule=rule, learning_rate=learning_rate, step=step)
     return d_x, Centers(rows, moments, centers.state)

@@ -2,7 +2,7 @@
 
 z is a cosine, theta its angle, y a sample's own class. A margin changes the target's cosine, and
 may change those of the other classes, look at the lengths of the embeddings, add a loss of its own,
-and keep a state from step to step. The head differentiates `target` and `others` with `jax.vjp`.
+and keep a state from step to step. The head differentiates `target` and `negatives` with `jax.vjp`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arcface_jax import plugins
 from arcface_jax.config import HeadConfig
+from arcface_jax.errors import ConfigError
 
 State = dict[str, jax.Array]
 """What a margin remembers, () float32 by name."""
@@ -25,12 +27,14 @@ class Margin(NamedTuple):
 
     target: Callable[[jax.Array, jax.Array, State], jax.Array]
     """((B,) cosines with the own class, (B,) lengths of the embeddings, state) -> (B,)."""
-    others: Callable[[jax.Array, jax.Array, State], jax.Array] | None = None
+    negatives: Callable[[jax.Array, jax.Array, State], jax.Array] | None = None
     """((B, n) cosines with other classes, (B, 1) with the own one, state) -> (B, n); None leaves
     them as they are."""
-    others_need_target: bool = False
-    others_bound: float = 1.0
-    """The largest value that `others` returns."""
+    negatives_need_target: bool = False
+    """Whether `negatives` looks at the cosines with the own classes."""
+    negatives_bound: float = 1.0
+    """The largest value that `negatives` returns for cosines in [-1, 1]. Above 1 the head tracks a
+    running maximum."""
     uses_norms: bool = False
     """Whether `target` looks at the lengths."""
     extra_loss: Callable[[jax.Array], jax.Array] | None = None
@@ -38,32 +42,57 @@ class Margin(NamedTuple):
     initial_state: Mapping[str, float] = MappingProxyType({})
     update: Callable[[State, jax.Array, jax.Array, jax.Array], State] = lambda state, *_: state
     """(state, (B,) target cosines, (B,) lengths, (B,) bool, which of them count) -> state, before
-    `target` and `others` see it."""
+    `target` and `negatives` see it."""
 
 
 def make(config: HeadConfig) -> Margin:
-    """The margin that a configuration names."""
-    angular = {"gradient": config.gradient, "beyond_pi": config.beyond_pi}
-    match config.loss:
-        case "arcface":
-            margin = combined(1.0, config.margin, 0.0, **angular)
-        case "cosface":
-            margin = cosface(config.margin)
-        case "combined":
-            margin = combined(*config.margins, **angular)
-        case "adaface":
-            margin = adaface(config.margin, h=config.adaface_h, ema=config.ema)
-        case "magface":
-            margin = magface(
-                norms=config.magface_norms,
-                margins=config.magface_margins,
-                weight=config.magface_weight,
-            )
-        case "curricularface":
-            margin = curricularface(config.margin, ema=config.ema)
+    """Make the margin that a configuration names, `head.loss`.
+
+    Raises:
+      ConfigError: it is neither built in nor importable, or does not return a Margin.
+    """
+    make_margin = plugins.load(config.loss, field="head.loss", options=config.options)
+    margin = make_margin(config)
+    if not isinstance(margin, Margin):
+        raise ConfigError(
+            f"head.loss {config.loss} returned {type(margin).__name__}; expected "
+            "arcface_jax.heads.margins.Margin"
+        )
     if config.interclass_filtering_threshold:
-        margin = filter_others(margin, threshold=config.interclass_filtering_threshold)
+        margin = filter_negatives(margin, threshold=config.interclass_filtering_threshold)
     return margin
+
+
+def make_arcface(config: HeadConfig) -> Margin:
+    """cos(theta_y + m)."""
+    return combined(1.0, config.margin, 0.0, gradient=config.gradient, beyond_pi=config.beyond_pi)
+
+
+def make_cosface(config: HeadConfig) -> Margin:
+    """cos(theta_y) - m."""
+    return cosface(config.margin)
+
+
+def make_combined(config: HeadConfig) -> Margin:
+    """cos(m1 theta_y + m2) - m3."""
+    return combined(*config.margins, gradient=config.gradient, beyond_pi=config.beyond_pi)
+
+
+def make_adaface(config: HeadConfig) -> Margin:
+    """`adaface` with the fields of `head`."""
+    return adaface(config.margin, h=config.adaface_h, ema=config.ema)
+
+
+def make_magface(config: HeadConfig) -> Margin:
+    """`magface` with the fields of `head`."""
+    return magface(
+        norms=config.magface_norms, margins=config.magface_margins, weight=config.magface_weight
+    )
+
+
+def make_curricularface(config: HeadConfig) -> Margin:
+    """`curricularface` with the fields of `head`."""
+    return curricularface(config.margin, ema=config.ema)
 
 
 def cosface(margin: float) -> Margin:
@@ -181,32 +210,32 @@ def curricularface(margin: float, *, ema: float) -> Margin:
         mean = jnp.sum(cosine * counts) / jnp.maximum(count, 1)
         return {"curriculum": _move(state["curriculum"], mean, ema * (count > 0))}
 
-    def others(cosine: jax.Array, target: jax.Array, state: State) -> jax.Array:
+    def negatives(cosine: jax.Array, target: jax.Array, state: State) -> jax.Array:
         hard = cosine > _cos_of_angle(target, offset=jnp.float32(margin))
         return jnp.where(hard, cosine * (state["curriculum"] + cosine), cosine)
 
     return Margin(
         own,
-        others=others,
-        others_need_target=True,
-        others_bound=2.0,
+        negatives=negatives,
+        negatives_need_target=True,
+        negatives_bound=2.0,
         initial_state={"curriculum": 0.0},
         update=update,
     )
 
 
-def filter_others(margin: Margin, *, threshold: float) -> Margin:
+def filter_negatives(margin: Margin, *, threshold: float) -> Margin:
     """The margin, with cosines of other classes above the threshold counted as 0.
 
     For data in which two classes may be one person: arcface_torch's
     `interclass_filtering_threshold`.
     """
 
-    def others(cosine: jax.Array, target: jax.Array, state: State) -> jax.Array:
+    def negatives(cosine: jax.Array, target: jax.Array, state: State) -> jax.Array:
         kept = jnp.where(cosine > threshold, 0.0, cosine)
-        return margin.others(kept, target, state) if margin.others else kept
+        return margin.negatives(kept, target, state) if margin.negatives else kept
 
-    return margin._replace(others=others)
+    return margin._replace(negatives=negatives)
 
 
 def _move(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:

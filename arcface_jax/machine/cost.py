@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from arcface_jax import plugins
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.models import registry
 
@@ -20,9 +21,9 @@ class Cost(NamedTuple):
     """Multiply-accumulates of convolutions, linear layers and attention, in inference."""
 
 
-def measure(network: str, *, embedding_size: int = 512) -> Cost:
+def measure(network: str, *, embedding_size: int = 512, options: plugins.Options = ()) -> Cost:
     """Counts from shapes alone; nothing is drawn or run."""
-    backbone = registry.build(network, embedding_size=embedding_size)
+    backbone = registry.build(network, embedding_size=embedding_size, options=options)
     params, batch_stats = backbone.shapes
     frozen = [array.size for name, array in batch_stats.items() if name.endswith(".scale")]
     image = jax.ShapeDtypeStruct((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)

@@ -200,7 +200,8 @@ def backbone_flops_per_image(model: ModelConfig) -> float:
 
     What rematerialized blocks compute again is not counted.
     """
-    return 6.0 * cost.measure(model.network, embedding_size=model.embedding_size).macs
+    size, options = model.embedding_size, model.options
+    return 6.0 * cost.measure(model.network, embedding_size=size, options=options).macs
 
 
 def head_flops(

@@ -7,7 +7,7 @@ Source: Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recogn
 and Duta et al., "Improved Residual Networks for Image and Video Recognition" (ICPR 2020).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcface_jax.config import ModelConfig
 from arcface_jax.models import stacks
 from arcface_jax.models.layers import BatchNorm, Conv, Initializer, Linear, PReLU
 
@@ -98,6 +99,22 @@ class Block(nnx.Module):
             conv, bn = self.downsample
             x = bn(conv(x), train=train)
         return y + x
+
+
+def make(
+    model: ModelConfig, *, bn_groups: int | str, init: Initializer, stacked: bool = True
+) -> "IResNet":
+    """Make the network that `model.network` names; not `stacked`, each block has its own arrays."""
+    architecture = ARCHITECTURES[model.network]
+    if not stacked:
+        architecture = replace(architecture, blocks_are="unrolled")
+    return IResNet(
+        architecture,
+        embedding_size=model.embedding_size,
+        bn_groups=bn_groups,
+        dtype=jnp.dtype(model.dtype),
+        init=init,
+    )
 
 
 class IResNet(nnx.Module):

@@ -26,12 +26,19 @@ class Initializer(Protocol):
         """Uniform in [-bound, bound), float32."""
         ...
 
+    def rngs(self) -> nnx.Rngs:
+        """Random streams for Flax's own layers: `nnx.Conv(..., rngs=init.rngs())`."""
+        ...
+
 
 class RandomInitializer:
     """Draws with NumPy: the same weights on every backend, and nothing to compile."""
 
+    _rngs: nnx.Rngs | None
+
     def __init__(self, seed: int):
         self._rng = np.random.default_rng(seed)
+        self._seed, self._rngs = seed, None
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
         """See `Initializer`."""
@@ -42,6 +49,12 @@ class RandomInitializer:
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
         """See `Initializer`."""
         return (self._rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
+
+    def rngs(self) -> nnx.Rngs:
+        """See `Initializer`; one set of streams, which every call continues."""
+        if self._rngs is None:  # not before: making keys starts JAX's backend
+            self._rngs = nnx.Rngs(self._seed)
+        return self._rngs
 
 
 class ShapeInitializer:
@@ -54,6 +67,10 @@ class ShapeInitializer:
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
         """See `Initializer`; a view of one zero."""
         return np.broadcast_to(np.float32(0), shape)
+
+    def rngs(self) -> nnx.Rngs:
+        """See `Initializer`; Flax's layers draw, and what they draw is not used."""
+        return nnx.Rngs(0)
 
 
 class Conv(nnx.Module):

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcface_jax.config import ModelConfig
 from arcface_jax.models.layers import FLOAT32, BatchNorm, Conv, Initializer, Linear, PReLU
 
 
@@ -159,6 +160,17 @@ class _Features(nnx.Module):
         pool, _, linear, norm = self.layers
         x = pool(x, train=train)
         return norm(linear(x.reshape(x.shape[0], -1)), train=train)
+
+
+def make(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> "MobileFaceNet":
+    """Make the network that `model.network` names."""
+    return MobileFaceNet(
+        ARCHITECTURES[model.network],
+        embedding_size=model.embedding_size,
+        bn_groups=bn_groups,
+        dtype=jnp.dtype(model.dtype),
+        init=init,
+    )
 
 
 class MobileFaceNet(nnx.Module):

@@ -1,16 +1,16 @@
 """Backbones: `build` makes one by name, as two pure functions on plain dicts of arrays."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from arcface_jax import plugins
+from arcface_jax.config import Dtype, ModelConfig
 from arcface_jax.errors import ConfigError
-from arcface_jax.models import iresnet, layers, mobilefacenet, vit
+from arcface_jax.models import layers
 
 Arrays = dict[str, jax.Array | np.ndarray]
 
@@ -37,49 +37,38 @@ def build(
     *,
     embedding_size: int = 512,
     bn_groups: int | str = 1,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
+    options: plugins.Options = (),
     stacked: bool = True,
     frozen_statistics: Collection[str] = (),
 ) -> Backbone:
-    """Makes a backbone.
+    """Make a backbone.
 
     Args:
-      network: a name in `NETWORKS`.
+      network: a name in `NETWORKS`, or `package.module:name` of a `MakeNetwork`.
       embedding_size: D.
       bn_groups: slices of a training batch with BatchNorm statistics of their own; or the name of
         the mesh axis over whose devices a single slice goes.
       dtype: compute type of the convolutional part.
+      options: settings of a network from outside the package.
       stacked: whether an IResNet that scans its blocks does so; without, each block has arrays of
         its own (`stacks.restack` goes from one form to the other), for comparison.
       frozen_statistics: names of statistics that training uses and does not move.
 
     Raises:
-      ConfigError: no network has that name.
+      ConfigError: no network has that name, or what it made cannot be trained.
     """
-    if network not in NETWORKS:
-        raise ConfigError(f"unknown network {network!r}: use one of {', '.join(NETWORKS)}")
-
-    settings: dict[str, Any] = {
-        "embedding_size": embedding_size,
-        "bn_groups": bn_groups,
-        "dtype": jnp.dtype(dtype),
-    }
+    make = plugins.load(network, field="model.network", options=options)
+    model = ModelConfig(
+        network=network, embedding_size=embedding_size, dtype=dtype, options=tuple(options)
+    )
+    form = {} if stacked else {"stacked": False}
 
     def module(init: layers.Initializer) -> nnx.Module:
-        if network in vit.ARCHITECTURES:
-            return vit.VisionTransformer(vit.ARCHITECTURES[network], init=init, **settings)
-        if network in mobilefacenet.ARCHITECTURES:
-            return mobilefacenet.MobileFaceNet(
-                mobilefacenet.ARCHITECTURES[network],
-                init=init,
-                **settings,
-            )
-        architecture = iresnet.ARCHITECTURES[network]
-        if not stacked:
-            architecture = replace(architecture, blocks_are="unrolled")
-        return iresnet.IResNet(architecture, init=init, **settings)
+        return make(model, bn_groups=bn_groups, init=init, **form)
 
     built = module(layers.ShapeInitializer())
+    _check(built, network)
     _freeze_statistics(built, frozen_statistics)
     graph, *shapes = nnx.split(built, nnx.Param, nnx.BatchStat)
     paths = {_name(path): path for part in shapes for path, _ in nnx.to_flat_state(part)}
@@ -91,7 +80,7 @@ def build(
     def init(seed: int) -> tuple[Arrays, Arrays]:
         module_with_weights = module(layers.RandomInitializer(seed))
         _, params, batch_stats = nnx.split(module_with_weights, nnx.Param, nnx.BatchStat)
-        return _flatten(params), _flatten(batch_stats)
+        return _as_numpy(_flatten(params)), _as_numpy(_flatten(batch_stats))
 
     def apply(
         params: Arrays,
@@ -105,11 +94,34 @@ def build(
         embeddings = model(images, train=train, keys=keys)
         return embeddings, _flatten(nnx.state(model, nnx.BatchStat)) if train else batch_stats
 
-    params, batch_stats = map(_flatten, shapes)
+    params, batch_stats = (_zeros(_flatten(part)) for part in shapes)
     return Backbone(init, (params, batch_stats), apply)
 
 
-NETWORKS = (*iresnet.ARCHITECTURES, *mobilefacenet.ARCHITECTURES, *vit.ARCHITECTURES)
+class MakeNetwork(Protocol):
+    """What `model.network` names: makes a Flax NNX module whose state is Param and BatchStat.
+
+    The module is called as `module(x, train=..., keys=...)`: x is (B, 112, 112, 3) float32 RGB in
+    [-1, 1], the result (B, D) float32, not normalized. In training `keys` are B random keys, one
+    for each image; in evaluation they are None. The names of its attributes, joined with dots, are
+    those of its arrays in checkpoints, patterns and exports.
+    """
+
+    def __call__(
+        self, model: ModelConfig, *, bn_groups: int | str, init: layers.Initializer
+    ) -> nnx.Module:
+        """Make the module.
+
+        Args:
+          model: the section of the recipe: `embedding_size`, `dtype`, `options`.
+          bn_groups: of every `layers.BatchNorm`.
+          init: where first weights come from: its `normal` and `uniform`, or `init.rngs()` for
+            Flax's own layers.
+        """
+        ...
+
+
+NETWORKS = tuple(plugins.BUILT_IN["model.network"])
 
 # What each family calls the bias of the BatchNorm whose output is the embedding.
 _LAST_BIASES = ("features.bias", "features.layers.3.bias", "feature.3.bias")
@@ -120,11 +132,47 @@ def embedding_size(arrays: Mapping[str, Any]) -> int | None:
     return next((len(arrays[name]) for name in _LAST_BIASES if name in arrays), None)
 
 
+def _check(module: object, network: str) -> None:
+    if not isinstance(module, nnx.Module):
+        raise ConfigError(
+            f"model.network {network} returned {type(module).__name__}; expected a flax.nnx.Module"
+        )
+    known = (nnx.Param, nnx.BatchStat)
+    others = {
+        _name(path): type(leaf).__name__
+        for path, leaf in nnx.to_flat_state(nnx.state(module))
+        if not isinstance(leaf, known)
+    }
+    if others:
+        raise ConfigError(
+            f"model.network {network} keeps state besides nnx.Param and nnx.BatchStat: "
+            f"{', '.join(f'{name} ({kind})' for name, kind in others.items())}. Draw what training "
+            "draws at random from the `keys` that the module is called with, one for each image"
+        )
+
+
 def _freeze_statistics(module: nnx.Module, names: Collection[str]) -> None:
-    layers_named = {name.rpartition(".")[0] for name in names}
+    unfrozen = {name.rpartition(".")[0] for name in names}
     for path, layer in nnx.iter_modules(module):
-        if isinstance(layer, layers.BatchNorm) and _name(path) in layers_named:
+        if isinstance(layer, layers.BatchNorm) and _name(path) in unfrozen:
             layer.frozen = True
+            unfrozen.remove(_name(path))
+    if unfrozen:
+        raise ConfigError(
+            f"finetune.frozen_statistics: {', '.join(sorted(unfrozen))} cannot be frozen; expected "
+            "layers of arcface_jax.models.layers.BatchNorm"
+        )
+
+
+def _as_numpy(arrays: Arrays) -> Arrays:
+    return {name: np.asarray(array) for name, array in arrays.items()}
+
+
+def _zeros(arrays: Arrays) -> Arrays:
+    return {
+        name: np.broadcast_to(np.zeros((), array.dtype), array.shape)
+        for name, array in arrays.items()
+    }
 
 
 def _flatten(state: nnx.State) -> Arrays:

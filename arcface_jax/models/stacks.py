@@ -35,6 +35,10 @@ class _Repeated:
         """See `Initializer`."""
         return self._init.uniform((*self._lead, *shape), bound=bound)
 
+    def rngs(self) -> nnx.Rngs:
+        """Not for a stack: Flax's layers draw for one module only."""
+        raise NotImplementedError("stacks.make needs modules that draw from `init` itself")
+
 
 def make(build: Callable[..., nnx.Module], lead: tuple[int, ...], init: Initializer) -> nnx.Module:
     """Many modules as one whose parameters and statistics have leading axes.

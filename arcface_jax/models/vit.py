@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from arcface_jax.config import ModelConfig
 from arcface_jax.models import stacks
 from arcface_jax.models.layers import BatchNorm, Initializer, LayerNorm, Linear
 
@@ -122,6 +123,17 @@ class _PatchEmbed(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.proj(x)
+
+
+def make(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> "VisionTransformer":
+    """Make the network that `model.network` names."""
+    return VisionTransformer(
+        ARCHITECTURES[model.network],
+        embedding_size=model.embedding_size,
+        bn_groups=bn_groups,
+        dtype=jnp.dtype(model.dtype),
+        init=init,
+    )
 
 
 class VisionTransformer(nnx.Module):

@@ -74,8 +74,8 @@ def chance_loss(
     norm = jnp.full((1,), math.sqrt(embedding_size), jnp.float32)
     target_logit = head.scale * float(margin.target(target, norm, state)[0])
     others = cosine
-    if margin.others is not None:
-        given = margin.others(jnp.asarray(cosine, jnp.float32)[None], target[:, None], state)
+    if margin.negatives is not None:
+        given = margin.negatives(jnp.asarray(cosine, jnp.float32)[None], target[:, None], state)
         others = np.asarray(given[0], np.float64)
     count = num_classes
     if head.sample_rate < 1:

@@ -1,33 +1,70 @@
 """Evaluate a run on its verification sets: before, during and after training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from jax.sharding import Mesh
 
+from arcface_jax import plugins
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import ConfigError
 from arcface_jax.evaluation import collapse, embed, verification
+from arcface_jax.evaluation.embed import Embed
 from arcface_jax.evaluation.report import plots
 from arcface_jax.evaluation.verification import Verification
 from arcface_jax.models.registry import Backbone
 from arcface_jax.training import step
 
 
+class Evaluator(Protocol):
+    """What `evaluation.targets` names as `package.module:name[:ARGUMENT]`: measures a network."""
+
+    def __call__(self, embed: Embed, argument: str, /) -> Mapping[str, float]:
+        """Measure the network.
+
+        Args:
+          embed: (n, 112, 112, 3) uint8 RGB, any n, to (n, D) float32, not normalized. Of several
+            hosts every one has to call it with the same images.
+          argument: what follows the second colon of the target; "" without one.
+
+        Returns:
+          Numbers by name, logged as eval/NAME/..., NAME being the last word of the target. Higher
+          counts as better for `checkpoint.best_metric`, except for one named eer.
+        """
+        ...
+
+
+class Measured(NamedTuple):
+    """What an `Evaluator` measured."""
+
+    name: str
+    values: dict[str, float]
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers, as `eval/NAME/...`."""
+        return {f"eval/{self.name}/{key}": value for key, value in self.values.items()}
+
+
+Result = Verification | Measured
+Measure = Callable[[Embed], Measured]
+"""An evaluator with its argument."""
+
+
 class Evaluate(Protocol):
-    """Evaluates a state on all verification sets."""
+    """Evaluates a state on all verification sets, then by all evaluators."""
 
     def __call__(
         self, state: step.TrainState, between: Callable[[], None] = ..., /
-    ) -> list[Verification]:
+    ) -> list[Result]:
         """`between` is called before each batch; what it raises ends the evaluation."""
         ...
 
 
 def make(
     targets: list[PairSet],
+    measures: Sequence[Measure] = (),
     *,
     backbone: Backbone,
     one_group: Backbone,
@@ -38,6 +75,7 @@ def make(
 
     Args:
       targets: verification sets.
+      measures: evaluators, as `load` gives them.
       backbone: of the run.
       one_group: the same with one BatchNorm group, to embed a batch as training does.
       batch_size: images per forward pass, a multiple of the number of devices.
@@ -48,7 +86,7 @@ def make(
 
     def evaluate(
         state: step.TrainState, between: Callable[[], None] = embed.nothing, /
-    ) -> list[Verification]:
+    ) -> list[Result]:
         evaluated, trained = (
             embed.batched(
                 partial(embed_on_devices, *step.weights(state).values()),
@@ -58,14 +96,85 @@ def make(
             )
             for embed_on_devices in (evaluation_mode, training_mode)
         )
-        results = []
+        results: list[Result] = []
         for target in targets:
             result = verification.verify(evaluated, target)
             cosine = collapse.mode_cosine(evaluated, trained, target.images, batch_size=batch_size)
             results.append(result._replace(mode_cosine=cosine))
-        return results
+        return results + [measure(evaluated) for measure in measures]
 
     return evaluate
+
+
+def load(names: Sequence[str], sets: list[PairSet], *, best_metric: str) -> list[Measure]:
+    """Load the evaluators among `evaluation.targets`.
+
+    Args:
+      names: the targets; those that are verification sets are passed over.
+      sets: the verification sets.
+      best_metric: `checkpoint.best_metric`, which an evaluator may have to measure.
+
+    Raises:
+      ConfigError: an evaluator cannot be imported, or has the name of a set.
+    """
+    taken = [one.name for one in sets]
+    measures = []
+    for target in names:
+        reference = plugins.parse(target)
+        if reference is None:
+            continue
+        if reference.attribute in taken:
+            raise ConfigError(
+                f"evaluation.targets: {target} and another target both log eval/"
+                f"{reference.attribute}/...; rename one"
+            )
+        taken.append(reference.attribute)
+        evaluator = plugins.load(reference.name, field="evaluation.targets")
+        measures.append(partial(_measure, evaluator, reference, best_metric))
+    return measures
+
+
+def _measure(
+    evaluator: Evaluator, reference: plugins.Reference, best_metric: str, embed: Embed
+) -> Measured:
+    values = evaluator(embed, reference.argument)
+    try:
+        measured = {str(name): float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"evaluation.targets {reference.name} returned {values!r}; expected numbers by name, "
+            "such as {'accuracy': 0.9}"
+        ) from error
+    result = Measured(reference.attribute, measured)
+    own = best_metric.startswith(f"eval/{result.name}/")
+    if own and best_metric not in result.metrics():
+        raise ConfigError(
+            f"checkpoint.best_metric {best_metric} is not among what {reference.name} returned: "
+            f"use one of {', '.join(result.metrics())}"
+        )
+    return result
+
+
+def check_metric(name: str, targets: Sequence[str], sets: list[PairSet]) -> None:
+    """Refuse a `checkpoint.best_metric` that no set and no evaluator of the run measures.
+
+    Args:
+      name: the metric.
+      targets: `evaluation.targets`.
+      sets: the verification sets among them.
+
+    Raises:
+      ConfigError: naming the metrics there are.
+    """
+    references = [plugins.parse(target) for target in targets]
+    own = [f"eval/{reference.attribute}/" for reference in references if reference]
+    if not name.startswith(tuple(own)):
+        verification.check_metric(name, sets)
+
+
+def verifications(results: Sequence[Result]) -> list[Verification]:
+    """The results on verification sets, without those of evaluators."""
+    return [result for result in results if isinstance(result, Verification)]
 
 
 def baselines(
@@ -87,11 +196,12 @@ def baselines(
         )
     found = {"baseline/raw": verification.raw_pixel_accuracy(targets[0])}
     if untrained is not None:
-        found["baseline/untrained"] = evaluate(untrained)[0].accuracy
+        (first, *_) = verifications(evaluate(untrained))
+        found["baseline/untrained"] = first.accuracy
     return found
 
 
-def metrics(results: list[Verification], prefix: str = "eval") -> dict[str, float]:
+def metrics(results: Sequence[Result], prefix: str = "eval") -> dict[str, float]:
     """All metrics of an evaluation by name, `eval/NAME/accuracy` and so on."""
     return {
         f"{prefix}/{name.removeprefix('eval/')}": value
@@ -100,10 +210,12 @@ def metrics(results: list[Verification], prefix: str = "eval") -> dict[str, floa
     }
 
 
-def draw(workdir: Path, targets: list[PairSet], results: list[Verification]) -> list[Path]:
+def draw(workdir: Path, targets: list[PairSet], results: Sequence[Result]) -> list[Path]:
     """Plot the run's training curves and a sheet of pairs for each verification set."""
     files = [plots.training_curves(workdir)]
-    for target, result in zip(targets, results, strict=False):  # a stopped run may have no results
+    for target, result in zip(
+        targets, verifications(results), strict=False
+    ):  # a stopped run may have no results
         path = workdir / "eval" / f"{target.name}_pairs.png"
         files.append(
             plots.pair_sheet(target, result.distance, threshold=result.threshold, path=path)

@@ -1,11 +1,14 @@
 """User-facing messages of a run: its headline, first loss, evaluations, bad images and labels."""
 
+from collections.abc import Sequence
+
 from jax.sharding import Mesh
 
 from arcface_jax.config import Config, OptimizerConfig
 from arcface_jax.data.pipeline import BadImage
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.verification import Verification
+from arcface_jax.training.evaluators import Result
 
 
 def headline(
@@ -25,6 +28,8 @@ def headline(
 
 def _scaling_rule(optimizer: OptimizerConfig, batch: int) -> str:
     """The learning rate, and what it would be at other batch sizes."""
+    if ":" in optimizer.kind:
+        return f"learning rate {optimizer.learning_rate:g} at global batch {batch}"
     # SGD's noise scale is proportional to rate / batch, Adam's to rate / sqrt(batch): Goyal et al.,
     # 2017; Malladi et al., NeurIPS 2022.
     linear = optimizer.kind in ("sgd", "lars")
@@ -40,9 +45,17 @@ def initial_loss(loss: float, chance_loss: float, *, pretrained: bool) -> str:
     return f"initial loss {loss:.2f} ({level}: {chance_loss:.2f})"
 
 
-def accuracies(results: list[Verification]) -> str:
-    """One line with the accuracy on every verification set."""
-    return "  ".join(f"{r.name} accuracy {r.accuracy:.4f} +- {r.accuracy_std:.4f}" for r in results)
+def accuracies(results: Sequence[Result]) -> str:
+    """One line with the accuracy on every verification set, and what evaluators measured."""
+    return "  ".join(map(_result, results))
+
+
+def _result(result: Result) -> str:
+    if isinstance(result, Verification):
+        return f"{result.name} accuracy {result.accuracy:.4f} +- {result.accuracy_std:.4f}"
+    return " ".join(
+        [result.name, *(f"{name} {value:.4g}" for name, value in result.values.items())]
+    )
 
 
 def bad_image(image: BadImage) -> str:

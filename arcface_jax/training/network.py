@@ -8,6 +8,7 @@ from typing import Literal
 import jax
 import numpy as np
 
+from arcface_jax import plugins
 from arcface_jax.config.choices import Which
 from arcface_jax.evaluation import embed
 from arcface_jax.models import registry
@@ -23,11 +24,13 @@ class Network:
     images as (n, D) float32, not normalized.
 
     Args:
-      network: a name in `arcface_jax.models.registry.NETWORKS`.
+      network: as `model.network`.
       params: the backbone's parameters.
       batch_stats: its BatchNorm statistics.
       batch_size: images per forward pass, a multiple of the number of devices. Fewer images run
         as one or eight per device, so that at most three programs are compiled.
+      embedding_size: D; by default read from the parameters, which only built-in networks allow.
+      options: as `model.options`.
       devices: how many devices share a batch; by default all of them, and "own" is those of this
         process only.
     """
@@ -39,6 +42,8 @@ class Network:
         batch_stats: Arrays,
         *,
         batch_size: int = 64,
+        embedding_size: int | None = None,
+        options: plugins.Options = (),
         devices: int | Literal["own"] | None = None,
     ):
         self.network = network
@@ -46,8 +51,9 @@ class Network:
         self.params, self.batch_stats = jax.device_put(
             (params, batch_stats), meshes.replicated(device_mesh)
         )
-        backbone = registry.build(network, embedding_size=registry.embedding_size(params) or 0)
-        run = partial(step.make_embed(backbone), self.params, self.batch_stats)
+        self.embedding_size = embedding_size or registry.embedding_size(params) or 512
+        self.backbone = registry.build(network, embedding_size=self.embedding_size, options=options)
+        run = partial(step.make_embed(self.backbone), self.params, self.batch_stats)
         sizes = {size for size in (device_mesh.size, 8 * device_mesh.size) if size < batch_size}
         self._runs = {
             size: embed.batched(run, batch_size=size, mesh=device_mesh)
@@ -62,7 +68,15 @@ class Network:
           CheckpointError: the folder holds none.
         """
         config, params, batch_stats, _ = saved_runs.restore_backbone(Path(workdir), which)
-        return cls(config.model.network, params, batch_stats, **options)
+        model = config.model
+        return cls(
+            model.network,
+            params,
+            batch_stats,
+            embedding_size=model.embedding_size,
+            options=model.options,
+            **options,
+        )
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
         """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""

@@ -4,14 +4,17 @@ The class centers follow the same rule inside the head, block by block (heads/ce
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from arcface_jax import plugins
 from arcface_jax.config import OptimizerConfig, ScheduleConfig
+from arcface_jax.errors import ConfigError
+from arcface_jax.heads import centers as class_centers
 from arcface_jax.models import stacks
 from arcface_jax.models.registry import Arrays
 
@@ -53,29 +56,89 @@ def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch
     return lambda step: jnp.asarray(joined(step), jnp.float32)
 
 
-def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    """The backbone's optimizer: clips the gradient and computes the update per unit of rate.
+class Optimizer(NamedTuple):
+    """One update rule for the backbone and for the class centers, both before the learning rate."""
 
-    sgd: buf = momentum * buf + clipped gradient + decay * parameter, as `torch.optim.SGD` without
-    dampening. adamw: m / (sqrt(v) + epsilon) + decay * parameter with the bias-corrected means m
-    and v, as `torch.optim.AdamW`. lars: sgd whose sum of gradient and decay is scaled to `trust`
-    times the norm of the array (You et al., "Large Batch Training of Convolutional Networks",
-    2017); lamb: adamw's sum scaled to the norm of the array (You et al., ICLR 2020). Both leave
-    vectors, BatchNorm's and biases, without decay and scaling; the members of a stack have norms
-    of their own.
+    backbone: tuple[optax.GradientTransformation, ...]
+    """Links of an `optax.chain` over the parameters by dotted name. What comes out is subtracted,
+    times the learning rate; the gradient is clipped before it goes in."""
+    centers: class_centers.Rule
+    """The same, element by element, for a block of class centers."""
+
+
+def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+    """Clip the backbone's gradient, then apply the rule that `optimizer.kind` names.
+
+    What it returns is subtracted, times the learning rate.
+
+    Raises:
+      ConfigError: the rule is neither built in nor importable, or is not an `Optimizer`.
     """
-    momentum = optax.trace(decay=optimizer.momentum)
+    make = plugins.load(optimizer.kind, field="optimizer.kind", options=optimizer.options)
+    made = make(optimizer)
+    if not isinstance(made, Optimizer):
+        raise ConfigError(
+            f"optimizer.kind {optimizer.kind} returned {type(made).__name__}; expected "
+            "arcface_jax.training.optim.Optimizer"
+        )
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), *made.backbone)
+
+
+def sgd(optimizer: OptimizerConfig) -> Optimizer:
+    """buf = momentum * buf + gradient + decay * parameter, as `torch.optim.SGD` undampened."""
+    return Optimizer(
+        (optax.add_decayed_weights(optimizer.weight_decay), optax.trace(optimizer.momentum)),
+        class_centers.sgd_rule(optimizer),
+    )
+
+
+def adamw(optimizer: OptimizerConfig) -> Optimizer:
+    """m / (sqrt(v) + epsilon) + decay * parameter, as `torch.optim.AdamW`.
+
+    m and v are the bias-corrected running means of the gradient and of its square.
+    """
+    return Optimizer(
+        (_adam(optimizer), optax.add_decayed_weights(optimizer.weight_decay)),
+        class_centers.adamw_rule(optimizer),
+    )
+
+
+def lars(optimizer: OptimizerConfig) -> Optimizer:
+    """SGD whose sum of gradient and decay is scaled to `trust` times the norm of the array.
+
+    Vectors, BatchNorm's and biases, have neither decay nor scaling; the members of a stack have
+    norms of their own. The centers follow SGD.
+
+    Source: You et al., "Large Batch Training of Convolutional Networks" (2017).
+    """
+    return Optimizer(
+        (
+            optax.add_decayed_weights(optimizer.weight_decay, mask=_matrices),
+            _by_norm(optimizer.trust),
+            optax.trace(optimizer.momentum),
+        ),
+        class_centers.sgd_rule(optimizer),
+    )
+
+
+def lamb(optimizer: OptimizerConfig) -> Optimizer:
+    """AdamW's sum scaled to the norm of the array; vectors as in `lars`. The centers follow AdamW.
+
+    Source: You et al., "Large Batch Optimization for Deep Learning" (ICLR 2020).
+    """
+    return Optimizer(
+        (
+            _adam(optimizer),
+            optax.add_decayed_weights(optimizer.weight_decay, mask=_matrices),
+            _by_norm(1.0),
+        ),
+        class_centers.adamw_rule(optimizer),
+    )
+
+
+def _adam(optimizer: OptimizerConfig) -> optax.GradientTransformation:
     first, second = optimizer.betas
-    adam = optax.scale_by_adam(b1=first, b2=second, eps=optimizer.epsilon)
-    by_norm = optimizer.kind in ("lars", "lamb")
-    decay = optax.add_decayed_weights(optimizer.weight_decay, mask=_matrices if by_norm else None)
-    rules = {
-        "sgd": [decay, momentum],
-        "adamw": [adam, decay],
-        "lars": [decay, _by_norm(optimizer.trust), momentum],
-        "lamb": [adam, decay, _by_norm(1.0)],
-    }
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), *rules[optimizer.kind])
+    return optax.scale_by_adam(b1=first, b2=second, eps=optimizer.epsilon)
 
 
 def _by_norm(trust: float) -> optax.GradientTransformation:

@@ -12,7 +12,6 @@ import orbax.checkpoint as ocp
 from arcface_jax.config import CheckpointConfig, Config, EvaluationConfig, ScheduleConfig
 from arcface_jax.data.pipeline import BadImage, BadImages
 from arcface_jax.errors import UserError
-from arcface_jax.evaluation.verification import Verification
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import signals
 from arcface_jax.runtime.console import Terminal
@@ -93,7 +92,7 @@ class Run:
     done: int
     """Steps dispatched; `state.step` may still be computed on the devices."""
     in_flight: deque[Metrics] = field(default_factory=deque)
-    results: list[Verification] = field(default_factory=list)
+    results: list[evaluators.Result] = field(default_factory=list)
     """Of the last evaluation."""
 
     def next_batch(self) -> Batch:
@@ -187,7 +186,7 @@ class Run:
         self.terminal.print_all(
             *(
                 diagnostics.explain_chance_accuracy(result, loss=loss, chance_loss=self.chance_loss)
-                for result in self.results
+                for result in evaluators.verifications(self.results)
             )
         )
 

@@ -85,6 +85,7 @@ def backbone(config: Config, *, num_devices: int = 1, one_group: bool = False) -
         embedding_size=config.model.embedding_size,
         bn_groups=AXIS if across else groups // (num_devices * config.optimizer.micro_batches) or 1,
         dtype=config.model.dtype,
+        options=config.model.options,
     )
     network = build()
     patterns = config.finetune.frozen_statistics

@@ -4,6 +4,7 @@ import math
 
 from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups
 from arcface_jax.errors import ConfigError
+from arcface_jax.heads import margin_softmax, margins
 from arcface_jax.training import step
 
 # float32 overflows in exp() above this; the head sums exp(logit) without a shift
@@ -70,7 +71,8 @@ def _check_finetune(config: Config) -> None:
 
 def _check_head(head: HeadConfig) -> None:
     largest = math.floor(_MAX_EXPONENT - math.log(1e8))
-    if head.scale > largest and head.loss != "curricularface":  # which subtracts a maximum
+    unshifted = margins.make(head).negatives_bound <= margin_softmax.UNSHIFTED_BOUND
+    if head.scale > largest and unshifted:
         raise ConfigError(
             f"head.scale {head.scale} is too large: exp(scale) times the number of classes "
             f"must fit into float32; use at most {largest} (the usual value is 64)"

@@ -189,6 +189,7 @@ def changed_everywhere() -> Config:
         "data.augment.sets": ("dali", "erasing"),
         "distributed.local_devices": (1, 2),
     }
+    lists |= {f"{part}.options": (("x", 0.5),) for part in ("model", "head", "optimizer")}
     for name, value in loading.flatten(config).items():
         if name in lists:
             new = lists[name]

@@ -136,10 +136,10 @@ def test_adaface_keeps_running_statistics_of_the_batch():
 
 def test_curricularface_raises_the_others_that_are_too_near():
     margin = margins.make(HeadConfig(loss="curricularface", ema=0.2))
-    assert margin.others is not None and margin.others_need_target
+    assert margin.negatives is not None and margin.negatives_need_target
     target = jnp.asarray([[0.8], [0.1]])
     others = jnp.asarray([[0.9, 0.3, -0.2], [0.9, 0.3, -0.5]])
-    given = margin.others(others, target, {"curriculum": jnp.float32(0.3)})
+    given = margin.negatives(others, target, {"curriculum": jnp.float32(0.3)})
     # cos(arccos(0.8) + 0.5) = 0.414, cos(arccos(0.1) + 0.5) = -0.389
     expected = [[0.9 * 1.2, 0.3, -0.2], [0.9 * 1.2, 0.3 * 0.6, -0.5]]
     np.testing.assert_allclose(given, expected, rtol=1e-6)
@@ -154,10 +154,10 @@ def test_curricularface_raises_the_others_that_are_too_near():
 
 def test_filtered_cosines_count_as_zero_in_front_of_the_margin():
     margin = margins.make(HeadConfig(interclass_filtering_threshold=0.4))
-    assert margin.others is not None
+    assert margin.negatives is not None
     cosine = jnp.asarray([[0.5, 0.4, -0.9]])
-    np.testing.assert_allclose(margin.others(cosine, jnp.ones((1, 1)), {}), [[0, 0.4, -0.9]])
+    np.testing.assert_allclose(margin.negatives(cosine, jnp.ones((1, 1)), {}), [[0, 0.4, -0.9]])
     both = margins.make(HeadConfig(loss="curricularface", interclass_filtering_threshold=0.4))
-    assert both.others is not None and both.others_need_target
-    given = both.others(cosine, -jnp.ones((1, 1)), {"curriculum": jnp.float32(0.1)})
+    assert both.negatives is not None and both.negatives_need_target
+    given = both.negatives(cosine, -jnp.ones((1, 1)), {"curriculum": jnp.float32(0.1)})
     np.testing.assert_allclose(given, [[0, 0.4 * 0.5, -0.9]], rtol=1e-6)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from arcface_jax import plugins
 from arcface_jax.config import Config, DataConfig
 from arcface_jax.data import opening
 from arcface_jax.data.pairs import bins, lists
@@ -25,7 +26,12 @@ def open_targets(targets: Sequence[str], data: DataConfig, *, seed: int) -> list
       ConfigError: two sets have one name.
       DataError: a file is missing or not a verification set.
     """
-    return _with_different_names([_open_target(t, data, seed=seed) for t in targets])
+    return _with_different_names([_open_target(t, data, seed=seed) for t in _files(targets)])
+
+
+def _files(targets: Sequence[str]) -> list[str]:
+    """The targets that are sets of pairs; the others are evaluators (`training.evaluators`)."""
+    return [target for target in targets if plugins.parse(target) is None]
 
 
 def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[PairSet]:
@@ -45,7 +51,7 @@ def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[Pai
         sets = [
             _open_target(t, config.data, seed=config.seed)
             for config in configs
-            for t in config.evaluation.targets
+            for t in _files(config.evaluation.targets)
         ]
         return _with_different_names(_without_copies(sets))
     homes = [_home(target, configs) for target in targets]
