@@ -7,10 +7,8 @@ Under SLURM, Open MPI and Kubernetes the launcher's own variables hold all that 
 
 import importlib.util
 import os
-import platform
 import re
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -167,18 +165,3 @@ def start(config: Config) -> None:
         folder = Path(config.compilation_cache).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(folder))
     join_processes(config.distributed)
-
-
-_TUNABLES = "GLIBC_TUNABLES"
-
-
-def use_huge_pages() -> None:
-    """Restarts this program once, in the same process, with its memory in huge pages.
-
-    A training step on the CPU takes and returns more than a gigabyte of memory, which costs the
-    kernel time in pages of 4 KiB (docs/benchmarks.md). Where the C library is not glibc, or its
-    settings are the user's own, nothing happens.
-    """
-    if platform.libc_ver()[0] == "glibc" and _TUNABLES not in os.environ:
-        os.environ[_TUNABLES] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
