@@ -44,8 +44,8 @@ def test_ten_updates_equal_those_of_torch(optimizer):
     moments = {name: jnp.zeros_like(rows) for name in rule.names}
     for k in range(10):
         gradient, rate = rng.normal(size=(5, 4)).astype(np.float32), 0.1 / (k + 1)
-        moments = rule.add(rule.fade(moments, rows), jnp.asarray(gradient))
-        rows = rule.move(rows, moments, jnp.float32(rate), jnp.int32(k))
+        moments = rule.accumulate(rule.decay(moments, rows), jnp.asarray(gradient))
+        rows = rule.apply(rows, moments, jnp.float32(rate), jnp.int32(k))
         tensor.grad = torch.tensor(gradient)
         reference.param_groups[0]["lr"] = rate
         reference.step()
