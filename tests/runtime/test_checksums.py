@@ -26,13 +26,14 @@ def config(workdir: Path) -> c.Config:
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         schedule=c.ScheduleConfig(epochs=3),
         evaluation=c.EvaluationConfig(batch_size=8, every_epochs=0),
+        checkpoint=c.CheckpointConfig(keep=3),
         logging=c.LoggingConfig(every_steps=1, tensorboard=False),
     )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A run with checkpoints of steps 6 and 9."""
+    """A run with checkpoints of steps 3, 6 and 9."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train.train(config(workdir))
     return workdir
@@ -58,7 +59,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_each_finished_checkpoint_has_checksums(finished):
-    assert sorted(p.name for p in (finished / "checksums").iterdir()) == ["6.json", "9.json"]
+    assert sorted(p.name for p in (finished / "checksums").iterdir()) == [
+        "3.json",
+        "6.json",
+        "9.json",
+    ]
     assert checksums.set_aside_damaged(finished / "checkpoints") == []
 
 
@@ -82,7 +87,7 @@ def test_the_last_whole_one_is_taken_and_the_run_ends_as_it_would(run, capsys, d
 
 
 def test_where_none_is_whole_nothing_is_touched(run):
-    for step in ("6", "9"):
+    for step in ("3", "6", "9"):
         flip(largest(run / "checkpoints" / step))
     before = files(run / "checkpoints")
     with pytest.raises(CheckpointError, match="start a new run in another --workdir"):
