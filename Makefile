@@ -40,7 +40,7 @@ format: .venv/installed
 	@$(or $(PYTHON),python3) -c 'import ensurepip' 2>/dev/null || apt-get install -y -qq python3-venv \
 		|| { echo "error: Python lacks its venv module; on Debian: apt-get install python3-venv"; exit 2; }
 	$(or $(PYTHON),python3) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,parquet,tfds,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[jax2onnx,onnx,parquet,tfds,test]'
 	@touch $@
 
 clean:

@@ -137,7 +137,10 @@ def test_centers_of_the_same_classes_may_be_kept(source_run):
     [
         (["--finetune.frozen", "layr1.*"], ["finetune.frozen", "layr1.*", "layer1.0"]),
         (["--finetune.frozen-statistics", "fc.*"], ["frozen_statistics", "fc.*"]),
-        (["--finetune.rates", "layer1.*", "0"], ["finetune.rates layer1.* 0", "frozen"]),
+        (
+            ["--finetune.rates", "layer1.*", "0"],
+            ["finetune.rates ('layer1.*', 0.0) must be greater than 0", "frozen"],
+        ),
         (CENTERS, ["class_means", "--init-from"]),
         (["--init-from", "none.pth"], ["none.pth"]),
         (["--init-from", "{source}/backbone.pth", "--finetune.centers", "kept"], ["kept", ".pth"]),
