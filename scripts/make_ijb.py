@@ -1,4 +1,4 @@
-"""Makes a small data set in the file formats of IJB-B or IJB-C, out of labelled aligned faces.
+"""Makes a small data set in the file formats of IJB-B or IJB-C, out of labeled aligned faces.
 
 python scripts/make_ijb.py --source FOLDER --output runs/small_ijbc
 python scripts/make_ijb.py --source synthetic --output runs/small_ijbc --subjects 40

@@ -411,7 +411,7 @@ def test_inference_prints_the_embedding_of_the_torch_network(finished, capsys, t
         ("inference", ["--weight", "no.pth", "--network", "r18"], ["no weights at no.pth"]),
         ("inference", ["--weight", "{run}/config.json"], ["not a file of torch weights"]),
         ("evaluate", ["--checkpoint", "nowhere"], ["config.json", "training run"]),
-        ("evaluate", [], ["--checkpoint", "--weight"]),
+        ("evaluate", [], ["--workdir", "--weight"]),
         ("evaluate", ["--checkpoint", "{run}", "--targets", "a.bin"], ["a.bin"]),
         ("evaluate", ["--checkpoint", "{run}", "--step", "best"], ["--checkpoint.best-metric"]),
         ("evaluate", ["--checkpoint", "{run}", "--step", "5"], ["no checkpoint of step 5", "6, 9"]),

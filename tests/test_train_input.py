@@ -19,7 +19,7 @@ from test_train import arguments, losses, metrics, reached, recipe
 from arcface_jax.data import opening
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.synthetic.faces import draw_face
-from arcface_jax.runtime.metrics import Clock
+from arcface_jax.runtime.profiling import Clock
 
 __all__ = ["recipe"]  # a fixture
 

@@ -99,18 +99,23 @@ def with_examples(description: str) -> str:
 
 
 def _flags(target: Any) -> tuple[str, ...]:
-    """Dotted names of the boolean fields of a dataclass, a union of them, or a function."""
+    """Dotted names of the boolean fields of a dataclass, a union of them, or a function.
+
+    A field's other names, which an annotation gives it, are among them.
+    """
     return tuple(name.replace("_", "-") for name, kind in _leaves(target) if kind is bool)
 
 
 def _leaves(target: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     while typing.get_origin(target) is Annotated:
-        target = typing.get_args(target)[0]
+        target, *notes = typing.get_args(target)
+        for alias in (alias for note in notes for alias in getattr(note, "aliases", None) or ()):
+            yield alias.removeprefix("--"), target
     if typing.get_origin(target) in (typing.Union, types.UnionType):
         for member in typing.get_args(target):
             yield from _leaves(member, prefix)
     elif dataclasses.is_dataclass(target) or isinstance(target, types.FunctionType):
-        for name, kind in typing.get_type_hints(target).items():
+        for name, kind in typing.get_type_hints(target, include_extras=True).items():
             yield from _leaves(kind, f"{prefix}.{name}" if prefix else name)
     else:
         yield prefix, target

@@ -46,7 +46,9 @@ def weights(source: Path | Weights, model: ModelConfig, *, name: str) -> Weights
     if isinstance(source, Path):
         _, params, batch_stats, _ = saved_runs.restore_backbone(source)
         source = (params, batch_stats)
-    wanted = registry.build(model.network, embedding_size=model.embedding_size).shapes
+    wanted = registry.build(
+        model.network, embedding_size=model.embedding_size, options=model.options
+    ).shapes
     expected: dict[str, Any] = {**wanted[0], **wanted[1]}
     given: dict[str, Any] = {**source[0], **source[1]}
     problems = {

@@ -68,7 +68,7 @@ def test_a_protocol_takes_them_beside_a_positional_argument(words: str, expected
     arguments = command_line.parse(
         protocol.Arguments, ["groups", *words.split()], prog="x", description=""
     )
-    assert arguments.options.mirrored is expected
+    assert arguments.options.flip is expected
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_the_seed_decides_the_weights():
 
 
 def test_an_unknown_network_is_named_with_those_that_are_known():
-    with pytest.raises(ConfigError, match=r"unknown network 'r51'.*r_tiny, r18, r34, r50"):
+    with pytest.raises(ConfigError, match=r"model.network 'r51': .*'r_tiny', 'r18', 'r34', 'r50'"):
         registry.build("r51")
 
 

@@ -177,9 +177,8 @@ ARCHITECTURE = vit.Architecture(32, 3, drop_path=0.5, masked=True)
 
 def build_small(monkeypatch, **changes) -> registry.Backbone:
     architecture = vit.Architecture(**(vars(ARCHITECTURE) | changes))
-    monkeypatch.setitem(vit.ARCHITECTURES, "small", architecture)
-    monkeypatch.setattr(registry, "NETWORKS", (*registry.NETWORKS, "small"))
-    return registry.build("small", embedding_size=8)
+    monkeypatch.setitem(vit.ARCHITECTURES, "vit_t", architecture)
+    return registry.build("vit_t", embedding_size=8)
 
 
 def test_training_draws_the_same_for_the_same_key_alone(monkeypatch, faces):
