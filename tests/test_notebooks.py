@@ -11,7 +11,6 @@ from scripts import notebooks
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-QUICK = {"explore_embeddings"}
 
 
 @pytest.fixture(scope="session")
@@ -37,10 +36,7 @@ def workdir(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(
     "path",
-    [
-        pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem)
-        for path in NOTEBOOKS
-    ],
+    [pytest.param(path, marks=pytest.mark.slow, id=path.stem) for path in NOTEBOOKS],
 )
 def test_it_runs_top_to_bottom(path: Path, workdir: Path, monkeypatch):
     monkeypatch.setenv("ARCFACE_JAX_WORKDIR", str(workdir))

@@ -20,6 +20,7 @@ def benchmark(*options: str) -> None:
     script("benchmark").app.cli(args=[*options])
 
 
+@pytest.mark.slow
 def test_it_writes_a_table_a_file_and_a_plot(tmp_path, capsys):
     options = ["--classes", "300", "--batches", "16", "--devices", "1", "2", "--repeats", "2"]
     benchmark("head", *options, "--size", "32", "--output", str(tmp_path))

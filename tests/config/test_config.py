@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from arcface_jax import config as configs
+from arcface_jax import errors
 from arcface_jax.config import Config, DataConfig, ModelConfig, loading
 from arcface_jax.errors import ConfigError
 
@@ -83,7 +84,7 @@ def test_an_option_sets_its_field_and_no_other(recipe, words: str, name: str, va
     ],
 )
 def test_a_wrong_option_exits_with_2_and_says_what_would_be_right(recipe, capsys, words, expected):
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as exit_, errors.reported():
         loading.load([recipe("c.Config()"), *words.split()])
     assert exit_.value.code == 2
     message = capsys.readouterr().err

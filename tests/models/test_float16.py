@@ -24,7 +24,9 @@ def relative(ours: np.ndarray, exact: np.ndarray) -> float:
     return float(np.linalg.norm(ours - exact) / np.linalg.norm(exact))
 
 
-@pytest.mark.parametrize("network", ["r_tiny", "mbf", "vit_t"])
+@pytest.mark.parametrize(
+    "network", ["r_tiny", pytest.param("mbf", marks=pytest.mark.slow), "vit_t"]
+)
 def test_embeddings_in_training_are_near_those_of_float32(network):
     images = preprocess.normalize(jnp.asarray(faces(8)))
     found = []

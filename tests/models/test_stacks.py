@@ -97,6 +97,7 @@ def assert_equal_to_unrolled() -> None:
         assert name == "features.scale" or not np.array_equal(moved[name], before), name
 
 
+@pytest.mark.slow
 def test_a_nested_networks_step_is_that_of_the_unrolled_one(shallow):
     assert_equal_to_unrolled()
 

@@ -67,7 +67,10 @@ def test_each_finished_checkpoint_has_checksums(finished):
     assert checksums.set_aside_damaged(finished / "checkpoints") == []
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flipped", *(pytest.param(damage, marks=pytest.mark.slow) for damage in ("cut", "missing"))],
+)
 def test_the_last_whole_one_is_taken_and_the_run_ends_as_it_would(run, capsys, damage):
     weights = saved_runs.restore_backbone(run)[1]
     target = largest(run / "checkpoints" / "9")

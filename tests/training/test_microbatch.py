@@ -66,7 +66,9 @@ def whole(batch):
     return one_step(CONFIG, batch, devices=1)
 
 
-@pytest.mark.parametrize(("devices", "slices"), [(1, 6), (3, 2)])
+@pytest.mark.parametrize(
+    ("devices", "slices"), [(1, 6), pytest.param(3, 2, marks=pytest.mark.slow)]
+)
 def test_micro_batches_equal_the_whole_batch(batch, whole, devices, slices):
     """Partial FC draws by device, so several are compared with the whole batch on as many."""
     before, expected, loss, compiled = (

@@ -101,6 +101,7 @@ def test_the_running_mean_follows_the_weights(run):
     assert step.weights(run.state) is run.state.ema
 
 
+@pytest.mark.slow
 def test_the_scale_does_not_change_the_gradient(run):
     """Powers of two, where nothing overflows and little is flushed."""
     norms = []
