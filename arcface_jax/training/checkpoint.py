@@ -281,6 +281,7 @@ def _refuse_imported_weights(workdir: Path) -> None:
 
 
 def folder_of(workdir: Path) -> Path:
+    """The folder of a run's checkpoints, as an absolute path, which Orbax requires."""
     return workdir.absolute() / "checkpoints"
 
 
