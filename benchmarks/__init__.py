@@ -1,1 +1,1 @@
-"""What `scripts/benchmark.py` measures: time and memory, as ratios within one run."""
+"""What `python -m benchmarks` measures: time and memory, as ratios within one run."""

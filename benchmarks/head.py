@@ -137,6 +137,11 @@ def check(methods: tuple[str, ...], batches: tuple[int, ...], devices: tuple[int
                 )
 
 
+def stepper(name: str, compiled: Compiled, case: Case) -> Callable[[], object]:
+    """A function that does one step of a method, on random embeddings and centers."""
+    return _steppers({name: compiled}, case)[name]
+
+
 def _steppers(compiled: dict[str, Compiled], case: Case) -> dict[str, Callable]:
     """Functions that do one step each; methods that split the centers share one set of them."""
     mesh = meshes.make(case.devices)

@@ -1,0 +1,199 @@
+"""Measure parts of the system: tables, a JSON file, sometimes a plot.
+
+python -m benchmarks head [--classes 131072] [--batches 128 256 1024] [--devices 1 2]
+python -m benchmarks blocks [--batch 8] [--dtype bfloat16]
+python -m benchmarks evaluation [--pairs 6000] [--scores 15000000]
+python -m benchmarks step [--network r50] [--batch 128] [--against torch] [--table]
+python -m benchmarks gpu [--minutes 9] [--reference DIR] [--sizes toy]
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from arcface_jax import errors
+from arcface_jax.config import Dtype
+from arcface_jax.machine import timing
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.runtime import tables
+from benchmarks import blocks, evaluation, gpu, head, report, step_command
+from benchmarks.head import Case, Measurement
+
+
+@dataclass(frozen=True)
+class Head:
+    """One step of the class-center head: dense, blocked, and sampled (docs/head.md)."""
+
+    classes: tuple[int, ...] = (131_072,)
+    """Identities."""
+    batches: tuple[int, ...] = (128, 256, 1024)
+    """Global batch sizes."""
+    devices: tuple[int, ...] = (1,)
+    """Numbers of devices; on a CPU as many as asked for are made."""
+    size: int = 512
+    """Length of the embedding."""
+    dtype: Dtype = "float32"
+    """Type of the matrix products' operands."""
+    block_size: int = 2048
+    """Classes a device looks at together."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    methods: tuple[str, ...] = head.METHODS
+    """Which of them; the first two are the dense ones."""
+    repeats: int = 7
+    """Counted steps of each method, the median of which is given."""
+    reference: Path | None = None
+    """A checkout of arcface_torch, whose own PartialFC_V2 is timed in the same run."""
+    output: Path = Path("runs/benchmark_head")
+    """Folder for head.json and head.png."""
+
+
+def reference(arguments: Head, case: Case) -> list[Measurement]:
+    """arcface_torch's head on the same case, over all classes and over a tenth of them."""
+    if arguments.reference is None:
+        return []
+    from benchmarks import reference_head
+
+    options = {"directory": arguments.reference, "repeats": arguments.repeats}
+    return [reference_head.measure(case, sample_rate=rate, **options) for rate in (1.0, 0.1)]
+
+
+def measure(arguments: Head) -> list[Measurement]:
+    """All cases, each with all methods."""
+    rows: list[Measurement] = []
+    for classes in arguments.classes:
+        for batch in arguments.batches:
+            for devices in arguments.devices:
+                settings = (arguments.dtype, arguments.block_size, arguments.optimizer)
+                case = Case(classes, batch, devices, arguments.size, *settings)
+                ours = head.measure(case, methods=arguments.methods, repeats=arguments.repeats)
+                rows += head.beside_dense([*ours, *reference(arguments, case)])
+                print(f"measured {classes:,} classes, batch {batch}, {devices} devices", flush=True)
+    return rows
+
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="head")
+def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
+    """One step of the class-center head: dense, blocked, and sampled (docs/head.md)."""
+    begin = time.perf_counter()
+    with errors.reported():
+        head.check(arguments.methods, arguments.batches, arguments.devices)
+        meshes.ask_for_cpu_devices(max(arguments.devices))
+        machine = timing.machine()
+        product = timing.matmul_flops_per_second(arguments.dtype)
+        rows = measure(arguments)
+        drawing = head.measure_drawing(
+            classes=1_250_000, drawn=125_000, batch=1024, repeats=arguments.repeats
+        )
+        files = report.write(arguments.output, rows, product_flops=product, machine=machine)
+    for table in report.tables(rows):
+        Console().print(table)
+    print(
+        f"GFLOP/s are those of a dense step's three products; one large {arguments.dtype} product "
+        f"here reaches {product / 1e9:.0f}"
+    )
+    print(
+        "drawing 125,000 of 1,250,000 classes: "
+        + ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in drawing.items())
+    )
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    result = {
+        "matrix_product_gflops": round(product / 1e9, 1),
+        "drawing_seconds": drawing,
+        "measurements": [row._asdict() for row in rows],
+        "seconds": round(time.perf_counter() - begin, 1),
+        "files": [str(file) for file in files],
+    }
+    print("RESULT " + json.dumps(result))
+
+
+@app.command(name="blocks")
+def run_blocks(batch: int = 8, count: int = 8, dtype: Dtype = "float32", repeats: int = 7) -> None:
+    """A block of a large IResNet, forward and backward, in a scan and not (docs/backbones.md).
+
+    Args:
+      batch: Images.
+      count: Blocks behind one another.
+      dtype: Compute type.
+      repeats: Counted runs of each method, the median of which is given.
+    """
+    begin = time.perf_counter()
+    rows = blocks.measure(batch=batch, blocks=count, dtype=dtype, repeats=repeats)
+    for row in rows:
+        print(f"{row.method:15} {1000 * row.seconds:8.1f} ms a block  {row.ratio:.2f}")
+    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
+    result = {row.method: row._asdict() for row in rows}
+    seconds = round(time.perf_counter() - begin, 1)
+    print("RESULT " + json.dumps({**result, "seconds": seconds, "files": []}))
+
+
+@app.command(name="evaluation")
+def run_evaluation(
+    pairs: int = 6000,
+    embedding_size: int = 512,
+    scores: int = 15_000_000,
+    repeats: int = 5,
+    output: Path = Path("runs/benchmark_evaluation"),
+) -> None:
+    """Ten folds, normalization, ROC curves (docs/evaluation.md).
+
+    Args:
+      pairs: Of a verification set.
+      embedding_size: Length of the embedding.
+      scores: Of the long ROC curve.
+      repeats: Counted rounds, the median of which is given.
+      output: Folder for evaluation.json.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        sizes = {"pairs": pairs, "embedding_size": embedding_size, "scores": scores}
+        rows = evaluation.measure(**sizes, repeats=repeats)
+        machine = timing.machine()
+        file = evaluation.write(output, rows, machine=machine)
+    table = tables.new(None, ["ms"], names=["what"])
+    for row in rows:
+        table.add_row(row.what, f"{1000 * row.seconds:.2f}")
+    Console().print(table)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    seconds = round(time.perf_counter() - begin, 1)
+    measured = {row.what: row.seconds for row in rows}
+    print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": [str(file)]}))
+
+
+@app.command(name="step")
+def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
+    """Forward, forward and backward, and the whole train step (docs/benchmarks.md)."""
+    begin = time.perf_counter()
+
+    def others() -> step_command.Others:
+        from benchmarks import reference_step, step_twin
+
+        options = {"directory": arguments.reference, "repeats": arguments.repeats}
+        return step_command.Others(
+            torch=partial(step_twin.make, forms=arguments.torch_forms),
+            torch_precision=step_twin.precision,
+            reference=partial(reference_step.measure, **options),
+        )
+
+    with errors.reported():
+        outcome = step_command.run(arguments, others)
+    seconds = round(time.perf_counter() - begin, 1)
+    print("RESULT " + json.dumps({**outcome, "seconds": seconds}))
+
+
+@app.command(name="gpu")
+def run_gpu(arguments: tyro.conf.OmitArgPrefixes[gpu.Gpu]) -> None:
+    """All that a machine with a GPU is asked, in calls of a few minutes (docs/gpu.md)."""
+    gpu.main(arguments)
+
+
+if __name__ == "__main__":
+    app.cli(prog="python -m benchmarks", description=__doc__)

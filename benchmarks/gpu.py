@@ -1,0 +1,315 @@
+"""What a machine with a GPU is asked: `python -m benchmarks gpu` (docs/gpu.md).
+
+The questions are items, each measured in a process of its own, so that `peak_bytes_in_use` belongs
+to one program and one that runs out of memory takes no other with it. An answer is a file; a
+call works through the items without one until its minutes are used up, and the next call continues.
+Nothing is downloaded, and whatever JAX, CUDA plugin and PyTorch the machine has are used.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from arcface_jax import errors
+from arcface_jax.errors import UserError
+from arcface_jax.runtime import tables
+from arcface_jax.runtime.files import write_atomic
+
+Kind = Literal["tests", "step", "head", "reference"]
+GB = 1e9
+_CUBLAS = "--xla_gpu_enable_triton_gemm=false"
+# How far a process may overrun: it is ended then, and its item counts as failed.
+_LIMITS = {"tests": 420, "step": 300, "head": 150, "reference": 300}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a machine with a GPU is asked (docs/gpu.md), in calls of a few minutes."""
+
+    minutes: float = 9.0
+    """No item is started that may not end within these minutes; call again for the rest."""
+    reference: Path | None = None
+    """recognition/arcface_torch of a checkout of insightface, timed beside this project."""
+    sizes: Literal["real", "toy"] = "real"
+    """Toy sizes run to the end on a CPU, to see that the command works; they measure nothing."""
+    again: tuple[str, ...] = ()
+    """Names of items to measure once more; `failed` stands for all that failed."""
+    output: Path = Path("runs/benchmark_gpu")
+    """Folder of the answers, gpu.json and gpu.md."""
+
+
+class Item(NamedTuple):
+    """One question."""
+
+    name: str
+    kind: Kind
+    network: str = "r50"
+    classes: int = 0
+    batch: int = 128
+    """Over all devices."""
+    devices: int = 1
+    block_size: int = 0
+    """Classes in a block of the head; 0 leaves the default."""
+    xla_flags: str = ""
+    """Added to XLA_FLAGS."""
+    trace: bool = False
+    """Whether to profile some steps."""
+
+
+_REAL = (
+    Item("tests", "tests"),
+    Item("r50, 1 M ids", "step", "r50", 1_000_000, 128, trace=True),
+    Item("vit_b", "step", "vit_b", 1_000_000, 384, trace=True),
+    Item("r50, 1 M ids, 8 GPUs", "step", "r50", 1_000_000, 1024, 8, trace=True),
+    Item("r100, 2 M ids, 8 GPUs", "step", "r100", 2_000_000, 1024, 8, trace=True),
+    Item("head, 10 M ids, 8 GPUs", "head", "", 10_000_000, 1024, 8, trace=True),
+    # What one of eight GPUs computes of the last two, where there is only one.
+    Item("r100, 250 k ids", "step", "r100", 250_000, 128, trace=True),
+    Item("head, 1.25 M ids", "head", "", 1_250_000, 1024, trace=True),
+    *(
+        Item(
+            f"head, {classes // 1000} k ids, block {block}, {product}",
+            "head",
+            classes=classes,
+            batch=batch,
+            block_size=block,
+            xla_flags=flags,
+        )
+        for classes, batch in ((1_000_000, 128), (1_250_000, 1024))
+        for product, flags in (("Triton or cuBLAS", ""), ("cuBLAS", _CUBLAS))
+        for block in (2048, 8192, 16384)
+    ),
+    Item("arcface_torch, r50, 1 M ids", "reference", "r50", 1_000_000, 128),
+    Item("r50, 10 M ids", "step", "r50", 10_000_000, 128),
+)
+
+
+def items(sizes: Literal["real", "toy"]) -> list[Item]:
+    """The questions in their order; as toys the first of each kind, as small as it gets."""
+    if sizes == "real":
+        return list(_REAL)
+    first = {item.kind: item for item in reversed(_REAL) if item.devices == 1}
+    return [
+        item._replace(network="r_tiny", classes=100, batch=8, xla_flags="")
+        for item in _REAL
+        if item is first[item.kind]
+    ]
+
+
+def run(arguments: Gpu) -> dict[str, Any]:
+    """Answer what there is time for, and write what is known.
+
+    Returns:
+      What RESULT has: the answers, and the names of the items that are left.
+
+    Raises:
+      UserError: there is no GPU for real sizes.
+    """
+    begin = time.monotonic()
+    machine = _machine()
+    if arguments.sizes == "real" and machine["platform"] != "gpu":
+        raise UserError(
+            f"JAX runs on {machine['platform']} here: install a CUDA plugin (pip install "
+            "'arcface-jax[cuda12]'), or try the command with --sizes toy"
+        )
+    asked = items(arguments.sizes)
+    folder = arguments.output / "items"
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = {item.name: _read(folder / _file(item), item, arguments.again) for item in asked}
+    left = []
+    for item in asked:
+        if answers[item.name]:
+            continue
+        if reason := _reason_to_leave_out(item, arguments, machine):
+            answers[item.name] = {"left_out": reason}
+            print(f"{item.name}: left out: {reason}", flush=True)
+            continue
+        remaining = 60 * arguments.minutes - (time.monotonic() - begin)
+        if remaining < _LIMITS[item.kind] and remaining < 60 * arguments.minutes - 30:
+            left.append(item.name)
+            continue
+        answer = _ask(item, arguments, limit=min(_LIMITS[item.kind], max(remaining, 60)))
+        answers[item.name] = answer
+        write_atomic(folder / _file(item), json.dumps(answer, indent=2) + "\n")
+        print(f"{item.name}: {_summary(answer)}", flush=True)
+    report = {"machine": machine, "answers": {k: v for k, v in answers.items() if v}, "left": left}
+    write_atomic(arguments.output / "gpu.json", json.dumps(report, indent=2) + "\n")
+    shown = _tables(asked, report)
+    console = Console(width=max(112, Console().width))
+    for table in shown:
+        console.print(table)
+    write_atomic(arguments.output / "gpu.md", _page(machine, shown))
+    if left:
+        print(f"{len(left)} of {len(asked)} items are left: run the same command again")
+    files = [str(arguments.output / name) for name in ("gpu.json", "gpu.md")]
+    return {**report, "files": files}
+
+
+def _machine() -> dict[str, Any]:
+    """Device, count and versions, asked in a process that does not keep the GPU."""
+    code = (
+        "import json; import jax; from arcface_jax.machine import timing; "
+        "print(json.dumps({'platform': jax.default_backend(), **timing.machine()}))"
+    )
+    done = _process(["-c", code], limit=120)
+    if isinstance(done, str):
+        raise UserError(f"JAX does not start: {done}")
+    return done
+
+
+def _reason_to_leave_out(item: Item, arguments: Gpu, machine: dict[str, Any]) -> str | None:
+    if item.kind == "reference" and arguments.reference is None:
+        return "no checkout of arcface_torch: name one with --reference DIR"
+    if item.kind == "reference" and machine["platform"] != "gpu":
+        return "arcface_torch needs CUDA"
+    if item.devices > machine["devices"] and machine["platform"] == "gpu":
+        return f"needs {item.devices} GPUs, here are {machine['devices']}"
+    return None
+
+
+def _ask(item: Item, arguments: Gpu, *, limit: float) -> dict[str, Any]:
+    """The answer of one item, or {"failed": why}."""
+    if item.kind == "tests":
+        words = ["-m", "pytest", "-m", "gpu", "-q", "-n", "0", "-p", "no:cacheprovider"]
+        done = _process([*words, "tests/gpu"], limit=limit, last_line=_pytest_line)
+    elif item.kind == "reference":
+        words = ["-m", "benchmarks.reference_step", str(arguments.reference)]
+        sizes = {"network": item.network, "batch": item.batch, "classes": item.classes}
+        words += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+        done = _process(words, limit=limit)
+    else:
+        done = _process(
+            ["-m", "benchmarks.gpu_item"],
+            limit=limit,
+            given=json.dumps(item._asdict()),
+            xla_flags=item.xla_flags,
+        )
+    return {"failed": done} if isinstance(done, str) else done
+
+
+def _pytest_line(line: str) -> dict[str, Any]:
+    return {"outcome": line.strip("= ")}
+
+
+def _process(
+    words: list[str],
+    *,
+    limit: float,
+    given: str = "",
+    xla_flags: str = "",
+    last_line: Callable[[str], dict[str, Any]] = json.loads,
+) -> dict[str, Any] | str:
+    """Run Python; what its last line has, or in a line why there is none."""
+    root = Path(__file__).parents[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip(),
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=root,
+            env=environment,
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired:
+        return f"not done after {limit:.0f} s"
+    if done.returncode:
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        return f"exit code {done.returncode}: " + " | ".join(lines[-3:])[-600:]
+    return last_line(done.stdout.strip().splitlines()[-1])
+
+
+def _file(item: Item) -> str:
+    return item.name.replace(",", "").replace(" ", "_") + ".json"
+
+
+def _read(path: Path, item: Item, again: tuple[str, ...]) -> dict[str, Any]:
+    """A stored answer, empty where there is none or it is asked for again."""
+    if not path.is_file():
+        return {}
+    answer = json.loads(path.read_text())
+    repeat = item.name in again or ("failed" in again and "failed" in answer)
+    return {} if repeat else answer
+
+
+def _summary(answer: dict[str, Any]) -> str:
+    for key in ("failed", "outcome"):
+        if key in answer:
+            return f"{key}: {answer[key]}"
+    return f"{1000 * answer['seconds']:.1f} ms"
+
+
+def _tables(asked: list[Item], report: dict[str, Any]) -> list[Table]:
+    """Times and memory; the time by kind of kernel; and what has no figures."""
+    answers: dict[str, dict[str, Any]] = report["answers"]
+    heads = ["ms", "images/s", "peak GB", "compiled GB", "temporary GB", "kernels", "busy"]
+    times = tables.new("time and memory of a step", heads, names=["program"])
+    for item in asked:
+        found = answers.get(item.name, {})
+        if "seconds" in found:
+            times.add_row(item.name, *_cells(found, item))
+    shares = [answer["share_of_time"] for answer in answers.values() if "share_of_time" in answer]
+    kinds = sorted({kind for share in shares for kind in share}, key=lambda k: -_most(shares, k))
+    profile = tables.new("share of the time by kind of kernel", kinds, names=["program"])
+    for name, answer in answers.items():
+        if "share_of_time" in answer:
+            share = answer["share_of_time"]
+            profile.add_row(name, *(f"{share.get(kind, 0):.1%}" for kind in kinds))
+    others = tables.new("other answers", [], names=["item", "answer"])
+    for name, answer in answers.items():
+        words = next((answer[k] for k in ("outcome", "failed", "left_out") if k in answer), None)
+        if words:
+            others.add_row(name, words)
+    return [table for table in (times, profile, others) if table.row_count]
+
+
+def _most(shares: list[dict[str, float]], kind: str) -> float:
+    return max(share.get(kind, 0.0) for share in shares)
+
+
+def _cells(found: dict[str, Any], item: Item) -> list[str]:
+    def gigabytes(name: str) -> str:
+        return "" if found.get(name) is None else f"{found[name] / GB:.2f}"
+
+    images = "" if item.kind == "head" else f"{item.batch / found['seconds']:.0f}"
+    kernels = "" if found.get("kernels") is None else f"{found['kernels']:.0f}"
+    busy = "" if found.get("busy") is None else f"{found['busy']:.0%}"
+    memory = [gigabytes(f"{name}_bytes") for name in ("peak", "compiled", "temporary")]
+    return [f"{1000 * found['seconds']:.2f}", images, *memory, kernels, busy]
+
+
+def _page(machine: dict[str, Any], shown: list[Table]) -> str:
+    """The tables in Markdown, with the card's name above them."""
+    lines = [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
+    for table in shown:
+        heads = [str(column.header) for column in table.columns]
+        columns = [list(map(str, column.cells)) for column in table.columns]
+        lines += [f"{table.title}:", "", "| " + " | ".join(heads) + " |"]
+        lines += ["|" + "---|" * len(heads)]
+        rows = zip(*columns, strict=True)
+        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(arguments: Gpu) -> None:
+    """Run, and print RESULT."""
+    begin = time.perf_counter()
+    with errors.reported():
+        outcome = run(arguments)
+    seconds = round(time.perf_counter() - begin, 1)
+    print("RESULT " + json.dumps({**outcome, "seconds": seconds}))

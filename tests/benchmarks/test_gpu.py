@@ -1,0 +1,104 @@
+"""`python -m benchmarks gpu` to its end at toy sizes, in parts, and after failures."""
+
+import json
+
+import pytest
+
+from arcface_jax.errors import UserError
+from benchmarks import gpu, gpu_item
+from benchmarks.gpu import Gpu
+
+CPU = {"platform": "cpu", "device": "a CPU", "devices": 1, "jax": "0"}
+
+
+def test_an_item_is_measured_in_a_process_of_its_own():
+    (toy,) = [item for item in gpu.items("toy") if item.kind == "head"]
+    answer = gpu._ask(toy, Gpu(sizes="toy"), limit=300)
+    assert answer["seconds"] > 0 and answer["kernels"] > 10
+    assert answer["compiled_bytes"] > answer["temporary_bytes"] > 0
+    assert sum(answer["share_of_time"].values()) == pytest.approx(1)
+
+
+def test_a_failure_is_told_by_its_last_lines():
+    impossible = gpu.Item("impossible", "head", classes=100, batch=-1)
+    assert "exit code 1" in gpu._ask(impossible, Gpu(), limit=300)["failed"]
+
+
+@pytest.mark.slow
+def test_toys_run_to_the_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "_machine", lambda: CPU)  # else JAX starts once more
+    gpu.main(Gpu(sizes="toy", output=tmp_path))
+    outcome = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert outcome["left"] == []
+    step, head = (outcome["answers"][name] for name in ("r50, 1 M ids", "head, 1.25 M ids"))
+    assert step["seconds"] > 0 and head["seconds"] > 0
+    assert step["kernels"] > 100 and step["busy"] > 0
+    assert sum(step["share_of_time"].values()) == pytest.approx(1)
+    assert step["share_of_time"]["convolutions"] > 0
+    assert step["compiled_bytes"] > step["temporary_bytes"] > head["temporary_bytes"]
+    assert "skipped" in outcome["answers"]["tests"]["outcome"]
+    assert "--reference" in outcome["answers"]["arcface_torch, r50, 1 M ids"]["left_out"]
+    page = (tmp_path / "gpu.md").read_text()
+    assert "| r50, 1 M ids |" in page and "device a CPU" in page
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The names of the items that are measured; every measurement is a second, or fails."""
+    asked = []
+
+    def answer(item, arguments, *, limit):
+        asked.append(item.name)
+        return {"failed": "out of memory"} if item.name == "vit_b" else {"seconds": 1.0}
+
+    monkeypatch.setattr(gpu, "_machine", lambda: CPU | {"platform": "gpu"})
+    monkeypatch.setattr(gpu, "_ask", answer)
+    return asked
+
+
+def test_what_there_is_no_time_for_is_measured_by_the_next_call(tmp_path, asked, monkeypatch):
+    clock = iter(range(0, 10**6, 100))  # each look at the clock is 100 s later
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    wanted = [item.name for item in gpu.items("real") if item.devices == 1]
+    wanted.remove("arcface_torch, r50, 1 M ids")  # no checkout is named
+    calls = 0
+    while gpu.run(Gpu(output=tmp_path))["left"]:
+        calls += 1
+    assert calls > 2
+    assert sorted(asked) == sorted(wanted)  # each of them once
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["answers"]["r50, 1 M ids, 8 GPUs"] == {"left_out": "needs 8 GPUs, here are 1"}
+    assert "| vit_b | out of memory |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_failures_are_measured_again_when_asked_for(tmp_path, asked):
+    gpu.run(Gpu(output=tmp_path))
+    asked.clear()
+    gpu.run(Gpu(output=tmp_path))
+    assert asked == []
+    gpu.run(Gpu(output=tmp_path, again=("failed", "r50, 10 M ids")))
+    assert asked == ["vit_b", "r50, 10 M ids"]
+
+
+def test_real_sizes_need_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_machine", lambda: CPU)
+    with pytest.raises(UserError, match=r"JAX runs on cpu here.*--sizes toy"):
+        gpu.run(Gpu(output=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "collectives"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("sm90_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32", "convolutions"),
+        ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
+        ("gemm_fusion_dot_12", "matrix products"),
+        ("MemcpyD2D", "copies"),
+        ("input_reduce_fusion_3", "reductions"),
+        ("loop_add_fusion", "elementwise"),
+        ("unheard_of", "other"),
+    ],
+)
+def test_kernels_are_told_apart_by_name(name, kind):
+    assert gpu_item.kind(name) == kind
