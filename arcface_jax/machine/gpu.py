@@ -133,7 +133,7 @@ def compiler(gpu: str, *, devices: int) -> Iterator[Compiler]:
 
     Args:
       gpu: one of `NAMES`.
-      devices: GPUs, 8 to a host.
+      devices: GPUs, at most 8 on a host.
 
     Raises:
       UserError: there is no such GPU or number of them, or no CUDA plugin that fits.
@@ -221,20 +221,15 @@ def description(name: str) -> str:
 
 
 def topology(devices: int) -> str:
-    """XLA's topology: hosts x 1 x GPUs of each.
+    """XLA's topology: hosts x 1 x GPUs of each, as many of 8 as divide the whole.
 
     Raises:
       ConfigError: so many GPUs cannot be planned for.
     """
-    if 1 <= devices <= GPUS_A_HOST:
-        return f"1x1x{devices}"
-    if devices % GPUS_A_HOST or not GPUS_A_HOST <= devices <= MOST_DEVICES:
-        raise ConfigError(
-            f"--devices {devices}: GPUs are planned for as 1 to {GPUS_A_HOST} on one host, or as "
-            f"full hosts of {GPUS_A_HOST} up to {MOST_DEVICES}; use for instance "
-            f"{min(MOST_DEVICES, max(1, round(devices / GPUS_A_HOST)) * GPUS_A_HOST)}"
-        )
-    return f"{devices // GPUS_A_HOST}x1x{GPUS_A_HOST}"
+    if not 1 <= devices <= MOST_DEVICES:
+        raise ConfigError(f"--devices {devices} must be 1 to {MOST_DEVICES} GPUs to plan for")
+    each = max(n for n in range(1, GPUS_A_HOST + 1) if devices % n == 0)
+    return f"{devices // each}x1x{each}"
 
 
 def check_plugin() -> str:
@@ -249,7 +244,7 @@ def check_plugin() -> str:
     for cuda in ("13", "12"):
         if importlib.util.find_spec(f"jax_cuda{cuda}_plugin") is not None:
             found[cuda] = metadata.version(f"jax-cuda{cuda}-plugin")
-    fitting = [cuda for cuda, version in found.items() if version == wanted]
+    fitting = [cuda for cuda, version in found.items() if _release(version) == _release(wanted)]
     if not fitting:
         cuda = next(iter(found), "12")
         has = f"jax-cuda{cuda}-plugin {found[cuda]} is installed" if found else "none is installed"
@@ -263,16 +258,21 @@ def check_plugin() -> str:
             f"compiling for a GPU needs ptxas, of the nvcc package or a CUDA toolkit on PATH: "
             f"{install_command(cuda)}"
         )
-    return f"jax-cuda{cuda}-plugin {wanted}"
+    return f"jax-cuda{cuda}-plugin {found[cuda]}"
+
+
+def _release(version: str) -> list[str]:
+    """A plugin's fourth number, 0.12.0.1, is a rebuild for the same jaxlib."""
+    return version.split(".")[:3]
 
 
 def install_command(cuda: str) -> str:
     """How to install what compiles, at versions that fit this environment's jaxlib."""
-    wanted = metadata.version("jaxlib")
+    wanted = ".".join([*_release(metadata.version("jaxlib")), "*"])
     nvcc = "nvidia-cuda-nvcc-cu12" if cuda == "12" else "'nvidia-cuda-nvcc<14' 'nvidia-nvvm<14'"
     return (
-        f"pip install --no-deps jax-cuda{cuda}-plugin=={wanted} jax-cuda{cuda}-pjrt=={wanted} "
-        f"{nvcc} (1.2 GB; the same as the extra arcface-jax[gpu-plan-cuda{cuda}])"
+        f"pip install 'jax-cuda{cuda}-plugin=={wanted}' 'jax-cuda{cuda}-pjrt=={wanted}' {nvcc} "
+        f"(1.2 GB; the packages of the extra gpu-plan-cuda{cuda})"
     )
 
 
