@@ -4,6 +4,7 @@ python scripts/benchmark.py head [--classes 131072] [--batches 128 256 1024] [--
 python scripts/benchmark.py blocks [--batch 8] [--dtype bfloat16]
 python scripts/benchmark.py evaluation [--pairs 6000] [--scores 15000000]
 python scripts/benchmark.py step [--network r50] [--batch 128] [--against torch] [--table]
+python scripts/benchmark.py gpu-table [--gpus h100 b200] [--most 10]
 """
 
 import json
@@ -19,9 +20,10 @@ from rich.console import Console
 from arcface_jax import errors
 from arcface_jax.config import Dtype
 from arcface_jax.machine import timing
+from arcface_jax.machine.gpu import GpuName
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import tables
-from benchmarks import blocks, evaluation, head, report, step_command
+from benchmarks import blocks, evaluation, head, plan_table, report, step_command
 from benchmarks.head import Case, Measurement
 
 
@@ -186,6 +188,41 @@ def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
         outcome = step_command.run(arguments, others)
     seconds = round(time.perf_counter() - begin, 1)
     print("RESULT " + json.dumps({**outcome, "seconds": seconds}))
+
+
+@app.command(name="gpu-table")
+def run_gpu_table(
+    gpus: tuple[GpuName, ...] = plan_table.GPUS,
+    only: tuple[str, ...] = (),
+    most: int | None = None,
+    output: Path = Path("runs/gpu_table"),
+) -> None:
+    """Memory, traffic and modelled speed on GPUs that are not there (docs/benchmarks.md).
+
+    Needs a CUDA plugin and no GPU. The same command resumes.
+
+    Args:
+      gpus: Which of them.
+      only: Rows whose names contain one of these, as speed or r50_8000000; by default all.
+      most: Rows at most, for a part of the table.
+      output: Folder for the rows, table.json and table.md.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        wanted = [job for job in plan_table.jobs(gpus) if any(x in job.name for x in only or ("",))]
+        if not wanted or (most is not None and most < 1):
+            raise errors.UserError(f"--only {' '.join(only)} --most {most} leave no row")
+        rows = plan_table.measure(
+            wanted[:most], output / "rows", say=lambda words: print(words, flush=True)
+        )
+    text = plan_table.markdown(rows)
+    files = [output / "table.md", output / "table.json"]
+    files[0].write_text(text)
+    files[1].write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    print(text)
+    seconds = round(time.perf_counter() - begin, 1)
+    result = {"rows": len(rows), "seconds": seconds, "files": [str(file) for file in files]}
+    print("RESULT " + json.dumps(result))
 
 
 if __name__ == "__main__":

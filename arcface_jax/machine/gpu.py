@@ -65,6 +65,12 @@ class Program:
     seconds: float
     """Tracing and compiling."""
 
+    @property
+    def peak_bytes(self) -> int:
+        """Arguments, results that lie nowhere among them, and temporaries."""
+        beside = self.output_bytes - self.alias_bytes
+        return self.argument_bytes + beside + self.temporary_bytes
+
     @cached_property
     def module(self) -> hlo.Module:
         """Its kernels, loops and collectives."""
@@ -244,7 +250,7 @@ def check_plugin() -> str:
     for cuda in ("13", "12"):
         if importlib.util.find_spec(f"jax_cuda{cuda}_plugin") is not None:
             found[cuda] = metadata.version(f"jax-cuda{cuda}-plugin")
-    fitting = [cuda for cuda, version in found.items() if _release(version) == _release(wanted)]
+    fitting = [cuda for cuda, version in found.items() if release(version) == release(wanted)]
     if not fitting:
         cuda = next(iter(found), "12")
         has = f"jax-cuda{cuda}-plugin {found[cuda]} is installed" if found else "none is installed"
@@ -261,14 +267,14 @@ def check_plugin() -> str:
     return f"jax-cuda{cuda}-plugin {found[cuda]}"
 
 
-def _release(version: str) -> list[str]:
-    """A plugin's fourth number, 0.12.0.1, is a rebuild for the same jaxlib."""
+def release(version: str) -> list[str]:
+    """The first three numbers: a plugin's fourth, 0.12.0.1, is a rebuild for the same jaxlib."""
     return version.split(".")[:3]
 
 
 def install_command(cuda: str) -> str:
     """How to install what compiles, at versions that fit this environment's jaxlib."""
-    wanted = ".".join([*_release(metadata.version("jaxlib")), "*"])
+    wanted = ".".join([*release(metadata.version("jaxlib")), "*"])
     nvcc = "nvidia-cuda-nvcc-cu12" if cuda == "12" else "'nvidia-cuda-nvcc<14' 'nvidia-nvvm<14'"
     return (
         f"pip install 'jax-cuda{cuda}-plugin=={wanted}' 'jax-cuda{cuda}-pjrt=={wanted}' {nvcc} "

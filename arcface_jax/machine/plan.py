@@ -32,8 +32,10 @@ GIB = 2**30
 # Labels are int32.
 _MOST_CLASSES = 2**31 - 1
 SAMPLE_RATES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
-# What JAX can take of a GPU that nothing else uses: the rest is for the CUDA context and NCCL.
-_LARGE_SHARE = 0.95
+# What JAX takes of a GPU, and what it can take where nothing else uses it: the rest is for the CUDA
+# context and NCCL.
+DEFAULT_SHARE = 0.75
+LARGE_SHARE = 0.95
 _IMAGE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 # Machine code that never runs need not be fast. Buffers are laid out before this has a say.
 _COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
@@ -136,7 +138,7 @@ def memory_share() -> float:
             if not 0 < share <= 1:
                 raise UserError(f"{name}={text} must be above 0 and at most 1, for instance .95")
             return share
-    return 0.75
+    return DEFAULT_SHARE
 
 
 def use_cpu_devices(count: int | None) -> None:
@@ -369,10 +371,10 @@ def _verdict(plan: Plan) -> str:
         f"{'fits' if fits else 'does not fit'}: {plan.total / GIB:.2f} of {plan.usable / GIB:.2f} "
         f"GiB, the {plan.share:.0%} of {plan.memory / GIB:.1f} GiB that JAX takes"
     )
-    if not fits and plan.share < _LARGE_SHARE and plan.fits(_LARGE_SHARE):
+    if not fits and plan.share < LARGE_SHARE and plan.fits(LARGE_SHARE):
         said += (
-            f"; it fits with XLA_PYTHON_CLIENT_MEM_FRACTION={_LARGE_SHARE:g} "
-            f"({_LARGE_SHARE * plan.memory / GIB:.2f} GiB)"
+            f"; it fits with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGE_SHARE:g} "
+            f"({LARGE_SHARE * plan.memory / GIB:.2f} GiB)"
         )
     return said
 
