@@ -387,10 +387,15 @@ def _walk(
             yield from _walk(module, body, **inside)
         elif found.op == "conditional":
             yield from _largest_branch(module, found, runs=runs, loops=loops)
-        elif found.op == "call" and found.called:
+        elif found.called and (found.op == "call" or _is_asynchronous_call(module, found)):
             yield from _walk(module, found.called, runs=runs, loops=loops)
         else:
             yield _kernel(module, known, found, runs=runs, loops=loops)
+
+
+def _is_asynchronous_call(module: Module, found: Instruction) -> bool:
+    """Whether an instruction starts kernels on another stream, and no collective."""
+    return found.op == "async-start" and _kind(module, found)[0] != "collective"
 
 
 def _largest_branch(
@@ -481,7 +486,7 @@ def _traffic(
         inner = module.computations[found.called]
         given = [x for x in inner.values() if x.op == "parameter"]
         read = sum(_read(module, found.called, x) for x in given)
-        return read, sum(map(sum, zip(*(_written(inner, x) for x in _roots(inner)), strict=True)))
+        return read, sum(_written(inner, x) for x in _roots(inner))
     operands = [known[name].bytes for name in found.operands if name in known]
     if kind == "collective":
         # An asynchronous start of some kinds lists its operands among its results.
@@ -507,15 +512,15 @@ def _roots(inner: dict[str, Instruction]) -> list[Instruction]:
     return [inner[name] for name in root.operands] if root.op == "tuple" else [root]
 
 
-def _written(inner: dict[str, Instruction], root: Instruction) -> tuple[int]:
+def _written(inner: dict[str, Instruction], root: Instruction) -> int:
     """Bytes that one result of a fusion writes: of an update in place, the update."""
     found = root
     while found.op in (*_VIEWS, "convert") and found.operands:
         found = inner[found.operands[0]]
     if found.op in _UPDATES:
         place = -1 if found.op == "scatter" else 1
-        return (inner[found.operands[place]].bytes,)
-    return (root.bytes,)
+        return inner[found.operands[place]].bytes
+    return root.bytes
 
 
 def _read(module: Module, computation: str, parameter: Instruction) -> int:

@@ -109,6 +109,31 @@ def test_asynchronous_collectives_count_operands_and_results_once():
     assert module.total.kernels == 3
 
 
+def test_generic_asynchronous_instructions_are_what_they_call():
+    others = """%scatter (x: f32[80]) -> f32[10] {
+  %x = f32[80]{0} parameter(0)
+  ROOT %r = f32[10]{0} reduce-scatter(%x), to_apply=%add
+}
+%elsewhere (x: f32[80]) -> f32[80] {
+  %x = f32[80]{0} parameter(0)
+  ROOT %c = f32[80]{0} copy(%x)
+}"""
+    module = by_hand(
+        """  %x = f32[80]{0} parameter(0)
+  %s = ((f32[80]), f32[10], s32[]) async-start(%x), calls=%scatter
+  %t = ((f32[80]), f32[80], s32[]) async-start(%x), calls=%elsewhere
+  %sd = f32[10]{0} async-done(%s)
+  ROOT %td = f32[80]{0} async-done(%t)""",
+        others=others,
+    )
+    assert [(kernel.name, kernel.kind) for kernel in module.kernels] == [
+        ("s", "collective"),
+        ("c", "copy"),
+    ]
+    assert module.collectives[0].bytes == 80 * F32
+    assert module.kernels[1].bytes == 2 * 80 * F32
+
+
 def test_slices_of_one_operand_are_added_and_the_same_slice_is_read_once():
     fused = """%fused (p: f32[1000]) -> (f32[10], f32[20]) {
   %p = f32[1000]{0} parameter(0)
