@@ -86,7 +86,8 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax plan") -> Result:
     console().print(_table(planned))
     if planned.program is not None:
         console().print(_parts_table(planned.program))
-        console().print(_collectives_table(planned))
+        if planned.collectives:
+            console().print(_collectives_table(planned))
     lines = plan.in_words(planned, config.model, num_classes=num_classes)
     print(*lines, *notes, sep="\n")
     return Result(planned.results(), files=_write(planned, arguments.output))
@@ -111,7 +112,7 @@ def _make(
     found = planned.program
     modelled = (
         f"modelled step: {1e3 * found.seconds:.1f} ms, "
-        f"{planned.measured[0] / found.seconds:,.0f} images/s on {config.devices} GPUs; "
+        f"{planned.measured[0] / found.seconds:,.0f} images/s on {config.devices} GPU(s); "
         f"collectives take {1e3 * found.collectives:.2f} ms, of which "
         f"{1e3 * found.exposed:.2f} are exposed"
     )
@@ -171,8 +172,6 @@ def _collectives_table(planned: "Plan") -> "Table":
     rows = tables.new(None, ["number", "MiB"], names=["collectives of a step"])
     for kind, (number, size) in planned.collectives.items():
         rows.add_row(kind, str(number), f"{size / 2**20:.3f}")
-    if not planned.collectives:
-        rows.add_row("none", "0", "0")
     return rows
 
 

@@ -1,10 +1,12 @@
 """The plan of a GPU's program, with a compiler whose temporaries are a known function."""
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from commands import result, script
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config
@@ -128,3 +130,31 @@ def test_the_share_is_that_of_the_environment(compiler, monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "75")
     with pytest.raises(plan.UserError, match="MEM_FRACTION=75 must be above 0 and at most 1"):
         made()
+
+
+def test_the_command_prints_tables_and_writes_a_picture(compiler, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(gpu, "check_plugin", lambda: "jax-cuda12-plugin 1.2.3")
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text(
+        "from arcface_jax import config as c\n\n\ndef get_config():\n"
+        "    return c.Config(devices=8, data=c.DataConfig(global_batch_size=64), "
+        'model=c.ModelConfig(network="r_tiny", bn_batch_size=8))\n'
+    )
+    more = ("--num-classes", "1000000", "--memory", "16", "--output", str(tmp_path / "plan"))
+    assert script("plan").main([str(recipe), *more]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "on each device (NVIDIA H100 80GB HBM3)",
+        "BatchNorm and elementwise",
+        "all-reduce",
+        "cuDNN's workspace (allowed for)",
+        "TF_CUDNN_WORKSPACE_LIMIT_IN_MB",
+        "images/s on 8 GPU(s)",
+        "compiled with jax-cuda12-plugin 1.2.3",
+    ):
+        assert words in text
+    outcome = result(text)
+    written = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert written == {name: outcome[name] for name in written} and "hbm_bytes/head" in written
+    assert outcome["files"] == [str(tmp_path / "plan" / f"plan.{kind}") for kind in ("json", "png")]
+    assert (tmp_path / "plan" / "plan.png").read_bytes().startswith(b"\x89PNG")
