@@ -4,6 +4,7 @@ python -m benchmarks head [--classes 131072] [--batches 128 256 1024] [--devices
 python -m benchmarks blocks [--batch 8] [--dtype bfloat16]
 python -m benchmarks evaluation [--pairs 6000] [--scores 15000000]
 python -m benchmarks step [--network r50] [--batch 128] [--against torch] [--table]
+python -m benchmarks gpu-table [--gpus h100 b200] [--most 10]
 python -m benchmarks gpu [--minutes 9] [--reference DIR] [--sizes toy]
 """
 
@@ -20,9 +21,10 @@ from rich.console import Console
 from arcface_jax import errors
 from arcface_jax.config import Dtype
 from arcface_jax.machine import timing
+from arcface_jax.machine.gpu import GpuName
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import tables
-from benchmarks import blocks, evaluation, gpu, head, report, step_command
+from benchmarks import blocks, evaluation, gpu, head, plan_table, report, step_command
 from benchmarks.head import Case, Measurement
 
 
@@ -193,6 +195,41 @@ def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
 def run_gpu(arguments: tyro.conf.OmitArgPrefixes[gpu.Gpu]) -> None:
     """All that a machine with a GPU is asked, in calls of a few minutes (docs/gpu.md)."""
     gpu.main(arguments)
+
+
+@app.command(name="gpu-table")
+def run_gpu_table(
+    gpus: tuple[GpuName, ...] = plan_table.GPUS,
+    only: tuple[str, ...] = (),
+    most: int | None = None,
+    output: Path = Path("runs/gpu_table"),
+) -> None:
+    """Memory, traffic and modelled speed on GPUs that are not there (docs/benchmarks.md).
+
+    Needs a CUDA plugin and no GPU. The same command resumes.
+
+    Args:
+      gpus: Which of them.
+      only: Rows whose names contain one of these, as speed or r50_8000000; by default all.
+      most: Rows at most, for a part of the table.
+      output: Folder for the rows, table.json and table.md.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        wanted = [job for job in plan_table.jobs(gpus) if any(x in job.name for x in only or ("",))]
+        if not wanted or (most is not None and most < 1):
+            raise errors.UserError(f"--only {' '.join(only)} --most {most} leave no row")
+        rows = plan_table.measure(
+            wanted[:most], output / "rows", say=lambda words: print(words, flush=True)
+        )
+    text = plan_table.markdown(rows)
+    files = [output / "table.md", output / "table.json"]
+    files[0].write_text(text)
+    files[1].write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+    print(text)
+    seconds = round(time.perf_counter() - begin, 1)
+    result = {"rows": len(rows), "seconds": seconds, "files": [str(file) for file in files]}
+    print("RESULT " + json.dumps(result))
 
 
 if __name__ == "__main__":

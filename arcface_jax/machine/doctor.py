@@ -22,10 +22,10 @@ from arcface_jax.config import CheckpointConfig, Config, DataConfig, HeadConfig,
 from arcface_jax.data import opening, pipeline
 from arcface_jax.data.source import Source
 from arcface_jax.errors import UserError, install
-from arcface_jax.machine import collectives, plan, timing
+from arcface_jax.machine import collectives, gpu, plan, roofline, timing
 from arcface_jax.machine import input as data_benchmark
 from arcface_jax.runtime import devices as meshes
-from arcface_jax.training import manifest, step, validation
+from arcface_jax.training import manifest, optim, step, validation
 
 _SAMPLE = 64 * 2**20  # bytes written to the workdir's disk
 _PRODUCT = {"cpu": 1024}  # side of the matrices that are multiplied; 4096 elsewhere
@@ -89,6 +89,8 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
     )
     traffic = check_traffic(config, mesh)
     yield from (compute, traffic)
+    if not _is_cpu(mesh):
+        yield check_step(config, num_classes=num_classes, mesh=mesh)
     milliseconds["the products of backbone and head"] = compute.values["compute_ms"]
     milliseconds["the head's all-gather and reduce-scatter"] = traffic.values["head_ms"]
     milliseconds["the all-reduce of the backbone's gradient"] = traffic.values["all_reduce_ms"]
@@ -98,7 +100,8 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
 def check_versions(found: Mapping[str, str]) -> Check:
     """JAX, its library and its CUDA plugin have to be of one release."""
     said = ", ".join(f"{name} {version}" for name, version in found.items())
-    apart = [n for n, v in found.items() if n.startswith("jax") and v != found["jax"]]
+    release = gpu.release(found["jax"])
+    apart = [n for n, v in found.items() if n.startswith("jax") and gpu.release(v) != release]
     if not apart:
         return Check("versions", "ok", said)
     # An older jaxlib that JAX does not take it refuses itself; a plugin's GPUs would be missing.
@@ -261,6 +264,69 @@ def check_traffic(config: Config, mesh: Mesh) -> Check:
     values["head_ms"] = 1e3 * (gather.seconds + scatter.seconds)
     values["all_reduce_ms"] = 1e3 * reduce.seconds
     return Check("traffic", "ok", words, values)
+
+
+class Step(NamedTuple):
+    """A train step that was run."""
+
+    seconds: float
+    """Median."""
+    peak_bytes: int | None
+    """Most that a device has held since JAX started; None where it does not count."""
+
+
+def check_step(config: Config, *, num_classes: int, mesh: Mesh) -> Check:
+    """The real train step, measured, beside the program that XLA:GPU compiles for this GPU."""
+    try:
+        found = measure_step(config, num_classes=num_classes, mesh=mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        words = "out of memory: `arcface-jax plan` finds the batch and the classes that fit"
+        return Check("step", "fails", words)
+    values = {"step_ms": 1e3 * found.seconds}
+    words = f"measured {1e3 * found.seconds:.2f} ms"
+    if found.peak_bytes is not None:
+        values["peak_bytes"] = found.peak_bytes
+        words += f", peak memory {_gib(found.peak_bytes)}"
+    kind = mesh.devices.flat[0].device_kind
+    name = gpu.name_of(kind)
+    if name is None:
+        known = ", ".join(gpu.target(name).device_kind for name in gpu.NAMES)
+        return Check("step", "ok", f"{words}; no model of {kind} (there are {known})", values)
+    try:
+        program = gpu.compile_step(config, num_classes=num_classes, gpu=name, devices=mesh.size)
+    except UserError as error:
+        return Check(
+            "step", "ok", f"{words}; not compared with the compiled program: {error}", values
+        )
+    assumed = roofline.assume(name, devices=mesh.size)
+    modelled = roofline.estimate(program.module, assumed, devices=mesh.size).seconds
+    values |= {"compiled_bytes": program.peak_bytes, "modelled_ms": 1e3 * modelled}
+    words += (
+        f"; compiled for {kind}: {_gib(program.peak_bytes)}, without cuDNN's workspace, and "
+        f"modelled {1e3 * modelled:.2f} ms (measured / modelled {found.seconds / modelled:.2f})"
+    )
+    return Check("step", "ok", words, values)
+
+
+def measure_step(config: Config, *, num_classes: int, mesh: Mesh, repeats: int = 5) -> Step:
+    """Runs the train step on black images of identity 0, after two steps that are not counted."""
+    state = step.init_state(config, num_classes=num_classes, mesh=mesh)
+    schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)
+    run = step.make_train_step(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
+    batch = {
+        name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+        for name, x in plan.abstract_batch(config.data.global_batch_size, mesh).items()
+    }
+    seconds = []
+    for _ in range(2 + repeats):
+        begin = time.perf_counter()
+        state, metrics = run(state, batch)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - begin)
+    stats = mesh.local_devices[0].memory_stats() or {}
+    return Step(float(np.median(seconds[2:])), stats.get("peak_bytes_in_use"))
 
 
 def bottleneck(milliseconds: Mapping[str, float], batch: int) -> Check:

@@ -1,12 +1,14 @@
 """What a run needs on each device, found from shapes and a compiled step before it is allocated.
 
 The state's bytes are those of its abstract arrays. Activations and temporaries are what the real
-train step asks for, compiled for as many CPU devices as the run will have: at the recipe's batch,
-which takes no longer than at a small one, and at another, for a straight line to the largest.
+train step asks for: compiled for as many CPU devices as the run will have (`make`), or by XLA:GPU
+where a CUDA plugin is installed (`gpu_plan`). It is compiled at the recipe's batch, which takes no
+longer than at a small one, and at another, for a straight line to the largest.
 """
 
 import contextlib
 import math
+import os
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import UserError
 from arcface_jax.heads import partial_fc
 from arcface_jax.machine import cost
+from arcface_jax.machine.roofline import Roofline
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import optim, step, validation
 from arcface_jax.training.manifest import device_bytes, state_bytes
@@ -29,6 +32,10 @@ GIB = 2**30
 # Labels are int32.
 _MOST_CLASSES = 2**31 - 1
 SAMPLE_RATES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+# What JAX takes of a GPU, and what it can take where nothing else uses it: the rest is for the CUDA
+# context and NCCL.
+DEFAULT_SHARE = 0.75
+LARGE_SHARE = 0.95
 _IMAGE = (IMAGE_SIZE, IMAGE_SIZE, 3)
 # Machine code that never runs need not be fast. Buffers are laid out before this has a say.
 _COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
@@ -41,7 +48,11 @@ class Plan(NamedTuple):
     """Bytes on each device by name: the parts of the state, batch, activations."""
     memory: int
     """Bytes of a device."""
-    measured: tuple[int, int]
+    share: float
+    """Of the memory: what JAX takes for itself, and all that a run can use."""
+    backend: str
+    """Whose program the activations are of: `cpu`, or a GPU as CUDA spells it."""
+    measured: tuple[int, ...]
     """Global batches that the step was compiled for; the first is the recipe's."""
     slope: float
     """Bytes of activations on a device for each further image of the global batch."""
@@ -56,21 +67,78 @@ class Plan(NamedTuple):
     sample_rate: float
     """The largest of `SAMPLE_RATES` at which the head costs no more than the backbone."""
 
+    outside: dict[str, int]
+    """Bytes that are allowed for beside JAX's share, by name."""
+    program: Roofline | None
+    """Modelled time by part, where the program is a GPU's."""
+    collectives: dict[str, tuple[int, int]]
+    """(number, bytes) of a step by kind, where the program is a GPU's."""
+
     @property
     def total(self) -> int:
-        """Bytes on each device."""
+        """Bytes on each device, in JAX's share of its memory."""
         return sum(self.needed.values())
+
+    @property
+    def usable(self) -> int:
+        """Bytes of a device that JAX takes for itself."""
+        return int(self.share * self.memory)
+
+    def fits(self, share: float) -> bool:
+        """Whether the run fits where JAX takes this share of the memory."""
+        beside = sum(self.outside.values())
+        return self.total <= int(share * self.memory) <= self.memory - beside
 
     def results(self) -> dict[str, Any]:
         """The keys of RESULT."""
         return {
             **{f"bytes/{name}": size for name, size in self.needed.items()},
             "bytes/total": self.total,
-            "fits": self.total <= self.memory,
+            **{f"outside/{name}": size for name, size in self.outside.items()},
+            "backend": self.backend,
+            "memory": self.memory,
+            "memory_share": self.share,
+            "fits": self.fits(self.share),
             "largest_batch": self.largest_batch,
             "largest_classes": self.largest_classes,
+            "compiled_batches": list(self.measured),
             "sample_rate": self.sample_rate,
+            **self._program_results(),
         }
+
+    def _program_results(self) -> dict[str, Any]:
+        if self.program is None:
+            return {}
+        parts = self.program.parts.items()
+        return {
+            **{f"kernels/{name}": part.kernels for name, part in parts},
+            **{f"hbm_bytes/{name}": part.bytes for name, part in parts},
+            **{f"flops/{name}": part.flops for name, part in parts},
+            **{f"modelled_ms/{name}": 1e3 * part.seconds for name, part in parts},
+            **{f"collectives/{kind}": list(found) for kind, found in self.collectives.items()},
+            "modelled_ms/collectives_exposed": 1e3 * self.program.exposed,
+            "modelled_ms/step": 1e3 * self.program.seconds,
+            "modelled_images_per_second": self.measured[0] / self.program.seconds,
+        }
+
+
+def memory_share() -> float:
+    """The share of a GPU's memory that JAX takes at its start: 0.75, or what the environment says.
+
+    Raises:
+      UserError: the environment variable is no share.
+    """
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        text = os.environ.get(name)
+        if text:
+            try:
+                share = float(text)
+            except ValueError:
+                share = math.nan
+            if not 0 < share <= 1:
+                raise UserError(f"{name}={text} must be above 0 and at most 1, for instance .95")
+            return share
+    return DEFAULT_SHARE
 
 
 def use_cpu_devices(count: int | None) -> None:
@@ -131,7 +199,7 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
     validation.validate(configs.replace(config, **named), num_devices=mesh.size)
     batch = config.data.global_batch_size
     state = step.abstract_state(config, num_classes=num_classes, mesh=mesh)
-    measured = (batch, _second_batch(batch, config.model.bn_batch_size, num_devices=mesh.size))
+    measured = (batch, second_batch(batch, config.model.bn_batch_size, num_devices=mesh.size))
     temporary = [
         temporary_bytes(config, n, state, num_classes=num_classes, mesh=mesh) for n in measured
     ]
@@ -141,38 +209,54 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
         "batch": device_bytes(abstract_batch(batch, mesh)),
         "activations": temporary[0],
     }
-    model, head = config.model, config.head
+    share = memory_share()
+    usable = int(share * memory)
+    largest = largest_batch(
+        needed,
+        slope,
+        batch=batch,
+        bn_batch=config.model.bn_batch_size,
+        memory=usable,
+        num_devices=mesh.size,
+    )
+    most = largest_classes(
+        needed,
+        values_per_class=config.model.embedding_size * config.head.subcenters,
+        memory=usable,
+        num_devices=mesh.size,
+    )
+    return Plan(
+        needed=needed,
+        memory=memory,
+        share=share,
+        backend="cpu",
+        measured=measured,
+        slope=slope,
+        largest_batch=largest,
+        largest_classes=most,
+        outside={},
+        program=None,
+        collectives={},
+        **work(config, num_classes=num_classes, num_devices=mesh.size),
+    )
+
+
+def work(config: Config, *, num_classes: int, num_devices: int) -> dict[str, Any]:
+    """The fields of `Plan` that count operations: FLOPs, and the sample rate they suggest."""
+    model, head, batch = config.model, config.head, config.data.global_batch_size
     backbone_flops = backbone_flops_per_image(model) * batch
     flops = {
         rate: head_flops(
-            head, model, rate=rate, batch=batch, num_classes=num_classes, num_devices=mesh.size
+            head, model, rate=rate, batch=batch, num_classes=num_classes, num_devices=num_devices
         )
         for rate in SAMPLE_RATES
     }
     cheap = [rate for rate in SAMPLE_RATES if flops[rate] <= backbone_flops]
-    return Plan(
-        needed=needed,
-        memory=memory,
-        measured=measured,
-        slope=slope,
-        largest_batch=_largest_batch(
-            needed,
-            slope,
-            batch=batch,
-            bn_batch=model.bn_batch_size,
-            memory=memory,
-            mesh=mesh,
-        ),
-        largest_classes=_largest_classes(
-            needed,
-            values_per_class=model.embedding_size * head.subcenters,
-            memory=memory,
-            mesh=mesh,
-        ),
-        backbone_flops=backbone_flops,
-        head_flops=flops,
-        sample_rate=cheap[0] if cheap else SAMPLE_RATES[-1],
-    )
+    return {
+        "backbone_flops": backbone_flops,
+        "head_flops": flops,
+        "sample_rate": cheap[0] if cheap else SAMPLE_RATES[-1],
+    }
 
 
 def abstract_batch(size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -226,48 +310,73 @@ def head_flops(
     return 8.0 * batch * model.embedding_size * rows
 
 
-def _second_batch(batch: int, bn_batch: int, *, num_devices: int) -> int:
+def second_batch(batch: int, bn_batch: int, *, num_devices: int) -> int:
     """A valid global batch other than the recipe's, at least twice as large."""
     twice = 2 * batch
     unit = num_devices * bn_batch
     return twice if twice <= bn_batch else -(-twice // unit) * unit
 
 
-def _largest_batch(
-    needed: dict[str, int], slope: float, *, batch: int, bn_batch: int, memory: int, mesh: Mesh
+def largest_batch(
+    needed: dict[str, int],
+    slope: float,
+    *,
+    batch: int,
+    bn_batch: int,
+    memory: int,
+    num_devices: int,
 ) -> int:
     """With the classes as they are, and the batch in one BatchNorm group or some a device."""
     per_image = slope + needed["batch"] / batch
     limit = max(0, batch + math.floor((memory - sum(needed.values())) / per_image))
-    unit = mesh.size * bn_batch
-    return limit // unit * unit or min(limit, bn_batch) // mesh.size * mesh.size
+    unit = num_devices * bn_batch
+    return limit // unit * unit or min(limit, bn_batch) // num_devices * num_devices
 
 
-def _largest_classes(
-    needed: dict[str, int], *, values_per_class: int, memory: int, mesh: Mesh
+def largest_classes(
+    needed: dict[str, int], *, values_per_class: int, memory: int, num_devices: int
 ) -> int:
     """With the batch as it is; temporaries do not grow with the classes."""
     kept = needed["centers"] + needed["centers_optimizer"]
     stored = needed["centers"] // (4 * values_per_class)
     room = memory - (sum(needed.values()) - kept)
-    return min(max(0, room // (kept // stored)) * mesh.size, _MOST_CLASSES)
+    return min(max(0, room // (kept // stored)) * num_devices, _MOST_CLASSES)
 
 
 def in_words(plan: Plan, model: ModelConfig, *, num_classes: int) -> list[str]:
     """A line for each thing that the bytes alone do not tell."""
-    batch, other = plan.measured
-    verdict = "fits" if plan.total <= plan.memory else "does not fit"
+    batch = plan.measured[0]
+    compiled = " and ".join(str(size) for size in plan.measured[:2])
+    if plan.program is None:
+        whose = "XLA's CPU backend; a GPU's differ (convolution workspaces, other fusions)"
+        checked = f"from a straight line through the step compiled at {compiled}"
+    else:
+        whose = f"XLA:GPU for {plan.backend}"
+        checked = f"from the step compiled at {compiled}, checked by compiling it at "
+        checked += " and ".join(str(size) for size in plan.measured[2:]) or "no other batch"
     return [
-        f"{verdict}: {plan.total / GIB:.2f} of {plan.memory / GIB:g} GiB",
-        f"activations and temporaries: the train step compiled at batch {batch} by XLA's CPU "
-        "backend; a GPU's differ (convolution workspaces, other fusions), so leave room",
-        f"largest global batch at {num_classes:,} classes: {plan.largest_batch:,}, from a straight "
-        f"line through the step compiled at {batch} and {other}; model.bn_batch_size "
-        f"{model.bn_batch_size} stays",
+        _verdict(plan),
+        f"activations and temporaries: the train step compiled at batch {batch} by {whose}",
+        f"largest global batch at {num_classes:,} classes: {plan.largest_batch:,}, {checked}; "
+        f"model.bn_batch_size {model.bn_batch_size} stays",
         f"most classes at batch {batch}: {plan.largest_classes:,}; each costs the bytes of its "
         "centers and their optimizer, temporaries do not grow with them",
         _on_sampling(plan),
     ]
+
+
+def _verdict(plan: Plan) -> str:
+    fits = plan.fits(plan.share)
+    said = (
+        f"{'fits' if fits else 'does not fit'}: {plan.total / GIB:.2f} of {plan.usable / GIB:.2f} "
+        f"GiB, the {plan.share:.0%} of {plan.memory / GIB:.1f} GiB that JAX takes"
+    )
+    if not fits and plan.share < LARGE_SHARE and plan.fits(LARGE_SHARE):
+        said += (
+            f"; it fits with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGE_SHARE:g} "
+            f"({LARGE_SHARE * plan.memory / GIB:.2f} GiB)"
+        )
+    return said
 
 
 def _on_sampling(plan: Plan) -> str:

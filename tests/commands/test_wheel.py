@@ -42,12 +42,14 @@ def test_it_holds_the_package_with_recipes_and_notebooks_and_nothing_else(wheel:
     (info,) = (top for top in tops if top.endswith(".dist-info"))
     assert tops == {"arcface_jax", info}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "arcface_jax").rglob("*.py")}
-    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "arcface_jax").rglob("*.typed")}
+    for kind in ("*.typed", "*.txtpb"):
+        expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "arcface_jax").rglob(kind)}
     for folder, kind in (("configs", "*.py"), ("notebooks", "*.ipynb")):
         expected |= {f"arcface_jax/{folder}/{path.name}" for path in (ROOT / folder).glob(kind)}
     inside = {name for name in names if name.startswith("arcface_jax/")}
     assert expected <= inside
-    assert {Path(name).suffix for name in inside} <= {".py", ".typed", ".ipynb", ".html", ".css"}
+    suffixes = {".py", ".typed", ".ipynb", ".html", ".css", ".txtpb"}
+    assert {Path(name).suffix for name in inside} <= suffixes
     assert not [name for name in inside if "__pycache__" in name or "test" in Path(name).parts]
 
 

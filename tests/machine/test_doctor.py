@@ -1,12 +1,17 @@
 """scripts/doctor.py on eight CPU devices, and what it would find on a machine with faults."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
 from commands import result, script
 
-from arcface_jax.machine import collectives, doctor
+from arcface_jax.config import Config, loading
+from arcface_jax.errors import UserError
+from arcface_jax.machine import collectives, doctor, gpu
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import manifest
 
@@ -75,6 +80,8 @@ def test_versions_that_are_apart_are_named():
     check = doctor.check_versions
     assert check({"jax": "0.10.2", "jaxlib": "0.10.2", "flax": "1"}).verdict == "ok"
     assert check({"jax": "0.10.2", "jaxlib": "0.10.1"}).verdict == "warning"
+    rebuilt = {"jax": "0.12.0", "jaxlib": "0.12.0", "jax-cuda12-plugin": "0.12.0.1"}
+    assert check(rebuilt).verdict == "ok"
     plugin = check({"jax": "0.10.2", "jaxlib": "0.10.2", "jax-cuda12-plugin": "0.9.0"})
     assert plugin.verdict == "fails"
     assert "pip install jax-cuda12-plugin==0.10.2" in plugin.words
@@ -99,6 +106,65 @@ def test_a_driver_that_jax_cannot_use_fails(tmp_path, monkeypatch, program, word
 def test_the_longest_part_is_the_bottleneck():
     check = doctor.bottleneck({"reading": 40.0, "sending": 10.0}, batch=128)
     assert check.words.startswith("reading will be the bottleneck: no more than 3,200 images/s")
+
+
+class FakeMesh(NamedTuple):
+    """Two GPUs."""
+
+    devices: np.ndarray
+    size: int = 2
+
+
+def a_mesh(kind: str) -> FakeMesh:
+    return FakeMesh(np.array([SimpleNamespace(device_kind=kind, platform="gpu")] * 2))
+
+
+def test_a_measured_step_stands_beside_the_compiled_one(monkeypatch):
+    text = (Path(__file__).parent / "programs" / "elementwise.hlo").read_text()
+    program = gpu.Program(text, 3 * 2**30, 5 * 2**30, 5 * 2**30, 4 * 2**30, {}, 1.0)
+    asked = {}
+
+    def compile_step(config, **options):
+        asked.update(options)
+        return program
+
+    monkeypatch.setattr(gpu, "compile_step", compile_step)
+    measured = doctor.Step(0.01, 8 * 2**30)
+    monkeypatch.setattr(doctor, "measure_step", lambda *args, **options: measured)
+    check = doctor.check_step(Config(), num_classes=9, mesh=a_mesh("NVIDIA H200"))
+    assert asked == {"num_classes": 9, "gpu": "h200", "devices": 2}
+    assert check.verdict == "ok"
+    assert check.values["peak_bytes"] == 8 * 2**30
+    assert check.values["compiled_bytes"] == 9 * 2**30  # 1 GiB of the results lies elsewhere
+    assert check.values["modelled_ms"] == pytest.approx(1e3 * 12 * 2**20 / (0.85 * 4.8e12))
+    assert "measured 10.00 ms, peak memory 8.00 GiB" in check.words
+    other = doctor.check_step(Config(), num_classes=9, mesh=a_mesh("NVIDIA L4"))
+    assert "no model of NVIDIA L4" in other.words and "compiled_bytes" not in other.values
+
+
+def test_a_step_without_a_plugin_or_without_room(monkeypatch):
+    def missing(*args, **options):
+        raise UserError("no plugin: pip install it")
+
+    def full(*args, **options):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(gpu, "compile_step", missing)
+    monkeypatch.setattr(doctor, "measure_step", lambda *args, **options: doctor.Step(0.01, None))
+    mesh = a_mesh("NVIDIA H200")
+    check = doctor.check_step(Config(), num_classes=9, mesh=mesh)
+    assert check.verdict == "ok" and "no plugin: pip install it" in check.words
+    monkeypatch.setattr(doctor, "measure_step", full)
+    check = doctor.check_step(Config(), num_classes=9, mesh=mesh)
+    assert check.verdict == "fails" and "arcface-jax plan" in check.words
+
+
+@pytest.mark.slow
+def test_a_step_is_measured(tmp_path):
+    (tmp_path / "tiny.py").write_text(RECIPE)
+    config = loading.read_recipe(tmp_path / "tiny.py")
+    found = doctor.measure_step(config, num_classes=9, mesh=meshes.make(2), repeats=1)
+    assert found.seconds > 0
 
 
 def test_traffic_goes_with_the_arrays():

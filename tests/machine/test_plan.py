@@ -4,6 +4,7 @@ import contextlib
 import io
 import resource
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +15,17 @@ from commands import result, script
 from arcface_jax import config as configs
 from arcface_jax.config import Config, HeadConfig, OptimizerConfig
 from arcface_jax.convert import torch_iresnet
+from arcface_jax.errors import UserError
 from arcface_jax.heads import margin_softmax
 from arcface_jax.heads.margin_softmax import Centers
-from arcface_jax.machine import plan
+from arcface_jax.machine import gpu, plan
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import manifest, step, validation
 
 DEVICES, BATCH, D = 8, 64, 512
 CLASSES = 10_000_000
 MEMORY = 5.2
+SHARE = 0.75  # of a device, which JAX takes
 CONFIG = configs.replace(
     Config(),
     devices=DEVICES,
@@ -66,7 +69,9 @@ class Run(NamedTuple):
 
 def run(*arguments: str) -> Run:
     before, printed = largest_size(), io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    # Without a plugin, whether this machine has one or not: test_gpu_plan.py has the GPU's.
+    missing = mock.patch.object(gpu, "check_plugin", side_effect=UserError("no plugin: install it"))
+    with contextlib.redirect_stdout(printed), missing:
         script("plan").main(list(arguments))
     text = printed.getvalue()
     return Run(text, result(text), largest_size() - before)
@@ -86,7 +91,7 @@ def recipe(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def planned(recipe) -> Run:
     """Ten million classes: 20 GB of centers, and as much momentum."""
-    return run(recipe, "--num-classes", str(CLASSES), "--memory", str(MEMORY))
+    return run(recipe, "--num-classes", str(CLASSES), "--memory", str(MEMORY / SHARE))
 
 
 def test_bytes_are_named_and_nothing_is_allocated(planned):
@@ -102,6 +107,7 @@ def test_bytes_are_named_and_nothing_is_allocated(planned):
     assert outcome["files"] == [] and outcome["seconds"] > 0
     assert planned.grown < 2**30
     assert "XLA's CPU backend" in planned.text and "10,000,000 classes" in planned.text
+    assert "not of h100: no plugin: install it" in planned.text and outcome["backend"] == "cpu"
 
 
 def test_the_largest_batch_is_valid_and_as_large_as_a_direct_compile_says(planned):

@@ -1,0 +1,162 @@
+"""What a GPU's program would take at least, by part: a model, nothing is timed.
+
+A kernel takes the longest of three times: a launch, its memory traffic, its products. The shares
+of the data sheet's figures are assumptions, which `Assumptions.lines` states.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from arcface_jax.errors import UserError
+from arcface_jax.machine import gpu, hlo, peaks
+from arcface_jax.machine.hlo import Collective, Kernel, Loop, Part
+
+# Bytes a second that a GPU sends to the others of its host: half of what the data sheets give for
+# both directions. The L40S has PCIe 4.0 x16 and no NVLink.
+_LINKS = {"a100": 300e9, "h100": 450e9, "h200": 450e9, "b200": 900e9, "l40s": 32e9}
+# FLOP/s of the FP32 units by the data sheets.
+_FLOAT32 = {"a100": 19.5e12, "h100": 67e12, "h200": 67e12, "b200": 75e12, "l40s": 91.6e12}
+_NETWORK = 400e9 / 8
+
+
+class Assumptions(NamedTuple):
+    """Of the model of one kind of GPU."""
+
+    gpu: gpu.Target
+    peak: float
+    """FLOP/s of 16-bit products, by the data sheet."""
+    peak_float32: float
+    link: float
+    """Bytes a second that a device sends to its neighbors."""
+    bandwidth_share: float = 0.85
+    """Of the memory's bandwidth."""
+    peak_share: float = 0.45
+    """Of the peak."""
+    link_share: float = 0.8
+    """Of the link's bandwidth."""
+    launch: float = 2.5e-6
+    """Seconds that a kernel takes at least."""
+    l2_share: float = 0.6
+    """Of the L2 cache: what the head's loops touch within it comes from there."""
+    l2_speed: float = 1.93
+    """Of the L2 cache, in units of the memory's bandwidth."""
+    latency: float = 20e-6
+    """Seconds that a collective takes at least."""
+
+    def lines(self) -> list[str]:
+        """What the times rest on, for people."""
+        return [
+            f"modelled, not timed: each kernel takes the longest of {1e6 * self.launch:g} us, its "
+            f"HBM traffic at {self.bandwidth_share:.0%} of {self.gpu.bandwidth / 1e12:.2f} TB/s, "
+            f"and its FLOPs at {self.peak_share:.0%} of the peak ({self.peak / 1e12:.0f} TFLOP/s "
+            f"in 16 bits, {self.peak_float32 / 1e12:.3g} in float32)",
+            f"kernels of the head's loops that touch less than {self.l2_share:.0%} of the "
+            f"{self.gpu.l2 / 2**20:.0f} MiB of L2 run at {self.l2_speed:g} x HBM bandwidth; "
+            f"collectives form a ring at {self.link_share:.0%} of {self.link / 1e9:.0f} GB/s a "
+            "GPU and overlap with the kernels scheduled beside them",
+        ]
+
+
+class PartTime(NamedTuple):
+    """One part of a step."""
+
+    kernels: int
+    bytes: int
+    flops: int
+    seconds: float
+    """Modelled."""
+
+
+class Roofline(NamedTuple):
+    """A program's modelled time."""
+
+    parts: dict[Part, PartTime]
+    """By part; collectives are not in them."""
+    collectives: float
+    """Seconds of all collectives."""
+    exposed: float
+    """Seconds of them that nothing scheduled beside them covers."""
+    assumptions: Assumptions
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(part.seconds for part in self.parts.values()) + self.exposed
+
+
+def assume(name: str, *, devices: int) -> Assumptions:
+    """The assumptions for a GPU.
+
+    Raises:
+      UserError: the GPU's peak is not known.
+    """
+    target = gpu.target(name)
+    peak = peaks.peak(target.device_kind, "bfloat16")
+    if peak is None:
+        raise UserError(f"the peak of {target.device_kind} is unknown: add it to machine/peaks.py")
+    link = _LINKS[name] if devices <= gpu.GPUS_A_HOST else min(_NETWORK, _LINKS[name])
+    return Assumptions(target, peak, _FLOAT32[name], link)
+
+
+def estimate(module: hlo.Module, assumptions: Assumptions, *, devices: int) -> Roofline:
+    """The modelled time of one call of a program on each of `devices` GPUs."""
+    parts = {}
+    for part in hlo.PARTS:
+        kernels = [k for k in module.kernels if k.part == part and k.kind != "collective"]
+        seconds = sum(k.runs * kernel_seconds(k, assumptions) for k in kernels)
+        parts[part] = PartTime(*hlo.total(kernels), seconds)
+    found = {c.name: c for c in module.collectives}
+    times = {n: c.runs * collective_seconds(c, assumptions, devices) for n, c in found.items()}
+    exposed = sum(max(0.0, times[n] - covered(module, n, assumptions)) for n in found)
+    return Roofline(parts, sum(times.values()), exposed, assumptions)
+
+
+def kernel_seconds(kernel: Kernel, assumptions: Assumptions) -> float:
+    """One run of a kernel."""
+    speed = assumptions.bandwidth_share * assumptions.gpu.bandwidth
+    if kernel.part == "head" and kernel.loops:
+        in_cache = kernel.bytes < assumptions.l2_share * assumptions.gpu.l2
+        speed *= assumptions.l2_speed if in_cache else 1
+    peak = assumptions.peak_float32 if kernel.dtype == "f32" else assumptions.peak
+    products = kernel.flops / (peak * assumptions.peak_share)
+    return max(assumptions.launch, kernel.bytes / speed, products)
+
+
+def collective_seconds(collective: Collective, assumptions: Assumptions, devices: int) -> float:
+    """One run of a collective over a ring (Patarasuk and Yuan, JPDC 2009)."""
+    return assumptions.latency + sent_bytes(collective, devices) / (
+        assumptions.link * assumptions.link_share
+    )
+
+
+def sent_bytes(collective: Collective, devices: int) -> float:
+    """What a device of a ring sends in one run."""
+    share = (devices - 1) / devices
+    return collective.bytes * share * (2 if collective.kind == "all-reduce" else 1)
+
+
+def covered(module: hlo.Module, name: str, assumptions: Assumptions) -> float:
+    """Modelled seconds of the kernels that are scheduled between a collective's start and end."""
+    seconds, running = 0.0, False
+    for item in module.schedule:
+        if isinstance(item, hlo.Done):
+            if item.start == name:
+                return seconds
+        elif isinstance(item, Kernel):
+            if running and item.kind != "collective":
+                seconds += item.runs * kernel_seconds(item, assumptions)
+            running = running or item.name == name
+        elif isinstance(item, Loop):
+            continue
+    return 0.0  # it ends where it starts
+
+
+def start_seconds(module: hlo.Module, assumptions: Assumptions) -> Sequence[tuple[str, float]]:
+    """When each collective starts, in modelled seconds of kernels from the begin of the step."""
+    now, found = 0.0, []
+    for kernel in module.kernels:
+        if kernel.kind == "collective":
+            found.append((kernel.name, now))
+        else:
+            now += kernel.runs * kernel_seconds(kernel, assumptions)
+    return found
