@@ -153,8 +153,13 @@ _conv.defvjp(_conv_forward, _conv_backward)
 def _gradients(
     x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Of a convolution's input and kernel, as JAX derives them."""
-    return jax.vjp(partial(_plain_conv, stride=stride, half=len(kernel) // 2), x, kernel)[1](d_out)
+    """Of a convolution's input and kernel, as JAX derives them.
+
+    The kernel's comes first: XLA:GPU would leave the kernels' gradients to the end of the step, and
+    only after them could the devices begin to sum them.
+    """
+    convolve = partial(_plain_conv, stride=stride, half=len(kernel) // 2)
+    return lax.optimization_barrier(jax.vjp(convolve, x, kernel)[1](d_out))
 
 
 def _cpu_gradients(

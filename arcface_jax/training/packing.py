@@ -25,6 +25,8 @@ from arcface_jax.models.registry import Arrays, Backbone
 _BUFFER = 28 * 2**20
 # Arrays of a buffer: XLA joins as many in one kernel.
 _MEMBERS = 32
+# By number of axes: matrices are of the last layers, kernels lie in order, vectors are of all layers.
+_ORDER = {2: 0, 4: 1, 1: 2}
 _Tree = TypeVar("_Tree")
 _Value = TypeVar("_Value")
 
@@ -53,7 +55,8 @@ def plan(shapes: Arrays, groups: Mapping[str, Any]) -> Layout:
     """
     open_buffers: dict[Any, list[str]] = {}
     found: list[list[str]] = []
-    for name in sorted(shapes, key=_depth, reverse=True):
+    by_readiness = sorted(shapes, key=_depth, reverse=True)
+    for name in sorted(by_readiness, key=lambda name: _ORDER.get(shapes[name].ndim, 1)):
         array = shapes[name]
         if array.ndim not in (1, 4) or stacks.leading_axes(name, array):
             found.append([name])

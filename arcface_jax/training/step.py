@@ -307,7 +307,9 @@ def _make_gradients(
     """Forward pass, head, and backward pass of a batch; the state is packed."""
     form = make_packing(config, mesh)
     network = form.backbone(backbone(config, num_devices=mesh.size))
-    moving_names = packing.by_buffer(form.params, trained(config.finetune, network.shapes[0]))
+    moving_names = list(
+        packing.by_buffer(form.params, trained(config.finetune, network.shapes[0]))
+    )
 
     def gradients(state: TrainState, batch: dict[str, jax.Array]) -> _Gradients:
         rate = schedule(state.step)
@@ -327,6 +329,7 @@ def _make_gradients(
             micro_batches=config.optimizer.micro_batches,
             reduce_dtype=config.optimizer.reduce_dtype,
             mesh=mesh,
+            order=moving_names if form.packs else (),
         )
         head = margin_softmax.apply(
             forward.embeddings,
