@@ -62,8 +62,8 @@ def forward(
       micro_batches: slices that each device processes one after the other.
       reduce_dtype: type in which the gradient is summed over the devices.
       mesh: the devices.
-      order: the moving parameters by name, in the order in which their gradients are ready and shall
-        be summed over the devices; by default all at once.
+      order: names of the moving parameters in the order in which their gradients are ready, to be
+        summed over the devices in that order; by default all at once.
     """
     apart = partial(jax.shard_map, mesh=mesh, check_vma=False)
 

@@ -65,8 +65,8 @@ class Optimizer(NamedTuple):
     centers: class_centers.Rule
     """The same, element by element, for a block of class centers."""
     elementwise: bool = False
-    """Whether `backbone` too treats every element by itself, whatever array it belongs to. GPUs then
-    update many arrays at once, laid end to end."""
+    """Whether `backbone` too updates every element by itself, whichever array it belongs to: GPUs
+    then update many arrays at once, laid end to end."""
 
 
 def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:

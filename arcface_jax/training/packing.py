@@ -20,12 +20,12 @@ from jax import lax
 from arcface_jax.models import stacks
 from arcface_jax.models.registry import Arrays, Backbone
 
-# Bytes of a buffer. XLA merges the all-reduces of smaller ones up to 30 MiB, and merged they wait
-# for the last of their gradients.
+# Bytes of a buffer, at most: enough for an all-reduce at full speed, and few enough that the first
+# ones are summed while the backward pass goes through the layers of the others.
 _BUFFER = 28 * 2**20
-# Arrays of a buffer: XLA joins as many in one kernel.
+# Kernels of a buffer, at most: XLA concatenates as many at once.
 _MEMBERS = 32
-# By number of axes: matrices are of the last layers, kernels lie in order, vectors are of all layers.
+# By number of axes: matrices are of the last layers, vectors of all layers.
 _ORDER = {2: 0, 4: 1, 1: 2}
 _Tree = TypeVar("_Tree")
 _Value = TypeVar("_Value")
@@ -64,7 +64,7 @@ def plan(shapes: Arrays, groups: Mapping[str, Any]) -> Layout:
         kind = (groups[name], array.ndim)
         members = open_buffers.get(kind)
         size = sum(_bytes(shapes[member]) for member in members or ())
-        full = array.ndim > 1 and members is not None and len(members) == _MEMBERS
+        full = array.ndim == 4 and len(members or ()) == _MEMBERS
         if members is None or full or size + _bytes(array) > _BUFFER:
             members = open_buffers[kind] = []
             found.append(members)
@@ -195,6 +195,4 @@ def _run(change: Callable[[Layout, Arrays], Arrays], layout: Layout, arrays: Arr
 
 def by_buffer(layout: Layout, values: Mapping[str, _Value]) -> dict[str, _Value]:
     """The values of arrays by name as values of their buffers; of those that have one."""
-    return {
-        name: values[members[0][0]] for name, members in layout if members[0][0] in values
-    }
+    return {name: values[members[0][0]] for name, members in layout if members[0][0] in values}

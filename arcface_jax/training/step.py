@@ -1,7 +1,7 @@
 """The training state and the one train step: forward, head, backward, update."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, Protocol
@@ -199,7 +199,7 @@ class TrainStep(Protocol):
         """Take a state, packed or by name; the one returned is packed, as `make_packing` says."""
         ...
 
-    def lower(self, state: TrainState, batch: dict[str, jax.Array], /) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> jax.stages.Lowered:
         """Trace the step for abstract arguments, to compile it without running it."""
         ...
 
@@ -215,7 +215,7 @@ class _PackedStep(NamedTuple):
     ) -> tuple[TrainState, Metrics]:
         return self.run(self.packing.pack(state), batch)
 
-    def lower(self, state: TrainState, batch: dict[str, jax.Array], /) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> jax.stages.Lowered:
         return self.run.lower(self.packing.pack(state), batch)
 
 
@@ -226,9 +226,7 @@ def make_train_step(
     form = make_packing(config, mesh)
     gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     optimizer = optim.make_optimizer(config.optimizer)
-    factors = packing.by_buffer(
-        form.params, trained(config.finetune, backbone(config).shapes[0])
-    )
+    factors = packing.by_buffer(form.params, trained(config.finetune, backbone(config).shapes[0]))
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         found = gradients(state, batch)
@@ -307,9 +305,7 @@ def _make_gradients(
     """Forward pass, head, and backward pass of a batch; the state is packed."""
     form = make_packing(config, mesh)
     network = form.backbone(backbone(config, num_devices=mesh.size))
-    moving_names = list(
-        packing.by_buffer(form.params, trained(config.finetune, network.shapes[0]))
-    )
+    moving_names = list(packing.by_buffer(form.params, trained(config.finetune, network.shapes[0])))
 
     def gradients(state: TrainState, batch: dict[str, jax.Array]) -> _Gradients:
         rate = schedule(state.step)
@@ -329,7 +325,7 @@ def _make_gradients(
             micro_batches=config.optimizer.micro_batches,
             reduce_dtype=config.optimizer.reduce_dtype,
             mesh=mesh,
-            order=moving_names if form.packs else (),
+            order=moving_names if form.packs and mesh.size > 1 else (),
         )
         head = margin_softmax.apply(
             forward.embeddings,

@@ -1,0 +1,250 @@
+"""Arrays packed in buffers, as on GPUs: nothing but the step's program may notice."""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arcface_jax import config as configs
+from arcface_jax.config import Config
+from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.errors import UserError
+from arcface_jax.machine import plan
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.train import train
+from arcface_jax.training import packing, saved_runs, step
+
+CLASSES, BATCH, DEVICES = 7, 16, 2
+CONFIG = configs.replace(
+    Config(),
+    model__network="r_tiny",
+    model__dtype="float32",
+    model__embedding_size=32,
+    model__bn_batch_size=BATCH // DEVICES,
+    head__dtype="float32",
+    head__margin=0.2,
+    head__scale=16.0,
+    data__global_batch_size=BATCH,
+    optimizer__ema=0.9,
+    finetune__frozen=("layer1.*",),
+    finetune__rates=(("layer2.*", 0.1),),
+)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """The form of the step for GPUs, on CPUs."""
+    monkeypatch.setattr(meshes, "is_gpu", lambda mesh: True)
+
+
+def shapes(**given: tuple[int, ...]):
+    return {name.replace("__", "."): np.broadcast_to(np.float32(0), s) for name, s in given.items()}
+
+
+def test_buffers_hold_kernels_and_vectors_the_last_layers_first():
+    big = (3, 3, 512, 512)
+    arrays = shapes(
+        conv1__kernel=big,
+        layer1__9__kernel=big,
+        layer1__10__kernel=big,
+        layer1__10__scale=(512,),
+        layer2__0__kernel=big,
+        fc__kernel=(512, 512),
+        fc__bias=(512,),
+        frozen__bias=(5,),
+    )
+    arrays["layer3.1-4.kernel"] = np.zeros((4, 3, 3, 8, 8), np.float32)
+    arrays["layer3.1-4.scale"] = np.zeros((4, 8), np.float32)
+    groups = {name: name == "frozen.bias" for name in arrays}
+    layout = packing.plan(arrays, groups)
+    members = [[name for name, _ in buffer.members] for buffer in layout]
+    # A buffer of 28 MiB takes three of the large kernels, of 9 MiB.
+    assert members == [
+        ["layer3.1-4.scale"],
+        ["fc.kernel"],
+        ["layer3.1-4.kernel"],
+        ["layer2.0.kernel", "layer1.10.kernel", "layer1.9.kernel"],
+        ["conv1.kernel"],
+        ["layer1.10.scale", "fc.bias"],
+        ["frozen.bias"],
+    ]
+    assert all(b.name == b.members[0][0] for b in layout if len(b.members) == 1)
+
+
+def test_a_buffer_has_its_kernels_output_channels_first():
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a.kernel": rng.normal(size=(3, 3, 2, 4)).astype(np.float32),
+        "b.kernel": rng.normal(size=(1, 1, 4, 5)).astype(np.float32),
+        "b.bias": rng.normal(size=(5,)).astype(np.float32),
+        "c.kernel": rng.normal(size=(5, 6)).astype(np.float32),
+    }
+    layout = packing.plan(arrays, dict.fromkeys(arrays))
+    form = packing.Packing(layout, ())
+    held = form.pack({"params": arrays, "momentum": {"trace": arrays}, "other": {"x": np.ones(2)}})
+    (kernels,) = (b for b in layout if len(b.members) > 1)
+    expected = [np.moveaxis(arrays[name], 3, 0).ravel() for name in ("b.kernel", "a.kernel")]
+    np.testing.assert_array_equal(held["params"][kernels.name], np.concatenate(expected))
+    assert held["params"].keys() == {kernels.name, "b.bias", "c.kernel"}
+    again = form.pack(held)
+    assert all(map(np.array_equal, jax.tree.leaves(held), jax.tree.leaves(again)))
+    back = form.unpack(held)
+    for got in (back["params"], back["momentum"]["trace"]):
+        assert got.keys() == arrays.keys()
+        assert all(np.array_equal(got[name], arrays[name]) for name in arrays)
+
+
+class Steps(NamedTuple):
+    """What two steps gave."""
+
+    before: step.TrainState
+    state: step.TrainState
+    metrics: dict[str, float]
+    norms: dict[str, float]
+    text: str
+    form: packing.Packing
+
+
+def two_steps(**changes) -> Steps:
+    config = configs.replace(CONFIG, **changes)
+    mesh = meshes.make(DEVICES)
+    settings = {"num_classes": CLASSES, "schedule": lambda _: jnp.float32(0.1), "mesh": mesh}
+    labels = np.arange(BATCH, dtype=np.int32) % CLASSES
+    faces = [draw_face(seed=0, identity=int(y), index=i) for i, y in enumerate(labels)]
+    batch = meshes.to_devices({"image": np.stack(faces), "label": labels}, mesh)
+    state = step.init_state(config, num_classes=CLASSES, mesh=mesh)
+    before = jax.tree.map(np.asarray, state)
+    form = step.make_packing(config, mesh)
+    norms = step.make_gradient_norms(config, **settings)(state, batch)
+    run = step.make_train_step(config, **settings)
+    abstract = step.abstract_state(config, num_classes=CLASSES, mesh=mesh)
+    compiled = run.lower(abstract, plan.abstract_batch(BATCH, mesh)).compile()
+    held = form.pack(state)
+    held, _ = compiled(held, batch)
+    held, metrics = compiled(held, batch)
+    return Steps(
+        before,
+        jax.tree.map(np.asarray, form.unpack(held)),
+        {name: float(value) for name, value in metrics.items()},
+        {name: float(value) for name, value in norms.items()},
+        compiled.as_text() or "",
+        form,
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer__kind": "sgd"},
+        pytest.param({"optimizer__kind": "adamw"}, marks=pytest.mark.slow),
+        pytest.param({"optimizer__micro_batches": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["sgd", "adamw", "micro-batches"],
+)
+def test_a_packed_step_gives_what_the_step_by_name_gives(monkeypatch, changes):
+    """With frozen layers, layers with a rate of their own, and running means of the weights."""
+    if "optimizer__micro_batches" in changes:
+        changes |= {"model__bn_batch_size": BATCH // DEVICES // 2}
+    plain = two_steps(**changes)
+    assert not plain.form.packs
+    monkeypatch.setattr(meshes, "is_gpu", lambda mesh: True)
+    ours = two_steps(**changes)
+    assert ours.form.packs and len(ours.form.params) < len(plain.form.params) / 4
+    assert jax.tree.structure(ours.state) == jax.tree.structure(plain.state)
+    assert ours.metrics == pytest.approx(plain.metrics, rel=1e-5)
+    assert ours.norms == pytest.approx(plain.norms, rel=1e-4)
+    assert "layer4.0.conv2.kernel" in ours.norms and "layer1.0.conv2.kernel" not in ours.norms
+    for name in ("params", "batch_stats", "opt_state", "ema", "centers"):
+        parts = [jax.tree.leaves(getattr(s, name)) for s in (plain.before, ours.state, plain.state)]
+        for start, a, b in zip(*parts, strict=True):
+            limit = 1e-4 * np.linalg.norm(b - start) + 1e-6 * np.linalg.norm(b)
+            assert np.linalg.norm(a - b) <= limit, name
+    frozen = {k: v for k, v in ours.state.params.items() if k.startswith("layer1.")}
+    assert all(np.array_equal(v, plain.before.params[k]) for k, v in frozen.items())
+
+
+def test_gradients_are_summed_buffer_by_buffer(packed):
+    """One all-reduce for each trained buffer, none of an array by itself that could be packed."""
+    steps = two_steps()
+    found = re.findall(r"= (\(?\w+\[[^=]*?) all-reduce(?:-start)?\(", steps.text)
+    trained = step.trained(CONFIG.finetune, steps.before.params)
+    buffers = packing.by_buffer(steps.form.params, trained)
+    # Beside them: the statistics, and of the head a maximum and a sum.
+    assert len(buffers) <= len(found) <= len(buffers) + 4
+
+
+def test_an_optimizer_that_takes_norms_of_arrays_is_not_packed(packed):
+    mesh = meshes.make(1)
+    for kind, packs in {"sgd": True, "adamw": True, "lars": False, "lamb": False}.items():
+        config = configs.replace(CONFIG, optimizer__kind=kind)
+        assert step.make_packing(config, mesh).packs == packs
+
+
+def test_the_platform_is_that_of_the_mesh():
+    """Of the devices that the program is for: it may be compiled on a machine without them."""
+    assert not meshes.is_gpu(meshes.make(1))
+    device = SimpleNamespace(platform="gpu")
+    assert meshes.is_gpu(SimpleNamespace(devices=np.array([device])))  # pyright: ignore[reportArgumentType]
+
+
+def run_config(workdir: Path, **changes) -> Config:
+    return configs.replace(
+        CONFIG,
+        workdir=str(workdir),
+        devices=DEVICES,
+        data__path="synthetic",
+        data__synthetic__identities=CLASSES,
+        data__synthetic__images_per_identity=5,
+        schedule__epochs=2,
+        evaluation__targets=(),
+        evaluation__batch_size=BATCH,
+        logging__every_steps=1,
+        logging__tensorboard=False,
+        finetune__frozen=(),
+        finetune__rates=(),
+        **changes,
+    )
+
+
+def stored(workdir: Path) -> set[str]:
+    """The arrays of the newest checkpoint's items, by the names on disk."""
+    folder = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    metadata = [json.loads(p.read_text()) for p in sorted(folder.glob("*/_METADATA"))]
+    return {key for tree in metadata for key in tree["tree_metadata"]}
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_packed_and_named_arrays(tmp_path, monkeypatch):
+    """Checkpoints are the same, so a run that began on GPUs resumes on CPUs, and the reverse."""
+    train(run_config(tmp_path / "named"))
+    monkeypatch.setattr(meshes, "is_gpu", lambda mesh: True)
+    outcome = train(run_config(tmp_path / "packed"))
+    assert stored(tmp_path / "packed") == stored(tmp_path / "named")
+    ours, theirs = (saved_runs.restore_backbone(tmp_path / name)[1] for name in ("packed", "named"))
+    assert ours.keys() == theirs.keys() == outcome.state.params.keys()
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    again = train(run_config(tmp_path / "named"))  # packed, from the arrays by name
+    assert all(np.array_equal(again.state.ema["params"][k], theirs[k]) for k in theirs)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(again.state))
+
+
+@pytest.mark.slow
+def test_a_failing_packed_run_names_its_gradients(tmp_path, packed):
+    config = run_config(
+        tmp_path / "run",
+        optimizer__learning_rate=1e30,
+        optimizer__stop_after_skipped=1,
+        schedule__epochs=6,
+        schedule__warmup_epochs=0,
+    )
+    with pytest.raises(UserError):
+        train(config)
+    (report,) = (tmp_path / "run").glob("failure*.json")
+    assert "layer4.0.conv2.kernel" in json.loads(report.read_text())["gradient_norms"]
