@@ -38,6 +38,11 @@ class Buffer(NamedTuple):
     members: tuple[tuple[str, tuple[int, ...]], ...]
     """Name and shape of each, in order."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are several."""
+        return len(self.members) > 1
+
 
 Layout = tuple[Buffer, ...]
 
@@ -93,30 +98,31 @@ def _bytes(array: Any) -> int:
 
 
 def pack(layout: Layout, arrays: Arrays) -> Arrays:
-    """The buffers of the arrays by name, of all or of those that some buffers hold."""
-    packed: Arrays = {}
-    for name, members in layout:
-        if members[0][0] not in arrays:
-            continue
-        if len(members) == 1:
-            packed[name] = arrays[name]
-        else:
-            packed[name] = jnp.concatenate([_flat(arrays[member]) for member, _ in members])
-    return packed
+    """The buffers of the arrays by name; of arrays that are not given there is no buffer."""
+    return {
+        buffer.name: (
+            jnp.concatenate([_flat(arrays[name]) for name, _ in buffer.members])
+            if buffer.is_shared
+            else arrays[buffer.name]
+        )
+        for buffer in layout
+        if buffer.members[0][0] in arrays
+    }
 
 
 def unpack(layout: Layout, packed: Arrays) -> Arrays:
     """The reverse of `pack`; the gradient of a buffer is its members' gradients, packed."""
     arrays: Arrays = {}
-    for name, members in layout:
-        if name not in packed:
+    for buffer in layout:
+        if buffer.name not in packed:
             continue
-        if len(members) == 1:
-            arrays[name] = packed[name]
+        if not buffer.is_shared:
+            arrays[buffer.name] = packed[buffer.name]
             continue
-        parts = lax.split(packed[name], [math.prod(shape) for _, shape in members])
-        for (member, shape), part in zip(members, parts, strict=True):
-            arrays[member] = _shaped(part, shape)
+        sizes = [math.prod(shape) for _, shape in buffer.members]
+        parts = lax.split(packed[buffer.name], sizes)
+        for (name, shape), part in zip(buffer.members, parts, strict=True):
+            arrays[name] = _shaped(part, shape)
     return arrays
 
 
@@ -140,7 +146,7 @@ class Packing(NamedTuple):
     @property
     def packs(self) -> bool:
         """Whether any arrays share a buffer."""
-        return any(len(members) > 1 for layout in self for _, members in layout)
+        return any(buffer.is_shared for layout in self for buffer in layout)
 
     def backbone(self, network: Backbone) -> Backbone:
         """The network as functions of buffers."""
@@ -151,6 +157,10 @@ class Packing(NamedTuple):
             return embeddings, pack(self.batch_stats, moved) if train else batch_stats
 
         return network._replace(apply=apply)
+
+    def holds(self, params: Arrays) -> bool:
+        """Whether the parameters are packed already."""
+        return params.keys() == {buffer.name for buffer in self.params}
 
     def pack(self, tree: _Tree) -> _Tree:
         """A state, or part of one, as the step holds it; what is packed stays as it is.
@@ -170,16 +180,18 @@ class Packing(NamedTuple):
         change: Callable[[Layout, Arrays], Arrays],
         names: Callable[[Buffer], list[str]],
     ) -> _Tree:
-        for layout in self if self.packs else ():
+        for layout in self:
             known = {name for buffer in layout for name in names(buffer)}
+            shared = {name for buffer in layout if buffer.is_shared for name in names(buffer)}
 
-            def is_part(x: Any, known=known) -> bool:
-                return isinstance(x, dict) and bool(x) and x.keys() <= known
+            def is_part(x: Any, known=known, shared=shared) -> bool:
+                return isinstance(x, dict) and x.keys() <= known and not shared.isdisjoint(x)
 
             def one(x: Any, layout=layout, is_part=is_part) -> Any:
                 return _run(change, layout, x) if is_part(x) else x
 
-            tree = jax.tree.map(one, tree, is_leaf=is_part)
+            if shared:
+                tree = jax.tree.map(one, tree, is_leaf=is_part)
         return tree
 
 
@@ -195,4 +207,5 @@ def _run(change: Callable[[Layout, Arrays], Arrays], layout: Layout, arrays: Arr
 
 def by_buffer(layout: Layout, values: Mapping[str, _Value]) -> dict[str, _Value]:
     """The values of arrays by name as values of their buffers; of those that have one."""
-    return {name: values[members[0][0]] for name, members in layout if members[0][0] in values}
+    firsts = {buffer.name: buffer.members[0][0] for buffer in layout}
+    return {name: values[first] for name, first in firsts.items() if first in values}

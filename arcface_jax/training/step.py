@@ -50,7 +50,8 @@ class TrainState:
     step: jax.Array
     """() int32, optimizer steps done."""
     params: Arrays
-    """Backbone parameters by dotted name, float32, on every device."""
+    """Backbone parameters by dotted name, float32, on every device. Between the steps on GPUs they,
+    the statistics and what belongs to them are packed (packing.py)."""
     batch_stats: Arrays
     """BatchNorm's running statistics, the same way."""
     opt_state: optax.OptState
@@ -213,7 +214,9 @@ class _PackedStep(NamedTuple):
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array], /
     ) -> tuple[TrainState, Metrics]:
-        return self.run(self.packing.pack(state), batch)
+        if not self.packing.holds(state.params):
+            state = self.packing.pack(state)
+        return self.run(state, batch)
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> jax.stages.Lowered:
         return self.run.lower(self.packing.pack(state), batch)
