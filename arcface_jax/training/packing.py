@@ -20,6 +20,8 @@ from jax import lax
 from arcface_jax.models import stacks
 from arcface_jax.models.registry import Arrays, Backbone
 
+FEW = 40
+"""A backbone of fewer arrays, as a ViT of stacks, gains nothing and takes more memory."""
 # Bytes of a buffer, at most: enough for an all-reduce at full speed, and few enough that the first
 # ones are summed while the backward pass goes through the layers of the others.
 _BUFFER = 28 * 2**20

@@ -178,7 +178,8 @@ def make_packing(config: Config, mesh: Mesh) -> Packing:
     An optimizer that takes norms of single arrays, as LARS does, is given single arrays everywhere.
     """
     params, batch_stats = backbone(config).shapes
-    if not meshes.is_gpu(mesh) or not optim.is_elementwise(config.optimizer):
+    many = len(params) >= packing.FEW
+    if not (many and meshes.is_gpu(mesh) and optim.is_elementwise(config.optimizer)):
         return Packing(packing.separate(params), packing.separate(batch_stats))
     # Frozen arrays, and those with a learning rate of their own, have buffers of their own.
     factors = trained(config.finetune, params)

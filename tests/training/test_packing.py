@@ -67,6 +67,11 @@ class SmallNetwork(nnx.Module):
         return self.features(self.fc(x.reshape(len(x), -1)), train=train)
 
 
+@pytest.fixture(autouse=True)
+def _small_networks_too(monkeypatch):
+    monkeypatch.setattr(packing, "FEW", 0)
+
+
 @pytest.fixture
 def packed(monkeypatch):
     """The form of the step for GPUs, on CPUs."""
@@ -228,6 +233,14 @@ def test_an_optimizer_that_takes_norms_of_arrays_is_not_packed(packed):
     for kind, packs in {"sgd": True, "adamw": True, "lars": False, "lamb": False}.items():
         config = configs.replace(CONFIG, optimizer__kind=kind)
         assert step.make_packing(config, mesh).packs == packs
+
+
+def test_a_backbone_of_few_arrays_is_not_packed(packed, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(meshes, "is_gpu", lambda mesh: True)
+    for network, packs in {"vit_t": False, "r_tiny": True, "r50": True}.items():
+        config = configs.replace(Config(), model__network=network)
+        assert step.make_packing(config, meshes.make(1)).packs == packs, network
 
 
 def test_the_platform_is_that_of_the_mesh():
