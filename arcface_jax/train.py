@@ -123,6 +123,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             base_rate=config.optimizer.learning_rate,
             steps_per_epoch=steps.per_epoch,
         )
+        packing = step.make_packing(config, mesh)
         train_step = step.make_train_step(
             config, num_classes=source.num_classes, schedule=schedule, mesh=mesh
         )
@@ -151,6 +152,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             config=config,
             steps=steps,
             train_step=train_step,
+            packing=packing,
             evaluate=evaluate,
             failure=partial(
                 _failure, config=config, source=source, images=images, schedule=schedule, mesh=mesh
@@ -176,9 +178,10 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             ),
             chance_loss=chance_loss,
             pretrained=bool(weights),
-            state=state,
+            held=packing.pack(state),
             done=steps.start,
         )
+        del state  # packed, the arrays would be in memory twice
         with signals.watched(config.checkpoint, workdir=workdir) as stop, run.closing():
             with suppress(signals.Interrupted):  # out of an evaluation, which resuming repeats
                 run.evaluate_if_missing(stop)
@@ -213,7 +216,7 @@ def _loop(run: Run, stop: signals.Stop) -> None:
             run.trace.before(run.done + 1)
         # The batch is on the devices already: any other implicit transfer is an error.
         with jax.transfer_guard("disallow"):
-            run.state, metrics = run.train_step(run.state, batch)
+            run.held, metrics = run.train_step(run.held, batch)
         run.done += 1
         if run.done == steps.start + 1:
             run.finish_first_step(batch, metrics)

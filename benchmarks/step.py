@@ -107,9 +107,10 @@ def compile_parts(case: Case) -> dict[str, Program]:
     """Each of `PARTS` of this project, compiled, with a state of its own."""
     config, mesh = make_config(case), meshes.make(case.devices)
     batch = meshes.to_devices(draw_batch(case), mesh)
-    state = step.init_state(config, num_classes=case.classes, mesh=mesh)
+    packing = step.make_packing(config, mesh)
+    state = packing.pack(step.init_state(config, num_classes=case.classes, mesh=mesh))
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)
-    network = step.backbone(config, num_devices=mesh.size)
+    network = packing.backbone(step.backbone(config, num_devices=mesh.size))
 
     def forward(state: step.TrainState, images: jax.Array) -> microbatch.Forward:
         return microbatch.forward(

@@ -143,7 +143,7 @@ def _conv_backward(stride: int, saved, d_out: jax.Array):
         *saved,
         d_out,
         cpu=partial(_cpu_gradients, stride=stride),
-        default=partial(_gradients, stride=stride),
+        default=partial(_gradients_at_once, stride=stride),
     )
 
 
@@ -155,6 +155,17 @@ def _gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Of a convolution's input and kernel, as JAX derives them."""
     return jax.vjp(partial(_plain_conv, stride=stride, half=len(kernel) // 2), x, kernel)[1](d_out)
+
+
+def _gradients_at_once(
+    x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int
+) -> tuple[jax.Array, jax.Array]:
+    """The same, neither without the other.
+
+    XLA:GPU would compute the kernels' gradients at the end of the step, for which it keeps every
+    `d_out` until then, and only then could the devices begin to sum them.
+    """
+    return lax.optimization_barrier(_gradients(x, kernel, d_out, stride=stride))
 
 
 def _cpu_gradients(

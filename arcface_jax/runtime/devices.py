@@ -41,6 +41,11 @@ def make(num_devices: int | Literal["own"] | None = None) -> Mesh:
     return jax.make_mesh((wanted,), (AXIS,), (AxisType.Auto,), devices=devices[:wanted])
 
 
+def is_gpu(mesh: Mesh) -> bool:
+    """Whether the mesh is of GPUs: of this machine, or of one that a program is compiled for."""
+    return mesh.devices.flat[0].platform in ("gpu", "cuda")
+
+
 def ask_for_cpu_devices(count: int) -> None:
     """Make the CPU count as at least `count` devices, if JAX has not initialized it yet."""
     now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # set by JAX

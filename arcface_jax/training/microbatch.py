@@ -10,7 +10,7 @@ A device's gradient stays on the device until the last slice is done, and is sum
 once. Therefore the parameters enter as one copy per device, whose gradients JAX does not sum.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ def forward(
     micro_batches: int,
     reduce_dtype: str,
     mesh: Mesh,
+    order: Sequence[str] = (),
 ) -> Forward:
     """Run the backbone on a batch, and keep what the backward pass needs.
 
@@ -61,6 +62,8 @@ def forward(
       micro_batches: slices that each device processes one after the other.
       reduce_dtype: type in which the gradient is summed over the devices.
       mesh: the devices.
+      order: names of the moving parameters in the order in which their gradients are ready, to be
+        summed over the devices in that order; by default all at once.
     """
     apart = partial(jax.shard_map, mesh=mesh, check_vma=False)
 
@@ -82,11 +85,29 @@ def forward(
 
     @partial(apart, in_specs=P(AXIS), out_specs=P())
     def add_up(gradients):
-        sums = lax.psum(jax.tree.map(lambda a: a[0].astype(reduce_dtype), gradients), AXIS)
-        return jax.tree.map(lambda a: a.astype(jnp.float32), sums)
+        return _add_up({name: a[0].astype(reduce_dtype) for name, a in gradients.items()}, order)
 
     mean = apart(lambda moved: lax.pmean(_own(moved), AXIS), in_specs=P(AXIS), out_specs=P())
     return Forward(embeddings, mean(moved), lambda d_embeddings: add_up(vjp(d_embeddings)[0]))
+
+
+def _add_up(gradients: Arrays, order: Sequence[str]) -> Arrays:
+    """The gradients summed over the devices, float32; one after the other where they have an order.
+
+    XLA keeps one all-reduce in flight. Without an order it starts the first when the backward pass
+    is over, for each might be the last; and it merges them, which takes copies.
+    """
+    if not order:
+        return jax.tree.map(lambda a: a.astype(jnp.float32), lax.psum(gradients, AXIS))
+    sums: Any = {}
+    last = None
+    for name in order:
+        gradient = gradients[name]
+        if last is not None:
+            gradient, sums[last] = lax.optimization_barrier((gradient, sums[last]))
+        sums[name] = lax.psum(gradient, AXIS)
+        last = name
+    return jax.tree.map(lambda a: a.astype(jnp.float32), sums)
 
 
 def _own(copies: Any) -> Any:

@@ -64,6 +64,9 @@ class Optimizer(NamedTuple):
     times the learning rate; the gradient is clipped before it goes in."""
     centers: class_centers.Rule
     """The same, element by element, for a block of class centers."""
+    elementwise: bool = False
+    """Whether `backbone` too updates every element by itself, whichever array it belongs to: GPUs
+    then update many arrays at once, laid end to end."""
 
 
 def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
@@ -74,6 +77,20 @@ def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
     Raises:
       ConfigError: the rule is neither built in nor importable, or is not an `Optimizer`.
     """
+    rule = _load(optimizer)
+    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), *rule.backbone)
+
+
+def is_elementwise(optimizer: OptimizerConfig) -> bool:
+    """Whether the rule treats every element by itself, see `Optimizer.elementwise`.
+
+    Raises:
+      ConfigError: as `make_optimizer`.
+    """
+    return _load(optimizer).elementwise
+
+
+def _load(optimizer: OptimizerConfig) -> Optimizer:
     make = plugins.load(optimizer.kind, field="optimizer.kind", options=optimizer.options)
     made = make(optimizer)
     if not isinstance(made, Optimizer):
@@ -81,7 +98,7 @@ def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
             f"optimizer.kind {optimizer.kind} returned {type(made).__name__}; expected "
             "arcface_jax.training.optim.Optimizer"
         )
-    return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), *made.backbone)
+    return made
 
 
 def sgd(optimizer: OptimizerConfig) -> Optimizer:
@@ -89,6 +106,7 @@ def sgd(optimizer: OptimizerConfig) -> Optimizer:
     return Optimizer(
         (optax.add_decayed_weights(optimizer.weight_decay), optax.trace(optimizer.momentum)),
         class_centers.sgd_rule(optimizer),
+        elementwise=True,
     )
 
 
@@ -100,6 +118,7 @@ def adamw(optimizer: OptimizerConfig) -> Optimizer:
     return Optimizer(
         (_adam(optimizer), optax.add_decayed_weights(optimizer.weight_decay)),
         class_centers.adamw_rule(optimizer),
+        elementwise=True,
     )
 
 

@@ -18,7 +18,8 @@ from arcface_jax.runtime.console import Terminal
 from arcface_jax.runtime.metrics import MetricsFile
 from arcface_jax.runtime.profiling import Clock, Trace
 from arcface_jax.training import checkpoint, diagnostics, evaluators, messages
-from arcface_jax.training.step import Metrics, TrainState
+from arcface_jax.training.packing import Packing
+from arcface_jax.training.step import Metrics, TrainState, TrainStep
 
 Batch = dict[str, jax.Array]
 Batches = Generator[tuple[Batch, tuple[BadImage, ...]]]
@@ -70,7 +71,8 @@ class Run:
 
     config: Config
     steps: Steps
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    train_step: TrainStep
+    packing: Packing
     evaluate: evaluators.Evaluate
     failure: Callable[[TrainState, Batch, dict[str, float]], UserError]
     """The error to raise when steps are no longer finite; writes a report."""
@@ -88,12 +90,18 @@ class Run:
     pretrained: bool
     """Whether the run starts from other weights than random ones."""
 
-    state: TrainState
+    held: TrainState
+    """The state as the step holds it."""
     done: int
-    """Steps dispatched; `state.step` may still be computed on the devices."""
+    """Steps dispatched; `held.step` may still be computed on the devices."""
     in_flight: deque[Metrics] = field(default_factory=deque)
     results: list[evaluators.Result] = field(default_factory=list)
     """Of the last evaluation."""
+
+    @property
+    def state(self) -> TrainState:
+        """The state with every array by its dotted name; where the step packs it, a copy."""
+        return self.packing.unpack(self.held)
 
     def next_batch(self) -> Batch:
         """Wait for the next batch, on the devices, and report its unreadable images.
@@ -157,7 +165,7 @@ class Run:
         """End the run, with a checkpoint, after too many non-finite steps or for invalid labels."""
         if values["train/skipped_in_row"] >= self.config.optimizer.stop_after_skipped:
             self.save()
-            raise self.failure(self.state, batch, values)
+            raise self.failure(self.held, batch, values)
         if values["train/invalid_labels"]:
             self.save()
             raise messages.invalid_labels(values["train/invalid_labels"], self.done, self.dataset)

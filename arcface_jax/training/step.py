@@ -1,10 +1,10 @@
 """The training state and the one train step: forward, head, backward, update."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from arcface_jax.models import preprocess, registry
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime.devices import AXIS
-from arcface_jax.training import microbatch, name_rules, optim
+from arcface_jax.training import microbatch, name_rules, optim, packing
+from arcface_jax.training.packing import Packing
 
 Metrics = dict[str, jax.Array]
 
@@ -49,7 +50,8 @@ class TrainState:
     step: jax.Array
     """() int32, optimizer steps done."""
     params: Arrays
-    """Backbone parameters by dotted name, float32, on every device."""
+    """Backbone parameters by dotted name, float32, on every device. Between the steps on GPUs they,
+    the statistics and what belongs to them are packed (packing.py)."""
     batch_stats: Arrays
     """BatchNorm's running statistics, the same way."""
     opt_state: optax.OptState
@@ -170,18 +172,65 @@ def _first_state(
     )
 
 
+def make_packing(config: Config, mesh: Mesh) -> Packing:
+    """How the train step holds the backbone: packed on GPUs, elsewhere every array by itself.
+
+    An optimizer that takes norms of single arrays, as LARS does, is given single arrays everywhere.
+    """
+    params, batch_stats = backbone(config).shapes
+    many = len(params) >= packing.FEW
+    if not (many and meshes.is_gpu(mesh) and optim.is_elementwise(config.optimizer)):
+        return Packing(packing.separate(params), packing.separate(batch_stats))
+    # Frozen arrays, and those with a learning rate of their own, have buffers of their own.
+    factors = trained(config.finetune, params)
+    groups = {name: factors.get(name) for name in params}
+    return Packing(
+        packing.plan(params, groups), packing.plan(batch_stats, dict.fromkeys(batch_stats))
+    )
+
+
+class TrainStep(Protocol):
+    """(state, {"image": (B, 112, 112, 3) uint8, "label": (B,) int32}) -> (state, metrics).
+
+    The given state is donated. Metrics are () float32 on the devices, named as in metrics.jsonl.
+    """
+
+    def __call__(
+        self, state: TrainState, batch: dict[str, jax.Array], /
+    ) -> tuple[TrainState, Metrics]:
+        """Take a state, packed or by name; the one returned is packed, as `make_packing` says."""
+        ...
+
+    def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> jax.stages.Lowered:
+        """Trace the step for abstract arguments, to compile it without running it."""
+        ...
+
+
+class _PackedStep(NamedTuple):
+    """A step whose given state need not be packed yet, as the first one of a run."""
+
+    run: Any
+    packing: Packing
+
+    def __call__(
+        self, state: TrainState, batch: dict[str, jax.Array], /
+    ) -> tuple[TrainState, Metrics]:
+        if not self.packing.holds(state.params):
+            state = self.packing.pack(state)
+        return self.run(state, batch)
+
+    def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> jax.stages.Lowered:
+        return self.run.lower(self.packing.pack(state), batch)
+
+
 def make_train_step(
     config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
-    """The train step of a configuration, compiled at its first call.
-
-    Returns:
-      (state, {"image": (B, 112, 112, 3) uint8, "label": (B,) int32}) -> (state, metrics); the
-      given state is donated. Metrics are () float32 on the devices, named as in metrics.jsonl.
-    """
+) -> TrainStep:
+    """The train step of a configuration, compiled at its first call."""
+    form = make_packing(config, mesh)
     gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     optimizer = optim.make_optimizer(config.optimizer)
-    factors = trained(config.finetune, backbone(config).shapes[0])
+    factors = packing.by_buffer(form.params, trained(config.finetune, backbone(config).shapes[0]))
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         found = gradients(state, batch)
@@ -238,7 +287,8 @@ def make_train_step(
 
     placed = shardings(mesh)
     # Stated, because a state with another placement would compile the step again.
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+    run = jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
+    return _PackedStep(run, form) if form.packs else run
 
 
 class _Gradients(NamedTuple):
@@ -256,8 +306,10 @@ class _Gradients(NamedTuple):
 def _make_gradients(
     config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, jax.Array]], _Gradients]:
-    """Forward pass, head, and backward pass of a batch."""
-    network = backbone(config, num_devices=mesh.size)
+    """Forward pass, head, and backward pass of a batch; the state is packed."""
+    form = make_packing(config, mesh)
+    network = form.backbone(backbone(config, num_devices=mesh.size))
+    moving_names = list(packing.by_buffer(form.params, trained(config.finetune, network.shapes[0])))
 
     def gradients(state: TrainState, batch: dict[str, jax.Array]) -> _Gradients:
         rate = schedule(state.step)
@@ -266,7 +318,7 @@ def _make_gradients(
         flip_key, network_key, head_key = jax.random.split(key, 3)
         if config.data.flip:
             images = preprocess.random_flip(images, flip_key)
-        moving = _pick(state.params, trained(config.finetune, state.params))
+        moving = _pick(state.params, moving_names)
         forward = microbatch.forward(
             network,
             moving,
@@ -277,6 +329,7 @@ def _make_gradients(
             micro_batches=config.optimizer.micro_batches,
             reduce_dtype=config.optimizer.reduce_dtype,
             mesh=mesh,
+            order=moving_names if form.packs and mesh.size > 1 else (),
         )
         head = margin_softmax.apply(
             forward.embeddings,
@@ -302,12 +355,14 @@ def make_gradient_norms(
     config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, jax.Array]], dict[str, jax.Array]]:
     """(state, batch) -> the norm of each array's gradient, for failure reports."""
+    form = make_packing(config, mesh)
     gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
 
     def norms(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        found = gradients(state, batch)
+        found = gradients(form.pack(state), batch)
+        named = packing.unpack(form.params, found.params)
         return {"(embeddings)": jnp.linalg.norm(found.head.d_embeddings)} | {
-            name: jnp.linalg.norm(gradient) for name, gradient in found.params.items()
+            name: jnp.linalg.norm(gradient) for name, gradient in named.items()
         }
 
     return jax.jit(norms, out_shardings=meshes.replicated(mesh))

@@ -1,0 +1,213 @@
+"""The backbone's many small arrays laid end to end in a few: how the train step holds them on GPUs.
+
+An IResNet has hundreds of arrays, most of them smaller than what a GPU reads in the time that it
+takes to start a kernel. Packed, the optimizer, the gradient's norm and the check that it is finite
+take a kernel or two for each buffer, and each buffer's gradient is summed over the devices as soon
+as the backward pass has it. Only the train step sees buffers: checkpoints, evaluation and reports
+take named arrays, which `Packing.unpack` returns.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from arcface_jax.models import stacks
+from arcface_jax.models.registry import Arrays, Backbone
+
+FEW = 40
+"""A backbone of fewer arrays, as a ViT of stacks, gains nothing and takes more memory."""
+# Bytes of a buffer, at most: enough for an all-reduce at full speed, and few enough that the first
+# ones are summed while the backward pass goes through the layers of the others.
+_BUFFER = 28 * 2**20
+# Kernels of a buffer, at most: XLA concatenates as many at once.
+_MEMBERS = 32
+# By number of axes: matrices are of the last layers, vectors of all layers.
+_ORDER = {2: 0, 4: 1, 1: 2}
+_Tree = TypeVar("_Tree")
+_Value = TypeVar("_Value")
+
+
+class Buffer(NamedTuple):
+    """Arrays that are one array in the step; an array by itself keeps name and shape."""
+
+    name: str
+    members: tuple[tuple[str, tuple[int, ...]], ...]
+    """Name and shape of each, in order."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there are several."""
+        return len(self.members) > 1
+
+
+Layout = tuple[Buffer, ...]
+
+
+def plan(shapes: Arrays, groups: Mapping[str, Any]) -> Layout:
+    """Which arrays lie in which buffer.
+
+    Vectors and the kernels of convolutions, which a network has by the hundred, share buffers,
+    those of the last layers, whose gradients are ready first, the first ones. Matrices, and stacks,
+    stay as they are.
+
+    Args:
+      shapes: the arrays, or something with their shapes, by dotted name.
+      groups: a value for each name; only arrays of equal values may share a buffer.
+    """
+    open_buffers: dict[Any, list[str]] = {}
+    found: list[list[str]] = []
+    by_readiness = sorted(shapes, key=_depth, reverse=True)
+    for name in sorted(by_readiness, key=lambda name: _ORDER.get(shapes[name].ndim, 1)):
+        array = shapes[name]
+        if array.ndim not in (1, 4) or stacks.leading_axes(name, array):
+            found.append([name])
+            continue
+        kind = (groups[name], array.ndim)
+        members = open_buffers.get(kind)
+        size = sum(_bytes(shapes[member]) for member in members or ())
+        full = array.ndim == 4 and len(members or ()) == _MEMBERS
+        if members is None or full or size + _bytes(array) > _BUFFER:
+            members = open_buffers[kind] = []
+            found.append(members)
+        members.append(name)
+    return tuple(
+        Buffer(
+            members[0] if len(members) == 1 else f"packed.{number}",
+            tuple((name, tuple(shapes[name].shape)) for name in members),
+        )
+        for number, members in enumerate(found)
+    )
+
+
+def separate(shapes: Arrays) -> Layout:
+    """The layout in which every array stays as it is."""
+    return tuple(Buffer(name, ((name, tuple(a.shape)),)) for name, a in shapes.items())
+
+
+def _depth(name: str) -> list[tuple[int, str]]:
+    """Sort key: numbers in a name by value, so that block 10 follows block 9."""
+    return [(int(part or 0), text) for text, part in re.findall(r"(\D+)(\d*)", "." + name)]
+
+
+def _bytes(array: Any) -> int:
+    return 4 * math.prod(array.shape)
+
+
+def pack(layout: Layout, arrays: Arrays) -> Arrays:
+    """The buffers of the arrays by name; of arrays that are not given there is no buffer."""
+    return {
+        buffer.name: (
+            jnp.concatenate([_flat(arrays[name]) for name, _ in buffer.members])
+            if buffer.is_shared
+            else arrays[buffer.name]
+        )
+        for buffer in layout
+        if buffer.members[0][0] in arrays
+    }
+
+
+def unpack(layout: Layout, packed: Arrays) -> Arrays:
+    """The reverse of `pack`; the gradient of a buffer is its members' gradients, packed."""
+    arrays: Arrays = {}
+    for buffer in layout:
+        if buffer.name not in packed:
+            continue
+        if not buffer.is_shared:
+            arrays[buffer.name] = packed[buffer.name]
+            continue
+        sizes = [math.prod(shape) for _, shape in buffer.members]
+        parts = lax.split(packed[buffer.name], sizes)
+        for (name, shape), part in zip(buffer.members, parts, strict=True):
+            arrays[name] = _shaped(part, shape)
+    return arrays
+
+
+def _flat(array: Any) -> jax.Array:
+    # Kernels of convolutions with the output channels first, which is how cuDNN reads them.
+    return (jnp.transpose(array, (3, 0, 1, 2)) if array.ndim == 4 else array).reshape(-1)
+
+
+def _shaped(flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    if len(shape) != 4:
+        return flat.reshape(shape)
+    return flat.reshape(shape[3], *shape[:3]).transpose(1, 2, 3, 0)
+
+
+class Packing(NamedTuple):
+    """How a run's train step holds the parameters and BatchNorm's statistics."""
+
+    params: Layout
+    batch_stats: Layout
+
+    @property
+    def packs(self) -> bool:
+        """Whether any arrays share a buffer."""
+        return any(buffer.is_shared for layout in self for buffer in layout)
+
+    def backbone(self, network: Backbone) -> Backbone:
+        """The network as functions of buffers."""
+
+        def apply(params, batch_stats, images, *, train: bool, keys=None):
+            named = unpack(self.params, params), unpack(self.batch_stats, batch_stats)
+            embeddings, moved = network.apply(*named, images, train=train, keys=keys)
+            return embeddings, pack(self.batch_stats, moved) if train else batch_stats
+
+        return network._replace(apply=apply)
+
+    def holds(self, params: Arrays) -> bool:
+        """Whether the parameters are packed already."""
+        return params.keys() == {buffer.name for buffer in self.params}
+
+    def pack(self, tree: _Tree) -> _Tree:
+        """A state, or part of one, as the step holds it; what is packed stays as it is.
+
+        Every dict of the backbone's arrays becomes one of buffers: the parameters, and what the
+        optimizer and the running means keep of them.
+        """
+        return self._change(tree, pack, lambda buffer: [member for member, _ in buffer.members])
+
+    def unpack(self, tree: _Tree) -> _Tree:
+        """A state, or part of one, with every array by its dotted name again."""
+        return self._change(tree, unpack, lambda buffer: [buffer.name])
+
+    def _change(
+        self,
+        tree: _Tree,
+        change: Callable[[Layout, Arrays], Arrays],
+        names: Callable[[Buffer], list[str]],
+    ) -> _Tree:
+        for layout in self:
+            known = {name for buffer in layout for name in names(buffer)}
+            shared = {name for buffer in layout if buffer.is_shared for name in names(buffer)}
+
+            def is_part(x: Any, known=known, shared=shared) -> bool:
+                return isinstance(x, dict) and x.keys() <= known and not shared.isdisjoint(x)
+
+            def one(x: Any, layout=layout, is_part=is_part) -> Any:
+                return _run(change, layout, x) if is_part(x) else x
+
+            if shared:
+                tree = jax.tree.map(one, tree, is_leaf=is_part)
+        return tree
+
+
+def _run(change: Callable[[Layout, Arrays], Arrays], layout: Layout, arrays: Arrays) -> Arrays:
+    """Apply a change to arrays on the devices, or to shapes; the result is placed as they are."""
+    first: Any = next(iter(arrays.values()))
+    if not isinstance(first, jax.ShapeDtypeStruct):
+        # Compiled once for a layout: `change` and `layout` are the same objects at every call.
+        return jax.jit(change, static_argnums=0)(layout, arrays)
+    shapes = jax.eval_shape(partial(change, layout), arrays)
+    return {name: x.update(sharding=first.sharding) for name, x in shapes.items()}
+
+
+def by_buffer(layout: Layout, values: Mapping[str, _Value]) -> dict[str, _Value]:
+    """The values of arrays by name as values of their buffers; of those that have one."""
+    firsts = {buffer.name: buffer.members[0][0] for buffer in layout}
+    return {name: values[first] for name, first in firsts.items() if first in values}
