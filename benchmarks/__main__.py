@@ -4,6 +4,7 @@ python -m benchmarks head [--classes 131072] [--batches 128 256 1024] [--devices
 python -m benchmarks blocks [--batch 8] [--dtype bfloat16]
 python -m benchmarks evaluation [--pairs 6000] [--scores 15000000]
 python -m benchmarks step [--network r50] [--batch 128] [--against torch] [--table]
+python -m benchmarks gpu-program [--only r50 head]
 python -m benchmarks gpu-table [--gpus h100 b200] [--most 10]
 python -m benchmarks gpu [--minutes 9] [--reference DIR] [--sizes toy]
 """
@@ -24,7 +25,7 @@ from arcface_jax.machine import timing
 from arcface_jax.machine.gpu import GpuName
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import tables
-from benchmarks import blocks, evaluation, gpu, head, plan_table, report, step_command
+from benchmarks import blocks, evaluation, gpu, head, plan_table, program, report, step_command
 from benchmarks.head import Case, Measurement
 
 
@@ -195,6 +196,24 @@ def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
 def run_gpu(arguments: tyro.conf.OmitArgPrefixes[gpu.Gpu]) -> None:
     """All that a machine with a GPU is asked, in calls of a few minutes (docs/gpu.md)."""
     gpu.main(arguments)
+
+
+@app.command(name="gpu-program")
+def run_gpu_program(only: tuple[str, ...] = ()) -> None:
+    """Memory, traffic and kernels of five programs compiled for an H100 (docs/gpu.md).
+
+    Needs a CUDA plugin and no GPU. Writes docs/gpu.json, and docs/gpu.md's table and picture.
+
+    Args:
+      only: Programs whose names contain one of these; by default all.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        kept = program.measure(only)
+    print(program.table(kept))
+    seconds = round(time.perf_counter() - begin, 1)
+    files = ["docs/gpu.json", "docs/gpu.md", "docs/images/gpu_traffic.png"]
+    print("RESULT " + json.dumps({**kept, "seconds": seconds, "files": files}))
 
 
 @app.command(name="gpu-table")

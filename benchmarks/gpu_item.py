@@ -67,7 +67,9 @@ def _step(item: Item) -> tuple[Callable[[], Any], Any, float]:
         config = configs.replace(config, head__block_size=item.block_size)
     mesh = meshes.make(item.devices)
     batch = meshes.to_devices(draw_batch(case), mesh)
-    held = [step.init_state(config, num_classes=case.classes, mesh=mesh)]
+    state = step.init_state(config, num_classes=case.classes, mesh=mesh)
+    held = [step.make_packing(config, mesh).pack(state)]
+    del state  # packed, the arrays would be in memory twice
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)
     function: Any = step.make_train_step(
         config, num_classes=case.classes, schedule=schedule, mesh=mesh

@@ -26,6 +26,7 @@ from arcface_jax.errors import ConfigError, UserError
 from arcface_jax.machine import hlo
 
 GpuName = Literal["a100", "b200", "h100", "h200", "l40s"]
+Part = Literal["step", "head"]
 NAMES: tuple[GpuName, ...] = ("a100", "b200", "h100", "h200", "l40s")
 GPUS_A_HOST = 8
 MOST_DEVICES = 1024
@@ -87,7 +88,7 @@ class Compiler:
         self._count = 0
 
     def compile(
-        self, config: Config, *, num_classes: int, part: Literal["step", "head"] = "step"
+        self, config: Config, *, num_classes: int, part: Part = "step"
     ) -> Program:
         """The program of a run's train step, or of its head for embeddings that are given.
 
@@ -177,7 +178,7 @@ def compile_step(
     num_classes: int,
     gpu: str,
     devices: int,
-    part: Literal["step", "head"] = "step",
+    part: Part = "step",
 ) -> Program:
     """One program; `compiler` is for several.
 
