@@ -42,9 +42,9 @@ def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
         changes["block_form"] = _form(head, gpu=gpu, batch=batch)
     elif head.block_form == "powers" and not _keeps_cosines(head):
         raise ConfigError(
-            "head.block_form powers needs head.dtype bfloat16, one center per class and a margin "
-            f"that leaves other classes' cosines as they are; got {head.dtype}, "
-            f"subcenters {head.subcenters}, loss {head.loss}. Use automatic"
+            "head.block_form powers needs head.dtype bfloat16 or float32, one center per class and "
+            f"a margin that leaves other classes' cosines as they are; got {head.dtype}, "
+            f"subcenters {head.subcenters}, loss {head.loss}: use automatic"
         )
     return replace(head, **changes)
 
@@ -65,4 +65,4 @@ def _form(head: HeadConfig, *, gpu: bool, batch: int) -> str:
 
 def _keeps_cosines(head: HeadConfig) -> bool:
     changed = margins.make(head).negatives is not None
-    return head.dtype == "bfloat16" and head.subcenters == 1 and not changed
+    return head.dtype != "float16" and head.subcenters == 1 and not changed

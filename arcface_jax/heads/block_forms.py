@@ -72,8 +72,9 @@ class Weights(NamedTuple):
     """(t,) float32, a summand of the logits, or a factor of the gradient in the form `powers`."""
     own: jax.Array
     """(t,) gradient of the target cosines, in the unit of that of the others."""
-    x: jax.Array
-    """(t, D) embeddings, in the form `powers` multiplied by `others`."""
+    x: jax.Array | None
+    """(t, D) embeddings multiplied by `others`; None where a form does not need them, or forms
+    them tile by tile."""
 
 
 class Pull(NamedTuple):
@@ -114,8 +115,8 @@ class Form(Protocol):
         ...
 
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
-        """Weights of all samples, from (B,) log-sum-exps, inf for samples that do not count, and
-        (B,) gradients of the target cosines."""
+        """Weights of all samples, from (T, t) log-sum-exps, inf for samples that do not count, and
+        (T, t) gradients of the target cosines."""
         ...
 
     def pull(
@@ -182,7 +183,7 @@ class Cosines(NamedTuple):
         if samples.x.dtype == jnp.float16:  # whose largest number is 65504
             limits = jnp.finfo(jnp.float16)
             d_target = jnp.clip(d_target, limits.min, limits.max)
-        return Weights(jnp.log(unit) - log_sum, d_target, samples.x)
+        return Weights(jnp.log(unit) - log_sum, d_target, None)
 
     def pull(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
@@ -207,7 +208,7 @@ class Cosines(NamedTuple):
             d *= block.length[:, 0]
         d = d.astype(samples.x.dtype)
         d_x = product(d, block.operand, contract=(1, 0))
-        return d_x, Pull(product(d, weights.x, contract=(0, 0)), along)
+        return d_x, Pull(product(d, samples.x, contract=(0, 0)), along)
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
         """See `Form`."""
@@ -264,8 +265,8 @@ class Powers(NamedTuple):
         """See `Form`."""
         weight = jnp.exp(-log_sum)
         own = jnp.where(weight > 0, d_target / weight, 0).astype(samples.x.dtype)
-        x = samples.x.astype(jnp.float32) * weight.reshape(*d_target.shape, 1)
-        return Weights(weight, own, x.astype(samples.x.dtype))
+        one_tile = len(own) == 1  # of several, the weighted would be a second copy of the batch
+        return Weights(weight, own, _weighted(samples.x, weight) if one_tile else None)
 
     def pull(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
@@ -279,7 +280,8 @@ class Powers(NamedTuple):
             weights.own, mode="drop", unique_indices=True, indices_are_sorted=True
         )
         d_x = product(d, operand, contract=(1, 0))
-        return d_x, Pull(product(d, weights.x, contract=(0, 0)), None)
+        x = _weighted(samples.x, weights.others) if weights.x is None else weights.x
+        return d_x, Pull(product(d, x, contract=(0, 0)), None)
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
         """See `Form`."""
@@ -290,6 +292,11 @@ class Powers(NamedTuple):
         along = jnp.sum(pull.centers * block.rows, axis=1, keepdims=True)
         along *= jnp.square(block.length)
         return factor * block.length * (pull.centers - block.rows * along)
+
+
+def _weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """(..., D) in the type of x, each sample multiplied by its weight (...)."""
+    return (x.astype(jnp.float32) * weight[..., None]).astype(x.dtype)
 
 
 FORMS: dict[str, Form] = {
