@@ -156,7 +156,7 @@ class Cosines(NamedTuple):
         """(t, n, K) float32."""
         cosine = product(samples.x, block.operand, contract=(1, 1))
         if self.scale_after:
-            cosine *= block.length[:, 0]
+            cosine *= block.length[:, 0][None]
         return jnp.clip(cosine, -1, 1).reshape(len(samples.x), -1, problem.subcenters)
 
     def add(self, problem: Problem, samples: Samples, block: Block, sums: Sums) -> Sums:
@@ -205,7 +205,7 @@ class Cosines(NamedTuple):
         along = None
         if self.scale_after:
             along = jnp.sum(d * by_center.reshape(d.shape), axis=0)
-            d *= block.length[:, 0]
+            d *= block.length[:, 0][None]
         d = d.astype(samples.x.dtype)
         d_x = product(d, block.operand, contract=(1, 0))
         return d_x, Pull(product(d, samples.x, contract=(0, 0)), along)
