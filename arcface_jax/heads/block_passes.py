@@ -141,48 +141,63 @@ def gradients(
     Returns:
       (B / N, D) float32 gradient of the normalized embeddings; moments; centers.
     """
-    shape = visit.samples.target_slot.shape
-    form = visit.form
+    shape, form = visit.samples.target_slot.shape, visit.form
     weights = form.weights(visit.samples, log_sum.reshape(shape), d_target.reshape(shape))
     factor = factor / unit_of_gradient(visit.samples.x.dtype)
-    rows = visit.rows
 
     def finish(d_x: jax.Array, weights: Weights) -> jax.Array:
         return reduce(factor * form.finish(d_x, weights))
 
-    separate = visit.tiles > 1 and 4 * visit.samples.x.size > _LARGEST_D_X
-    if separate:
+    if visit.tiles > 1 and 4 * visit.samples.x.size > _LARGEST_D_X:
         d_x = map_tiles(lambda *tile: finish(_d_x(visit, *tile), tile[1]), visit.samples, weights)
         # Before the centers are written: else XLA keeps a copy of them.
-        d_x, rows, moments = lax.optimization_barrier((d_x, rows, moments))
+        d_x, rows, moments = lax.optimization_barrier((d_x, visit.rows, moments))
+        visit = visit._replace(rows=rows)
+        _, moments, rows = _visit_again(visit, moments, weights, factor, update, move_centers, None)
+    else:
+        zeros = jnp.zeros(visit.samples.x.shape, jnp.float32)
+        total, moments, rows = _visit_again(
+            visit, moments, weights, factor, update, move_centers, zeros
+        )
+        d_x = map_tiles(finish, total, weights)
+    return d_x.reshape(-1, d_x.shape[-1]), moments, rows
 
-    def add(index, carry):
-        d_x, moments, rows = carry
+
+def _visit_again(
+    visit: Visit,
+    moments: Moments,
+    weights: Weights,
+    factor: jax.Array,
+    update: Update,
+    move_centers: bool,
+    d_x: jax.Array | None,
+) -> tuple[jax.Array | None, Moments, jax.Array]:
+    """`gradients` in one loop: (T, t, D) d_x with all blocks added, if given; moments; centers."""
+
+    def add(index, d_x, moments, rows):
         stored = visit.walk.read(rows, index)
         block = visit.block(stored, index, written=move_centers)
         d_x, pull = _pull(visit, weights, block, d_x)
-        d_rows = form.d_rows(block, pull, factor)
-        if not move_centers:
-            return d_x, _accumulate(visit, update.rule, index, moments, stored, d_rows), rows
-        stored = block.rows  # the copy: nothing may read the array that is written
-        moments = _accumulate(visit, update.rule, index, moments, stored, d_rows)
+        d_rows = visit.form.d_rows(block, pull, factor)
+        if move_centers:
+            stored = block.rows  # the copy: nothing may read the array that is written
+        return d_x, _accumulate(visit, update.rule, index, moments, stored, d_rows), stored
+
+    def add_and_move(index, carry):
+        d_x, moments, rows = carry
+        d_x, moments, stored = add(index, d_x, moments, rows)
         # Read again after a barrier: else XLA forms them a second time from all they come from.
         moments, stored = lax.optimization_barrier((moments, stored))
         return d_x, moments, _move_block(visit, update, index, rows, stored, moments)
 
-    start = None if separate else jnp.zeros(visit.samples.x.shape, jnp.float32)
+    blocks = visit.walk.num_blocks
     if move_centers:
-        total, moments, rows = lax.fori_loop(0, visit.walk.num_blocks, add, (start, moments, rows))
-    else:  # centers that the loop carried, and did not write, would be copied
-        total, moments = lax.fori_loop(
-            0,
-            visit.walk.num_blocks,
-            lambda index, carry: add(index, (*carry, rows))[:2],
-            (start, moments),
-        )
-    if not separate:
-        d_x = map_tiles(finish, total, weights)
-    return d_x.reshape(-1, d_x.shape[-1]), moments, rows
+        return lax.fori_loop(0, blocks, add_and_move, (d_x, moments, visit.rows))
+    # Centers that the loop carried, and did not write, would be copied.
+    d_x, moments = lax.fori_loop(
+        0, blocks, lambda index, carry: add(index, *carry, visit.rows)[:2], (d_x, moments)
+    )
+    return d_x, moments, visit.rows
 
 
 def _d_x(visit: Visit, samples: Samples, weights: Weights) -> jax.Array:
