@@ -4,6 +4,7 @@ Where the batch is large, a block is multiplied with a tile of it at a time.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -145,6 +146,10 @@ def gradients(
     weights = form.weights(visit.samples, log_sum.reshape(shape), d_target.reshape(shape))
     factor = factor / unit_of_gradient(visit.samples.x.dtype)
 
+    again = partial(
+        _visit_again, weights=weights, factor=factor, update=update, move_centers=move_centers
+    )
+
     def finish(d_x: jax.Array, weights: Weights) -> jax.Array:
         return reduce(factor * form.finish(d_x, weights))
 
@@ -153,12 +158,10 @@ def gradients(
         # Before the centers are written: else XLA keeps a copy of them.
         d_x, rows, moments = lax.optimization_barrier((d_x, visit.rows, moments))
         visit = visit._replace(rows=rows)
-        _, moments, rows = _visit_again(visit, moments, weights, factor, update, move_centers, None)
+        _, moments, rows = again(visit, moments, d_x=None)
     else:
         zeros = jnp.zeros(visit.samples.x.shape, jnp.float32)
-        total, moments, rows = _visit_again(
-            visit, moments, weights, factor, update, move_centers, zeros
-        )
+        total, moments, rows = again(visit, moments, d_x=zeros)
         d_x = map_tiles(finish, total, weights)
     return d_x.reshape(-1, d_x.shape[-1]), moments, rows
 
@@ -166,6 +169,7 @@ def gradients(
 def _visit_again(
     visit: Visit,
     moments: Moments,
+    *,
     weights: Weights,
     factor: jax.Array,
     update: Update,
@@ -195,7 +199,10 @@ def _visit_again(
         return lax.fori_loop(0, blocks, add_and_move, (d_x, moments, visit.rows))
     # Centers that the loop carried, and did not write, would be copied.
     d_x, moments = lax.fori_loop(
-        0, blocks, lambda index, carry: add(index, *carry, visit.rows)[:2], (d_x, moments)
+        0,
+        blocks,
+        lambda index, carry: add(index, carry[0], carry[1], visit.rows)[:2],
+        (d_x, moments),
     )
     return d_x, moments, visit.rows
 
