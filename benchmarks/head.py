@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from arcface_jax.config import Dtype, HeadConfig, OptimizerConfig
 from arcface_jax.errors import ConfigError
 from arcface_jax.heads import margin_softmax, partial_fc
-from arcface_jax.heads.block_passes import normalize
+from arcface_jax.heads.block_forms import normalize
 from arcface_jax.heads.centers import Rule, make_rule, padded_classes
 from arcface_jax.heads.margin_softmax import Centers
 from arcface_jax.machine import timing

@@ -236,8 +236,15 @@ class HeadConfig:
     decay to them too (arcface_torch)."""
     dtype: Dtype = "bfloat16"
     """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
-    block_size: PositiveInt = 2048
-    """Classes that a device processes at a time; bounds the head's memory, changes no result."""
+    block_size: NonNegativeInt = 0
+    """Classes that a device processes at a time; bounds the head's memory,
+    changes no result. 0 is automatic: 8192 on GPUs, 2048 on CPUs."""
+    block_form: Literal["automatic", "unit", "scaled", "powers"] = "automatic"
+    """How a block is multiplied with the batch (docs/head.md): the same
+    result with other roundings and other traffic. automatic chooses by
+    platform, batch and dtype."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which the embeddings' gradient is summed over the devices."""
 
 
 @section
@@ -452,6 +459,7 @@ MAY_DIFFER_ON_RESUME = (
     "data.threads",
     "data.prefetch_batches",
     "head.block_size",
+    "head.block_form",
     "optimizer.micro_batches",
     "optimizer.stop_after_skipped",
     "evaluation.",

@@ -1,45 +1,67 @@
-"""The two visits of a device to its classes, block by block; see `margin_softmax`."""
+"""The two visits of a device to its classes, block by block; see `margin_softmax`.
+
+Where the batch is large, a block is multiplied with a tile of it at a time.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from arcface_jax.heads.block_forms import (
+    Block,
+    Form,
+    Problem,
+    Pull,
+    Samples,
+    Sums,
+    Weights,
+    normalize,
+    unit_of_gradient,
+)
 from arcface_jax.heads.blocks import Walk
 from arcface_jax.heads.centers import Moments, Rule
 
-# fp16 knows nothing between 0 and 6e-8, and at a million classes most probabilities are smaller.
-_FP16_UNIT = 2.0**12
+# Above this, the gradient of the embeddings is formed and reduced a tile at a time, in a pass of
+# its own: one product in five more, and no (B, D) float32 array.
+_LARGEST_D_X = 96 * 2**20
 
 
 class Visit(NamedTuple):
     """What both visits look at."""
 
-    x: jax.Array
-    """(B, D) normalized embeddings of all devices, in the operands' type."""
+    samples: Samples
+    """Of all devices, in T tiles: (T, t, ...)."""
     rows: jax.Array
     """(c * K, D) float32 centers of this device, K for each class."""
     walk: Walk
     """Which classes are visited."""
-    target_slot: jax.Array
-    """(B,) int32 slot of each sample's class; -1 where it is not on this device."""
-    subcenters: int
-    """K."""
-    scale: float
-    """s."""
-    negative_transform: Callable[[jax.Array], jax.Array] | None
-    """The margin's change of (B, n) cosines with other classes; None leaves them."""
+    problem: Problem
+    form: Form
 
-    def cosines(self, unit: jax.Array) -> jax.Array:
-        """(B, n, K) float32 cosines with a block's normalized centers (n * K, D)."""
-        cosine = jnp.clip(_product(self.x, unit.astype(self.x.dtype), contract=(1, 1)), -1, 1)
-        return cosine.reshape(len(self.x), -1, self.subcenters)
+    @property
+    def tiles(self) -> int:
+        """T."""
+        return self.samples.target_slot.shape[0]
 
-    def is_target(self, slots: jax.Array) -> jax.Array:
-        """(B, n) bool."""
-        return slots[None] == self.target_slot[:, None]
+    def block(self, rows: jax.Array, index: jax.Array, *, written: bool = False) -> Block:
+        """Block `index` of the walk, whose centers are `rows`; see `Form.block`."""
+        slots, present = self.walk.slots(index)
+        rows, length, operand = self.form.block(rows, self.samples.x.dtype, written=written)
+        return Block(rows, length, operand, slots, present, index * self.walk.size)
+
+
+class Update(NamedTuple):
+    """How the centers follow their gradient."""
+
+    rule: Rule
+    learning_rate: jax.Array
+    """() float32."""
+    step: jax.Array
+    """() int32, steps done before this one."""
 
 
 def target_cosine(visit: Visit, target: jax.Array) -> jax.Array:
@@ -49,17 +71,21 @@ def target_cosine(visit: Visit, target: jax.Array) -> jax.Array:
       visit: the embeddings and centers.
       target: (B,) int32 class of each sample on this device, -1 where there is none.
     """
-    rows = jnp.maximum(target, 0)[:, None] * visit.subcenters + jnp.arange(visit.subcenters)[None]
-    unit, _ = normalize(visit.rows[rows.reshape(-1)])
-    # The operands are rounded as in the blocks, so that target and others have the same error.
-    unit = unit.astype(visit.x.dtype).astype(jnp.float32).reshape(*rows.shape, -1)
-    cosine = jnp.sum(visit.x.astype(jnp.float32)[:, None] * unit, axis=2).max(axis=1)
-    return jnp.where(target >= 0, jnp.clip(cosine, -1, 1), 0)
+
+    def cosine(x: jax.Array, target: jax.Array) -> jax.Array:
+        subcenters = visit.problem.subcenters
+        rows = jnp.maximum(target, 0)[:, None] * subcenters + jnp.arange(subcenters)[None]
+        unit, _ = normalize(visit.rows[rows.reshape(-1)])
+        # The operands are rounded as in the blocks, so that target and others have the same error.
+        unit = unit.astype(x.dtype).astype(jnp.float32).reshape(*rows.shape, -1)
+        cosine = jnp.sum(x.astype(jnp.float32)[:, None] * unit, axis=2).max(axis=1)
+        return jnp.where(target >= 0, jnp.clip(cosine, -1, 1), 0)
+
+    target = target.reshape(visit.tiles, -1)
+    return map_tiles(cosine, visit.samples.x, target).reshape(-1)
 
 
-def sum_over_others(
-    visit: Visit, *, shifted: bool
-) -> tuple[jax.Array, jax.Array | float, jax.Array]:
+def sum_over_others(visit: Visit, *, shifted: bool) -> Sums:
     """The first visit.
 
     Args:
@@ -67,35 +93,26 @@ def sum_over_others(
       shifted: whether to subtract the largest logit before exp().
 
     Returns:
-      (B,) sum of exp(s value - shift) over the other classes; (B,) shift, or 0; (B,) their largest
-      cosine. -inf is the largest of none.
+      (B,) each.
     """
 
-    def add(index, carry):
-        total, shift, hardest = carry
-        slots, present = visit.walk.slots(index)
-        unit, _ = normalize(visit.walk.read(visit.rows, index))
-        cosine = visit.cosines(unit).max(axis=2)
-        others = present[None] & ~visit.is_target(slots)
-        hardest = jnp.maximum(hardest, jnp.max(jnp.where(others, cosine, -jnp.inf), axis=1))
-        transform = visit.negative_transform
-        logit = visit.scale * (transform(cosine) if transform else cosine)
-        if shifted:
-            largest = jnp.max(jnp.where(others, logit, -jnp.inf), axis=1)
-            before, shift = shift, jnp.maximum(shift, largest)
-            total *= jnp.exp(before - shift)
-            logit -= shift[:, None]
-        total += jnp.sum(jnp.where(others, jnp.exp(logit), 0), axis=1)
-        return total, shift, hardest
+    def add(index, sums):
+        block = visit.block(visit.walk.read(visit.rows, index), index)
 
-    batch = visit.target_slot.shape
-    lowest = -visit.scale  # finite, for the difference of two infinities is not a number
-    start = (
-        jnp.zeros(batch, jnp.float32),
-        jnp.full(batch, lowest, jnp.float32) if shifted else 0.0,
-        jnp.full(batch, -jnp.inf, jnp.float32),
+        def add_tile(samples, sums):
+            return visit.form.add(visit.problem, samples, block, sums)
+
+        return map_tiles(add_tile, visit.samples, sums)
+
+    shape = visit.samples.target_slot.shape
+    lowest = -visit.problem.scale  # finite, for the difference of two infinities is not a number
+    start = Sums(
+        total=jnp.zeros(shape, jnp.float32),
+        hardest=jnp.full(shape, -jnp.inf, jnp.float32),
+        shift=jnp.full(shape, lowest, jnp.float32) if shifted else None,
     )
-    return lax.fori_loop(0, visit.walk.num_blocks, add, start)
+    sums = lax.fori_loop(0, visit.walk.num_blocks, add, start)
+    return jax.tree.map(lambda a: a.reshape(-1), sums)
 
 
 def gradients(
@@ -105,8 +122,10 @@ def gradients(
     log_sum: jax.Array,
     d_target: jax.Array,
     factor: jax.Array,
-    rule: Rule,
-) -> tuple[jax.Array, Moments]:
+    update: Update,
+    move_centers: bool,
+    reduce: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, Moments, jax.Array]:
     """The second visit: gradients of the loss, and the moments moved by those of the centers.
 
     Args:
@@ -115,81 +134,145 @@ def gradients(
       log_sum: (B,) float32 log-sum-exp of all logits, inf for samples that do not count.
       d_target: (B,) float32 gradient of the target cosine, over `factor`.
       factor: () float32, s / number of samples that count.
-      rule: the centers' optimizer.
+      update: the centers' optimizer.
+      move_centers: whether to move the visited centers as well; see `Form.moves_centers`.
+      reduce: (t, D) this device's part of the embeddings' gradient to (t / N, D), the sum over the
+        devices for this device's samples.
 
     Returns:
-      (B, D) float32, this device's part of the gradient of the normalized embeddings; moments.
+      (B / N, D) float32 gradient of the normalized embeddings; moments; centers.
     """
-    dtype = visit.x.dtype
-    unit_of_gradient = _FP16_UNIT if dtype == jnp.float16 else 1.0
-    d_target = d_target * unit_of_gradient
-    if dtype == jnp.float16:  # whose largest number is 65504
-        d_target = jnp.clip(d_target, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
-    log_weight = jnp.log(unit_of_gradient) - log_sum
-    factor = factor / unit_of_gradient
+    shape, form = visit.samples.target_slot.shape, visit.form
+    weights = form.weights(visit.samples, log_sum.reshape(shape), d_target.reshape(shape))
+    factor = factor / unit_of_gradient(visit.samples.x.dtype)
+
+    again = partial(
+        _visit_again, weights=weights, factor=factor, update=update, move_centers=move_centers
+    )
+
+    def finish(d_x: jax.Array, weights: Weights) -> jax.Array:
+        return reduce(factor * form.finish(d_x, weights))
+
+    if visit.tiles > 1 and 4 * visit.samples.x.size > _LARGEST_D_X:
+        d_x = map_tiles(lambda *tile: finish(_d_x(visit, *tile), tile[1]), visit.samples, weights)
+        # Before the centers are written: else XLA keeps a copy of them.
+        d_x, rows, moments = lax.optimization_barrier((d_x, visit.rows, moments))
+        visit = visit._replace(rows=rows)
+        _, moments, rows = again(visit, moments, d_x=None)
+    else:
+        zeros = jnp.zeros(visit.samples.x.shape, jnp.float32)
+        total, moments, rows = again(visit, moments, d_x=zeros)
+        d_x = map_tiles(finish, total, weights)
+    return d_x.reshape(-1, d_x.shape[-1]), moments, rows
+
+
+def _visit_again(
+    visit: Visit,
+    moments: Moments,
+    *,
+    weights: Weights,
+    factor: jax.Array,
+    update: Update,
+    move_centers: bool,
+    d_x: jax.Array | None,
+) -> tuple[jax.Array | None, Moments, jax.Array]:
+    """`gradients` in one loop: (T, t, D) d_x with all blocks added, if given; moments; centers."""
+
+    def add(index, d_x, moments, rows):
+        stored = visit.walk.read(rows, index)
+        block = visit.block(stored, index, written=move_centers)
+        d_x, pull = _pull(visit, weights, block, d_x)
+        d_rows = visit.form.d_rows(block, pull, factor)
+        if move_centers:
+            stored = block.rows  # the copy: nothing may read the array that is written
+        return d_x, _accumulate(visit, update.rule, index, moments, stored, d_rows), stored
+
+    def add_and_move(index, carry):
+        d_x, moments, rows = carry
+        d_x, moments, stored = add(index, d_x, moments, rows)
+        # Read again after a barrier: else XLA forms them a second time from all they come from.
+        moments, stored = lax.optimization_barrier((moments, stored))
+        return d_x, moments, _move_block(visit, update, index, rows, stored, moments)
+
+    blocks = visit.walk.num_blocks
+    if move_centers:
+        return lax.fori_loop(0, blocks, add_and_move, (d_x, moments, visit.rows))
+    # Centers that the loop carried, and did not write, would be copied.
+    d_x, moments = lax.fori_loop(
+        0,
+        blocks,
+        lambda index, carry: add(index, carry[0], carry[1], visit.rows)[:2],
+        (d_x, moments),
+    )
+    return d_x, moments, visit.rows
+
+
+def _d_x(visit: Visit, samples: Samples, weights: Weights) -> jax.Array:
+    """(t, D) float32 gradient of a tile's embeddings, all blocks added up."""
+
+    def add(index, d_x):
+        block = visit.block(visit.walk.read(visit.rows, index), index)
+        return d_x + visit.form.pull(visit.problem, samples, weights, block)[0]
+
+    return lax.fori_loop(0, visit.walk.num_blocks, add, jnp.zeros(samples.x.shape, jnp.float32))
+
+
+def _pull(
+    visit: Visit, weights: Weights, block: Block, d_x: jax.Array | None
+) -> tuple[jax.Array | None, Pull]:
+    """The (T, t, D) gradient of the embeddings with a block's part added; that of its centers."""
+
+    def tile(index):
+        return jax.tree.map(lambda a: a[index], (visit.samples, weights))
+
+    def pull(index):
+        samples, weights = tile(index)
+        return visit.form.pull(visit.problem, samples, weights, block)
+
+    if visit.tiles == 1:
+        part, total = pull(0)
+        return (None if d_x is None else d_x + part[None]), total
 
     def add(index, carry):
-        d_x, moments = carry
-        slots, present = visit.walk.slots(index)
-        rows = visit.walk.read(visit.rows, index)
-        unit, norm = normalize(rows)
-        by_center = visit.cosines(unit)
-        cosine = by_center.max(axis=2)
-        transform = visit.negative_transform
-        value, vjp = jax.vjp(transform, cosine) if transform else (cosine, None)
-        d = jnp.exp(visit.scale * value + log_weight[:, None])
-        d = vjp(d)[0] if vjp else d
-        d = jnp.where(visit.is_target(slots), d_target[:, None], d)
-        d = jnp.where(present[None], d, 0)
-        if visit.subcenters > 1:  # the nearest center of a class takes it all
-            nearest = jax.nn.one_hot(jnp.argmax(by_center, axis=2), visit.subcenters)
-            d = (d[:, :, None] * nearest).reshape(len(d), -1)
-        d = d.astype(dtype)
-        d_x += _product(d, unit.astype(dtype), contract=(1, 0))
-        d_rows = normalize_vjp(factor * _product(d, visit.x, contract=(0, 0)), unit, norm)
-        old = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
-        new = rule.accumulate(rule.decay(old, rows), d_rows)
-        moments = {
-            name: visit.walk.write(moment, index, new[name]) for name, moment in moments.items()
-        }
-        return d_x, moments
+        d_x, total = carry
+        part, more = pull(index)
+        return (
+            None if d_x is None else d_x.at[index].add(part),
+            jax.tree.map(jnp.add, total, more),
+        )
 
-    start = jnp.zeros(visit.x.shape, jnp.float32), moments
-    d_x, moments = lax.fori_loop(0, visit.walk.num_blocks, add, start)
-    return factor * d_x, moments
+    like = jax.eval_shape(lambda: pull(0)[1])
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
+    return lax.fori_loop(0, visit.tiles, add, (d_x, zeros))
 
 
-def move(
-    visit: Visit, moments: Moments, *, rule: Rule, learning_rate: jax.Array, step: jax.Array
-) -> jax.Array:
+def move(visit: Visit, moments: Moments, update: Update) -> jax.Array:
     """The centers, those that are visited moved by their moments; the others are not touched."""
 
     def add(index, rows):
         old = visit.walk.read(rows, index)
-        block = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
-        return visit.walk.write(rows, index, rule.apply(old, block, learning_rate, step))
+        return _move_block(visit, update, index, rows, old, moments)
 
     return lax.fori_loop(0, visit.walk.num_blocks, add, visit.rows)
 
 
-def normalize(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of length 1, and (rows, 1) their lengths before; a zero row stays zero."""
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(rows * rows, axis=1, keepdims=True), 1e-24))
-    return rows / norm, norm
+def _accumulate(visit: Visit, rule: Rule, index, moments: Moments, rows, d_rows) -> Moments:
+    """The moments, a block's moved by the gradient (n * K, D) of its centers."""
+    old = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
+    new = rule.accumulate(rule.decay(old, rows), d_rows)
+    return {name: visit.walk.write(moment, index, new[name]) for name, moment in moments.items()}
 
 
-def normalize_vjp(d_unit: jax.Array, unit: jax.Array, norm: jax.Array) -> jax.Array:
-    """Gradient of the rows from the gradient of the normalized rows."""
-    return (d_unit - unit * jnp.sum(d_unit * unit, axis=1, keepdims=True)) / norm
+def _move_block(visit: Visit, update: Update, index, rows, old, moments: Moments) -> jax.Array:
+    """The centers `rows`, a block's, which were `old`, moved by its moments."""
+    block = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
+    moved = update.rule.apply(old, block, update.learning_rate, update.step)
+    return visit.walk.write(rows, index, moved)
 
 
-def _product(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """A matrix product over one dimension of each, accumulated and returned in float32."""
-    return lax.dot_general(
-        a,
-        b,
-        (((contract[0],), (contract[1],)), ((), ())),
-        # float32 operands mean float32: recent GPUs would round them to TF32.
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+def map_tiles(function: Callable, *trees):
+    """The function of each tile: arrays (T, t, ...) to (T, ...), in a loop where there are more."""
+    if len(jax.tree.leaves(trees)[0]) > 1:
+        return lax.map(lambda tile: function(*tile), trees)
+    out = function(*jax.tree.map(lambda a: a[0], trees))
+    return jax.tree.map(lambda a: a[None], out)

@@ -11,6 +11,7 @@ larger scales). Margins that go beyond, as CurricularFace, keep a running maximu
 the formulas.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -21,12 +22,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from arcface_jax.config import HeadConfig, OptimizerConfig
-from arcface_jax.heads import block_passes, margins, partial_fc
+from arcface_jax.heads import automatic, block_passes, margins, partial_fc
 from arcface_jax.heads import centers as class_centers
 from arcface_jax.heads import softmax as softmax_loss
-from arcface_jax.heads.block_passes import Visit
+from arcface_jax.heads.block_forms import FORMS, Problem, Samples, normalize, normalize_vjp
+from arcface_jax.heads.block_passes import Update, Visit
 from arcface_jax.heads.blocks import EveryClass, ListedClasses, Walk
-from arcface_jax.heads.centers import Moments, Rule
+from arcface_jax.heads.centers import Moments
 from arcface_jax.heads.margins import Margin, State
 from arcface_jax.heads.softmax import Batch, Loss, Softmax
 from arcface_jax.runtime.devices import AXIS
@@ -115,10 +117,11 @@ def apply(
       step: () int32, steps done before this one.
       key: of the step; which classes are drawn depends on it and the device.
       num_classes: C; classes behind it are padding.
-      head: margin, scale, sampling, operand type, block size.
+      head: margin, scale, sampling, operand type, block size and form.
       optimizer: of the centers; its clip_norm is for the backbone alone.
       mesh: the devices.
     """
+    head = automatic.resolve(head, platform=mesh.devices.flat[0].platform, batch=len(embeddings))
     shard = P(AXIS)
     placed = Centers._make((shard, shard, P()))
     # Not everything is known to be the same on all devices, for instance what was drawn.
@@ -143,42 +146,39 @@ def _on_one_device(
     head: HeadConfig,
     optimizer: OptimizerConfig,
 ) -> HeadOutput:
-    margin, rule = margins.make(head), class_centers.make_rule(optimizer)
-    unit, norm = block_passes.normalize(embeddings)
+    margin = margins.make(head)
+    unit, norm = normalize(embeddings)
     batch = _gather(unit, norm, labels, num_classes=num_classes, head=head, margin=margin)
     stored = len(centers.rows) // head.subcenters
     target = batch.labels - lax.axis_index(AXIS) * stored
     target = jnp.where(batch.valid & (target >= 0) & (target < stored), target, -1)
     walk, target_slot = _choose(target, key, stored=stored, num_classes=num_classes, head=head)
     visit = Visit(
-        batch.x,
+        Samples(batch.x, target_slot.reshape(batch.x.shape[:2]), jnp.zeros(batch.x.shape[:2])),
         centers.rows,
         walk,
-        target_slot,
-        head.subcenters,
-        head.scale,
-        negative_transform=None,
+        Problem(head.subcenters, head.scale, negative_transform=None),
+        FORMS[head.block_form],
     )
     visit, softmax = _first_visit(visit, target, batch, centers.state, margin)
     loss = softmax_loss.evaluate(softmax, batch, margin, scale=head.scale)
 
-    update = jnp.isfinite(loss.mean)  # nothing that is not a number gets into the centers
-    d_x, centers = _second_visit(
+    finite = jnp.isfinite(loss.mean)  # nothing that is not a number gets into the centers
+    d_unit, centers = _second_visit(
         visit,
         centers,
         loss,
-        update=update,
+        finite=finite,
         factor=head.scale / batch.num_valid,
-        rule=rule,
-        learning_rate=learning_rate,
-        step=step,
+        update=Update(class_centers.make_rule(optimizer), learning_rate, step),
         touch_all=head.sample_rate == 1 or head.unsampled == "decayed",
+        reduce=partial(_reduce, dtype=head.reduce_dtype),
     )
-    state = jax.tree.map(partial(jnp.where, update), softmax.state, centers.state)
-    d_unit = lax.psum_scatter(d_x, AXIS, scatter_dimension=0, tiled=True)
-    d_embeddings = block_passes.normalize_vjp(d_unit, unit, norm)
+    state = jax.tree.map(partial(jnp.where, finite), softmax.state, centers.state)
+    d_embeddings = normalize_vjp(d_unit, unit, norm)
     if margin.uses_norms:
-        d_embeddings += _own_part(loss.d_norms, len(unit))[:, None] * unit
+        d_norms = _own_part(loss.d_norms.reshape(batch.x.shape[:2]), len(unit))
+        d_embeddings += d_norms[:, None] * unit
     return HeadOutput(
         loss.mean,
         d_embeddings,
@@ -188,18 +188,29 @@ def _on_one_device(
 
 
 def _gather(unit, norm, labels, *, num_classes: int, head: HeadConfig, margin: Margin) -> Batch:
-    labels = lax.all_gather(labels, AXIS, tiled=True)
+    """The samples of all devices, in tiles that hold as many of each device."""
+    devices = lax.axis_size(AXIS)
+    tiles = automatic.tiles(head, batch=len(unit) * devices, devices=devices)
+
+    def gather(array):
+        parts = array.reshape(tiles, -1, *array.shape[1:])
+        return block_passes.map_tiles(partial(lax.all_gather, axis_name=AXIS, tiled=True), parts)
+
+    labels = gather(labels).reshape(-1)
     valid = (labels >= 0) & (labels < num_classes)
-    norms = jnp.ones(len(labels))
-    if margin.uses_norms:
-        norms = lax.all_gather(norm[:, 0], AXIS, tiled=True)
     return Batch(
-        x=lax.all_gather(unit.astype(head.dtype), AXIS, tiled=True),
-        norms=norms,
+        x=gather(unit.astype(head.dtype)),
+        norms=gather(norm[:, 0]).reshape(-1) if margin.uses_norms else jnp.ones(len(labels)),
         labels=labels,
         valid=valid,
         num_valid=jnp.maximum(jnp.sum(valid), 1),
     )
+
+
+def _reduce(d_x: jax.Array, *, dtype: str) -> jax.Array:
+    """(t, D) float32 to (t / N, D), the sum over the devices for this device's samples."""
+    total = lax.psum_scatter(d_x.astype(dtype), AXIS, scatter_dimension=0, tiled=True)
+    return total.astype(jnp.float32)
 
 
 def _choose(
@@ -230,13 +241,19 @@ def _first_visit(
     if margin.negatives_need_target:
         z_target = lax.psum(z_target, AXIS)
         state = margin.update(state, z_target, batch.norms, batch.valid)
-    negatives, known, moved = margin.negatives, z_target[:, None], state
+    negatives, moved = margin.negatives, state
     if negatives is not None:
-        visit = visit._replace(negative_transform=lambda cosine: negatives(cosine, known, moved))
+        own = z_target.reshape(batch.x.shape[:2])
+        visit = visit._replace(
+            samples=visit.samples._replace(own_cosine=own),
+            problem=visit.problem._replace(
+                negative_transform=lambda cosine, own: negatives(cosine, own, moved)
+            ),
+        )
     shifted = margin.negatives_bound > UNSHIFTED_BOUND
-    exp_sum, shift, hardest = block_passes.sum_over_others(visit, shifted=shifted)
-    if shifted:
-        local = shift
+    exp_sum, hardest, local = block_passes.sum_over_others(visit, shifted=shifted)
+    shift = 0.0
+    if local is not None:
         shift, hardest = lax.pmax(jnp.stack([local, hardest]), AXIS)
         exp_sum *= jnp.exp(local - shift)
     else:
@@ -254,50 +271,54 @@ def _second_visit(
     centers: Centers,
     loss: Loss,
     *,
-    update,
+    finite,
     factor,
-    rule: Rule,
-    learning_rate,
-    step,
+    update: Update,
     touch_all: bool,
+    reduce: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Centers]:
-    """(B, D) this device's part of the gradient of the normalized embeddings; updated centers.
+    """(B / N, D) gradient of this device's normalized embeddings; updated centers.
 
     Args:
       visit: what to look at.
       centers: before the update.
       loss: of the first visit.
-      update: () bool, whether to change the centers and their moments at all.
+      finite: () bool, whether to change the centers and their moments at all.
       factor: () float32, s / number of samples that count.
-      rule: the optimizer of the centers.
-      learning_rate: () float32.
-      step: () int32.
+      update: the optimizer of the centers.
       touch_all: whether momentum and decay move the classes that are not visited too.
+      reduce: see `block_passes.gradients`.
     """
-    rows, moments = centers.rows, centers.moments
+    rows, moments, rule = centers.rows, centers.moments, update.rule
     # Not `where` on whole arrays at the end, which would keep the old ones alive.
-    visit = visit._replace(walk=visit.walk.only_if(update))
-    learning_rate = jnp.where(update, learning_rate, 0)
-    if touch_all and isinstance(visit.walk, ListedClasses):
-        moments = jax.tree.map(partial(jnp.where, update), rule.decay(moments, rows), moments)
+    visit = visit._replace(walk=visit.walk.only_if(finite))
+    update = update._replace(learning_rate=jnp.where(finite, update.learning_rate, 0))
+    every = isinstance(visit.walk, EveryClass)
+    if touch_all and not every:
+        moments = jax.tree.map(partial(jnp.where, finite), rule.decay(moments, rows), moments)
         rule = rule._replace(decay=lambda moments, rows: moments)
-    d_x, moments = block_passes.gradients(
+        update = update._replace(rule=rule)
+    move_centers = visit.form.moves_centers and every
+    d_unit, moments, rows = block_passes.gradients(
         visit,
         moments,
         log_sum=loss.log_sum,
         d_target=loss.d_target,
         factor=factor,
-        rule=rule,
+        update=update,
+        move_centers=move_centers,
+        reduce=reduce,
     )
     # In a loop of its own, or in none: were centers and moments both written in one, XLA would
-    # copy the shard.
-    if touch_all:
-        rows = rule.apply(rows, moments, learning_rate, step)
-    else:
-        rows = block_passes.move(visit, moments, rule=rule, learning_rate=learning_rate, step=step)
-    return d_x, Centers(rows, moments, centers.state)
+    # copy the shard, but for forms that take care to read the centers once.
+    if touch_all and not move_centers:
+        rows = rule.apply(rows, moments, update.learning_rate, update.step)
+    elif not move_centers:
+        rows = block_passes.move(visit, moments, update)
+    return d_unit, Centers(rows, moments, centers.state)
 
 
 def _own_part(everywhere: jax.Array, size: int) -> jax.Array:
-    """This device's (size,) of an array over all samples."""
-    return lax.dynamic_slice_in_dim(everywhere, lax.axis_index(AXIS) * size, size)
+    """This device's (size,) of an array (T, t) over all samples."""
+    parts = everywhere.reshape(len(everywhere), lax.axis_size(AXIS), -1)
+    return lax.dynamic_index_in_dim(parts, lax.axis_index(AXIS), axis=1).reshape(size)

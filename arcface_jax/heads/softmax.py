@@ -9,10 +9,10 @@ from arcface_jax.heads.margins import Margin, State
 
 
 class Batch(NamedTuple):
-    """The samples of all devices, on each of them."""
+    """The samples of all devices, on each of them, tile by tile."""
 
     x: jax.Array
-    """(B, D) normalized embeddings, in the operands' type."""
+    """(T, B / T, D) normalized embeddings in tiles, in the operands' type."""
     norms: jax.Array
     """(B,) float32 lengths before; ones where the margin does not look at them."""
     labels: jax.Array

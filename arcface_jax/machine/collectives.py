@@ -29,7 +29,14 @@ class Traffic(NamedTuple):
 
 
 def measure(
-    mesh: Mesh, *, batch: int, size: int, parameters: int, head_dtype: str, reduce_dtype: str
+    mesh: Mesh,
+    *,
+    batch: int,
+    size: int,
+    parameters: int,
+    head_dtype: str,
+    head_reduce_dtype: str,
+    reduce_dtype: str,
 ) -> dict[str, Traffic]:
     """Times the three large collectives of a train step, at its sizes.
 
@@ -41,7 +48,8 @@ def measure(
       batch: B of all devices.
       size: D of an embedding.
       parameters: of the backbone, whose gradient is summed.
-      head_dtype: in which the head gathers embeddings; their gradient comes back in float32.
+      head_dtype: in which the head gathers embeddings.
+      head_reduce_dtype: in which their gradient is summed.
       reduce_dtype: of the summed gradient.
     """
     apart = partial(jax.shard_map, mesh=mesh, check_vma=False)
@@ -56,7 +64,7 @@ def measure(
     split, whole = meshes.split(mesh), meshes.replicated(mesh)
     arrays = {
         "all_gather": jnp.ones((batch, size), head_dtype, device=split),
-        "reduce_scatter": jnp.ones((batch, size), jnp.float32, device=whole),
+        "reduce_scatter": jnp.ones((batch, size), head_reduce_dtype, device=whole),
         "all_reduce": jnp.ones((parameters,), reduce_dtype, device=whole),
     }
     compiled = {name: partial(jax.jit(run), arrays[name]) for name, run in runs.items()}

@@ -250,6 +250,7 @@ def check_traffic(config: Config, mesh: Mesh) -> Check:
         size=config.model.embedding_size,
         parameters=sum(int(np.prod(x.shape)) for x in shapes.values()),
         head_dtype=config.head.dtype,
+        head_reduce_dtype=config.head.reduce_dtype,
         reduce_dtype=config.optimizer.reduce_dtype,
     )
     gather, scatter, reduce = found.values()

@@ -18,8 +18,8 @@ from arcface_jax.data import pipeline
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Source
 from arcface_jax.errors import ConfigError
-from arcface_jax.heads import block_passes
 from arcface_jax.heads import centers as class_centers
+from arcface_jax.heads.block_forms import normalize
 from arcface_jax.models import registry
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
@@ -140,7 +140,7 @@ def _class_means(
 
 def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array) -> jax.Array:
     """Add the batch's normalized embeddings to the rows of this device's classes."""
-    unit = lax.all_gather(block_passes.normalize(embeddings)[0], AXIS, tiled=True)
+    unit = lax.all_gather(normalize(embeddings)[0], AXIS, tiled=True)
     row = lax.all_gather(labels, AXIS, tiled=True) - lax.axis_index(AXIS) * len(sums)
     here = (row >= 0) & (row < len(sums))
     return sums.at[jnp.where(here, row, len(sums))].add(unit, mode="drop")

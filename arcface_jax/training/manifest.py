@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from arcface_jax.config import Config, loading
 from arcface_jax.errors import CheckpointError
+from arcface_jax.heads import automatic
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import launch
 from arcface_jax.runtime.files import reporting_disk_errors, write_atomic
@@ -127,6 +128,7 @@ def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lin
         "Mesh\n" + _indented(mesh_lines(devices)),
         "Memory\n" + _indented(_memory_lines(held)),
         "Settings (* differs from the default)\n" + _indented(_setting_lines(config, changed)),
+        "Automatic settings\n" + _indented(_automatic_lines(config, devices)),
         "Parameters\n" + _indented(parameter_lines(state.params)),
     ]
     path = Path(config.workdir) / "run.txt"
@@ -172,6 +174,21 @@ def _setting_lines(config: Config, changed: dict[str, tuple[object, object]]) ->
         default = f"   (default {changed[name][1]!r})" if name in changed else ""
         lines.append(f"{'*' if name in changed else ' '} {name} = {value!r}{default}")
     return lines
+
+
+def _automatic_lines(config: Config, devices: Mesh) -> list[str]:
+    """The settings that were left to the program, with the values that this mesh gets."""
+    platform = devices.devices.flat[0].platform
+    head = automatic.resolve(config.head, platform=platform, batch=config.data.global_batch_size)
+    given = {
+        "head.block_size": config.head.block_size != 0,
+        "head.block_form": config.head.block_form != "automatic",
+    }
+    return [
+        f"{name} = {getattr(head, name.removeprefix('head.'))!r} "
+        f"({'as configured' if as_given else f'chosen for {platform}'})"
+        for name, as_given in given.items()
+    ]
 
 
 def parameter_lines(params: Arrays) -> list[str]:

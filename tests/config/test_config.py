@@ -180,6 +180,7 @@ def changed_everywhere() -> Config:
     """Every field another value than its default, so that a lost one shows."""
     config = Config()
     choices = {"r50": "r18", "bfloat16": "float32", "arcface": "cosface", "none": "linear"}
+    choices |= {"automatic": "unit"}
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
     choices |= {"sgd": "adamw", "untouched": "decayed", "random": "kept", "float32": "bfloat16"}
     choices |= {"drop": "pad", "shuffled": "shards", "~/.cache/arcface_jax": "x"}
@@ -255,6 +256,7 @@ def test_differences_are_those_that_change_what_is_computed():
         "data.workers",
         "data.max_bad_share",
         "head.block_size",
+        "head.block_form",
         "optimizer.micro_batches",
         "optimizer.stop_after_skipped",
         "evaluation",

@@ -116,7 +116,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("head.magface_norms", (10.0, 10.0), ["increase strictly"]),
     ("head.magface_margins", (0.0, 0.8), ["(0.0, 0.8)", "above 0", "(0.45, 0.8)"]),
     ("head.magface_weight", -1.0, ["must not be negative"]),
-    ("head.block_size", 0, ["must be greater than 0"]),
+    ("head.block_size", -1, ["must not be negative"]),
     ("optimizer.learning_rate", 0.0, ["must be greater than 0", "0.1"]),
     ("optimizer.learning_rate", math.inf, ["finite"]),
     ("optimizer.momentum", 1.0, ["below 1", "without bound", "0.9"]),

@@ -172,6 +172,7 @@ def test_traffic_goes_with_the_arrays():
         meshes.make(4),
         **{"batch": 64, "size": 16, "parameters": 1000},
         head_dtype="bfloat16",
+        head_reduce_dtype="float32",
         reduce_dtype="float32",
     )
     sent = {name: traffic.bytes for name, traffic in found.items()}

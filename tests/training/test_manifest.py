@@ -58,6 +58,8 @@ def test_the_header_marks_what_differs_and_counts_parameters(run):
     text = (workdir / "run.txt").read_text()
     assert "  * data.global_batch_size = 8   (default 128)" in text
     assert "\n    seed = 0\n" in text
+    assert "\n  head.block_size = 2048 (chosen for cpu)\n" in text
+    assert "\n  head.block_form = 'unit' (chosen for cpu)\n" in text
     assert "  jax " in text and "process 0" in text
     _, params, batch_stats, _ = saved_runs.restore_backbone(workdir)
     count = sum(np.size(array) for array in params.values())

@@ -1,0 +1,68 @@
+"""Settings of the head that follow from the machine, resolved once at start.
+
+Read in the programs that XLA compiles for an H100 (docs/gpu.md) and timed on CPUs.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from arcface_jax.config import HeadConfig
+from arcface_jax.errors import ConfigError
+from arcface_jax.heads import margins
+
+_GPUS = ("cuda", "gpu", "rocm")  # topologies and devices call them differently
+
+# On a GPU every block is a dozen kernels: 8,192 classes make them long enough, and a block's
+# operands still fit into the L2 cache. On a CPU 2,048 do.
+_BLOCK_SIZE = {True: 8192, False: 2048}
+
+# Up to here the block's rows are most of the traffic, above it the (B, n) products are.
+_SMALL_BATCH = 512
+
+# A block's products with a tile of the batch: at most this many bytes of float32.
+_TILE_BYTES = 64 * 2**20
+
+
+def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
+    """Replace `automatic` settings by what they stand for.
+
+    Args:
+      head: as configured.
+      platform: of the mesh's devices, which need not be in this machine.
+      batch: embeddings over all devices.
+
+    Raises:
+      ConfigError: block_form cannot compute this head.
+    """
+    gpu = platform in _GPUS
+    changes: dict[str, Any] = {}
+    if head.block_size == 0:
+        changes["block_size"] = _BLOCK_SIZE[gpu]
+    if head.block_form == "automatic":
+        changes["block_form"] = _form(head, gpu=gpu, batch=batch)
+    elif head.block_form == "powers" and not _keeps_cosines(head):
+        raise ConfigError(
+            "head.block_form powers needs head.dtype bfloat16 or float32, one center per class and "
+            f"a margin that leaves other classes' cosines as they are; got {head.dtype}, "
+            f"subcenters {head.subcenters}, loss {head.loss}: use automatic"
+        )
+    return replace(head, **changes)
+
+
+def tiles(head: HeadConfig, *, batch: int, devices: int) -> int:
+    """In how many parts a block meets the batch: a divisor of the samples of a device."""
+    largest = max(_TILE_BYTES // (4 * head.block_size * head.subcenters), 1)
+    each = batch // devices
+    counts = (count for count in range(1, each + 1) if each % count == 0)
+    return next((count for count in counts if batch // count <= largest), each)
+
+
+def _form(head: HeadConfig, *, gpu: bool, batch: int) -> str:
+    if not gpu or head.dtype != "bfloat16":
+        return "unit"
+    return "powers" if batch > _SMALL_BATCH and _keeps_cosines(head) else "scaled"
+
+
+def _keeps_cosines(head: HeadConfig) -> bool:
+    changed = margins.make(head).negatives is not None
+    return head.dtype != "float16" and head.subcenters == 1 and not changed

@@ -1,0 +1,334 @@
+"""How a block of classes is multiplied with a batch: forms of one computation, chosen at start.
+
+All forms give the same sums and gradients up to the rounding of the operands:
+
+- `unit` normalizes the block's centers, then multiplies.
+- `scaled` multiplies the centers as they are and divides the cosines by their lengths, and takes
+  the gradient's part along a center from the cosines. No normalized copy of the block is written
+  or read, which is most of the traffic at small batches.
+- `powers` writes exp(s cosine) in the operands' type at the end of the product, and no cosine.
+  What is particular to a sample is multiplied into the embeddings, not into the block. Fewest bytes
+  at large batches; only for bfloat16, one center per class, and cosines that no margin changes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# fp16 underflows below 6e-8, and at a million classes most probabilities are smaller.
+_FP16_UNIT = 2.0**12
+
+
+class Samples(NamedTuple):
+    """The batch, or a tile of it: t samples."""
+
+    x: jax.Array
+    """(t, D) normalized embeddings, in the operands' type."""
+    target_slot: jax.Array
+    """(t,) int32 slot of each sample's class; -1 where it is not on this device."""
+    own_cosine: jax.Array
+    """(t,) float32 cosines with the own classes, for margins that compare with them."""
+
+    def is_target(self, slots: jax.Array) -> jax.Array:
+        """(t, n) bool."""
+        return slots[None] == self.target_slot[:, None]
+
+
+class Block(NamedTuple):
+    """The centers of n classes, ready for products."""
+
+    rows: jax.Array
+    """(n * K, D) float32, as stored; normalized in the form `unit`."""
+    length: jax.Array
+    """(n * K, 1) float32 lengths before; their inverse in the forms that multiply by it."""
+    operand: jax.Array
+    """(n * K, D) what is multiplied."""
+    slots: jax.Array
+    """(n,) int32."""
+    present: jax.Array
+    """(n,) bool, which slots hold a class to visit."""
+    first: jax.Array
+    """() int32, the first slot that no other block visits."""
+
+
+class Sums(NamedTuple):
+    """What the first visit collects."""
+
+    total: jax.Array
+    """(t,) float32 sum of exp(s value - shift) over the other classes."""
+    hardest: jax.Array
+    """(t,) float32 largest cosine with them; -inf where there are none."""
+    shift: jax.Array | None
+    """(t,) float32 largest logit so far; None where nothing is subtracted."""
+
+
+class Weights(NamedTuple):
+    """What the second visit multiplies each sample by."""
+
+    others: jax.Array
+    """(t,) float32, a summand of the logits, or a factor of the gradient in the form `powers`."""
+    own: jax.Array
+    """(t,) gradient of the target cosines, in the unit of that of the others."""
+    x: jax.Array | None
+    """(t, D) embeddings multiplied by `others`; None where a form does not need them, or forms
+    them tile by tile."""
+
+
+class Pull(NamedTuple):
+    """What the samples contribute to the gradient of a block's centers, over s / samples."""
+
+    centers: jax.Array
+    """(n * K, D) float32."""
+    along: jax.Array | None
+    """(n * K,) float32 part along each center, where the form takes it from the cosines."""
+
+
+class Problem(NamedTuple):
+    """What is the same for all blocks and samples."""
+
+    subcenters: int
+    """K."""
+    scale: float
+    """s."""
+    negative_transform: Callable[[jax.Array, jax.Array], jax.Array] | None
+    """The margin's change of (t, n) cosines with other classes, given (t, 1) own cosines; None
+    leaves them."""
+
+
+class Form(Protocol):
+    """A way to form a block's products."""
+
+    moves_centers: bool
+    """Whether the second visit of all classes can move the centers in the same loop."""
+
+    def block(
+        self, rows: jax.Array, dtype: jax.typing.DTypeLike, *, written: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(rows, length, operand) of a `Block`; `written` where the loop moves the centers too."""
+        ...
+
+    def add(self, problem: Problem, samples: Samples, block: Block, sums: Sums) -> Sums:
+        """The sums with a block's classes added."""
+        ...
+
+    def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
+        """Weights of all samples, from (T, t) log-sum-exps, inf for samples that do not count, and
+        (T, t) gradients of the target cosines."""
+        ...
+
+    def pull(
+        self, problem: Problem, samples: Samples, weights: Weights, block: Block
+    ) -> tuple[jax.Array, Pull]:
+        """(t, D) float32 gradient of the embeddings, before `finish`, and that of the centers."""
+        ...
+
+    def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
+        """The gradient of the embeddings, once all blocks are added up."""
+        ...
+
+    def d_rows(self, block: Block, pull: Pull, factor: jax.Array) -> jax.Array:
+        """(n * K, D) float32 gradient of the centers as stored."""
+        ...
+
+
+class Cosines(NamedTuple):
+    """Forms `unit` and `scaled`: cosines in float32, for every margin and type."""
+
+    scale_after: bool
+    """Whether lengths are divided out after the product."""
+
+    moves_centers = False
+
+    def block(
+        self, rows: jax.Array, dtype: jax.typing.DTypeLike, *, written: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `Form`."""
+        if self.scale_after:
+            squares = jnp.maximum(jnp.sum(rows * rows, axis=1, keepdims=True), 1e-24)
+            return rows, lax.rsqrt(squares), rows.astype(dtype)
+        unit, norm = normalize(rows)
+        return unit, norm, unit.astype(dtype)
+
+    def cosines(self, problem: Problem, samples: Samples, block: Block) -> jax.Array:
+        """(t, n, K) float32."""
+        cosine = product(samples.x, block.operand, contract=(1, 1))
+        if self.scale_after:
+            cosine *= block.length[:, 0][None]
+        return jnp.clip(cosine, -1, 1).reshape(len(samples.x), -1, problem.subcenters)
+
+    def add(self, problem: Problem, samples: Samples, block: Block, sums: Sums) -> Sums:
+        """See `Form`."""
+        total, hardest, shift = sums
+        cosine = self.cosines(problem, samples, block).max(axis=2)
+        others = block.present[None] & ~samples.is_target(block.slots)
+        hardest = jnp.maximum(hardest, jnp.max(jnp.where(others, cosine, -jnp.inf), axis=1))
+        transform = problem.negative_transform
+        logit = transform(cosine, samples.own_cosine[:, None]) if transform else cosine
+        logit = problem.scale * logit
+        if shift is not None:
+            largest = jnp.max(jnp.where(others, logit, -jnp.inf), axis=1)
+            before, shift = shift, jnp.maximum(shift, largest)
+            total *= jnp.exp(before - shift)
+            logit -= shift[:, None]
+        total += jnp.sum(jnp.where(others, jnp.exp(logit), 0), axis=1)
+        return Sums(total, hardest, shift)
+
+    def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
+        """See `Form`."""
+        unit = unit_of_gradient(samples.x.dtype)
+        d_target = d_target * unit
+        if samples.x.dtype == jnp.float16:  # whose largest number is 65504
+            limits = jnp.finfo(jnp.float16)
+            d_target = jnp.clip(d_target, limits.min, limits.max)
+        return Weights(jnp.log(unit) - log_sum, d_target, None)
+
+    def pull(
+        self, problem: Problem, samples: Samples, weights: Weights, block: Block
+    ) -> tuple[jax.Array, Pull]:
+        """See `Form`."""
+        by_center = self.cosines(problem, samples, block)
+        cosine = by_center.max(axis=2)
+        value, vjp = cosine, None
+        if problem.negative_transform:
+            own, transform = samples.own_cosine[:, None], problem.negative_transform
+            value, vjp = jax.vjp(lambda z: transform(z, own), cosine)
+        d = jnp.exp(problem.scale * value + weights.others[:, None])
+        d = vjp(d)[0] if vjp else d
+        d = jnp.where(samples.is_target(block.slots), weights.own[:, None], d)
+        d = jnp.where(block.present[None], d, 0)
+        if problem.subcenters > 1:  # the nearest center of a class takes it all
+            nearest = jax.nn.one_hot(jnp.argmax(by_center, axis=2), problem.subcenters)
+            d = (d[:, :, None] * nearest).reshape(len(d), -1)
+        along = None
+        if self.scale_after:
+            along = jnp.sum(d * by_center.reshape(d.shape), axis=0)
+            d *= block.length[:, 0][None]
+        d = d.astype(samples.x.dtype)
+        d_x = product(d, block.operand, contract=(1, 0))
+        return d_x, Pull(product(d, samples.x, contract=(0, 0)), along)
+
+    def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
+        """See `Form`."""
+        return d_x
+
+    def d_rows(self, block: Block, pull: Pull, factor: jax.Array) -> jax.Array:
+        """See `Form`."""
+        if pull.along is None:
+            return normalize_vjp(factor * pull.centers, block.rows, block.length)
+        along = pull.along[:, None] * jnp.square(block.length)
+        return factor * (pull.centers - block.rows * along)
+
+
+class Powers(NamedTuple):
+    """Form `powers`: exp(s cosine) in the operands' type, where nothing changes the cosines.
+
+    Only constants follow the product, so that XLA can make the exponential its end. bfloat16 has
+    the range of float32, and 9 bits are as good as any other operand; they are added in float32.
+    """
+
+    moves_centers = True
+
+    def block(
+        self, rows: jax.Array, dtype: jax.typing.DTypeLike, *, written: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `Form`."""
+        # Apart from the division, or XLA copies the block for one kernel that does both.
+        squares = jnp.sum(rows * rows, axis=1)
+        if written:  # everything reads one copy of the block, and nothing the array itself
+            rows, squares = lax.optimization_barrier((rows, squares))
+        else:
+            squares = lax.optimization_barrier(squares)
+        inverse = lax.rsqrt(jnp.maximum(squares, 1e-24))[:, None]
+        return rows, inverse, (rows * inverse).astype(dtype)
+
+    def _powers(self, problem: Problem, samples: Samples, block: Block) -> jax.Array:
+        """(t, n) exp(s cosine) in the operands' type."""
+        cosine = jnp.clip(product(samples.x, block.operand, contract=(1, 1)), -1, 1)
+        return jnp.exp(problem.scale * cosine).astype(samples.x.dtype)
+
+    def add(self, problem: Problem, samples: Samples, block: Block, sums: Sums) -> Sums:
+        """See `Form`."""
+        power = self._powers(problem, samples, block)
+        others = block.present[None] & ~samples.is_target(block.slots)
+        power = jnp.where(others, power, 0)
+        largest = jnp.max(power, axis=1).astype(jnp.float32)
+        return Sums(
+            sums.total + jnp.sum(power.astype(jnp.float32), axis=1),
+            jnp.maximum(sums.hardest, jnp.log(largest) / problem.scale),
+            None,
+        )
+
+    def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
+        """See `Form`."""
+        weight = jnp.exp(-log_sum)
+        own = jnp.where(weight > 0, d_target / weight, 0).astype(samples.x.dtype)
+        one_tile = len(own) == 1  # of several, the weighted would be a second copy of the batch
+        return Weights(weight, own, _weighted(samples.x, weight) if one_tile else None)
+
+    def pull(
+        self, problem: Problem, samples: Samples, weights: Weights, block: Block
+    ) -> tuple[jax.Array, Pull]:
+        """See `Form`."""
+        operand = jnp.where(block.present[:, None], block.operand, 0)
+        d = self._powers(problem, samples, block._replace(operand=operand))
+        place = samples.target_slot - block.slots[0]
+        here = (samples.target_slot >= block.first) & (place < len(block.slots))
+        d = d.at[jnp.arange(len(d)), jnp.where(here, place, len(block.slots))].set(
+            weights.own, mode="drop", unique_indices=True, indices_are_sorted=True
+        )
+        d_x = product(d, operand, contract=(1, 0))
+        x = _weighted(samples.x, weights.others) if weights.x is None else weights.x
+        return d_x, Pull(product(d, x, contract=(0, 0)), None)
+
+    def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
+        """See `Form`."""
+        return d_x * weights.others[:, None]
+
+    def d_rows(self, block: Block, pull: Pull, factor: jax.Array) -> jax.Array:
+        """See `Form`."""
+        along = jnp.sum(pull.centers * block.rows, axis=1, keepdims=True)
+        along *= jnp.square(block.length)
+        return factor * block.length * (pull.centers - block.rows * along)
+
+
+def _weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """(..., D) in the type of x, each sample multiplied by its weight (...)."""
+    return (x.astype(jnp.float32) * weight[..., None]).astype(x.dtype)
+
+
+FORMS: dict[str, Form] = {
+    "unit": Cosines(scale_after=False),
+    "scaled": Cosines(scale_after=True),
+    "powers": Powers(),
+}
+
+
+def unit_of_gradient(dtype: jax.typing.DTypeLike) -> float:
+    """What gradients are multiplied by before they are rounded to the operands' type."""
+    return _FP16_UNIT if dtype == jnp.float16 else 1.0
+
+
+def normalize(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows of length 1, and (rows, 1) their lengths before; a zero row stays zero."""
+    norm = jnp.sqrt(jnp.maximum(jnp.sum(rows * rows, axis=1, keepdims=True), 1e-24))
+    return rows / norm, norm
+
+
+def normalize_vjp(d_unit: jax.Array, unit: jax.Array, norm: jax.Array) -> jax.Array:
+    """Gradient of the rows from the gradient of the normalized rows."""
+    return (d_unit - unit * jnp.sum(d_unit * unit, axis=1, keepdims=True)) / norm
+
+
+def product(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
+    """A matrix product over one dimension of each, accumulated and returned in float32."""
+    return lax.dot_general(
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
+        # float32 operands mean float32: recent GPUs would round them to TF32.
+        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
