@@ -93,7 +93,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = self.conv1(self.bn1(x, train=train))
-        y = self.conv2(self.prelu(self.bn2(y, train=train)))
+        y = self.conv2(self.bn2(y, train=train, activation=self.prelu))
         y = self.bn3(y, train=train)
         if self.downsample:
             conv, bn = self.downsample
@@ -166,7 +166,8 @@ class IResNet(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
         """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
-        x = self.prelu(self.bn1(self.conv1(x.astype(self.dtype)), train=train))
+        x = self.conv1(x.astype(self.dtype))
+        x = self.bn1(x, train=train, activation=self.prelu)
         for name, blocks in zip(_STAGES, self.architecture.blocks, strict=True):
             stage = getattr(self, name)
             x = stage["0"](x, train=train)
