@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -275,28 +275,24 @@ def _normalize_forward(epsilon: float, axis: str | None, x, scale, bias, slope):
 def _normalize_backward(epsilon: float, axis: str | None, kept: _Kept, given):
     axes, count = _sliced(kept.x)
     # The barriers make each pass start from the stored arrays: otherwise XLA shares intermediate
-    # results between passes, in float32.
-    kept, d_y, mean_factor = *_barrier((kept, given[0])), 1 / count
-    d_affine, centered, _ = _gradients_of_affine(kept, d_y)
+    # results between passes, and stores them.
+    x, d_y = lax.optimization_barrier((kept.x, given[0]))
+    d_affine, centered, _ = _gradients_of_affine(kept._replace(x=x), d_y)
     total, along = _two_sums(d_affine, d_affine * centered, axes)
     d_bias, d_scale = (a.reshape(len(a), -1).sum(0) for a in (total, along * kept.inverse))
-    total, along = total * mean_factor, along * mean_factor
+    total, along = total / count, along / count
     if axis:
         total, along = lax.pmean((total, along), axis)
-    kept, d_y, total, along = _barrier((kept, d_y, total, along))
-    d_affine, centered, d_slope = _gradients_of_affine(kept, d_y)
-    factor = _per_channel(kept.scale, kept.x) * kept.inverse
+    x, d_y, total, along = lax.optimization_barrier((x, d_y, total, along))
+    d_affine, centered, d_slope = _gradients_of_affine(kept._replace(x=x), d_y)
+    factor = _per_channel(kept.scale, x) * kept.inverse
     d_x = factor * (d_affine - total - centered * (along * jnp.square(kept.inverse)))
     if d_slope is not None:
         d_slope = d_slope.sum(axes).sum(0)
-    return d_x.astype(kept.x.dtype), d_scale, d_bias, d_slope
+    return d_x.astype(x.dtype), d_scale, d_bias, d_slope
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-def _barrier(x):
-    return lax.optimization_barrier(x)
 
 
 def _statistics(x: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
@@ -416,9 +412,8 @@ class BatchNorm(nnx.Module):
             y = x.astype(jnp.float32) * _per_channel(factor, x) + _per_channel(offset, x)
             return (y if slope is None else _prelu(y, slope)).astype(x.dtype)
         grouped = x.reshape(self.groups, -1, *x.shape[1:])
-        y, mean, var = _normalize(
-            self.epsilon, self.axis, grouped, self.scale[...], self.bias[...], slope
-        )
+        given = (grouped, self.scale[...], self.bias[...], slope)
+        y, mean, var = cast("Any", _normalize(self.epsilon, self.axis, *given))
         devices = lax.axis_size(self.axis) if self.axis else 1
         count = devices * grouped.size // (self.groups * x.shape[-1])
         self._move(mean, var * (count / max(count - 1, 1)))
