@@ -229,7 +229,8 @@ class _Kept(NamedTuple):
     """(slices, 1, ..., channels) float32."""
     inverse: jax.Array
     """1 / sqrt(variance + epsilon), likewise."""
-    scale: jax.Array
+    factor: jax.Array
+    """scale * inverse, likewise."""
     bias: jax.Array
     slope: jax.Array | None
 
@@ -265,7 +266,8 @@ def _normalize(
 
 def _normalize_forward(epsilon: float, axis: str | None, x, scale, bias, slope):
     mean, var = _statistics(x, axis)
-    kept = _Kept(x, mean, lax.rsqrt(var + epsilon), scale, bias, slope)
+    inverse = lax.rsqrt(var + epsilon)
+    kept = _Kept(x, mean, inverse, _per_channel(scale, x) * inverse, bias, slope)
     y, _ = _affine(kept)
     if slope is not None:
         y = _prelu(y, slope)
@@ -280,13 +282,12 @@ def _normalize_backward(epsilon: float, axis: str | None, kept: _Kept, given):
     d_affine, centered, _ = _gradients_of_affine(kept._replace(x=x), d_y)
     total, along = _two_sums(d_affine, d_affine * centered, axes)
     d_bias, d_scale = (a.reshape(len(a), -1).sum(0) for a in (total, along * kept.inverse))
-    total, along = total / count, along / count
+    total, along = total / count, along * jnp.square(kept.inverse) / count
     if axis:
         total, along = lax.pmean((total, along), axis)
     x, d_y, total, along = lax.optimization_barrier((x, d_y, total, along))
     d_affine, centered, d_slope = _gradients_of_affine(kept._replace(x=x), d_y)
-    factor = _per_channel(kept.scale, x) * kept.inverse
-    d_x = factor * (d_affine - total - centered * (along * jnp.square(kept.inverse)))
+    d_x = kept.factor * (d_affine - total - centered * along)
     if d_slope is not None:
         d_slope = d_slope.sum(axes).sum(0)
     return d_x.astype(x.dtype), d_scale, d_bias, d_slope
@@ -348,8 +349,7 @@ def _sliced(x: jax.Array) -> tuple[tuple[int, ...], int]:
 def _affine(kept: _Kept) -> tuple[jax.Array, jax.Array]:
     """The normalized, scaled and moved input, and the input without its mean; float32."""
     centered = kept.x.astype(jnp.float32) - kept.mean
-    factor = _per_channel(kept.scale, kept.x) * kept.inverse
-    return centered * factor + _per_channel(kept.bias, kept.x), centered
+    return centered * kept.factor + _per_channel(kept.bias, kept.x), centered
 
 
 def _gradients_of_affine(kept: _Kept, d_y: jax.Array):
