@@ -1,6 +1,7 @@
 """What backbones do in another way on GPUs: the same result, in forms that a CPU runs too."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,27 +19,25 @@ HOPPER = 9.0
 
 
 @pytest.mark.parametrize("tokens", [129, 144])
-@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 1e-2), ("float16", 1.5e-3)])
-def test_fused_attention_looks_at_no_token_that_was_added(dtype, bound, tokens):
+def test_fused_attention_looks_at_no_token_that_was_added(tokens):
     """By XLA's form of the same function; cuDNN's own is tested where there is a GPU."""
     rng = np.random.default_rng(0)
-    qkv = jnp.asarray(rng.normal(size=(2, tokens, 3, 8, 32)), dtype)
-    d_mixed = jnp.asarray(rng.normal(size=(2, tokens, 8, 32)), dtype)
+    qkv = jnp.asarray(rng.normal(size=(2, tokens, 3, 2, 8)), jnp.bfloat16)
+    d_mixed = jnp.asarray(rng.normal(size=(2, tokens, 2, 8)), jnp.bfloat16)
 
-    def fused(qkv):
-        return vit.attend_fused(qkv, implementation="xla")
+    @partial(jax.jit, static_argnums=0)
+    def both(attend, qkv, d_mixed):
+        mixed, vjp = jax.vjp(attend, qkv)
+        return mixed, vjp(d_mixed)[0]
 
-    mixed, vjp = jax.vjp(fused, qkv)
-    exact, exact_vjp = jax.vjp(vit.attend, qkv.astype(jnp.float32))
-    assert mixed.shape == exact.shape and mixed.dtype == dtype
-    pairs = {
-        "mixed": (mixed, exact),
-        "gradient": (vjp(d_mixed)[0], exact_vjp(d_mixed.astype(jnp.float32))[0]),
-    }
-    for name, (ours, theirs) in pairs.items():
-        error = jnp.linalg.norm(ours.astype(jnp.float32) - theirs) / jnp.linalg.norm(theirs)
-        print(dtype, tokens, name, float(error))
-        assert float(error) < bound, name
+    found = both(partial(vit.attend_fused, implementation="xla"), qkv, d_mixed)
+    exact = both(vit.attend, qkv.astype(jnp.float32), d_mixed.astype(jnp.float32))
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == jnp.bfloat16
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs)
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        print(tokens, error)
+        assert error < 1e-2
 
 
 @pytest.mark.parametrize("network", ["vit_t", "vit_s", "vit_b", "vit_l_dp005_mask_005", "vit_h"])
@@ -56,7 +55,7 @@ class Layer(nnx.Module):
     """One of the equal modules of a stack."""
 
     def __init__(self, *, init):
-        self.linear, self.norm = Linear(6, 6, init=init), BatchNorm(6)
+        self.linear, self.norm = Linear(6, 6, bias="none", init=init), BatchNorm(6)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + self.norm(self.linear(x), train=True)
@@ -69,21 +68,20 @@ def test_a_stack_without_a_loop_is_the_same():
     rng = np.random.default_rng(0)
     x, shifts = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((8, 6), (5, 6)))
 
+    @partial(jax.jit, static_argnames="unrolled")
     def run(weights, x, *, unrolled):
-        stack: Any = nnx.merge(graph, weights, jax.tree.map(lambda a: a + 0, statistics))
-        y = stacks.apply(
-            stack, x, lambda layer, x, shift: layer(x + shift), shifts, remat=False,
-            unrolled=unrolled,
-        )  # fmt: skip
-        return jnp.sum(y**3), nnx.state(stack, nnx.BatchStat)
+        def loss(weights, x):
+            stack: Any = nnx.merge(graph, weights, jax.tree.map(lambda a: a + 0, statistics))
+            one = lambda layer, x, shift: layer(x + shift[None])  # noqa: E731
+            y = stacks.apply(stack, x, one, shifts, remat=False, unrolled=unrolled)
+            return jnp.sum(y**3), nnx.state(stack, nnx.BatchStat)
 
-    found = [
-        jax.jit(jax.grad(lambda w, x, u=u: run(w, x, unrolled=u), (0, 1), has_aux=True))(weights, x)
-        for u in (True, False)
-    ]
+        return jax.grad(loss, (0, 1), has_aux=True)(weights, x)
+
+    found = [run(weights, x, unrolled=unrolled) for unrolled in (True, False)]
     for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
         assert ours.shape == theirs.shape
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("network", ["r100", "vit_b"])
