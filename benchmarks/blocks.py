@@ -62,7 +62,7 @@ def measure(*, batch: int, blocks: int, dtype: Dtype, repeats: int) -> list[Meas
             return x.astype(jnp.float32).sum(), jax.tree.map(lambda *m: jnp.stack(m), *moved)
         # The map makes the variables anew, so that they may change inside the gradient.
         module = nnx.merge(graph, weights, jax.tree.map(jnp.asarray, statistics))
-        x = stacks.scan(
+        x = stacks.apply(
             module,
             x,
             lambda block, x, _: block(x, train=True),

@@ -87,9 +87,7 @@ class Compiler:
         self._log = log
         self._count = 0
 
-    def compile(
-        self, config: Config, *, num_classes: int, part: Part = "step"
-    ) -> Program:
+    def compile(self, config: Config, *, num_classes: int, part: Part = "step") -> Program:
         """The program of a run's train step, or of its head for embeddings that are given.
 
         Args:

@@ -93,7 +93,7 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         y = self.conv1(self.bn1(x, train=train))
-        y = self.conv2(self.prelu(self.bn2(y, train=train)))
+        y = self.conv2(self.bn2(y, train=train, activation=self.prelu))
         y = self.bn3(y, train=train)
         if self.downsample:
             conv, bn = self.downsample
@@ -102,9 +102,17 @@ class Block(nnx.Module):
 
 
 def make(
-    model: ModelConfig, *, bn_groups: int | str, init: Initializer, stacked: bool = True
+    model: ModelConfig,
+    *,
+    bn_groups: int | str,
+    init: Initializer,
+    stacked: bool = True,
+    gpu: float = 0,
 ) -> "IResNet":
-    """Make the network that `model.network` names; not `stacked`, each block has its own arrays."""
+    """Make the network that `model.network` names.
+
+    Not `stacked`, each block has its own arrays. On GPUs stacks are applied block by block.
+    """
     architecture = ARCHITECTURES[model.network]
     if not stacked:
         architecture = replace(architecture, blocks_are="unrolled")
@@ -113,6 +121,7 @@ def make(
         embedding_size=model.embedding_size,
         bn_groups=bn_groups,
         dtype=jnp.dtype(model.dtype),
+        unrolled=gpu > 0,
         init=init,
     )
 
@@ -125,6 +134,8 @@ class IResNet(nnx.Module):
       embedding_size: D.
       bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
       dtype: compute type of the convolutional part; the last two layers are float32.
+      unrolled: whether stacks that are not rematerialized are applied block by block, for GPUs: as
+        a loop, which compiles in a third of the time, they take more than twice the memory there.
       init: where the initial weights come from.
     """
 
@@ -135,10 +146,11 @@ class IResNet(nnx.Module):
         embedding_size: int,
         bn_groups: int | str,
         dtype: jnp.dtype,
+        unrolled: bool,
         init: Initializer,
     ):
         channels = architecture.widths[0]
-        self.architecture, self.dtype = architecture, dtype
+        self.architecture, self.dtype, self.unrolled = architecture, dtype, unrolled
         self.conv1 = Conv(
             3,
             channels,
@@ -166,7 +178,8 @@ class IResNet(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
         """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
-        x = self.prelu(self.bn1(self.conv1(x.astype(self.dtype)), train=train))
+        x = self.conv1(x.astype(self.dtype))
+        x = self.bn1(x, train=train, activation=self.prelu)
         for name, blocks in zip(_STAGES, self.architecture.blocks, strict=True):
             stage = getattr(self, name)
             x = stage["0"](x, train=train)
@@ -186,7 +199,8 @@ class IResNet(nnx.Module):
         def one(block: Block, x: jax.Array, _: None) -> jax.Array:
             return block(x, train=train)
 
-        return stacks.scan(blocks, x, one, axes=axes, remat=remat)
+        unrolled = self.unrolled and not self.architecture.remat
+        return stacks.apply(blocks, x, one, axes=axes, remat=remat, unrolled=unrolled)
 
 
 def _stacks(architecture: Architecture, blocks: int) -> list[tuple[int, tuple[int, ...]]]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -231,6 +231,156 @@ def _kernel_gradient_by_chunks(
     return total.reshape(size, size, x.shape[-1], channels).astype(x.dtype)
 
 
+class _Kept(NamedTuple):
+    """What the backward pass of `_normalize` needs besides the gradient."""
+
+    x: jax.Array
+    """(slices, ..., channels) in its own type: nothing of this size is kept in float32."""
+    mean: jax.Array
+    """(slices, 1, ..., channels) float32."""
+    inverse: jax.Array
+    """1 / sqrt(variance + epsilon), likewise."""
+    factor: jax.Array
+    """scale * inverse, likewise."""
+    bias: jax.Array
+    slope: jax.Array | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _normalize(
+    epsilon: float,
+    axis: str | None,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    slope: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """BatchNorm in training, followed by PReLU where there is a slope, as one operation.
+
+    The backward pass computes again from x what it needs. Derived by JAX, it would keep float32
+    copies of the activations, and read them several times.
+
+    Args:
+      epsilon: added to the variance.
+      axis: the mesh axis over whose devices a slice goes, if any.
+      x: (slices, ..., channels).
+      scale: (channels,) float32, like the following.
+      bias: added after the scale.
+      slope: of PReLU for negative values.
+
+    Returns:
+      The output, in the type of x, and the slices' mean and biased variance, (slices, 1, ...,
+      channels) float32, through which no gradient flows.
+    """
+    return _normalize_forward(epsilon, axis, x, scale, bias, slope)[0]
+
+
+def _normalize_forward(epsilon: float, axis: str | None, x, scale, bias, slope):
+    mean, var = _statistics(x, axis)
+    inverse = lax.rsqrt(var + epsilon)
+    kept = _Kept(x, mean, inverse, _per_channel(scale, x) * inverse, bias, slope)
+    y, _ = _affine(kept)
+    if slope is not None:
+        y = _prelu(y, slope)
+    return (y.astype(x.dtype), mean, var), kept
+
+
+def _normalize_backward(epsilon: float, axis: str | None, kept: _Kept, given):
+    axes, count = _sliced(kept.x)
+    # The barriers make each pass start from the stored arrays: otherwise XLA shares intermediate
+    # results between passes, and stores them.
+    x, d_y = lax.optimization_barrier((kept.x, given[0]))
+    d_affine, centered, _ = _gradients_of_affine(kept._replace(x=x), d_y)
+    total, along = _two_sums(d_affine, d_affine * centered, axes)
+    d_bias, d_scale = (a.reshape(len(a), -1).sum(0) for a in (total, along * kept.inverse))
+    total, along = total / count, along * jnp.square(kept.inverse) / count
+    if axis:
+        total, along = lax.pmean((total, along), axis)
+    x, d_y, total, along = lax.optimization_barrier((x, d_y, total, along))
+    d_affine, centered, d_slope = _gradients_of_affine(kept._replace(x=x), d_y)
+    d_x = kept.factor * (d_affine - total - centered * along)
+    if d_slope is not None:
+        d_slope = d_slope.sum(axes).sum(0)
+    return d_x.astype(x.dtype), d_scale, d_bias, d_slope
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _statistics(x: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of each slice, (slices, 1, ..., channels) float32.
+
+    float32 inputs are read twice, for the mean and for the distances to it. For others one pass is
+    enough: it sums distances to one sample of the channel, and their squares. Without that shift,
+    or shifted by running statistics, which start at 0, the variance would be lost in rounding where
+    the mean is many standard deviations away.
+    """
+    axes, count = _sliced(x)
+    if x.dtype == jnp.float32:
+        mean = _over_devices(x.mean(axes, keepdims=True), axis)
+        return mean, _over_devices(jnp.square(x - mean).mean(axes, keepdims=True), axis)
+    middle = tuple(slice(n // 2, n // 2 + 1) for n in x.shape[1:-1])
+    sample = x[(slice(None), *middle)].astype(jnp.float32)
+    distance = x.astype(jnp.float32) - sample
+    first, second = (a / count for a in _two_sums(distance, jnp.square(distance), axes))
+    own, var = first + sample, jnp.maximum(second - jnp.square(first), 0)
+    mean = _over_devices(own, axis)
+    if axis:  # the devices' variances, and how far their means are apart (Chan et al., 1979)
+        var = _over_devices(var + jnp.square(own - mean), axis)
+    return mean, var
+
+
+def _two_sums(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Sums of two float32 arrays of one shape; a GPU reads what they are made of once for both."""
+    return lax.platform_dependent(
+        a, b, cpu=partial(_separate_sums, axes=axes), default=partial(_complex_sums, axes=axes)
+    )
+
+
+def _separate_sums(a: jax.Array, b: jax.Array, *, axes: tuple[int, ...]):
+    return a.sum(axes, keepdims=True), b.sum(axes, keepdims=True)
+
+
+def _complex_sums(a: jax.Array, b: jax.Array, *, axes: tuple[int, ...]):
+    # Two sums, and a reduction with two operands too, XLA:GPU splits: it writes and reads again
+    # what both have in common. One complex number has nothing to split.
+    total = lax.complex(a, b).sum(axes, keepdims=True)
+    return total.real, total.imag
+
+
+def _over_devices(statistics: jax.Array, axis: str | None) -> jax.Array:
+    return lax.pmean(statistics, axis) if axis else statistics
+
+
+def _sliced(x: jax.Array) -> tuple[tuple[int, ...], int]:
+    """The axes that a channel of a slice has, and the number of its values."""
+    return tuple(range(1, x.ndim - 1)), math.prod(x.shape[1:-1])
+
+
+def _affine(kept: _Kept) -> tuple[jax.Array, jax.Array]:
+    """The normalized, scaled and moved input, and the input without its mean; float32."""
+    centered = kept.x.astype(jnp.float32) - kept.mean
+    return centered * kept.factor + _per_channel(kept.bias, kept.x), centered
+
+
+def _gradients_of_affine(kept: _Kept, d_y: jax.Array):
+    """The gradient before PReLU, the input without its mean, what the slope's gradient sums."""
+    d_y = d_y.astype(jnp.float32)
+    y, centered = _affine(kept)
+    if kept.slope is None:
+        return d_y, centered, None
+    slope = _per_channel(kept.slope, y)
+    return jnp.where(y >= 0, d_y, slope * d_y), centered, jnp.minimum(y, 0) * d_y
+
+
+def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
+    return values.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def _prelu(x: jax.Array, slope: jax.Array) -> jax.Array:
+    return jnp.where(x >= 0, x, _per_channel(slope, x) * x)
+
+
 class BatchNorm(nnx.Module):
     """Batch normalization as torch computes it, with statistics in float32 and over groups.
 
@@ -262,28 +412,23 @@ class BatchNorm(nnx.Module):
         self.epsilon = epsilon
         self.frozen = False
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, *, train: bool, activation: "PReLU | None" = None
+    ) -> jax.Array:
+        """Normalize x (B, ..., channels), and apply the activation, if given, in float32 too."""
+        slope = activation.slope[...] if activation else None
         if self.frozen or not train:
             factor = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
             offset = self.bias[...] - self.mean[...] * factor
-            shape = (1,) * (x.ndim - 1) + (-1,)
-            return (x.astype(jnp.float32) * factor.reshape(shape) + offset.reshape(shape)).astype(
-                x.dtype
-            )
-        grouped = x.reshape(self.groups, -1, *x.shape[1:]).astype(jnp.float32)
-        axes = tuple(range(1, grouped.ndim - 1))
-        mean = self._over_devices(grouped.mean(axes, keepdims=True))
-        var = self._over_devices(jnp.square(grouped - mean).mean(axes, keepdims=True))
+            y = x.astype(jnp.float32) * _per_channel(factor, x) + _per_channel(offset, x)
+            return (y if slope is None else _prelu(y, slope)).astype(x.dtype)
+        grouped = x.reshape(self.groups, -1, *x.shape[1:])
+        given = (grouped, self.scale[...], self.bias[...], slope)
+        y, mean, var = cast("Any", _normalize(self.epsilon, self.axis, *given))
         devices = lax.axis_size(self.axis) if self.axis else 1
         count = devices * grouped.size // (self.groups * x.shape[-1])
         self._move(mean, var * (count / max(count - 1, 1)))
-        shape = (1,) * (grouped.ndim - 1) + (-1,)
-        factor = self.scale[...].reshape(shape) * lax.rsqrt(var + self.epsilon)
-        y = (grouped - mean) * factor + self.bias[...].reshape(shape)
-        return y.reshape(x.shape).astype(x.dtype)
-
-    def _over_devices(self, statistics: jax.Array) -> jax.Array:
-        return lax.pmean(statistics, self.axis) if self.axis else statistics
+        return y.reshape(x.shape)
 
     def _move(self, mean: jax.Array, var: jax.Array) -> None:
         for running, batch in ((self.mean, mean), (self.var, var)):
@@ -298,8 +443,7 @@ class PReLU(nnx.Module):
         self.slope = nnx.Param(np.full((channels,), 0.25, np.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        slope = self.slope[...].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
-        return jnp.where(x >= 0, x, slope * x)
+        return _prelu(x, self.slope[...].astype(x.dtype))
 
 
 class Linear(nnx.Module):

@@ -79,8 +79,7 @@ class _Unit(nnx.Module):
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv, norm, *activation = self.layers
-        x = norm(conv(x), train=train)
-        return activation[0](x) if activation else x
+        return norm(conv(x), train=train, activation=activation[0] if activation else None)
 
 
 class _DepthWise(nnx.Module):

@@ -1,5 +1,6 @@
 """Backbones: `build` makes one by name, as two pure functions on plain dicts of arrays."""
 
+import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +41,7 @@ def build(
     dtype: Dtype = "float32",
     options: plugins.Options = (),
     stacked: bool = True,
+    gpu: float = 0,
     frozen_statistics: Collection[str] = (),
 ) -> Backbone:
     """Make a backbone.
@@ -53,6 +55,8 @@ def build(
       options: settings of a network from outside the package.
       stacked: whether an IResNet that scans its blocks does so; without, each block has arrays of
         its own (`stacks.restack` goes from one form to the other), for comparison.
+      gpu: compute capability of the NVIDIA GPUs that `apply` is for, such as 9.0; 0 for a program
+        that runs on every platform. The arrays are the same, and the results but for rounding.
       frozen_statistics: names of statistics that training uses and does not move.
 
     Raises:
@@ -62,7 +66,9 @@ def build(
     model = ModelConfig(
         network=network, embedding_size=embedding_size, dtype=dtype, options=tuple(options)
     )
-    form = {} if stacked else {"stacked": False}
+    form: dict[str, Any] = {} if stacked else {"stacked": False}
+    if gpu and "gpu" in inspect.signature(make).parameters:
+        form["gpu"] = gpu
 
     def module(init: layers.Initializer) -> nnx.Module:
         return make(model, bn_groups=bn_groups, init=init, **form)
@@ -117,6 +123,9 @@ class MakeNetwork(Protocol):
           bn_groups: of every `layers.BatchNorm`.
           init: where first weights come from: its `normal` and `uniform`, or `init.rngs()` for
             Flax's own layers.
+
+        If it takes `gpu: float = 0` too, that is the compute capability of the NVIDIA GPUs that
+        train the network, for which it may apply the same arrays in another way.
         """
         ...
 

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
@@ -78,41 +79,66 @@ def name(first: int, lead: tuple[int, ...]) -> str:
     return f"{first}-{first + math.prod(lead) - 1}" if lead else str(first)
 
 
-def scan(
+def apply(
     stack: nnx.Module,
     x: jax.Array,
-    apply: Callable[[Any, jax.Array, Any], jax.Array],
+    one: Callable[[Any, jax.Array, Any], jax.Array],
     inputs: Any = None,
     *,
     axes: int = 1,
     remat: bool,
+    unrolled: bool = False,
 ) -> jax.Array:
-    """Applies the modules one behind the other; their BatchNorm statistics move in the stack.
+    """Applies the modules one after the other; their BatchNorm statistics move in the stack.
 
     Args:
       stack: of modules.
       x: what the first is given.
-      apply: (module, x, its slice of `inputs`) to what the next is given.
+      one: (module, x, its slice of `inputs`) to what the next is given.
       inputs: arrays with the stack's leading axes.
       axes: how many leading axes there are.
       remat: whether the backward pass computes each module again instead of keeping its insides;
         with two axes each group of modules too.
+      unrolled: whether to apply the modules of a stack with one axis without a loop.
     """
     graph, *arrays = nnx.split(stack, nnx.Param, nnx.BatchStat)
 
-    def one(x, each):
+    def body(x, each):
         *arrays, given = each
         module = nnx.merge(graph, *arrays)
-        return apply(module, x, given), nnx.state(module, nnx.BatchStat)
+        return one(module, x, given), nnx.state(module, nnx.BatchStat)
 
-    body: Any = one
+    run = _unroll if unrolled else partial(_scan, axes=axes, remat=remat)
+    x, moved = run(body, x, (*arrays, inputs))
+    nnx.update(stack, moved)
+    return x
+
+
+_Body = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def _scan(body: _Body, x: jax.Array, stacked: Any, *, axes: int, remat: bool):
+    """What the last module returns, and the others' statistics, as a loop."""
     for _ in range(axes):
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)  # a scan's body is merged with no other
         body = partial(lax.scan, body)
-    x, moved = body(x, (*arrays, inputs))
-    nnx.update(stack, moved)
-    return x
+    return body(x, stacked)
+
+
+def _unroll(body: _Body, x: jax.Array, stacked: Any):
+    """The same without a loop, for a stack of one axis.
+
+    The gradient of `lax.split` is one concatenation; that of indexing would be a sum of arrays as
+    large as the stack.
+    """
+    arrays, tree = jax.tree.flatten(stacked)
+    parts = zip(*(lax.split(array, [1] * len(array)) for array in arrays), strict=True)
+    moved = []
+    for each in parts:
+        x, statistics = body(x, jax.tree.unflatten(tree, [lax.squeeze(part, [0]) for part in each]))
+        moved.append(statistics)
+    return x, jax.tree.map(lambda *each: jnp.stack(each), *moved)
 
 
 def names_of_members(name: str) -> list[str] | None:

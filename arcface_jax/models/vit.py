@@ -9,7 +9,7 @@ al. (ECCV 2016); masking: He et al., "Masked Autoencoders Are Scalable Vision Le
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -55,20 +55,61 @@ ARCHITECTURES = {
 
 
 class _Attention(nnx.Module):
-    """Self-attention of eight heads, its products and softmax in float32."""
+    """Self-attention of eight heads, its softmax in float32.
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, init: Initializer):
+    Its products are float32, or, where it is `fused` on GPUs, in the compute type.
+    """
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, fused: bool, init: Initializer):
         draw = partial(init.normal, std=_STD)
         self.qkv = Linear(width, 3 * width, bias="none", kernel=draw, dtype=dtype, init=init)
         self.proj = Linear(width, width, bias="zero", kernel=draw, dtype=dtype, init=init)
+        self.fused = fused
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, _HEADS, width // _HEADS).astype(jnp.float32)
-        query, key, value = (qkv[:, :, part] for part in range(3))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * (width // _HEADS) ** -0.5
-        mixed = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+        qkv = self.qkv(x).reshape(batch, tokens, 3, _HEADS, width // _HEADS)
+        mixed = attend_fused(qkv) if self.fused else attend(qkv)
         return self.proj(mixed.reshape(batch, tokens, width))
+
+
+def attend(qkv: jax.Array) -> jax.Array:
+    """Attention in float32.
+
+    Args:
+      qkv: (B, tokens, 3, heads, head width), queries, keys and values.
+
+    Returns:
+      (B, tokens, heads, head width) float32.
+    """
+    qkv = qkv.astype(jnp.float32)
+    query, key, value = (qkv[:, :, part] for part in range(3))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * qkv.shape[-1] ** -0.5
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+
+
+def attend_fused(qkv: jax.Array, *, implementation: Literal["cudnn", "xla"] = "cudnn") -> jax.Array:
+    """The same in the operands' type, float16 or bfloat16, by cuDNN: no scores are stored.
+
+    cuDNN takes tokens in multiples of eight, so more are added and not looked at.
+    """
+    batch, tokens = qkv.shape[:2]
+    lengths = {}
+    if tokens % 8:
+        qkv = jnp.pad(qkv, ((0, 0), (0, -tokens % 8), *((0, 0),) * 3))
+        names = ("query_seq_lengths", "key_value_seq_lengths")
+        lengths = dict.fromkeys(names, jnp.full((batch,), tokens, jnp.int32))
+    query, key, value = (qkv[:, :, part] for part in range(3))
+    mixed = jax.nn.dot_product_attention(
+        query, key, value, implementation=implementation, **lengths
+    )
+    return mixed[:, :tokens]
+
+
+def can_fuse(width: int, *, dtype: jnp.dtype, gpu: float) -> bool:
+    """Whether cuDNN has this attention for GPUs of that compute capability."""
+    head = width // _HEADS
+    return gpu >= 8 and dtype.itemsize == 2 and head <= 128 and head % 8 == 0
 
 
 class _Mlp(nnx.Module):
@@ -87,9 +128,9 @@ class _Mlp(nnx.Module):
 class _Block(nnx.Module):
     """x + attention(norm1(x)), then x + mlp(norm2(x)), each of them left out for some samples."""
 
-    def __init__(self, width: int, *, dtype: jnp.dtype, init: Initializer):
+    def __init__(self, width: int, *, dtype: jnp.dtype, fused: bool, init: Initializer):
         self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
-        self.attn = _Attention(width, dtype=dtype, init=init)
+        self.attn = _Attention(width, dtype=dtype, fused=fused, init=init)
         self.mlp = _Mlp(width, dtype=dtype, init=init)
 
     def __call__(self, x: jax.Array, factors: jax.Array) -> jax.Array:
@@ -125,13 +166,16 @@ class _PatchEmbed(nnx.Module):
         return self.proj(x)
 
 
-def make(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> "VisionTransformer":
-    """Make the network that `model.network` names."""
+def make(
+    model: ModelConfig, *, bn_groups: int | str, init: Initializer, gpu: float = 0
+) -> "VisionTransformer":
+    """Make the network that `model.network` names; on GPUs its attention is fused."""
     return VisionTransformer(
         ARCHITECTURES[model.network],
         embedding_size=model.embedding_size,
         bn_groups=bn_groups,
         dtype=jnp.dtype(model.dtype),
+        gpu=gpu,
         init=init,
     )
 
@@ -144,7 +188,8 @@ class VisionTransformer(nnx.Module):
       embedding_size: D.
       bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
       dtype: compute type of the blocks' linear layers; the sum that runs through the blocks, the
-        attention and all outside the blocks is float32.
+        attention, unless fused, and all outside the blocks is float32.
+      gpu: compute capability of the NVIDIA GPUs that apply it, or 0.
       init: where the initial weights come from.
     """
 
@@ -155,6 +200,7 @@ class VisionTransformer(nnx.Module):
         embedding_size: int,
         bn_groups: int | str,
         dtype: jnp.dtype,
+        gpu: float,
         init: Initializer,
     ):
         width, depth = architecture.width, architecture.depth
@@ -162,7 +208,8 @@ class VisionTransformer(nnx.Module):
         self.patch_embed = _PatchEmbed(width, init=init)
         self.pos_embed = nnx.Param(init.normal((1, TOKENS, width), std=_STD))
         self.mask_token = nnx.Param(init.normal((1, 1, width), std=_STD))
-        block = partial(_Block, width, dtype=dtype)
+        fused = can_fuse(width, dtype=dtype, gpu=gpu)
+        block = partial(_Block, width, dtype=dtype, fused=fused)
         self.blocks = nnx.Dict({stacks.name(0, (depth,)): stacks.make(block, (depth,), init)})
         self.norm = LayerNorm(width)
         draw = partial(init.normal, std=_STD)
@@ -195,7 +242,8 @@ class VisionTransformer(nnx.Module):
                 kept = jax.vmap(_draw_kept_tokens)(mask_keys)
                 x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
         (stack,) = self.blocks.values()
-        x = stacks.scan(stack, x, _Block.__call__, factors, remat=train and self.architecture.remat)
+        remat = train and self.architecture.remat
+        x = stacks.apply(stack, x, _Block.__call__, factors, remat=remat)
         x = self.norm(x)
         if kept is not None:
             hidden = jnp.broadcast_to(self.mask_token[...], (batch, TOKENS, x.shape[-1]))

@@ -1,6 +1,7 @@
 """The device mesh: one axis, "data", over which the batch and the class centers are both split."""
 
 import contextlib
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,16 @@ def ask_for_cpu_devices(count: int) -> None:
     if count > now:
         with contextlib.suppress(RuntimeError):  # it has
             jax.config.update("jax_num_cpu_devices", count)
+
+
+def compute_capability(mesh: Mesh) -> float:
+    """Of the NVIDIA GPUs that a mesh is of, such as 9.0; 0 for other devices.
+
+    The GPUs may be some that a program is compiled for, which are not in this machine.
+    """
+    device = mesh.devices.flat[0]
+    found = re.fullmatch(r"\d+\.\d", str(getattr(device, "compute_capability", "")))
+    return float(found[0]) if found and is_gpu(mesh) else 0.0
 
 
 def split(mesh: Mesh) -> NamedSharding:

@@ -71,13 +71,16 @@ class TrainState:
     `skipped_in_row` up to now."""
 
 
-def backbone(config: Config, *, num_devices: int = 1, one_group: bool = False) -> registry.Backbone:
+def backbone(
+    config: Config, *, num_devices: int = 1, one_group: bool = False, gpu: float = 0
+) -> registry.Backbone:
     """The backbone of a configuration, for one slice of the batch on one of the devices.
 
     Args:
       config: the run.
       num_devices: devices in the mesh.
       one_group: whether BatchNorm normalizes the whole batch at once, whatever the recipe's groups.
+      gpu: compute capability of the NVIDIA GPUs that apply it, or 0; arrays are the same.
     """
     groups = 1 if one_group else batch_norm_groups(config)
     across = groups == 1 and num_devices > 1
@@ -88,6 +91,7 @@ def backbone(config: Config, *, num_devices: int = 1, one_group: bool = False) -
         bn_groups=AXIS if across else groups // (num_devices * config.optimizer.micro_batches) or 1,
         dtype=config.model.dtype,
         options=config.model.options,
+        gpu=gpu,
     )
     network = build()
     patterns = config.finetune.frozen_statistics
@@ -307,8 +311,8 @@ def _make_gradients(
     config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
 ) -> Callable[[TrainState, dict[str, jax.Array]], _Gradients]:
     """Forward pass, head, and backward pass of a batch; the state is packed."""
-    form = make_packing(config, mesh)
-    network = form.backbone(backbone(config, num_devices=mesh.size))
+    form, gpu = make_packing(config, mesh), meshes.compute_capability(mesh)
+    network = form.backbone(backbone(config, num_devices=mesh.size, gpu=gpu))
     moving_names = list(packing.by_buffer(form.params, trained(config.finetune, network.shapes[0])))
 
     def gradients(state: TrainState, batch: dict[str, jax.Array]) -> _Gradients:

@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arcface_jax.models import vit
+from arcface_jax.models.layers import BatchNorm
+from arcface_jax.runtime import devices as meshes
 from benchmarks import step as benchmark
 from benchmarks.step import Case
 
@@ -51,3 +56,42 @@ def test_the_benchmark_runs(tmp_path):
     outcome = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
     assert {row["part"] for row in outcome["measurements"]} == set(benchmark.PARTS)
     assert all(row["images_per_second"] > 0 for row in outcome["measurements"])
+
+
+@pytest.mark.parametrize("tokens", [129, 144])
+@pytest.mark.parametrize("head", [32, 64, 96, 128])  # of vit_t, vit_s and vit_b, vit_l, vit_h
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 1e-2), ("float16", 2e-3)])
+def test_cudnns_attention_is_that_of_float32(dtype, bound, head, tokens):
+    if not vit.can_fuse(
+        8 * head, dtype=jnp.dtype(dtype), gpu=meshes.compute_capability(meshes.make(1))
+    ):
+        pytest.skip("cuDNN has no fused attention for this GPU")
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(rng.normal(size=(4, tokens, 3, 8, head)), dtype)
+    d_mixed = jnp.asarray(rng.normal(size=(4, tokens, 8, head)), dtype)
+
+    def both(attend, qkv, d_mixed):
+        mixed, vjp = jax.vjp(attend, qkv)
+        return mixed, vjp(d_mixed)[0]
+
+    found = jax.jit(partial(both, vit.attend_fused))(qkv, d_mixed)
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(partial(both, vit.attend))(qkv.astype("float32"), d_mixed.astype("float32"))
+    for ours, theirs in zip(found, exact, strict=True):
+        ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs)
+        assert np.linalg.norm(ours - theirs) < bound * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("network", ["vit_t", "r100"])
+def test_steps_in_the_forms_for_gpus_have_a_finite_loss(network):
+    run = benchmark.compile_parts(Case(network, 16, 1000, 1, "bfloat16"))["step"].run
+    assert np.isfinite([float(run()[1]["train/loss"]) for _ in range(3)]).all()
+
+
+def test_batch_norm_in_one_pass_keeps_the_variance():
+    x = jnp.asarray(30 + np.random.default_rng(0).normal(size=(64, 28, 28, 64)), jnp.bfloat16)
+    norm = BatchNorm(64)
+    norm.momentum = 1.0
+    norm(x, train=True)
+    exact = np.asarray(x, np.float64).var((0, 1, 2), ddof=1)
+    np.testing.assert_allclose(norm.var[...], exact, rtol=2e-6)
