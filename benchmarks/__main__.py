@@ -5,6 +5,7 @@ python -m benchmarks blocks [--batch 8] [--dtype bfloat16]
 python -m benchmarks evaluation [--pairs 6000] [--scores 15000000]
 python -m benchmarks step [--network r50] [--batch 128] [--against torch] [--table]
 python -m benchmarks gpu-program [--only r50 head]
+python -m benchmarks gpu-scale
 python -m benchmarks gpu-table [--gpus h100 b200] [--most 10]
 python -m benchmarks gpu [--minutes 9] [--reference DIR] [--sizes toy]
 """
@@ -25,7 +26,17 @@ from arcface_jax.machine import timing
 from arcface_jax.machine.gpu import GpuName
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import tables
-from benchmarks import blocks, evaluation, gpu, head, plan_table, program, report, step_command
+from benchmarks import (
+    blocks,
+    evaluation,
+    gpu,
+    head,
+    plan_table,
+    program,
+    report,
+    scale,
+    step_command,
+)
 from benchmarks.head import Case, Measurement
 
 
@@ -214,6 +225,22 @@ def run_gpu_program(only: tuple[str, ...] = ()) -> None:
     seconds = round(time.perf_counter() - begin, 1)
     files = ["docs/gpu.json", "docs/gpu.md", "docs/images/gpu_traffic.png"]
     print("RESULT " + json.dumps({**kept, "seconds": seconds, "files": files}))
+
+
+@app.command(name="gpu-scale")
+def run_gpu_scale() -> None:
+    """Collectives and modelled scaling of r50 on up to 1,024 H100s (docs/gpu.md).
+
+    Needs a CUDA plugin and no GPU. Writes docs/gpu_scale.json and docs/gpu.md's tables.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        rows = scale.measure()
+    print(scale.tables(rows))
+    seconds = round(time.perf_counter() - begin, 1)
+    files = ["docs/gpu_scale.json", "docs/gpu.md"]
+    result = {"images_per_second": {row.devices: row.images_per_second for row in rows}}
+    print("RESULT " + json.dumps({**result, "seconds": seconds, "files": files}))
 
 
 @app.command(name="gpu-table")
