@@ -204,8 +204,10 @@ ALLOWED = {
 }
 
 
-def assert_precise(dtype: str, *, num_classes: int, size: int, cosine: float | None) -> None:
-    config = head(dtype=dtype, block_size=2048, loss="cosface", margin=0.4)
+def assert_precise(
+    dtype: str, *, num_classes: int, size: int, cosine: float | None, form: str = "unit"
+) -> None:
+    config = head(dtype=dtype, block_size=2048, block_form=form, loss="cosface", margin=0.4)
     optimizer = OptimizerConfig(momentum=0.0, weight_decay=0.0)  # the momentum is the gradient
     case = make_case(num_classes, config, optimizer, batch=32, size=size)
     if cosine is not None:
@@ -225,6 +227,13 @@ def assert_precise(dtype: str, *, num_classes: int, size: int, cosine: float | N
 @pytest.mark.parametrize("cosine", [None, 0.75], ids=["untrained", "trained"])
 def test_operands_of_every_type_are_as_precise_as_promised(dtype, cosine):
     assert_precise(dtype, num_classes=20_000, size=512, cosine=cosine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["scaled", "powers"])
+@pytest.mark.parametrize("cosine", [None, 0.75], ids=["untrained", "trained"])
+def test_the_forms_of_gpus_are_as_precise_as_promised(form, cosine):
+    assert_precise("bfloat16", num_classes=20_000, size=512, cosine=cosine, form=form)
 
 
 @pytest.mark.slow
