@@ -311,19 +311,20 @@ def _statistics(x: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance of each slice, (slices, 1, ..., channels) float32.
 
     float32 inputs are read twice, for the mean and for the distances to it. For others one pass is
-    enough: it sums distances to one sample of the channel, and their squares. Without that shift,
-    or shifted by running statistics, which start at 0, the variance would be lost in rounding where
-    the mean is many standard deviations away.
+    enough: it sums distances to the mean of a few of the channel's values, and their squares.
+    Without that shift, or shifted by running statistics, which start at 0, the variance would be
+    lost in rounding where the mean is many standard deviations away.
     """
     axes, count = _sliced(x)
     if x.dtype == jnp.float32:
         mean = _over_devices(x.mean(axes, keepdims=True), axis)
         return mean, _over_devices(jnp.square(x - mean).mean(axes, keepdims=True), axis)
-    middle = tuple(slice(n // 2, n // 2 + 1) for n in x.shape[1:-1])
-    sample = x[(slice(None), *middle)].astype(jnp.float32)
-    distance = x.astype(jnp.float32) - sample
+    middle = (slice(n // 2, n // 2 + 1) for n in x.shape[2:-1])
+    few = x[(slice(None), slice(8), *middle)].astype(jnp.float32)
+    shift = few.mean(1, keepdims=True)  # one by itself might be far from the others
+    distance = x.astype(jnp.float32) - shift
     first, second = (a / count for a in _two_sums(distance, jnp.square(distance), axes))
-    own, var = first + sample, jnp.maximum(second - jnp.square(first), 0)
+    own, var = first + shift, jnp.maximum(second - jnp.square(first), 0)
     mean = _over_devices(own, axis)
     if axis:  # the devices' variances, and how far their means are apart (Chan et al., 1979)
         var = _over_devices(var + jnp.square(own - mean), axis)
