@@ -54,8 +54,8 @@ class Head:
     """Length of the embedding."""
     dtype: Dtype = "float32"
     """Type of the matrix products' operands."""
-    block_size: int = 2048
-    """Classes a device looks at together."""
+    block_size: int = 0
+    """Classes a device looks at together; 0 is automatic."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     methods: tuple[str, ...] = head.METHODS
     """Which of them; the first two are the dense ones."""

@@ -40,7 +40,7 @@ class Case(NamedTuple):
     size: int = 512
     """Length of the embedding."""
     dtype: Dtype = "float32"
-    block_size: int = 2048
+    block_size: int = 0
     optimizer: Literal["sgd", "adamw"] = "sgd"
 
 
