@@ -157,6 +157,10 @@ class RecordReader:
         """
         return record_index.open_labels(self._index)
 
+    def facts(self) -> dict[str, int | str]:
+        """Its size, and digests of its index."""
+        return self._index.facts()
+
     def position(self, key: int) -> int:
         """Which of the ascending keys it is.
 
