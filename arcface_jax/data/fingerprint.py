@@ -12,11 +12,10 @@ the images replaced, the sample misses all of them with probability (1 - p)^128.
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -102,18 +101,33 @@ def of_arrays(*arrays: np.ndarray) -> str:
     return total.hexdigest()
 
 
-def of_files(paths: Sequence[Path]) -> str:
-    """SHA-256 of the bytes of a keyed sample of files; one that cannot be read counts as such."""
+def of_folder(folder: Path, names: Sequence[str], points: Mapping[str, np.ndarray] | None) -> str:
+    """SHA-256 of files' names and sizes, and of the points by which they are aligned, if any.
 
-    def read(number: int) -> str:
-        try:
-            return _short(paths[number].read_bytes())
-        except OSError:
-            return _UNREADABLE
+    Args:
+      folder: of the files.
+      names: of the files, from there.
+      points: (5, 2) by name.
+    """
+    total = hashlib.sha256()
+    for name in names:
+        total.update(f"{name}\0{(folder / name).stat().st_size}\0".encode())
+        if points is not None and name in points:
+            total.update(np.asarray(points[name], np.float64).tobytes())
+    return total.hexdigest()
 
+
+def of_files(paths: Sequence[Path], *, read: Callable[[Path], bytes]) -> str:
+    """SHA-256 of the bytes of a keyed sample of files.
+
+    Args:
+      paths: of the files.
+      read: gives a file's bytes; called from threads, and what it raises passes.
+    """
     numbers = sample_of(len(paths)).tolist()
     with ThreadPoolExecutor(_THREADS) as pool:
-        return hashlib.sha256("\n".join(pool.map(read, numbers)).encode()).hexdigest()
+        parts = pool.map(lambda number: _short(read(paths[number])), numbers)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def sample_of(count: int) -> np.ndarray:
@@ -153,7 +167,7 @@ def differences(
     return different
 
 
-def comparable(stored: object) -> bool:
+def comparable(stored: object) -> TypeGuard[Fingerprint]:
     """Whether what a run has stored is a fingerprint that this version can compare."""
     return isinstance(stored, dict) and stored.get("version") == _VERSION
 
@@ -185,7 +199,7 @@ def _of_images(source: Source, numbers: np.ndarray) -> list[str]:
             return _UNREADABLE
         return f"{label}:{_short(data)}"
 
-    with ThreadPoolExecutor(min(_THREADS, 4 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(look, numbers.tolist()))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from arcface_jax.data.images import encode
 from arcface_jax.data.source import Sample, Source, whole_label
 from arcface_jax.errors import DataError, ImageError, UserError, install
-from arcface_jax.runtime.sealed import text_digest
+from arcface_jax.runtime import sealed
 
 PREFIX = "tfds:"
 
@@ -121,7 +121,7 @@ class TfdsSource(Source):
             name: [split.num_bytes, list(split.shard_lengths)]
             for name, split in self._data.dataset_info.splits.items()
         }
-        shards = text_digest(json.dumps(splits, sort_keys=True))
+        shards = sealed.digest(json.dumps(splits, sort_keys=True).encode())
         return {"form": "TFDS", "split": self._path.partition("#")[2] or "train", "shards": shards}
 
 

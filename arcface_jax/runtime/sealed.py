@@ -1,4 +1,4 @@
-"""Digests of arrays, and JSON files that carry the digest of their own content.
+"""Digests of arrays and files, and JSON files that carry the digest of their own content.
 
 A file that decides whether other files are trusted must not be trusted itself after a flipped bit.
 """
@@ -77,9 +77,19 @@ def array_digest(values: np.ndarray) -> str:
         return _joined(f"{values.dtype.str} {len(values)}", parts)
 
 
-def text_digest(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def _joined(head: str, parts: Iterable[bytes]) -> str:
@@ -90,4 +100,4 @@ def _joined(head: str, parts: Iterable[bytes]) -> str:
 
 
 def _digest(content: Mapping[str, Any]) -> str:
-    return text_digest(json.dumps(content, sort_keys=True))
+    return digest(json.dumps(content, sort_keys=True).encode())
