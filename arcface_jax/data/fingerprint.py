@@ -173,8 +173,8 @@ def comparable(stored: object) -> TypeGuard[Fingerprint]:
 
 
 def _different_images(stored: list[str], found: list[str], count: int) -> list[str]:
-    if len(stored) != len(found):
-        return []  # another form, which is named
+    if len(stored) != len(found) or not stored:
+        return []  # computed images, on one side or both
     pairs = [
         (number, a.split(":"), b.split(":"))
         for number, a, b in zip(sample_of(count).tolist(), stored, found, strict=True)

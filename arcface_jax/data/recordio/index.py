@@ -188,7 +188,8 @@ def _load(
         values = np.load(folder / name, mmap_mode="r")
         whole = values.shape == (count,) and not values.dtype.hasobject
     except (OSError, ValueError, EOFError) as error:
-        raise DamagedError(f"{folder / name} cannot be read ({error})") from None
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise DamagedError(f"{folder / name} cannot be read ({problem})") from None
     if not whole or (check and sealed.array_digest(values) != digests[name]):
         raise DamagedError(f"{folder / name} is not what was written")
     return values

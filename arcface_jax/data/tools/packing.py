@@ -156,8 +156,9 @@ class Journal:
         if kept["job"] != job:
             different = ["other images or options"]
         else:
-            both = data is not None and kept["data"] is not None
-            different = fingerprints.differences(kept["data"], data) if both else []
+            stored = kept["data"]
+            known = data is not None and fingerprints.comparable(stored)
+            different = fingerprints.differences(stored, data) if known else []
         if different:
             raise UserError(
                 f"{path.parent} holds an unfinished job of other images or options "

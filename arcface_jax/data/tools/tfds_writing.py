@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.config.choices import Bad
-from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data import fingerprint
+from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tfds import import_tfds
 from arcface_jax.data.tools import packing
