@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,14 +133,15 @@ class Store(NamedTuple):
         Raises:
           DataError: one is damaged.
         """
-        with contextlib.suppress(FileNotFoundError):
-            digests = self._read().get(_DIGESTS)
-            for number in self._numbers() if digests is not None else []:
-                if self._wrong(number, digests or {}) is not None:
-                    raise DataError(
-                        f"{self.path(number)} is damaged or not of this output: run the same "
-                        "command that embedded the images again"
-                    )
+        if not self._is_current():
+            return
+        digests = self._read()[_DIGESTS]
+        for number in sorted({*self._numbers(), *self._numbers(digests)}):
+            if self._wrong(number, digests) is not None:
+                raise DataError(
+                    f"{self.path(number)} is missing, damaged or not of this output: run the same "
+                    "command that embedded the images again"
+                )
 
     def write(self, number: int, shard: np.ndarray, *, beside: Any = None) -> None:
         """Writes a shard, which appears when all of it is on disk.
@@ -170,10 +171,16 @@ class Store(NamedTuple):
     def _files(self, number: int) -> list[Path]:
         return [self.path(number), *([self.path_beside(number)] if self.beside else [])]
 
-    def _numbers(self) -> list[int]:
+    def _numbers(self, names: Iterable[str] | None = None) -> list[int]:
+        """The shards among file names, those of the folder by default, in order."""
         before, _, after = self.pattern.partition("{:05d}")
-        names = [path.name for path in self.folder.glob(f"{before}[0-9]*{after}")]
-        digits = [name.removeprefix(before).removesuffix(after) for name in names]
+        if names is None:
+            names = [path.name for path in self.folder.glob(f"{before}*{after}")]
+        digits = [
+            name.removeprefix(before).removesuffix(after)
+            for name in names
+            if name.startswith(before) and name.endswith(after)
+        ]
         return sorted(int(number) for number in digits if number.isascii() and number.isdecimal())
 
     def _read(self) -> dict[str, Any]:

@@ -154,9 +154,8 @@ def test_damaged_output_is_refused_by_readers_and_made_again(
             embedder.embed_folder(folder, output, shard_size=20)
         assert name in str(caught.value) and "\n" not in str(caught.value)
         return
-    if (output / "embeddings-00001.npy").exists():  # else the reader sees a shorter output
-        with pytest.raises(DataError, match="embedded the images again"):
-            bulk.read(output)
+    with pytest.raises(DataError, match="embedded the images again"):
+        bulk.read(output)
     summary = embedder.embed_folder(folder, output, shard_size=20)
     assert summary.kept == summary.shards - 1
     assert f"{name} missing or damaged" in capsys.readouterr().err
