@@ -62,7 +62,7 @@ def test_a_file_is_synced_before_it_is_moved(tmp_path: Path, monkeypatch):
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (seen.append(names(tmp_path)), sync(number)))
     write_atomic(tmp_path / "a", "x")
-    assert seen == [[files.part_of(tmp_path / "a").name]]
+    assert seen == [[files.part_of(tmp_path / "a").name], ["a"]]  # the file, then its folder
     write_atomic(tmp_path / "b", "x", durable=False)
     assert len(seen) == 1
 

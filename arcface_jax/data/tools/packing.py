@@ -153,12 +153,10 @@ class Journal:
         if kept is None:
             self._save()
             return
-        if kept["job"] != job:
-            different = ["other images or options"]
-        else:
-            stored = kept["data"]
-            known = data is not None and fingerprints.comparable(stored)
-            different = fingerprints.differences(stored, data) if known else []
+        different = [] if kept["job"] == job else ["another selection"]
+        stored = kept["data"]
+        if data is not None and fingerprints.comparable(stored):
+            different += fingerprints.differences(stored, data)
         if different:
             raise UserError(
                 f"{path.parent} holds an unfinished job of other images or options "
