@@ -197,8 +197,8 @@ class Store(NamedTuple):
                 stored = sealed.read(path)
         except DamagedError as error:
             raise DataError(
-                f"{error}, so the settings of the embeddings in {self.folder} are unknown: remove that "
-                "folder or use another one"
+                f"{error}, so the settings of the embeddings in {self.folder} are unknown: remove "
+                "that folder or use another one"
             ) from None
         return stored
 
