@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("train", "demo", "train on synthetic faces, without any download"),
     "train": Command("train", "main", "train a recipe, or resume a run"),
+    "status": Command("status", "main", "what a run does: step, last save, metrics, disk"),
     "evaluate": Command("evaluate", "main", "verification on pairs: accuracy, ROC, TAR@FAR"),
     "ijb": Command("ijb", "main", "IJB-B and IJB-C: 1:1 and 1:N"),
     "protocol": Command("protocol", "main", "rank retrieval, groups of people, all-to-all"),
