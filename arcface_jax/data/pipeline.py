@@ -127,7 +127,7 @@ def _prepare_worker(*_: int) -> None:
     A signal that is sent to all processes is for the first of them to answer: it saves what was
     trained. Where it is killed, none of this process's loops would notice.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

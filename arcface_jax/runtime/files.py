@@ -184,12 +184,13 @@ def _remove_stale(path: Path) -> None:
     prefix = f"{path.name}.{platform.node()}-"
     for part in path.parent.glob(f"{glob.escape(prefix)}*{PART}"):
         number = part.name.removeprefix(prefix).removesuffix(PART)
-        if number.isdecimal() and not _runs(int(number)):
+        if number.isdecimal() and not is_running(int(number)):
             with contextlib.suppress(OSError):
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this number exists on this machine."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -240,10 +241,9 @@ def resume_point(workdir: Path) -> str:
 
 @functools.cache
 def quiet_orbax() -> None:
-    """Suppress what Orbax prints about a failed save in addition to raising it.
+    """Suppress what Orbax prints about a failed save or read in addition to raising it.
 
-    For the rest of the process: the writes that such a save leaves behind may fail as late as at
-    exit.
+    For the rest of the process: parts of it may fail after the error is raised, as late as at exit.
     """
     hook = sys.unraisablehook
 

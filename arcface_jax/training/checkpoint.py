@@ -23,7 +23,7 @@ from arcface_jax.data import fingerprint
 from arcface_jax.data.source import Source
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
-from arcface_jax.runtime import checksums, launch
+from arcface_jax.runtime import checksums, launch, locks
 from arcface_jax.runtime.files import (
     complete_steps,
     quiet_orbax,
@@ -87,7 +87,7 @@ def _prepare(config: Config) -> None:
         different = loading.differences(read_config(workdir), config)
         if different:
             raise _not_resumable(workdir, different)
-    elif workdir.is_dir() and any(workdir.iterdir()):
+    elif _holds_files(workdir):
         raise CheckpointError(
             f"--workdir {workdir} is not empty and holds no {CONFIG}: use a new or empty folder, "
             "or the workdir of a run to resume"
@@ -157,11 +157,13 @@ def save(
       score: {checkpoint.best_metric: its value}, if it was measured for this state.
 
     Raises:
-      CheckpointError: this checkpoint or the previous one cannot be written.
+      CheckpointError: this checkpoint or the previous one cannot be written, or another run has
+        taken the workdir over.
     """
     number = int(state.step)
     if number in manager.all_steps():
         return
+    locks.require(Path(manager.directory).parent)
     items: dict[str, Any] = {
         name: ocp.args.PyTreeSave(item) for name, item in _split(state).items()
     }
@@ -315,6 +317,18 @@ def save_weights(
     """
     workdir = Path(config.workdir)
     require_empty(workdir)
+    with locks.held(workdir):
+        _write_weights(config, params, batch_stats, centers)
+
+
+def _write_weights(
+    config: Config,
+    params: registry.Arrays,
+    batch_stats: registry.Arrays,
+    centers: np.ndarray | None,
+) -> None:
+    workdir = Path(config.workdir)
+    require_empty(workdir)  # again: a run may have ended here before the lock was taken
     items: dict[str, Any] = {
         "backbone": ocp.args.PyTreeSave({"params": params, "batch_stats": batch_stats})
     }
@@ -331,8 +345,13 @@ def save_weights(
 
 def require_empty(workdir: Path) -> None:
     """Raise CheckpointError if the path is anything but an empty or missing folder."""
-    if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
+    if workdir.exists() and (not workdir.is_dir() or _holds_files(workdir)):
         raise CheckpointError(f"{workdir} exists and is not an empty folder: name a new one")
+
+
+def _holds_files(workdir: Path) -> bool:
+    """Whether a folder exists and holds more than the lock of this process."""
+    return workdir.is_dir() and not all(map(locks.is_lock_file, workdir.iterdir()))
 
 
 def _refuse_imported_weights(workdir: Path) -> None:
