@@ -193,10 +193,18 @@ class BadImages:
         self._num_images = num_images
         self._max_share = max_share
         try:
-            lines = metrics.read(path) if path.exists() else []
+            content = path.read_bytes() if path.exists() else b""
+            lines, end = metrics.whole_lines(content)
             self._known = {int(line["index"]) for line in lines}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"cannot read {path}: {error!r}; remove it") from error
+        if b"\n" in content[end:]:
+            raise CheckpointError(
+                f"{path} is damaged at line {len(lines) + 1}: remove it; its images are listed "
+                "again when they are met"
+            )
+        if end < len(content):  # the next line would be appended to half a line
+            write_atomic(path, content[:end])
 
     def __len__(self) -> int:
         return len(self._known)

@@ -6,8 +6,8 @@ if the recipe asks for running means of the weights, `ema`, which inference then
 of imported weights has no `training`: only `backbone`, or also `centers` and `dataset`.
 """
 
+import json
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from arcface_jax.config import CheckpointConfig, Config, loading
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
-from arcface_jax.runtime import checksums, launch
+from arcface_jax.runtime import checksums, damaged, launch
 from arcface_jax.runtime.files import (
     complete_steps,
     quiet_orbax,
@@ -29,6 +29,7 @@ from arcface_jax.runtime.files import (
     reporting_disk_errors,
     write_atomic,
 )
+from arcface_jax.runtime.metrics import METRICS
 from arcface_jax.training import checkpoint_forms, manifest
 from arcface_jax.training.step import TrainState
 
@@ -46,41 +47,52 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
       CheckpointError: the folder holds another run (every difference is named), or cannot be
         written. Nothing in it has changed.
     """
+    workdir = Path(config.workdir)
+    folder = folder_of(workdir)
     with launch.first_process_first():
         _prepare(config)
-        workdir = Path(config.workdir)
-        folder = folder_of(workdir)
         if launch.is_first():
             with reporting_disk_errors(workdir, workdir):
-                for message in checksums.set_aside_damaged(folder):
-                    print(f"warning: {message}", file=sys.stderr)
+                damaged.warn(checksums.set_aside_damaged(folder))
                 remove_unfinished(workdir)
+        _refuse_imported_weights(workdir)
+        if launch.is_first():
             manifest.write_environment(config)
     quiet_orbax()
     options = _manager_options(config.checkpoint)
     if launch.is_first():
-        note = partial(checksums.note, folder)
-        options.async_options = ocp.options.AsyncOptions(post_finalization_callback=note)
+        options.async_options = _noting_checksums(workdir)
     with reporting_disk_errors(workdir, folder):
         return ocp.CheckpointManager(folder, options=options)
 
 
+def _noting_checksums(workdir: Path) -> ocp.options.AsyncOptions:
+    note = partial(checksums.note, folder_of(workdir), workdir / METRICS)
+    return ocp.options.AsyncOptions(post_finalization_callback=note)
+
+
 def _prepare(config: Config) -> None:
     workdir = Path(config.workdir)
-    if (workdir / CONFIG).exists():
-        _refuse_imported_weights(workdir)
-        different = loading.differences(read_config(workdir), config)
+    text, problem = _stored_config(workdir)
+    if text is not None:
+        stored = _parse_config(workdir, text)
+        different = loading.differences(stored, config)
         if different:
             raise _not_resumable(workdir, different)
+    elif damaged.is_there(workdir / CONFIG):
+        raise CheckpointError(f"{problem}; restore it from backup, or use another --workdir")
     elif workdir.is_dir() and any(workdir.iterdir()):
         raise CheckpointError(
             f"--workdir {workdir} is not empty and holds no {CONFIG}: use a new or empty folder, "
             "or the workdir of a run to resume"
         )
+    if not launch.is_first():
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / CONFIG).exists():
-            write_atomic(workdir / CONFIG, loading.to_json(config))
+        damaged.warn([problem] if problem else [])
+        damaged.warn(damaged.set_aside_wrong_kinds(workdir))
+        _write_config(workdir, text or loading.to_json(config), mended=problem is not None)
     except OSError as error:
         raise CheckpointError(
             f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
@@ -114,15 +126,63 @@ def rank_of(metrics: Mapping[str, float], name: str) -> float:
 
 
 def read_config(workdir: Path) -> Config:
-    """The configuration of a stored run.
+    """The configuration of a stored run; its copy where config.json is damaged, with a warning.
 
     Raises:
-      CheckpointError: the folder holds none.
+      CheckpointError: the folder holds none, or one that is damaged and has no copy.
+    """
+    text, problem = _stored_config(workdir)
+    if text is None and damaged.is_there(workdir / CONFIG):
+        raise CheckpointError(f"{problem}; restore it from backup")
+    if text is None:
+        raise CheckpointError(f"{workdir} holds no {CONFIG}: name the --workdir of a training run")
+    damaged.warn([problem] if problem else [])
+    return _parse_config(workdir, text)
+
+
+def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
+    """The text of config.json as it was written, and what is wrong with the file or its copy.
+
+    The text is None where there is none, or none that is whole.
     """
     path = workdir / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{workdir} holds no {CONFIG}: name the --workdir of a training run")
-    return loading.from_json(path.read_text(), source=str(path))
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, ValueError):
+        text = None
+    try:
+        copy = checksums.config_copy(workdir)
+    except ValueError as error:
+        return text, f"{error}: {path} cannot be verified"
+    if copy is None:  # of an earlier version
+        return text, None if text is not None else f"{path} is not a readable text file"
+    if text == copy:
+        return text, None
+    wrong = "differs from its copy" if damaged.is_there(path) else "is missing"
+    return copy, f"{path} {wrong} in checksums/{CONFIG}; the copy is used"
+
+
+def _parse_config(workdir: Path, text: str) -> Config:
+    path = workdir / CONFIG
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}) and has no copy: restore it from backup; "
+            f"{workdir / 'environment.json'} lists the configuration of each start"
+        ) from error
+    return loading.from_json(text, source=str(path))
+
+
+def _write_config(workdir: Path, text: str, *, mended: bool) -> None:
+    """Write config.json and its copy where they are missing, or both where one was damaged."""
+    path = workdir / CONFIG
+    if mended and damaged.is_there(path) and not (path.is_file() and path.read_text() == text):
+        damaged.warn([f"the damaged {CONFIG} is now {damaged.set_aside(path, workdir)}"])
+    if not path.exists():
+        write_atomic(path, text)
+    if mended or checksums.config_copy(workdir) is None:
+        checksums.keep_config(workdir, text)
 
 
 def save(
@@ -203,6 +263,13 @@ def restore(
     number = manager.latest_step()
     if number is None:
         return None
+    with checksums.reporting_unreadable(Path(manager.directory) / str(number)):
+        return _restore(manager, number, fresh, dataset)
+
+
+def _restore(
+    manager: ocp.CheckpointManager, number: int, fresh: TrainState, dataset: Dataset
+) -> TrainState:
     stored = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))[
         "dataset"
     ]
@@ -258,9 +325,10 @@ def save_weights(
         items["centers"] = ocp.args.PyTreeSave({"centers": centers})
         items["dataset"] = ocp.args.JsonSave({"num_classes": len(centers)})
     try:
-        with ocp.CheckpointManager(folder_of(workdir)) as manager:
+        options = ocp.CheckpointManagerOptions(async_options=_noting_checksums(workdir))
+        with ocp.CheckpointManager(folder_of(workdir), options=options) as manager:
             manager.save(0, args=ocp.args.Composite(**items))
-        write_atomic(workdir / CONFIG, loading.to_json(config))
+        _write_config(workdir, loading.to_json(config), mended=False)
     except OSError as error:
         raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
 
@@ -272,12 +340,12 @@ def require_empty(workdir: Path) -> None:
 
 
 def _refuse_imported_weights(workdir: Path) -> None:
-    for number in complete_steps(workdir):
-        if not (folder_of(workdir) / str(number) / "training").is_dir():
-            raise CheckpointError(
-                f"--workdir {workdir} contains imported weights only and cannot be resumed; use a "
-                f"new --workdir with --init-from {workdir}"
-            )
+    # Checksums have shown that nothing is missing from the checkpoints of a run.
+    if any(not (folder_of(workdir) / str(n) / "training").is_dir() for n in complete_steps(workdir)):
+        raise CheckpointError(
+            f"--workdir {workdir} contains imported weights only and cannot be resumed; use a new "
+            f"--workdir with --init-from {workdir}"
+        )
 
 
 def folder_of(workdir: Path) -> Path:
