@@ -4,7 +4,6 @@ Importing this module, and parsing any command line, imports neither JAX nor Ope
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "demo": Command("train", "demo", "train on synthetic faces, without any download"),
     "train": Command("train", "main", "train a recipe, or resume a run"),
+    "status": Command("status", "main", "what a run does: step, last save, metrics, disk"),
     "evaluate": Command("evaluate", "main", "verification on pairs: accuracy, ROC, TAR@FAR"),
     "ijb": Command("ijb", "main", "IJB-B and IJB-C: 1:1 and 1:N"),
     "protocol": Command("protocol", "main", "rank retrieval, groups of people, all-to-all"),
@@ -63,27 +63,24 @@ def main(words: Sequence[str] | None = None) -> int:
         with errors.reported():
             raise errors.UserError(errors.unknown(first, COMMANDS, prog=PROG))
     found = COMMANDS[first]
-    function = getattr(
-        importlib.import_module(f"arcface_jax.commands.{found.module}"), found.function
-    )
-    options = {"own_process": own_process} if found.module == "train" else {}
-    try:
-        return function(words[1:], prog=f"{PROG} {first}", **options)
-    except BrokenPipeError:
-        if not own_process or not _stdout_is_closed():
-            raise
-        return 1
+    training = found.module == "train"
+    if training and own_process:
+        prepare_process()
+    options = {"own_process": own_process} if training else {}
+    with errors.reported():
+        module = importlib.import_module(f"arcface_jax.commands.{found.module}")
+        return getattr(module, found.function)(words[1:], prog=f"{PROG} {first}", **options)
 
 
-def _stdout_is_closed() -> bool:
-    """Whether the reader of stdout has gone, as in `arcface-jax recipes | head`."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more when it exits, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def prepare_process() -> None:
+    """Lets a process outlive the reader of its output, and note signals until it can stop.
+
+    For a process that only trains; called before the imports that take a second.
+    """
+    from arcface_jax.runtime import signals, streams
+
+    signals.remember()
+    streams.outlive_readers()
 
 
 def _help() -> str:

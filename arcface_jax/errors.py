@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import importlib.util
+import os
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -46,12 +47,34 @@ class CheckpointError(UserError):
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turns a UserError into one message on stderr and exit code 2; anything else passes."""
+    """Turns what ends a command, other than a bug, into one message and an exit code.
+
+    A UserError is reported on stderr with exit code 2, Ctrl-C with 130. A reader of stdout that has
+    gone, as in `| head`, ends the command with 1. Anything else passes.
+    """
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        raise SystemExit(1) from None
+
+
+def _stdout_is_closed() -> bool:
+    """Whether the reader of stdout has gone."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more when it exits, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def install(extra: str) -> str:

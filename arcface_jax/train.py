@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import signal
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -74,18 +74,21 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
 
     Raises:
       UserError: configuration, data or workdir do not allow the run, the loss is no longer finite,
-        or the disk is full or read-only.
+        another run holds the workdir, or the disk is full or read-only.
+      StoppedAtStart: a signal came before the first step, of those that `signals.remember` notes.
     """
     workdir = Path(config.workdir)
-    with reporting_disk_errors(workdir):
+    with reporting_disk_errors(workdir), ExitStack() as lock:
         # ---- Devices and data --------------------------------------------------------------------
         mesh = meshes.make(config.devices)
         validation.validate(config, num_devices=mesh.size)
+        lock.enter_context(launch.holding(workdir))
         source = opening.open_source(config.data, seed=config.seed)
         targets = _open_targets(config)
         images = order.make(len(source), config.data, seed=config.seed)
         dataset = {"num_classes": source.num_classes, "num_images": len(source)}
         weights = _initial_weights(config, init)
+        launch.raise_if_stopped_at_start()
 
         # ---- State: fresh, from other weights, or the newest checkpoint --------------------------
         manager = checkpoint.open_workdir(config)
@@ -107,7 +110,8 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         if weights:  # not when resuming
             centers = finetune.centers(config, state, source, mesh=mesh)
             state = dataclasses.replace(state, centers=centers)
-            pretrained = evaluate(state)
+            pretrained = evaluate(state, launch.raise_if_stopped_at_start)
+        launch.raise_if_stopped_at_start()
         state = checkpoint.restore(manager, state, dataset) or state
         steps = plan_steps(
             config.schedule,
@@ -183,6 +187,8 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             with suppress(signals.Interrupted):  # out of an evaluation, which resuming repeats
                 run.evaluate_if_missing(stop)
                 _loop(run, stop)
+                if not (stop or run.results):  # resumed after the last step
+                    run.results = evaluate(run.state, stop.raise_if_stopped)
             if stop:
                 run.save()
 
@@ -192,8 +198,6 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             terminal.print(
                 f"stopped by {stopped_by.name} at step {run.done}; rerun the same command to resume"
             )
-        elif not run.results:  # resumed after the last step
-            run.results = evaluate(run.state)
         files = evaluators.draw(workdir, targets, run.results) if launch.is_first() else []
         results = evaluators.metrics(run.results) | before | baselines
         return Outcome(run.done, results, files, stopped_by, run.state)

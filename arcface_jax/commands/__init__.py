@@ -33,7 +33,7 @@ class Result(NamedTuple):
 def command(body: Callable[Words, Result]) -> Callable[Words, int]:
     """Makes a command of a function: prints its RESULT line and returns the exit code.
 
-    A UserError becomes one message on stderr and exit code 2.
+    A UserError becomes one message on stderr and exit code 2; Ctrl-C one and 130.
     """
 
     @functools.wraps(body)
@@ -41,11 +41,11 @@ def command(body: Callable[Words, Result]) -> Callable[Words, int]:
         begin = time.perf_counter()
         with errors.reported():
             result = body(*words, **options)
-        if result.reported:
-            seconds = round(time.perf_counter() - begin, 1)
-            files = [str(file) for file in result.files]
-            line = {**result.values, "seconds": seconds, "files": files}
-            print("RESULT " + json.dumps(line, default=str))
+            if result.reported:
+                seconds = round(time.perf_counter() - begin, 1)
+                files = [str(file) for file in result.files]
+                line = {**result.values, "seconds": seconds, "files": files}
+                print("RESULT " + json.dumps(line, default=str), flush=True)
         return result.code
 
     return run

@@ -51,15 +51,30 @@ def demo(
 
 
 def _train(config: Config, *, own_process: bool) -> Result:
-    if own_process:
-        _use_huge_pages()  # restarts, and so comes before the imports that take seconds
+    from arcface_jax.runtime import files, signals
 
+    try:
+        if own_process:
+            _use_huge_pages()  # restarts, and so comes before the imports that take seconds
+        return _train_here(config)
+    except signals.StoppedAtStart as stopped:
+        print(
+            f"stopped by {stopped} before the first step; rerun the same command; "
+            f"{files.resume_point(Path(config.workdir))}",
+            file=sys.stderr,
+        )
+        return Result(code=signals.exit_code(config.checkpoint, stopped.by))
+
+
+def _train_here(config: Config) -> Result:
+    """Trains in this process, and exports the backbone."""
     from arcface_jax.commands import console
     from arcface_jax.evaluation.report import tables
     from arcface_jax.runtime import launch, signals
     from arcface_jax.runtime.files import reporting_disk_errors
     from arcface_jax.train import train
 
+    signals.raise_if_remembered()
     launch.start(
         config.distributed,
         deterministic=config.deterministic,
@@ -68,10 +83,11 @@ def _train(config: Config, *, own_process: bool) -> Result:
     outcome = train(config)
     workdir = Path(config.workdir)
     files = [workdir / "metrics.jsonl", workdir / "checkpoints", *outcome.files]
-    first, stopped_by = launch.is_first(), outcome.stopped_by
-    if first and stopped_by is None:
+    first = launch.is_first()
+    if first and outcome.stopped_by is None:
         with reporting_disk_errors(workdir):
             files += _export(workdir)
+    stopped_by = outcome.stopped_by or signals.remembered()
     code = 0 if stopped_by is None else signals.exit_code(config.checkpoint, stopped_by)
     if first and (compared := tables.before_and_after(outcome.results)):
         console().print(compared)
@@ -80,6 +96,11 @@ def _train(config: Config, *, own_process: bool) -> Result:
 
 def _export(workdir: Path) -> list[Path]:
     """Writes WORKDIR/backbone.pth where torch is installed; returns it."""
+    from arcface_jax.runtime import signals
+
+    if stopped := signals.remembered():
+        print(f"no backbone.pth: stopped by {stopped.name}; rerun the same command to write it")
+        return []
     if importlib.util.find_spec("torch") is None:
         print(f"no backbone.pth: PyTorch is not installed; {errors.install('torch')}")
         return []
@@ -99,5 +120,9 @@ def _use_huge_pages() -> None:
     settings are the user's own, nothing happens.
     """
     if platform.libc_ver()[0] == "glibc" and _TUNABLES not in os.environ:
+        from arcface_jax.runtime import signals
+
         os.environ[_TUNABLES] = "glibc.malloc.hugetlb=1"
+        signals.hold_back()
+        sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

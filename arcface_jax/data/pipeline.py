@@ -24,6 +24,7 @@ from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Source
 from arcface_jax.errors import CheckpointError, DataError, ImageError, UserError
 from arcface_jax.runtime import metrics
+from arcface_jax.runtime.files import write_atomic
 
 # Images tried in place of a damaged one before the whole set is taken to be damaged.
 _TRIES = 100
@@ -127,7 +128,7 @@ def _prepare_worker(*_: int) -> None:
     A signal that is sent to all processes is for the first of them to answer: it saves what was
     trained. Where it is killed, none of this process's loops would notice.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -99,12 +99,14 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
       checkpoint cannot be verified. It is intact, or was saved without checksums.
 
     Raises:
-      CheckpointError: no checkpoint is left of those that were saved. Nothing has changed.
+      CheckpointError: no checkpoint is left of those that were saved, or one is a link. Nothing has
+        changed.
     """
     workdir = checkpoints.parent
+    _refuse_links(checkpoints)
     foreign = _foreign(checkpoints)
     steps = [step for step in complete_steps(workdir) if checkpoints / str(step) not in foreign]
-    gone = missing_steps(workdir)
+    gone = _missing_steps(workdir)
     broken = []
     while steps and (wrong := _wrong(checkpoints / str(steps[-1]))):
         broken.append((steps.pop(), wrong))
@@ -115,7 +117,7 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
         for path in foreign
     ]
     if gone:
-        messages.append(f"{_missing(gone, workdir)}; falling back to step {steps[-1]}")
+        messages.append(f"{_gone(gone, workdir)}; falling back to step {steps[-1]}")
     for step, wrong in broken:
         target = damaged.set_aside(checkpoints / str(step), workdir)
         with contextlib.suppress(OSError):  # so that it does not count as missing from now on
@@ -136,12 +138,21 @@ def _none_left(
 ) -> CheckpointError:
     fix = "restore one from backup, or start a new run in another --workdir"
     if not broken:
-        return CheckpointError(f"{_missing(gone, checkpoints.parent)}, and no earlier one: {fix}")
+        return CheckpointError(f"{_gone(gone, checkpoints.parent)}, and no earlier one: {fix}")
     step, wrong = broken[-1]
     return CheckpointError(
         f"all checkpoints in {checkpoints} failed their checksum ({_listed(wrong)} of step "
         f"{step} differ from {_FOLDER}/{step}.json); {fix}"
     )
+
+
+def _refuse_links(checkpoints: Path) -> None:
+    for step in complete_steps(checkpoints.parent):
+        if (path := checkpoints / str(step)).is_symlink():
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, which a run cannot remove when it is done "
+                "with the checkpoint: move the folder back in its place"
+            )
 
 
 def _foreign(checkpoints: Path) -> list[Path]:
@@ -158,7 +169,12 @@ def _foreign(checkpoints: Path) -> list[Path]:
     return found
 
 
-def missing_steps(workdir: Path) -> list[int]:
+def missing(workdir: Path) -> list[str]:
+    """A message about the checkpoints after the newest complete one that are gone, if any is."""
+    return [_gone(steps, workdir)] if (steps := _missing_steps(workdir)) else []
+
+
+def _missing_steps(workdir: Path) -> list[int]:
     """Steps that were saved after the newest complete checkpoint, and whose checkpoint is gone.
 
     A run that saves meanwhile does not disturb this: it writes the checksums first, and the order
@@ -170,7 +186,7 @@ def missing_steps(workdir: Path) -> list[int]:
     return sorted(step for step in noted if step > newest and step not in unfinished)
 
 
-def _missing(steps: list[int], workdir: Path) -> str:
+def _gone(steps: list[int], workdir: Path) -> str:
     names = ", ".join(map(str, steps))
     return f"checkpoint {names}, saved before, is missing from {workdir / 'checkpoints'}"
 

@@ -166,12 +166,13 @@ def _remove_stale(path: Path) -> None:
     prefix = f"{path.name}.{platform.node()}-"
     for part in path.parent.glob(f"{glob.escape(prefix)}*{PART}"):
         number = part.name.removeprefix(prefix).removesuffix(PART)
-        if number.isdecimal() and not _runs(int(number)):
+        if number.isdecimal() and not is_running(int(number)):
             with contextlib.suppress(OSError):
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def _runs(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether a process of this number exists on this machine."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -10,19 +10,22 @@ import os
 import re
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from arcface_jax.config import DistributedConfig
-from arcface_jax.errors import ConfigError
+from arcface_jax.errors import CheckpointError, ConfigError
+from arcface_jax.runtime import locks, signals
 from arcface_jax.runtime.signals import Stop
 
 Cluster = Literal["slurm", "ompi", "k8s"]
 _CONNECT_SECONDS = 300
+_MESSAGE_BYTES = 4096
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -135,14 +138,52 @@ def should_stop(stop: Stop, step: int) -> bool:
     """Whether the run stops before this step, in all its processes, because of a signal.
 
     Args:
-      stop: the signals of this process. With several processes JAX watches for SIGTERM and names
-        the step at which all of them stop.
+      stop: the signals of this process. With several processes JAX watches for SIGTERM, as which
+        others are forwarded, and names the step at which all of them stop.
       step: steps done so far.
     """
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-        stop.signals.append(signal.SIGTERM)
-        stop.start_deadline(signal.SIGTERM)
+        stop.signals.append(stop.forwarded or signal.SIGTERM)
+        stop.start_deadline(stop.signals[0])
     return bool(stop)
+
+
+def raise_if_stopped_at_start() -> None:
+    """End the start of a run after a signal; call it where that is safe.
+
+    Does nothing with several processes: the others would wait for this one.
+
+    Raises:
+      StoppedAtStart: a signal has come.
+    """
+    if jax.process_count() == 1:
+        signals.raise_if_remembered()
+
+
+@contextmanager
+def holding(workdir: Path) -> Iterator[None]:
+    """Hold WORKDIR for this run: its first process does, and all of them fail where that fails.
+
+    Raises:
+      CheckpointError: another run holds it, or it cannot be written.
+      StoppedAtStart: a signal came while the lock of another machine was watched.
+    """
+    if jax.process_count() == 1:
+        with locks.held(workdir, between=raise_if_stopped_at_start):
+            yield
+        return
+    with ExitStack() as stack:
+        message = np.zeros(_MESSAGE_BYTES, np.uint8)
+        if is_first():
+            try:
+                stack.enter_context(locks.held(workdir))
+            except CheckpointError as error:
+                text = str(error).encode()[:_MESSAGE_BYTES]
+                message[: len(text)] = np.frombuffer(text, np.uint8)
+        message = np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes()
+        if text := message.rstrip(b"\0").decode(errors="replace"):
+            raise CheckpointError(text)
+        yield
 
 
 def per_process_name(name: str) -> str:

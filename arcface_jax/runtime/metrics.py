@@ -125,6 +125,8 @@ def _history(
         return [], f"{path} is {problem}: the metrics up to step {start} are lost"
     if end < len(content) and not _is_cut_line(content[end:]):
         return lines, f"{path} is damaged from line {len(lines) + 1} on, and is cut there"
+    if end < len(content) and start and noted is None:
+        return lines, f"{path} ends in an incomplete line, which is dropped"
     length, expected = noted or (0, hashlib.blake2b(b"").hexdigest())
     if end < length:
         return lines, f"{path} ends before step {start}: metrics after line {len(lines)} are lost"

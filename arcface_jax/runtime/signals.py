@@ -1,4 +1,9 @@
-"""Stop a run on SIGTERM and Ctrl-C: the shutdown deadline and the exit code."""
+"""Stop a run on SIGTERM, SIGHUP and Ctrl-C: the shutdown deadline and the exit code.
+
+`remember` notes signals from the first line of a program on, `watched` those of the training loop.
+Neither raises from a handler: Python drops an exception that is raised within a callback of the
+garbage collector or a destructor. Code asks for signals where it can stop.
+"""
 
 import contextlib
 import os
@@ -9,18 +14,76 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-
-from arcface_jax.config import CheckpointConfig
 from arcface_jax.runtime.files import resume_point
+
+if TYPE_CHECKING:  # `remember` comes before whatever takes time to import
+    from arcface_jax.config import CheckpointConfig
 
 # Max seconds to print the shutdown message: it reads a folder, whose disk may be what hangs.
 _MESSAGE_SECONDS = 2.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Those that came outside of `watched`.
+_remembered: list[signal.Signals] = []
 
 
 class Interrupted(Exception):
     """Raised to abandon interruptible work after a stop signal."""
+
+
+class StoppedAtStart(Exception):
+    """Raised where a run can end before its first step, after a stop signal.
+
+    Args:
+      by: the signal.
+    """
+
+    def __init__(self, by: signal.Signals):
+        super().__init__(by.name)
+        self.by = by
+
+
+def remember() -> None:
+    """Note stop signals for the rest of the process; the second signal of a kind ends it."""
+    for s in _not_ignored():
+        signal.signal(s, _remember)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see hold_back
+
+
+def hold_back() -> None:
+    """Keep signals waiting until the program that replaces this one calls `remember`.
+
+    Raises:
+      StoppedAtStart: one has come already.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    raise_if_remembered()
+
+
+def remembered() -> signal.Signals | None:
+    """The first signal that came since `remember`."""
+    return _remembered[0] if _remembered else None
+
+
+def raise_if_remembered() -> None:
+    """End the start of a run after a signal; call it where that is safe.
+
+    Raises:
+      StoppedAtStart: a signal has come since `remember`.
+    """
+    if _remembered:
+        raise StoppedAtStart(_remembered[0])
+
+
+def _remember(number: int, _) -> None:
+    _remembered.append(signal.Signals(number))
+    signal.signal(number, signal.SIG_DFL)
+
+
+def _not_ignored() -> list[signal.Signals]:
+    """The signals to answer; nohup has SIGHUP ignored."""
+    return [s for s in _SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
 
 
 class Stop:
@@ -29,10 +92,14 @@ class Stop:
     Args:
       checkpoint: the shutdown deadline and the exit code.
       workdir: of the run.
+      several: whether the run has several processes, which stop together.
     """
 
-    def __init__(self, checkpoint: CheckpointConfig, *, workdir: Path):
+    def __init__(self, checkpoint: "CheckpointConfig", *, workdir: Path, several: bool):
         self.signals: list[signal.Signals] = []
+        self.forwarded: signal.Signals | None = None
+        """The signal that was sent on to JAX as SIGTERM; only with several processes."""
+        self._several = several
         self._config = checkpoint
         self._workdir = workdir
         self._deadline: threading.Timer | None = None
@@ -48,7 +115,7 @@ class Stop:
         Raises:
           Interrupted: a signal has come.
         """
-        if self.signals and jax.process_count() == 1:
+        if self.signals and not self._several:
             raise Interrupted
 
     def start_deadline(self, number: int) -> None:
@@ -84,7 +151,7 @@ class Stop:
         )
 
 
-def exit_code(config: CheckpointConfig, by: signal.Signals) -> int:
+def exit_code(config: "CheckpointConfig", by: signal.Signals) -> int:
     """Exit code of a stopped run: 128 + signal, or for SIGTERM the requeue code if set."""
     if by is signal.SIGTERM and config.requeue_exit_code:
         return config.requeue_exit_code
@@ -92,27 +159,46 @@ def exit_code(config: CheckpointConfig, by: signal.Signals) -> int:
 
 
 @contextmanager
-def watched(checkpoint: CheckpointConfig, *, workdir: Path) -> Iterator[Stop]:
-    """Collect SIGTERM and Ctrl-C in a `Stop`; the second signal of a kind acts as usual."""
-    stop = Stop(checkpoint, workdir=workdir)
+def watched(checkpoint: "CheckpointConfig", *, workdir: Path) -> Iterator[Stop]:
+    """Collect stop signals in a `Stop`, those remembered included.
+
+    The second signal of a kind acts as usual.
+    """
+    import jax
+
+    several = jax.process_count() > 1
+    stop = Stop(checkpoint, workdir=workdir, several=several)
 
     def note(number: int, _) -> None:
         stop.signals.append(signal.Signals(number))
-        signal.signal(number, previous[signal.Signals(number)])
+        signal.signal(number, usual[signal.Signals(number)])
+
+    def forward(number: int, _) -> None:
+        stop.forwarded = signal.Signals(number)
+        signal.signal(number, usual[signal.Signals(number)])
+        os.kill(os.getpid(), signal.SIGTERM)
 
     # With several processes JAX watches for SIGTERM, so that all stop at the same step.
-    own = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+    own = [s for s in _not_ignored() if not (several and s == signal.SIGTERM)]
     previous = {s: signal.getsignal(s) for s in own}
-    at_once = bool(previous) and checkpoint.deadline_seconds > 0
+    usual = {s: signal.SIG_DFL if h is _remember else h for s, h in previous.items()}
+    at_once = not several and checkpoint.deadline_seconds > 0
     try:
         for s in previous:
-            signal.signal(s, note)
+            signal.signal(s, forward if several else note)
+        for s in _remembered:
+            if several:
+                forward(s, None)
+            else:
+                note(s, None)
+                stop.start_deadline(s)
         with _deadline_thread(stop) if at_once else contextlib.nullcontext():
             yield stop
     finally:
         stop.close()
         for s, handler in previous.items():
-            signal.signal(s, handler)
+            came = s in stop.signals or s == stop.forwarded
+            signal.signal(s, usual[s] if came else handler)
 
 
 @contextmanager
@@ -125,7 +211,7 @@ def _deadline_thread(stop: Stop) -> Iterator[None]:
     def listen() -> None:
         while numbers := read.recv(16):
             for number in numbers:
-                if number in (signal.SIGTERM, signal.SIGINT):
+                if number in _SIGNALS:
                     stop.start_deadline(number)
 
     listener = threading.Thread(target=listen, name="signals", daemon=True)

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from arcface_jax.config import CheckpointConfig, Config, loading
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
-from arcface_jax.runtime import checksums, damaged, launch
+from arcface_jax.runtime import checksums, damaged, launch, locks
 from arcface_jax.runtime.files import (
     complete_steps,
     quiet_orbax,
@@ -81,13 +81,11 @@ def _prepare(config: Config) -> None:
             raise _not_resumable(workdir, different)
     elif damaged.is_there(workdir / CONFIG):
         raise CheckpointError(f"{problem}; restore it from backup, or use another --workdir")
-    elif workdir.is_dir() and any(workdir.iterdir()):
+    elif _holds_files(workdir):
         raise CheckpointError(
             f"--workdir {workdir} is not empty and holds no {CONFIG}: use a new or empty folder, "
             "or the workdir of a run to resume"
         )
-    if not launch.is_first():
-        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         damaged.warn([problem] if problem else [])
@@ -177,7 +175,11 @@ def _parse_config(workdir: Path, text: str) -> Config:
 def _write_config(workdir: Path, text: str, *, mended: bool) -> None:
     """Write config.json and its copy where they are missing, or both where one was damaged."""
     path = workdir / CONFIG
-    if mended and damaged.is_there(path) and not (path.is_file() and path.read_text() == text):
+    if (
+        mended
+        and damaged.is_there(path)
+        and not (path.is_file() and path.read_bytes() == text.encode())
+    ):
         damaged.warn([f"the damaged {CONFIG} is now {damaged.set_aside(path, workdir)}"])
     if not path.exists():
         write_atomic(path, text)
@@ -202,11 +204,13 @@ def save(
       score: {checkpoint.best_metric: its value}, if it was measured for this state.
 
     Raises:
-      CheckpointError: this checkpoint or the previous one cannot be written.
+      CheckpointError: this checkpoint or the previous one cannot be written, or another run has
+        taken the workdir over.
     """
     number = int(state.step)
     if number in manager.all_steps():
         return
+    locks.require(Path(manager.directory).parent)
     items: dict[str, Any] = {
         name: ocp.args.PyTreeSave(item) for name, item in _split(state).items()
     }
@@ -318,6 +322,18 @@ def save_weights(
     """
     workdir = Path(config.workdir)
     require_empty(workdir)
+    with locks.held(workdir):
+        _write_weights(config, params, batch_stats, centers)
+
+
+def _write_weights(
+    config: Config,
+    params: registry.Arrays,
+    batch_stats: registry.Arrays,
+    centers: np.ndarray | None,
+) -> None:
+    workdir = Path(config.workdir)
+    require_empty(workdir)  # again: a run may have ended here before the lock was taken
     items: dict[str, Any] = {
         "backbone": ocp.args.PyTreeSave({"params": params, "batch_stats": batch_stats})
     }
@@ -335,13 +351,20 @@ def save_weights(
 
 def require_empty(workdir: Path) -> None:
     """Raise CheckpointError if the path is anything but an empty or missing folder."""
-    if workdir.exists() and not (workdir.is_dir() and not any(workdir.iterdir())):
+    if workdir.exists() and (not workdir.is_dir() or _holds_files(workdir)):
         raise CheckpointError(f"{workdir} exists and is not an empty folder: name a new one")
+
+
+def _holds_files(workdir: Path) -> bool:
+    """Whether a folder exists and holds more than the lock of this process."""
+    return workdir.is_dir() and not all(map(locks.is_lock_file, workdir.iterdir()))
 
 
 def _refuse_imported_weights(workdir: Path) -> None:
     # Checksums have shown that nothing is missing from the checkpoints of a run.
-    if any(not (folder_of(workdir) / str(n) / "training").is_dir() for n in complete_steps(workdir)):
+    if any(
+        not (folder_of(workdir) / str(n) / "training").is_dir() for n in complete_steps(workdir)
+    ):
         raise CheckpointError(
             f"--workdir {workdir} contains imported weights only and cannot be resumed; use a new "
             f"--workdir with --init-from {workdir}"

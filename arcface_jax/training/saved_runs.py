@@ -1,6 +1,12 @@
-"""Read checkpoints for inference, export and fine-tuning."""
+"""Read checkpoints for inference, export and fine-tuning, also those of a run that trains.
 
+Such a run removes old checkpoints. One that vanishes while it is read is replaced by the next.
+"""
+
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -11,10 +17,18 @@ from arcface_jax.config import Config
 from arcface_jax.config.choices import Which
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
-from arcface_jax.runtime import checksums
+from arcface_jax.runtime import checksums, damaged, locks
 from arcface_jax.runtime.files import complete_steps
 from arcface_jax.training import checkpoint, checkpoint_forms, step
 from arcface_jax.training.checkpoint import CONFIG
+
+# Checkpoints to try, each of which may be removed while it is read.
+_ATTEMPTS = 20
+# Removing a checkpoint takes a while, in which some of its files are missing.
+_REMOVAL_SECONDS = 5.0
+_PAUSE_SECONDS = 0.1
+
+T = TypeVar("T")
 
 
 def restore_backbone(
@@ -26,20 +40,27 @@ def restore_backbone(
       CheckpointError: the folder holds no run, no such checkpoint, or one that is damaged or of
         another network.
     """
-    config, manager, number = _open_to_read(workdir, which)
+    return _read(workdir, which, _restore_backbone)
+
+
+def _restore_backbone(
+    workdir: Path, config: Config, manager: ocp.CheckpointManager, number: int
+) -> tuple[Config, registry.Arrays, registry.Arrays, int]:
     item = "ema" if config.optimizer.ema else "backbone"
-    checksums.require_whole(checkpoint.folder_of(workdir) / str(number), item)
+    saved = checkpoint.folder_of(workdir) / str(number)
+    checksums.require_whole(saved, item)
     placed = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
         for name, part in zip(checkpoint.BACKBONE_FIELDS, step.backbone(config).shapes, strict=True)
     }
-    form = checkpoint_forms.stored(manager, number)
     try:
-        as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
-        args = ocp.args.Composite(**{item: checkpoint.restore_args(as_stored)})
-        restored = manager.restore(number, args=args)[item]
-        restored = checkpoint_forms.as_wanted(restored, form, wanted)
+        with checksums.reporting_unreadable(saved):
+            form = checkpoint_forms.stored(manager, number)
+            as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
+            args = ocp.args.Composite(**{item: checkpoint.restore_args(as_stored)})
+            restored = manager.restore(number, args=args)[item]
+            restored = checkpoint_forms.as_wanted(restored, form, wanted)
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"the checkpoint in {workdir} does not match model.network {config.model.network} in "
@@ -56,11 +77,16 @@ def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
     Raises:
       CheckpointError: the folder holds no checkpoint, or one without centers.
     """
-    config, manager, number = _open_to_read(workdir)
+    return _read(workdir, "latest", _restore_centers)
+
+
+def _restore_centers(
+    workdir: Path, config: Config, manager: ocp.CheckpointManager, number: int
+) -> tuple[np.ndarray, np.ndarray | None]:
     path = checkpoint.folder_of(workdir) / str(number) / _item_of_centers(workdir, number)
-    dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
-    rows = dataset["dataset"]["num_classes"] * config.head.subcenters  # the rest is padding
-    with ocp.PyTreeCheckpointer() as reader:
+    classes = _num_classes(manager, path)
+    rows = classes * config.head.subcenters  # the rest is padding
+    with checksums.reporting_unreadable(path.parent), ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(path).item_metadata.tree
         wanted = {"centers": tree["centers"]}
         if "momentum" in tree.get("centers_opt", {}):
@@ -85,24 +111,40 @@ def restore_kept_centers(
     Raises:
       CheckpointError: the folder holds no checkpoint, or its centers do not fit.
     """
-    there, manager, number = _open_to_read(workdir)
-    item = _item_of_centers(workdir, number)
-    dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
-    stored = (dataset["dataset"]["num_classes"], there.head.subcenters)
-    if stored != (num_classes, subcenters):
-        raise CheckpointError(
-            f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x {stored[1]}, "
-            f"the training set here needs {num_classes} x {subcenters}: use "
-            "--finetune.centers class_means or random"
-        )
-    wanted = {"centers": like}
-    args = checkpoint.restore_args(wanted, strict_shapes=False, partial=True)
-    return manager.restore(number, args=ocp.args.Composite(**{item: args}))[item]["centers"]
+
+    def restore(
+        workdir: Path, there: Config, manager: ocp.CheckpointManager, number: int
+    ) -> jax.Array:
+        item = _item_of_centers(workdir, number)
+        saved = checkpoint.folder_of(workdir) / str(number)
+        stored = (_num_classes(manager, saved / item), there.head.subcenters)
+        if stored != (num_classes, subcenters):
+            raise CheckpointError(
+                f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x "
+                f"{stored[1]}, the training set here needs {num_classes} x {subcenters}: use "
+                "--finetune.centers class_means or random"
+            )
+        wanted = {"centers": like}
+        args = checkpoint.restore_args(wanted, strict_shapes=False, partial=True)
+        with checksums.reporting_unreadable(saved):
+            return manager.restore(number, args=ocp.args.Composite(**{item: args}))[item]["centers"]
+
+    return _read(workdir, "latest", restore)
 
 
 def is_begun(workdir: Path) -> bool:
     """Whether the workdir holds a checkpoint to resume from."""
     return bool(complete_steps(workdir))
+
+
+def _num_classes(manager: ocp.CheckpointManager, centers: Path) -> int:
+    """C of a checkpoint, after its item with the class centers was verified."""
+    saved = centers.parent
+    checksums.require_whole(saved, centers.name)
+    checksums.require_whole(saved, "dataset")
+    with checksums.reporting_unreadable(saved):
+        items = ocp.args.Composite(dataset=ocp.args.JsonRestore())
+        return manager.restore(int(saved.name), args=items)["dataset"]["num_classes"]
 
 
 def _item_of_centers(workdir: Path, number: int) -> str:
@@ -113,25 +155,74 @@ def _item_of_centers(workdir: Path, number: int) -> str:
     return item
 
 
-def _open_to_read(
-    workdir: Path, which: Which = "latest"
-) -> tuple[Config, ocp.CheckpointManager, int]:
-    """The configuration, and one of the checkpoints by number."""
-    config = checkpoint.read_config(workdir)
-    manager = ocp.CheckpointManager(
+def _read(
+    workdir: Path,
+    which: Which,
+    read: Callable[[Path, Config, ocp.CheckpointManager, int], T],
+) -> T:
+    """What `read` makes of a checkpoint: of another one if that is removed in the meantime.
+
+    Raises:
+      CheckpointError: there is none, `which` names a step that was removed, or each of several
+        was.
+    """
+    for attempt in range(_ATTEMPTS):
+        number = None
+        try:
+            config = checkpoint.read_config(workdir)
+            if not checkpoint.folder_of(workdir).is_dir():
+                raise CheckpointError(
+                    f"{workdir} holds no folder of checkpoints: train first, or name another run"
+                )
+            with _manager(workdir) as manager:
+                number = _choose(manager, which, workdir)
+                return read(workdir, config, manager, number)
+        except Exception as error:
+            if not _is_removed(workdir, number):
+                raise
+            if isinstance(which, int) or attempt == _ATTEMPTS - 1:
+                raise CheckpointError(
+                    f"{workdir}: the checkpoint of step {number} was removed by its run while it "
+                    "was read; use --step latest, or raise --checkpoint.keep of the run"
+                ) from error
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _is_removed(workdir: Path, number: int | None) -> bool:
+    """Whether a checkpoint is gone, or goes in the next seconds; of None the listing failed."""
+    path = checkpoint.folder_of(workdir) / str(number)
+    if number is not None and not path.exists():
+        return True
+    holder = locks.find(workdir)
+    if holder is None or not holder[1]:
+        return False  # no run removes anything here
+    if number is None:
+        time.sleep(_PAUSE_SECONDS)
+        return bool(complete_steps(workdir))
+    deadline = time.monotonic() + _REMOVAL_SECONDS
+    while path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_PAUSE_SECONDS)
+    return True
+
+
+def _manager(workdir: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(
         checkpoint.folder_of(workdir),
         options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=_alone()),
     )
-    return config, manager, _choose(manager, which, workdir)
 
 
 def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
     """The step of one of the checkpoints on disk."""
-    steps = sorted(manager.all_steps())
+    steps = complete_steps(workdir)
     if not steps:
         raise CheckpointError(
             f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
         )
+    if which in ("latest", "best"):
+        damaged.warn(checksums.missing(workdir))
     if which == "latest":
         return steps[-1]
     if which == "best":
@@ -146,7 +237,14 @@ def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
 
 def _best(manager: ocp.CheckpointManager, steps: list[int], workdir: Path) -> int:
     # A resumed run may rank by another metric than config.json does: it is stored with the value.
-    measured = {step: score for step in steps if (score := manager.metrics(step))}
+    measured = {}
+    for number in steps:
+        saved = checkpoint.folder_of(workdir) / str(number)
+        if (saved / "metrics").is_dir():
+            checksums.require_whole(saved, "metrics")
+        with checksums.reporting_unreadable(saved):
+            if score := manager.metrics(number):
+                measured[number] = score
     if not measured:
         raise CheckpointError(
             f"{workdir} has no best checkpoint (checkpoint.best_metric was not set): train with "

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 NESTED = ["data pack", "import torch", "import centers", "export torch", "export onnx"]
 NESTED += ["export stablehlo", "export safetensors"]
 FIRST = {name: ["demo"] for name in ("train", "plan", "doctor")}
-FIRST |= {"protocol": ["groups"], "verify": ["a", "b"], "data pack": ["a", "b"]}
+FIRST |= {"status": ["w"], "protocol": ["groups"], "verify": ["a", "b"], "data pack": ["a", "b"]}
 FIRST |= {"data": ["pack", "a", "b"], "import centers": ["read", "a"]}
 SECONDS = 2.0
 
@@ -92,6 +92,7 @@ def test_positional_arguments_are_shown_by_what_they_are(capsys):
         "import centers read": "SOURCE",
         "verify": "FIRST SECOND",
         "recipes": "NAME",
+        "status": "WORKDIR",
         "protocol": "PROTOCOL",
     }.items():
         with pytest.raises(SystemExit):
@@ -181,7 +182,9 @@ def test_imports_from_convert_work_with_a_warning():
     assert to_torch is convert.to_torch
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "inference", "data", "plan", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["train", "status", "evaluate", "inference", "data", "plan", "doctor"]
+)
 def test_the_scripts_of_a_checkout_have_their_own_names(name: str):
     command = [sys.executable, f"scripts/{name}.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,0 +1,400 @@
+"""One run at a time holds a workdir: its lock file `run.lock`.
+
+The file is created by a hard link, which is atomic on local disks and on NFS, and names its holder.
+No lock of the operating system is involved: those vanish with a network connection.
+
+A holder that was killed leaves its file. Whether it still runs is decided in one of two ways:
+
+- On the same machine, by its process number and the start time of that process, so that a number
+  that was used again is not taken for it.
+- On another machine or in another container, by its heartbeat: the holder touches the file every
+  `HEARTBEAT_SECONDS`. A file that has not changed for `STALE_SECONDS` is stale. Both times are
+  those of the file system. A younger file is watched: its holder runs as soon as it changes.
+
+Of several processes that find the same stale lock, one replaces it: the one that holds a second
+lock, named after the stale one.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from arcface_jax.errors import CheckpointError
+from arcface_jax.runtime.files import PART, is_running
+
+LOCK = "run.lock"
+HEARTBEAT_SECONDS = 10.0
+STALE_SECONDS = 180.0
+"""Longer than NFS clients cache a file's times, 60 s."""
+
+# How a file system without hard links answers.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+# Attempts of 0.1 s to get past other processes that replace the same stale lock.
+_ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that holds a workdir."""
+
+    host: str
+    pid: int
+    machine: str
+    """The boot and the process namespace in which `pid` is valid."""
+    started: str
+    """Start time of the process in clock ticks since the boot; "" where unknown."""
+    since: str
+    """When it took the lock."""
+    token: str
+    """Of this lock only."""
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+@dataclass
+class _Hold:
+    """A lock of this process."""
+
+    me: Holder
+    ended: threading.Event = field(default_factory=threading.Event)
+    lost_to: Holder | None = None
+    """Who took the lock over while this process did not respond."""
+
+
+class _HeldError(Exception):
+    """Another process holds the lock."""
+
+    def __init__(self, holder: Holder):
+        super().__init__(str(holder))
+        self.holder = holder
+
+
+_holds: dict[Path, _Hold] = {}
+
+
+def _nothing() -> None:
+    """Allow the wait for a heartbeat to continue."""
+
+
+@contextlib.contextmanager
+def held(workdir: Path, *, between: Callable[[], None] = _nothing) -> Iterator[None]:
+    """Hold WORKDIR, which is created where missing, until the block ends.
+
+    A process that already holds it may hold it again.
+
+    Args:
+      workdir: of a run.
+      between: called every second while the lock of another machine is watched; what it raises
+        ends the wait.
+
+    Raises:
+      CheckpointError: another process holds it, or the folder cannot be written.
+    """
+    key = workdir.resolve()
+    if key in _holds:
+        yield
+        return
+    missing = [folder for folder in (key, *key.parents) if not folder.exists()]
+    try:
+        key.mkdir(parents=True, exist_ok=True)
+        me = _take_workdir(workdir, key / LOCK, between)
+    except OSError as error:
+        _remove_empty(missing)
+        raise CheckpointError(
+            f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
+            "or choose another --workdir"
+        ) from error
+    hold = _holds[key] = _Hold(me)
+    beat = threading.Thread(target=_beat, args=[key / LOCK, hold], name="lock", daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        hold.ended.set()
+        del _holds[key]
+        if me.pid == os.getpid():  # not in a fork
+            beat.join(HEARTBEAT_SECONDS)  # longer only where the disk hangs
+            _release(key / LOCK, me)
+            _remove_empty(missing)
+
+
+def require(workdir: Path) -> None:
+    """Check, before WORKDIR is written to, that no other process has taken it over.
+
+    That happens to a process that was suspended, or cut off from the disk, for `STALE_SECONDS`.
+
+    Raises:
+      CheckpointError: another process holds it.
+    """
+    hold = _holds.get(workdir.resolve())
+    if hold and hold.lost_to:
+        raise CheckpointError(
+            f"--workdir {workdir} was taken over by {hold.lost_to}: this process did not respond "
+            f"for {STALE_SECONDS:g} s. Nothing more is saved here; stop one of the two runs"
+        )
+
+
+def find(workdir: Path) -> tuple[Holder, bool] | None:
+    """Who holds WORKDIR and whether it still runs; None where nobody does. Writes nothing.
+
+    The heartbeat of another machine is compared with the clock of this one.
+    """
+    path = workdir / LOCK
+    with contextlib.suppress(OSError):
+        if holder := _read(path):
+            runs = _runs(holder)
+            fresh = time.time() - path.stat().st_mtime < STALE_SECONDS
+            return holder, fresh if runs is None else runs
+    return None
+
+
+def is_lock_file(path: Path) -> bool:
+    """Whether a file in a workdir belongs to its lock."""
+    return path.name == LOCK or path.name.startswith(f"{LOCK}.")
+
+
+def _take_workdir(workdir: Path, path: Path, between: Callable[[], None]) -> Holder:
+    """Take the lock file, and report whose it was."""
+    me = _this_process()
+    try:
+        before = _take(path, me, between)
+    except _HeldError as error:
+        holder = error.holder
+        here = holder.host == me.host and holder.machine == me.machine
+        stop = f"stop it (kill {holder.pid})" if here else f"stop it on {holder.host}"
+        raise CheckpointError(
+            f"--workdir {workdir} is in use by another run: {holder}. Wait until it ends, {stop}, "
+            "or choose another --workdir"
+        ) from None
+    if before and not _is_this_process(before, me):
+        print(
+            f"{workdir} was left locked by {before}, which no longer runs; taking it over",
+            file=sys.stderr,
+        )
+    _remove_litter(path)
+    return me
+
+
+def _remove_litter(path: Path) -> None:
+    """Remove what processes left that were killed while they took the lock."""
+    with contextlib.suppress(OSError):
+        now = path.stat().st_mtime
+        for file in path.parent.glob(f"{LOCK}.*"):
+            if now - file.stat().st_mtime > STALE_SECONDS:
+                file.unlink()
+
+
+def _take(path: Path, me: Holder, between: Callable[[], None]) -> Holder | None:
+    """Create the lock file, or replace a stale one, whose holder is returned.
+
+    Raises:
+      _HeldError: its holder runs.
+    """
+    there = me
+    for _ in range(_ATTEMPTS):
+        if _create(path, me):
+            return None
+        there = _read(path)
+        if there is None:  # released in the meantime
+            continue
+        if not _is_stale(path, there, me, between):
+            raise _HeldError(there)
+        # Between judging and replacing it another process may have replaced it: whoever does so
+        # holds this second lock and looks again.
+        second = path.with_name(f"{path.name}.{there.token}")
+        try:
+            _take(second, me, between)
+        except _HeldError:
+            time.sleep(0.1)
+            continue
+        try:
+            now = _read(path)
+            if now and now.token == there.token:
+                with _written(path, me) as part:
+                    part.replace(path)
+                return there
+        finally:
+            second.unlink(missing_ok=True)
+    raise _HeldError(there or me)
+
+
+def _create(path: Path, me: Holder) -> bool:
+    """Create the file with all its content, unless it exists."""
+    with _written(path, me) as part:
+        try:
+            os.link(part, path)
+            return True
+        except FileExistsError:
+            # The answer to a link that succeeded may be lost on NFS, and the link tried again.
+            with contextlib.suppress(FileNotFoundError):
+                return part.samefile(path)
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _create_without_link(path, me)
+
+
+@contextlib.contextmanager
+def _written(path: Path, me: Holder) -> Iterator[Path]:
+    """A file beside `path` that names this process, removed afterwards unless it was moved."""
+    part = path.with_name(f"{LOCK}.{me.token}{PART}")  # containers share host names and pids
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(_text(me))
+            file.flush()
+            os.fsync(file.fileno())
+        yield part
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _create_without_link(path: Path, me: Holder) -> bool:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(_text(me))
+        return True
+    except FileExistsError:
+        return False
+
+
+def _text(me: Holder) -> str:
+    return json.dumps(asdict(me), indent=1) + "\n"
+
+
+def _read(path: Path) -> Holder | None:
+    """The holder that the file names; None where there is no file."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    try:
+        found = Holder(**json.loads(text))
+        if found.token.isalnum() and found.pid + 0 == found.pid:  # of these types
+            return found
+        raise ValueError
+    except (ValueError, TypeError, AttributeError):
+        # Empty for a moment where the file system has no links, or damaged: its heartbeat decides.
+        return Holder("unknown", 0, "", "", "an unknown time", "unreadable")
+
+
+def _is_stale(path: Path, there: Holder, me: Holder, between: Callable[[], None]) -> bool:
+    if _is_this_process(there, me):  # left by an earlier run of a notebook
+        return True
+    runs = _runs(there)
+    return _heart_stopped(path, there, me, between) if runs is None else not runs
+
+
+def _heart_stopped(path: Path, there: Holder, me: Holder, between: Callable[[], None]) -> bool:
+    """Watch the heartbeat of a holder on another machine until it moves, or is stale."""
+    beat = _modified(path)
+    if beat is None:
+        return True
+    with _written(path, me) as part:
+        left = min(STALE_SECONDS - (part.stat().st_mtime - beat), STALE_SECONDS)
+    if left > 0:
+        print(
+            f"{path.parent} is locked by {there}; waiting up to {left:.0f} s for a sign of life",
+            file=sys.stderr,
+        )
+    while left > 0:
+        between()
+        time.sleep(1.0)
+        left -= 1.0
+        now = _modified(path)
+        if now is None:
+            return True
+        if now != beat:
+            return False
+    return True
+
+
+def _modified(path: Path) -> float | None:
+    """When the file was changed; opened first, so that NFS asks its server."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _beat(path: Path, hold: _Hold) -> None:
+    """Touch the lock file as long as it is held, and find out if it was taken over."""
+    while not hold.ended.wait(HEARTBEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            there = _read(path)
+            if there is None:  # removed by hand
+                _create(path, hold.me)
+            elif there.token != hold.me.token:
+                hold.lost_to = there
+                return
+            else:
+                os.utime(path)
+
+
+def _release(path: Path, me: Holder) -> None:
+    with contextlib.suppress(OSError):
+        there = _read(path)
+        if there and there.token == me.token:
+            path.unlink()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove the folders that were created for a run which wrote nothing."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _this_process() -> Holder:
+    return Holder(
+        host=platform.node(),
+        pid=os.getpid(),
+        machine=_machine(),
+        started=_start_of(os.getpid()) or "",
+        since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        token=uuid.uuid4().hex,
+    )
+
+
+def _is_this_process(there: Holder, me: Holder) -> bool:
+    one, other = asdict(there), asdict(me)
+    return all(one[name] == other[name] for name in ("host", "pid", "machine", "started"))
+
+
+def _runs(holder: Holder) -> bool | None:
+    """Whether a holder runs; None where it is on another machine or in another container."""
+    if (holder.host, holder.machine) != (platform.node(), _machine()):
+        return None
+    if not is_running(holder.pid):
+        return False
+    started = _start_of(holder.pid)
+    return started is None or started == holder.started
+
+
+def _machine() -> str:
+    """The boot and the namespace of process numbers; "" on a system without /proc."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return ""
+
+
+def _start_of(pid: int) -> str | None:
+    """When a process started, in clock ticks; "" for one that has ended, None where unknown."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
+    return "" if fields[0] in "ZX" else fields[19]
