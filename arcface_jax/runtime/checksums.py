@@ -188,7 +188,7 @@ def _missing_steps(workdir: Path) -> list[int]:
 
 def _gone(steps: list[int], workdir: Path) -> str:
     names = ", ".join(map(str, steps))
-    return f"checkpoint {names}, saved before, is missing from {workdir / 'checkpoints'}"
+    return f"{workdir / 'checkpoints'} has lost the checkpoint of step {names}"
 
 
 def config_copy(workdir: Path) -> str | None:

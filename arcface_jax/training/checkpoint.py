@@ -156,8 +156,8 @@ def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
         return text, None if text is not None else f"{path} is not a readable text file"
     if text == copy:
         return text, None
-    wrong = "differs from its copy" if damaged.is_there(path) else "is missing"
-    return copy, f"{path} {wrong} in checksums/{CONFIG}; the copy is used"
+    wrong = "differs from" if damaged.is_there(path) else "is missing, but not"
+    return copy, f"{path} {wrong} its copy checksums/{CONFIG}; using the copy"
 
 
 def _parse_config(workdir: Path, text: str) -> Config:

@@ -184,11 +184,14 @@ def _losses(workdir: Path) -> dict[int, float]:
 
 @contextlib.contextmanager
 def damaged_copy(undamaged: Undamaged, pattern: str, harm: Damage) -> Iterator[Path]:
-    """A copy of the workdir in which the largest file of a pattern is damaged."""
+    """A copy of the workdir in which the largest file of a pattern is damaged.
+
+    An empty pattern stands for the workdir.
+    """
     with TemporaryDirectory() as folder:
         copy = Path(shutil.copytree(undamaged.workdir, Path(folder) / "run"))
-        found = sorted(copy.glob(pattern), key=lambda path: path.stat().st_size)
-        harm(found[-1])
+        found = copy.glob(pattern) if pattern else [copy]
+        harm(max(found, key=lambda path: path.stat().st_size))
         yield copy
 
 
@@ -276,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         for kind, name, pattern, harm in cells():
             if given.kinds and kind not in given.kinds:
                 continue
-            with damaged_copy(undamaged, pattern or ".", harm) as run:
+            with damaged_copy(undamaged, pattern, harm) as run:
                 seen = read(run, undamaged)
                 outcomes[kind, name] = (resume(run, undamaged), seen)
             for verb, outcome in zip(("resume", "read"), outcomes[kind, name], strict=True):
