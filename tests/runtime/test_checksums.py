@@ -146,6 +146,7 @@ def test_a_resume_repairs_what_a_run_can_do_without(run, capsys):
     assert kept[:4] == [json.loads(x)["step"] for x in lines[:4]]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_training_item_is_not_imported_weights(run, capsys):
     shutil.rmtree(run / "checkpoints" / "9" / "training")
     (run / "checksums" / "9.json").unlink()

@@ -119,6 +119,16 @@ def test_a_missing_checkpoint_is_reported_and_one_half_written_is_not(workdir):
     assert "lost the checkpoint of step 4; falling back to step 2" in message
 
 
+def test_a_checkpoint_without_an_item_falls_back_with_and_without_checksums(workdir):
+    shutil.rmtree(workdir / "checkpoints" / "4" / "training")
+    shutil.copytree(workdir, copy := workdir.with_name("copy"))
+    (copy / "checksums" / "4.json").unlink()
+    (message,) = checksums.set_aside_damaged(workdir / "checkpoints")
+    assert "checkpoint 4 is corrupt (training/array)" in message
+    (message,) = checksums.set_aside_damaged(copy / "checkpoints")
+    assert "checkpoint 4 is corrupt (training/)" in message
+
+
 def test_a_checkpoint_that_is_a_link_is_refused(workdir, tmp_path):
     (workdir / "checkpoints" / "4").rename(tmp_path / "4")
     (workdir / "checkpoints" / "4").symlink_to(tmp_path / "4")
