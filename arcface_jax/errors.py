@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import importlib.util
 import os
+import select
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -67,14 +68,18 @@ def reported() -> Iterator[None]:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether the reader of stdout has gone."""
+    """Whether the reader of stdout has gone; it is discarded then."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more when it exits, which must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        number = sys.stdout.fileno()
+    except (OSError, ValueError, AttributeError):  # not a file: captured, or closed
+        return False
+    stdout = select.poll()
+    stdout.register(number, 0)
+    if not stdout.poll(0):
+        return False
+    # Python flushes once more when it exits, which must not fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
 
 
 def install(extra: str) -> str:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
 from tyro.conf import Positional
 
 from arcface_jax import errors
@@ -25,7 +26,7 @@ from arcface_jax.config import command_line, loading
 class Arguments:
     """Options of `status`."""
 
-    workdir: Positional[Path]
+    workdir: Annotated[Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
     """Of a run."""
 
 

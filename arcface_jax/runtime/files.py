@@ -234,10 +234,9 @@ def resume_point(workdir: Path) -> str:
 
 @functools.cache
 def quiet_orbax() -> None:
-    """Suppress what Orbax prints about a failed save in addition to raising it.
+    """Suppress what Orbax prints about a failed save or read in addition to raising it.
 
-    For the rest of the process: the writes that such a save leaves behind may fail as late as at
-    exit.
+    For the rest of the process: parts of it may fail after the error is raised, as late as at exit.
     """
     hook = sys.unraisablehook
 

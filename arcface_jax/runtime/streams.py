@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import sys
+from typing import TextIO
 
 _READER_GONE = (errno.EPIPE, errno.EIO)
 
@@ -33,10 +34,14 @@ def outlive_readers() -> None:
             binary,
             encoding=getattr(before, "encoding", None) or "utf-8",
             errors=getattr(before, "errors", None) or "backslashreplace",
-            line_buffering=getattr(before, "line_buffering", True),
-            write_through=getattr(before, "write_through", False),
+            line_buffering=name == "stderr" or before is None or _is_unbuffered(before),
         )
         setattr(sys, name, after)
+
+
+def _is_unbuffered(stream: TextIO) -> bool:
+    """Whether lines are shown at once: on a terminal, and with python -u."""
+    return bool(getattr(stream, "line_buffering", True) or getattr(stream, "write_through", False))
 
 
 def discard(number: int) -> None:

@@ -18,7 +18,7 @@ from arcface_jax.config.choices import Which
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
 from arcface_jax.runtime import checksums, damaged, locks
-from arcface_jax.runtime.files import complete_steps
+from arcface_jax.runtime.files import complete_steps, quiet_orbax
 from arcface_jax.training import checkpoint, checkpoint_forms, step
 from arcface_jax.training.checkpoint import CONFIG
 
@@ -166,6 +166,7 @@ def _read(
       CheckpointError: there is none, `which` names a step that was removed, or each of several
         was.
     """
+    quiet_orbax()  # of a failed read, some parts fail after its error is raised
     for attempt in range(_ATTEMPTS):
         number = None
         try:
@@ -178,9 +179,10 @@ def _read(
                 number = _choose(manager, which, workdir)
                 return read(workdir, config, manager, number)
         except Exception as error:
-            if not _is_removed(workdir, number):
+            named = isinstance(which, int)
+            if (named and number is None) or not _is_removed(workdir, number):
                 raise
-            if isinstance(which, int) or attempt == _ATTEMPTS - 1:
+            if named or attempt == _ATTEMPTS - 1:
                 raise CheckpointError(
                     f"{workdir}: the checkpoint of step {number} was removed by its run while it "
                     "was read; use --step latest, or raise --checkpoint.keep of the run"

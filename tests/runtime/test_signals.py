@@ -8,13 +8,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from commands import HANG, ROOT, wait_until
+from commands import HANG, ROOT, result, run_process, wait_until
 
+from arcface_jax.commands import Result, command
 from arcface_jax.data.synthetic import faces
 
 # Six steps an epoch.
@@ -72,6 +74,17 @@ class Run:
             (line["step"] for line in lines(self.workdir) if "train/loss" in line), default=0
         )
 
+    def wait_for_handlers(self) -> None:
+        """Until the process notes SIGHUP instead of ending by it."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        bit = 1 << (signal.SIGHUP - 1)
+
+        def caught() -> bool:
+            found = [x for x in status.read_text().splitlines() if x.startswith("SigCgt:")]
+            return bool(found) and bool(int(found[0].split()[1], 16) & bit)
+
+        self.wait_for(caught)
+
     def end(self) -> tuple[int, str]:
         said = self.process.communicate(timeout=HANG)[1]
         return self.process.returncode, said
@@ -94,6 +107,119 @@ def evaluated(workdir: Path) -> list[int]:
 
 def saved(workdir: Path) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+@pytest.mark.parametrize("by", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_start_up_ends_the_run_in_one_line(tmp_path, by):
+    """Before the heavy imports, or right after them."""
+    with Run(tmp_path, "--checkpoint.requeue-exit-code", "85") as run:
+        run.wait_for_handlers()
+        run.process.send_signal(by)
+        code, said = run.end()
+    assert code == (85 if by is signal.SIGTERM else 128 + by), said
+    assert said == (
+        f"stopped by {by.name} before the first step; rerun the same command; it starts over, "
+        "because no checkpoint is complete yet\n"
+    )
+    assert not run.workdir.exists()
+
+
+def test_other_commands_end_on_ctrl_c_in_one_line(capsys):
+    @command
+    def body() -> Result:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        body()
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_command_whose_output_is_cut_ends_without_a_traceback():
+    """`arcface-jax recipes | head -n 1`, with a pipe that is closed before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "arcface_jax", "recipes"]
+    done = subprocess.run(words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, timeout=HANG)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def loaded(run: Run, name: str) -> bool:
+    """Whether a library is in the memory of the process."""
+    return name in Path(f"/proc/{run.process.pid}/maps").read_text()
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_ends_in_order_and_the_run_resumes(tmp_path):
+    """Start-up's phases, the first compilation, steps, the last evaluation and the export."""
+    moments: dict[str, Callable[[Run], bool]] = {
+        "imports": lambda run: loaded(run, "jaxlib"),
+        "data": lambda run: (run.workdir / "run.lock").exists(),
+        "state": lambda run: (run.workdir / "config.json").exists(),
+        "compilation": lambda run: (run.workdir / "run.txt").exists(),
+        "steps": lambda run: run.steps() >= 2,
+        "evaluation": lambda run: run.steps() == 12,
+        "export": lambda run: 12 in evaluated(run.workdir),
+    }
+    by = [signal.SIGHUP, signal.SIGINT, signal.SIGTERM]
+    options = ("--evaluation.targets", "synthetic")
+    codes = {}
+    for number, (moment, reached) in enumerate(moments.items()):
+        sent = by[number % len(by)]
+        with Run(tmp_path, *options, epochs=2, pairs=100) as run:
+            run.wait_for(partial(reached, run))
+            run.process.send_signal(sent)
+            codes[moment], said = run.end()
+        assert codes[moment] == 128 + sent, (moment, said)
+        assert "Traceback" not in said and f"stopped by {sent.name}" in said, (moment, said)
+        assert not (run.workdir / "run.lock").exists(), moment
+        assert not list(run.workdir.glob("**/*.part")), moment
+        assert not list(run.workdir.glob("checkpoints/*tmp*")), moment
+    with Run(tmp_path, *options, epochs=2, pairs=100) as run:
+        code, said = run.end()
+    assert code == 0, said
+    assert [line["step"] for line in lines(run.workdir) if "train/loss" in line] == [*range(1, 13)]
+    assert 12 in evaluated(run.workdir) and saved(run.workdir)[-1] == 12
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_is_gone_trains_on_and_saves_at_sighup(tmp_path):
+    with Run(tmp_path) as run:
+        run.wait_for(lambda: run.steps() >= 1)
+        run.process.stdout.close()
+        run.process.stderr.close()
+        seen = run.steps()
+        run.wait_for(lambda: run.steps() >= seen + 20)
+        run.process.send_signal(signal.SIGHUP)
+        code = run.process.wait(HANG)
+        run.process.stdout = run.process.stderr = None
+    assert code == 128 + signal.SIGHUP
+    assert saved(run.workdir) == [run.steps()]
+
+
+@pytest.mark.slow
+def test_of_two_runs_in_one_workdir_the_second_ends(tmp_path):
+    """And the first is what status reports; after a kill -9 the next run takes over."""
+    with Run(tmp_path) as first:
+        first.wait_for(lambda: first.steps() >= 1)
+        with Run(tmp_path) as second:
+            code, said = second.end()
+        assert code == 2 and f"in use by another run: process {first.process.pid} on" in said
+        assert "Traceback" not in said
+        seen = result(run_process(["scripts/status.py", str(first.workdir)]).stdout)
+        assert (seen["holder"], seen["pid"]) == ("alive", first.process.pid)
+        assert seen["step"] >= 1 and seen["total_steps"] == 6000
+        first.process.kill()
+        first.process.wait()
+    seen = result(run_process(["scripts/status.py", str(first.workdir)]).stdout)
+    assert seen["holder"] == "stale"
+    with Run(tmp_path) as third:
+        third.wait_for(lambda: third.steps() > seen["step"])
+        third.process.send_signal(signal.SIGTERM)
+        code, said = third.end()
+    assert code == 128 + signal.SIGTERM
+    assert f"was left locked by process {first.process.pid} on" in said
 
 
 @pytest.mark.slow
