@@ -23,7 +23,7 @@ import numpy as np
 
 from arcface_jax import plugins
 from arcface_jax.config import DataConfig, HeadConfig, ModelConfig, OptimizerConfig
-from arcface_jax.data import detectors, opening
+from arcface_jax.data import detectors, fingerprint, opening
 from arcface_jax.data.detectors import Faces
 from arcface_jax.data.images import IMAGE_SIZE, decode
 from arcface_jax.data.synthetic.faces import draw_face
@@ -477,6 +477,8 @@ def check_source(path: str, data: DataConfig | None = None, *, images: int = 32)
     _check_loading(source, numbers, read)
     copy = pickle.loads(pickle.dumps(source))
     _require_same(read, [copy[int(n)] for n in numbers], "a copy in another process (pickle)")
+    different = fingerprint.differences(*map(fingerprint.of_source, (source, copy)))
+    _require(not different, f"read() or facts() change from call to call: {', '.join(different)}")
     with ThreadPoolExecutor(_THREADS) as pool:
         together = list(pool.map(lambda n: source[int(n)], np.tile(numbers, 3)))
     for start in range(0, len(together), len(numbers)):

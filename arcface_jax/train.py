@@ -86,12 +86,13 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         source = opening.open_source(config.data, seed=config.seed)
         targets = _open_targets(config)
         images = order.make(len(source), config.data, seed=config.seed)
-        dataset = {"num_classes": source.num_classes, "num_images": len(source)}
+        dataset = checkpoint.describe(source, config.data)
         weights = _initial_weights(config, init)
         launch.raise_if_stopped_at_start()
 
         # ---- State: fresh, from other weights, or the newest checkpoint --------------------------
         manager = checkpoint.open_workdir(config)
+        checkpoint.check_data(manager, dataset, config.data)
         state = step.init_state(config, num_classes=source.num_classes, mesh=mesh, weights=weights)
         evaluate = evaluators.make(
             targets,

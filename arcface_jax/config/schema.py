@@ -156,6 +156,9 @@ class DataConfig:
     """The images left at an epoch's end that do not fill a batch: skip them
     in this epoch, or pad the batch with images from the beginning of the
     epoch, which are then seen twice."""
+    changed: Literal["refuse", "accept"] = "refuse"
+    """When a run resumes and its training set is no longer the one it was
+    trained on: stop and report what differs, or continue with the new data."""
     max_bad_share: Share = 0.001
     """Largest share of unreadable images. They are replaced by others; above it the run stops."""
     workers: NonNegativeInt = 0
@@ -447,6 +450,7 @@ MAY_DIFFER_ON_RESUME = (
     "compilation_cache",
     "distributed.",
     "data.path",
+    "data.changed",
     "data.max_bad_share",
     "data.workers",
     "data.threads",

@@ -2,7 +2,7 @@
 
 import csv
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from arcface_jax.data.images import is_image
 from arcface_jax.data.source import Sample, Source, whole_label
 from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime.sealed import array_digest
 
 LIST_SUFFIXES = frozenset((".csv", ".tsv", ".txt", ".lst"))
 _PATH_COLUMNS = ("path", "file", "filename", "image")
@@ -60,6 +61,15 @@ class FilesSource(Source):
     def where(self, index: int) -> str:
         """The file's path."""
         return str(self._path(index))
+
+    def facts(self) -> Mapping[str, int | str]:
+        """Digests of the images' names, relative to the set's folder, and of the labels."""
+        names = np.frombuffer(self._names, np.uint8)
+        return {
+            "form": "image files",
+            "file names": array_digest(names) + array_digest(self._ends),
+            "labels": array_digest(self._labels),
+        }
 
     def _path(self, index: int) -> Path:
         begin = self._ends[index - 1] if index else 0

@@ -1,6 +1,6 @@
 """Which training set lies at a path: found by looking at it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -169,6 +169,7 @@ class JoinedSource(Source):
         self._ends = np.cumsum([len(part) for part in parts]).tolist()
         self._offsets = np.cumsum([0, *(part.num_classes for part in parts)]).tolist()
         self.num_classes = self._offsets[-1]
+        self.generated = all(part.generated for part in parts)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -211,6 +212,14 @@ class JoinedSource(Source):
         """As the part says it."""
         part, inside = self._locate(index)
         return self._parts[part].where(inside)
+
+    def facts(self) -> Mapping[str, int | str]:
+        """Those of each part, and how many images and identities it has."""
+        facts: dict[str, int | str] = {"form": f"{len(self._parts)} sets joined"}
+        for number, part in enumerate(self._parts, start=1):
+            own = {"images": len(part), "classes": part.num_classes, **part.facts()}
+            facts |= {f"set {number} {name}": value for name, value in own.items()}
+        return facts
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.errors import DataError, ImageError, UserError, install
+from arcface_jax.runtime.sealed import array_digest
 
 _GROUPS_KEPT = 8  # row groups that stay in memory
 
@@ -40,10 +41,12 @@ class ParquetSource(Source):
     def __init__(self, files: Sequence[Path]):
         self._files = list(files)
         groups, labels = [], []
+        self._sizes = np.zeros(len(files), np.int64)
         for number, path in enumerate(self._files):
             try:
                 with _import_parquet().ParquetFile(path) as file:
                     schema, meta = file.schema_arrow, file.metadata
+                    self._sizes[number] = path.stat().st_size
                     _check_columns(path, schema)
                     groups += [
                         (number, i, meta.row_group(i).num_rows) for i in range(meta.num_row_groups)
@@ -105,6 +108,16 @@ class ParquetSource(Source):
         group = int(np.searchsorted(self._ends, index, side="right"))
         file, number, rows = self._groups[group].tolist()
         return f"{self._files[file]}, group {number}, row {index - int(self._ends[group]) + rows}"
+
+    def facts(self) -> Mapping[str, int | str]:
+        """Sizes of the files, and digests of their labels and row groups."""
+        return {
+            "form": "Parquet",
+            "bytes": int(self._sizes.sum()),
+            "file sizes": array_digest(self._sizes),
+            "row groups": array_digest(self._groups.reshape(-1)),
+            "labels": array_digest(self._labels),
+        }
 
     def _images(self, group: int) -> Any:
         with self._lock:

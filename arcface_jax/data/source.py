@@ -1,5 +1,6 @@
 """What every training set offers: how many identities, and labeled images by number."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -25,6 +26,9 @@ class Source(Protocol):
 
     num_classes: int
     """Identities; labels are 0 .. num_classes - 1."""
+
+    generated: bool = False
+    """Whether images are computed from parameters, which `facts` then states, and not stored."""
 
     def __len__(self) -> int: ...
 
@@ -74,6 +78,14 @@ class Source(Protocol):
     def where(self, index: int) -> str:
         """The file and the place in it, for messages."""
         ...
+
+    def facts(self) -> Mapping[str, int | str]:
+        """What tells this set from others without reading an image, by name.
+
+        Numbers (sizes in bytes, counts, parameters), and digests as text; `form` is the kind of
+        files. Neither paths nor times. Without it a fingerprint has counts and sampled images.
+        """
+        return {}
 
 
 def whole_label(label: float, *, where: str) -> int:

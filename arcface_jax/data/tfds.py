@@ -1,7 +1,9 @@
 """TensorFlow Datasets stored as ArrayRecord, read without TensorFlow."""
 
+import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from arcface_jax.data.images import encode
 from arcface_jax.data.source import Sample, Source, whole_label
 from arcface_jax.errors import DataError, ImageError, UserError, install
+from arcface_jax.runtime import sealed
 
 PREFIX = "tfds:"
 
@@ -111,6 +114,15 @@ class TfdsSource(Source):
     def where(self, index: int) -> str:
         """The data set and the example's number."""
         return f"{self._path}, example {index}"
+
+    def facts(self) -> Mapping[str, int | str]:
+        """The split, and a digest of the sizes of all splits and shards."""
+        splits = {
+            name: [split.num_bytes, list(split.shard_lengths)]
+            for name, split in self._data.dataset_info.splits.items()
+        }
+        shards = sealed.digest(json.dumps(splits, sort_keys=True).encode())
+        return {"form": "TFDS", "split": self._path.partition("#")[2] or "train", "shards": shards}
 
 
 def is_builder(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
+from arcface_jax.data import fingerprint
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc, verification
@@ -164,6 +164,4 @@ def read(path: Path) -> Calibration:
 
 
 def _digest(pairs: PairSet) -> str:
-    total = hashlib.sha256(np.ascontiguousarray(pairs.images).data)
-    total.update(np.asarray(pairs.same, bool).tobytes())
-    return total.hexdigest()
+    return fingerprint.of_arrays(pairs.images, np.asarray(pairs.same, bool))

@@ -1,14 +1,17 @@
 """Embeddings of many images in shards on disk, so that a killed job resumes where it stopped.
 
-`Store` is the folder: settings.json states what the shards were made of, and each shard is moved
-into place when it is complete. `extract` fills one with the features that the protocols read:
+`Store` is the folder: settings.json states what the shards were made of and their digests, and each
+shard is moved into place when it is complete. A shard that differs from its digest is made again.
+`extract` fills one with the features that the protocols read:
 FOLDER/00000.npy and so on are (rows, k, D) float32: f(image), and with flip f(image) + f(flipped
 image). `arcface_jax.inference.bulk` keeps its embeddings of whole folders in another.
 """
 
-import hashlib
+import contextlib
+import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +24,13 @@ from arcface_jax.data import faces
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.embed import Embed
-from arcface_jax.runtime.files import PART, atomic, write_atomic
+from arcface_jax.runtime import sealed
+from arcface_jax.runtime.files import PART, write_atomic
+from arcface_jax.runtime.sealed import DamagedError
 
 SETTINGS = "settings.json"
+_DIGESTS = "digests"
+_ADDED = ("sample",)  # settings that earlier versions did not store
 ROWS = 2048
 """Images in a shard: two shards of images are in memory, 154 MB."""
 
@@ -39,6 +46,8 @@ class Store(NamedTuple):
     folder: Path
     pattern: str = "{:05d}.npy"
     """File name of a shard, given its number."""
+    beside: str = ""
+    """File name of the JSON that belongs to a shard, if there is any."""
 
     def agree(
         self, settings: Mapping[str, Any], *, write: bool = True, **unchecked: Any
@@ -54,53 +63,183 @@ class Store(NamedTuple):
           The settings that are stored.
 
         Raises:
-          DataError: the folder holds shards with other settings, or without any.
+          DataError: the folder holds shards with other settings, or without any that can be read.
           OSError: the folder cannot be written.
         """
-        path = self.folder / SETTINGS
-        if not path.is_file():
+        try:
+            stored = self._read()
+        except FileNotFoundError:
             if self.present():
                 raise DataError(
                     f"{self.folder} holds embeddings but no {SETTINGS}: use another folder"
-                )
+                ) from None
             settings = {**settings, **unchecked}
             self.folder.mkdir(parents=True, exist_ok=True)
             if write:
-                write_atomic(path, json.dumps(settings, indent=2) + "\n")
+                self._save({**settings, _DIGESTS: {}})
             return settings
-        stored = json.loads(path.read_text())
+        earlier = _DIGESTS not in stored
         different = [
             f"{name} was {stored.get(name)!r} and is {value!r}"
             for name, value in settings.items()
-            if stored.get(name) != value
+            if stored.get(name) != value and not (earlier and name in _ADDED)
         ]
         if different:
             raise DataError(
                 f"{self.folder} holds embeddings with other settings: {'; '.join(different)}. "
                 "Match them to resume, or use another folder"
             )
+        if earlier and write:
+            self._save({**stored, **settings, _DIGESTS: self._adopted()})
         return stored
 
     def path(self, number: int) -> Path:
         """Where a shard is, once it is complete."""
         return self.folder / self.pattern.format(number)
 
+    def path_beside(self, number: int) -> Path:
+        """Where the JSON of a shard is."""
+        return self.folder / self.beside.format(number)
+
     def present(self) -> list[Path]:
-        """The complete shards, in order."""
-        before, _, after = self.pattern.partition("{:05d}")
-        return sorted(self.folder.glob(f"{before}[0-9]*{after}"))
+        """The shards that have files, in order."""
+        return [self.path(number) for number in self._numbers()]
 
-    def missing(self, count: int) -> list[int]:
-        """Which of the first `count` shards have yet to be made."""
-        return [number for number in range(count) if not self.path(number).is_file()]
+    def missing(self, count: int, *, report: bool = True) -> list[int]:
+        """Which of the first `count` shards have yet to be made, or made again.
 
-    def write(self, number: int, shard: np.ndarray) -> None:
-        """Writes a shard, which appears when all of it is on disk."""
-        path = self.path(number)
-        with atomic(path, "wb") as file:
-            np.save(file, shard)
+        Args:
+          count: of the shards.
+          report: whether to print which ones are damaged.
+
+        Raises:
+          DataError: a folder is in a shard's place.
+        """
+        digests = self._read()[_DIGESTS] if self._is_current() else {}
+        with ThreadPoolExecutor() as pool:
+            wrong = list(pool.map(lambda number: self._wrong(number, digests), range(count)))
+        missing = [number for number, names in enumerate(wrong) if names is not None]
+        for names in filter(None, wrong if report else []):
+            print(
+                f"warning: {self.folder}: {', '.join(names)} missing or damaged; its embeddings "
+                "are computed again",
+                file=sys.stderr,
+            )
+        return missing
+
+    def require_whole(self) -> None:
+        """Verifies all shards before they are read.
+
+        Raises:
+          DataError: one is damaged.
+        """
+        if not self._is_current():
+            return
+        digests = self._read()[_DIGESTS]
+        for number in sorted({*self._numbers(), *self._numbers(digests)}):
+            if self._wrong(number, digests) is not None:
+                raise DataError(
+                    f"{self.path(number)} is missing, damaged or not of this output: run the same "
+                    "command that embedded the images again"
+                )
+
+    def write(self, number: int, shard: np.ndarray, *, beside: Any = None) -> None:
+        """Writes a shard, which appears when all of it is on disk.
+
+        Args:
+          number: of the shard.
+          shard: the embeddings.
+          beside: plain JSON that belongs to it.
+        """
+        content = io.BytesIO()
+        np.save(content, shard)
+        files = {self.path(number): content.getvalue()}
+        if self.beside:
+            files = {self.path_beside(number): json.dumps(beside, indent=0).encode()} | files
+        # The digests come first: a shard without one is none.
+        try:
+            settings = self._read()
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} was removed while embeddings were made") from None
+        settings[_DIGESTS] |= {path.name: sealed.digest(data) for path, data in files.items()}
+        self._save(settings)
+        for path, data in files.items():
+            write_atomic(path, data)
         for suffix in (PART, ".tmp"):  # left by a killed process of an earlier version
-            path.with_suffix(suffix).unlink(missing_ok=True)
+            self.path(number).with_suffix(suffix).unlink(missing_ok=True)
+
+    def _files(self, number: int) -> list[Path]:
+        return [self.path(number), *([self.path_beside(number)] if self.beside else [])]
+
+    def _numbers(self, names: Iterable[str] | None = None) -> list[int]:
+        """The shards among file names, those of the folder by default, in order."""
+        before, _, after = self.pattern.partition("{:05d}")
+        if names is None:
+            names = [path.name for path in self.folder.glob(f"{before}*{after}")]
+        digits = [
+            name.removeprefix(before).removesuffix(after)
+            for name in names
+            if name.startswith(before) and name.endswith(after)
+        ]
+        return sorted(int(number) for number in digits if number.isascii() and number.isdecimal())
+
+    def _read(self) -> dict[str, Any]:
+        """The settings, of this version or an earlier one.
+
+        Raises:
+          FileNotFoundError: there are none.
+          DataError: they are damaged.
+        """
+        path = self.folder / SETTINGS
+        try:
+            stored = sealed.read(path, unsealed=True)
+            if _DIGESTS in stored:  # or the file has lost its digest
+                stored = sealed.read(path)
+        except DamagedError as error:
+            raise DataError(
+                f"{error}, so the settings of the embeddings in {self.folder} are unknown: remove "
+                "that folder or use another one"
+            ) from None
+        return stored
+
+    def _is_current(self) -> bool:
+        try:
+            return _DIGESTS in self._read()
+        except FileNotFoundError:
+            return False
+
+    def _save(self, content: Mapping[str, Any]) -> None:
+        write_atomic(self.folder / SETTINGS, sealed.seal(content, indent=2))
+
+    def _wrong(self, number: int, digests: Mapping[str, str]) -> list[str] | None:
+        """Names of a shard's files that are not what was written; none if it never was.
+
+        Returns None where the shard is whole.
+        """
+        files, wrong = self._files(number), []
+        for path in files:
+            if path.is_dir():
+                raise DataError(f"{path} is a folder where embeddings belong: remove it")
+            try:
+                same = sealed.file_digest(path) == digests.get(path.name)
+            except OSError:
+                same = False
+            if not same:
+                wrong.append(path.name)
+        if not wrong:
+            return None
+        return wrong if any(path.name in digests for path in files) else []
+
+    def _adopted(self) -> dict[str, str]:
+        """Digests of the shards of an earlier version, as far as they can be read."""
+        digests = {}
+        for number in self._numbers():
+            with contextlib.suppress(OSError, ValueError, EOFError):
+                np.load(self.path(number), mmap_mode="r")
+                if self.beside:
+                    json.loads(self.path_beside(number).read_bytes())
+                digests |= {path.name: sealed.file_digest(path) for path in self._files(number)}
+        return digests
 
 
 class Features(NamedTuple):
@@ -146,14 +285,6 @@ def read_bytes(path: Path) -> bytes:
         ) from None
 
 
-def digest(names: Sequence[str], *arrays: np.ndarray) -> str:
-    """SHA-256 of a list of names and of arrays: which images, and how they are cut."""
-    total = hashlib.sha256("\n".join(names).encode())
-    for array in arrays:
-        total.update(np.ascontiguousarray(array).data)
-    return total.hexdigest()
-
-
 def extract(
     embed: Embed,
     load: Load,
@@ -191,7 +322,7 @@ def extract(
     store = Store(folder)
     views = _agreed_views(store, {**settings, "images": count}, flip=flip, write=first_host)
     starts = range(0, count, ROWS)
-    missing = _of_first_host(store.missing(len(starts)), len(starts))
+    missing = _of_first_host(store.missing(len(starts), report=first_host), len(starts))
     progress(count - sum(min(ROWS, count - starts[number]) for number in missing))
     with ThreadPoolExecutor(threads) as pool:
 
@@ -243,7 +374,7 @@ def _check_finite(shard: np.ndarray, names: Sequence[str]) -> None:
 def _agreed_views(store: Store, settings: dict[str, Any], *, flip: bool, write: bool) -> int:
     """Compares settings with the store's; returns how many views of each image it holds."""
     stored = store.agree(settings | {"shard": ROWS}, write=write, views=1 + flip)
-    if stored["views"] < 1 + flip:
+    if stored.get("views", 0) < 1 + flip:
         raise DataError(
             f"{store.folder} was made without flipped images, and they are wanted (option F): use "
             "another folder, or delete this one"

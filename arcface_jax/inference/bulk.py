@@ -2,11 +2,9 @@
 
 OUTPUT is a `Store` of arcface_jax.evaluation.shards: settings.json states what made the shards.
 Shard i is `embeddings-0000i.npy`, (n, D) float32, and `ids-0000i.json`, whose `ids` are the n files
-in the order of the rows and whose `skipped` are the files without a row, with the reason. The .npy
-is written last, so a shard that has it is complete.
+in the order of the rows and whose `skipped` are the files without a row, with the reason.
 """
 
-import hashlib
 import json
 import os
 from collections import deque
@@ -17,13 +15,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from arcface_jax.data import faces
+from arcface_jax.data import faces, fingerprint
 from arcface_jax.data.faces import OtherSize
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.shards import Store
-from arcface_jax.runtime.files import write_atomic
 
 _BATCHES_AHEAD = 2
 Decoded = np.ndarray | DataError
@@ -90,7 +87,8 @@ def embed_folder(
         "normalized": normalized,
         "shard_size": shard_size,
         "images": len(ids),
-        "files": _digest(folder, ids, points),
+        "files": fingerprint.of_folder(folder, ids, points),
+        "sample": fingerprint.of_files([folder / name for name in ids], read=_content),
     }
     try:
         _store(output).agree(settings)
@@ -105,16 +103,27 @@ def shards(output: Path) -> list[Path]:
 
 
 def read(output: Path) -> tuple[list[str], np.ndarray]:
-    """The ids and embeddings (n, D) of all shards of an output folder, in memory."""
+    """The ids and embeddings (n, D) of all shards of an output folder, in memory.
+
+    Raises:
+      DataError: the folder holds none, or damaged ones.
+    """
     paths = shards(output)
     if not paths:
         raise DataError(f"{output} holds no embeddings-*.npy: name the output of a bulk run")
-    ids = [name for path in paths for name in _ids(path)["ids"]]
-    return ids, np.concatenate([np.load(path) for path in paths])
+    _store(output).require_whole()
+    try:
+        ids = [name for path in paths for name in _ids(path)["ids"]]
+        return ids, np.concatenate([np.load(path) for path in paths])
+    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{output} holds damaged embeddings ({error}): run the same command that embedded the "
+            "images again"
+        ) from None
 
 
 def _store(output: Path) -> Store:
-    return Store(output, "embeddings-{:05d}.npy")
+    return Store(output, "embeddings-{:05d}.npy", beside="ids-{:05d}.json")
 
 
 def _embed_all(
@@ -187,9 +196,15 @@ def _write_shard(
     if not parts:  # a shard of no rows has columns nevertheless
         black = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         parts = [embedder.embed_aligned(black)[:0]]
-    named = json.dumps({"ids": ids, "skipped": skipped}, indent=0)
-    write_atomic(_ids_path(store.path(number)), named)
-    store.write(number, np.concatenate(parts))
+    store.write(number, np.concatenate(parts), beside={"ids": ids, "skipped": skipped})
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes; none if it cannot be read, for such files are skipped."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 def _ids_path(shard: Path) -> Path:
@@ -198,13 +213,3 @@ def _ids_path(shard: Path) -> Path:
 
 def _ids(shard: Path) -> dict:
     return json.loads(_ids_path(shard).read_text())
-
-
-def _digest(folder: Path, ids: list[str], points: Mapping[str, np.ndarray] | None) -> str:
-    """Of the files' names and sizes and their points: what would make other shards."""
-    total = hashlib.sha256()
-    for name in ids:
-        total.update(f"{name}\0{(folder / name).stat().st_size}\0".encode())
-        if points is not None and name in points:
-            total.update(np.asarray(points[name], np.float64).tobytes())
-    return total.hexdigest()

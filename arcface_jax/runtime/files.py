@@ -69,9 +69,9 @@ def atomic(
         symbolic link is followed.
       mode: "w" (UTF-8) or "wb".
       newline: as in `open`.
-      durable: sync the file before the move, so that not even a power failure leaves an empty
-        file, and remove what killed processes left of it. Turn it off for many small files that
-        can be made again.
+      durable: sync the file before the move and its folder after it, so that a power failure
+        leaves the old content or the new one, and remove what killed processes left of it. Turn
+        it off for many small files that can be made again.
 
     Raises:
       OSError: it cannot be written; the old content stays and no part is left.
@@ -92,6 +92,8 @@ def atomic(
                 file.flush()
                 os.fsync(file.fileno())
         part.replace(path)
+        if durable:
+            _sync_folder(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):  # the first error is the one to report
             part.unlink(missing_ok=True)
@@ -116,6 +118,7 @@ def atomic_files(path: Path) -> Iterator[Path]:
             _sync(file)
         for file in files:
             file.replace(path.parent / file.name)
+        _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -134,9 +137,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield folder
         for file in folder.iterdir():
             _sync(file)
+        _sync_folder(folder)
+        if path.is_symlink() or path.is_file():
+            path.unlink()
         shutil.rmtree(path, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rename(path)
+        _sync_folder(path.parent)
 
 
 def part_of(path: Path) -> Path:
@@ -159,6 +166,18 @@ def _part_folder(path: Path) -> Iterator[Path]:
 def _sync(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes renames in a folder last."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks have no such call
+            raise
+    finally:
+        os.close(number)
 
 
 def _remove_stale(path: Path) -> None:

@@ -7,6 +7,7 @@ Under SLURM, Open MPI and Kubernetes the launcher's own variables hold all that 
 
 import importlib.util
 import os
+import platform
 import re
 import signal
 from collections.abc import Iterator, Mapping
@@ -132,6 +133,23 @@ def first_process_first() -> Iterator[None]:
     yield
     if is_first():
         multihost_utils.sync_global_devices("first")
+
+
+def gather_text(text: str) -> list[str]:
+    """A text of every process, in the order of the processes; a collective operation."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.array([len(own)], np.int32)).reshape(-1)
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(own)] = own
+    everyone = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
+    return [bytes(row[:n]).decode() for row, n in zip(everyone, lengths.tolist(), strict=True)]
+
+
+def host_name() -> str:
+    """The name of this machine, for messages."""
+    return platform.node() or "an unnamed host"
 
 
 def should_stop(stop: Stop, step: int) -> bool:

@@ -18,7 +18,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from arcface_jax.config import CheckpointConfig, Config, loading
+from arcface_jax.config import CheckpointConfig, Config, DataConfig, loading
+from arcface_jax.data import fingerprint
+from arcface_jax.data.source import Source
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
 from arcface_jax.runtime import checksums, damaged, launch, locks
@@ -34,10 +36,23 @@ from arcface_jax.training import checkpoint_forms, manifest
 from arcface_jax.training.step import TrainState
 
 CONFIG = "config.json"
-Dataset = dict[str, int]
-"""num_classes and num_images of the training set."""
+Dataset = dict[str, Any]
+"""num_classes and num_images of the training set, and its `fingerprint`."""
 
 BACKBONE_FIELDS = ("params", "batch_stats")
+
+
+def describe(source: Source, data: DataConfig) -> Dataset:
+    """What is stored of the training set; a collective operation.
+
+    Raises:
+      DataError: the set cannot be read, or the processes of this run read different data.
+    """
+    return {
+        "num_classes": source.num_classes,
+        "num_images": len(source),
+        "fingerprint": fingerprint.agreed(source, name=data.path),
+    }
 
 
 def open_workdir(config: Config) -> ocp.CheckpointManager:
@@ -248,6 +263,59 @@ def _reporting(manager: ocp.CheckpointManager) -> AbstractContextManager[None]:
     return reporting_disk_errors(folder.parent, folder)
 
 
+def check_data(manager: ocp.CheckpointManager, dataset: Dataset, data: DataConfig) -> None:
+    """Compare the training set with the one of the newest checkpoint, if there is one.
+
+    A change that `data.changed` accepts is printed.
+
+    Raises:
+      CheckpointError: they differ, and that is to be refused; or the number of classes has changed,
+        for which the stored class centers do not fit.
+    """
+    number = manager.latest_step()
+    if number is None:
+        return
+    workdir, stored = Path(manager.directory).parent, _stored_dataset(manager, number)
+    _require_classes(manager, stored, dataset)
+    old, new = stored.get("fingerprint"), dataset["fingerprint"]
+    if fingerprint.comparable(old):
+        different = fingerprint.differences(old, new)
+    else:
+        counts = (stored["num_images"], dataset["num_images"])
+        different = [f"{counts[0]} images then and {counts[1]} now"] * (counts[0] != counts[1])
+        _print_once(
+            f"note: the checkpoint in {workdir} has no fingerprint of its training set: only the "
+            "numbers of images and classes were compared; the next checkpoint will have one"
+        )
+    if not different:
+        return
+    change = (
+        f"data.path {data.path} is not the data that the run in {workdir} was trained on: "
+        + "; ".join(different)
+    )
+    if data.changed == "refuse":
+        raise CheckpointError(
+            f"{change}. Restore that data, use --data.changed accept to continue with the new one, "
+            "or start a new run in another --workdir"
+        )
+    _print_once(f"warning: {change}. Continuing, because of --data.changed accept")
+
+
+def _stored_dataset(manager: ocp.CheckpointManager, number: int) -> Dataset:
+    args = ocp.args.Composite(dataset=ocp.args.JsonRestore())
+    return manager.restore(number, args=args)["dataset"]
+
+
+def _require_classes(manager: ocp.CheckpointManager, stored: Dataset, found: Dataset) -> None:
+    different = [
+        f"{name}: the stored run has {stored[name]}, the training set here has {found[name]}"
+        for name in ("num_classes", "num_images")
+        if name in found and stored[name] != found[name]
+    ]
+    if stored["num_classes"] != found["num_classes"]:
+        raise _not_resumable(Path(manager.directory).parent, different)
+
+
 def restore(
     manager: ocp.CheckpointManager, fresh: TrainState, dataset: Dataset
 ) -> TrainState | None:
@@ -256,13 +324,13 @@ def restore(
     Args:
       manager: of the workdir.
       fresh: a state of the run's shapes, placed on the devices as the restored one shall be.
-      dataset: the training set, which must be the stored one.
+      dataset: the training set, of as many classes as the stored one.
 
     Returns:
       The state, or None where nothing was saved yet.
 
     Raises:
-      CheckpointError: the checkpoint is of another training set.
+      CheckpointError: the checkpoint has another number of classes.
     """
     number = manager.latest_step()
     if number is None:
@@ -274,16 +342,7 @@ def restore(
 def _restore(
     manager: ocp.CheckpointManager, number: int, fresh: TrainState, dataset: Dataset
 ) -> TrainState:
-    stored = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))[
-        "dataset"
-    ]
-    different = [
-        f"{name}: the stored run has {stored[name]}, the training set here has {dataset[name]}"
-        for name in dataset
-        if stored[name] != dataset[name]
-    ]
-    if different:
-        raise _not_resumable(Path(manager.directory).parent, different)
+    _require_classes(manager, _stored_dataset(manager, number), dataset)
     # The centers are stored with as many rows of padding as the devices wanted that wrote them:
     # Orbax pads or cuts them to what is wanted here. The classes' rows are all there, for their
     # number is the stored one.
@@ -299,6 +358,11 @@ def _restore(
     ema = restored.get("ema", {})
     state = {**restored["backbone"], **restored["training"], "ema": ema}
     return TrainState(**checkpoint_forms.as_wanted(state, form, backbone))
+
+
+def _print_once(message: str) -> None:
+    if launch.is_first():
+        print(message, file=sys.stderr)
 
 
 def save_weights(

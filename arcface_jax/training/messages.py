@@ -1,6 +1,7 @@
 """User-facing messages of a run: its headline, first loss, evaluations, bad images and labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -12,7 +13,7 @@ from arcface_jax.training.evaluators import Result
 
 
 def headline(
-    config: Config, dataset: dict[str, int], devices: Mesh, *, start: int, total: int
+    config: Config, dataset: Mapping[str, Any], devices: Mesh, *, start: int, total: int
 ) -> str:
     """Network, devices, data and learning rate of a run."""
     kind = devices.devices.flat[0].device_kind
@@ -63,7 +64,7 @@ def bad_image(image: BadImage) -> str:
     return f"skipped unreadable image {image.where}: {image.problem} (substituted)"
 
 
-def invalid_labels(count: float, step: int, dataset: dict[str, int]) -> DataError:
+def invalid_labels(count: float, step: int, dataset: Mapping[str, Any]) -> DataError:
     """The error of a run whose labels are not all classes."""
     last = dataset["num_classes"] - 1
     return DataError(

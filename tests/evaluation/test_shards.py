@@ -10,6 +10,8 @@ import cv2
 import numpy as np
 import pytest
 from commands import wait_until
+from damage import DAMAGES, extra_file, folder_in_place, symlink_away
+from damage import name as damage_name
 
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import embed as embeds
@@ -183,3 +185,56 @@ def test_a_host_reads_the_rows_of_its_devices_alone(tmp_path: Path):
         host_rows=first_half,
     )
     assert sorted(seen) == [0, 1, 2, 3, 8, 9, 10, 11]
+
+
+def whole(folder: Path) -> list[float]:
+    return extract(folder).read(flip=False)[:, 0].tolist()
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=damage_name)
+def test_a_damaged_shard_is_computed_again(tmp_path: Path, capsys, damage):
+    folder = tmp_path / "store"
+    expected = whole(folder)
+    damage(folder / "00001.npy")
+    if damage is folder_in_place:
+        with pytest.raises(DataError, match=r"00001\.npy is a folder where embeddings belong"):
+            whole(folder)
+        return
+    read = []
+    found = extract(folder, load=lambda number: read.append(number) or load(number))
+    assert found.read(flip=False)[:, 0].tolist() == expected
+    harmless = damage in (extra_file, symlink_away)
+    assert sorted(read) == ([] if harmless else list(range(8, 16)))
+    printed = capsys.readouterr().err
+    assert printed.count("00001.npy missing or damaged") == (not harmless), printed
+    assert whole(folder) == expected and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=damage_name)
+def test_damaged_settings_refuse_in_one_line(tmp_path: Path, damage):
+    folder = tmp_path / "store"
+    expected = whole(folder)
+    damage(folder / "settings.json")
+    if damage in (extra_file, symlink_away):
+        assert whole(folder) == expected
+        return
+    with pytest.raises(DataError) as caught:
+        whole(folder)
+    message = str(caught.value)
+    assert "settings.json" in message and "\n" not in message and "another" in message
+
+
+def test_a_cut_shard_of_an_earlier_version_is_computed_again(tmp_path: Path):
+    settings = {"model": "a", "images": 21, "shard": 8, "views": 2}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    np.save(tmp_path / "00000.npy", np.full((8, 2, 2), 7, np.float32))
+    (tmp_path / "00001.npy").write_bytes((tmp_path / "00000.npy").read_bytes()[:150])
+    assert whole(tmp_path) == [7.0] * 8 + list(range(16, 42, 2))
+
+
+def test_a_shard_that_no_digest_answers_for_is_computed_again(tmp_path: Path):
+    """As one of another run, put there by hand."""
+    expected = whole(tmp_path / "a")
+    extract(tmp_path / "b", load=lambda number: load(number + 1))
+    (tmp_path / "b" / "00002.npy").replace(tmp_path / "a" / "00002.npy")
+    assert whole(tmp_path / "a") == expected

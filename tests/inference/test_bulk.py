@@ -10,9 +10,11 @@ import cv2
 import numpy as np
 import pytest
 from commands import wait_until
+from damage import DAMAGES, extra_file, folder_in_place, symlink_away
+from damage import name as damage_name
 
 from arcface_jax.data.faces import TEMPLATE
-from arcface_jax.errors import UserError
+from arcface_jax.errors import DataError, UserError
 from arcface_jax.inference import bulk
 from arcface_jax.inference.embedder import Embedder
 
@@ -134,3 +136,27 @@ def test_a_shard_without_any_image_has_no_rows(folder, tmp_path):
     raw = moved.reshape(16, -1).astype(np.float64).mean(1)
     assert ids == ["00.png"]
     np.testing.assert_allclose(embeddings, [raw / np.linalg.norm(raw)], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["embeddings-00001.npy", "ids-00001.json", "settings.json"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=damage_name)
+def test_damaged_output_is_refused_by_readers_and_made_again(
+    folder, expected, tmp_path, capsys, name, damage
+):
+    embedder, output = Embedder(Model(), batch_size=32), tmp_path / "out"
+    embedder.embed_folder(folder, output, shard_size=20)
+    damage(output / name)
+    if damage in (extra_file, symlink_away):
+        check(output, expected)
+        return
+    if name == "settings.json" or damage is folder_in_place:
+        with pytest.raises(UserError) as caught:
+            embedder.embed_folder(folder, output, shard_size=20)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+        return
+    with pytest.raises(DataError, match="embedded the images again"):
+        bulk.read(output)
+    summary = embedder.embed_folder(folder, output, shard_size=20)
+    assert summary.kept == summary.shards - 1
+    assert f"{name} missing or damaged" in capsys.readouterr().err
+    check(output, expected)

@@ -1,5 +1,6 @@
 """Files that are written in one move: what is left after a failure, a kill, and two at once."""
 
+import errno
 import os
 import platform
 import signal
@@ -61,9 +62,9 @@ def test_a_file_is_synced_before_it_is_moved(tmp_path: Path, monkeypatch):
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (seen.append(names(tmp_path)), sync(number)))
     write_atomic(tmp_path / "a", "x")
-    assert seen == [[files.part_of(tmp_path / "a").name]]
+    assert seen == [[files.part_of(tmp_path / "a").name], ["a"]]  # the file, then its folder
     write_atomic(tmp_path / "b", "x", durable=False)
-    assert len(seen) == 1
+    assert len(seen) == 2
 
 
 def test_the_missing_folder_is_the_callers_error(tmp_path: Path):
@@ -155,3 +156,45 @@ def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path: Path
     assert names(tmp_path) == sorted(["a.txt", of_running, other_host.name, other_file.name])
     running.communicate()
     assert path.read_text() == "rr"
+
+
+@pytest.mark.parametrize("kind", ["atomic", "atomic_files", "atomic_folder"])
+def test_a_file_is_synced_before_its_move_and_its_folder_after_it(tmp_path, monkeypatch, kind):
+    events: list[str] = []
+    fsync, replace, rename = os.fsync, Path.replace, Path.rename
+
+    def synced(number: int) -> None:
+        place = Path(os.readlink(f"/proc/self/fd/{number}"))
+        events.append("sync the folder" if place == tmp_path else f"sync {place.name[:6]}")
+        fsync(number)
+
+    def moved(move):
+        return lambda self, target: (events.append("move"), move(self, target))[1]
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", moved(replace))
+    monkeypatch.setattr(Path, "rename", moved(rename))
+    target = tmp_path / "target"
+    if kind == "atomic":
+        write_atomic(target, "new")
+    elif kind == "atomic_files":
+        with atomic_files(target) as part:
+            part.write_text("new")
+    else:
+        with atomic_folder(target) as folder:
+            (folder / "target").write_text("new")
+    before = ["sync target", "sync target"] if kind == "atomic_folder" else ["sync target"]
+    assert events == [*before, "move", "sync the folder"]
+
+
+def test_a_disk_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def only_files(number: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{number}")).is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    write_atomic(tmp_path / "target", "new")
+    assert (tmp_path / "target").read_text() == "new"

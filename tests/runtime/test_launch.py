@@ -103,6 +103,27 @@ def test_four_processes_are_one_run(tmp_path):
     check_equal_to_one_process(tmp_path, processes=4, devices=1)
 
 
+OWN_SOURCE = """
+import jax
+from arcface_jax.data.synthetic.source import SyntheticSource
+
+def open_it(argument, data, *, seed):
+    return SyntheticSource(seed=jax.process_index(), identities=12, images_per_identity=10)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_read_other_data_are_named(tmp_path, monkeypatch):
+    (tmp_path / "own_source.py").write_text(OWN_SOURCE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    path = ("--data.path", "own_source:open_it")
+    running = start(tmp_path / "run", *path, processes=2, devices=2)
+    texts = [process.communicate(timeout=HANG)[1] for process in running]
+    assert "is not the same data in all processes" in texts[0]
+    assert "seed: 0 in process 0" in texts[0] and "and 1 in process 1" in texts[0]
+    assert [process.returncode for process in running] == [2, 2]
+
+
 def stop(
     processes: list[subprocess.Popen], workdir: Path, *, behind: int, signals: tuple[int, ...]
 ) -> int:

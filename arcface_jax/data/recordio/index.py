@@ -2,26 +2,28 @@
 
 `train.idx` is text. Its first reading leaves `train.arcface_index/`, a folder with the arrays, and,
 where they were asked for, the labels of all records; later readings map these files, which costs
-neither time nor memory of its own. Where the data's folder cannot be written, the user's cache
-folder holds them.
+memory of its own, and the time to check their digests. A damaged one is made again from the `.idx`
+and the `.rec`. Where the data's folder cannot be written, the user's cache folder holds them.
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import struct
 import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from arcface_jax.errors import DataError
-from arcface_jax.runtime.files import atomic_files, atomic_folder
+from arcface_jax.runtime import sealed
+from arcface_jax.runtime.files import atomic_files, atomic_folder, write_atomic
+from arcface_jax.runtime.sealed import DamagedError
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -36,6 +38,7 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)
 
 _CHUNK = 1 << 20  # records that are looked at together
 _SETTLED = 2.0  # seconds without a change after which a file is taken to be complete
+_STAMP, _OFFSETS, _KEYS, _LABELS = "stamp.json", "offsets.npy", "keys.npy", "labels.npy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +52,26 @@ class RecordIndex:
     """(n,) int64."""
     folder: Path | None
     """Where the arrays are mapped from."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """Of the arrays that are mapped, by file name; they have been checked."""
 
     def __reduce__(self) -> tuple:
         # A mapped array would be copied into the pickle.
         if self.folder is not None:
-            return open_index, (self.rec,)
+            return _opened_again, (self.rec, self.folder)
         return RecordIndex, (self.rec, self.keys, self.offsets, None)
+
+    def facts(self) -> dict[str, int | str]:
+        """The size of the record file, and digests of keys and offsets, for a fingerprint."""
+        digests = dict(self.digests)
+        if "offsets.npy" not in digests:
+            digests["offsets.npy"] = sealed.array_digest(self.offsets)
+        keys = self.keys
+        if isinstance(keys, np.ndarray) and "keys.npy" not in digests:
+            digests["keys.npy"] = sealed.array_digest(_small(keys))
+        named = str(keys) if isinstance(keys, range) else digests["keys.npy"]
+        size = self.rec.stat().st_size
+        return {"bytes": size, "record keys": named, "record offsets": digests["offsets.npy"]}
 
 
 def open_index(rec: Path) -> RecordIndex:
@@ -77,29 +94,43 @@ def open_index(rec: Path) -> RecordIndex:
     return index
 
 
+def _opened_again(rec: Path, folder: Path) -> RecordIndex:
+    """As in the process that sent it, which has checked the arrays."""
+    return _mapped(rec, folder, _stamp(rec), check=False) or open_index(rec)
+
+
 def open_labels(index: RecordIndex) -> np.ndarray:
     """(n,) int32: the first label of each record of the index, scanned once.
 
     -1 stands for a label that is no identity, and for a record that is damaged: reading that record
-    says what is wrong with it.
+    reports what is wrong with it.
     """
-    file = index.folder / "labels.npy" if index.folder is not None else None
-    if file is not None and file.is_file():
-        with contextlib.suppress(OSError, ValueError):  # damaged: it is written anew
-            return np.load(file, mmap_mode="r")
+    folder = index.folder
+    if folder is None:
+        return _scan(index.rec, index.offsets)
+    if _LABELS in _digests(folder):
+        try:
+            return _load(folder, _LABELS, _digests(folder), count=len(index.offsets))
+        except DamagedError as error:
+            _print_damaged(error, f"read again from {index.rec}")
     labels = _scan(index.rec, index.offsets)
-    if file is not None:
-        with contextlib.suppress(OSError):
-            with atomic_files(file) as part:
-                _save(part, labels)
-            return np.load(file, mmap_mode="r")
+    with contextlib.suppress(OSError):
+        file = folder / _LABELS
+        if file.is_dir() and not file.is_symlink():
+            file.rmdir()
+        with atomic_files(file) as part:
+            _save(part, labels)
+        content = sealed.read(folder / _STAMP)
+        content["digests"][_LABELS] = sealed.array_digest(labels)
+        write_atomic(folder / _STAMP, sealed.seal(content))
+        return np.load(file, mmap_mode="r")
     return labels
 
 
 def _stamp(rec: Path) -> dict:
     """What changes when either file does."""
     files = {"rec": rec.stat(), "idx": rec.with_suffix(".idx").stat()}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()} | {"version": 1}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()} | {"version": 2}
 
 
 def _folders(rec: Path) -> tuple[Path, Path]:
@@ -109,19 +140,70 @@ def _folders(rec: Path) -> tuple[Path, Path]:
     return rec.with_suffix(".arcface_index"), cache / "arcface_jax" / name
 
 
-def _mapped(rec: Path, folder: Path, stamp: dict) -> RecordIndex | None:
+def _mapped(rec: Path, folder: Path, stamp: dict, *, check: bool = True) -> RecordIndex | None:
+    """The kept arrays; None where there are none, or only of other files."""
+    if not (folder.exists() or folder.is_symlink()):
+        return None
     try:
-        kept = json.loads((folder / "stamp.json").read_text())
-        if kept.pop("files") != stamp:
+        kept = _read_stamp(folder)
+        if kept["files"] != stamp:
             return None
-        offsets = np.load(folder / "offsets.npy", mmap_mode="r")
+        digests = {name: x for name, x in kept["digests"].items() if name != _LABELS}
+        offsets = _load(folder, _OFFSETS, digests, count=kept["count"], check=check)
         if "first" in kept:
             keys = range(kept["first"], kept["first"] + len(offsets))
         else:
-            keys = np.load(folder / "keys.npy", mmap_mode="r")
-    except (OSError, ValueError, KeyError, AttributeError):  # absent, or not ours
+            keys = _load(folder, _KEYS, digests, count=kept["count"], check=check)
+    except DamagedError as error:
+        _print_damaged(error, f"made again from {rec.with_suffix('.idx')}")
         return None
-    return RecordIndex(rec, keys, offsets, folder)
+    return RecordIndex(rec, keys, offsets, folder, digests)
+
+
+def _read_stamp(folder: Path) -> dict[str, Any]:
+    """The folder's stamp; of one of an earlier version, whose arrays are not used, its files.
+
+    Raises:
+      DamagedError: it is not what was written, or is missing.
+    """
+    try:
+        kept = sealed.read(folder / _STAMP, unsealed=True)
+    except FileNotFoundError:
+        raise DamagedError(f"{folder} has no {_STAMP}") from None
+    files = kept.get("files")
+    if "digests" not in kept and isinstance(files, dict) and files.get("version") == 1:
+        return kept
+    return sealed.read(folder / _STAMP)
+
+
+def _load(
+    folder: Path, name: str, digests: dict[str, str], *, count: int, check: bool = True
+) -> np.ndarray:
+    """Maps an array of `count` values.
+
+    Raises:
+      DamagedError: it is not what was written.
+    """
+    try:
+        values = np.load(folder / name, mmap_mode="r")
+        whole = values.shape == (count,) and not values.dtype.hasobject
+    except (OSError, ValueError, EOFError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise DamagedError(f"{folder / name} cannot be read ({problem})") from None
+    if not whole or (check and sealed.array_digest(values) != digests[name]):
+        raise DamagedError(f"{folder / name} is not what was written")
+    return values
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    try:
+        return sealed.read(folder / _STAMP)["digests"]
+    except (FileNotFoundError, DamagedError):
+        return {}
+
+
+def _print_damaged(error: DamagedError, remedy: str) -> None:
+    print(f"warning: {error}: {remedy}", file=sys.stderr)
 
 
 def _keep(index: RecordIndex, stamp: dict) -> Path | None:
@@ -143,15 +225,22 @@ def _keep(index: RecordIndex, stamp: dict) -> Path | None:
 
 def _write(index: RecordIndex, stamp: dict, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {_OFFSETS: index.offsets}
+    content: dict = {"files": stamp, "count": len(index.offsets)}
+    if isinstance(index.keys, range):
+        content["first"] = index.keys[0]
+    else:
+        arrays[_KEYS] = _small(index.keys)
+    content["digests"] = {name: sealed.array_digest(values) for name, values in arrays.items()}
     with atomic_folder(folder) as new:
-        _save(new / "offsets.npy", index.offsets)
-        content: dict = {"files": stamp}
-        if isinstance(index.keys, range):
-            content["first"] = index.keys[0]
-        else:
-            small = index.keys[-1] < 2**32
-            _save(new / "keys.npy", index.keys.astype(np.uint32) if small else index.keys)
-        (new / "stamp.json").write_text(json.dumps(content))
+        for name, values in arrays.items():
+            _save(new / name, values)
+        (new / _STAMP).write_text(sealed.seal(content))
+
+
+def _small(keys: np.ndarray) -> np.ndarray:
+    """Keys as they are kept: 32 bits where these are enough."""
+    return keys.astype(np.uint32) if keys[-1] < 2**32 else keys
 
 
 def _save(file: Path, values: np.ndarray) -> None:

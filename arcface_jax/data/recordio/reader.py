@@ -157,6 +157,10 @@ class RecordReader:
         """
         return record_index.open_labels(self._index)
 
+    def facts(self) -> dict[str, int | str]:
+        """Its size, and digests of its index."""
+        return self._index.facts()
+
     def position(self, key: int) -> int:
         """Which of the ascending keys it is.
 
@@ -306,14 +310,24 @@ def _whole_records(rec: Path, index: Path) -> list[int]:
     """Where the records that are surely whole begin, and where the last of them ends.
 
     A record is if another begins behind it: records are written in order. The two files may have
-    been cut at different places, for each has a buffer of its own.
+    been cut at different places, for each has a buffer of its own, and lines that are damaged end
+    what is trusted.
     """
     if not (rec.is_file() and index.is_file()):
         return [0]
     size = rec.stat().st_size
-    lines = index.read_text().splitlines(keepends=True)
-    offsets = [int(line.split("\t")[1]) for line in lines if line.endswith("\n")]
-    return [offset for offset in offsets if offset <= size] or [0]
+    offsets, last = [], -1
+    for line in index.read_bytes().splitlines(keepends=True):
+        key, _, end = line.partition(b"\t")
+        offset = int(end) if end.endswith(b"\n") and end[:-1].isdigit() else -1
+        if key != b"%d" % len(offsets) or not last < offset <= size:
+            break
+        offsets.append(offset)
+        last = offset
+    words = np.fromfile(rec, "<u4", 0) if size < 4 else np.memmap(rec, "<u4", "r", shape=size // 4)
+    begun = np.array([offset for offset in offsets if offset + 4 <= size], np.int64)
+    wrong = np.flatnonzero((begun % 4 != 0) | (words[begun // 4] != MAGIC))
+    return offsets[: wrong[0] if len(wrong) else None] or [0]
 
 
 def _split_at_magic(payload: bytes) -> list[bytes]:

@@ -1,6 +1,7 @@
 """Training sets in a `train.rec` with its `train.idx`, as insightface's data sets come."""
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,10 @@ class RecordSource(Source):
     def where(self, index: int) -> str:
         """The file and the record's key."""
         return f"{self._reader.path}, record {self._key(index)}"
+
+    def facts(self) -> Mapping[str, int | str]:
+        """The size of the record file, and digests of its index."""
+        return {"form": "record file", **self._reader.facts()}
 
     def _position(self, index: int) -> int:
         if not 0 <= index < self._count:

@@ -1,5 +1,7 @@
 """Training sets without files: drawn faces, and noise for dry runs of large heads."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from arcface_jax.data.images import IMAGE_SIZE, encode
@@ -9,6 +11,8 @@ from arcface_jax.data.synthetic import faces
 
 class SyntheticSource(Source):
     """Drawn faces: `images_per_identity` of each of the identities 0 .. identities - 1."""
+
+    generated = True
 
     def __init__(self, *, seed: int, identities: int, images_per_identity: int):
         self.num_classes = identities
@@ -36,9 +40,15 @@ class SyntheticSource(Source):
         """The identity and the image of it."""
         return "drawn identity {}, image {}".format(*divmod(index, self._each))
 
+    def facts(self) -> Mapping[str, int | str]:
+        """The parameters."""
+        return {"form": "synthetic", "seed": self._seed, "images per identity": self._each}
+
 
 class NoiseSource(Source):
     """Random pixels; image i has the label i modulo the number of classes."""
+
+    generated = True
 
     def __init__(self, *, seed: int, classes: int, images: int):
         self.num_classes = classes
@@ -66,3 +76,7 @@ class NoiseSource(Source):
     def where(self, index: int) -> str:
         """The number of the image."""
         return f"noise, image {index}"
+
+    def facts(self) -> Mapping[str, int | str]:
+        """The parameters."""
+        return {"form": "noise", "seed": self._seed}

@@ -5,7 +5,7 @@ want it. A pack that was interrupted goes on where it stopped.
 """
 
 import hashlib
-import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,16 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_jax.config.choices import Bad
+from arcface_jax.data import fingerprint as fingerprints
+from arcface_jax.data.fingerprint import Fingerprint
 from arcface_jax.data.images import IMAGE_SIZE, decode
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError, UserError
+from arcface_jax.runtime import sealed
 from arcface_jax.runtime.files import write_atomic
+from arcface_jax.runtime.sealed import DamagedError
 
 
 class Selection(NamedTuple):
@@ -91,8 +95,11 @@ def pack(
     if (folder / "train.rec").exists():
         raise UserError(f"{folder} has a train.rec already: name another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(folder / "packing.json", fingerprint(source, selection, bad))
+    data = fingerprints.of_source(source)
+    journal = Journal(folder / "packing.json", fingerprint(source, selection, bad), data)
     partial = folder / "packing.rec"
+    if partial.exists() and not journal.resumed:
+        print(f"note: {journal.path} is missing, so packing starts over", file=sys.stderr)
     most = 1 + len(selection.numbers) - len(journal.skipped)  # without identities' records
     with RecordWriter(partial, resume=most if journal.resumed else 0) as writer:
         written = _write_images(writer, source, selection, journal, bad=bad, threads=threads)
@@ -120,38 +127,71 @@ def checked(source: Source, number: int) -> Sample:
 class Journal:
     """What an unfinished job has to remember: what it makes, and the images that it left out.
 
-    Raises (the constructor): UserError where the folder holds another unfinished job.
+    Args:
+      path: of the file.
+      job: a digest of the selection and the options.
+      data: the source's fingerprint.
+
+    Raises (the constructor): UserError where the folder holds another unfinished job, or the file
+    is damaged.
     """
 
-    def __init__(self, path: Path, job: str):
+    def __init__(self, path: Path, job: str, data: Fingerprint | None = None):
         self.path = path
-        self.resumed = path.is_file()
-        self._job = job
+        self._job, self._data = job, data
         self.skipped: dict[int, str] = {}
         """By their place in the selection."""
-        if self.resumed:
-            kept = json.loads(path.read_text())
-            if kept["job"] != job:
-                raise UserError(
-                    f"{path.parent} holds an unfinished job of other images or options: remove "
-                    f"{path} to begin anew, or name another folder"
-                )
-            self.skipped = {int(place): text for place, text in kept["skipped"].items()}
-        else:
+        self.finished: dict[str, str] = {}
+        """Digests of the files that are complete, by name."""
+        try:
+            kept = sealed.read(path)
+        except FileNotFoundError:
+            kept = None
+        except DamagedError as error:
+            raise UserError(f"{error}: remove it to start over, or name another folder") from None
+        self.resumed = kept is not None
+        if kept is None:
             self._save()
+            return
+        different = [] if kept["job"] == job else ["another selection"]
+        stored = kept["data"]
+        if data is not None and fingerprints.comparable(stored):
+            different += fingerprints.differences(stored, data)
+        if different:
+            raise UserError(
+                f"{path.parent} holds an unfinished job of other images or options "
+                f"({'; '.join(different)}): remove {path} to start over, or name another folder"
+            )
+        self.skipped = {int(place): text for place, text in kept["skipped"].items()}
+        self.finished = kept["finished"]
 
     def skip(self, place: int, text: str) -> None:
         """Remembers an image that was left out."""
         self.skipped[place] = text
         self._save()
 
+    def finish(self, path: Path) -> None:
+        """Remembers that a file is complete."""
+        self.finished[path.name] = sealed.file_digest(path)
+        self._save()
+
+    def has(self, path: Path) -> bool:
+        """Whether a file is complete and as it was written."""
+        try:
+            return self.finished.get(path.name) == sealed.file_digest(path)
+        except OSError:
+            return False
+
     def _save(self) -> None:
-        write_atomic(self.path, json.dumps({"job": self._job, "skipped": self.skipped}))
+        skipped = {str(place): text for place, text in self.skipped.items()}
+        content = {"job": self._job, "data": self._data, "skipped": skipped}
+        write_atomic(self.path, sealed.seal({**content, "finished": self.finished}))
 
 
 def fingerprint(source: Source, selection: Selection, *options: object) -> str:
-    """A digest of which images are to be written, and how."""
-    digest = hashlib.sha256(repr((len(source), source.where(0), *options)).encode())
+    """A digest of which images of a source are to be written, and how."""
+    counts = (len(source), source.num_classes, selection.num_classes)
+    digest = hashlib.sha256(repr((*counts, *options)).encode())
     for values in (selection.numbers, selection.labels):
         digest.update(np.ascontiguousarray(values).tobytes())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.config.choices import Bad
+from arcface_jax.data import fingerprint
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tfds import import_tfds
@@ -59,18 +60,19 @@ def write(
         raise UserError(f"{target} is a data set already: choose another --name, or remove it")
     target.mkdir(parents=True, exist_ok=True)
     job = packing.fingerprint(source, selection, bad, shard_images)
-    journal = Journal(target / "packing.json", job)
+    journal = Journal(target / "packing.json", job, fingerprint.of_source(source))
     count = -(-len(selection.numbers) // shard_images)
     features = _features(source, selection)
     lengths, sizes = [], []
     for shard in range(count):
         path = target / f"{name}-{_SPLIT}.array_record-{shard:05d}-of-{count:05d}"
         places = range(shard * shard_images, min((shard + 1) * shard_images, len(selection.labels)))
-        if not path.exists():
+        if not journal.has(path):
             found = packing.images(
                 source, selection, journal, places=places, bad=bad, threads=threads
             )
             _write_shard(path, features, found)
+            journal.finish(path)
         lengths.append(len(places) - sum(place in journal.skipped for place in places))
         sizes.append(path.stat().st_size)
     _write_metadata(target, features, name=name, lengths=lengths, size=sum(sizes))

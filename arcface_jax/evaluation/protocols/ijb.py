@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from arcface_jax.data import fingerprint
 from arcface_jax.errors import ConfigError, DataError
 from arcface_jax.evaluation import roc, shards
 from arcface_jax.evaluation.embed import Model, ShardedModel
@@ -141,7 +142,11 @@ def embed_images(
         lambda i: shards.aligned_image(ijb_set.images[i], ijb_set.landmarks[i]),
         names=names,
         folder=folder,
-        settings={"model": model.digest(), "list": shards.digest(names, ijb_set.landmarks)},
+        settings={
+            "model": model.digest(),
+            "list": fingerprint.of_names(names, ijb_set.landmarks),
+            "sample": fingerprint.of_files(ijb_set.images, read=shards.read_bytes),
+        },
         flip=flip,
         threads=threads,
         host_rows=model.rows_of_this_host if isinstance(model, ShardedModel) else None,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arcface_jax.data import fingerprint
 from arcface_jax.data.images import IMAGE_SUFFIXES, decode_any_size, is_image, resize
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import shards
@@ -65,7 +66,8 @@ def read(
         folder=output,
         settings={
             "model": model.digest(),
-            "list": shards.digest([str(image.relative_to(base)) for image in images]),
+            "list": fingerprint.of_names([str(image.relative_to(base)) for image in images]),
+            "sample": fingerprint.of_files(images, read=shards.read_bytes),
         },
         flip=flip,
         threads=threads,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import DAMAGES, extra_file, symlink_away
+from damage import name as damage_name
 
 from arcface_jax.data.recordio import index as record_index
 from arcface_jax.data.recordio import source as record_source
@@ -170,3 +172,50 @@ def test_shards_are_asked_for_once_and_change_nothing(tmp_path: Path, monkeypatc
     for number in (0, 5, 19, 45, 21, 49, 1):
         assert source.read(number) == plain.read(number)
     assert asked == [(0, 20), (40, 50), (20, 40)]
+
+
+@pytest.mark.parametrize("name", ["stamp.json", "offsets.npy", "keys.npy", "labels.npy"])
+@pytest.mark.parametrize("damage", DAMAGES, ids=damage_name)
+def test_whatever_happens_to_a_kept_index_it_is_the_text_s(tmp_path: Path, capsys, name, damage):
+    rec = write(tmp_path / "d" / "train.rec", KEYS["gaps"])
+    index = open_index(rec)
+    expected = open_labels(index).tolist()
+    assert index.folder is not None
+    damage(index.folder / name)
+    index = open_index(rec)
+    assert (list(index.keys), index.offsets.tolist()) == by_hand(rec)
+    assert open_labels(index).tolist() == expected
+    printed = capsys.readouterr().err
+    harmless = damage in (extra_file, symlink_away)
+    assert printed.count("warning: ") == (0 if harmless else 1), printed
+    again = open_index(rec)
+    assert again.folder == index.folder and open_labels(again).tolist() == expected
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["offsets.npy", "labels.npy"])
+@pytest.mark.parametrize("kind", ["permuted", "shorter"])
+def test_valid_arrays_that_are_not_the_file_s_are_not_trusted(tmp_path: Path, capsys, name, kind):
+    rec = write(tmp_path / "d" / "train.rec", range(9))
+    index = open_index(rec)
+    expected = open_labels(index).tolist()
+    assert index.folder is not None
+    values = np.load(index.folder / name)
+    np.save(index.folder / name, values[::-1] if kind == "permuted" else values[:-1])
+    index = open_index(rec)
+    assert (list(index.keys), index.offsets.tolist()) == by_hand(rec)
+    assert open_labels(index).tolist() == expected
+    assert f"{name} is not what was written: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dangling"])
+def test_something_else_in_the_place_of_the_folder_is_replaced(tmp_path: Path, what: str):
+    rec = write(tmp_path / "d" / "train.rec", range(9))
+    folder = tmp_path / "d" / "train.arcface_index"
+    if what == "file":
+        folder.write_text("7")
+    else:
+        (tmp_path / "else").mkdir()
+        folder.symlink_to(tmp_path / ("else" if what == "link" else "nowhere"))
+    assert open_index(rec).folder == folder and not folder.is_symlink()
+    assert {path.name for path in folder.iterdir()} == {"stamp.json", "offsets.npy"}

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import witness
+from damage import DAMAGES, delete, extra_file, symlink_away
+from damage import name as damage_name
 from witness import encode, face, smooth
 
 from arcface_jax.config import DataConfig
+from arcface_jax.data import fingerprint
 from arcface_jax.data.opening import open_source
 from arcface_jax.data.recordio.reader import RecordReader, RecordWriter
 from arcface_jax.data.source import Source
@@ -157,6 +160,60 @@ def test_a_record_file_cut_anywhere_is_gone_on_with(tmp_path: Path, cut: int):
     for name in ("train.rec", "train.idx", "property"):
         assert filecmp.cmp(folder / name, tmp_path / "whole" / name, shallow=False), name
     assert not list(folder.glob("packing*"))
+
+
+def interrupted(folder: Path, source: Source) -> packing.Selection:
+    """A job of which all but the end of the record file is there."""
+    selection = packing.select(source)
+    packing.pack(source, selection, folder.with_name("whole"))
+    folder.mkdir()
+    job = packing.fingerprint(source, selection, "stop")
+    packing.Journal(folder / "packing.json", job, fingerprint.of_source(source))
+    for name, cut in (("rec", 2000), ("idx", 20)):
+        data = (folder.with_name("whole") / f"train.{name}").read_bytes()
+        (folder / f"packing.{name}").write_bytes(data[:-cut])
+    return selection
+
+
+def check_packed(folder: Path) -> None:
+    for name in ("train.rec", "train.idx", "property"):
+        assert filecmp.cmp(folder / name, folder.with_name("whole") / name, shallow=False), name
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=damage_name)
+def test_a_damaged_journal_is_refused_and_a_missing_one_starts_over(tmp_path: Path, capsys, damage):
+    source = opened(listed(tmp_path / "in", [i % 4 for i in range(12)]))
+    selection = interrupted(tmp_path / "part", source)
+    damage(tmp_path / "part" / "packing.json")
+    if damage in (delete, extra_file, symlink_away):
+        packing.pack(source, selection, tmp_path / "part")
+        check_packed(tmp_path / "part")
+        assert ("starts over" in capsys.readouterr().err) == (damage is delete)
+        return
+    with pytest.raises(UserError, match=r"packing\.json.*: remove it to start over"):
+        packing.pack(source, selection, tmp_path / "part")
+
+
+@pytest.mark.parametrize(
+    "line", ["3\t9999999\n", "x\n", "3\t-8\n", "4\t8\n", "3\t13\n", "3\t\xb2\n"]
+)
+def test_a_damaged_line_of_the_unfinished_index_ends_what_is_kept(tmp_path: Path, line: str):
+    source = opened(listed(tmp_path / "in", [i % 4 for i in range(12)]))
+    selection = interrupted(tmp_path / "part", source)
+    index = tmp_path / "part" / "packing.idx"
+    lines = index.read_text().splitlines(keepends=True)
+    index.write_text("".join([*lines[:3], line, *lines[4:]]))
+    packing.pack(source, selection, tmp_path / "part")
+    check_packed(tmp_path / "part")
+
+
+def test_a_job_does_not_resume_on_other_images_of_the_same_names(tmp_path: Path):
+    path = listed(tmp_path / "in", [i % 4 for i in range(12)])
+    source = opened(path)
+    selection = interrupted(tmp_path / "part", source)
+    (tmp_path / "in" / "7.jpg").write_bytes(encode(smooth(99), "JPEG", quality=80))
+    with pytest.raises(UserError, match=r"1 of 12 sampled images differ \(first: image 7\)"):
+        packing.pack(opened(path), selection, tmp_path / "part")
 
 
 def test_bad_images_stop_the_job_or_are_left_out(tmp_path: Path):

@@ -1,0 +1,207 @@
+"""Fingerprints: which images something was made from, wherever the files lie.
+
+The fingerprint of a training set is plain JSON: counts, the facts that its source knows without
+reading an image (sizes, digests of the index), and a keyed sample of images as they are stored.
+It depends on neither path nor modification time, so data may be moved or copied; the same images
+in another form (a record file, Parquet) are another set, for their order may differ. Two
+fingerprints can be compared, and every difference has a name.
+
+A changed image is noticed if it is in the sample or changes a size or the index: with a share p of
+the images replaced, the sample misses all of them with probability (1 - p)^128.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from arcface_jax.data.order import Order
+from arcface_jax.data.source import Source
+from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime import launch
+
+Fingerprint = dict[str, Any]
+"""Plain JSON; `differences` compares two."""
+
+SAMPLE = 128
+"""Images whose bytes are read."""
+
+_VERSION = 1
+_KEY = 20260101  # of the sample; any number, but always the same
+_THREADS = 16  # that wait for a disk
+_UNREADABLE = "unreadable"
+
+
+def of_source(source: Source) -> Fingerprint:
+    """The fingerprint of a training set, for which at most `SAMPLE` images are read.
+
+    Raises:
+      DataError: the set cannot be read.
+    """
+    sample = [] if source.generated else _of_images(source, sample_of(len(source)))
+    return {
+        "version": _VERSION,
+        "images": len(source),
+        "classes": source.num_classes,
+        "facts": dict(source.facts()),
+        "sample": sample,
+    }
+
+
+def agreed(source: Source, *, name: str) -> Fingerprint:
+    """The fingerprint of the training set that all processes of this run read.
+
+    A collective operation.
+
+    Args:
+      source: as this process opened it.
+      name: `data.path`, for the message.
+
+    Raises:
+      DataError: processes read different data; the message names their hosts.
+    """
+    found = of_source(source)
+    everyone = launch.gather_text(json.dumps({"host": launch.host_name(), "data": found}))
+    first, *others = map(json.loads, everyone)
+    wrong = []
+    for number, other in enumerate(others, start=1):
+        then, now = f"in process 0 ({first['host']})", f"in process {number} ({other['host']})"
+        if different := differences(first["data"], other["data"], then=then, now=now):
+            wrong.append(f"process {number} ({other['host']}): {', '.join(different)}")
+    if wrong:
+        raise DataError(
+            f"data.path {name} is not the same data in all processes; compared with process 0 "
+            f"({first['host']}), {'; '.join(wrong)}. Copy the data of one host to the others"
+        )
+    return found
+
+
+def digest(found: Fingerprint) -> str:
+    """A fingerprint in 64 characters, for a cache that only has to know whether it is the same."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def of_names(names: Sequence[str], *arrays: np.ndarray) -> str:
+    """SHA-256 of a list of names and of arrays: which images of a list, and how they are cut."""
+    total = hashlib.sha256("\n".join(names).encode())
+    for array in arrays:
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+def of_arrays(*arrays: np.ndarray) -> str:
+    """SHA-256 of the bytes of arrays in memory."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()
+
+
+def of_folder(folder: Path, names: Sequence[str], points: Mapping[str, np.ndarray] | None) -> str:
+    """SHA-256 of files' names and sizes, and of the points by which they are aligned, if any.
+
+    Args:
+      folder: of the files.
+      names: of the files, from there.
+      points: (5, 2) by name.
+    """
+    total = hashlib.sha256()
+    for name in names:
+        total.update(f"{name}\0{(folder / name).stat().st_size}\0".encode())
+        if points is not None and name in points:
+            total.update(np.asarray(points[name], np.float64).tobytes())
+    return total.hexdigest()
+
+
+def of_files(paths: Sequence[Path], *, read: Callable[[Path], bytes]) -> str:
+    """SHA-256 of the bytes of a keyed sample of files.
+
+    Args:
+      paths: of the files.
+      read: gives a file's bytes; called from threads, and what it raises passes.
+    """
+    numbers = sample_of(len(paths)).tolist()
+    with ThreadPoolExecutor(_THREADS) as pool:
+        parts = pool.map(lambda number: _short(read(paths[number])), numbers)
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def sample_of(count: int) -> np.ndarray:
+    """(n,) int64 ascending numbers of the images that stand for `count` of them."""
+    if count <= SAMPLE:
+        return np.arange(count)
+    return np.sort(Order(count, 1, count, _KEY).images(0, np.arange(SAMPLE)))
+
+
+def differences(
+    stored: Fingerprint, found: Fingerprint, *, then: str = "then", now: str = "now"
+) -> list[str]:
+    """What differs between two fingerprints: a phrase for each kind, or nothing.
+
+    Args:
+      stored: of the data that something was made from.
+      found: of the data that is there.
+      then: the word that marks what is stored.
+      now: the word that marks what was found.
+    """
+    different = [
+        f"{stored[name]} {name} {then} and {found[name]} {now}"
+        for name in ("images", "classes")
+        if stored[name] != found[name]
+    ]
+    old, new = stored["facts"], found["facts"]
+    for name in dict.fromkeys((*old, *new)):
+        a, b = old.get(name), new.get(name)
+        if a != b and isinstance(a, str) and isinstance(b, str) and name != "form":
+            different.append(f"{name} differ")
+        elif a != b and old.get("form") == new.get("form"):
+            different.append(f"{name}: {a} {then} and {b} {now}")
+        elif a != b and name == "form":
+            different.append(f"form: {a} {then} and {b} {now}")
+    if stored["images"] == found["images"]:
+        different += _different_images(stored["sample"], found["sample"], stored["images"])
+    return different
+
+
+def comparable(stored: object) -> TypeGuard[Fingerprint]:
+    """Whether what a run has stored is a fingerprint that this version can compare."""
+    return isinstance(stored, dict) and stored.get("version") == _VERSION
+
+
+def _different_images(stored: list[str], found: list[str], count: int) -> list[str]:
+    if len(stored) != len(found) or not stored:
+        return []  # computed images, on one side or both
+    pairs = [
+        (number, a.split(":"), b.split(":"))
+        for number, a, b in zip(sample_of(count).tolist(), stored, found, strict=True)
+        if _UNREADABLE not in (a, b)  # the run has its own limit for these
+    ]
+    different = []
+    for what, place in (("labels of {} sampled images differ", 0), ("{} sampled images differ", 1)):
+        wrong = [number for number, a, b in pairs if a[place] != b[place]]
+        if wrong:
+            phrase = what.format(f"{len(wrong)} of {len(stored)}")
+            different.append(f"{phrase} (first: image {wrong[0]})")
+    return different
+
+
+def _of_images(source: Source, numbers: np.ndarray) -> list[str]:
+    """LABEL:DIGEST of each image."""
+
+    def look(number: int) -> str:
+        try:
+            data, label = source.read(number)
+        except ImageError:
+            return _UNREADABLE
+        return f"{label}:{_short(data)}"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(look, numbers.tolist()))
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
