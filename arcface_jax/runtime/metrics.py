@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import socket
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from arcface_jax.errors import ConfigError, install
-from arcface_jax.runtime import launch
+from arcface_jax.runtime import launch, strict_json
 from arcface_jax.runtime.files import atomic, reporting_disk_errors, write_atomic
 
 METRICS = "metrics.jsonl"
@@ -54,7 +55,7 @@ class MetricsFile:
             )
             # Atomically, so that a run that is killed here keeps its history.
             if first:
-                kept = "".join(json.dumps(line) + "\n" for line in self._kept)
+                kept = "".join(strict_json.dumps(line) + "\n" for line in self._kept)
                 write_atomic(path, kept)
             if first and tensorboard:
                 self._writers.append(TensorBoard(workdir, start=start))
@@ -65,13 +66,13 @@ class MetricsFile:
             self._file = (path if first else Path(os.devnull)).open("a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line; it is on disk when this returns.
+        """Append one line; it is on disk when this returns. NaN and infinity become null.
 
         Raises:
           CheckpointError: it cannot be written.
         """
         with reporting_disk_errors(self._workdir, self._workdir / METRICS):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(strict_json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         for writer in self._writers:
             with reporting_disk_errors(self._workdir, writer.path):
@@ -104,14 +105,18 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without a last line that was cut off."""
+    """The lines of a metrics.jsonl, without a last line that was cut off; null is NaN."""
     lines = []
     for line in path.read_text().splitlines():
         try:
-            lines.append(json.loads(line))
+            lines.append(json.loads(line, object_hook=_null_as_nan))
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def _null_as_nan(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in line.items()}
 
 
 def train_accuracy(values: Mapping[str, float]) -> float:

@@ -36,6 +36,9 @@ CONFIG = "config.json"
 Dataset = dict[str, int]
 """num_classes and num_images of the training set."""
 
+EXTENDABLE = ("schedule.epochs:", "schedule.decay_epochs:")
+"""How the differences begin that `schedule.extend` allows."""
+
 BACKBONE_FIELDS = ("params", "batch_stats")
 
 
@@ -70,6 +73,8 @@ def _prepare(config: Config) -> None:
     if (workdir / CONFIG).exists():
         _refuse_imported_weights(workdir)
         different = loading.differences(read_config(workdir), config)
+        if config.schedule.extend:  # `extension` checks these once it is known how far the run is
+            different = [line for line in different if not line.startswith(EXTENDABLE)]
         if different:
             raise _not_resumable(workdir, different)
     elif workdir.is_dir() and any(workdir.iterdir()):
@@ -191,7 +196,8 @@ def restore(
 
     Args:
       manager: of the workdir.
-      fresh: a state of the run's shapes, placed on the devices as the restored one shall be.
+      fresh: a state of the run's shapes, placed on the devices as the restored one shall be; its
+        arrays may be abstract.
       dataset: the training set, which must be the stored one.
 
     Returns:
@@ -315,8 +321,14 @@ def restore_args(like: Any, *, strict_shapes: bool = True, partial: bool = False
 
 
 def _not_resumable(workdir: Path, different: list[str]) -> CheckpointError:
+    fix = "Give the stored values to resume it, or another --workdir to begin a new run"
+    if all(line.startswith(EXTENDABLE) for line in different):
+        fix = (
+            "Add --schedule.extend to continue it under the new schedule, or start a new run from "
+            f"its weights with another --workdir and --init-from {workdir}"
+        )
     return CheckpointError(
         f"{workdir} holds a run that this command cannot resume:\n  "
         + "\n  ".join(different)
-        + "\nGive the stored values to resume it, or another --workdir to begin a new run"
+        + f"\n{fix}"
     )

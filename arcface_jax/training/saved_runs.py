@@ -13,7 +13,7 @@ from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
 from arcface_jax.runtime import checksums
 from arcface_jax.runtime.files import complete_steps
-from arcface_jax.training import checkpoint, checkpoint_forms, step
+from arcface_jax.training import checkpoint, checkpoint_forms, room, step
 from arcface_jax.training.checkpoint import CONFIG
 
 
@@ -34,6 +34,7 @@ def restore_backbone(
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
         for name, part in zip(checkpoint.BACKBONE_FIELDS, step.backbone(config).shapes, strict=True)
     }
+    room.require_to_read(wanted, workdir, jax.local_devices()[0])
     form = checkpoint_forms.stored(manager, number)
     try:
         as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
@@ -65,6 +66,7 @@ def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
         wanted = {"centers": tree["centers"]}
         if "momentum" in tree.get("centers_opt", {}):
             wanted["centers_opt"] = {"momentum": tree["centers_opt"]["momentum"]}
+        room.require_to_read(wanted, workdir)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         found = reader.restore(path, item=wanted, restore_args=as_numpy, partial_restore=True)
     momentum = found.get("centers_opt", {}).get("momentum")
