@@ -260,7 +260,7 @@ def test_numbers_that_are_not_finite_are_null_and_come_back_as_nan(tmp_path: Pat
     file = MetricsFile(tmp_path, start=0, tensorboard=False, csv=True)
     file.write(1, {"train/loss": math.nan, "train/lr": math.inf, "train/accuracy": 0.5})
     file.close()
-    log(tmp_path, start=1, steps=range(2, 3))  # resumed: the line is read and written again
+    log(tmp_path, start=1, steps=range(0))  # resumed: the line is read and written again
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is not JSON")

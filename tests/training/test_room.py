@@ -9,9 +9,10 @@ from commands import ROOT, run_process, script
 
 from arcface_jax import config as c
 from arcface_jax.errors import CheckpointError, ConfigError
+from arcface_jax.models import registry
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import memory
-from arcface_jax.training import room, saved_runs, step
+from arcface_jax.training import checkpoint, room, saved_runs, step
 
 GIB = 2**30
 TINY = c.replace(
@@ -57,18 +58,15 @@ def test_of_several_processes_the_one_with_least_memory_stops_all(monkeypatch):
 
 def test_a_failed_allocation_is_one_line():
     error = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nX")
-    with pytest.raises(ConfigError, match="Out of memory allocating 9 bytes") as raised:
-        with room.reporting_exhaustion():
-            raise error
+    matching = pytest.raises(ConfigError, match="Out of memory allocating 9 bytes")
+    with matching as raised, room.reporting_exhaustion():
+        raise error
     assert "\n" not in str(raised.value)
     with pytest.raises(jax.errors.JaxRuntimeError), room.reporting_exhaustion():
         raise jax.errors.JaxRuntimeError("INTERNAL: another error")
 
 
 def test_a_checkpoint_that_does_not_fit_is_not_read(tmp_path, monkeypatch):
-    from arcface_jax.models import registry
-    from arcface_jax.training import checkpoint
-
     params, batch_stats = registry.build("r_tiny", embedding_size=64).init(0)
     run = c.replace(TINY, workdir=str(tmp_path / "run"))
     checkpoint.save_weights(run, params, batch_stats)
