@@ -140,11 +140,16 @@ def init_state(
     and batch_stats, replace the random ones. `program` is what `compile_init` returned, if it was
     called before.
     """
-    # Copied, because they are donated here.
-    first = jax.tree.map(np.array, weights) if weights else backbone(config).init(config.seed)
+    network = backbone(config)
+    first = network.init(config.seed) if weights is None else _copied(weights, network.shapes)
     first = jax.device_put(first, meshes.replicated(mesh))
     program = program or compile_init(config, num_classes=num_classes, mesh=mesh)
     return program(*first)
+
+
+def _copied(weights: tuple[Arrays, Arrays], like: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+    """A copy of initial weights, because they are donated, in the network's own types."""
+    return jax.tree.map(lambda x, wanted: np.array(x, wanted.dtype), tuple(weights), tuple(like))
 
 
 def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:

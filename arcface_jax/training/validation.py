@@ -78,18 +78,15 @@ def _check_float32(config: Config) -> None:
     """Refuse numbers that become 0 or infinite in the arithmetic of the step."""
     smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     for name, value in loading.flatten(config).items():
-        if name.startswith(_COMPUTED):
-            for number in np.ravel(np.array(value, object)):
-                if (
-                    isinstance(number, float)
-                    and number
-                    and not (smallest <= abs(number) <= largest)
-                ):
-                    became = "0" if abs(number) < smallest else "infinite"
-                    raise ConfigError(
-                        f"{name} {value} is {became} in float32, in which the step computes: use "
-                        f"a value between {smallest:.2g} and {largest:.2g}"
-                    )
+        if not name.startswith(_COMPUTED) or name.endswith(".options"):
+            continue
+        for number in np.ravel(np.array(value, object)):
+            if isinstance(number, float) and number and not smallest <= abs(number) <= largest:
+                became = "0" if abs(number) < smallest else "infinite"
+                raise ConfigError(
+                    f"{name} {value} is {became} in float32, in which the step computes: use a "
+                    f"value between {smallest:.2g} and {largest:.2g}"
+                )
 
 
 def _check_finetune(config: Config) -> None:
