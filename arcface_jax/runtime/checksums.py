@@ -249,8 +249,8 @@ def reporting_unreadable(checkpoint: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        problem = unverifiable(checkpoint)
-        if problem is None:
+        # Memory that does not suffice is no damage.
+        if unverifiable(checkpoint) is None or "RESOURCE_EXHAUSTED" in str(error):
             raise
         first = (str(error) or repr(error)).splitlines()[0][:200]
         raise CheckpointError(

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from arcface_jax.errors import ConfigError, install
-from arcface_jax.runtime import checksums, damaged, launch
+from arcface_jax.runtime import checksums, damaged, launch, strict_json
 from arcface_jax.runtime.files import atomic, reporting_disk_errors, write_atomic
 
 METRICS = "metrics.jsonl"
@@ -59,7 +60,7 @@ class MetricsFile:
                 damaged.warn([f"{problem}{aside}"])
             # Atomically, so that a run that is killed here keeps its history.
             if first:
-                kept = "".join(json.dumps(line) + "\n" for line in self._kept)
+                kept = "".join(strict_json.dumps(line) + "\n" for line in self._kept)
                 write_atomic(path, kept)
             if first and tensorboard:
                 self._writers.append(TensorBoard(workdir, start=start))
@@ -70,13 +71,13 @@ class MetricsFile:
             self._file = (path if first else Path(os.devnull)).open("a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line; it is on disk when this returns.
+        """Append one line; it is on disk when this returns. NaN and infinity become null.
 
         Raises:
           CheckpointError: it cannot be written.
         """
         with reporting_disk_errors(self._workdir, self._workdir / METRICS):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(strict_json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         for writer in self._writers:
             with reporting_disk_errors(self._workdir, writer.path):
@@ -146,12 +147,12 @@ def _is_cut_line(rest: bytes) -> bool:
 def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
     """The lines of a JSON Lines file up to the first that is damaged, and their length in bytes.
 
-    Each line is an object, with a whole number as its "step".
+    Each line is an object, with a whole number as its "step"; null is NaN.
     """
     lines, end = [], 0
     for text in content.splitlines(keepends=True):
         try:
-            line = json.loads(text)
+            line = json.loads(text, object_hook=_null_as_nan)
         except ValueError:
             break
         if not (isinstance(line, dict) and type(line.get("step")) is int):
@@ -164,6 +165,10 @@ def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl up to the first that is damaged or was cut off."""
     return whole_lines(path.read_bytes())[0]
+
+
+def _null_as_nan(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in line.items()}
 
 
 def train_accuracy(values: Mapping[str, float]) -> float:

@@ -39,6 +39,9 @@ CONFIG = "config.json"
 Dataset = dict[str, Any]
 """num_classes and num_images of the training set, and its `fingerprint`."""
 
+EXTENDABLE = ("schedule.epochs:", "schedule.decay_epochs:")
+"""How the differences begin that `schedule.extend` allows."""
+
 BACKBONE_FIELDS = ("params", "batch_stats")
 
 
@@ -92,6 +95,8 @@ def _prepare(config: Config) -> None:
     if text is not None:
         stored = _parse_config(workdir, text)
         different = loading.differences(stored, config)
+        if config.schedule.extend:  # `extension` checks these once it is known how far the run is
+            different = [line for line in different if not line.startswith(EXTENDABLE)]
         if different:
             raise _not_resumable(workdir, different)
     elif damaged.is_there(workdir / CONFIG):
@@ -111,6 +116,13 @@ def _prepare(config: Config) -> None:
             f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
             "or choose another --workdir"
         ) from error
+
+
+def replace_config(config: Config) -> None:
+    """Write config.json again, with its copy; a run that is killed in between uses the new one."""
+    workdir, text = Path(config.workdir), loading.to_json(config)
+    checksums.keep_config(workdir, text)
+    write_atomic(workdir / CONFIG, text)
 
 
 def _manager_options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
@@ -323,7 +335,8 @@ def restore(
 
     Args:
       manager: of the workdir.
-      fresh: a state of the run's shapes, placed on the devices as the restored one shall be.
+      fresh: a state of the run's shapes, placed on the devices as the restored one shall be; its
+        arrays may be abstract.
       dataset: the training set, of as many classes as the stored one.
 
     Returns:
@@ -470,8 +483,14 @@ def restore_args(like: Any, *, strict_shapes: bool = True, partial: bool = False
 
 
 def _not_resumable(workdir: Path, different: list[str]) -> CheckpointError:
+    fix = "Give the stored values to resume it, or another --workdir to begin a new run"
+    if all(line.startswith(EXTENDABLE) for line in different):
+        fix = (
+            "Add --schedule.extend to continue it under the new schedule, or start a new run from "
+            f"its weights with another --workdir and --init-from {workdir}"
+        )
     return CheckpointError(
         f"{workdir} holds a run that this command cannot resume:\n  "
         + "\n  ".join(different)
-        + "\nGive the stored values to resume it, or another --workdir to begin a new run"
+        + f"\n{fix}"
     )

@@ -19,7 +19,7 @@ from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
 from arcface_jax.runtime import checksums, damaged, locks
 from arcface_jax.runtime.files import complete_steps, quiet_orbax
-from arcface_jax.training import checkpoint, checkpoint_forms, step
+from arcface_jax.training import checkpoint, checkpoint_forms, room, step
 from arcface_jax.training.checkpoint import CONFIG
 
 # Checkpoints to try, each of which may be removed while it is read.
@@ -54,6 +54,7 @@ def _restore_backbone(
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
         for name, part in zip(checkpoint.BACKBONE_FIELDS, step.backbone(config).shapes, strict=True)
     }
+    room.require_to_read(wanted, workdir, jax.local_devices()[0])
     try:
         with checksums.reporting_unreadable(saved):
             form = checkpoint_forms.stored(manager, number)
@@ -91,6 +92,7 @@ def _restore_centers(
         wanted = {"centers": tree["centers"]}
         if "momentum" in tree.get("centers_opt", {}):
             wanted["centers_opt"] = {"momentum": tree["centers_opt"]["momentum"]}
+        room.require_to_read(wanted, workdir)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         found = reader.restore(path, item=wanted, restore_args=as_numpy, partial_restore=True)
     momentum = found.get("centers_opt", {}).get("momentum")
