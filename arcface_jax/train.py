@@ -31,10 +31,12 @@ from arcface_jax.training import (
     checkpoint,
     diagnostics,
     evaluators,
+    extension,
     finetune,
     manifest,
     messages,
     optim,
+    room,
     saved_runs,
     step,
     validation,
@@ -59,6 +61,8 @@ class Outcome(NamedTuple):
     """The signal that ended the run before its last step; everything is saved."""
     state: TrainState
     """The final state, on the devices: to embed, export or train on with."""
+    evaluated_at: int | None
+    """The step of the `eval/` numbers in `results`; None where nothing was evaluated."""
 
 
 def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
@@ -84,6 +88,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         validation.validate(config, num_devices=mesh.size)
         lock.enter_context(launch.holding(workdir))
         source = opening.open_source(config.data, seed=config.seed)
+        validation.validate_data(source, config.data.path)
         targets = _open_targets(config)
         images = order.make(len(source), config.data, seed=config.seed)
         dataset = checkpoint.describe(source, config.data)
@@ -91,9 +96,22 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         launch.raise_if_stopped_at_start()
 
         # ---- State: fresh, from other weights, or the newest checkpoint --------------------------
+        abstract = step.abstract_state(config, num_classes=source.num_classes, mesh=mesh)
+        init_program = step.compile_init(config, num_classes=source.num_classes, mesh=mesh)
+        room.require(abstract, init_program, mesh=mesh)
+        stored_schedule = extension.stored_schedule(config)
         manager = checkpoint.open_workdir(config)
         checkpoint.check_data(manager, dataset, config.data)
-        state = step.init_state(config, num_classes=source.num_classes, mesh=mesh, weights=weights)
+        with room.reporting_exhaustion():
+            state = jax.block_until_ready(
+                step.init_state(
+                    config,
+                    num_classes=source.num_classes,
+                    mesh=mesh,
+                    weights=weights,
+                    program=init_program,
+                )
+            )
         evaluate = evaluators.make(
             targets,
             evaluators.load(
@@ -113,7 +131,12 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             state = dataclasses.replace(state, centers=centers)
             pretrained = evaluate(state, launch.raise_if_stopped_at_start)
         launch.raise_if_stopped_at_start()
-        state = checkpoint.restore(manager, state, dataset) or state
+        if manager.latest_step() is not None:
+            for array in jax.tree.leaves(state):
+                array.delete()  # two states at once may not fit
+        with room.reporting_exhaustion():
+            # The whole state: if one array's allocation failed, the others may never be ready.
+            state = jax.block_until_ready(checkpoint.restore(manager, abstract, dataset) or state)
         steps = plan_steps(
             config.schedule,
             config.evaluation,
@@ -121,6 +144,12 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             start=int(state.step),
             per_epoch=images.steps_per_epoch,
         )
+
+        extended = []
+        if stored_schedule:
+            extended = extension.extend(
+                config, stored_schedule, start=steps.start, per_epoch=steps.per_epoch
+            )
 
         # ---- The step ----------------------------------------------------------------------------
         schedule = optim.make_schedule(
@@ -138,7 +167,9 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         terminal = Terminal(total_steps=steps.total, start=steps.start)
         headline = messages.headline(config, dataset, mesh, start=steps.start, total=steps.total)
         summary = manifest.write_summary(config, state, mesh, first_lines=headline)
-        terminal.print_all(headline, summary)
+        terminal.print_all(headline, summary, *extended)
+        if extended:
+            log.write(steps.start, {"schedule/total_steps": float(steps.total)})
         before = _log_start(
             log, terminal, step=steps.start, baselines=baselines, pretrained=pretrained
         )
@@ -202,9 +233,14 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             terminal.print(
                 f"stopped by {stopped_by.name} at step {run.done}; rerun the same command to resume"
             )
+        else:
+            run.raise_if_untrained()
+            if run.evaluated_at is None:  # resumed after the last step
+                run.results, run.evaluated_at = evaluate(run.state), run.done
         files = evaluators.draw(workdir, targets, run.results) if launch.is_first() else []
         results = evaluators.metrics(run.results) | before | baselines
-        return Outcome(run.done, results, files, stopped_by, run.state)
+        evaluated_at = run.evaluated_at if run.results else None
+        return Outcome(run.done, results, files, stopped_by, run.state, evaluated_at)
 
 
 def _loop(run: Run, stop: signals.Stop) -> None:

@@ -85,16 +85,19 @@ def test_a_stopped_run_resumes_bit_for_bit(finished, recipe, tmp_path):
     """SIGTERM in the middle of an epoch, then the same command again."""
     workdir = tmp_path / "run"
     command = ["scripts/train.py", *arguments(recipe, workdir)]
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, **pipes, text=True)
     wait_until(lambda: reached(workdir, 4), process)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=HANG)
+    stdout, stderr = process.communicate(timeout=HANG)
     assert process.returncode == 128 + signal.SIGTERM, stderr
     stopped = max(losses(workdir))
     assert stopped < 9, "it ended before the signal came; make the run longer"
     assert f"stopped by SIGTERM at step {stopped}" in stderr
+    outcome = result(stdout)
+    verified = {line["step"]: line for line in metrics(workdir) if "eval/synthetic/auc" in line}
+    assert outcome["step"] == stopped and outcome["eval/step"] == max(verified)
+    assert outcome["eval/synthetic/auc"] == verified[max(verified)]["eval/synthetic/auc"]
 
     done = run_process(command)
     assert done.returncode == 0, done.stderr

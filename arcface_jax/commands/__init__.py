@@ -1,7 +1,6 @@
 """The commands of `arcface-jax`, one module each; they parse before they import anything heavy."""
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from arcface_jax import errors
 from arcface_jax.config import command_line
+from arcface_jax.runtime import strict_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,7 +45,7 @@ def command(body: Callable[Words, Result]) -> Callable[Words, int]:
                 seconds = round(time.perf_counter() - begin, 1)
                 files = [str(file) for file in result.files]
                 line = {**result.values, "seconds": seconds, "files": files}
-                print("RESULT " + json.dumps(line, default=str), flush=True)
+                print("RESULT " + strict_json.dumps(line, default=str), flush=True)
         return result.code
 
     return run

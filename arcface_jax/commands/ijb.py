@@ -4,7 +4,6 @@ arcface-jax ijb --workdir WORKDIR --data IJBC --protocol ijbc --output runs/ijbc
 arcface-jax ijb --weight backbone.pth --network r50 --data IJBC --output runs/ijbc
 """
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax ijb") -> Result:
     )
     from arcface_jax.evaluation.protocols import ijb, ijb_files, ijb_tables
     from arcface_jax.evaluation.report import roc_plot
-    from arcface_jax.runtime import launch
+    from arcface_jax.runtime import launch, strict_json
     from arcface_jax.runtime.files import write_atomic
 
     launch.join_processes(arguments.distributed)
@@ -69,7 +68,9 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax ijb") -> Result:
     results = [ijb.evaluate(ijb_set, extracted, option) for option in options]
     console().print(*ijb_tables.tables(results), *ijb_tables.remarks(results[0]), sep="\n")
     report = arguments.output / f"{arguments.protocol}.json"
-    write_atomic(report, json.dumps([result.summary() for result in results], indent=2) + "\n")
+    write_atomic(
+        report, strict_json.dumps([result.summary() for result in results], indent=2) + "\n"
+    )
     picture = report.with_name(f"{arguments.protocol}_roc.png")
     curves = {result.options.label: result.curve for result in results}
     roc_plot.draw(curves, title=f"{arguments.protocol}, pairs of templates", path=picture)

@@ -7,6 +7,7 @@ into the frame of `--help`.
 
 import dataclasses
 import functools
+import math
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
@@ -69,11 +70,31 @@ def _increasing(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def _increasing_angles(values: tuple[float, float]) -> tuple[float, float]:
+    _increasing(values)
+    if values[1] > math.pi:
+        raise ValueError("must be at most pi: these are angles in radians")
+    return values
+
+
+def _margins(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    factor, angle, cosine = values
+    if abs(factor) > _LARGEST_FACTOR or abs(angle) > math.pi or abs(cosine) > _LARGEST_COSINES:
+        raise ValueError(
+            f"must be within (+-{_LARGEST_FACTOR:g}, +-pi, +-{_LARGEST_COSINES:g}): a factor on "
+            "the angle, radians, a difference of cosines"
+        )
+    return values
+
+
 def _first_and_last(steps: tuple[int, int]) -> tuple[int, int]:
     if steps != (0, 0) and not 1 <= steps[0] <= steps[1]:
         raise ValueError("must be the first and the last step to trace, counted from 1")
     return steps
 
+
+# Of head.margins: SphereFace uses factors up to 4, and two cosines are at most 2 apart.
+_LARGEST_FACTOR, _LARGEST_COSINES = 10.0, 2.0
 
 Share = Annotated[float, Field(ge=0, le=1), Hint("a share, 0 to 1")]
 Increasing = Annotated[tuple[float, float], AfterValidator(_increasing)]
@@ -201,9 +222,17 @@ class HeadConfig:
     package.module:name (docs/extending.md)."""
     options: tuple[tuple[str, float], ...] = ()
     """Settings of a loss of your own: NAME VALUE NAME VALUE."""
-    margin: NonNegativeFloat = 0.5
+    margin: Annotated[
+        float,
+        Field(ge=0, le=math.pi),
+        Hint("radians or a cosine, depending on the loss; 0.2 to 0.5 is usual"),
+    ] = 0.5
     """m: radians for arcface and curricularface, cosine for cosface, both for adaface."""
-    margins: tuple[float, float, float] = (1.0, 0.5, 0.0)
+    margins: Annotated[
+        tuple[float, float, float],
+        AfterValidator(_margins),
+        Hint("arcface is (1, m, 0), cosface (1, 0, m)"),
+    ] = (1.0, 0.5, 0.0)
     """combined: (m1, m2, m3) of cos(m1 theta + m2) - m3."""
     scale: PositiveFloat = 64.0
     """Factor on all cosines."""
@@ -225,7 +254,10 @@ class HeadConfig:
     """adaface: how strongly the embedding norm changes the margin."""
     magface_norms: Increasing = (10.0, 110.0)
     """magface: the norms between which the margin rises."""
-    magface_margins: Increasing = (0.45, 0.8)
+    magface_margins: Annotated[tuple[float, float], AfterValidator(_increasing_angles)] = (
+        0.45,
+        0.8,
+    )
     """magface: the margins at these norms, radians."""
     magface_weight: NonNegativeFloat = 35.0
     """magface: weight of the loss term that increases the norms."""
@@ -289,7 +321,9 @@ class OptimizerConfig:
     ] = 0.0
     """Decay of a running mean of the weights, for instance 0.9999, which is
     then evaluated and exported; 0 is off."""
-    loss_scale: PositiveFloat = 65536.0
+    loss_scale: Annotated[
+        float, Field(ge=1, le=2**24), Hint("65536 is usual; overflows halve it, down to 1")
+    ] = 65536.0
     """float16: initial factor on the embeddings' gradient; halved when it overflows."""
     loss_scale_steps: PositiveInt = 100
     """float16: steps without an overflow after which the factor doubles."""
@@ -318,6 +352,10 @@ class ScheduleConfig:
     """step: epochs at whose start the rate drops."""
     decay_factor: PositiveFloat = 0.1
     """step: what the rate is multiplied by."""
+    extend: bool = False
+    """Resume a run under the epochs and decay_epochs given here, which may
+    differ from the stored ones after the last saved step: prints the old
+    and the new schedule and records the new one (docs/training.md)."""
 
 
 @section
@@ -466,6 +504,7 @@ MAY_DIFFER_ON_RESUME = (
     "head.block_form",
     "optimizer.micro_batches",
     "optimizer.stop_after_skipped",
+    "schedule.extend",
     "evaluation.",
     "checkpoint.",
     "logging.",

@@ -83,6 +83,22 @@ def check(model: Network, state: StateDict, *, network: str) -> float:
     )
 
 
+def require_finite(model: Network) -> None:
+    """Check that a network's weights are numbers, before they are written for other programs.
+
+    Raises:
+      UserError: with the number of arrays that are not, and the first of them.
+    """
+    arrays = {**model.params, **model.batch_stats}
+    broken = [name for name, array in arrays.items() if not np.isfinite(np.asarray(array)).all()]
+    if broken:
+        raise UserError(
+            f"{len(broken)} of {len(arrays)} weight arrays have values that are not finite, for "
+            f"instance {broken[0]}: nothing was written. Training diverged or the file is corrupt: "
+            "export an earlier checkpoint, or train with a lower --optimizer.learning-rate"
+        )
+
+
 def require_equal(
     embeddings: np.ndarray, reference: np.ndarray, *, what: str, bound: float
 ) -> float:

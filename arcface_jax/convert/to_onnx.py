@@ -46,6 +46,7 @@ def export(
     """
     if (precision == "int8") != (calibration is not None):
         raise UserError("--precision int8 and --calibration FOLDER go together")
+    parity.require_finite(model)
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no folder {output.parent}")
     with atomic_files(output) as path:  # the graph refers to its data by the file's name

@@ -37,6 +37,7 @@ def export(model: Network, output: Path) -> float:
       UserError: the network is too large for the format, the embeddings differ, or the file cannot
         be written.
     """
+    parity.require_finite(model)
     arrays = [np.asarray(a) for a in (*model.params.values(), *model.batch_stats.values())]
     if sum(array.nbytes for array in arrays) > _LARGEST_FILE:
         raise errors.UserError(

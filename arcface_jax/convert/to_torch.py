@@ -15,11 +15,12 @@ def export(workdir: Path, output: Path) -> float:
       The largest relative difference of the embeddings.
 
     Raises:
-      UserError: the workdir cannot be read, the network has no torch twin, the embeddings differ,
-        or the file cannot be written.
+      UserError: the workdir cannot be read, the network has no torch twin, weights are not finite,
+        the embeddings differ, or the file cannot be written.
     """
     model = Network.from_workdir(workdir, devices="own")  # another process may be gone
     twins.require(model.network)
+    parity.require_finite(model)
     state = weights.to_state_dict(model.params, model.batch_stats)
     error = parity.check(model, state, network=model.network)
     weight_files.write(output, state)

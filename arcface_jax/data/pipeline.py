@@ -24,6 +24,7 @@ from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Source
 from arcface_jax.errors import CheckpointError, DataError, ImageError, UserError
 from arcface_jax.runtime import metrics
+from arcface_jax.runtime.files import write_atomic
 
 # Images tried in place of a damaged one before the whole set is taken to be damaged.
 _TRIES = 100
@@ -193,10 +194,18 @@ class BadImages:
         self._num_images = num_images
         self._max_share = max_share
         try:
-            lines = metrics.read(path) if path.exists() else []
+            content = path.read_bytes() if path.exists() else b""
+            lines, end = metrics.whole_lines(content)
             self._known = {int(line["index"]) for line in lines}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"cannot read {path}: {error!r}; remove it") from error
+        if b"\n" in content[end:]:
+            raise CheckpointError(
+                f"{path} is damaged at line {len(lines) + 1}: remove it; its images are listed "
+                "again when they are met"
+            )
+        if end < len(content):  # the next line would be appended to half a line
+            write_atomic(path, content[:end])
 
     def __len__(self) -> int:
         return len(self._known)

@@ -25,6 +25,7 @@ from arcface_jax.errors import UserError, install
 from arcface_jax.machine import collectives, gpu, plan, roofline, timing
 from arcface_jax.machine import input as data_benchmark
 from arcface_jax.runtime import devices as meshes
+from arcface_jax.runtime import memory
 from arcface_jax.training import manifest, optim, step, validation
 
 _SAMPLE = 64 * 2**20  # bytes written to the workdir's disk
@@ -149,7 +150,7 @@ def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
     """The state beside what is free; on CPUs all devices share the machine's."""
     free = timing.free_memory() / (1 if _is_cpu(mesh) else len(jax.local_devices()))
     needed = sum(state.values()) * (len(mesh.local_devices) if _is_cpu(mesh) else 1)
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    host = memory.free_on_host()
     words = (
         f"the state takes {_gib(needed)} of {_gib(free)} free"
         f"{'' if _is_cpu(mesh) else ' on each device'}, without activations (`arcface-jax plan` "

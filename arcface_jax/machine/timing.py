@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from arcface_jax.runtime import memory
+
 
 def in_turn(runs: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
     """Median seconds of each run, the runs taking turns so that all see the same machine.
@@ -58,10 +60,9 @@ def machine() -> dict[str, str | int]:
 
 def free_memory() -> int:
     """Bytes that the devices together may take; on CPUs they share the machine's memory."""
-    stats = jax.devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return len(jax.devices()) * (stats["bytes_limit"] - stats["bytes_in_use"])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    devices = jax.devices()
+    shared = devices[0].platform == "cpu"
+    return memory.free_on_device(devices[0]) * (1 if shared else len(devices))
 
 
 def _processor() -> str:

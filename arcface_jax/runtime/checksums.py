@@ -1,76 +1,229 @@
-"""Detect corrupt checkpoints: a hash of each file, stored before the checkpoint is complete.
+"""Detect damage in a workdir: a hash of each file of a checkpoint, stored before it is complete.
 
 Orbax renames a checkpoint into place once all of it is written, so a half-written one is never
-taken for complete; but a disk may return other bytes than were written.
+taken for complete; but a disk may return other bytes than were written, and people delete files.
+WORKDIR/checksums/STEP.json holds the hashes of a checkpoint, the length and hash of what
+metrics.jsonl held up to its step, and a hash of itself. WORKDIR/checksums/config.json holds a copy
+of the configuration.
 """
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from arcface_jax.errors import CheckpointError
-from arcface_jax.runtime.files import write_atomic
+from arcface_jax.errors import CheckpointError, UserError
+from arcface_jax.runtime import damaged
+from arcface_jax.runtime.files import complete_steps, unfinished_steps, write_atomic
 
 _FOLDER = "checksums"
-_DAMAGED = "damaged"
-# Orbax adds the commit time to it.
-_CHANGED_LATER = ("_CHECKPOINT_METADATA",)
+_CONFIG = "config.json"
+# Orbax adds the commit time to it later.
+_METADATA = "_CHECKPOINT_METADATA"
+_SELF = "blake2b"
+# Every checkpoint of a training run has these items.
+_ITEMS = ("backbone", "dataset", "training")
 
 
-def note(checkpoints: Path) -> None:
+class _Noted(NamedTuple):
+    """What WORKDIR/checksums/STEP.json holds."""
+
+    files: dict[str, str]
+    """Hash by path inside the checkpoint."""
+    history: tuple[int, str] | None
+    """Bytes and hash of metrics.jsonl up to the step; None if an earlier version wrote the file."""
+
+
+class _Unreadable(Exception):
+    """There are no checksums, or they are damaged; the message tells which."""
+
+
+# ---- Written during the run ----------------------------------------------------------------------
+
+
+def note(checkpoints: Path, history: Path) -> None:
     """Write WORKDIR/checksums/STEP.json of the checkpoint that is about to be renamed into place.
 
     So every complete checkpoint has checksums. Those of removed checkpoints are removed.
+
+    Args:
+      checkpoints: the folder of checkpoints.
+      history: metrics.jsonl, which need not exist.
     """
     folder = checkpoints.parent / _FOLDER
     folder.mkdir(exist_ok=True)
     written = {path.name.partition(".")[0]: path for path in checkpoints.glob("[0-9]*.*")}
+    content = history.read_bytes() if history.is_file() else b""
     for step, path in written.items():
-        write_atomic(folder / f"{step}.json", json.dumps(_hashes(path), indent=1) + "\n")
-    here = {path.name for path in _complete(checkpoints)} | written.keys()
+        length = _length_up_to(content, int(step))
+        noted = {
+            "files": _hashes(path),
+            "history": {"bytes": length, "blake2b": _hash(content[:length])},
+        }
+        _write_with_hash(folder / f"{step}.json", noted)
+    here = {str(step) for step in complete_steps(checkpoints.parent)} | written.keys()
     for path in folder.glob("*.json"):
-        if path.stem not in here:
+        if path.stem.isdigit() and path.stem not in here:
             path.unlink(missing_ok=True)
 
 
+def _length_up_to(content: bytes, step: int) -> int:
+    """The length of the lines of a metrics.jsonl up to a step; those of later steps follow it."""
+    end = len(content)
+    while end:
+        begin = content.rfind(b"\n", 0, end - 1) + 1
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is being written
+            if json.loads(content[begin:end])["step"] <= step:
+                return end
+        end = begin
+    return 0
+
+
+def keep_config(workdir: Path, text: str) -> None:
+    """Keep a copy of the configuration, from which a damaged config.json is restored."""
+    folder = workdir / _FOLDER
+    folder.mkdir(exist_ok=True)
+    _write_with_hash(folder / _CONFIG, {"config": text})
+
+
+# ---- Read by a run that resumes ------------------------------------------------------------------
+
+
 def set_aside_damaged(checkpoints: Path) -> list[str]:
-    """Move the newest checkpoints to WORKDIR/damaged as long as they are corrupt.
+    """Move to WORKDIR/damaged what is no checkpoint, and the newest checkpoints that are corrupt.
 
     Returns:
-      A message about each. The newest remaining one is intact, or was saved without checksums.
+      A message about each, about checkpoints that are missing, and if the newest remaining
+      checkpoint cannot be verified. It is intact, or was saved without checksums.
 
     Raises:
-      CheckpointError: all checkpoints are corrupt.
+      CheckpointError: no checkpoint is left of those that were saved, or one is a link. Nothing has
+        changed.
     """
-    steps = sorted(_complete(checkpoints), key=lambda path: int(path.name))
-    damaged = []
-    while steps and (wrong := _wrong(steps[-1])):
-        damaged.append((steps.pop(), wrong))
-    if damaged and not steps:
-        path, wrong = damaged[-1]
-        raise CheckpointError(
-            f"all checkpoints in {checkpoints} failed their checksum ({_listed(wrong)} of step "
-            f"{path.name} differ from {_FOLDER}/{path.name}.json); restore one from backup, or "
-            "start a new run in another --workdir"
-        )
-    messages = []
-    for path, wrong in damaged:
-        target = _free(checkpoints.parent / _DAMAGED / path.name)
-        target.parent.mkdir(exist_ok=True)
-        path.rename(target)
+    workdir = checkpoints.parent
+    _refuse_links(checkpoints)
+    foreign = _foreign(checkpoints)
+    steps = [step for step in complete_steps(workdir) if checkpoints / str(step) not in foreign]
+    gone = _missing_steps(workdir)
+    broken = []
+    while steps and (wrong := _wrong(checkpoints / str(steps[-1]))):
+        broken.append((steps.pop(), wrong))
+    if not steps and (broken or gone):
+        raise _none_left(checkpoints, gone, broken)
+    messages = [
+        f"{path} is not a checkpoint; moved to {damaged.set_aside(path, workdir)}"
+        for path in foreign
+    ]
+    if gone:
+        messages.append(f"{_gone(gone, workdir)}; falling back to step {steps[-1]}")
+    for step, wrong in broken:
+        target = damaged.set_aside(checkpoints / str(step), workdir)
+        with contextlib.suppress(OSError):  # so that it does not count as missing from now on
+            _path_of(workdir, step).rename(target / f"{_FOLDER}.json")
         messages.append(
-            f"checkpoint {path.name} is corrupt ({_listed(wrong)}); moved to {target}, falling "
-            "back to the previous one"
+            f"checkpoint {step} is corrupt ({_listed(wrong)}); moved to {target}, falling back to "
+            "the previous one"
         )
+    for step in unfinished_steps(workdir):  # else it counts as missing once it is removed
+        _path_of(workdir, step).unlink(missing_ok=True)
+    if steps and (problem := unverifiable(checkpoints / str(steps[-1]))):
+        messages.append(problem)
     return messages
 
 
-def _complete(checkpoints: Path) -> list[Path]:
-    return [path for path in checkpoints.glob("*") if path.name.isdigit()]
+def _none_left(
+    checkpoints: Path, gone: list[int], broken: list[tuple[int, list[str]]]
+) -> CheckpointError:
+    fix = "restore one from backup, or start a new run in another --workdir"
+    if not broken:
+        return CheckpointError(f"{_gone(gone, checkpoints.parent)}, and no earlier one: {fix}")
+    step, wrong = broken[-1]
+    return CheckpointError(
+        f"all checkpoints in {checkpoints} failed their checksum ({_listed(wrong)} of step "
+        f"{step} differ from {_FOLDER}/{step}.json); {fix}"
+    )
+
+
+def _refuse_links(checkpoints: Path) -> None:
+    for step in complete_steps(checkpoints.parent):
+        if (path := checkpoints / str(step)).is_symlink():
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, which a run cannot remove when it is done "
+                "with the checkpoint: move the folder back in its place"
+            )
+
+
+def _foreign(checkpoints: Path) -> list[Path]:
+    """What Orbax or a person could take for a checkpoint by its name, and is none."""
+    if not checkpoints.is_dir():
+        return []
+    complete = {str(step) for step in complete_steps(checkpoints.parent)}
+    found = []
+    for path in sorted(checkpoints.iterdir()):
+        alike = path.name.isdigit() and path.name not in complete
+        empty = path.name in complete and not (path / "backbone").is_dir()
+        if alike or (empty and not damaged.is_there(_path_of(checkpoints.parent, int(path.name)))):
+            found.append(path)
+    return found
+
+
+def missing(workdir: Path) -> list[str]:
+    """A message about the checkpoints after the newest complete one that are gone, if any is."""
+    return [_gone(steps, workdir)] if (steps := _missing_steps(workdir)) else []
+
+
+def _missing_steps(workdir: Path) -> list[int]:
+    """Steps that were saved after the newest complete checkpoint, and whose checkpoint is gone.
+
+    A run that saves meanwhile does not disturb this: it writes the checksums first, and the order
+    of reading is the same.
+    """
+    noted = [int(p.stem) for p in (workdir / _FOLDER).glob("*.json") if p.stem.isdecimal()]
+    unfinished = unfinished_steps(workdir)
+    newest = max(complete_steps(workdir), default=-1)
+    return sorted(step for step in noted if step > newest and step not in unfinished)
+
+
+def _gone(steps: list[int], workdir: Path) -> str:
+    names = ", ".join(map(str, steps))
+    return f"{workdir / 'checkpoints'} has lost the checkpoint of step {names}"
+
+
+def config_copy(workdir: Path) -> str | None:
+    """The configuration as `keep_config` kept it.
+
+    Raises:
+      ValueError: the copy is damaged.
+    """
+    path = workdir / _FOLDER / _CONFIG
+    if not damaged.is_there(path):
+        return None
+    try:
+        text = _read_with_hash(path)["config"]
+    except (_Unreadable, KeyError):
+        text = None
+    if not isinstance(text, str):
+        raise ValueError(f"{path} is damaged")
+    return text
+
+
+def history(workdir: Path, step: int) -> tuple[int, str] | None:
+    """Bytes and BLAKE2b hash of what metrics.jsonl held up to a saved step; None if unknown."""
+    try:
+        return _read(_path_of(workdir, step)).history
+    except _Unreadable:
+        return None
+
+
+# ---- Read by everyone ----------------------------------------------------------------------------
 
 
 def require_whole(checkpoint: Path, item: str) -> None:
     """Verify the files of one item of a checkpoint before it is read.
+
+    Where that is impossible, a line on stderr tells why.
 
     Raises:
       CheckpointError: a file is corrupt or missing.
@@ -80,35 +233,138 @@ def require_whole(checkpoint: Path, item: str) -> None:
             f"{checkpoint} is corrupt ({_listed(wrong)}): use another checkpoint of the run "
             "(--step), or restore it from backup"
         )
+    if problem := unverifiable(checkpoint):
+        damaged.warn([problem])
+
+
+@contextlib.contextmanager
+def reporting_unreadable(checkpoint: Path) -> Iterator[None]:
+    """Turn whatever the block raises on a checkpoint that cannot be verified into one line.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        # Memory that does not suffice is no damage.
+        if unverifiable(checkpoint) is None or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        first = (str(error) or repr(error)).splitlines()[0][:200]
+        raise CheckpointError(
+            f"{checkpoint} cannot be read, nor verified ({first}): move it elsewhere to use the "
+            "checkpoint before it, or restore it from backup"
+        ) from error
+
+
+def unverifiable(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be compared with what was written, or None if it can."""
+    try:
+        _read(_path_of(checkpoint.parent.parent, int(checkpoint.name)))
+    except _Unreadable as error:
+        return f"checkpoint {checkpoint.name} cannot be verified: {error}"
+    return None
 
 
 def _wrong(path: Path, item: str = "") -> list[str]:
     """Files, of one item or of all, that are missing or differ from their checksum."""
-    noted = path.parent.parent / _FOLDER / f"{path.name}.json"
+    workdir = path.parent.parent
     try:
-        expected: dict[str, str] = json.loads(noted.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # nothing to compare with
-        return []
+        expected = _read(_path_of(workdir, int(path.name))).files
+    except _Unreadable:  # nothing to compare with, but a run's checkpoint has all items
+        items = _ITEMS if (workdir / "environment.json").exists() else _ITEMS[:1]
+        wanted = (item,) if item else items
+        return [f"{name}/" for name in wanted if not (path / name).is_dir()]
     of_item = {n: x for n, x in expected.items() if not item or n.startswith(f"{item}/")}
     found = _hashes(path, item)
     return [name for name, value in of_item.items() if found.get(name) != value]
 
 
+def _path_of(workdir: Path, step: int) -> Path:
+    return workdir / _FOLDER / f"{step}.json"
+
+
+def _read(path: Path) -> _Noted:
+    """The checksums in a file.
+
+    Raises:
+      _Unreadable: there are none, or they are not as they were written.
+    """
+    if not damaged.is_there(path):
+        raise _Unreadable(f"{path} is missing")
+    content = _read_with_hash(path)
+    files, history = content.get("files", content), content.get("history")
+    if not (isinstance(files, dict) and all(_is_hash(value) for value in files.values())):
+        raise _Unreadable(f"{path} is damaged")
+    if not files:
+        raise _Unreadable(f"{path} is empty")
+    return _Noted(files, (history["bytes"], history["blake2b"]) if history else None)
+
+
+def _read_with_hash(path: Path) -> dict[str, Any]:
+    """The reverse of `_write_with_hash`; files of earlier versions have no hash of themselves.
+
+    Raises:
+      _Unreadable: the file is not as it was written.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise _Unreadable(f"{path} is {'damaged' if _size(path) else 'empty'}")
+    expected = content.pop(_SELF, None)
+    if expected is None and all(_is_hash(value) for value in content.values()):
+        return content
+    if expected != _hash_of_json(content):
+        raise _Unreadable(f"{path} is damaged")
+    return content
+
+
+def _write_with_hash(path: Path, content: dict[str, Any]) -> None:
+    content = {**content, _SELF: _hash_of_json(content)}
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1
+
+
+def _hash_of_json(content: dict[str, Any]) -> str:
+    return _hash(json.dumps(content, sort_keys=True).encode())
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.blake2b(content).hexdigest()
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 128 and set(value) <= set("0123456789abcdef")
+
+
 def _hashes(path: Path, item: str = "") -> dict[str, str]:
     hashes = {}
     for file in sorted((path / item).rglob("*")):
-        if file.is_file() and file.name not in _CHANGED_LATER:
-            with file.open("rb") as stream:
-                value = hashlib.file_digest(stream, "blake2b").hexdigest()
-            hashes[file.relative_to(path).as_posix()] = value
+        if not file.is_file():
+            continue
+        name = file.relative_to(path).as_posix()
+        if name == _METADATA:
+            hashes[name] = _hash(_handlers(file))
+            continue
+        with file.open("rb") as stream:
+            hashes[name] = hashlib.file_digest(stream, "blake2b").hexdigest()
     return hashes
+
+
+def _handlers(metadata: Path) -> bytes:
+    """What of Orbax's metadata stays: how the items are read."""
+    try:
+        return json.dumps(json.loads(metadata.read_bytes())["item_handlers"]).encode()
+    except (ValueError, TypeError, KeyError):
+        return b"damaged"
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _free(path: Path) -> Path:
-    """The path, or if it exists the first free PATH.N."""
-    taken = [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]
-    return next(name for name in taken if not name.exists())

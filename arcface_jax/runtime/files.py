@@ -40,6 +40,7 @@ _FIXES = {
 # How TensorStore, which writes the arrays, names the system's error.
 _IN_TEXT = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
 _UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"
+_STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:
@@ -202,13 +203,24 @@ def is_running(pid: int) -> bool:
 
 def complete_steps(workdir: Path) -> list[int]:
     """The steps of the complete checkpoints, ascending."""
-    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+    # Not isdigit(), which a superscript two is too; nor 007, which Orbax does not take for a 7.
+    found = (workdir / "checkpoints").glob("[0-9]*")
+    return sorted(int(p.name) for p in found if _STEP.fullmatch(p.name) and p.is_dir())
+
+
+def unfinished_steps(workdir: Path) -> list[int]:
+    """The steps of checkpoints that are being written, or that a killed process was writing."""
+    found = (workdir / "checkpoints").glob(_UNFINISHED)
+    return sorted(int(step) for p in found if _STEP.fullmatch(step := p.name.partition(".")[0]))
 
 
 def remove_unfinished(workdir: Path) -> None:
     """Remove checkpoints that an earlier process left half-written: they take disk space."""
     for path in (workdir / "checkpoints").glob(_UNFINISHED):
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -278,9 +290,7 @@ def _of_the_system(error: BaseException) -> OSError | None:
 
 def _message(workdir: Path, error: OSError, writing: Path | None) -> str:
     path = writing or error.filename or workdir
-    unfinished = sorted(
-        int(p.name.partition(".")[0]) for p in (workdir / "checkpoints").glob(_UNFINISHED)
-    )
+    unfinished = unfinished_steps(workdir)
     if path == workdir / "checkpoints" and unfinished:
         path = f"{path / str(unfinished[-1])} (the checkpoint of step {unfinished[-1]})"
     fix = _FIXES.get(error.errno or 0, "Check that disk")

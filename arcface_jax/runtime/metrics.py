@@ -1,7 +1,9 @@
 """Write the metrics of a run: metrics.jsonl, TensorBoard, CSV, Weights & Biases."""
 
 import csv
+import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from arcface_jax.errors import ConfigError, install
-from arcface_jax.runtime import launch
+from arcface_jax.runtime import checksums, damaged, launch, strict_json
 from arcface_jax.runtime.files import atomic, reporting_disk_errors, write_atomic
 
 METRICS = "metrics.jsonl"
@@ -49,12 +51,16 @@ class MetricsFile:
         path, first = workdir / METRICS, launch.is_first()
         self._workdir = workdir
         with reporting_disk_errors(workdir, workdir):
-            self._kept = (
-                [line for line in read(path) if line["step"] <= start] if path.exists() else []
-            )
+            lines, problem = _history(path, checksums.history(workdir, start), start=start)
+            self._kept = [line for line in lines if line["step"] <= start]
+            if first and problem:
+                aside = ""
+                if path.exists():
+                    aside = f"; the whole file is kept as {damaged.keep_copy(path, workdir)}"
+                damaged.warn([f"{problem}{aside}"])
             # Atomically, so that a run that is killed here keeps its history.
             if first:
-                kept = "".join(json.dumps(line) + "\n" for line in self._kept)
+                kept = "".join(strict_json.dumps(line) + "\n" for line in self._kept)
                 write_atomic(path, kept)
             if first and tensorboard:
                 self._writers.append(TensorBoard(workdir, start=start))
@@ -65,13 +71,13 @@ class MetricsFile:
             self._file = (path if first else Path(os.devnull)).open("a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line; it is on disk when this returns.
+        """Append one line; it is on disk when this returns. NaN and infinity become null.
 
         Raises:
           CheckpointError: it cannot be written.
         """
         with reporting_disk_errors(self._workdir, self._workdir / METRICS):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(strict_json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
         for writer in self._writers:
             with reporting_disk_errors(self._workdir, writer.path):
@@ -103,15 +109,66 @@ class MetricsFile:
             writers.callback(self._file.close)
 
 
-def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without a last line that was cut off."""
-    lines = []
-    for line in path.read_text().splitlines():
+def _history(
+    path: Path, noted: tuple[int, str] | None, *, start: int
+) -> tuple[list[dict[str, Any]], str | None]:
+    """The lines of a metrics.jsonl up to the first damaged one, and what is wrong with the file.
+
+    Args:
+      path: of the file; it may be missing.
+      noted: the bytes and BLAKE2b hash of what the file held up to step `start`, if known.
+      start: the step that the run resumes from.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    lines, end = whole_lines(content)
+    if start and not content:
+        problem = "empty" if path.exists() else "missing"
+        return [], f"{path} is {problem}: the metrics up to step {start} are lost"
+    if end < len(content) and not _is_cut_line(content[end:]):
+        return lines, f"{path} is damaged from line {len(lines) + 1} on, and is cut there"
+    if end < len(content) and start and noted is None:
+        return lines, f"{path} ends in an incomplete line, which is dropped"
+    length, expected = noted or (0, hashlib.blake2b(b"").hexdigest())
+    if end < length:
+        return lines, f"{path} ends before step {start}: metrics after line {len(lines)} are lost"
+    if hashlib.blake2b(content[:length]).hexdigest() != expected:
+        return (
+            lines,
+            f"{path} differs from what was written up to step {start}: some values are wrong",
+        )
+    return lines, None
+
+
+def _is_cut_line(rest: bytes) -> bool:
+    """Whether this is what a process that was killed in the middle of a line leaves."""
+    return b"\n" not in rest
+
+
+def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a JSON Lines file up to the first that is damaged, and their length in bytes.
+
+    Each line is an object, with a whole number as its "step"; null is NaN.
+    """
+    lines, end = [], 0
+    for text in content.splitlines(keepends=True):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+            line = json.loads(text, object_hook=_null_as_nan)
+        except ValueError:
+            break
+        if not (isinstance(line, dict) and type(line.get("step")) is int):
+            break
+        lines.append(line)
+        end += len(text)
+    return lines, end
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to the first that is damaged or was cut off."""
+    return whole_lines(path.read_bytes())[0]
+
+
+def _null_as_nan(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in line.items()}
 
 
 def train_accuracy(values: Mapping[str, float]) -> float:
@@ -239,7 +296,7 @@ class Wandb:
             ) from error
         self.path = workdir / "wandb"
         known = workdir / "wandb_id"
-        if not known.exists():
+        if not (known.exists() and known.read_bytes().strip().isalnum()):
             write_atomic(known, uuid.uuid4().hex[:12])
         try:
             self._run = wandb.init(

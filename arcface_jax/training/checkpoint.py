@@ -6,8 +6,8 @@ if the recipe asks for running means of the weights, `ema`, which inference then
 of imported weights has no `training`: only `backbone`, or also `centers` and `dataset`.
 """
 
+import json
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -23,7 +23,7 @@ from arcface_jax.data import fingerprint
 from arcface_jax.data.source import Source
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
-from arcface_jax.runtime import checksums, launch, locks
+from arcface_jax.runtime import checksums, damaged, launch, locks
 from arcface_jax.runtime.files import (
     complete_steps,
     quiet_orbax,
@@ -31,12 +31,16 @@ from arcface_jax.runtime.files import (
     reporting_disk_errors,
     write_atomic,
 )
+from arcface_jax.runtime.metrics import METRICS
 from arcface_jax.training import checkpoint_forms, manifest
 from arcface_jax.training.step import TrainState
 
 CONFIG = "config.json"
 Dataset = dict[str, Any]
 """num_classes and num_images of the training set, and its `fingerprint`."""
+
+EXTENDABLE = ("schedule.epochs:", "schedule.decay_epochs:")
+"""How the differences begin that `schedule.extend` allows."""
 
 BACKBONE_FIELDS = ("params", "batch_stats")
 
@@ -61,32 +65,42 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
       CheckpointError: the folder holds another run (every difference is named), or cannot be
         written. Nothing in it has changed.
     """
+    workdir = Path(config.workdir)
+    folder = folder_of(workdir)
     with launch.first_process_first():
         _prepare(config)
-        workdir = Path(config.workdir)
-        folder = folder_of(workdir)
         if launch.is_first():
             with reporting_disk_errors(workdir, workdir):
-                for message in checksums.set_aside_damaged(folder):
-                    print(f"warning: {message}", file=sys.stderr)
+                damaged.warn(checksums.set_aside_damaged(folder))
                 remove_unfinished(workdir)
+        _refuse_imported_weights(workdir)
+        if launch.is_first():
             manifest.write_environment(config)
     quiet_orbax()
     options = _manager_options(config.checkpoint)
     if launch.is_first():
-        note = partial(checksums.note, folder)
-        options.async_options = ocp.options.AsyncOptions(post_finalization_callback=note)
+        options.async_options = _noting_checksums(workdir)
     with reporting_disk_errors(workdir, folder):
         return ocp.CheckpointManager(folder, options=options)
 
 
+def _noting_checksums(workdir: Path) -> ocp.options.AsyncOptions:
+    note = partial(checksums.note, folder_of(workdir), workdir / METRICS)
+    return ocp.options.AsyncOptions(post_finalization_callback=note)
+
+
 def _prepare(config: Config) -> None:
     workdir = Path(config.workdir)
-    if (workdir / CONFIG).exists():
-        _refuse_imported_weights(workdir)
-        different = loading.differences(read_config(workdir), config)
+    text, problem = _stored_config(workdir)
+    if text is not None:
+        stored = _parse_config(workdir, text)
+        different = loading.differences(stored, config)
+        if config.schedule.extend:  # `extension` checks these once it is known how far the run is
+            different = [line for line in different if not line.startswith(EXTENDABLE)]
         if different:
             raise _not_resumable(workdir, different)
+    elif damaged.is_there(workdir / CONFIG):
+        raise CheckpointError(f"{problem}; restore it from backup, or use another --workdir")
     elif _holds_files(workdir):
         raise CheckpointError(
             f"--workdir {workdir} is not empty and holds no {CONFIG}: use a new or empty folder, "
@@ -94,13 +108,21 @@ def _prepare(config: Config) -> None:
         )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not (workdir / CONFIG).exists():
-            write_atomic(workdir / CONFIG, loading.to_json(config))
+        damaged.warn([problem] if problem else [])
+        damaged.warn(damaged.set_aside_wrong_kinds(workdir))
+        _write_config(workdir, text or loading.to_json(config), mended=problem is not None)
     except OSError as error:
         raise CheckpointError(
             f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
             "or choose another --workdir"
         ) from error
+
+
+def replace_config(config: Config) -> None:
+    """Write config.json again, with its copy; a run that is killed in between uses the new one."""
+    workdir, text = Path(config.workdir), loading.to_json(config)
+    checksums.keep_config(workdir, text)
+    write_atomic(workdir / CONFIG, text)
 
 
 def _manager_options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
@@ -129,15 +151,67 @@ def rank_of(metrics: Mapping[str, float], name: str) -> float:
 
 
 def read_config(workdir: Path) -> Config:
-    """The configuration of a stored run.
+    """The configuration of a stored run; its copy where config.json is damaged, with a warning.
 
     Raises:
-      CheckpointError: the folder holds none.
+      CheckpointError: the folder holds none, or one that is damaged and has no copy.
+    """
+    text, problem = _stored_config(workdir)
+    if text is None and damaged.is_there(workdir / CONFIG):
+        raise CheckpointError(f"{problem}; restore it from backup")
+    if text is None:
+        raise CheckpointError(f"{workdir} holds no {CONFIG}: name the --workdir of a training run")
+    damaged.warn([problem] if problem else [])
+    return _parse_config(workdir, text)
+
+
+def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
+    """The text of config.json as it was written, and what is wrong with the file or its copy.
+
+    The text is None where there is none, or none that is whole.
     """
     path = workdir / CONFIG
-    if not path.is_file():
-        raise CheckpointError(f"{workdir} holds no {CONFIG}: name the --workdir of a training run")
-    return loading.from_json(path.read_text(), source=str(path))
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, ValueError):
+        text = None
+    try:
+        copy = checksums.config_copy(workdir)
+    except ValueError as error:
+        return text, f"{error}: {path} cannot be verified"
+    if copy is None:  # of an earlier version
+        return text, None if text is not None else f"{path} is not a readable text file"
+    if text == copy:
+        return text, None
+    wrong = "differs from" if damaged.is_there(path) else "is missing, but not"
+    return copy, f"{path} {wrong} its copy checksums/{CONFIG}; using the copy"
+
+
+def _parse_config(workdir: Path, text: str) -> Config:
+    path = workdir / CONFIG
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}) and has no copy: restore it from backup; "
+            f"{workdir / 'environment.json'} lists the configuration of each start"
+        ) from error
+    return loading.from_json(text, source=str(path))
+
+
+def _write_config(workdir: Path, text: str, *, mended: bool) -> None:
+    """Write config.json and its copy where they are missing, or both where one was damaged."""
+    path = workdir / CONFIG
+    if (
+        mended
+        and damaged.is_there(path)
+        and not (path.is_file() and path.read_bytes() == text.encode())
+    ):
+        damaged.warn([f"the damaged {CONFIG} is now {damaged.set_aside(path, workdir)}"])
+    if not path.exists():
+        write_atomic(path, text)
+    if mended or checksums.config_copy(workdir) is None:
+        checksums.keep_config(workdir, text)
 
 
 def save(
@@ -261,7 +335,8 @@ def restore(
 
     Args:
       manager: of the workdir.
-      fresh: a state of the run's shapes, placed on the devices as the restored one shall be.
+      fresh: a state of the run's shapes, placed on the devices as the restored one shall be; its
+        arrays may be abstract.
       dataset: the training set, of as many classes as the stored one.
 
     Returns:
@@ -273,6 +348,13 @@ def restore(
     number = manager.latest_step()
     if number is None:
         return None
+    with checksums.reporting_unreadable(Path(manager.directory) / str(number)):
+        return _restore(manager, number, fresh, dataset)
+
+
+def _restore(
+    manager: ocp.CheckpointManager, number: int, fresh: TrainState, dataset: Dataset
+) -> TrainState:
     _require_classes(manager, _stored_dataset(manager, number), dataset)
     # The centers are stored with as many rows of padding as the devices wanted that wrote them:
     # Orbax pads or cuts them to what is wanted here. The classes' rows are all there, for their
@@ -336,9 +418,10 @@ def _write_weights(
         items["centers"] = ocp.args.PyTreeSave({"centers": centers})
         items["dataset"] = ocp.args.JsonSave({"num_classes": len(centers)})
     try:
-        with ocp.CheckpointManager(folder_of(workdir)) as manager:
+        options = ocp.CheckpointManagerOptions(async_options=_noting_checksums(workdir))
+        with ocp.CheckpointManager(folder_of(workdir), options=options) as manager:
             manager.save(0, args=ocp.args.Composite(**items))
-        write_atomic(workdir / CONFIG, loading.to_json(config))
+        _write_config(workdir, loading.to_json(config), mended=False)
     except OSError as error:
         raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
 
@@ -355,12 +438,14 @@ def _holds_files(workdir: Path) -> bool:
 
 
 def _refuse_imported_weights(workdir: Path) -> None:
-    for number in complete_steps(workdir):
-        if not (folder_of(workdir) / str(number) / "training").is_dir():
-            raise CheckpointError(
-                f"--workdir {workdir} contains imported weights only and cannot be resumed; use a "
-                f"new --workdir with --init-from {workdir}"
-            )
+    # Checksums have shown that nothing is missing from the checkpoints of a run.
+    if any(
+        not (folder_of(workdir) / str(n) / "training").is_dir() for n in complete_steps(workdir)
+    ):
+        raise CheckpointError(
+            f"--workdir {workdir} contains imported weights only and cannot be resumed; use a new "
+            f"--workdir with --init-from {workdir}"
+        )
 
 
 def folder_of(workdir: Path) -> Path:
@@ -398,8 +483,14 @@ def restore_args(like: Any, *, strict_shapes: bool = True, partial: bool = False
 
 
 def _not_resumable(workdir: Path, different: list[str]) -> CheckpointError:
+    fix = "Give the stored values to resume it, or another --workdir to begin a new run"
+    if all(line.startswith(EXTENDABLE) for line in different):
+        fix = (
+            "Add --schedule.extend to continue it under the new schedule, or start a new run from "
+            f"its weights with another --workdir and --init-from {workdir}"
+        )
     return CheckpointError(
         f"{workdir} holds a run that this command cannot resume:\n  "
         + "\n  ".join(different)
-        + "\nGive the stored values to resume it, or another --workdir to begin a new run"
+        + f"\n{fix}"
     )

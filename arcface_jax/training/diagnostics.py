@@ -121,6 +121,20 @@ class HealthMonitor:
             "labels are wrong"
         )
 
+    def empty_images(self, images: np.ndarray) -> str | None:
+        """Warn if a batch's (b, h, w, 3) images show nothing, or all show the same."""
+        pixels = images.reshape(len(images), -1, images.shape[-1])
+        if (pixels == pixels[:, :1]).all():
+            found = "black" if not images.any() else "of a single color"
+        elif len(images) > 1 and (images == images[:1]).all():
+            found = "identical"
+        else:
+            return None
+        return (
+            f"warning: all {len(images)} images of the first batch are {found}: nothing can be "
+            "learned from them. Check the files behind --data.path (`arcface-jax data inspect`)"
+        )
+
     def skipped_steps(self, step: int, values: Mapping[str, float]) -> str | None:
         """Report the non-finite steps since the last log step."""
         before, self._skipped = self._skipped, values["train/skipped_steps"]
@@ -275,19 +289,39 @@ def failure_error(
       optimizer: of the run.
       dtype: the network's computing type.
     """
-    loss = metrics["train/loss"]
+    loss, in_row = metrics["train/loss"], metrics["train/skipped_in_row"]
+    limit = optimizer.stop_after_skipped
+    reason = f"optimizer.stop_after_skipped {limit}" if in_row >= limit else "all steps of the run"
     first = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
     return UserError(
-        f"step {step}: {first}, for {metrics['train/skipped_in_row']:.0f} steps in a row "
-        f"(optimizer.stop_after_skipped {optimizer.stop_after_skipped}). These steps were skipped; "
-        f"the checkpoint saved now is still valid. {report} has the batch, the largest logit and "
-        f"each layer's gradient norm. {_failure_fix(loss, optimizer, dtype)}"
+        f"step {step}: {first}, for {in_row:.0f} steps in a row ({reason}). These steps were "
+        f"skipped; the checkpoint saved now is still valid. {report} has the batch, the largest "
+        f"logit and each layer's gradient norm. {_failure_fix(loss, optimizer, dtype)}"
+    )
+
+
+def untrained_error(skipped: int, *, optimizer: OptimizerConfig, dtype: str) -> UserError:
+    """The error of a complete run in which all steps were skipped.
+
+    Args:
+      skipped: steps without a finite gradient.
+      optimizer: of the run.
+      dtype: the network's computing type.
+    """
+    return UserError(
+        f"all {skipped} steps were skipped because their gradient was not finite, so the weights "
+        f"are the initial ones and nothing is exported. {_failure_fix(0.0, optimizer, dtype)}"
     )
 
 
 def _failure_fix(loss: float, optimizer: OptimizerConfig, dtype: str) -> str:
     if dtype == "float16" and not math.isfinite(loss):
         return "float16 overflows above 65504: use --model.dtype bfloat16, which does not"
+    if dtype == "float16":
+        return (
+            "float16 gradients overflow above 65504: start a new run (new --workdir) with a lower "
+            f"--optimizer.loss-scale (now {optimizer.loss_scale:g}) or --model.dtype bfloat16"
+        )
     return (
         "Start a new run (new --workdir) with a lower learning rate (--optimizer.learning-rate "
         f"{optimizer.learning_rate / 10:g}), a warm-up (--schedule.warmup-epochs 1) or "

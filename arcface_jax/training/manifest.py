@@ -20,11 +20,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from arcface_jax.config import Config, loading
-from arcface_jax.errors import CheckpointError
 from arcface_jax.heads import automatic
 from arcface_jax.models.registry import Arrays
-from arcface_jax.runtime import launch
-from arcface_jax.runtime.files import reporting_disk_errors, write_atomic
+from arcface_jax.runtime import damaged, launch
+from arcface_jax.runtime.files import complete_steps, reporting_disk_errors, write_atomic
 from arcface_jax.training.step import TrainState
 
 PACKAGES = (
@@ -58,19 +57,34 @@ def versions() -> dict[str, str]:
 
 
 def write_environment(config: Config) -> Path:
-    """Appends this start to the list in WORKDIR/environment.json.
+    """Appends this start to the list in WORKDIR/environment.json; one that is damaged is set aside.
 
     Raises:
       CheckpointError: it cannot be written.
     """
-    path = Path(config.workdir) / "environment.json"
-    try:
-        starts = json.loads(path.read_text()) if path.exists() else []
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}; remove it") from error
-    with reporting_disk_errors(path.parent, path):
-        write_atomic(path, json.dumps([*starts, _this_start(config)], indent=1) + "\n")
+    workdir = Path(config.workdir)
+    path = workdir / "environment.json"
+    with reporting_disk_errors(workdir, path):
+        starts = _earlier_starts(path)
+        if starts is None:
+            aside = damaged.set_aside(path, workdir)
+            damaged.warn([f"{path} is damaged; moved to {aside}, and begun again"])
+        elif not starts and complete_steps(workdir):
+            damaged.warn([f"{path} is missing: the earlier starts of this run are not on record"])
+        starts = [*(starts or []), _this_start(config)]
+        write_atomic(path, json.dumps(starts, indent=1) + "\n")
     return path
+
+
+def _earlier_starts(path: Path) -> list[dict[str, Any]] | None:
+    """Those in environment.json; None where it is damaged."""
+    if not path.exists():
+        return []
+    try:
+        starts = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return starts if isinstance(starts, list) else None
 
 
 def _this_start(config: Config) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class Run:
     in_flight: deque[Metrics] = field(default_factory=deque)
     results: list[evaluators.Result] = field(default_factory=list)
     """Of the last evaluation."""
+    evaluated_at: int | None = None
+    """The step of the last evaluation."""
 
     @property
     def state(self) -> TrainState:
@@ -124,7 +126,10 @@ class Run:
     def finish_first_step(self, batch: Batch, metrics: Metrics) -> None:
         """Wait for the first step, whose compilation does not count as training time."""
         jax.block_until_ready(metrics)
-        self.terminal.print_all(self.health.few_labels(meshes.own_part(batch["label"])))
+        self.terminal.print_all(
+            self.health.few_labels(meshes.own_part(batch["label"])),
+            self.health.empty_images(meshes.own_part(batch["image"])),
+        )
         if self.steps.start == 0:
             loss = float(metrics["train/loss"])
             self.terminal.print(
@@ -162,13 +167,25 @@ class Run:
         return values
 
     def raise_if_failing(self, batch: Batch, values: dict[str, float]) -> None:
-        """End the run, with a checkpoint, after too many non-finite steps or for invalid labels."""
-        if values["train/skipped_in_row"] >= self.config.optimizer.stop_after_skipped:
+        """End the run, with a checkpoint, after too many non-finite steps or for invalid labels.
+
+        Too many are `optimizer.stop_after_skipped`, or all steps of a shorter run.
+        """
+        limit = min(self.config.optimizer.stop_after_skipped, self.steps.total)
+        if values["train/skipped_in_row"] >= limit:
             self.save()
             raise self.failure(self.held, batch, values)
         if values["train/invalid_labels"]:
             self.save()
             raise messages.invalid_labels(values["train/invalid_labels"], self.done, self.dataset)
+
+    def raise_if_untrained(self) -> None:
+        """Refuse the outcome of a run that is complete and never changed its weights."""
+        skipped = int(self.state.counters["skipped_steps"])
+        if 0 < self.done <= skipped:
+            raise diagnostics.untrained_error(
+                skipped, optimizer=self.config.optimizer, dtype=self.config.model.dtype
+            )
 
     def evaluate_if_missing(self, stop: signals.Stop) -> None:
         """Make up for an evaluation that a signal interrupted before this run resumed."""
@@ -183,6 +200,7 @@ class Run:
           Interrupted: a signal came.
         """
         self.results = self.evaluate(self.state, stop.raise_if_stopped)
+        self.evaluated_at = self.done
         self.log.write(self.done, evaluators.metrics(self.results))
         self.terminal.print(
             f"step {self.done}/{self.steps.total}  {messages.accuracies(self.results)}"

@@ -17,9 +17,9 @@ from arcface_jax.config import Config
 from arcface_jax.config.choices import Which
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
-from arcface_jax.runtime import checksums, locks
+from arcface_jax.runtime import checksums, damaged, locks
 from arcface_jax.runtime.files import complete_steps, quiet_orbax
-from arcface_jax.training import checkpoint, checkpoint_forms, step
+from arcface_jax.training import checkpoint, checkpoint_forms, room, step
 from arcface_jax.training.checkpoint import CONFIG
 
 # Checkpoints to try, each of which may be removed while it is read.
@@ -47,18 +47,21 @@ def _restore_backbone(
     workdir: Path, config: Config, manager: ocp.CheckpointManager, number: int
 ) -> tuple[Config, registry.Arrays, registry.Arrays, int]:
     item = "ema" if config.optimizer.ema else "backbone"
-    checksums.require_whole(checkpoint.folder_of(workdir) / str(number), item)
+    saved = checkpoint.folder_of(workdir) / str(number)
+    checksums.require_whole(saved, item)
     placed = SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), part)
         for name, part in zip(checkpoint.BACKBONE_FIELDS, step.backbone(config).shapes, strict=True)
     }
-    form = checkpoint_forms.stored(manager, number)
+    room.require_to_read(wanted, workdir, jax.local_devices()[0])
     try:
-        as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
-        args = ocp.args.Composite(**{item: checkpoint.restore_args(as_stored)})
-        restored = manager.restore(number, args=args)[item]
-        restored = checkpoint_forms.as_wanted(restored, form, wanted)
+        with checksums.reporting_unreadable(saved):
+            form = checkpoint_forms.stored(manager, number)
+            as_stored = checkpoint_forms.as_stored(wanted, wanted, form)
+            args = ocp.args.Composite(**{item: checkpoint.restore_args(as_stored)})
+            restored = manager.restore(number, args=args)[item]
+            restored = checkpoint_forms.as_wanted(restored, form, wanted)
     except (ValueError, KeyError) as error:
         raise CheckpointError(
             f"the checkpoint in {workdir} does not match model.network {config.model.network} in "
@@ -82,13 +85,14 @@ def _restore_centers(
     workdir: Path, config: Config, manager: ocp.CheckpointManager, number: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     path = checkpoint.folder_of(workdir) / str(number) / _item_of_centers(workdir, number)
-    dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
-    rows = dataset["dataset"]["num_classes"] * config.head.subcenters  # the rest is padding
-    with ocp.PyTreeCheckpointer() as reader:
+    classes = _num_classes(manager, path)
+    rows = classes * config.head.subcenters  # the rest is padding
+    with checksums.reporting_unreadable(path.parent), ocp.PyTreeCheckpointer() as reader:
         tree = reader.metadata(path).item_metadata.tree
         wanted = {"centers": tree["centers"]}
         if "momentum" in tree.get("centers_opt", {}):
             wanted["centers_opt"] = {"momentum": tree["centers_opt"]["momentum"]}
+        room.require_to_read(wanted, workdir)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         found = reader.restore(path, item=wanted, restore_args=as_numpy, partial_restore=True)
     momentum = found.get("centers_opt", {}).get("momentum")
@@ -114,8 +118,8 @@ def restore_kept_centers(
         workdir: Path, there: Config, manager: ocp.CheckpointManager, number: int
     ) -> jax.Array:
         item = _item_of_centers(workdir, number)
-        dataset = manager.restore(number, args=ocp.args.Composite(dataset=ocp.args.JsonRestore()))
-        stored = (dataset["dataset"]["num_classes"], there.head.subcenters)
+        saved = checkpoint.folder_of(workdir) / str(number)
+        stored = (_num_classes(manager, saved / item), there.head.subcenters)
         if stored != (num_classes, subcenters):
             raise CheckpointError(
                 f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x "
@@ -124,7 +128,8 @@ def restore_kept_centers(
             )
         wanted = {"centers": like}
         args = checkpoint.restore_args(wanted, strict_shapes=False, partial=True)
-        return manager.restore(number, args=ocp.args.Composite(**{item: args}))[item]["centers"]
+        with checksums.reporting_unreadable(saved):
+            return manager.restore(number, args=ocp.args.Composite(**{item: args}))[item]["centers"]
 
     return _read(workdir, "latest", restore)
 
@@ -132,6 +137,16 @@ def restore_kept_centers(
 def is_begun(workdir: Path) -> bool:
     """Whether the workdir holds a checkpoint to resume from."""
     return bool(complete_steps(workdir))
+
+
+def _num_classes(manager: ocp.CheckpointManager, centers: Path) -> int:
+    """C of a checkpoint, after its item with the class centers was verified."""
+    saved = centers.parent
+    checksums.require_whole(saved, centers.name)
+    checksums.require_whole(saved, "dataset")
+    with checksums.reporting_unreadable(saved):
+        items = ocp.args.Composite(dataset=ocp.args.JsonRestore())
+        return manager.restore(int(saved.name), args=items)["dataset"]["num_classes"]
 
 
 def _item_of_centers(workdir: Path, number: int) -> str:
@@ -158,6 +173,10 @@ def _read(
         number = None
         try:
             config = checkpoint.read_config(workdir)
+            if not checkpoint.folder_of(workdir).is_dir():
+                raise CheckpointError(
+                    f"{workdir} holds no folder of checkpoints: train first, or name another run"
+                )
             with _manager(workdir) as manager:
                 number = _choose(manager, which, workdir)
                 return read(workdir, config, manager, number)
@@ -201,11 +220,13 @@ def _manager(workdir: Path) -> ocp.CheckpointManager:
 
 def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
     """The step of one of the checkpoints on disk."""
-    steps = sorted(manager.all_steps())
+    steps = complete_steps(workdir)
     if not steps:
         raise CheckpointError(
             f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
         )
+    if which in ("latest", "best"):
+        damaged.warn(checksums.missing(workdir))
     if which == "latest":
         return steps[-1]
     if which == "best":
@@ -220,7 +241,14 @@ def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
 
 def _best(manager: ocp.CheckpointManager, steps: list[int], workdir: Path) -> int:
     # A resumed run may rank by another metric than config.json does: it is stored with the value.
-    measured = {step: score for step in steps if (score := manager.metrics(step))}
+    measured = {}
+    for number in steps:
+        saved = checkpoint.folder_of(workdir) / str(number)
+        if (saved / "metrics").is_dir():
+            checksums.require_whole(saved, "metrics")
+        with checksums.reporting_unreadable(saved):
+            if score := manager.metrics(number):
+                measured[number] = score
     if not measured:
         raise CheckpointError(
             f"{workdir} has no best checkpoint (checkpoint.best_metric was not set): train with "

@@ -121,19 +121,41 @@ def shardings(mesh: Mesh) -> TrainState:
     return TrainState(**placed)
 
 
+def compile_init(config: Config, *, num_classes: int, mesh: Mesh) -> jax.stages.Compiled:
+    """The program of `init_state`: (params, batch_stats), which are donated, to the state."""
+    start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
+    given = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.replicated(mesh)),
+        backbone(config).shapes,
+    )
+    jitted = jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))
+    return jitted.lower(*given).compile()
+
+
 def init_state(
-    config: Config, *, num_classes: int, mesh: Mesh, weights: tuple[Arrays, Arrays] | None = None
+    config: Config,
+    *,
+    num_classes: int,
+    mesh: Mesh,
+    weights: tuple[Arrays, Arrays] | None = None,
+    program: jax.stages.Compiled | None = None,
 ) -> TrainState:
     """The state before the first step, on the devices.
 
     The same seed gives the same weights and centers on any number of devices. `weights`, params
-    and batch_stats, replace the random ones.
+    and batch_stats, replace the random ones. `program` is what `compile_init` returned, if it was
+    called before.
     """
-    # Copied, because they are donated here.
-    first = jax.tree.map(np.array, weights) if weights else backbone(config).init(config.seed)
+    network = backbone(config)
+    first = network.init(config.seed) if weights is None else _copied(weights, network.shapes)
     first = jax.device_put(first, meshes.replicated(mesh))
-    start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
-    return jax.jit(start, out_shardings=shardings(mesh), donate_argnums=(0, 1))(*first)
+    program = program or compile_init(config, num_classes=num_classes, mesh=mesh)
+    return program(*first)
+
+
+def _copied(weights: tuple[Arrays, Arrays], like: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+    """A copy of initial weights, because they are donated, in the network's own types."""
+    return jax.tree.map(lambda x, wanted: np.array(x, wanted.dtype), tuple(weights), tuple(like))
 
 
 def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:

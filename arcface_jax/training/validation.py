@@ -2,14 +2,21 @@
 
 import math
 
-from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups
-from arcface_jax.errors import ConfigError
+import numpy as np
+
+from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups, loading
+from arcface_jax.data.source import Source
+from arcface_jax.errors import ConfigError, DataError
 from arcface_jax.heads import margin_softmax, margins
 from arcface_jax.training import step
 
 # float32 overflows in exp() above this; the head sums exp(logit) without a shift
 # (heads/block_passes.py).
 _MAX_EXPONENT = 88.0
+# Below this scale all logits are nearly equal, and the loss stays at the logarithm of the classes.
+_SMALLEST_SCALE = 1.0
+# The sections whose numbers the step computes with, in float32.
+_COMPUTED = ("head.", "optimizer.", "schedule.", "finetune.rates")
 
 
 def validate(config: Config, *, num_devices: int) -> None:
@@ -49,8 +56,37 @@ def validate(config: Config, *, num_devices: int) -> None:
     _check_micro_batches(config, num_devices=num_devices)
     _check_schedule(config.schedule)
     _check_drawn_pairs(config)
+    _check_float32(config)
     _check_head(config.head)
     _check_finetune(config)
+
+
+def validate_data(source: Source, path: str) -> None:
+    """Check that a training set can teach anything.
+
+    Raises:
+      DataError: it has one class; its loss would be 0 whatever the weights.
+    """
+    if source.num_classes < 2:
+        raise DataError(
+            f"data.path {path} has {source.num_classes} class(es), and a softmax needs at least 2: "
+            "its loss would be 0 at every step. Use a training set with several identities"
+        )
+
+
+def _check_float32(config: Config) -> None:
+    """Refuse numbers that become 0 or infinite in the arithmetic of the step."""
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    for name, value in loading.flatten(config).items():
+        if not name.startswith(_COMPUTED) or name.endswith(".options"):
+            continue
+        for number in np.ravel(np.array(value, object)):
+            if isinstance(number, float) and number and not smallest <= abs(number) <= largest:
+                became = "0" if abs(number) < smallest else "infinite"
+                raise ConfigError(
+                    f"{name} {value} is {became} in float32, in which the step computes: use a "
+                    f"value between {smallest:.2g} and {largest:.2g}"
+                )
 
 
 def _check_finetune(config: Config) -> None:
@@ -70,6 +106,11 @@ def _check_finetune(config: Config) -> None:
 
 
 def _check_head(head: HeadConfig) -> None:
+    if head.scale < _SMALLEST_SCALE:
+        raise ConfigError(
+            f"head.scale {head.scale} is too small: all logits would be nearly equal, and the loss "
+            f"would stay at chance level; use at least {_SMALLEST_SCALE:g} (the usual value is 64)"
+        )
     largest = math.floor(_MAX_EXPONENT - math.log(1e8))
     unshifted = margins.make(head).negatives_bound <= margin_softmax.UNSHIFTED_BOUND
     if head.scale > largest and unshifted:

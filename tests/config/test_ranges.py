@@ -105,6 +105,11 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("model.bn_batch_size", -1, ["must be greater than 0"]),
     ("head.scale", 0.0, ["must be greater than 0", "64"]),
     ("head.margin", -0.5, ["must not be negative"]),
+    ("head.margin", 1e9, ["at most 3.14159", "0.2 to 0.5"]),
+    ("head.margins", (1.0, 1e9, 0.0), ["+-pi", "radians", "arcface is (1, m, 0)"]),
+    ("head.margins", (1e9, 0.5, 0.0), ["+-10"]),
+    ("head.margins", (1.0, 0.0, -3.0), ["+-2"]),
+    ("head.magface_margins", (0.45, 4.0), ["at most pi", "radians"]),
     ("head.sample_rate", 10.0, ["0 to 1", "share of the classes"]),
     ("head.sample_rate", -0.1, ["must not be negative", "0 to 1"]),
     ("head.interclass_filtering_threshold", 1.0, ["below 1", "0.4"]),
@@ -126,6 +131,9 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("optimizer.ema", 1.0, ["below 1", "0.9999 is usual", "0 is off"]),
     ("optimizer.weight_decay", -1e-4, ["must not be negative"]),
     ("optimizer.micro_batches", 0, ["must be greater than 0"]),
+    ("optimizer.loss_scale", 1e38, ["at most 1.67772e+07", "65536"]),
+    ("optimizer.loss_scale", 0.5, ["at least 1", "65536"]),
+    ("optimizer.clip_norm", math.inf, ["finite"]),
     ("optimizer.loss_scale_steps", 0, ["must be greater than 0"]),
     ("schedule.epochs", 0, ["must be greater than 0"]),
     ("schedule.warmup_epochs", -0.5, ["must not be negative"]),
@@ -172,7 +180,6 @@ def test_all_fields_at_fault_are_named_at_once():
 
 def test_every_number_has_a_range_or_a_reason_to_have_none():
     free = {
-        "head.margins",  # m2 and m3 may have either sign, m1 depends on the loss
         "distributed.num_processes",  # checked together, when the processes start
         "distributed.process_id",
         "distributed.local_devices",

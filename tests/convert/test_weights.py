@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from arcface_jax.convert import parity, torch_iresnet, weights
+from arcface_jax import config as configs
+from arcface_jax.convert import parity, to_torch, torch_iresnet, weights
 from arcface_jax.errors import UserError
 from arcface_jax.models import registry
+from arcface_jax.training import checkpoint
 from arcface_jax.training.network import Network
 
 
@@ -95,3 +97,18 @@ def test_not_finite_is_not_equal():
     assert parity.largest_error(zeros + 1, zeros + 1) == 0
     assert parity.largest_error(zeros + 2, zeros + 1) == pytest.approx(1)
     assert parity.largest_error(zeros + np.nan, zeros + 1) == np.inf
+
+
+def test_weights_that_are_not_finite_are_not_exported(arrays, tmp_path):
+    params, batch_stats = arrays
+    broken = {**params, "fc.bias": np.full_like(params["fc.bias"], np.nan)}
+    run = configs.replace(
+        configs.Config(),
+        workdir=str(tmp_path / "run"),
+        model__network="r_tiny",
+        model__embedding_size=32,
+    )
+    checkpoint.save_weights(run, broken, batch_stats)
+    with pytest.raises(UserError, match=r"1 of \d+ weight arrays .* fc\.bias: nothing was written"):
+        to_torch.export(tmp_path / "run", tmp_path / "backbone.pth")
+    assert not (tmp_path / "backbone.pth").exists()

@@ -1,5 +1,6 @@
-"""Checkpoints that are not what was written are found, set aside, and said."""
+"""Files of a workdir that are not what was written are found, set aside, and reported."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def test_each_finished_checkpoint_has_checksums(finished):
         "3.json",
         "6.json",
         "9.json",
+        "config.json",
     ]
     assert checksums.set_aside_damaged(finished / "checkpoints") == []
 
@@ -108,3 +110,66 @@ def test_what_inference_reads_of_a_damaged_one_is_refused_by_name(run):
     damaged.write_bytes(before)
     flip(largest(run / "checkpoints" / "9" / "training"))  # of no interest to inference
     assert saved_runs.restore_backbone(run)[3] == 9
+
+
+def test_a_resume_repairs_what_a_run_can_do_without(run, capsys):
+    """Each of these ended in a traceback, or kept the run from resuming for good."""
+    weights = saved_runs.restore_backbone(run)[1]
+    whole = {name: (run / name).read_text() for name in ("config.json", "metrics.jsonl")}
+    (run / "config.json").write_text(whole["config.json"].replace('"seed": 0', '"seed": 1'))
+    (run / "environment.json").write_text("[{")
+    lines = whole["metrics.jsonl"].splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([*lines[:4], "7\n", *lines[5:]]))
+    (run / "metrics.csv").symlink_to(run / "nowhere")
+    (run / "checksums" / "9.json").write_text("")
+    (run / "checkpoints" / "998").write_text("")
+    (run / "checkpoints" / "999").mkdir()
+    (run / "checkpoints" / "²").mkdir()
+    outcome = train.train(config(run))
+    told = capsys.readouterr().err
+    for words in (
+        "config.json differs from its copy",
+        "environment.json is damaged",
+        "metrics.jsonl is damaged from line 5 on",
+        "metrics.csv is not a file",
+        "checkpoint 9 cannot be verified",
+        *(f"{name} is not a checkpoint" for name in ("998", "999", "²")),
+    ):
+        assert words in told
+    assert outcome.step == 9 and (run / "config.json").read_text() == whole["config.json"]
+    again = saved_runs.restore_backbone(run)[1]
+    assert all((weights[name] == again[name]).all() for name in weights)
+    aside = {path.name for path in (run / "damaged").iterdir()}
+    files = {"config.json", "environment.json", "metrics.jsonl", "metrics.csv"}
+    assert aside == {"998", "999", "²"} | files
+    kept = [json.loads(x)["step"] for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert kept[:4] == [json.loads(x)["step"] for x in lines[:4]]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_the_training_item_is_not_imported_weights(run, capsys):
+    shutil.rmtree(run / "checkpoints" / "9" / "training")
+    (run / "checksums" / "9.json").unlink()
+    assert train.train(config(run)).step == 9
+    assert "checkpoint 9 is corrupt (training/)" in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(run):
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match="lost the checkpoint of step 3, 6, 9"):
+        train.train(config(run))
+    assert (run / "metrics.jsonl").stat().st_size
+
+
+def test_readers_use_the_copy_of_the_configuration_and_leave_the_workdir_as_it_is(run, capsys):
+    (run / "config.json").write_text("{}")
+    (run / "checksums" / "9.json").write_text("{}")
+    before = files(run)
+    assert saved_runs.restore_backbone(run)[0].head.scale == 16.0
+    told = capsys.readouterr().err
+    assert "using the copy" in told and "9.json is empty" in told
+    assert files(run) == before
+    (run / "checksums" / "config.json").unlink()
+    (run / "config.json").write_bytes(b"\xff{")
+    with pytest.raises(CheckpointError, match=r"config.json .* restore it from backup"):
+        saved_runs.restore_backbone(run)

@@ -1,6 +1,7 @@
 """What a run writes: metrics.jsonl across resumption, TensorBoard, the clock, the terminal."""
 
 import json
+import math
 import struct
 import time
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from arcface_jax.commands import Result, command
 from arcface_jax.errors import CheckpointError
+from arcface_jax.evaluation.report import plots
 from arcface_jax.runtime import files, metrics
 from arcface_jax.runtime.console import Terminal
 from arcface_jax.runtime.metrics import MetricsFile
@@ -251,3 +254,32 @@ def test_on_a_terminal_a_bar_goes_along_and_lines_stay_above_it(monkeypatch, cap
     assert "step 20/50" in err and "step 21/50" in err
     assert "loss 1.500  acc 0.500" in err
     assert "lfw accuracy 0.9000\n" in err
+
+
+def test_numbers_that_are_not_finite_are_null_and_come_back_as_nan(tmp_path: Path):
+    file = MetricsFile(tmp_path, start=0, tensorboard=False, csv=True)
+    file.write(1, {"train/loss": math.nan, "train/lr": math.inf, "train/accuracy": 0.5})
+    file.close()
+    log(tmp_path, start=1, steps=range(0))  # resumed: the line is read and written again
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0], parse_constant=refuse)
+    assert first == {"step": 1, "train/loss": None, "train/lr": None, "train/accuracy": 0.5}
+    line = metrics.read(tmp_path / "metrics.jsonl")[0]
+    assert math.isnan(line["train/loss"]) and line["train/accuracy"] == 0.5
+    assert plots.training_curves(tmp_path) == tmp_path / "eval" / "curves.png"
+
+
+def test_a_result_line_is_json_whatever_was_measured(capsys):
+    @command
+    def measure() -> Result:
+        return Result({"eval/x": math.nan, "bounds": (1.0, -math.inf), "file": Path("a")})
+
+    assert measure() == 0
+    text = capsys.readouterr().out.removeprefix("RESULT ")
+    assert "NaN" not in text and "Infinity" not in text
+    found = json.loads(text)
+    assert found["eval/x"] is None and found["bounds"] == [1.0, None] and found["file"] == "a"

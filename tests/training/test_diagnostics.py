@@ -46,6 +46,26 @@ def test_labels_of_few_identities_are_told_once():
     assert health.few_labels(np.zeros(128, int)) is None
 
 
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (np.zeros((4, 6, 6, 3), np.uint8), "all 4 images of the first batch are black"),
+        (np.full((4, 6, 6, 3), 9, np.uint8), "of a single color"),
+        (np.tile(np.arange(108, dtype=np.uint8).reshape(1, 6, 6, 3), (4, 1, 1, 1)), "identical"),
+    ],
+)
+def test_images_that_show_nothing_are_told(images, found):
+    text = monitor().empty_images(images)
+    assert text is not None and found in text and "--data.path" in text
+    images = images.copy()
+    images[-1, 0, 0] += 1
+    assert monitor().empty_images(images) is None
+
+
+def test_a_batch_of_one_image_is_not_told():
+    assert monitor().empty_images(np.arange(108, dtype=np.uint8).reshape(1, 6, 6, 3)) is None
+
+
 @pytest.mark.parametrize(("classes", "batch"), [(1000, 128), (5, 64), (1, 8), (10**6, 512)])
 def test_shuffled_labels_are_not_told(classes, batch):
     rng = np.random.default_rng(0)

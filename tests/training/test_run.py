@@ -9,7 +9,7 @@ import pytest
 
 from arcface_jax import config as c
 from arcface_jax.data.synthetic import faces
-from arcface_jax.errors import ConfigError
+from arcface_jax.errors import ConfigError, DataError, UserError
 from arcface_jax.models import registry
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.train import Outcome, train
@@ -50,6 +50,7 @@ def embed(params, batch_stats) -> np.ndarray:
 def test_the_returned_state_is_the_one_in_the_checkpoint(finished):
     run, outcome = finished
     assert outcome.step == int(outcome.state.step) == 4
+    assert outcome.evaluated_at is None  # there are no targets
     assert not any(array.is_deleted() for array in jax.tree.leaves(outcome.state))
     _, params, batch_stats, number = saved_runs.restore_backbone(Path(run.workdir))
     assert number == 4
@@ -103,4 +104,20 @@ def test_weights_of_pytorch_without_pytorch_are_an_error_with_the_install_comman
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"init_from .*backbone\.pth.*arcface-jax\[torch\]"):
         train(config(tmp_path / "run", init_from=str(tmp_path / "backbone.pth")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_skipped_steps_has_no_outcome_however_often_it_is_started(tmp_path):
+    overflowing = config(
+        tmp_path / "run", model__dtype="float16", optimizer__loss_scale=2.0**24, schedule__epochs=1
+    )
+    with pytest.raises(UserError, match=r"2 steps in a row \(all steps of the run\).*loss-scale"):
+        train(overflowing)
+    with pytest.raises(UserError, match=r"all 2 steps were skipped .* nothing is exported"):
+        train(overflowing)  # resumed after the last step
+
+
+def test_a_training_set_of_one_class_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"synthetic has 1 class.* at least 2.*several identities"):
+        train(config(tmp_path / "run", data__synthetic__identities=1))
     assert not (tmp_path / "run").exists()

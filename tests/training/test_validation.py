@@ -65,6 +65,14 @@ SYNTHETIC = {"evaluation__targets": ("synthetic",)}
             1,
             ["schedule.decay_epochs", "schedule.kind step", "--schedule.kind step"],
         ),
+        ({"head__scale": 1e-30}, 1, ["head.scale 1e-30", "at least 1", "usual value is 64"]),
+        ({"optimizer__epsilon": 1e-60}, 1, ["optimizer.epsilon 1e-60 is 0 in float32"]),
+        ({"optimizer__learning_rate": 1e39}, 1, ["learning_rate 1e+39 is infinite in float32"]),
+        (
+            {"finetune__rates": (("fc.*", 1e-50),)},
+            1,
+            ["finetune.rates", "1e-50", "is 0 in float32"],
+        ),
         ({"head__scale": 80.0}, 1, ["head.scale 80.0", "at most 69", "usual value is 64"]),
         (
             {"head__loss": "combined", "head__margins": (0.0, 0.5, 0.0)},

@@ -1,0 +1,67 @@
+"""Set aside what is damaged in a workdir, so that a run resumes without it and nothing is lost.
+
+Whatever is moved lies in WORKDIR/damaged under its own name, until somebody removes it.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+_FOLDER = "damaged"
+_FILES = ("environment.json", "metrics.jsonl", "metrics.csv", "run.txt", "wandb_id")
+_FOLDERS = ("checkpoints", "checksums", "eval", "profile", "tensorboard")
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Print a line about each to stderr."""
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def set_aside(path: Path, workdir: Path) -> Path:
+    """Move a file, folder or link to WORKDIR/damaged; returns where it is now."""
+    target = _free_name(workdir, path)
+    path.rename(target)
+    return target
+
+
+def keep_copy(path: Path, workdir: Path) -> Path:
+    """Copy a file to WORKDIR/damaged before it is shortened; returns the copy's path."""
+    target = _free_name(workdir, path)
+    shutil.copyfile(path, target)
+    return target
+
+
+def set_aside_wrong_kinds(workdir: Path) -> list[str]:
+    """Move folders in the place of a run's files, files in the place of its folders, dead links.
+
+    A link to a file or folder of the right kind is used like the file or folder.
+
+    Returns:
+      A message about each.
+    """
+    wrong = [
+        (path, kind)
+        for names, kind, fits in ((_FILES, "file", Path.is_file), (_FOLDERS, "folder", Path.is_dir))
+        for path in (workdir / name for name in names)
+        if is_there(path) and not fits(path)
+    ]
+    return [f"{path} is not a {kind}; moved to {set_aside(path, workdir)}" for path, kind in wrong]
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this name; a dead link counts."""
+    return path.exists() or path.is_symlink()
+
+
+def _free_name(workdir: Path, path: Path) -> Path:
+    """WORKDIR/damaged/NAME, or the first free NAME.N there; the folder exists afterwards."""
+    folders = _numbered(workdir / _FOLDER)
+    folder = next(name for name in folders if name.is_dir() or not is_there(name))
+    folder.mkdir(exist_ok=True)
+    return next(name for name in _numbered(folder / path.name) if not is_there(name))
+
+
+def _numbered(path: Path) -> list[Path]:
+    return [path, *(path.with_name(f"{path.name}.{n}") for n in range(1, 1000))]

@@ -1,0 +1,29 @@
+"""JSON that every parser reads: numbers that are not finite become null."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def dumps(
+    value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None
+) -> str:
+    """Serialize a value. NaN and infinity, for which JSON has no form, become null.
+
+    Args:
+      value: as for `json.dumps`.
+      indent: as for `json.dumps`.
+      default: as for `json.dumps`.
+    """
+    return json.dumps(_without_nan(value), indent=indent, default=default, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value
