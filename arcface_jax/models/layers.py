@@ -321,7 +321,9 @@ def _statistics(x: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
         return mean, _over_devices(jnp.square(x - mean).mean(axes, keepdims=True), axis)
     middle = (slice(n // 2, n // 2 + 1) for n in x.shape[2:-1])
     few = x[(slice(None), slice(8), *middle)].astype(jnp.float32)
-    shift = few.mean(1, keepdims=True)  # one by itself might be far from the others
+    # One by itself might be far from the others. In the type of x, distances have few digits, and
+    # their squares' sums no bias from rounding.
+    shift = few.mean(1, keepdims=True).astype(x.dtype).astype(jnp.float32)
     distance = x.astype(jnp.float32) - shift
     first, second = (a / count for a in _two_sums(distance, jnp.square(distance), axes))
     own, var = first + shift, jnp.maximum(second - jnp.square(first), 0)
