@@ -222,8 +222,9 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             with suppress(signals.Interrupted):  # out of an evaluation, which resuming repeats
                 run.evaluate_if_missing(stop)
                 _loop(run, stop)
-                if not (stop or run.results):  # resumed after the last step
+                if not stop and run.evaluated_at is None:  # resumed after the last step
                     run.results = evaluate(run.state, stop.raise_if_stopped)
+                    run.evaluated_at = run.done
             if stop:
                 run.save()
 
@@ -235,8 +236,6 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             )
         else:
             run.raise_if_untrained()
-            if run.evaluated_at is None:  # resumed after the last step
-                run.results, run.evaluated_at = evaluate(run.state), run.done
         files = evaluators.draw(workdir, targets, run.results) if launch.is_first() else []
         results = evaluators.metrics(run.results) | before | baselines
         evaluated_at = run.evaluated_at if run.results else None

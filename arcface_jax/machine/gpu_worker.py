@@ -15,6 +15,7 @@ from typing import IO, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
@@ -31,6 +32,9 @@ from arcface_jax.training import manifest, optim, step, validation
 
 def main(name: str, devices: int, requests: IO[str], answers: IO[str]) -> None:
     """Answers each request until stdin ends."""
+    # JAX asks cuDNN for its version while it traces attention. None is installed here, and the
+    # program is for one that has it: XLA's target description names version 9.10.
+    fused_attention_stablehlo.check_cudnn_version = lambda: 91002
     found = topologies.get_topology_desc(
         platform="cuda", topology=gpu.topology(devices), target_config=gpu.description(name)
     )

@@ -8,6 +8,7 @@ of imported weights has no `training`: only `backbone`, or also `centers` and `d
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
