@@ -257,6 +257,7 @@ def test_differences_are_those_that_change_what_is_computed():
         "head.block_size",
         "optimizer.micro_batches",
         "optimizer.stop_after_skipped",
+        "schedule.extend",
         "evaluation",
         "checkpoint",
         "deterministic",
