@@ -259,6 +259,7 @@ def test_differences_are_those_that_change_what_is_computed():
         "head.block_form",
         "optimizer.micro_batches",
         "optimizer.stop_after_skipped",
+        "schedule.extend",
         "evaluation",
         "checkpoint",
         "deterministic",

@@ -38,6 +38,7 @@ def logged(workdir: Path, name: str) -> dict[int, float]:
     return {line["step"]: line[name] for line in lines if name in line}
 
 
+@pytest.mark.slow
 def test_an_extended_run_equals_one_of_that_length(tmp_path, capsys):
     once = train(config(tmp_path / "once", schedule__epochs=3)).state
     train(config(tmp_path / "run"))
@@ -106,6 +107,21 @@ def test_only_drops_that_are_still_to_come_may_change(tmp_path):
     assert checkpoint.read_config(tmp_path / "run") == short
     (line,) = extend(c.replace(longer, schedule__decay_epochs=(1, 5)), start=15)
     assert "decay_epochs (1, 3) to 6 epochs (60 steps), decay_epochs (1, 5)" in line
+
+
+def test_without_the_option_the_refusal_names_both_ways_to_continue(tmp_path):
+    stored = begun(tmp_path / "run")
+    with pytest.raises(CheckpointError, match="epochs: the stored run has 2") as error:
+        checkpoint.open_workdir(c.replace(stored, schedule__epochs=3))
+    assert "--schedule.extend" in str(error.value)
+    assert f"--init-from {tmp_path / 'run'}" in str(error.value)
+    assert checkpoint.read_config(tmp_path / "run") == stored
+
+
+def test_epochs_that_end_before_the_last_saved_step_are_refused(tmp_path):
+    short = begun(tmp_path / "run", schedule__epochs=4)
+    with pytest.raises(CheckpointError, match=r"epochs 2 is 20 steps, .* done 25: .* at least 3"):
+        extend(c.replace(short, schedule__epochs=2, schedule__extend=True), start=25)
 
 
 def test_other_differences_are_refused_with_and_without_the_option(tmp_path):

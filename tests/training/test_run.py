@@ -2,6 +2,8 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from arcface_jax.models import registry
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.train import Outcome, train
 from arcface_jax.training import optim, saved_runs, step
-from arcface_jax.training.run import plan_steps
+from arcface_jax.training.run import Run, plan_steps
 
 
 def config(workdir: Path, **changes) -> c.Config:
@@ -107,6 +109,7 @@ def test_weights_of_pytorch_without_pytorch_are_an_error_with_the_install_comman
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_of_skipped_steps_has_no_outcome_however_often_it_is_started(tmp_path):
     overflowing = config(
         tmp_path / "run", model__dtype="float16", optimizer__loss_scale=2.0**24, schedule__epochs=1
@@ -121,3 +124,18 @@ def test_a_training_set_of_one_class_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"synthetic has 1 class.* at least 2.*several identities"):
         train(config(tmp_path / "run", data__synthetic__identities=1))
     assert not (tmp_path / "run").exists()
+
+
+def test_only_a_run_that_skipped_every_step_is_untrained(tmp_path):
+    def check(*, done: int, skipped: int) -> None:
+        run: Any = SimpleNamespace(
+            state=SimpleNamespace(counters={"skipped_steps": np.int32(skipped)}),
+            done=done,
+            config=config(tmp_path, model__dtype="float16"),
+        )
+        Run.raise_if_untrained(run)
+
+    check(done=0, skipped=0)
+    check(done=3, skipped=2)
+    with pytest.raises(UserError, match=r"all 3 steps were skipped .* --optimizer\.loss-scale"):
+        check(done=3, skipped=3)
