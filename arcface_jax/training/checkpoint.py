@@ -8,6 +8,7 @@ of imported weights has no `training`: only `backbone`, or also `centers` and `d
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
@@ -118,9 +119,14 @@ def _prepare(config: Config) -> None:
         ) from error
 
 
-def replace_config(config: Config) -> None:
+def holds_config(workdir: Path) -> bool:
+    """Whether a run has begun in the workdir: it has a config.json, or the copy of one."""
+    return _stored_config(workdir)[0] is not None
+
+
+def replace_config(workdir: Path, config: Config) -> None:
     """Write config.json again, with its copy; a run that is killed in between uses the new one."""
-    workdir, text = Path(config.workdir), loading.to_json(config)
+    text = loading.to_json(config)
     checksums.keep_config(workdir, text)
     write_atomic(workdir / CONFIG, text)
 

@@ -120,6 +120,9 @@ STRAYS: dict[str, Damage] = {
     "checkpoints/notes.txt": lambda run: (run / "checkpoints/notes.txt").write_text("") and None,
 }
 
+READ = ("N/", "checkpoints", "checksums", "config.json")
+"""How the kinds begin that evaluation and export may look at."""
+
 
 class Outcome(NamedTuple):
     """What came of reading or resuming a damaged workdir."""
@@ -255,6 +258,7 @@ def cells() -> Iterator[tuple[str, str, str, Damage]]:
 def table(outcomes: dict[tuple[str, str], tuple[Outcome, Outcome]], which: int) -> str:
     """A table in Markdown: 0 of resuming, 1 of reading."""
     parts = []
+    shown = [kind for kind, *_ in cells() if which == 0 or kind.startswith(READ)]
     groups = ((FILES, FILE_DAMAGES), (FOLDERS, FOLDER_DAMAGES), (STRAYS, ("there",)))
     for kinds, damages in groups:
         rows = [["", *damages], ["---"] * (len(damages) + 1)]
@@ -280,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
             if given.kinds and kind not in given.kinds:
                 continue
             with damaged_copy(undamaged, pattern, harm) as run:
-                seen = read(run, undamaged)
+                seen = read(run, undamaged) if kind.startswith(READ) else Outcome("not read", ())
                 outcomes[kind, name] = (resume(run, undamaged), seen)
             for verb, outcome in zip(("resume", "read"), outcomes[kind, name], strict=True):
                 bad += outcome.bad
