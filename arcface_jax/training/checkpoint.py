@@ -186,7 +186,8 @@ def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
     except ValueError as error:
         return text, f"{error}: {path} cannot be verified"
     if copy is None:  # of an earlier version
-        return text, None if text is not None else f"{path} is not a readable text file"
+        unreadable = text is None and damaged.is_there(path)
+        return text, f"{path} is not a readable text file" if unreadable else None
     if text == copy:
         return text, None
     wrong = "differs from" if damaged.is_there(path) else "is missing, but not"
