@@ -124,7 +124,7 @@ STRAYS: dict[str, Damage] = {
 READ = ("N/", "checkpoints", "checksums", "config.json")
 """How the kinds begin that evaluation and export may look at."""
 DRAWN = ("eval", "metrics.jsonl")
-"""How the kinds begin that plots are made from, or written over; drawing takes a third of a cell."""
+"""How the kinds begin that plots are made from, or take the place of; drawing takes long."""
 
 
 class Outcome(NamedTuple):
