@@ -119,9 +119,14 @@ def _prepare(config: Config) -> None:
         ) from error
 
 
-def replace_config(config: Config) -> None:
+def holds_config(workdir: Path) -> bool:
+    """Whether a run has begun in the workdir: it has a config.json, or the copy of one."""
+    return _stored_config(workdir)[0] is not None
+
+
+def replace_config(workdir: Path, config: Config) -> None:
     """Write config.json again, with its copy; a run that is killed in between uses the new one."""
-    workdir, text = Path(config.workdir), loading.to_json(config)
+    text = loading.to_json(config)
     checksums.keep_config(workdir, text)
     write_atomic(workdir / CONFIG, text)
 
@@ -181,7 +186,8 @@ def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
     except ValueError as error:
         return text, f"{error}: {path} cannot be verified"
     if copy is None:  # of an earlier version
-        return text, None if text is not None else f"{path} is not a readable text file"
+        unreadable = text is None and damaged.is_there(path)
+        return text, f"{path} is not a readable text file" if unreadable else None
     if text == copy:
         return text, None
     wrong = "differs from" if damaged.is_there(path) else "is missing, but not"

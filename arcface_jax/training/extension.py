@@ -20,7 +20,7 @@ def stored_schedule(config: Config) -> ScheduleConfig | None:
     Several processes all read it before the first one replaces it.
     """
     workdir = Path(config.workdir)
-    if not config.schedule.extend or not (workdir / checkpoint.CONFIG).exists():
+    if not config.schedule.extend or not checkpoint.holds_config(workdir):
         return None
     stored = checkpoint.read_config(workdir).schedule
     same = (stored.epochs, stored.decay_epochs) == (
@@ -66,7 +66,7 @@ def extend(config: Config, stored: ScheduleConfig, *, start: int, per_epoch: int
             schedule__decay_epochs=new.decay_epochs,
         )
         with reporting_disk_errors(workdir, workdir / checkpoint.CONFIG):
-            checkpoint.replace_config(longer)
+            checkpoint.replace_config(workdir, longer)
     rates = tuple(
         float(
             optim.make_schedule(

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -120,6 +121,11 @@ STRAYS: dict[str, Damage] = {
     "checkpoints/notes.txt": lambda run: (run / "checkpoints/notes.txt").write_text("") and None,
 }
 
+READ = ("N/", "checkpoints", "checksums", "config.json")
+"""How the kinds begin that evaluation and export may look at."""
+DRAWN = ("eval", "metrics.jsonl")
+"""How the kinds begin that plots are made from, or take the place of; drawing takes long."""
+
 
 class Outcome(NamedTuple):
     """What came of reading or resuming a damaged workdir."""
@@ -195,6 +201,11 @@ def damaged_copy(undamaged: Undamaged, pattern: str, harm: Damage) -> Iterator[P
         yield copy
 
 
+def undrawn() -> contextlib.AbstractContextManager[object]:
+    """Runs draw no plots in this context."""
+    return mock.patch.object(train.evaluators, "draw", return_value=[])
+
+
 def read(run: Path, undamaged: Undamaged) -> Outcome:
     """Open the newest weights, as evaluation and export do."""
 
@@ -259,10 +270,9 @@ def table(outcomes: dict[tuple[str, str], tuple[Outcome, Outcome]], which: int) 
     for kinds, damages in groups:
         rows = [["", *damages], ["---"] * (len(damages) + 1)]
         for kind in kinds:
-            texts = [
-                outcomes[kind, name][which].text for name in damages if (kind, name) in outcomes
-            ]
-            rows += [[f"`{kind}`", *texts]] if texts else []
+            texts = [outcomes[kind, name][which].text for name in damages]
+            if which == 0 or kind.startswith(READ):
+                rows.append([f"`{kind}`", *texts])
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     return "\n\n".join(parts)
 
@@ -280,8 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
             if given.kinds and kind not in given.kinds:
                 continue
             with damaged_copy(undamaged, pattern, harm) as run:
-                seen = read(run, undamaged)
-                outcomes[kind, name] = (resume(run, undamaged), seen)
+                seen = read(run, undamaged) if kind.startswith(READ) else Outcome("not read", ())
+                with contextlib.nullcontext() if kind.startswith(DRAWN) else undrawn():
+                    outcomes[kind, name] = (resume(run, undamaged), seen)
             for verb, outcome in zip(("resume", "read"), outcomes[kind, name], strict=True):
                 bad += outcome.bad
                 print(f"{kind}, {name}: {verb}: {outcome.text}", *outcome.messages, sep="\n    ")

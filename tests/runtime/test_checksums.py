@@ -1,5 +1,7 @@
 """Files of a workdir that are not what was written are found, set aside, and reported."""
 
+import contextlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -36,7 +38,9 @@ def config(workdir: Path) -> c.Config:
 def finished(tmp_path_factory) -> Path:
     """A run with checkpoints of steps 3, 6 and 9."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    train.train(config(workdir))
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        train.train(config(workdir))
+    assert "warning" not in told.getvalue()
     return workdir
 
 
