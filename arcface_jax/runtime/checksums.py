@@ -223,16 +223,16 @@ def history(workdir: Path, step: int) -> tuple[int, str] | None:
 
 
 def require_listable(workdir: Path) -> None:
-    """Verify what Orbax reads of all checkpoints to list them.
+    """Verify what Orbax reads of all checkpoints to list them without ranking them.
 
     Raises:
       CheckpointError: one is corrupt.
     """
     for step in complete_steps(workdir):
         path = workdir / "checkpoints" / str(step)
-        if wrong := _unlistable(path):
+        if _is_other_json(path / _METADATA):
             raise CheckpointError(
-                f"{path} is corrupt ({_listed(wrong)}): move it elsewhere to use the other "
+                f"{path} is corrupt ({_METADATA}): move it elsewhere to use the other "
                 "checkpoints, or restore it from backup"
             )
 
@@ -300,13 +300,16 @@ def _wrong(path: Path, item: str = "") -> list[str]:
 
 
 def _unlistable(path: Path) -> list[str]:
-    """Damaged files among those that Orbax reads of every checkpoint when it lists them."""
+    """Damaged files among those that Orbax reads of every checkpoint to list and rank them."""
     wrong = _wrong(path, "metrics") if (path / "metrics").is_dir() else []
-    for name in (_METADATA, "metrics/metrics"):
-        with contextlib.suppress(OSError, ValueError):  # Orbax ignores metadata that is no JSON
-            if not isinstance(json.loads((path / name).read_bytes()), dict):
-                wrong.append(name)
-    return wrong
+    return wrong + [n for n in (_METADATA, "metrics/metrics") if _is_other_json(path / n)]
+
+
+def _is_other_json(path: Path) -> bool:
+    """Whether a file is valid JSON, but no object; Orbax ignores metadata that is no JSON."""
+    with contextlib.suppress(OSError, ValueError):
+        return not isinstance(json.loads(path.read_bytes()), dict)
+    return False
 
 
 def _path_of(workdir: Path, step: int) -> Path:

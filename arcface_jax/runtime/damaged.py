@@ -41,12 +41,10 @@ def set_aside_wrong_kinds(workdir: Path) -> list[str]:
     Returns:
       A message about each.
     """
-    wrong = [
-        (path, kind)
-        for names, kind, fits in ((_FILES, "file", Path.is_file), (_FOLDERS, "folder", Path.is_dir))
-        for path in (workdir / name for name in names)
-        if is_there(path) and not fits(path)
-    ]
+    files = [*(workdir / name for name in _FILES), *workdir.glob("eval/*.png")]
+    folders = [workdir / name for name in _FOLDERS]
+    wrong = [(path, "file") for path in files if is_there(path) and not path.is_file()]
+    wrong += [(path, "folder") for path in folders if is_there(path) and not path.is_dir()]
     return [f"{path} is not a {kind}; moved to {set_aside(path, workdir)}" for path, kind in wrong]
 
 
