@@ -200,7 +200,7 @@ class VisionTransformer(nnx.Module):
         embedding_size: int,
         bn_groups: int | str,
         dtype: jnp.dtype,
-        gpu: float,
+        gpu: float = 0,
         init: Initializer,
     ):
         width, depth = architecture.width, architecture.depth
