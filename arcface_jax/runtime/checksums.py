@@ -108,8 +108,12 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
     steps = [step for step in complete_steps(workdir) if checkpoints / str(step) not in foreign]
     gone = _missing_steps(workdir)
     broken = []
-    while steps and (wrong := _wrong(checkpoints / str(steps[-1]))):
+    while steps and (wrong := _wrong(path := checkpoints / str(steps[-1])) or _unlistable(path)):
         broken.append((steps.pop(), wrong))
+    newest = len(broken)
+    for step in steps[:-1]:
+        if wrong := _unlistable(checkpoints / str(step)):
+            broken.append((step, wrong))
     if not steps and (broken or gone):
         raise _none_left(checkpoints, gone, broken)
     messages = [
@@ -118,14 +122,12 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
     ]
     if gone:
         messages.append(f"{_gone(gone, workdir)}; falling back to step {steps[-1]}")
-    for step, wrong in broken:
+    for number, (step, wrong) in enumerate(broken):
         target = damaged.set_aside(checkpoints / str(step), workdir)
         with contextlib.suppress(OSError):  # so that it does not count as missing from now on
             _path_of(workdir, step).rename(target / f"{_FOLDER}.json")
-        messages.append(
-            f"checkpoint {step} is corrupt ({_listed(wrong)}); moved to {target}, falling back to "
-            "the previous one"
-        )
+        back = ", falling back to the previous one" if number < newest else ""
+        messages.append(f"checkpoint {step} is corrupt ({_listed(wrong)}); moved to {target}{back}")
     for step in unfinished_steps(workdir):  # else it counts as missing once it is removed
         _path_of(workdir, step).unlink(missing_ok=True)
     if steps and (problem := unverifiable(checkpoints / str(steps[-1]))):
@@ -220,6 +222,21 @@ def history(workdir: Path, step: int) -> tuple[int, str] | None:
 # ---- Read by everyone ----------------------------------------------------------------------------
 
 
+def require_listable(workdir: Path) -> None:
+    """Verify what Orbax reads of all checkpoints to list them.
+
+    Raises:
+      CheckpointError: one is corrupt.
+    """
+    for step in complete_steps(workdir):
+        path = workdir / "checkpoints" / str(step)
+        if wrong := _unlistable(path):
+            raise CheckpointError(
+                f"{path} is corrupt ({_listed(wrong)}): move it elsewhere to use the other "
+                "checkpoints, or restore it from backup"
+            )
+
+
 def require_whole(checkpoint: Path, item: str) -> None:
     """Verify the files of one item of a checkpoint before it is read.
 
@@ -282,6 +299,16 @@ def _wrong(path: Path, item: str = "") -> list[str]:
     return [name for name, value in of_item.items() if found.get(name) != value]
 
 
+def _unlistable(path: Path) -> list[str]:
+    """Damaged files among those that Orbax reads of every checkpoint when it lists them."""
+    wrong = _wrong(path, "metrics") if (path / "metrics").is_dir() else []
+    for name in (_METADATA, "metrics/metrics"):
+        with contextlib.suppress(OSError, ValueError):  # Orbax ignores metadata that is no JSON
+            if not isinstance(json.loads((path / name).read_bytes()), dict):
+                wrong.append(name)
+    return wrong
+
+
 def _path_of(workdir: Path, step: int) -> Path:
     return workdir / _FOLDER / f"{step}.json"
 
@@ -324,6 +351,8 @@ def _read_with_hash(path: Path) -> dict[str, Any]:
 
 
 def _write_with_hash(path: Path, content: dict[str, Any]) -> None:
+    if damaged.is_there(path) and not path.is_file():
+        damaged.set_aside(path, path.parent.parent)
     content = {**content, _SELF: _hash_of_json(content)}
     write_atomic(path, json.dumps(content, indent=1) + "\n")
 

@@ -177,6 +177,7 @@ def _read(
                 raise CheckpointError(
                     f"{workdir} holds no folder of checkpoints: train first, or name another run"
                 )
+            checksums.require_listable(workdir)
             with _manager(workdir) as manager:
                 number = _choose(manager, which, workdir)
                 return read(workdir, config, manager, number)

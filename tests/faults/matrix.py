@@ -42,7 +42,7 @@ FILES = {
     "bad_images.jsonl": "bad_images.jsonl",
     "failure_N.json": "failure_3.json",
     "backbone.pth": "backbone.pth",
-    "eval/*": "eval/synthetic.png",
+    "eval/*": "eval/curves.png",
     "tensorboard/*": "tensorboard/events*",
     "checksums/N.json": "checksums/4.json",
     "checksums/config.json": "checksums/config.json",
@@ -59,10 +59,13 @@ FILES = {
     "N/training/_METADATA": "checkpoints/4/training/_METADATA",
     "N/training/manifest.ocdbt": "checkpoints/4/training/manifest.ocdbt",
     "N/training/ocdbt.*/d/*": "checkpoints/4/training/ocdbt*/d/*",
+    "M/_CHECKPOINT_METADATA": "checkpoints/2/_CHECKPOINT_METADATA",
+    "M/metrics/metrics": "checkpoints/2/metrics/metrics",
+    "M/backbone/_METADATA": "checkpoints/2/backbone/_METADATA",
 }
 """A pattern in the workdir by the name of each kind of file; of several files the largest counts.
 
-N is the newest of two checkpoints.
+N is the newest of two checkpoints, M the other.
 """
 
 
@@ -121,7 +124,7 @@ STRAYS: dict[str, Damage] = {
     "checkpoints/notes.txt": lambda run: (run / "checkpoints/notes.txt").write_text("") and None,
 }
 
-READ = ("N/", "checkpoints", "checksums", "config.json")
+READ = ("N/", "M/", "checkpoints", "checksums", "config.json")
 """How the kinds begin that evaluation and export may look at."""
 DRAWN = ("eval", "metrics.jsonl")
 """How the kinds begin that plots are made from, or take the place of; drawing takes long."""
@@ -158,8 +161,8 @@ def config(workdir: Path) -> c.Config:
         model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         schedule=c.ScheduleConfig(epochs=2),
-        evaluation=c.EvaluationConfig(targets=(), batch_size=8, every_epochs=0),
-        checkpoint=c.CheckpointConfig(keep=3),
+        evaluation=c.EvaluationConfig(targets=("synthetic",), batch_size=8, every_epochs=1),
+        checkpoint=c.CheckpointConfig(keep=3, best_metric="eval/synthetic/accuracy"),
         logging=c.LoggingConfig(every_steps=1, csv=True),
     )
 
@@ -167,8 +170,6 @@ def config(workdir: Path) -> c.Config:
 def train_undamaged(workdir: Path) -> Undamaged:
     """The run, and beside what it writes the files of other commands and of runs that fail."""
     state = _arrays(train.train(config(workdir)).state)
-    (workdir / "eval").mkdir(exist_ok=True)
-    (workdir / "eval" / "synthetic.png").write_bytes(bytes(1000))
     (workdir / "backbone.pth").write_bytes(bytes(1000))
     (workdir / "failure_3.json").write_text('{"step": 3}\n')
     lines = [{"step": n, "index": n, "where": f"image {n}", "problem": "cut"} for n in (1, 2)]
