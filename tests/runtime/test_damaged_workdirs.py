@@ -129,6 +129,25 @@ def test_a_checkpoint_without_an_item_falls_back_with_and_without_checksums(work
     assert "checkpoint 4 is corrupt (training/)" in message
 
 
+def test_metadata_of_an_older_checkpoint_does_not_keep_the_run_from_resuming(workdir):
+    """Orbax reads it of all checkpoints, and fails on JSON of another type."""
+    (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("7")
+    with pytest.raises(CheckpointError, match="move it elsewhere"):
+        checksums.require_listable(workdir)
+    (message,) = checksums.set_aside_damaged(workdir / "checkpoints")
+    assert "checkpoint 2 is corrupt (_CHECKPOINT_METADATA)" in message
+    assert "falling back" not in message and files.complete_steps(workdir) == [4]
+    checksums.require_listable(workdir)
+
+
+def test_a_folder_in_the_place_of_checksums_is_set_aside_by_the_next(workdir):
+    (workdir / "checksums" / "config.json").unlink()
+    (workdir / "checksums" / "config.json").mkdir()
+    checksums.keep_config(workdir, "{}")
+    assert checksums.config_copy(workdir) == "{}"
+    assert (workdir / "damaged" / "config.json").is_dir()
+
+
 def test_a_checkpoint_that_is_a_link_is_refused(workdir, tmp_path):
     (workdir / "checkpoints" / "4").rename(tmp_path / "4")
     (workdir / "checkpoints" / "4").symlink_to(tmp_path / "4")
