@@ -182,7 +182,7 @@ def _cell(figures: Figures) -> str:
 
 
 _PARTS = {
-    "convolutions": "convolutions",
+    "convolutions": "convolutions, linear layers",
     "batch_norm_elementwise": "BatchNorm, elementwise",
     "head": "head",
     "optimizer": "optimizer",

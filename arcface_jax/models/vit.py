@@ -94,12 +94,14 @@ def attend_fused(qkv: jax.Array, *, implementation: Literal["cudnn", "xla"] = "c
     cuDNN takes tokens in multiples of eight, so more are added and not looked at.
     """
     batch, tokens = qkv.shape[:2]
-    lengths = {}
+    parts, lengths = [qkv[:, :, part] for part in range(3)], {}
     if tokens % 8:
-        qkv = jnp.pad(qkv, ((0, 0), (0, -tokens % 8), *((0, 0),) * 3))
+        # Padded after they are taken apart, else XLA reads all three for each of them.
+        padding = ((0, 0), (0, -tokens % 8), (0, 0), (0, 0))
+        parts = [jnp.pad(part, padding) for part in parts]
         names = ("query_seq_lengths", "key_value_seq_lengths")
         lengths = dict.fromkeys(names, jnp.full((batch,), tokens, jnp.int32))
-    query, key, value = (qkv[:, :, part] for part in range(3))
+    query, key, value = parts
     mixed = jax.nn.dot_product_attention(
         query, key, value, implementation=implementation, **lengths
     )
@@ -200,7 +202,7 @@ class VisionTransformer(nnx.Module):
         embedding_size: int,
         bn_groups: int | str,
         dtype: jnp.dtype,
-        gpu: float,
+        gpu: float = 0,
         init: Initializer,
     ):
         width, depth = architecture.width, architecture.depth

@@ -229,9 +229,10 @@ def test_a_nested_scan_keeps_few_blocks_activations(monkeypatch):
             iresnet.ARCHITECTURES, "r18", replace(deep, blocks_are=form, remat=remat)
         )
         needed[form] = gradient_bytes(registry.build("r18", embedding_size=16), 8)
-    print(needed)
-    assert needed["scanned"] > 400 * 8 * 14 * 14 * 16 * 4  # the blocks' outputs alone
-    assert needed["nested"] < 0.2 * needed["scanned"]
+    output = 8 * 14 * 14 * 16 * 4  # of one block
+    assert needed["scanned"] > 400 * output
+    # Twenty inputs of groups, twenty of blocks, and the stages before, whose outputs are larger.
+    assert needed["nested"] < 160 * output
 
 
 @pytest.mark.slow
