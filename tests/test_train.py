@@ -321,6 +321,7 @@ def test_evaluate_gives_what_training_gave(finished, capsys):
     printed = capsys.readouterr().out
     verified = {name: value for name, value in outcome.items() if name.startswith("eval/")}
     del verified["eval/synthetic/mode_cosine"]  # training alone measures it
+    assert verified.pop("eval/step") == outcome["step"]
     assert {"eval/synthetic/accuracy", "eval/synthetic/tar@far=1e-1"} <= verified.keys()
     assert {name: result(printed)[name] for name in verified} == verified
     *tables, _ = printed.splitlines()

@@ -183,6 +183,7 @@ def changed_everywhere() -> Config:
     choices |= {"automatic": "unit"}
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
     choices |= {"sgd": "adamw", "untouched": "decayed", "random": "kept", "float32": "bfloat16"}
+    choices |= {"refuse": "accept", "automatic": "scaled"}
     choices |= {"drop": "pad", "shuffled": "shards", "~/.cache/arcface_jax": "x"}
     lists = {"schedule.decay_epochs": (3, 5), "evaluation.targets": ("a.bin", "b.bin")}
     lists |= {"finetune.frozen": ("fc.*",), "finetune.frozen_statistics": ("*",)}
