@@ -180,10 +180,9 @@ def changed_everywhere() -> Config:
     """Every field another value than its default, so that a lost one shows."""
     config = Config()
     choices = {"r50": "r18", "bfloat16": "float32", "arcface": "cosface", "none": "linear"}
-    choices |= {"automatic": "unit"}
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
     choices |= {"sgd": "adamw", "untouched": "decayed", "random": "kept", "float32": "bfloat16"}
-    choices |= {"refuse": "accept", "automatic": "scaled"}
+    choices |= {"refuse": "accept", "automatic": "unit"}
     choices |= {"drop": "pad", "shuffled": "shards", "~/.cache/arcface_jax": "x"}
     lists = {"schedule.decay_epochs": (3, 5), "evaluation.targets": ("a.bin", "b.bin")}
     lists |= {"finetune.frozen": ("fc.*",), "finetune.frozen_statistics": ("*",)}
@@ -255,6 +254,7 @@ def test_differences_are_those_that_change_what_is_computed():
     free = ("workdir", "devices", "data.path", "data.threads", "data.prefetch_batches")
     free += (
         "data.workers",
+        "data.changed",
         "data.max_bad_share",
         "head.block_size",
         "head.block_form",
