@@ -223,16 +223,16 @@ def history(workdir: Path, step: int) -> tuple[int, str] | None:
 
 
 def require_listable(workdir: Path) -> None:
-    """Verify what Orbax reads of all checkpoints to list them without ranking them.
+    """Verify what Orbax reads of all checkpoints to list them.
 
     Raises:
       CheckpointError: one is corrupt.
     """
     for step in complete_steps(workdir):
         path = workdir / "checkpoints" / str(step)
-        if _is_other_json(path / _METADATA):
+        if wrong := _unlistable(path):
             raise CheckpointError(
-                f"{path} is corrupt ({_METADATA}): move it elsewhere to use the other "
+                f"{path} is corrupt ({_listed(wrong)}): move it elsewhere to use the other "
                 "checkpoints, or restore it from backup"
             )
 
@@ -300,7 +300,7 @@ def _wrong(path: Path, item: str = "") -> list[str]:
 
 
 def _unlistable(path: Path) -> list[str]:
-    """Damaged files among those that Orbax reads of every checkpoint to list and rank them."""
+    """Damaged files among those that Orbax reads of every checkpoint to list them."""
     wrong = _wrong(path, "metrics") if (path / "metrics").is_dir() else []
     return wrong + [n for n in (_METADATA, "metrics/metrics") if _is_other_json(path / n)]
 

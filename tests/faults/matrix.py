@@ -2,6 +2,7 @@
 
 python -m tests.faults.matrix --write docs/reliability.md
 python -m tests.faults.matrix --kinds config.json metrics.jsonl
+python -m tests.faults.matrix --store outcomes.json --kinds config.json --write docs/reliability.md
 
 One run of four steps is copied once for each kind of file and each damage. `read` opens the copy
 as evaluation and export do; `resume` repeats the command. The program fails if anything ends in a
@@ -282,9 +283,12 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; 1 if anything is not as promised."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="*", help="only these kinds of files and folders")
+    parser.add_argument(
+        "--store", type=Path, help="file of outcomes; --kinds replaces some of them"
+    )
     parser.add_argument("--write", type=Path, help="the page whose tables are replaced")
     given = parser.parse_args(arguments)
-    outcomes, bad = {}, 0
+    outcomes, bad = _stored(given.store), 0
     with TemporaryDirectory() as folder:
         undamaged = train_undamaged(Path(folder) / "run")
         for kind, name, pattern, harm in cells():
@@ -297,10 +301,22 @@ def main(arguments: list[str] | None = None) -> int:
             for verb, outcome in zip(("resume", "read"), outcomes[kind, name], strict=True):
                 bad += outcome.bad
                 print(f"{kind}, {name}: {verb}: {outcome.text}", *outcome.messages, sep="\n    ")
-    if given.write and not given.kinds:
+    if given.store:
+        rows = [[*cell, *map(list, both)] for cell, both in outcomes.items()]
+        given.store.write_text(json.dumps(rows, indent=1) + "\n")
+    if given.write:
         _write(given.write, outcomes)
     print("RESULT " + json.dumps({"cells": len(outcomes), "bad": bad}))
     return 1 if bad else 0
+
+
+def _stored(store: Path | None) -> dict[tuple[str, str], tuple[Outcome, Outcome]]:
+    if store is None or not store.exists():
+        return {}
+    return {
+        (kind, name): (Outcome(*resumed), Outcome(*seen))
+        for kind, name, resumed, seen in json.loads(store.read_text())
+    }
 
 
 def _write(page: Path, outcomes: dict[tuple[str, str], tuple[Outcome, Outcome]]) -> None:
