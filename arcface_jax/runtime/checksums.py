@@ -23,6 +23,8 @@ _CONFIG = "config.json"
 # Orbax adds the commit time to it later.
 _METADATA = "_CHECKPOINT_METADATA"
 _SELF = "blake2b"
+# Orbax reads every file of this folder of an item, whatever its name.
+_READ_WHOLE = "array_metadatas"
 # Every checkpoint of a training run has these items.
 _ITEMS = ("backbone", "dataset", "training")
 
@@ -130,8 +132,11 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
         messages.append(f"checkpoint {step} is corrupt ({_listed(wrong)}); moved to {target}{back}")
     for step in unfinished_steps(workdir):  # else it counts as missing once it is removed
         _path_of(workdir, step).unlink(missing_ok=True)
-    if steps and (problem := unverifiable(checkpoints / str(steps[-1]))):
-        messages.append(problem)
+    if steps:
+        newest_path = checkpoints / str(steps[-1])
+        for path in _strays(newest_path):
+            messages.append(f"{path} is a stray file; moved to {damaged.set_aside(path, workdir)}")
+        messages += [problem] if (problem := unverifiable(newest_path)) else []
     return messages
 
 
@@ -250,6 +255,10 @@ def require_whole(checkpoint: Path, item: str) -> None:
             f"{checkpoint} is corrupt ({_listed(wrong)}): use another checkpoint of the run "
             "(--step), or restore it from backup"
         )
+    if strays := _strays(checkpoint, item):
+        raise CheckpointError(
+            f"{strays[0]} is a stray file, on which Orbax fails: move it elsewhere"
+        )
     if problem := unverifiable(checkpoint):
         damaged.warn([problem])
 
@@ -297,6 +306,16 @@ def _wrong(path: Path, item: str = "") -> list[str]:
     of_item = {n: x for n, x in expected.items() if not item or n.startswith(f"{item}/")}
     found = _hashes(path, item)
     return [name for name, value in of_item.items() if found.get(name) != value]
+
+
+def _strays(path: Path, item: str = "*") -> list[Path]:
+    """Files in folders that Orbax reads whole, and which are none of the checkpoint."""
+    try:
+        expected = _read(_path_of(path.parent.parent, int(path.name))).files
+    except _Unreadable:
+        return []
+    found = sorted(path.glob(f"{item}/{_READ_WHOLE}/*"))
+    return [file for file in found if file.relative_to(path).as_posix() not in expected]
 
 
 def _unlistable(path: Path) -> list[str]:

@@ -284,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kinds", nargs="*", help="only these kinds of files and folders")
     parser.add_argument(
-        "--store", type=Path, help="file of outcomes; --kinds replaces some of them"
+        "--store", type=Path, help="file of outcomes, of which --kinds replaces some"
     )
     parser.add_argument("--write", type=Path, help="the page whose tables are replaced")
     given = parser.parse_args(arguments)

@@ -140,6 +140,17 @@ def test_metadata_of_an_older_checkpoint_does_not_keep_the_run_from_resuming(wor
     checksums.require_listable(workdir)
 
 
+def test_a_stray_file_where_orbax_reads_all_files_is_moved(workdir):
+    stray = workdir / "checkpoints" / "4" / "backbone" / "array_metadatas" / "process_0.copy"
+    stray.parent.mkdir()
+    stray.write_text("")
+    with pytest.raises(CheckpointError, match=r"process_0.copy is a stray file"):
+        checksums.require_whole(workdir / "checkpoints" / "4", "backbone")
+    checksums.require_whole(workdir / "checkpoints" / "4", "training")
+    (message,) = checksums.set_aside_damaged(workdir / "checkpoints")
+    assert "process_0.copy is a stray file" in message and not stray.exists()
+
+
 def test_a_folder_in_the_place_of_checksums_is_set_aside_by_the_next(workdir):
     (workdir / "checksums" / "config.json").unlink()
     (workdir / "checksums" / "config.json").mkdir()
