@@ -142,7 +142,7 @@ def eer(curve: Roc) -> float:
     """The equal error rate: FAR where it is FRR, on straight lines between the curve's points.
 
     FAR - FRR rises from -1 to 1 and is never level, so that there is one such place. Between its
-    last point (FAR_0, FRR_0) before and its first point (FAR_1, FRR_1) at or behind that place,
+    last point (FAR_0, FRR_0) before and its first point (FAR_1, FRR_1) at or after that place,
 
         EER = FAR_0 + (FAR_1 - FAR_0) (FRR_0 - FAR_0) / ((FRR_0 - FAR_0) + (FAR_1 - FRR_1)).
 

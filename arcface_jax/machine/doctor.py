@@ -1,7 +1,7 @@
 """Whether a machine can run a recipe, and what will hold it up: everything is measured here.
 
-The parts of a step are measured alone: reading and decoding images, the products of backbone and
-head at the speed of one large product, and what the devices send to each other. The longest of them
+The parts of a step are measured separately: reading and decoding images, the products of backbone
+and head at the speed of one large product, and what the devices send to each other. The longest of them
 is the bottleneck; a real step takes at least as long.
 """
 
@@ -112,7 +112,7 @@ def check_versions(found: Mapping[str, str]) -> Check:
 
 
 def check_driver() -> Check:
-    """What nvidia-smi says, where there is one, and whether JAX sees the same GPUs."""
+    """What nvidia-smi reports, where installed, and whether JAX sees the same GPUs."""
     if shutil.which("nvidia-smi") is None:
         return Check("driver", "ok", "no nvidia-smi: no NVIDIA GPU is expected")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -338,7 +338,7 @@ def bottleneck(milliseconds: Mapping[str, float], batch: int) -> Check:
     parts = ", ".join(f"{name} {ms:.3g} ms" for name, ms in milliseconds.items())
     words = (
         f"{slowest} will be the bottleneck: no more than {1e3 * batch / longest:,.0f} images/s. "
-        f"For one step alone: {parts}"
+        f"For one step: {parts}"
     )
     return Check("bottleneck", "ok", words, {"most_images_per_second": 1e3 * batch / longest})
 

@@ -1,6 +1,6 @@
 """What a run needs on each device, found from shapes and a compiled step before it is allocated.
 
-The state's bytes are those of its abstract arrays. Activations and temporaries are what the real
+The state's bytes come from its abstract arrays. Activations and temporaries are what the real
 train step asks for: compiled for as many CPU devices as the run will have (`make`), or by XLA:GPU
 where a CUDA plugin is installed (`gpu_plan`). It is compiled at the recipe's batch, which takes no
 longer than at a small one, and at another, for a straight line to the largest.
@@ -123,7 +123,7 @@ class Plan(NamedTuple):
 
 
 def memory_share() -> float:
-    """The share of a GPU's memory that JAX takes at its start: 0.75, or what the environment says.
+    """The share of a GPU's memory that JAX takes at its start: 0.75, or what the environment sets.
 
     Raises:
       UserError: the environment variable is no share.
@@ -270,7 +270,7 @@ def temporary_bytes(
 ) -> int:
     """What the step of a global batch asks for beside its arguments, on each device."""
     config = configs.replace(config, data__global_batch_size=batch)
-    # How many steps an epoch has changes constants of the program alone.
+    # The number of steps in an epoch changes only constants of the program.
     schedule = optim.make_schedule(config.schedule, base_rate=1.0, steps_per_epoch=1)
     train_step: Any = step.make_train_step(
         config, num_classes=num_classes, schedule=schedule, mesh=mesh
@@ -344,7 +344,7 @@ def largest_classes(
 
 
 def in_words(plan: Plan, model: ModelConfig, *, num_classes: int) -> list[str]:
-    """A line for each thing that the bytes alone do not tell."""
+    """A line for each thing that the bytes do not show."""
     batch = plan.measured[0]
     compiled = " and ".join(str(size) for size in plan.measured[:2])
     if plan.program is None:

@@ -29,11 +29,9 @@ class _Repeated:
         self._lead, self._init = lead, init
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
-        """See `Initializer`."""
         return self._init.normal((*self._lead, *shape), std=std)
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
-        """See `Initializer`."""
         return self._init.uniform((*self._lead, *shape), bound=bound)
 
     def rngs(self) -> nnx.Rngs:
@@ -46,7 +44,7 @@ def make(build: Callable[..., nnx.Module], lead: tuple[int, ...], init: Initiali
 
     Args:
       build: makes one of them, given `init`; called twice, however many there are.
-      lead: the leading axes, whose product is the number of modules; a module alone has none.
+      lead: the leading axes, whose product is the number of modules; a single module has none.
       init: what the modules draw their weights from.
     """
     graph, one = nnx.split(build(init=ShapeInitializer()))
@@ -75,7 +73,7 @@ def plan(first: int, count: int, *, nested: bool) -> list[tuple[int, tuple[int, 
 
 
 def name(first: int, lead: tuple[int, ...]) -> str:
-    """Of a stack, or of a module alone."""
+    """Of a stack, or of a single module."""
     return f"{first}-{first + math.prod(lead) - 1}" if lead else str(first)
 
 
@@ -188,7 +186,7 @@ def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
         if members is None:
             stacked[name] = alone[name]
         else:
-            # Not to the whole wanted shape: a mismatch behind the leading axes is to be seen.
+            # Not to the whole wanted shape: a mismatch after the leading axes has to show.
             each = np.stack([alone[member] for member in members])
             lead = 1 if wanted.shape[0] == len(members) else 2
             stacked[name] = each.reshape(*wanted.shape[:lead], *each.shape[1:])
