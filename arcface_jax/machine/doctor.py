@@ -1,8 +1,8 @@
 """Whether a machine can run a recipe, and what will hold it up: everything is measured here.
 
 The parts of a step are measured separately: reading and decoding images, the products of backbone
-and head at the speed of one large product, and what the devices send to each other. The longest of them
-is the bottleneck; a real step takes at least as long.
+and head at the speed of one large product, and what the devices send to each other. The longest of
+them is the bottleneck; a real step takes at least as long.
 """
 
 import os
