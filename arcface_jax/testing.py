@@ -116,14 +116,14 @@ def _check_elementwise(function: Any, given: tuple[jax.Array, ...], *, what: str
     @jax.jit
     def run(*given: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
         value, vjp = jax.vjp(function, *given)
-        alone = jax.vmap(lambda *sample: function(*(x[None] for x in sample))[0])(*given)
-        return value, vjp(jnp.ones_like(value)), alone
+        single = jax.vmap(lambda *sample: function(*(x[None] for x in sample))[0])(*given)
+        return value, vjp(jnp.ones_like(value)), single
 
-    value, gradients, alone = run(*given)
+    value, gradients, single = run(*given)
     _require_like(value, given[0], what)
     for gradient in gradients:
         _require_finite(gradient, f"the gradient of {what}")
-    _require_close(alone, value, f"{what} of one sample depends on the others (under jax.vmap)")
+    _require_close(single, value, f"{what} of one sample depends on the others (under jax.vmap)")
 
 
 def _check_update(margin: Margin, cosine: jax.Array, lengths: jax.Array, state: State) -> State:

@@ -151,9 +151,9 @@ def eer(curve: Roc) -> float:
     same, different = int(curve.true_accepts[-1]), int(curve.false_accepts[-1])
     # FAR - FRR, times the number of pairs of either kind.
     excess = curve.false_accepts * same - (same - curve.true_accepts) * different
-    behind = int(np.searchsorted(excess, 0))
-    before, after = -int(excess[behind - 1]), int(excess[behind])
-    low, high = (int(curve.false_accepts[k]) for k in (behind - 1, behind))
+    crossing = int(np.searchsorted(excess, 0))
+    before, after = -int(excess[crossing - 1]), int(excess[crossing])
+    low, high = (int(curve.false_accepts[k]) for k in (crossing - 1, crossing))
     return (low * after + high * before) / (different * (before + after))
 
 

@@ -100,15 +100,15 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
 
 def check_versions(found: Mapping[str, str]) -> Check:
     """JAX, its library and its CUDA plugin have to be of one release."""
-    said = ", ".join(f"{name} {version}" for name, version in found.items())
+    listed = ", ".join(f"{name} {version}" for name, version in found.items())
     release = gpu.release(found["jax"])
     apart = [n for n, v in found.items() if n.startswith("jax") and gpu.release(v) != release]
     if not apart:
-        return Check("versions", "ok", said)
+        return Check("versions", "ok", listed)
     # An older jaxlib that JAX does not take it refuses itself; a plugin's GPUs would be missing.
     verdict = "fails" if any("plugin" in name for name in apart) else "warning"
     wanted = " ".join(f"{name}=={found['jax']}" for name in apart)
-    return Check("versions", verdict, f"{said}: not of one release: pip install {wanted}")
+    return Check("versions", verdict, f"{listed}: not of one release: pip install {wanted}")
 
 
 def check_driver() -> Check:

@@ -367,25 +367,25 @@ def in_words(plan: Plan, model: ModelConfig, *, num_classes: int) -> list[str]:
 
 def _verdict(plan: Plan) -> str:
     fits = plan.fits(plan.share)
-    said = (
+    text = (
         f"{'fits' if fits else 'does not fit'}: {plan.total / GIB:.2f} of {plan.usable / GIB:.2f} "
         f"GiB, the {plan.share:.0%} of {plan.memory / GIB:.1f} GiB that JAX takes"
     )
     if not fits and plan.share < LARGE_SHARE and plan.fits(LARGE_SHARE):
-        said += (
+        text += (
             f"; it fits with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGE_SHARE:g} "
             f"({LARGE_SHARE * plan.memory / GIB:.2f} GiB)"
         )
-    return said
+    return text
 
 
 def _on_sampling(plan: Plan) -> str:
     rate, flops = plan.sample_rate, plan.head_flops
-    said = (
+    text = (
         f"suggested head.sample_rate {rate:g}: with all classes the head takes (8 B D C) "
         f"{flops[1] / 1e12:.3g} TFLOP a step, the backbone {plan.backbone_flops / 1e12:.3g}"
     )
     if rate < 1:
         less = "no" if flops[rate] <= plan.backbone_flops else "still"
-        said += f"; at {rate:g} the head takes {flops[rate] / 1e12:.3g}, {less} more"
-    return said + "; sampling saves compute, not memory: all centers stay stored"
+        text += f"; at {rate:g} the head takes {flops[rate] / 1e12:.3g}, {less} more"
+    return text + "; sampling saves compute, not memory: all centers stay stored"

@@ -159,15 +159,15 @@ def leading_axes(name: str, array: Any) -> int:
 
 def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The NumPy arrays of every module under its own name, as views."""
-    alone = {}
+    unstacked = {}
     for name, given in arrays.items():
         array, members = np.asarray(given), names_of_members(name)
         if members is None:
-            alone[name] = array
+            unstacked[name] = array
         else:
             flat = array.reshape(len(members), *array.shape[leading_axes(name, array) :])
-            alone.update(zip(members, flat, strict=True))
-    return alone
+            unstacked.update(zip(members, flat, strict=True))
+    return unstacked
 
 
 def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,14 +180,14 @@ def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
     Raises:
       KeyError: a module of `like` is not among the arrays.
     """
-    alone, stacked = unstack(arrays), {}
+    unstacked, stacked = unstack(arrays), {}
     for name, wanted in like.items():
         members = names_of_members(name)
         if members is None:
-            stacked[name] = alone[name]
+            stacked[name] = unstacked[name]
         else:
             # Not to the whole wanted shape: a mismatch after the leading axes has to show.
-            each = np.stack([alone[member] for member in members])
+            each = np.stack([unstacked[member] for member in members])
             lead = 1 if wanted.shape[0] == len(members) else 2
             stacked[name] = each.reshape(*wanted.shape[:lead], *each.shape[1:])
     return stacked
