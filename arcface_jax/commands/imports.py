@@ -1,5 +1,6 @@
-"""Import PyTorch weights as a workdir, or convert arcface_torch's files of class centers.
+"""Import weights as a workdir, or convert arcface_torch's files of class centers.
 
+arcface-jax import backbone.pth --output WORKDIR
 arcface-jax import torch --weight backbone.pth --network r50 --output WORKDIR
 arcface-jax import centers read FOLDER --output centers.npy
 arcface-jax import centers write centers.npy --output FOLDER --ranks 8 --layout 2021
@@ -17,6 +18,7 @@ from arcface_jax import config, errors
 from arcface_jax.commands import Result, command, dispatch
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import CenterLayout
+from arcface_jax.convert import file_kinds
 
 _TORCH = """Make a workdir of a released backbone, to evaluate, export or fine-tune.
 
@@ -70,10 +72,15 @@ class Write:
 
 
 def main(words: Sequence[str], *, prog: str = "arcface-jax import") -> int:
-    """Imports what the first word names."""
-    return dispatch(
-        {"torch": torch, "centers": centers}, words, prog=prog, description=__doc__ or ""
-    )
+    """Imports what the first word names: a kind, or a file, whose content tells its kind."""
+    if words and words[0] not in _COMMANDS and Path(words[0]).exists():
+        words = [_kind_of(Path(words[0])), "--weight", *words]
+    return dispatch(_COMMANDS, words, prog=prog, description=__doc__ or "")
+
+
+def _kind_of(path: Path) -> str:
+    """The command that imports a file."""
+    return "onnx" if file_kinds.is_onnx(path) else "torch"
 
 
 @command
@@ -115,3 +122,6 @@ def centers(words: Sequence[str], *, prog: str = "arcface-jax import centers") -
     classes, size = found.rows.shape
     print(f"{classes} class centers of length {size}, in {len(files)} files")
     return Result({"classes": classes, "embedding_size": size}, files)
+
+
+_COMMANDS = {"torch": torch, "centers": centers}
