@@ -9,7 +9,7 @@ arcface-jax import centers write centers.npy --output FOLDER --ranks 8 --layout 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import tyro
 from tyro.conf import Positional
@@ -22,7 +22,8 @@ from arcface_jax.convert import file_kinds
 
 _TORCH = """Make a workdir of a released backbone, to evaluate, export or fine-tune.
 
-    {prog} --weight backbone.pth --network r50 --output WORKDIR
+    {prog} --weight backbone.pth --output WORKDIR
+    {prog} --weight checkpoint.pt --key state_dict_ema --prefix module. --output WORKDIR
 """
 _CENTERS = """Convert class centers between arcface_torch's files, one per GPU, and one array.
 
@@ -36,11 +37,17 @@ class Torch:
     """Options of `import torch`."""
 
     weight: Path
-    """A .pth, .pt or .safetensors file with insightface's names, or a checkpoint that holds one."""
-    network: config.Network
-    """The network of the weights."""
+    """A file of PyTorch or safetensors, of this project or another, or a checkpoint of training."""
     output: Path
     """The WORKDIR to make: a new or an empty folder."""
+    network: config.Network | None = None
+    """The network of the weights; by default found by names and shapes."""
+    key: str | None = None
+    """Where the state dict lies in the file, as model.state_dict; by default found."""
+    prefix: str | None = None
+    """What stands before the names of its arrays, as module.; by default found."""
+    color_order: Literal["RGB", "BGR"] | None = None
+    """What the weights want; by default as their project has it. BGR is turned to RGB."""
     centers: Path | None = None
     """Class centers to keep with them: a folder of arcface_torch's head files, or a .npy."""
 
@@ -91,12 +98,19 @@ def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Re
     )
     errors.require("torch", "torch")
     from arcface_jax.convert import from_torch
+    from arcface_jax.convert.state_dicts import Where
 
-    error = from_torch.convert(
-        arguments.weight, arguments.network, arguments.output, centers=arguments.centers
+    where = Where(
+        network=arguments.network,
+        key=arguments.key,
+        prefix=arguments.prefix,
+        color_order=arguments.color_order,
     )
-    print(f"{arguments.output}: embeddings equal those of torch to {error:.1e} (relative)")
-    return Result({"parity": error}, [arguments.output])
+    made = from_torch.convert(arguments.weight, where, arguments.output, centers=arguments.centers)
+    for note in made.notes:
+        print(f"{arguments.weight}: {note}")
+    print(f"{arguments.output}: embeddings equal those of torch to {made.error:.1e} (relative)")
+    return Result({"parity": made.error, "network": made.network}, [arguments.output])
 
 
 @command

@@ -63,9 +63,7 @@ def load(
     """
     machine, operations = _Machine(make, persistent), pickletools.genops(cast("IO[bytes]", file))
     try:
-        for count, (operation, argument, _) in enumerate(
-            pickletools.genops(cast("IO[bytes]", file))
-        ):
+        for count, (operation, argument, _) in enumerate(operations):
             if count > _MOST_OPERATIONS:
                 raise DamagedPickleError(f"a pickle of more than {_MOST_OPERATIONS:,} operations")
             if operation.name == "STOP":
