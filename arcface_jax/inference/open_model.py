@@ -5,14 +5,15 @@ functions that do.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from tyro.conf import OmitArgPrefixes
 
 from arcface_jax.config import Config
-from arcface_jax.config.choices import Which
+from arcface_jax.config.choices import OnnxOptions, Which
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class ModelChoice:
     """The network that --weight is of; by default found by its names and shapes."""
     onnx: Path | None = None
     """Or an ONNX file."""
+    onnx_options: OmitArgPrefixes[OnnxOptions] = field(default_factory=OnnxOptions)
 
 
 def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None = None) -> "Model":
@@ -70,7 +72,10 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     assert choice.onnx is not None  # it is the one named
     from arcface_jax.convert.onnx_runner import onnx_embedder
 
-    return onnx_embedder(choice.onnx, batch_size=batch_size)
+    model = onnx_embedder(choice.onnx, batch_size=batch_size, options=choice.onnx_options)
+    if model.guessed:
+        print(f"{choice.onnx}: {model.guessed}", file=sys.stderr)
+    return model
 
 
 def config_of(choice: ModelChoice) -> Config:
@@ -112,6 +117,7 @@ class ModelChoices:
     """The network of all --weight, or one for each; by default found by names and shapes."""
     onnx: tuple[Path, ...] = ()
     """ONNX files."""
+    onnx_options: OmitArgPrefixes[OnnxOptions] = field(default_factory=OnnxOptions)
 
     def each(self) -> list[ModelChoice]:
         """One by one, in the order of the options.
@@ -129,7 +135,7 @@ class ModelChoices:
         return [
             *(ModelChoice(workdir=path, step=self.step) for path in self.workdir),
             *(ModelChoice(weight=w, network=n) for w, n in zip(self.weight, networks, strict=True)),
-            *(ModelChoice(onnx=path) for path in self.onnx),
+            *(ModelChoice(onnx=path, onnx_options=self.onnx_options) for path in self.onnx),
         ]
 
 

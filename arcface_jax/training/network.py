@@ -11,6 +11,7 @@ import numpy as np
 from arcface_jax import plugins
 from arcface_jax.config.choices import Which
 from arcface_jax.evaluation import embed
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.models import registry
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
@@ -47,6 +48,7 @@ class Network:
         devices: int | Literal["own"] | None = None,
     ):
         self.network = network
+        self._input: ModelInput | None = None
         device_mesh = self._mesh = meshes.make(devices)
         self.params, self.batch_stats = jax.device_put(
             (params, batch_stats), meshes.replicated(device_mesh)
@@ -94,6 +96,14 @@ class Network:
     def _size(self, count: int) -> int:
         """The batch size of the program that runs `count` images."""
         return min((size for size in self._runs if size >= count), default=max(self._runs))
+
+    @property
+    def input(self) -> ModelInput:
+        """RGB, (x - 127.5) / 127.5, as every network of the registry; hashes the weights once."""
+        if self._input is None:
+            size = self.embedding_size
+            self._input = ModelInput(embedding_size=size, digest=self.digest())
+        return self._input
 
     def digest(self) -> str:
         """A SHA-256 of the network's name and weights: the same for a run and its `.pth` export."""
