@@ -4,9 +4,9 @@ The graph's layers are compared one by one with those of each network (`layer_se
 get the names of the network that fits, BatchNorms that an exporter folded are put back, and the
 embeddings are compared with ONNX Runtime's on the file before anything is used.
 
-A BatchNorm that was folded into the layer before it has lost its mean and variance. It comes back as
-the identity (mean 0, variance 1 - epsilon, scale 1), by which `models.statistics` recognizes it and
-gives it statistics before the first training step.
+A BatchNorm that was folded into the layer before it has lost its mean and variance. It comes back
+as the identity (mean 0, variance 1 - epsilon, scale 1), by which `training.folded_statistics`
+recognizes it and gives it statistics before the first training step.
 """
 
 from collections.abc import Sequence
@@ -179,10 +179,9 @@ def _first_kernel(path: Path, found: OnnxLayers, model: OnnxModel) -> np.ndarray
     scale = outside.scale * found.scale
     if abs(mean - preprocess.MEAN) > _SAME_MEAN * preprocess.SCALE:
         raise UserError(
-            f"{path} takes (x - {mean:.4g}) / {scale:.4g}; expected a mean of {preprocess.MEAN}, to "
-            "which this project's networks are bound by the zeros that their convolutions pad "
-            "with. If it was guessed wrongly, give --mean and --scale; run the file as it is with "
-            "--onnx"
+            f"{path} takes (x - {mean:.4g}) / {scale:.4g}; expected a mean of {preprocess.MEAN}: "
+            "the zeros with which convolutions pad stand for the mean, so another one cannot be "
+            "carried over. If it was guessed wrongly, give --mean and --scale"
         )
     kernel = np.asarray(found.layers[0].weight, np.float64) * (preprocess.SCALE / scale)
     return kernel[:, ::-1] if outside.color_order == "BGR" else kernel
@@ -253,8 +252,8 @@ def _check(
     bound = FLOAT16_TOLERANCE if found.is_float16 else parity.TOLERANCE
     if not error <= bound:
         raise UnknownGraph(
-            f"{path} has the layers of {weights[0]} and other embeddings: they differ by {error:.1e} "
-            f"(relative) from ONNX Runtime's, more than {bound:.0e}. It computes something between "
-            "its layers that the network does not, such as a normalization of its output"
+            f"{path} has the layers of {weights[0]} and other embeddings: ONNX Runtime's differ by "
+            f"{error:.1e} (relative), more than {bound:.0e}. The graph computes something that the "
+            "network does not, such as a normalization of its output"
         )
     return error
