@@ -96,10 +96,15 @@ class Network:
         return min((size for size in self._runs if size >= count), default=max(self._runs))
 
     def digest(self) -> str:
-        """A SHA-256 of the network's name and weights: the same for a run and its `.pth` export."""
-        total = hashlib.sha256(self.network.encode())
-        for arrays in (self.params, self.batch_stats):
-            for name in sorted(arrays):
-                total.update(name.encode())
-                total.update(np.ascontiguousarray(arrays[name], np.float32).data)
-        return total.hexdigest()
+        """As `weights_digest`: the same for a run and its `.pth` export."""
+        return weights_digest(self.network, self.params, self.batch_stats)
+
+
+def weights_digest(network: str, params: Arrays, batch_stats: Arrays) -> str:
+    """A SHA-256 of a network's name and weights, whatever file they are from."""
+    total = hashlib.sha256(network.encode())
+    for arrays in (params, batch_stats):
+        for name in sorted(arrays):
+            total.update(name.encode())
+            total.update(np.ascontiguousarray(arrays[name], np.float32).data)
+    return total.hexdigest()
