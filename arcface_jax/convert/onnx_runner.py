@@ -11,13 +11,15 @@ How its input is to be normalized is told, in this order, by
 
 import hashlib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import UserError, install
+from arcface_jax.evaluation.model_input import ColorOrder, ModelInput
 from arcface_jax.models import preprocess
 
 METADATA_KEYS = ("mean", "scale", "color_order")
@@ -25,15 +27,6 @@ _INSTALL = install("onnx")
 _NAMED_NODES = 8
 _NUMBERS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _LARGEST_BATCH = 64
-
-
-class Normalization(NamedTuple):
-    """What the caller does to an image before the graph takes it: (x - mean) / scale."""
-
-    mean: float
-    scale: float
-    color_order: str
-    """RGB or BGR: the order of the channels that the graph takes."""
 
 
 class OnnxModel:
@@ -44,7 +37,8 @@ class OnnxModel:
         self._session = _session(path)
         self._entry = self._session.get_inputs()[0]
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self.normalization = read_normalization(path, metadata)
+        self._mean, self._scale, order = read_normalization(path, metadata)
+        self._order: ColorOrder = order
         first = self._entry.shape[0]
         self._fixed = isinstance(first, int)
         self._batch_size: int = first if self._fixed else batch_size
@@ -56,6 +50,22 @@ class OnnxModel:
             [self._run(images[start : start + size]) for start in range(0, len(images), size)]
         )
 
+    @cached_property
+    def input(self) -> ModelInput:
+        """What the caller would have to do without this class."""
+        output = self._session.get_outputs()[0]
+        width = output.shape[1]
+        black = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        return ModelInput(
+            color_order=self._order,
+            mean=self._mean,
+            scale=self._scale,
+            dtype=cast("Literal['float32', 'float16']", np.dtype(_NUMBERS[self._entry.type]).name),
+            output=output.name,
+            embedding_size=width if isinstance(width, int) else self(black).shape[1],
+            digest=self.digest(),
+        )
+
     def digest(self) -> str:
         """A SHA-256 of the file."""
         with self._path.open("rb") as file:
@@ -64,9 +74,9 @@ class OnnxModel:
     def _run(self, part: np.ndarray) -> np.ndarray:
         missing = self._batch_size - len(part) if self._fixed else 0
         x = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)])
-        if self.normalization.color_order == "BGR":
+        if self._order == "BGR":
             x = x[..., ::-1]
-        x = (x.astype(np.float32) - self.normalization.mean) / self.normalization.scale
+        x = (x.astype(np.float32) - self._mean) / self._scale
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2), _NUMBERS[self._entry.type])
         out = self._session.run(None, {self._entry.name: x})[0]
         return out[: len(part)].astype(np.float32)
@@ -88,8 +98,8 @@ def onnx_embedder(path: str | Path, *, batch_size: int = _LARGEST_BATCH) -> Onnx
     return OnnxModel(Path(path), batch_size=batch_size)
 
 
-def read_normalization(path: Path, metadata: Mapping[str, str]) -> Normalization:
-    """How a model wants its input, by the rules of this module.
+def read_normalization(path: Path, metadata: Mapping[str, str]) -> tuple[float, float, ColorOrder]:
+    """Mean, scale and color order of a model's input, by the rules of this module.
 
     Args:
       path: the .onnx file, opened only where the metadata does not say it.
@@ -101,22 +111,22 @@ def read_normalization(path: Path, metadata: Mapping[str, str]) -> Normalization
     if all(key in metadata for key in METADATA_KEYS):
         mean, scale, order = (metadata[key] for key in METADATA_KEYS)
         try:
-            normalization = Normalization(float(mean), float(scale), order)
+            numbers = float(mean), float(scale)
         except ValueError:
-            normalization = Normalization(0, 0, order)
-        if order not in ("RGB", "BGR") or not normalization.scale > 0:
+            numbers = 0.0, 0.0
+        if order not in ("RGB", "BGR") or not numbers[1] > 0:
             raise UserError(
                 f"{path}: the metadata has mean {mean!r}, scale {scale!r}, color_order {order!r}; "
                 "expected two numbers, the second above 0, and RGB or BGR: export the model anew"
             )
-        return normalization
+        return *numbers, cast("ColorOrder", order)
     names = _first_names(path)
     inside = [
         any(n.startswith(begin) for n in names) for begin in (("Sub", "_minus"), ("Mul", "_mul"))
     ]
     if all(inside):
-        return Normalization(0, 1, "RGB")
-    return Normalization(preprocess.MEAN, preprocess.SCALE, "RGB")
+        return 0.0, 1.0, "RGB"
+    return preprocess.MEAN, preprocess.SCALE, "RGB"
 
 
 def _first_names(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.runtime import devices as meshes
 
 
@@ -18,8 +19,13 @@ class Model(Protocol):
         """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
         ...
 
+    @property
+    def input(self) -> ModelInput:
+        """What the network takes, and whose operating points hold for it (`digest` of the run)."""
+        ...
+
     def digest(self) -> str:
-        """A SHA-256 that names the weights."""
+        """A SHA-256 of exactly these weights; an export has another than its run."""
         ...
 
 

@@ -1,7 +1,7 @@
 """A trained network as a function from images to embeddings, on the devices of this machine."""
 
 import hashlib
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from arcface_jax import plugins
 from arcface_jax.config.choices import Which
 from arcface_jax.evaluation import embed
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.models import registry
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
@@ -94,6 +95,11 @@ class Network:
     def _size(self, count: int) -> int:
         """The batch size of the program that runs `count` images."""
         return min((size for size in self._runs if size >= count), default=max(self._runs))
+
+    @cached_property
+    def input(self) -> ModelInput:
+        """RGB, (x - 127.5) / 127.5, as every network of the registry."""
+        return ModelInput(embedding_size=self.embedding_size, digest=self.digest())
 
     def digest(self) -> str:
         """As `weights_digest`: the same for a run and its `.pth` export."""

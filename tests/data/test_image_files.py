@@ -11,6 +11,7 @@ from arcface_jax.data import files as training_files
 from arcface_jax.data.pairs import lists
 from arcface_jax.data.tools import aligning
 from arcface_jax.errors import DataError
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.evaluation.protocols import labeled
 
 SUFFIXES = [".jpg", ".JPG", ".jpeg", ".png", ".Png", ".bmp", ".webp", ".tif", ".TIFF"]
@@ -49,11 +50,13 @@ def test_every_reader_of_a_folder_finds_the_same_images(folder: Path, tmp_path: 
     assert [source.where(i) for i in range(len(source))] == [str(folder / n) for n in wanted]
 
     class Mean:
+        input = ModelInput(embedding_size=3, digest="mean")
+
         def __call__(self, batch: np.ndarray) -> np.ndarray:
             return batch.mean(axis=(1, 2))
 
         def digest(self) -> str:
-            return "mean"
+            return self.input.digest
 
     found = labeled.read(folder, Mean, output=tmp_path / "features", flip=False)
     assert found.people.tolist() == ["ada"] * len(wanted)

@@ -26,9 +26,11 @@ MODEL = """
 import sys, threading
 from pathlib import Path
 import numpy as np
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.inference.embedder import Embedder
 
 class Model:
+    input = ModelInput(embedding_size=16, digest="blocks")
     def __init__(self, batches=None):
         self.batches = batches
     def __call__(self, images):
@@ -38,7 +40,7 @@ class Model:
             self.batches -= 1
         return images.reshape(len(images), 16, -1).mean(2).astype(np.float32)
     def digest(self):
-        return "blocks"
+        return self.input.digest
 
 if __name__ == "__main__":
     embedder = Embedder(Model(8), batch_size=4)

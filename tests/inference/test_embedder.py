@@ -17,6 +17,7 @@ from arcface_jax.convert import parity, torch_iresnet, weights
 from arcface_jax.data.faces import TEMPLATE
 from arcface_jax.data.synthetic.faces import draw_face
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.inference.embedder import Embedder
 from arcface_jax.runtime import devices
 from arcface_jax.training import checkpoint, saved_runs, step
@@ -147,11 +148,13 @@ def test_similarity_and_verdict(embedder, expected):
 
 def test_embeddings_that_are_not_finite_are_an_error():
     class Broken:
+        input = ModelInput(embedding_size=4, digest="")
+
         def __call__(self, images):
             return np.full((len(images), 4), np.nan, np.float32)
 
         def digest(self):
-            return ""
+            return self.input.digest
 
     with pytest.raises(DataError, match="not finite"):
         Embedder(Broken())(FACES[0])

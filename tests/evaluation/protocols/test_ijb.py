@@ -10,6 +10,7 @@ from sklearn.metrics import roc_curve
 from arcface_jax.data import opening
 from arcface_jax.errors import ConfigError, DataError
 from arcface_jax.evaluation import roc, shards
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.evaluation.protocols import identification, ijb, ijb_files, ijb_generator
 
 ALL_OPTIONS = ["".join(c) or "none" for k in range(4) for c in itertools.combinations("NDF", k)]
@@ -24,8 +25,10 @@ class Coarse:
         x = images[:, ::4, ::4].reshape(len(images), -1).astype(np.float32) / 255 - 0.5
         return x @ PROJECTION * (1 + 3 * x.std(axis=1, keepdims=True))
 
+    input = ModelInput(embedding_size=48, digest="coarse")
+
     def digest(self) -> str:
-        return "coarse"
+        return self.input.digest
 
 
 embed = Coarse()

@@ -8,6 +8,7 @@ import pytest
 
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.evaluation.protocols import groups, labeled, reports, retrieval
 from arcface_jax.evaluation.protocols.labeled import Labeled
 from arcface_jax.evaluation.verification import Verification
@@ -20,8 +21,10 @@ class Mean:
         left = images[:, :, :56].mean(axis=(1, 2))
         return np.concatenate([images.mean(axis=(1, 2)), left], axis=1).astype(np.float32)
 
+    input = ModelInput(embedding_size=6, digest="mean")
+
     def digest(self) -> str:
-        return "mean"
+        return self.input.digest
 
 
 @pytest.mark.parametrize("seed", range(8))
