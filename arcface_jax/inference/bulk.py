@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from arcface_jax.data import faces, fingerprint
-from arcface_jax.data.faces import OtherSize
+from arcface_jax.data.faces import Face
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.embed import Model
@@ -31,8 +31,15 @@ class FaceEmbedder(Protocol):
 
     model: Model
     flip: bool
-    other_size: OtherSize
     batch_size: int
+
+    def prepare(self, face: Face, points: np.ndarray | None = None) -> np.ndarray:
+        """A face as (112, 112, 3) uint8 RGB; called from threads."""
+        ...
+
+    def alignment(self) -> Mapping[str, str]:
+        """What `prepare` depends on."""
+        ...
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
         """(n, 112, 112, 3) uint8 RGB to (n, D) float32."""
@@ -83,7 +90,7 @@ def embed_folder(
     settings = {
         "model": embedder.model.digest(),
         "flip": embedder.flip,
-        "other_size": embedder.other_size,
+        **embedder.alignment(),
         "normalized": normalized,
         "shard_size": shard_size,
         "images": len(ids),
@@ -139,7 +146,7 @@ def _embed_all(
             return DataError("its five points are not in the list")
         five = None if points is None else points[name]
         try:
-            return faces.prepare(folder / name, five, other_size=embedder.other_size)
+            return embedder.prepare(folder / name, five)
         except DataError as error:
             return error
 
