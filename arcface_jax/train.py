@@ -317,7 +317,10 @@ def _read_weights(path: Path, network: str) -> finetune.Weights:
         raise ConfigError(f"init_from {path}: PyTorch weights need PyTorch: {install('torch')}")
     from arcface_jax.convert import weights
 
-    return weights.load(path, network)
+    found = weights.load(path, network)
+    for note in found.notes:
+        print(f"{path}: {note}", file=sys.stderr)
+    return found.params, found.batch_stats
 
 
 def _open_log(config: Config, *, start: int) -> MetricsFile:

@@ -1,5 +1,6 @@
-"""Import PyTorch weights as a workdir, or convert arcface_torch's files of class centers.
+"""Import weights as a workdir, or convert arcface_torch's files of class centers.
 
+arcface-jax import backbone.pth --output WORKDIR
 arcface-jax import torch --weight backbone.pth --network r50 --output WORKDIR
 arcface-jax import centers read FOLDER --output centers.npy
 arcface-jax import centers write centers.npy --output FOLDER --ranks 8 --layout 2021
@@ -8,7 +9,7 @@ arcface-jax import centers write centers.npy --output FOLDER --ranks 8 --layout 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import tyro
 from tyro.conf import Positional
@@ -17,10 +18,12 @@ from arcface_jax import config, errors
 from arcface_jax.commands import Result, command, dispatch
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import CenterLayout
+from arcface_jax.convert import file_kinds
 
 _TORCH = """Make a workdir of a released backbone, to evaluate, export or fine-tune.
 
-    {prog} --weight backbone.pth --network r50 --output WORKDIR
+    {prog} --weight backbone.pth --output WORKDIR
+    {prog} --weight checkpoint.pt --key state_dict_ema --prefix module. --output WORKDIR
 """
 _CENTERS = """Convert class centers between arcface_torch's files, one per GPU, and one array.
 
@@ -34,11 +37,17 @@ class Torch:
     """Options of `import torch`."""
 
     weight: Path
-    """A .pth, .pt or .safetensors file with insightface's names, or a checkpoint that holds one."""
-    network: config.Network
-    """The network of the weights."""
+    """A file of PyTorch or safetensors, of this project or another, or a checkpoint of training."""
     output: Path
     """The WORKDIR to make: a new or an empty folder."""
+    network: config.Network | None = None
+    """The network of the weights; by default found by names and shapes."""
+    key: str | None = None
+    """Where the state dict lies in the file, as model.state_dict; by default found."""
+    prefix: str | None = None
+    """What stands before the names of its arrays, as module.; by default found."""
+    color_order: Literal["RGB", "BGR"] | None = None
+    """What the weights want; by default as their project has it. BGR is turned to RGB."""
     centers: Path | None = None
     """Class centers to keep with them: a folder of arcface_torch's head files, or a .npy."""
 
@@ -70,10 +79,15 @@ class Write:
 
 
 def main(words: Sequence[str], *, prog: str = "arcface-jax import") -> int:
-    """Imports what the first word names."""
-    return dispatch(
-        {"torch": torch, "centers": centers}, words, prog=prog, description=__doc__ or ""
-    )
+    """Imports what the first word names: a kind, or a file, whose content tells its kind."""
+    if words and words[0] not in _COMMANDS and Path(words[0]).exists():
+        words = [_kind_of(Path(words[0])), "--weight", *words]
+    return dispatch(_COMMANDS, words, prog=prog, description=__doc__ or "")
+
+
+def _kind_of(path: Path) -> str:
+    """The command that imports a file."""
+    return "onnx" if file_kinds.is_onnx(path) else "torch"
 
 
 @command
@@ -84,12 +98,19 @@ def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Re
     )
     errors.require("torch", "torch")
     from arcface_jax.convert import from_torch
+    from arcface_jax.convert.state_dicts import Where
 
-    error = from_torch.convert(
-        arguments.weight, arguments.network, arguments.output, centers=arguments.centers
+    where = Where(
+        network=arguments.network,
+        key=arguments.key,
+        prefix=arguments.prefix,
+        color_order=arguments.color_order,
     )
-    print(f"{arguments.output}: embeddings equal those of torch to {error:.1e} (relative)")
-    return Result({"parity": error}, [arguments.output])
+    made = from_torch.convert(arguments.weight, where, arguments.output, centers=arguments.centers)
+    for note in made.notes:
+        print(f"{arguments.weight}: {note}")
+    print(f"{arguments.output}: embeddings equal those of torch to {made.error:.1e} (relative)")
+    return Result({"parity": made.error, "network": made.network}, [arguments.output])
 
 
 @command
@@ -115,3 +136,6 @@ def centers(words: Sequence[str], *, prog: str = "arcface-jax import centers") -
     classes, size = found.rows.shape
     print(f"{classes} class centers of length {size}, in {len(files)} files")
     return Result({"classes": classes, "embedding_size": size}, files)
+
+
+_COMMANDS = {"torch": torch, "centers": centers}

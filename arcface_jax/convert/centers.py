@@ -10,6 +10,7 @@ import torch
 
 from arcface_jax.config.choices import CenterLayout
 from arcface_jax.convert import weight_files
+from arcface_jax.convert.torch_files import Entry
 from arcface_jax.errors import UserError
 from arcface_jax.runtime.files import atomic, atomic_files
 from arcface_jax.training import checkpoint, saved_runs
@@ -174,6 +175,6 @@ def _read_rank(path: Path) -> np.ndarray:
     for key in (_HEAD_KEY, "weight"):
         if isinstance(content, dict):
             content = content.get(key, content)
-    if not isinstance(content, torch.Tensor) or content.ndim != 2:
+    if not isinstance(content, Entry) or len(content.shape) != 2:
         raise UserError(f"{path} holds no class centers (rows, D)")
-    return content.detach().float().numpy()
+    return content.read().float().numpy()

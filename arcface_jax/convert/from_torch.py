@@ -1,30 +1,45 @@
 """Make a workdir of a released backbone, to evaluate, export or fine-tune."""
 
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from arcface_jax import config, errors
 from arcface_jax.convert import centers as center_files
-from arcface_jax.convert import parity, weight_files, weights
+from arcface_jax.convert import parity, state_dicts, weight_files, weights
+from arcface_jax.convert.state_dicts import Where
 from arcface_jax.models import registry
 from arcface_jax.training import checkpoint
 from arcface_jax.training.network import Network
 
 
-def convert(weight: Path, network: str, output: Path, *, centers: Path | None = None) -> float:
+class Converted(NamedTuple):
+    """What an import made."""
+
+    network: str
+    error: float
+    """The largest relative difference of the embeddings."""
+    notes: tuple[str, ...]
+    """How the weights were found and what was ignored."""
+
+
+def convert(weight: Path, where: Where, output: Path, *, centers: Path | None = None) -> Converted:
     """Writes a workdir after its embeddings have been found equal to the torch network's.
 
-    Returns:
-      The largest relative difference of the embeddings.
+    Args:
+      weight: a file of torch or safetensors.
+      where: what is known about it; the rest is found.
+      output: the workdir, a new or an empty folder.
+      centers: class centers to keep with it.
 
     Raises:
       UserError: the file does not hold that network, the embeddings differ, or the workdir is not
         empty.
     """
     checkpoint.require_empty(output)  # better now than after the check
-    state = weights.without_prefixes(weight_files.read(weight))
-    params, batch_stats = weights.from_state_dict(state, network, source=str(weight))
-    size = registry.embedding_size(params) or 0
+    found = state_dicts.find(weight_files.contents(weight), where, source=str(weight))
+    network = found.network
+    params, batch_stats = weights.arrays_of(found)
+    size = registry.embedding_size(found.state) or 0
     rows = None if centers is None else center_files.read(centers).rows
     if rows is not None and rows.shape[1] != size:
         raise errors.UserError(
@@ -33,11 +48,11 @@ def convert(weight: Path, network: str, output: Path, *, centers: Path | None = 
         )
     backbone = Network(network, params, batch_stats, batch_size=16, devices=1)
     # The file's own tensors, but for the batch counters that those of old torch lack.
-    whole = weights.to_state_dict(params, batch_stats) | state
+    whole = weights.to_state_dict(params, batch_stats) | found.state
     error = parity.check(backbone, whole, network=network)
     model = config.ModelConfig(
         network=cast(config.Network, network), embedding_size=size, dtype="float32"
     )
     made = config.Config(workdir=str(output), model=model)
     checkpoint.save_weights(made, params, batch_stats, centers=rows)
-    return error
+    return Converted(network, error, found.notes)

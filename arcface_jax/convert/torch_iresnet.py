@@ -17,7 +17,7 @@ class Block(nn.Module):
         self.prelu = nn.PReLU(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
-        self.downsample = None
+        self.downsample, self.stride = None, stride
         if down_sample:
             conv = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(channels))
@@ -26,7 +26,9 @@ class Block(nn.Module):
         """(B, in, H, W) to (B, out, H / stride, W / stride)."""
         y = self.conv1(self.bn1(x))
         y = self.conv2(self.prelu(self.bn2(y)))
-        return self.bn3(y) + (x if self.downsample is None else self.downsample(x))
+        if self.downsample is None:
+            return self.bn3(y) + x[:, :, :: self.stride, :: self.stride]
+        return self.bn3(y) + self.downsample(x)
 
 
 class TorchIResNet(nn.Module):
@@ -40,7 +42,8 @@ class TorchIResNet(nn.Module):
         self.prelu = nn.PReLU(channels)
         stages = zip(architecture.blocks, architecture.widths, architecture.strides, strict=True)
         for number, (blocks, width, stride) in enumerate(stages, start=1):
-            first = Block(channels, width, stride=stride, down_sample=True)
+            projected = architecture.shortcut == "projected" or channels != width
+            first = Block(channels, width, stride=stride, down_sample=projected)
             rest = [Block(width, width, stride=1, down_sample=False) for _ in range(blocks - 1)]
             self.add_module(f"layer{number}", nn.Sequential(first, *rest))
             channels = width
@@ -48,6 +51,7 @@ class TorchIResNet(nn.Module):
         self.fc = nn.Linear(channels * LAST_SIZE**2, embedding_size)
         self.features = nn.BatchNorm1d(embedding_size)
         self.features.weight.requires_grad_(False)
+        self.features.bias.requires_grad_(architecture.last_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """See the class."""

@@ -1,53 +1,138 @@
-"""State dicts in files: torch's `.pth` and `.pt`, and `.safetensors`."""
+"""State dicts in files: torch's `.pth` and `.pt`, and `.safetensors`, told apart by content."""
 
-import pickle
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from arcface_jax.convert import file_kinds, torch_files
 from arcface_jax.convert.packages import require
+from arcface_jax.convert.safe_pickle import Skipped
+from arcface_jax.convert.torch_files import Entry, Unusable
 from arcface_jax.errors import UserError
 from arcface_jax.runtime.files import atomic_files
 
 StateDict = dict[str, torch.Tensor]
 
-# Where training programs keep the backbone in a checkpoint; the first is arcface_torch's.
-_KEYS = ("state_dict_backbone", "state_dict", "model_state_dict", "model", "backbone")
+# Where training programs keep the backbone in a checkpoint, the likeliest first.
+_KEYS = (
+    *("state_dict_backbone", "state_dict", "model_state_dict", "model", "backbone", "net"),
+    *("network", "weights", "params", "module"),
+)
+_NUMPY = {"scalar": "numpy scalar", "_reconstruct": "numpy array"}
+_DEEPEST = 32
+_MOST_MODULES, _LONGEST = 100_000, 1000
+
+
+class Stored(NamedTuple):
+    """A dict of tensors somewhere in a file."""
+
+    key: str
+    """The keys that lead to it, joined with dots; empty for the file's own."""
+    entries: dict[str, Entry | Unusable]
+
+    @property
+    def likeliness(self) -> tuple[bool, int, int]:
+        """Sorts the likeliest to hold the backbone first; averaged weights before the others."""
+        words = self.key.split(".")
+        known = min((_KEYS.index(w) for w in words if w in _KEYS), default=len(_KEYS))
+        return not is_averaged(self.key), known if self.key else -1, len(words)
+
+
+class Contents(NamedTuple):
+    """What a file holds."""
+
+    dicts: list[Stored]
+    skipped: tuple[str, ...]
+    """What is no tensor and was not built, by kind, with its number."""
+    nbytes: float
+    """Size of the file, which its tensors together cannot exceed."""
+
+
+def is_averaged(name: str) -> bool:
+    """Whether a key or prefix is that of a running mean of the weights: `state_dict_ema`."""
+    return "ema" in name.lower().replace(".", "_").split("_")
+
+
+def contents(path: Path) -> Contents:
+    """Find every dict of tensors in a file; no tensor is read yet.
+
+    Raises:
+      UserError: there is no such file, or it is no file of weights, and what it is instead.
+    """
+    kind = file_kinds.recognize(path)
+    if kind == "onnx":
+        raise UserError(f"{path} is an ONNX file: name it with --onnx, or import it")
+    nbytes = path.stat().st_size
+    if kind == "safetensors":
+        entries = {n: torch_files.entry_of(t) for n, t in _read_safetensors(path).items()}
+        return Contents([Stored("", dict(entries))], (), nbytes)
+    skipped: Counter[str] = Counter()
+    dicts = list(_dicts(torch_files.read(path), (), set(), skipped))
+    names = tuple(f"{name} ({n})" if n > 1 else name for name, n in skipped.most_common())
+    return Contents(dicts, names, nbytes)
+
+
+def in_memory(state: StateDict) -> Contents:
+    """The same for a state dict that was loaded already."""
+    entries: dict[str, Entry | Unusable] = {n: torch_files.entry_of(t) for n, t in state.items()}
+    return Contents([Stored("", entries)], (), float("inf"))
 
 
 def read(path: Path) -> StateDict:
-    """The tensors of a file, or those of the backbone in a full checkpoint.
+    """The tensors of a file, or those of the likeliest dict in a full checkpoint, under its names.
 
     Raises:
-      UserError: there is no such file, or it holds anything but tensors.
+      UserError: there is no such file, or it holds no dict of tensors.
     """
-    if not path.is_file():
-        raise UserError(f"no weights at {path}: name an existing .pth or .safetensors file")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    state = read_torch(path)
-    if isinstance(state, dict):
-        state = next((state[key] for key in _KEYS if isinstance(state.get(key), dict)), state)
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+    found = contents(path)
+    if not found.dicts:
+        raise UserError(no_tensors(found, str(path)))
+    return tensors(min(found.dicts, key=lambda s: s.likeliness).entries, found, source=str(path))
+
+
+def no_tensors(found: Contents, source: str) -> str:
+    """The message for a file without any dict of tensors."""
+    held = f": it holds {', '.join(found.skipped[:5])}" if found.skipped else ""
+    return f"{source} holds no dict of tensors by name{held}; expected a state_dict, at any depth"
+
+
+def tensors(entries: dict[str, Entry | Unusable], held: Contents, *, source: str) -> StateDict:
+    """Read tensors, each as a copy of its own.
+
+    Raises:
+      UserError: one is of a kind that cannot be used, or together they are more than the file.
+    """
+    usable: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if isinstance(entry, Unusable):
+            raise UserError(
+                f"{source}: {name} is a tensor {entry.kind}; save dense float tensors instead"
+            )
+        usable[name] = entry
+    claimed = sum({entry.place: entry.nbytes for entry in usable.values()}.values())
+    if claimed > held.nbytes:
         raise UserError(
-            f"{path} holds a {type(state).__name__} that is not a state_dict of tensors, nor has "
-            f"one under {', '.join(_KEYS)}"
+            f"{source}: its tensors claim {claimed:,} bytes of a file of {held.nbytes:,}; they "
+            "share storage in a way that no weights do"
         )
-    return state
+    try:
+        return {name: entry.read() for name, entry in usable.items()}
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{source} is damaged ({error}): copy it again") from error
 
 
 def read_torch(path: Path) -> object:
-    """What a torch file holds, on the CPU; tensors and plain containers alone.
+    """What a torch file holds: plain containers, and tensors as `Entry`.
 
     Raises:
-      UserError: it is no torch file, or holds objects that only running code could restore.
+      UserError: it is no torch file.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise UserError(
-            f"{path} is not a file of torch weights: {str(error).splitlines()[0]}"
-        ) from error
+    if file_kinds.recognize(path) not in ("zip", "legacy"):
+        raise UserError(f"{path} was not written by torch.save")
+    return torch_files.read(path)
 
 
 def write(path: Path, state: StateDict) -> None:
@@ -66,9 +151,61 @@ def write(path: Path, state: StateDict) -> None:
         raise UserError(f"cannot write {path}: {reason}") from reason
 
 
+def _dicts(
+    value: object, at: tuple[str, ...], seen: set[int], skipped: Counter[str]
+) -> Iterator[Stored]:
+    """Walks containers, each once; pickled modules are dicts of what they hold."""
+    if len(at) > _DEEPEST or id(value) in seen:
+        return
+    if isinstance(value, Skipped):
+        seen.add(id(value))
+        if _is_module(value):
+            yield Stored(".".join(at), _of_module(value))
+            return
+        name = _NUMPY.get(value.name.rpartition(".")[2], value.name)
+        skipped[ascii(name)[1:-1][:80]] += 1
+        value = value.items
+    if isinstance(value, list | tuple) and not isinstance(value, Entry):
+        value = {str(number): item for number, item in enumerate(value)}
+    if not isinstance(value, dict):
+        return
+    seen.add(id(value))
+    named = {name: item for name, item in value.items() if isinstance(name, str)}
+    found = {n: item for n, item in named.items() if isinstance(item, Entry | Unusable)}
+    if found:
+        yield Stored(".".join(at), found)
+    for name, item in named.items():
+        if not isinstance(item, Entry | Unusable | str | bytes | int | float):
+            yield from _dicts(item, (*at, name), seen, skipped)
+
+
+def _is_module(value: Skipped) -> bool:
+    return isinstance(value.state, dict) and isinstance(value.state.get("_modules"), dict)
+
+
+def _of_module(module: Skipped) -> dict[str, Entry | Unusable]:
+    """The state dict of a module that was pickled whole."""
+    found: dict[str, Entry | Unusable] = {}
+    waiting: list[tuple[str, object]] = [("", module)]
+    for _ in range(_MOST_MODULES):  # a module may hold one child under many names
+        if not waiting:
+            break
+        prefix, value = waiting.pop()
+        state = value.state if isinstance(value, Skipped) else None
+        parts = {} if not isinstance(state, dict) else state
+        for kind in ("_parameters", "_buffers", "_modules"):
+            held = parts.get(kind)
+            for name, item in held.items() if isinstance(held, dict) else ():
+                if isinstance(item, Entry | Unusable):
+                    found[f"{prefix}{name}"] = item
+                elif kind == "_modules" and len(prefix) < _LONGEST:
+                    waiting.append((f"{prefix}{name}.", item))
+    return found
+
+
 def _read_safetensors(path: Path) -> StateDict:
     files = require("safetensors.torch")
     try:
         return files.load_file(path)
-    except (require("safetensors").SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    except (require("safetensors").SafetensorError, OSError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is a damaged safetensors file ({error}): copy it again") from error

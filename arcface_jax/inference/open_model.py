@@ -4,6 +4,7 @@ Commands parse `ModelChoice` before they open anything, so what opens a network 
 functions that do.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,9 +29,9 @@ class ModelChoice:
     step: Which = "latest"
     """Which of the run's checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
     weight: Path | None = None
-    """Or a backbone.pth, of this project or of insightface."""
-    network: str = "r50"
-    """The network that --weight is of."""
+    """Or a file of PyTorch weights, of this project or another (docs/modelzoo.md)."""
+    network: str | None = None
+    """The network that --weight is of; by default found by its names and shapes."""
     onnx: Path | None = None
     """Or an ONNX file."""
 
@@ -50,7 +51,7 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     if len(named) != 1:
         raise UserError(
             f"{len(named)} networks are named ({', '.join(f'--{n}' for n in named) or 'none'}); "
-            "name one: --workdir FOLDER, --weight FILE.pth with --network, or --onnx FILE.onnx"
+            "name one: --workdir FOLDER, --weight FILE.pth, or --onnx FILE.onnx"
         )
     if choice.workdir is not None:
         from arcface_jax.training.network import Network
@@ -61,8 +62,11 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
         from arcface_jax.convert import weights  # only these files need torch
         from arcface_jax.training.network import Network
 
-        arrays = weights.load(choice.weight, choice.network)
-        return Network(choice.network, *arrays, batch_size=batch_size, devices=devices)
+        found = weights.load(choice.weight, choice.network)
+        for note in found.notes:
+            print(f"{choice.weight}: {note}", file=sys.stderr)
+        arrays = (found.params, found.batch_stats)
+        return Network(found.network, *arrays, batch_size=batch_size, devices=devices)
     assert choice.onnx is not None  # it is the one named
     from arcface_jax.convert.onnx_runner import onnx_embedder
 
@@ -104,8 +108,8 @@ class ModelChoices:
     """Which of their checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
     weight: tuple[Path, ...] = ()
     """backbone.pth files, of this project or of insightface."""
-    network: tuple[str, ...] = ("r50",)
-    """The network of all --weight, or one for each."""
+    network: tuple[str, ...] = ()
+    """The network of all --weight, or one for each; by default found by names and shapes."""
     onnx: tuple[Path, ...] = ()
     """ONNX files."""
 
@@ -115,7 +119,8 @@ class ModelChoices:
         Raises:
           UserError: the networks are not as many as the weights.
         """
-        networks, count = self.network, len(self.weight)
+        networks: tuple[str | None, ...] = self.network or (None,)
+        count = len(self.weight)
         if len(networks) not in (1, count):
             raise UserError(
                 f"{count} --weight and {len(networks)} --network: name one network, or one for each"

@@ -35,6 +35,11 @@ class Architecture:
     """Whether the equal blocks of a stage, all but its first, are a scan, or a scan of scans."""
     remat: bool = False
     """Whether scanned blocks are computed again in the backward pass, to save memory."""
+    shortcut: Literal["projected", "subsampled"] = "projected"
+    """What a stage's first block adds: a convolution of its input, or, where the channels stay the
+    same, every other pixel of it."""
+    last_bias: bool = True
+    """Whether the last BatchNorm, whose scale is fixed at 1, trains a bias."""
 
 
 ARCHITECTURES = {
@@ -46,6 +51,12 @@ ARCHITECTURES = {
     "r100": Architecture((3, 13, 30, 3), blocks_are="scanned"),
     "r200": Architecture((6, 26, 60, 6), blocks_are="scanned"),
     "r2060": Architecture((3, 128, 896, 3), blocks_are="nested", remat=True),
+    # The IR networks of AdaFace and CVLface (Kim et al., CVPR 2022), by insightface's names.
+    "adaface_ir18": Architecture((2, 2, 2, 2), shortcut="subsampled", last_bias=False),
+    "adaface_ir50": Architecture((3, 4, 14, 3), shortcut="subsampled", last_bias=False),
+    "adaface_ir101": Architecture(
+        (3, 13, 30, 3), blocks_are="scanned", shortcut="subsampled", last_bias=False
+    ),
 }
 
 LAST_SIZE = 7
@@ -79,6 +90,7 @@ class Block(nnx.Module):
             init=init,
         )
         self.bn3 = BatchNorm(channels, groups=bn_groups)
+        self.stride = stride
         self.downsample: nnx.List[Any] = nnx.List()
         if down_sample:
             conv = Conv(
@@ -98,6 +110,8 @@ class Block(nnx.Module):
         if self.downsample:
             conv, bn = self.downsample
             x = bn(conv(x), train=train)
+        elif self.stride > 1:
+            x = x[:, :: self.stride, :: self.stride]
         return y + x
 
 
@@ -164,7 +178,8 @@ class IResNet(nnx.Module):
         block = partial(Block, bn_groups=bn_groups, dtype=dtype)
         stages = zip(architecture.blocks, architecture.widths, architecture.strides, strict=True)
         for name, (blocks, width, stride) in zip(_STAGES, stages, strict=True):
-            first = block(channels, width, stride=stride, down_sample=True, init=init)
+            projected = architecture.shortcut == "projected" or channels != width
+            first = block(channels, width, stride=stride, down_sample=projected, init=init)
             equal = partial(block, width, width, stride=1, down_sample=False)
             rest = {
                 stacks.name(number, lead): stacks.make(equal, lead, init)
@@ -174,7 +189,12 @@ class IResNet(nnx.Module):
             channels = width
         self.bn2 = BatchNorm(channels, groups=bn_groups)
         self.fc = Linear(channels * LAST_SIZE**2, embedding_size, init=init)
-        self.features = BatchNorm(embedding_size, groups=bn_groups, train_scale=False)
+        self.features = BatchNorm(
+            embedding_size,
+            groups=bn_groups,
+            train_scale=False,
+            train_bias=architecture.last_bias,
+        )
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
         """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""

@@ -403,12 +403,14 @@ class BatchNorm(nnx.Module):
         *,
         groups: int | str = 1,
         train_scale: bool = True,
+        train_bias: bool = True,
         epsilon: float = 1e-5,
     ):
-        scale = np.ones((channels,), np.float32)
-        # insightface freezes the scale of the last layer at 1: state, not a parameter.
+        scale, bias = np.ones((channels,), np.float32), np.zeros((channels,), np.float32)
+        # insightface freezes the scale of the last layer at 1, and AdaFace its bias at 0 too: state,
+        # not parameters.
         self.scale = nnx.Param(scale) if train_scale else nnx.BatchStat(scale)
-        self.bias = nnx.Param(np.zeros((channels,), np.float32))
+        self.bias = nnx.Param(bias) if train_bias else nnx.BatchStat(bias)
         self.mean = nnx.BatchStat(np.zeros((channels,), np.float32))
         self.var = nnx.BatchStat(np.ones((channels,), np.float32))
         self.groups, self.axis = (1, groups) if isinstance(groups, str) else (groups, None)

@@ -1,0 +1,366 @@
+"""Which network a file's arrays are, and under which key and prefix they lie.
+
+A network is a table of names and shapes. Every name in a file votes for the prefixes that would
+make it one of the table's; the prefix with all votes is the one.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from arcface_jax.convert import torch_files, torch_names, twins, weight_files
+from arcface_jax.convert.torch_files import Entry, Unusable
+from arcface_jax.convert.weight_files import Contents, StateDict, Stored
+from arcface_jax.errors import UserError
+from arcface_jax.evaluation.model_input import ColorOrder
+from arcface_jax.models import registry
+
+_SHOWN = 5
+# As many prefixes are tried; a teacher and a student both fit.
+_TRIED = 4
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """What is known about a file of weights; the rest is found out."""
+
+    network: str | None = None
+    """A name in `registry.NETWORKS`, or a plug-in; by default the one that fits."""
+    key: str | None = None
+    """Keys that lead to the state dict, joined with dots."""
+    prefix: str | None = None
+    """What stands before the names of the backbone's arrays."""
+    color_order: ColorOrder | None = None
+    """What the weights want; by default as their project has it."""
+
+
+class Found(NamedTuple):
+    """A backbone in a file."""
+
+    network: str
+    state: StateDict
+    """By insightface's names; the first convolution wants RGB."""
+    notes: tuple[str, ...]
+    """How it was found and what was ignored, one sentence each."""
+
+
+@dataclass(kw_only=True)
+class _Fit:
+    """A network held against the arrays behind one prefix."""
+
+    stored: Stored
+    prefix: str
+    network: str
+    renamed: bool
+    names: set[str] = field(default_factory=set)
+    """The network's, batch counters included."""
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    """Names that a larger network of the family would have."""
+    ignored: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+
+    @property
+    def wrong(self) -> int:
+        """How many arrays do not fit."""
+        return len(self.missing) + len(self.unexpected) + len(self.misshapen)
+
+    @property
+    def place(self) -> str:
+        """For messages and options."""
+        words = [f"--key {self.stored.key}"] if self.stored.key else []
+        return " ".join([*words, *([f"--prefix {self.prefix}"] if self.prefix else [])]) or "no key"
+
+
+def find(held: Contents, where: Where, *, source: str) -> Found:
+    """Find a backbone among the arrays of a file and read it.
+
+    Of several that fit, averaged weights (`state_dict_ema`) come before the others, then the usual
+    keys in their order, then the shorter prefix. Networks that differ in training only, as `vit_t`
+    and `vit_t_dp005_mask0`, have the same arrays: the first of the registry is taken.
+
+    Args:
+      held: what the file holds.
+      where: what the caller knows.
+      source: where the weights come from, for messages.
+
+    Raises:
+      UserError: nothing fits, with the names that do not and the nearest network.
+    """
+    if where.network is not None:
+        twins.require(where.network)
+    dicts = _chosen_dicts(held, where.key, source)
+    names = registry.NETWORKS if where.network is None else (where.network,)
+    attempts = [fit for stored in dicts for fit in _attempts(stored, names, where.prefix)]
+    fits = [fit for fit in attempts if not fit.wrong]
+    if not fits:
+        raise UserError(_mismatch(attempts, dicts, where, source))
+    fits.sort(key=_preference)
+    best = fits[0]
+    entries = _bare(best)
+    order = where.color_order or _color_order(best, source)
+    state = weight_files.tensors(entries, held, source=source)
+    if order == "BGR":
+        state = _turned_to_rgb(state)
+    notes = [*_notes(best, fits, where), *_color_notes(best, order)]
+    if held.skipped:
+        notes.append(f"skipped objects that are no tensors: {_some(held.skipped)}")
+    return Found(best.network, state, tuple(notes))
+
+
+def _chosen_dicts(held: Contents, key: str | None, source: str) -> list[Stored]:
+    if not held.dicts:
+        raise UserError(weight_files.no_tensors(held, source))
+    if key is None:
+        return held.dicts
+    chosen = [stored for stored in held.dicts if stored.key == key]
+    if not chosen:
+        known = _some([ascii(stored.key)[1:-1] or "(none)" for stored in held.dicts])
+        raise UserError(f"{source} has no tensors under --key {key}; it has some under {known}")
+    return chosen
+
+
+def _preference(fit: _Fit) -> tuple[object, ...]:
+    averaged = weight_files.is_averaged(fit.prefix)
+    return (not averaged, *fit.stored.likeliness, len(fit.prefix))
+
+
+# ---- a network against a dict of arrays ------------------------------------------------------
+
+
+def _attempts(stored: Stored, networks: Iterable[str], prefix: str | None) -> list[_Fit]:
+    """Each network at each prefix that makes names fit; none where no name is the network's."""
+    renamed = torch_names.from_adaface(stored.entries)
+    if renamed is not None:
+        entries = _with_fixed_scale(renamed.entries, renamed.prefix)
+        stored = Stored(stored.key, entries)
+    endings = _endings(stored.entries)
+    attempts = []
+    for network in networks:
+        shapes = _shapes(network, 512)
+        votes: Counter[str] = Counter()
+        for name in shapes:
+            votes.update(endings.get(name, ()))
+        if prefix is not None:
+            wanted = f"{prefix.rstrip('.')}." if prefix else ""
+            votes = Counter({wanted: votes[wanted]}) if votes[wanted] else Counter()
+        for found, _ in votes.most_common(_TRIED):
+            attempts.append(_held_against(stored, network, shapes, found))
+            attempts[-1].renamed = renamed is not None
+    return attempts
+
+
+def _endings(names: Iterable[str]) -> dict[str, list[str]]:
+    """Every ending of a dotted name that begins behind a dot: what stands before it."""
+    endings: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        at = 0
+        for _ in range(16):
+            endings[name[at:]].append(name[:at])
+            at = name.find(".", at) + 1
+            if not at:
+                break
+    return endings
+
+
+def _shapes(network: str, size: int) -> dict[str, tuple[int, ...]]:
+    params, batch_stats = registry.build(network, embedding_size=size).shapes
+    arrays = torch_names.torch_arrays({**params, **batch_stats})
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _held_against(
+    stored: Stored, network: str, shapes: dict[str, tuple[int, ...]], prefix: str
+) -> _Fit:
+    """The network's arrays that are missing, misshapen, or too many, behind a prefix."""
+    behind = {
+        name.removeprefix(prefix): entry
+        for name, entry in stored.entries.items()
+        if name.startswith(prefix)
+    }
+    size = _embedding_size(behind)
+    if size not in (None, 512) and shapes.keys() <= behind.keys():
+        shapes = _shapes(network, size or 512)
+    names = {*shapes, *(torch_names.counters(shapes) & behind.keys())}
+    modules = {name.partition(".")[0] for name in shapes}
+    fit = _Fit(stored=stored, prefix=prefix, network=network, renamed=False, names=names)
+    for name, shape in shapes.items():
+        entry = behind.get(name)
+        if entry is None:
+            fit.missing.append(name)
+        elif isinstance(entry, Entry) and entry.shape != shape:
+            fit.misshapen.append(f"{name} {entry.shape} instead of {shape}")
+    more = [name for name in behind if name not in names]
+    fit.unexpected = [n for n in more if n.partition(".")[0] in modules and not _is_counter(n)]
+    inside = {f"{prefix}{name}" for name in (*names, *fit.unexpected)}
+    fit.ignored = [n for n in stored.entries if n not in inside and not _is_counter(n)]
+    return fit
+
+
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] == torch_names.COUNTER
+
+
+def _embedding_size(entries: Mapping[str, Entry | Unusable]) -> int | None:
+    """D, where the arrays have a last layer that tells it."""
+    one_axis = {
+        name: range(entry.shape[0])
+        for name, entry in entries.items()
+        if isinstance(entry, Entry) and len(entry.shape) == 1
+    }
+    return registry.embedding_size(one_axis)
+
+
+def _bare(fit: _Fit) -> dict[str, Entry | Unusable]:
+    """The arrays that fit, by the network's names.
+
+    Raises:
+      UserError: one is no float, as quantized weights are not.
+    """
+    bare = {name: fit.stored.entries[f"{fit.prefix}{name}"] for name in sorted(fit.names)}
+    for name, entry in bare.items():
+        if isinstance(entry, Entry) and not (_is_counter(name) or entry.dtype.is_floating_point):
+            raise UserError(
+                f"{name} is {str(entry.dtype).removeprefix('torch.')}, expected floating-point "
+                "weights: take those from before they were quantized"
+            )
+    return bare
+
+
+# ---- AdaFace's and CVLface's networks --------------------------------------------------------
+
+_COLOR_SPACE = re.compile(r"color_space[\"']?\s*[:=]\s*[\"']?(RGB|BGR)\b")
+_DESCRIPTIONS = ("model.yaml", "config.json")
+
+
+def _with_fixed_scale(
+    entries: dict[str, Entry | Unusable], prefix: str
+) -> dict[str, Entry | Unusable]:
+    """Their last BatchNorm has neither scale nor bias: 1 and 0, which ours keeps fixed."""
+    bias = entries.get(f"{prefix}fc.bias")
+    if not isinstance(bias, Entry) or len(bias.shape) != 1 or bias.shape[0] > 65536:
+        return entries
+    fixed = {"weight": torch.ones(bias.shape), "bias": torch.zeros(bias.shape)}
+    made = {f"{prefix}features.{n}": torch_files.entry_of(t) for n, t in fixed.items()}
+    return {**made, **entries}
+
+
+def _color_order(fit: _Fit, source: str) -> ColorOrder:
+    """Of AdaFace's own files BGR; of CVLface's what the file beside them says, or RGB."""
+    if not fit.renamed:
+        return "RGB"
+    for name in _DESCRIPTIONS:
+        try:
+            with (Path(source).parent / name).open(encoding="utf-8", errors="replace") as file:
+                found = _COLOR_SPACE.search(file.read(65536))
+        except OSError:
+            continue
+        if found:
+            return "BGR" if found[1] == "BGR" else "RGB"
+    return "RGB" if fit.prefix.endswith("net.") else "BGR"
+
+
+def _turned_to_rgb(state: StateDict) -> StateDict:
+    """The first convolution with its input channels in the other order."""
+    (name,) = (n for n, t in state.items() if t.ndim == 4 and t.shape[1] == 3)
+    return {**state, name: state[name][:, [2, 1, 0]].contiguous()}
+
+
+# ---- messages --------------------------------------------------------------------------------
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _notes(best: _Fit, fits: list[_Fit], where: Where) -> list[str]:
+    notes = []
+    alike = [f.network for f in fits if f.place == best.place and f.network != best.network]
+    if where.network is None:
+        others = f"; {', '.join(alike)} have the same arrays, --network names one" if alike else ""
+        notes.append(f"network {best.network}{others}")
+    if best.place != "no key":
+        notes.append(f"found at {best.place}")
+    others = sorted({f.place for f in fits} - {best.place})
+    if others:
+        notes.append(f"other weights fit too: {_some(others)}")
+    if best.ignored:
+        shapes = (f"{ascii(n)[1:-1]} {_shape(best.stored.entries[n])}" for n in best.ignored)
+        notes.append(f"ignored what is not of the backbone: {_some(shapes)}")
+    if best.prefix.startswith(("features.module.", "module.features.")):
+        notes.append(
+            "MagFace's own networks take BGR and x / 255, not (x - 127.5) / 127.5: fine-tune "
+            "before use if the file is one of them"
+        )
+    return notes
+
+
+def _color_notes(fit: _Fit, order: ColorOrder) -> list[str]:
+    if order == "BGR":
+        return ["first convolution turned from BGR to RGB (--color-order RGB leaves it)"]
+    return ["taken as RGB (--color-order BGR turns it)"] if fit.renamed else []
+
+
+def _shape(entry: Entry | Unusable) -> str:
+    return str(entry.shape) if isinstance(entry, Entry) else f"({entry.kind})"
+
+
+def _mismatch(attempts: list[_Fit], dicts: list[Stored], where: Where, source: str) -> str:
+    """The message where nothing fits: the nearest network, or, of a named one, what is wrong."""
+    if where.network is not None:
+        every = [fit for d in dicts for fit in _attempts(d, registry.NETWORKS, where.prefix)]
+        nearest = min(every, key=_distance, default=None)
+    else:
+        nearest = min(attempts, key=_distance, default=None)
+    if where.network is None:
+        begin = f"{source} holds no backbone that is known here"
+    else:
+        begin = f"{source} does not hold weights of {where.network}"
+    shown = min(attempts, key=_distance, default=nearest)
+    if nearest is None or shown is None:
+        largest = max(dicts, key=lambda stored: len(stored.entries))
+        names = _some(ascii(name)[1:-1] for name in largest.entries)
+        return f"{begin}: it has {names}; name the network with --network, arrays with --prefix"
+    if not nearest.wrong:
+        hint = f"they are weights of {nearest.network}: --network {nearest.network}"
+    else:
+        hint = (
+            f"the nearest network is {nearest.network}, {nearest.wrong} arrays differ (--network)"
+        )
+    return f"{begin}; {hint}; {_differences(shown)}"
+
+
+def _distance(fit: _Fit) -> tuple[int, int]:
+    return fit.wrong, -len(fit.names)
+
+
+def _differences(fit: _Fit) -> str:
+    """At most five names, of each kind of difference some."""
+    kinds = {
+        "missing": fit.missing,
+        "unexpected": [
+            *fit.unexpected,
+            *(n.removeprefix(fit.prefix) for n in fit.ignored if n.startswith(fit.prefix)),
+        ],
+        "of another shape": fit.misshapen,
+    }
+    kinds = {kind: names for kind, names in kinds.items() if names}
+    share = dict.fromkeys(kinds, 0)
+    for _ in range(_SHOWN):  # one name at a time, to the kind that shows the fewest
+        open_kinds = [kind for kind, names in kinds.items() if share[kind] < len(names)]
+        if open_kinds:
+            share[min(open_kinds, key=lambda kind: share[kind])] += 1
+    texts = []
+    for kind, names in kinds.items():
+        shown = ", ".join(ascii(name)[1:-1] for name in names[: share[kind]])
+        more = len(names) - share[kind]
+        texts.append(f"{kind}: {shown}" + (f" and {more} more" if more else ""))
+    return "; ".join(texts)
