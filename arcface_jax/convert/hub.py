@@ -6,26 +6,27 @@ This project writes FOLDER/
   preprocessor_config.json   the same preprocessing for `transformers.AutoImageProcessor`
   README.md                  the model card (`arcface_jax.convert.model_card`)
 
-and reads CVLface's folders too: pretrained_model/model.yaml states width and color order, the
+and reads CVLface's folders too: pretrained_model/model.yaml states size and color order, the
 weights are pretrained_model/model.pt or model.safetensors, and the Python files beside them are
 not opened. Both are read offline.
 """
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal
 
 import pydantic
 import torch
 
-import arcface_jax
 from arcface_jax.convert import model_card, parity, twins, weight_files, weights
 from arcface_jax.convert.packages import require
+from arcface_jax.convert.weights import Loaded
 from arcface_jax.errors import DataError, UserError
-from arcface_jax.evaluation.model_input import ModelInput
+from arcface_jax.evaluation.model_input import ColorOrder, ModelInput
 from arcface_jax.models import registry
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime.files import atomic_folder, write_atomic
+from arcface_jax.training import manifest
 from arcface_jax.training.network import Network, weights_digest
 
 WEIGHTS = "model.safetensors"
@@ -37,14 +38,6 @@ _CVLFACE_YAML = Path("pretrained_model/model.yaml")
 _CVLFACE_WEIGHTS = (Path("pretrained_model/model.pt"), Path(WEIGHTS))
 # Their configurations have a few hundred bytes.
 _MOST_BYTES = 1 << 20
-
-
-class HubModel(NamedTuple):
-    """What a folder holds."""
-
-    network: str
-    params: Arrays
-    batch_stats: Arrays
 
 
 class _Config(pydantic.BaseModel):
@@ -59,10 +52,8 @@ class _Config(pydantic.BaseModel):
 class _CvlfaceConfig(pydantic.BaseModel):
     """pretrained_model/model.yaml, as far as it is read."""
 
-    name: str = ""
-    color_space: str = "RGB"
-    output_dim: pydantic.PositiveInt = 512
-    input_size: list[int] = [3, 112, 112]
+    color_space: ColorOrder = "RGB"
+    input_size: tuple[Literal[3], Literal[112], Literal[112]] = (3, 112, 112)
 
 
 def is_cvlface(folder: Path) -> bool:
@@ -90,10 +81,10 @@ def export(model: Network, output: Path, *, card: model_card.Card) -> float:
     parity.require_finite(model)
     state = weights.to_state_dict(model.params, model.batch_stats)
     error = parity.check(model, state, network=model.network)
-    described = ModelInput(embedding_size=model.embedding_size, digest=model.digest())
+    described = model.input
     config = {
         "library_name": _LIBRARY,
-        "library_version": arcface_jax.__version__,
+        "library_version": manifest.versions().get("arcface-jax", ""),
         "model_type": _LIBRARY,
         "network": model.network,
         "embedding_size": model.embedding_size,
@@ -114,7 +105,7 @@ def export(model: Network, output: Path, *, card: model_card.Card) -> float:
     return error
 
 
-def read(folder: str | Path) -> HubModel:
+def read(folder: str | Path) -> Loaded:
     """The network and weights of a folder.
 
     Raises:
@@ -122,11 +113,13 @@ def read(folder: str | Path) -> HubModel:
         does not have.
     """
     folder = Path(folder)
-    return _read_cvlface(folder) if is_cvlface(folder) else _read_own(folder)[0]
+    return _read_cvlface(folder) if is_cvlface(folder) else _read_own(folder)
 
 
 def load_torch(folder: str | Path) -> torch.nn.Module:
-    """The torch module of a folder in evaluation mode: (B, 3, 112, 112), (x - 127.5) / 127.5, RGB.
+    """The torch module of a folder, in evaluation mode.
+
+    It takes (B, 3, 112, 112) float32, (x - 127.5) / 127.5, RGB, and gives (B, D), not normalized.
 
     Raises:
       UserError: as `read`.
@@ -136,58 +129,61 @@ def load_torch(folder: str | Path) -> torch.nn.Module:
     return twins.load(model.network, state).eval()
 
 
-def _read_own(folder: Path) -> tuple[HubModel, _Config]:
+def _read_own(folder: Path) -> Loaded:
     path = folder / CONFIG
     try:
         config = _Config.model_validate_json(_text(path))
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the text"
         raise DataError(
-            f"{path} does not describe a model of {_LIBRARY} ({place}: {first['msg']}): name a "
-            "folder of `arcface-jax export hub`, or of CVLface with its pretrained_model/model.yaml"
-        ) from None
+            f"{path} does not describe a model of {_LIBRARY} ({_first(error)}): name a folder of "
+            f"`arcface-jax export hub`, or of CVLface with its {_CVLFACE_YAML}"
+        ) from error
     if config.library_name != _LIBRARY:
         raise DataError(
-            f"{path} is of the library {config.library_name}; expected {_LIBRARY}: give the "
-            "weights in it with --weight FILE"
+            f"{path} is of the library {config.library_name!a}; expected {_LIBRARY}: name its "
+            "file of weights instead of the folder"
         )
-    _require_built_in(config.network, f"{path}; update arcface-jax or export the model again")
-    loaded = weights.load(folder / WEIGHTS, config.network)
-    model = HubModel(config.network, loaded[-2], loaded[-1])
+    _require_built_in(config.network, f"{path} cannot be used; export the model again")
+    model = weights.load(folder / WEIGHTS, config.network)
     size = registry.embedding_size(model.params)
     if size != config.embedding_size:
         raise DataError(
             f"{path} has embedding_size {config.embedding_size}, and the weights give {size}: the "
             "files are of two models; download or export the folder again"
         )
-    if weights_digest(*model) != config.input.digest:
+    if weights_digest(model.network, model.params, model.batch_stats) != config.input.digest:
         raise DataError(
             f"{folder / WEIGHTS} does not hold the weights that {CONFIG} was written for: download "
             "or export the folder again"
         )
-    return model, config
+    return model._replace(notes=())
 
 
-def _read_cvlface(folder: Path) -> HubModel:
+def _read_cvlface(folder: Path) -> Loaded:
     path = folder / _CVLFACE_YAML
     yaml = require("yaml")
     try:
-        config = _CvlfaceConfig.model_validate(yaml.safe_load(_text(path)) or {})
-    except (yaml.YAMLError, pydantic.ValidationError) as error:
-        raise DataError(f"{path} is no configuration of CVLface: {error}") from error
-    if config.color_space not in ("RGB", "BGR") or config.input_size != [3, 112, 112]:
+        config = _CvlfaceConfig.model_validate(yaml.safe_load(_text(path)))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is no YAML file: download the folder again") from error
+    except pydantic.ValidationError as error:
         raise DataError(
-            f"{path} wants {config.color_space} images of {config.input_size}; only RGB or BGR of "
-            "[3, 112, 112] can be used"
-        )
+            f"{path} cannot be used ({_first(error)}): expected CVLface's configuration of a model "
+            "for images of [3, 112, 112], RGB or BGR"
+        ) from error
     found = next((folder / name for name in _CVLFACE_WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise DataError(
             f"{folder} holds no weights: expected {' or '.join(map(str, _CVLFACE_WEIGHTS))}; "
             "download the whole repository"
         )
-    raise NotImplementedError
+    return weights.load(found, color_order=config.color_space)
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "the text"
+    return f"{place}: {first['msg']}"
 
 
 def _text(path: Path) -> str:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, cast
 
 import cv2
 import numpy as np
@@ -13,9 +13,23 @@ from arcface_jax.data import images
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
 from arcface_jax.errors import DataError
 
-Face = np.ndarray | str | Path | Any
+
+class Picture(Protocol):
+    """A PIL image, or what converts itself like one."""
+
+    @property
+    def mode(self) -> str:
+        """Such as RGB."""
+        ...
+
+    def convert(self, mode: str, /) -> Any:
+        """A picture of another mode."""
+        ...
+
+
+Face = np.ndarray | str | Path | Picture
 """(H, W, 3) uint8 RGB, the file of an image, or a PIL image."""
-Faces = Face | Iterable[Face]
+Faces = Face | Iterable["Face | Sequence[Face]"]
 """One face, an array (n, H, W, 3) of several, or an iterable of faces and of batches of them."""
 FindPoints = Callable[[np.ndarray, str], np.ndarray]
 """(H, W, 3) uint8 RGB and its name, for errors, to the (5, 2) points of the face in it."""
@@ -40,15 +54,14 @@ def with_points(
     Raises:
       DataError: there are more or fewer points than faces.
     """
-    single = _is_one(faces)
-    flat = iter([faces]) if single else _flat(faces)
+    flat = iter([faces]) if _is_one(faces) else _flat(cast("Iterable", faces))
     if points is None:
         return zip(flat, repeat(None), strict=False)
-    if isinstance(points, np.ndarray) and points.shape == TEMPLATE.shape:
-        points = [points]
-    elif single and np.shape(points) == TEMPLATE.shape:  # pyright: ignore[reportArgumentType]
+    if not isinstance(points, Sequence | np.ndarray):
+        return _paired(flat, points)
+    if np.ndim(points[0] if len(points) else ()) == 1:  # five points of one face
         points = [np.asarray(points)]
-    if isinstance(points, Sequence | np.ndarray) and (single or isinstance(faces, Sequence | np.ndarray)):
+    if _is_one(faces) or isinstance(faces, Sequence | np.ndarray):
         listed = list(flat)
         if len(points) != len(listed):
             raise DataError(_unequal(f"{len(points)} sets of points for {len(listed)} faces"))
@@ -83,7 +96,7 @@ def _is_one(faces: object) -> bool:
     return isinstance(faces, str | Path) or _is_picture(faces)
 
 
-def _flat(faces: Iterable) -> Iterator[Face]:
+def _flat(faces: Iterable) -> Iterator[Any]:
     """The faces of an iterable, and of the batches in it."""
     for each in faces:
         batch = isinstance(each, list | tuple) or (isinstance(each, np.ndarray) and each.ndim == 4)
@@ -149,14 +162,14 @@ def _load(face: Face) -> tuple[np.ndarray, str]:
     if isinstance(face, str | Path):
         return read(face), str(face)
     if _is_picture(face):
-        return _from_picture(face), "a PIL image"
+        return _from_picture(face), "an image of PIL"
     raise DataError(
         f"a face is a {type(face).__name__}; expected an array (height, width, 3) uint8 RGB, a "
         "file, or a PIL image"
     )
 
 
-def _from_picture(picture: Any) -> np.ndarray:
+def _from_picture(picture: Picture) -> np.ndarray:
     """A PIL image as (H, W, 3) uint8 RGB, turned as its EXIF data has it, as files are."""
     if picture.mode.startswith(("I", "F")):  # PIL would clip 16-bit values to white
         raise DataError(
@@ -165,7 +178,7 @@ def _from_picture(picture: Any) -> np.ndarray:
     if type(picture).__module__.startswith("PIL."):
         from PIL import ImageOps  # where there is such an image, there is PIL
 
-        picture = ImageOps.exif_transpose(picture)
+        picture = ImageOps.exif_transpose(cast(Any, picture))
     return np.asarray(picture.convert("RGB"))
 
 

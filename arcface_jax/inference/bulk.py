@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -127,6 +127,17 @@ def read(output: Path) -> tuple[list[str], np.ndarray]:
             f"{output} holds damaged embeddings ({error}): run the same command that embedded the "
             "images again"
         ) from None
+
+
+def settings(output: Path) -> dict[str, Any]:
+    """What the shards of an output folder were made with: model, flip and so on.
+
+    Raises:
+      DataError: the folder holds none.
+    """
+    if not shards(output):
+        raise DataError(f"{output} holds no embeddings-*.npy: name the output of a bulk run")
+    return _store(output).settings()
 
 
 def _store(output: Path) -> Store:

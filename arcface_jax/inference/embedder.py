@@ -237,8 +237,10 @@ class Embedder:
           DataError: as the call, or there are not as many faces as names.
           UserError: the folder is not empty, or cannot be written.
         """
-        given = isinstance(faces, np.ndarray) and faces.ndim == 2
-        embeddings = faces if given else self.stream(faces, points=points)
+        if isinstance(faces, np.ndarray) and faces.ndim == 2:
+            embeddings = faces
+        else:
+            embeddings = self.stream(faces, points=points)
         return gallery.build(
             folder, embeddings, names, model=self.model.input.digest, flip=self.flip, form=form
         )

@@ -23,7 +23,9 @@ How far a scan can be off, for unit vectors x and q of D numbers:
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -44,8 +46,8 @@ _INT8, _SCALES, _RESIDUALS = "int8.npy", "scales.npy", "residuals.npy"
 
 BLOCK = 16_384
 """Rows whose scores are compared together."""
-_CAST_BLOCK = 512  # rows of int8 that become float32 at once: 1 MiB at D = 512, for the L2 cache
-_QUERIES = 64  # scanned together: BLOCK x 64 float32 scores are 4 MiB
+_CACHED = 512  # rows that all queries meet while they are in the cache: 1 MiB at D = 512
+_QUERIES = 64  # scanned together: BLOCK x 64 float32 scores are 4 MiB in each thread
 _RESCORED = 4096  # rows that become float64 at once
 _ROUNDING = 2.0**-24
 
@@ -55,7 +57,7 @@ class Matches(NamedTuple):
 
     score: np.ndarray
     """(m, k) float64 cosines."""
-    index: np.ndarray
+    row: np.ndarray
     """(m, k) int64 rows of the gallery."""
     name: list[list[str]]
     """The names of those rows, m lists of k."""
@@ -139,43 +141,51 @@ class Gallery:
         k = min(k, len(self))
         unit = normalize(queries)
         score = np.empty((len(unit), k))
-        index = np.empty((len(unit), k), np.int64)
+        found = np.empty((len(unit), k), np.int64)
         for start in range(0, len(unit), _QUERIES):
             part = unit[start : start + _QUERIES]
             for i, rows in enumerate(self._candidates(part, k), start):
-                score[i], index[i] = self._best(rows, unit[i], k)
+                score[i], found[i] = self._best(rows, unit[i], k)
         names = self.names
-        return Matches(score, index, [[names[j] for j in rows] for rows in index])
+        return Matches(score, found, [[names[j] for j in rows] for rows in found])
 
     def _candidates(self, queries: np.ndarray, k: int) -> list[np.ndarray]:
         """For each query the rows that can be among its k best, in order."""
-        kept = [_Kept(k) for _ in queries]
-        for start in range(0, len(self), BLOCK):
-            scores, bound = self._scan(start, min(start + BLOCK, len(self)), queries)
-            for one, row in zip(kept, scores, strict=True):
-                one.add(start, row, bound)
-        return [one.rows() for one in kept]
+        workers = max(1, min(os.cpu_count() or 1, len(self) // BLOCK))
+        edges = np.linspace(0, len(self), workers + 1).astype(int).tolist()
+
+        def scan(edge: int) -> list[_Kept]:
+            kept = [_Kept(k) for _ in queries]
+            for start in range(edges[edge], edges[edge + 1], BLOCK):
+                stop = min(start + BLOCK, edges[edge + 1])
+                scores, bound = self._scan(start, stop, queries)
+                for one, row in zip(kept, scores, strict=True):
+                    one.add(start, row, bound)
+            return kept
+
+        with ThreadPoolExecutor(workers) as pool:
+            parts = list(pool.map(scan, range(workers)))
+        return [_Kept.together(each) for each in zip(*parts, strict=True)]
 
     def _scan(
         self, start: int, stop: int, queries: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | float]:
         """Scores (m, stop - start) and how far each can be from the exact one."""
-        rounding = 1.01 * self.shape[1] * _ROUNDING
-        if self.form == "float32":
-            rows = self.embeddings[start:stop]
-            # A matrix-vector product runs at the memory's speed; a product with one column does not.
-            return (rows @ queries[0])[None] if len(queries) == 1 else queries @ rows.T, rounding
         scores = np.empty((len(queries), stop - start), np.float32)
-        buffer = np.empty((_CAST_BLOCK, self.shape[1]), np.float32)
-        for first in range(start, stop, _CAST_BLOCK):
-            last = min(first + _CAST_BLOCK, stop)
-            rows = buffer[: last - first]
-            np.copyto(rows, self._int8[first:last])
-            out = scores[:, first - start : last - start]
-            if len(queries) == 1:
-                np.dot(rows, queries[0], out=out[0])
-            else:
-                out[:] = queries @ rows.T
+        buffer = np.empty((_CACHED, self.shape[1]), np.float32)
+        rows = self.embeddings if self.form == "float32" else self._int8
+        for first in range(start, stop, _CACHED):
+            last = min(first + _CACHED, stop)
+            part = rows[first:last]
+            if part.dtype != np.float32:
+                part = buffer[: last - first]
+                np.copyto(part, rows[first:last])
+            # Row by row in this thread. A BLAS product of so few queries is no faster, and its own
+            # threads wait for each other on a machine that does other things too.
+            np.vecdot(part[None], queries[:, None], out=scores[:, first - start : last - start])
+        rounding = (1.01 * self.shape[1] + 8) * _ROUNDING  # 8: of lengths and comparisons
+        if self.form == "float32":
+            return scores, rounding
         scores *= self._scales[start:stop]
         residual = self._residuals[start:stop]
         # Twice the rounding: of the product, and of the scale, the residual and this sum.
@@ -246,11 +256,17 @@ class _Kept:
         still = upper >= self._least
         self._parts.append((start + found[still], upper[still]))
 
-    def rows(self) -> np.ndarray:
-        """The rows, in order."""
-        rows = np.concatenate([rows for rows, _ in self._parts])
-        upper = np.concatenate([upper for _, upper in self._parts])
-        return rows[upper >= self._least]
+    @staticmethod
+    def together(parts: Sequence["_Kept"]) -> np.ndarray:
+        """The rows that can be among the k best of all parts of a gallery, in order."""
+        least = -np.inf
+        best = np.sort(np.concatenate([part._best for part in parts]))[::-1]
+        if len(best) >= parts[0]._k:
+            least = best[parts[0]._k - 1]
+        found = [pair for part in parts for pair in part._parts]
+        rows = np.concatenate([rows for rows, _ in found])
+        upper = np.concatenate([upper for _, upper in found])
+        return rows[upper >= least]
 
 
 def build(
@@ -286,9 +302,7 @@ def build(
         with atomic_folder(folder) as part:
             _write(part, _parts(embeddings), names, form)
             size = np.load(part / _ROWS, mmap_mode="r").shape[1]
-            about = _About(
-                model=model, flip=flip, rows=len(names), embedding_size=size, form=form
-            )
+            about = _About(model=model, flip=flip, rows=len(names), embedding_size=size, form=form)
             write_atomic(part / _NAMES, json.dumps(list(names)))
             write_atomic(part / _ABOUT, json.dumps(dataclasses.asdict(about)) + "\n")
     except OSError as error:
