@@ -32,9 +32,12 @@ COMMANDS = {
     "calibrate": Command("calibrate", "main", "find the threshold for a false accept rate"),
     "verify": Command("embed", "verify", "compare two images"),
     "embed": Command("embed", "embed", "embed an image or a folder"),
+    "gallery": Command("gallery", "main", "save embeddings, and find the most similar faces"),
     "data": Command("data", "main", "inspect, convert, split, merge, align training sets"),
     "import": Command("imports", "main", "PyTorch weights or class centers to this project"),
-    "export": Command("export", "main", "a network to PyTorch, ONNX, StableHLO, safetensors"),
+    "export": Command(
+        "export", "main", "a network to PyTorch, ONNX, StableHLO, safetensors, a hub"
+    ),
     "models": Command("models", "main", "networks with their sizes and costs"),
     "recipes": Command("recipes", "main", "list recipes, or copy one to edit"),
     "plan": Command("plan", "main", "memory that a run needs on each device"),

@@ -28,6 +28,8 @@ class Arguments:
     """The JSON file to write."""
     far: float = 1e-3
     """The target: the share of pairs of different people that may be accepted."""
+    far_check: float | None = None
+    """A higher FAR for a second threshold: pairs between the two get the verdict "check"."""
     flip: bool = False
     """Add the embeddings of the flipped faces; inference with the calibration then does so too."""
     batch_size: int = 256
@@ -53,6 +55,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
         embedder(pair_set.images),
         pair_set,
         far=arguments.far,
+        far_check=arguments.far_check,
         flip=arguments.flip,
         model=model.digest(),
     )

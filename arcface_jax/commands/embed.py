@@ -4,19 +4,21 @@ Three command lines share this module: `arcface-jax embed`, `arcface-jax verify`
 `scripts/inference.py`, which has the options of both.
 """
 
+import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from arcface_jax.commands import Result, command
 from arcface_jax.config import command_line
+from arcface_jax.config.choices import FaceChoice
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.inference.open_model import ModelChoice, open_model
 
@@ -43,6 +45,11 @@ _INFERENCE = """Embed faces, or compare two images.
     python scripts/inference.py --onnx model.onnx --verify a.jpg b.jpg --calibration c.json
 """
 _SHOWN = 10
+_VERDICTS = {
+    "same": "the same person",
+    "check": "to be checked by a person",
+    "other": "different people",
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,11 @@ class Images:
     """Where embeddings are saved: a .npy file for an image, a folder of shards for a folder."""
     points: tuple[str, ...] = ()
     """To align by: ten numbers x1 y1 ... x5 y5, or a file of lines `image x1 y1 ... x5 y5`."""
+    detector: str | None = None
+    """Finds the points of images that are not 112 x 112: an ONNX file of the SCRFD or YuNet kind,
+    or module:function."""
+    choose: FaceChoice = "largest"
+    """Which face of several the detector takes."""
     normalized: bool = False
     """Scale embeddings to length 1; by default they keep the network's own length."""
     flip: bool = False
@@ -95,6 +107,10 @@ class VerifyArguments:
     decision: OmitArgPrefixes[Decision]
     points: tuple[str, ...] = ()
     """To align by: a file of lines `image x1 y1 ... x5 y5`."""
+    detector: str | None = None
+    """Finds the points of images that are not 112 x 112, as `embed --detector`."""
+    choose: FaceChoice = "largest"
+    """Which face of several the detector takes."""
     flip: bool = False
     """Add the embeddings of the flipped faces; a calibration states it itself."""
 
@@ -127,8 +143,7 @@ def verify(words: Sequence[str], *, prog: str = "arcface-jax verify") -> Result:
         arguments.model,
         (arguments.first, arguments.second),
         arguments.decision,
-        points=arguments.points,
-        flip=arguments.flip,
+        arguments,
     )
 
 
@@ -140,8 +155,7 @@ def inference(words: Sequence[str], *, prog: str = "inference.py") -> Result:
     )
     images, decision = arguments.images, arguments.decision
     if arguments.verify is not None:
-        how = {"points": images.points, "flip": images.flip}
-        return _verify(arguments.model, arguments.verify, decision, **how)
+        return _verify(arguments.model, arguments.verify, decision, images)
     if decision.calibration is not None:
         raise UserError("--calibration goes with --verify, and without --threshold")
     return _embed(arguments.model, images)
@@ -150,9 +164,9 @@ def inference(words: Sequence[str], *, prog: str = "inference.py") -> Result:
 def _embed(choice: ModelChoice, images: Images) -> Result:
     folder = images.img if images.img is not None and images.img.is_dir() else None
     batch_size, devices = (1, 1) if folder is None else (images.batch_size, None)
-    embedder = _embedder(choice, flip=images.flip, batch_size=batch_size, devices=devices)
+    embedder = open_embedder(choice, images, batch_size=batch_size, devices=devices)
     how = {name: getattr(images, name) for name in ("points", "normalized", "output")}
-    with _notes():
+    with notes():
         if folder is None:
             return embed_image(embedder, images.img, **how)
         return embed_folder(embedder, folder, shard_size=images.shard_size, **how)
@@ -162,34 +176,62 @@ def _verify(
     choice: ModelChoice,
     pair: tuple[Path, Path],
     decision: Decision,
-    *,
-    points: Sequence[str],
-    flip: bool,
+    how: Images | VerifyArguments,
 ) -> Result:
     from arcface_jax.evaluation import calibration
 
-    threshold = decision.threshold
+    threshold, flip = decision.threshold, how.flip
     if decision.calibration is not None:
         if threshold is not None:
             raise UserError("--calibration goes with --verify, and without --threshold")
         threshold = calibration.read(decision.calibration)
         flip = threshold.flip
-    embedder = _embedder(choice, flip=flip, batch_size=1, devices=1)
-    with _notes():
-        return compare(embedder, pair, points=points, threshold=threshold)
+    how = dataclasses.replace(how, flip=flip)
+    embedder = open_embedder(choice, how, batch_size=1, devices=1)
+    with notes():
+        return compare(embedder, pair, points=how.points, threshold=threshold)
 
 
-def _embedder(
-    choice: ModelChoice, *, flip: bool, batch_size: int, devices: int | None
+class Alignment(Protocol):
+    """The options of a command that aligns faces."""
+
+    @property
+    def detector(self) -> str | None: ...
+    @property
+    def choose(self) -> FaceChoice: ...
+    @property
+    def flip(self) -> bool: ...
+
+
+def open_embedder(
+    choice: ModelChoice, how: Alignment, *, batch_size: int, devices: int | None
 ) -> "Embedder":
+    """Opens the network that is named; images of another size are aligned or resized.
+
+    Args:
+      choice: the network.
+      how: the command's options.
+      batch_size: images per forward pass.
+      devices: as `open_model`.
+
+    Raises:
+      UserError: as `open_model`, or there is no such detector.
+    """
     from arcface_jax.inference.embedder import Embedder
 
     model = open_model(choice, batch_size=batch_size, devices=devices)
-    return Embedder(model, flip=flip, other_size="resize", batch_size=batch_size)
+    return Embedder(
+        model,
+        flip=how.flip,
+        other_size="resize",
+        detector=how.detector,
+        choose=how.choose,
+        batch_size=batch_size,
+    )
 
 
 @contextmanager
-def _notes() -> Iterator[None]:
+def notes() -> Iterator[None]:
     """Prints the library's warnings to the user as notes, each once."""
     with warnings.catch_warnings():
         warnings.simplefilter("once", UserWarning)
@@ -335,14 +377,17 @@ def compare(
         return Result({"cosine": cosine})
     verdict = embedder.verify(first, second, threshold=threshold)
     cosine, same = float(verdict.score[0]), bool(verdict.same[0])
-    words = "the same person" if same else "different people"
-    print(f"{words}: cosine {cosine:.4f}, threshold {verdict.threshold:.4f}")
+    found = str(verdict.verdict[0])
+    check = verdict.threshold_check
+    from_check = "" if check is None else f", to check from {check:.4f}"
+    print(f"{_VERDICTS[found]}: cosine {cosine:.4f}, threshold {verdict.threshold:.4f}{from_check}")
     if isinstance(threshold, Calibration):
         print(
             f"calibrated on {threshold.set_name}: FAR {threshold.far:.2e} "
             f"({threshold.far_low:.2e} to {threshold.far_high:.2e}), TAR {threshold.tar:.4f}"
         )
-    return Result({"cosine": cosine, "threshold": verdict.threshold, "same": same})
+    values = {"cosine": cosine, "threshold": verdict.threshold, "same": same, "verdict": found}
+    return Result(values if check is None else {**values, "threshold_check": check})
 
 
 def points_of(words: Sequence[str], image: Path) -> "np.ndarray | None":

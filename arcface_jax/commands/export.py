@@ -1,10 +1,11 @@
-"""Export a network for PyTorch, ONNX, StableHLO or safetensors, checked before the file is named.
+"""Export a network for PyTorch, ONNX, StableHLO, safetensors or a model hub, checked first.
 
 arcface-jax export torch --workdir WORKDIR --output backbone.pth
 arcface-jax export onnx --workdir WORKDIR --output model.onnx
 arcface-jax export onnx --weight backbone.pth --network r50 --output model.onnx
 arcface-jax export stablehlo --workdir WORKDIR --output model.stablehlo
 arcface-jax export safetensors --workdir WORKDIR --output backbone.safetensors
+arcface-jax export hub --workdir WORKDIR --output FOLDER
 """
 
 from collections.abc import Sequence
@@ -46,6 +47,11 @@ It takes (B, 112, 112, 3) uint8 RGB, any B, and gives (B, D) float32, not normal
     program = jax.export.deserialize(bytearray(Path("model.stablehlo").read_bytes()))
     embeddings = program.call(images)
 """
+_HUB = """Write a folder for a model hub: safetensors, its description and a model card, no code.
+
+    {prog} --workdir WORKDIR --output FOLDER --license apache-2.0
+    {prog} --weight backbone.pth --output FOLDER --training-data "MS1MV3"
+"""
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,40 @@ class StableHlo:
     """The file to write."""
 
 
+@dataclass(frozen=True)
+class Hub:
+    """Options of `export hub`."""
+
+    model: OmitArgPrefixes[ModelChoice]
+    output: Path
+    """The folder to make: new or empty."""
+    name: str = ""
+    """Title of the model card; by default the folder's name."""
+    license: str = "other"
+    """The license of the weights by the hub's identifiers, such as apache-2.0."""
+    license_name: str = ""
+    """Its name, for --license other."""
+    license_link: str = ""
+    """Where its text is, for --license other."""
+    training_data: str = ""
+    """A sentence on the training data; the run's own record follows it."""
+    intended_use: str = ""
+    """Replaces the model card's paragraph on intended use."""
+    calibration: Path | None = None
+    """A file of `calibrate` for this network, whose operating points the model card lists."""
+
+
 def main(words: Sequence[str], *, prog: str = "arcface-jax export") -> int:
-    """Exports to the format that the first word names."""
-    formats = {"torch": torch, "onnx": onnx, "stablehlo": stablehlo, "safetensors": safetensors}
+    """Exports to the format that the first word, or `--format NAME`, names."""
+    formats = {
+        "torch": torch,
+        "onnx": onnx,
+        "stablehlo": stablehlo,
+        "safetensors": safetensors,
+        "hub": hub,
+    }
+    if words and words[0].partition("=")[0] == "--format":
+        words = " ".join(words[:1]).replace("=", " ").split()[1:] + list(words[1:])
     return dispatch(formats, words, prog=prog, description=__doc__ or "")
 
 
@@ -156,6 +193,40 @@ def stablehlo(words: Sequence[str], *, prog: str = "arcface-jax export stablehlo
     error = to_stablehlo.export(open_network(arguments.model), arguments.output)
     print(f"{arguments.output}: embeddings differ from those of JAX by {error:.1e} (relative)")
     return Result({"parity": error}, [arguments.output])
+
+
+@command
+def hub(words: Sequence[str], *, prog: str = "arcface-jax export hub") -> Result:
+    """Writes a hub folder."""
+    arguments = _parse(Hub, words, prog, _HUB)
+    for package, extra in (("torch", "torch"), ("safetensors", "onnx")):
+        errors.require(package, extra)
+    from arcface_jax.convert import hub as folders
+    from arcface_jax.convert import model_card
+    from arcface_jax.evaluation import calibration
+
+    choice, path = arguments.model, arguments.calibration
+    model = open_network(choice)
+    found = None if path is None else calibration.read(path)
+    if found is not None and found.model not in (model.digest(), model.input.digest):
+        raise errors.UserError(
+            f"--calibration {path} is of another model: make one for this with "
+            "`arcface-jax calibrate`"
+        )
+    options = {"intended_use": arguments.intended_use} if arguments.intended_use else {}
+    card = model_card.Card(
+        name=arguments.name or arguments.output.resolve().name,
+        license=arguments.license,
+        license_name=arguments.license_name,
+        license_link=arguments.license_link,
+        training_data=arguments.training_data,
+        run=model_card.of_run(choice.workdir, choice.step) if choice.workdir else None,
+        calibration=found,
+        **options,
+    )
+    error = folders.export(model, arguments.output, card=card)
+    print(f"{arguments.output}: embeddings equal those of torch to {error:.1e} (relative)")
+    return Result({"parity": error}, sorted(arguments.output.iterdir()))
 
 
 def _parse(kind: type[T], words: Sequence[str], prog: str, description: str) -> T:

@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 
 from arcface_jax import plugins
-from arcface_jax.errors import UserError, install
+from arcface_jax.config.choices import FaceChoice
+from arcface_jax.errors import ImageError, UserError, install
 
 _STRIDES = (8, 16, 32)
 _NMS_OVERLAP = 0.4  # boxes that overlap by more are one face
@@ -59,6 +60,30 @@ def load(name: str, *, threshold: float = 0.5, size: int = 640) -> Detector:
         "obj_8, ...) nor SCRFD with key points (nine outputs: scores, boxes and "
         "points of three strides)"
     )
+
+
+def choose(faces: Faces, shape: tuple[int, ...], choice: FaceChoice, *, where: str) -> np.ndarray:
+    """(5, 2) points of one of the faces of an image.
+
+    Args:
+      faces: of the image.
+      shape: of the image.
+      choice: which of several; center is the one whose points are nearest to the image's middle.
+      where: the image, for the error message.
+
+    Raises:
+      ImageError: there is no face.
+    """
+    if not len(faces.points):
+        raise ImageError(where, "no face")
+    middle = faces.points.mean(axis=1)
+    center = np.array([shape[1], shape[0]]) / 2
+    rank = {
+        "largest": np.prod(np.ptp(faces.points, axis=1), axis=1),
+        "center": -np.linalg.norm(middle - center, axis=1),
+        "score": faces.scores,
+    }
+    return faces.points[int(np.argmax(rank[choice]))]
 
 
 def _own(name: str) -> Detector:

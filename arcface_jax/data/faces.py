@@ -1,9 +1,10 @@
 """Load and align face images from files or arrays."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, cast
 
 import cv2
 import numpy as np
@@ -12,69 +13,129 @@ from arcface_jax.data import images
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
 from arcface_jax.errors import DataError
 
-Face = np.ndarray | str | Path
-"""(H, W, 3) uint8 RGB, or the file of an image."""
-Faces = Face | Sequence[Face]
-"""One face, an array (n, H, W, 3) of several, or a list of arrays and files in any order."""
+
+class Picture(Protocol):
+    """A PIL image, or what converts itself like one."""
+
+    @property
+    def mode(self) -> str:
+        """Such as RGB."""
+        ...
+
+    def convert(self, mode: str, /) -> Any:
+        """A picture of another mode."""
+        ...
+
+
+Face = np.ndarray | str | Path | Picture
+"""(H, W, 3) uint8 RGB, the file of an image, or a PIL image."""
+Faces = Face | Iterable["Face | Sequence[Face]"]
+"""One face, an array (n, H, W, 3) of several, or an iterable of faces and of batches of them."""
+FindPoints = Callable[[np.ndarray, str], np.ndarray]
+"""(H, W, 3) uint8 RGB and its name, for errors, to the (5, 2) points of the face in it."""
 OtherSize = Literal["refuse", "resize"]
 """What becomes of an image that is not 112 x 112 and has no points to align it by."""
 
 _ALIGNED = (IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
-def each(faces: Faces) -> list[Face]:
-    """One entry a face."""
-    if isinstance(faces, str | Path) or (isinstance(faces, np.ndarray) and faces.ndim == 3):
-        return [faces]
-    return list(faces)
+def with_points(
+    faces: Faces, points: np.ndarray | Iterable | None
+) -> Iterator[tuple[Face, np.ndarray | None]]:
+    """Each face with its points, None for one without.
 
-
-def each_points(points: np.ndarray | Sequence | None, count: int) -> Sequence[np.ndarray | None]:
-    """The points of each face, None for those that are aligned.
+    Faces that come out of an iterator are taken one by one; of a list or an array, the number of
+    points is checked first.
 
     Args:
-      points: (5, 2) for one face, (n, 5, 2), or a list with None for faces that are aligned.
-      count: n.
+      faces: the faces.
+      points: (5, 2) for one face, (n, 5, 2), or an iterable with None for faces that are aligned.
 
     Raises:
-      DataError: there are more or fewer than faces.
+      DataError: there are more or fewer points than faces.
     """
+    flat = iter([faces]) if _is_one(faces) else _flat(cast("Iterable", faces))
     if points is None:
-        return [None] * count
-    if count == 1 and np.shape(points) == TEMPLATE.shape:
-        return [np.asarray(points, np.float64)]
-    if len(points) != count:
-        raise DataError(
-            f"{len(points)} sets of points for {count} faces: give one a face, (n, 5, 2), or None "
-            "for a face that is aligned"
-        )
-    return [None if each is None else np.asarray(each, np.float64) for each in points]
+        return zip(flat, repeat(None), strict=False)
+    if not isinstance(points, Sequence | np.ndarray):
+        return _paired(flat, points)
+    if np.ndim(points[0] if len(points) else ()) == 1:  # five points of one face
+        points = [np.asarray(points)]
+    if _is_one(faces) or isinstance(faces, Sequence | np.ndarray):
+        listed = list(flat)
+        if len(points) != len(listed):
+            raise DataError(_unequal(f"{len(points)} sets of points for {len(listed)} faces"))
+        flat = iter(listed)
+    return _paired(flat, points)
+
+
+def _paired(flat: Iterator[Face], points: Iterable) -> Iterator[tuple[Face, np.ndarray | None]]:
+    pairs = zip(flat, points, strict=True)
+    while True:
+        try:
+            face, five = next(pairs)
+        except StopIteration:
+            return
+        except ValueError as error:
+            raise DataError(_unequal("not as many sets of points as faces")) from error
+        yield face, None if five is None else np.asarray(five, np.float64)
+
+
+def _unequal(found: str) -> str:
+    return f"{found}: give one a face, (n, 5, 2), or None for a face that is aligned"
+
+
+def _is_picture(face: object) -> bool:
+    """Whether it is a PIL image, or converts itself like one."""
+    return hasattr(face, "convert") and hasattr(face, "mode")
+
+
+def _is_one(faces: object) -> bool:
+    if isinstance(faces, np.ndarray):
+        return faces.ndim == 3
+    return isinstance(faces, str | Path) or _is_picture(faces)
+
+
+def _flat(faces: Iterable) -> Iterator[Any]:
+    """The faces of an iterable, and of the batches in it."""
+    for each in faces:
+        batch = isinstance(each, list | tuple) or (isinstance(each, np.ndarray) and each.ndim == 4)
+        yield from each if batch else (each,)
 
 
 def prepare(
-    face: Face, points: np.ndarray | None = None, *, other_size: OtherSize = "refuse"
+    face: Face,
+    points: np.ndarray | None = None,
+    *,
+    other_size: OtherSize = "refuse",
+    find_points: FindPoints | None = None,
 ) -> np.ndarray:
-    """Reads one face where it is a file, and aligns it where points are given.
+    """Reads one face where it is a file, and aligns it where points are given or found.
 
     Args:
       face: the image.
       points: (5, 2), as `align.align`; None where the image is an aligned face.
       other_size: for images of another size without points.
+      find_points: gives the points of images of another size that come without; such images are
+        neither refused nor resized.
 
     Returns:
       (112, 112, 3) uint8 RGB.
 
     Raises:
-      DataError: the file or array is no such image, or its points are no points of a face.
+      DataError: the file or array is no such image, or its points are no points of a face, or it
+        shows no face.
 
     Warns:
       UserWarning: the image was resized.
     """
-    image, where = (face, "an array") if isinstance(face, np.ndarray) else (read(face), str(face))
+    image, where = _load(face)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise DataError(
             f"a face is {image.shape} {image.dtype}; expected (height, width, 3) uint8, RGB"
         )
+    if points is None and find_points is not None and image.shape != _ALIGNED:
+        points = find_points(image, where)
     if points is not None:
         return align(image, points)
     if image.shape == _ALIGNED:
@@ -82,8 +143,8 @@ def prepare(
     if other_size == "refuse":
         raise DataError(
             f"{where} is {image.shape[1]} x {image.shape[0]}; expected an aligned face of "
-            f"{IMAGE_SIZE} x {IMAGE_SIZE}: give its five points, or ask for other sizes to be "
-            "resized"
+            f"{IMAGE_SIZE} x {IMAGE_SIZE}: give its five points or a detector, or ask for other "
+            "sizes to be resized"
         )
     # One text for all images, so that Python shows it once.
     warnings.warn(
@@ -92,6 +153,33 @@ def prepare(
         stacklevel=2,
     )
     return images.resize(image)
+
+
+def _load(face: Face) -> tuple[np.ndarray, str]:
+    """A face as an array, and its name for errors."""
+    if isinstance(face, np.ndarray):
+        return face, "an array"
+    if isinstance(face, str | Path):
+        return read(face), str(face)
+    if _is_picture(face):
+        return _from_picture(face), "an image of PIL"
+    raise DataError(
+        f"a face is a {type(face).__name__}; expected an array (height, width, 3) uint8 RGB, a "
+        "file, or a PIL image"
+    )
+
+
+def _from_picture(picture: Picture) -> np.ndarray:
+    """A PIL image as (H, W, 3) uint8 RGB, turned as its EXIF data has it, as files are."""
+    if picture.mode.startswith(("I", "F")):  # PIL would clip 16-bit values to white
+        raise DataError(
+            f"a PIL image has mode {picture.mode}; expected 8 bits a channel, as RGB or L"
+        )
+    if type(picture).__module__.startswith("PIL."):
+        from PIL import ImageOps  # where there is such an image, there is PIL
+
+        picture = ImageOps.exif_transpose(cast(Any, picture))
+    return np.asarray(picture.convert("RGB"))
 
 
 def read(path: str | Path) -> np.ndarray:

@@ -5,6 +5,7 @@ import datetime
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pydantic
@@ -52,13 +53,34 @@ class Calibration:
     """SHA-256 of the pairs' images and labels."""
     date: str
     """The day, as YYYY-MM-DD."""
+    threshold_check: float | None = None
+    """Pairs from here to `threshold_cosine` are for a person to check; None without such a band."""
+    far_check_target: float | None = None
+    far_check: float | None = None
+    """Share of the different pairs from `threshold_check` on."""
+    tar_check: float | None = None
+    """Share of the same pairs from there on."""
 
 
 _ADAPTER = pydantic.TypeAdapter(Calibration)
 
 
+class _Point(NamedTuple):
+    """A threshold with its rates on the pairs."""
+
+    threshold: float
+    far: float
+    tar: float
+
+
 def calibrate(
-    embeddings: np.ndarray, pairs: PairSet, *, far: float, flip: bool, model: str
+    embeddings: np.ndarray,
+    pairs: PairSet,
+    *,
+    far: float,
+    flip: bool,
+    model: str,
+    far_check: float | None = None,
 ) -> Calibration:
     """Finds the lowest threshold with a FAR of at most the target.
 
@@ -72,12 +94,49 @@ def calibrate(
       far: the target.
       flip: whether the embeddings are sums with those of the mirrored faces.
       model: digest of the network they are from.
+      far_check: the target of a second, lower threshold: pairs between the two are to be checked.
 
     Raises:
       DataError: there are fewer than 1 / far different pairs, or no threshold gives such a FAR, or
-        as `roc.tar_at_far`.
+        far_check is not above far, or as `roc.tar_at_far`.
     """
+    if far_check is not None and not far < far_check < 1:
+        raise DataError(
+            f"a FAR of {far_check:g} for pairs to check is not between {far:g}, the FAR of those "
+            "called the same, and 1: give a higher --far-check"
+        )
     score = np.round(1 - verification.pair_distances(embeddings) / 2, _DECIMALS)
+    at = _operating_point(score, pairs, far)
+    check = None if far_check is None else _operating_point(score, pairs, far_check)
+    same, different = int(np.sum(pairs.same)), int(np.sum(~pairs.same))
+    far_interval, tar_interval = roc.wilson(at.far, different), roc.wilson(at.tar, same)
+    return Calibration(
+        threshold_cosine=at.threshold,
+        threshold_squared_distance=2 - 2 * at.threshold,
+        far_target=far,
+        far=at.far,
+        far_low=far_interval[0],
+        far_high=far_interval[1],
+        tar=at.tar,
+        tar_low=tar_interval[0],
+        tar_high=tar_interval[1],
+        same_pairs=same,
+        different_pairs=different,
+        enough_pairs=different * far >= ENOUGH_ERRORS,
+        flip=flip,
+        model=model,
+        set_name=pairs.name,
+        set_digest=_digest(pairs),
+        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        threshold_check=check and check.threshold,
+        far_check_target=far_check,
+        far_check=check and check.far,
+        tar_check=check and check.tar,
+    )
+
+
+def _operating_point(score: np.ndarray, pairs: PairSet, far: float) -> _Point:
+    """The lowest threshold whose FAR is at most the target."""
     (at,) = roc.tar_at_far(score, pairs.same, fars=[far])
     same, different = score[pairs.same], score[~pairs.same]
     if at.threshold is None:
@@ -94,26 +153,7 @@ def calibrate(
     below = np.max(score, where=score < at.threshold, initial=-1.0)
     threshold = float(at.threshold + below) / 2
     reached, tar = (float(np.mean(kind >= threshold)) for kind in (different, same))
-    far_interval, tar_interval = roc.wilson(reached, len(different)), roc.wilson(tar, len(same))
-    return Calibration(
-        threshold_cosine=threshold,
-        threshold_squared_distance=2 - 2 * threshold,
-        far_target=far,
-        far=reached,
-        far_low=far_interval[0],
-        far_high=far_interval[1],
-        tar=tar,
-        tar_low=tar_interval[0],
-        tar_high=tar_interval[1],
-        same_pairs=len(same),
-        different_pairs=len(different),
-        enough_pairs=len(different) * far >= ENOUGH_ERRORS,
-        flip=flip,
-        model=model,
-        set_name=pairs.name,
-        set_digest=_digest(pairs),
-        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-    )
+    return _Point(threshold, reached, tar)
 
 
 def in_words(found: Calibration) -> str:
@@ -126,6 +166,12 @@ def in_words(found: Calibration) -> str:
         f"TAR {found.tar:.4f}, 95 % interval {found.tar_low:.4f} to {found.tar_high:.4f} "
         f"({found.same_pairs:,} pairs of one person)",
     ]
+    if found.threshold_check is not None:
+        lines.append(
+            f"to check: cosine {found.threshold_check:.4f} to {found.threshold_cosine:.4f}; from "
+            f"{found.threshold_check:.4f} on FAR {found.far_check:.2e} (target "
+            f"{found.far_check_target:.0e}), TAR {found.tar_check:.4f}"
+        )
     if not found.enough_pairs:
         lines.append(
             f"too few pairs of different people to be sure: {found.different_pairs:,}, where a FAR "

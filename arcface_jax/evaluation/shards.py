@@ -93,6 +93,17 @@ class Store(NamedTuple):
             self._save({**stored, **settings, _DIGESTS: self._adopted()})
         return stored
 
+    def settings(self) -> dict[str, Any]:
+        """What the shards were made of.
+
+        Raises:
+          DataError: it is damaged, or not there.
+        """
+        try:
+            return {name: value for name, value in self._read().items() if name != _DIGESTS}
+        except FileNotFoundError:
+            raise DataError(f"{self.folder} holds no {SETTINGS}: use another folder") from None
+
     def path(self, number: int) -> Path:
         """Where a shard is, once it is complete."""
         return self.folder / self.pattern.format(number)

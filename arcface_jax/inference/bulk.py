@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from arcface_jax.data import faces, fingerprint
-from arcface_jax.data.faces import OtherSize
+from arcface_jax.data.faces import Face
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.embed import Model
@@ -31,8 +31,15 @@ class FaceEmbedder(Protocol):
 
     model: Model
     flip: bool
-    other_size: OtherSize
     batch_size: int
+
+    def prepare(self, face: Face, points: np.ndarray | None = None) -> np.ndarray:
+        """A face as (112, 112, 3) uint8 RGB; called from threads."""
+        ...
+
+    def alignment(self) -> Mapping[str, str]:
+        """What `prepare` depends on."""
+        ...
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
         """(n, 112, 112, 3) uint8 RGB to (n, D) float32."""
@@ -83,7 +90,7 @@ def embed_folder(
     settings = {
         "model": embedder.model.digest(),
         "flip": embedder.flip,
-        "other_size": embedder.other_size,
+        **embedder.alignment(),
         "normalized": normalized,
         "shard_size": shard_size,
         "images": len(ids),
@@ -122,6 +129,17 @@ def read(output: Path) -> tuple[list[str], np.ndarray]:
         ) from None
 
 
+def settings(output: Path) -> dict[str, Any]:
+    """What the shards of an output folder were made with: model, flip and so on.
+
+    Raises:
+      DataError: the folder holds none.
+    """
+    if not shards(output):
+        raise DataError(f"{output} holds no embeddings-*.npy: name the output of a bulk run")
+    return _store(output).settings()
+
+
 def _store(output: Path) -> Store:
     return Store(output, "embeddings-{:05d}.npy", beside="ids-{:05d}.json")
 
@@ -139,7 +157,7 @@ def _embed_all(
             return DataError("its five points are not in the list")
         five = None if points is None else points[name]
         try:
-            return faces.prepare(folder / name, five, other_size=embedder.other_size)
+            return embedder.prepare(folder / name, five)
         except DataError as error:
             return error
 

@@ -1,25 +1,30 @@
 """Inference as a library: faces in, embeddings, similarities and decisions out."""
 
+import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from arcface_jax.config.choices import FaceChoice, Which
+from arcface_jax.data import detectors
 from arcface_jax.data import faces as face_inputs
-from arcface_jax.data.faces import Faces, OtherSize
+from arcface_jax.data.detectors import Detector
+from arcface_jax.data.faces import Face, Faces, OtherSize
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation import calibration
 from arcface_jax.evaluation.calibration import Calibration
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.embeddings import normalize
-from arcface_jax.inference import bulk
+from arcface_jax.inference import bulk, gallery, open_model
+from arcface_jax.inference.gallery import Gallery, Matches
 from arcface_jax.models import preprocess
-from arcface_jax.training.network import Network
 
-Points = np.ndarray | Sequence[np.ndarray | None]
-"""(5, 2) for one face, (n, 5, 2), or a list with None for faces that are aligned."""
+Points = np.ndarray | Iterable[np.ndarray | None]
+"""(5, 2) for one face, (n, 5, 2), or an iterable with None for faces that are aligned."""
 
 
 class Verdict(NamedTuple):
@@ -30,6 +35,10 @@ class Verdict(NamedTuple):
     score: np.ndarray
     """(n,) float32 cosines."""
     threshold: float
+    verdict: np.ndarray
+    """(n,) strings: same; check, from `threshold_check` to `threshold`; or other."""
+    threshold_check: float | None = None
+    """None where there is one threshold, and no pair is to be checked."""
 
 
 class Embedder:
@@ -38,33 +47,48 @@ class Embedder:
     `Embedder("runs/demo")(["a.jpg", "b.jpg"])` gives (2, D) float32 embeddings of length 1.
 
     Args:
-      model: the workdir of a training run, or a network that is open already, such as
-        `arcface_jax.inference.open_model.open_model` makes of a `.pth` or `.onnx` file.
+      model: the workdir of a training run, a hub folder, a file of weights (`.pth`,
+        `.safetensors`), an ONNX file, or a network that is open already.
+      network: the network of a file of weights; found by its names and shapes when not given.
+      step: which checkpoint of a workdir.
       flip: add the embedding of the mirrored face, as verification does; takes twice the time.
       other_size: what becomes of images that are not 112 x 112 and come without points.
+      detector: finds the points of images that are not 112 x 112 and come without: an ONNX file of
+        the SCRFD or YuNet kind, `module:function`, or a function of `arcface_jax.data.detectors`.
+        An image of 112 x 112 is an aligned face with it too.
+      choose: which face of an image the detector takes.
       batch_size: images per forward pass.
-      devices: how many devices of this machine share a batch, if `model` is a workdir; all when
-        not given.
+      devices: how many devices of this machine share a batch; all when not given.
 
     Raises:
-      CheckpointError: the workdir holds no checkpoint.
+      UserError: there is no such model or detector, or it cannot be opened.
     """
 
     def __init__(
         self,
         model: str | Path | Model,
         *,
+        network: str | None = None,
+        step: Which = "latest",
         flip: bool = False,
         other_size: OtherSize = "refuse",
+        detector: str | Path | Detector | None = None,
+        choose: FaceChoice = "largest",
         batch_size: int = 64,
         devices: int | None = None,
     ):
         if isinstance(model, str | Path):
-            model = Network.from_workdir(model, batch_size=batch_size, devices=devices)
+            model = open_model.open_path(
+                model, network=network, step=step, batch_size=batch_size, devices=devices
+            )
         self.model: Model = model
         self.flip = flip
         self.other_size: OtherSize = other_size
         self.batch_size = batch_size
+        self.choose: FaceChoice = choose
+        self.detector = detector
+        loaded = detectors.load(str(detector)) if isinstance(detector, str | Path) else detector
+        self._detect: Detector | None = loaded
         self._warned_of_colors = False
 
     def __call__(
@@ -73,8 +97,9 @@ class Embedder:
         """Embeds any number of faces.
 
         Args:
-          faces: one image (H, W, 3), several (n, H, W, 3), uint8 RGB; a file; or a list of these.
-          points: five points a face, by which it is aligned; without them faces are aligned ones.
+          faces: one image (H, W, 3), several (n, H, W, 3), uint8 RGB; a file; a PIL image; or an
+            iterable of these, such as a generator, whose images are taken batch by batch.
+          points: five points a face, by which it is aligned.
           normalized: whether the embeddings are of length 1, or as the network gives them.
 
         Returns:
@@ -86,17 +111,46 @@ class Embedder:
         Warns:
           UserWarning: once, where red and blue seem to be exchanged.
         """
-        listed = face_inputs.each(faces)
-        chosen = face_inputs.each_points(points, len(listed))
-        if not len(listed):
+        parts = list(self.stream(faces, points=points, normalized=normalized))
+        if not parts:
             raise DataError("there are no faces to embed: give one at least")
-        parts = []
-        for start in range(0, len(listed), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            pairs = zip(listed[part], chosen[part], strict=True)
-            ready = [face_inputs.prepare(f, p, other_size=self.other_size) for f, p in pairs]
-            parts.append(self.embed_aligned(np.stack(ready), normalized=normalized))
         return np.concatenate(parts)
+
+    def stream(
+        self, faces: Faces, *, points: Points | None = None, normalized: bool = True
+    ) -> Iterator[np.ndarray]:
+        """As the call, batch by batch: at most `batch_size` images and embeddings in memory.
+
+        Yields:
+          (b, D) float32, b at most `batch_size`.
+        """
+        pairs = face_inputs.with_points(faces, points)
+        while batch := list(islice(pairs, self.batch_size)):
+            images = np.stack([self.prepare(face, five) for face, five in batch])
+            yield self.embed_aligned(images, normalized=normalized)
+
+    def prepare(self, face: Face, points: np.ndarray | None = None) -> np.ndarray:
+        """Reads and aligns one face: (112, 112, 3) uint8 RGB. Safe to call from threads.
+
+        Raises:
+          DataError: it is no image, or shows no face.
+        """
+        find = None if self._detect is None else self._find_points
+        return face_inputs.prepare(face, points, other_size=self.other_size, find_points=find)
+
+    def _find_points(self, image: np.ndarray, where: str) -> np.ndarray:
+        assert self._detect is not None  # asked for with a detector only
+        return detectors.choose(self._detect(image), image.shape, self.choose, where=where)
+
+    def alignment(self) -> dict[str, str]:
+        """What `prepare` depends on: `other_size`, or the detector and the choice of a face."""
+        if self.detector is None:
+            return {"other_size": self.other_size}
+        named = isinstance(self.detector, str | Path)
+        name = str(self.detector) if named else f"{self.detector!r}"
+        if named and Path(name).is_file():
+            name = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        return {"other_size": self.other_size, "detector": name, "choose": self.choose}
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
         """The same for (n, 112, 112, 3) uint8 RGB alone, n at least 1."""
@@ -106,7 +160,7 @@ class Embedder:
                 f"of {len(images)} faces nearly all have more blue than red in the middle, as if "
                 "they were BGR; RGB was expected: OpenCV's cv2.imread gives BGR, turn it with "
                 "cv2.cvtColor(image, cv2.COLOR_BGR2RGB) or image[..., ::-1]",
-                stacklevel=3,
+                stacklevel=4,
             )
         embeddings = self.model(images)
         if self.flip:
@@ -152,11 +206,60 @@ class Embedder:
         """
         if isinstance(threshold, str | Path):
             threshold = calibration.read(Path(threshold))
+        check = None
         if isinstance(threshold, Calibration):
             self._check(threshold)
-            threshold = threshold.threshold_cosine
+            check, threshold = threshold.threshold_check, threshold.threshold_cosine
         score = self.similarity(a, b, between="pairs")
-        return Verdict(score >= threshold, score, float(threshold))
+        same = score >= threshold
+        below = np.where(score >= (threshold if check is None else check), "check", "other")
+        return Verdict(same, score, float(threshold), np.where(same, "same", below), check)
+
+    def build_gallery(
+        self,
+        folder: str | Path,
+        faces: Faces,
+        names: Sequence[str],
+        *,
+        points: Points | None = None,
+        form: gallery.Form = "float32",
+    ) -> Gallery:
+        """Embeds faces and saves them for `search`.
+
+        Args:
+          folder: the folder to make; new or empty.
+          faces: n faces, as the call takes them, or embeddings (n, D) float.
+          names: n names; several faces may have one.
+          points: as the call.
+          form: as `gallery.build`.
+
+        Raises:
+          DataError: as the call, or there are not as many faces as names.
+          UserError: the folder is not empty, or cannot be written.
+        """
+        if isinstance(faces, np.ndarray) and faces.ndim == 2:
+            embeddings = faces
+        else:
+            embeddings = self.stream(faces, points=points)
+        return gallery.build(
+            folder, embeddings, names, model=self.model.input.digest, flip=self.flip, form=form
+        )
+
+    def search(self, saved: str | Path | Gallery, faces: Faces, *, k: int = 5) -> Matches:
+        """The k most similar faces of a gallery for each face, exactly (see `gallery`).
+
+        Args:
+          saved: a gallery, or its folder.
+          faces: m faces, as the call takes them, or embeddings (m, D) float.
+          k: how many.
+
+        Raises:
+          UserError: the gallery is of another model, or of faces embedded in another way.
+          DataError: as the call, or the gallery is damaged.
+        """
+        found = saved if isinstance(saved, Gallery) else Gallery(saved)
+        self._require(found.model, found.flip, what="gallery", made="`arcface-jax gallery build`")
+        return found.search(self._embeddings(faces), k)
 
     def embed_folder(
         self,
@@ -183,15 +286,21 @@ class Embedder:
         return self(faces)
 
     def _check(self, threshold: Calibration) -> None:
-        model = self.model.digest()
-        if threshold.model != model:
+        self._require(
+            threshold.model, threshold.flip, what="calibration", made="`arcface-jax calibrate`"
+        )
+
+    def _require(self, model: str, flip: bool, *, what: str, made: str) -> None:
+        """Refuses what was made with other weights, or with other settings."""
+        digests = (self.model.digest(), self.model.input.digest)
+        if model not in digests:
             raise UserError(
-                f"the calibration is of another model (SHA-256 {threshold.model[:12]}..., this one "
-                f"is {model[:12]}...): thresholds do not transfer between models; make one with "
-                "`arcface-jax calibrate`"
+                f"the {what} is of another model (SHA-256 {model[:12]}..., this one is "
+                f"{digests[0][:12]}...): thresholds and embeddings do not transfer between models; "
+                f"make one with {made}"
             )
-        if threshold.flip != self.flip:
+        if flip != self.flip:
             raise UserError(
-                f"the calibration was made with flip={threshold.flip}, these embeddings with "
-                f"flip={self.flip}: use one for both"
+                f"the {what} was made with flip={flip}, these embeddings with flip={self.flip}: "
+                "use one for both"
             )

@@ -1,4 +1,4 @@
-"""The network that a command line names: a run, torch weights, or an ONNX file.
+"""Open any network: a run, a hub folder, torch weights, or an ONNX file.
 
 Commands parse `ModelChoice` before they open anything, so what opens a network is imported by the
 functions that do.
@@ -7,14 +7,14 @@ functions that do.
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes
 
 from arcface_jax.config import Config
 from arcface_jax.config.choices import OnnxOptions, Which
-from arcface_jax.errors import UserError
+from arcface_jax.errors import UserError, require
 
 if TYPE_CHECKING:
     from arcface_jax.evaluation.embed import Model
@@ -30,12 +30,26 @@ class ModelChoice:
     step: Which = "latest"
     """Which of the run's checkpoints: a step, the newest, or the best by checkpoint.best_metric."""
     weight: Path | None = None
-    """Or a file of PyTorch weights, of this project or another (docs/modelzoo.md)."""
+    """Or PyTorch weights, of this project or another (docs/modelzoo.md): a file or a hub folder."""
     network: str | None = None
     """The network that --weight is of; by default found by its names and shapes."""
     onnx: Path | None = None
     """Or an ONNX file."""
     onnx_options: OmitArgPrefixes[OnnxOptions] = field(default_factory=OnnxOptions)
+
+
+Kind = Literal["workdir", "hub", "weight", "onnx"]
+"""A training run, a hub folder, a file of torch weights or safetensors, an ONNX file."""
+
+# What belongs to which option of `ModelChoice`.
+_OPTIONS = {"workdir": "--workdir", "hub": "--weight", "weight": "--weight", "onnx": "--onnx"}
+_ARE = {
+    "workdir": "the workdir of a run",
+    "hub": "a hub folder",
+    "weight": "a file of weights",
+    "onnx": "an ONNX file",
+}
+_LISTED = 8
 
 
 def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None = None) -> "Model":
@@ -53,29 +67,112 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     if len(named) != 1:
         raise UserError(
             f"{len(named)} networks are named ({', '.join(f'--{n}' for n in named) or 'none'}); "
-            "name one: --workdir FOLDER, --weight FILE.pth, or --onnx FILE.onnx"
+            "name one: --workdir FOLDER, --weight FILE.pth or a hub folder, or --onnx FILE.onnx"
         )
-    if choice.workdir is not None:
-        from arcface_jax.training.network import Network
+    (option,) = named
+    path = getattr(choice, option)
+    options: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
+    found = kind_of(path) if path.exists() else None
+    if found is None or _OPTIONS[found] == f"--{option}":
+        kind = "hub" if found == "hub" else option
+        options["onnx"] = choice.onnx_options
+        return _open(path, kind, network=choice.network, step=choice.step, **options)
+    raise UserError(f"--{option} {path} is {_ARE[found]}: name it with {_OPTIONS[found]}")
 
-        options = {"batch_size": batch_size, "devices": devices}
-        return Network.from_workdir(choice.workdir, which=choice.step, **options)
-    if choice.weight is not None:
-        from arcface_jax.convert import weights  # only these files need torch
-        from arcface_jax.training.network import Network
 
-        found = weights.load(choice.weight, choice.network)
-        for note in found.notes:
-            print(f"{choice.weight}: {note}", file=sys.stderr)
-        arrays = (found.params, found.batch_stats)
-        return Network(found.network, *arrays, batch_size=batch_size, devices=devices)
-    assert choice.onnx is not None  # it is the one named
-    from arcface_jax.convert.onnx_runner import onnx_embedder
+def open_path(
+    path: str | Path,
+    *,
+    network: str | None = None,
+    step: Which = "latest",
+    batch_size: int = 64,
+    devices: int | None = None,
+) -> "Model":
+    """Opens whatever holds a network; what it is, is found by its content.
 
-    model = onnx_embedder(choice.onnx, batch_size=batch_size, options=choice.onnx_options)
-    if model.guessed:
-        print(f"{choice.onnx}: {model.guessed}", file=sys.stderr)
-    return model
+    Args:
+      path: a workdir, a hub folder (`arcface_jax.convert.hub`), a file of torch weights or
+        safetensors, or an ONNX file.
+      network: of a file of weights; found by its names and shapes when not given.
+      step: which checkpoint of a workdir.
+      batch_size: images per forward pass, over all devices.
+      devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
+
+    Raises:
+      UserError: there is none of these, or it cannot be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"no model at {path}: name a run's workdir, a hub folder, a .pth, .safetensors or "
+            ".onnx file"
+        )
+    kind = kind_of(path)
+    if kind is None:
+        raise UserError(
+            f"{path} holds no model ({_contents(path)}); expected a run (config.json, "
+            "checkpoints), or a hub folder (config.json with model.safetensors, or CVLface's "
+            "pretrained_model)"
+        )
+    options = {"batch_size": batch_size, "devices": devices}
+    return _open(path, kind, network=network, step=step, **options)
+
+
+def kind_of(path: Path) -> Kind | None:
+    """What a path that exists holds; None for a folder of something else."""
+    if not path.is_dir():
+        from arcface_jax.convert import file_kinds
+
+        return "onnx" if file_kinds.is_onnx(path) else "weight"
+    if (path / "checkpoints").is_dir():
+        return "workdir"
+    if (path / "model.safetensors").is_file() or (path / "pretrained_model").is_dir():
+        return "hub"
+    return "workdir" if (path / "config.json").exists() else None
+
+
+def _contents(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir())
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"it has {', '.join(names[:_LISTED])}{more}" if names else "it is empty"
+
+
+def _open(
+    path: Path,
+    kind: str,
+    *,
+    network: str | None,
+    step: Which,
+    batch_size: int,
+    devices: int | None,
+    onnx: OnnxOptions | None = None,
+) -> "Model":
+    if kind == "onnx":
+        from arcface_jax.convert.onnx_runner import onnx_embedder
+
+        model = onnx_embedder(path, batch_size=batch_size, options=onnx)
+        if model.guessed:
+            print(f"{path}: {model.guessed}", file=sys.stderr)
+        return model
+    from arcface_jax.training.network import Network
+
+    if kind == "workdir":
+        return Network.from_workdir(path, which=step, batch_size=batch_size, devices=devices)
+    require("torch", "torch")
+    if kind == "hub":
+        from arcface_jax.convert import hub  # only these files need torch
+
+        if network is not None:
+            raise UserError(f"--network {network} is for a file: {path} names its own network")
+        found = hub.read(path)
+    else:
+        from arcface_jax.convert import weights
+
+        found = weights.load(path, network)
+    for note in found.notes:
+        print(f"{path}: {note}", file=sys.stderr)
+    arrays = (found.params, found.batch_stats)
+    return Network(found.network, *arrays, batch_size=batch_size, devices=devices)
 
 
 def config_of(choice: ModelChoice) -> Config:

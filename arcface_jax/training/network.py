@@ -1,7 +1,7 @@
 """A trained network as a function from images to embeddings, on the devices of this machine."""
 
 import hashlib
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +48,6 @@ class Network:
         devices: int | Literal["own"] | None = None,
     ):
         self.network = network
-        self._input: ModelInput | None = None
         device_mesh = self._mesh = meshes.make(devices)
         self.params, self.batch_stats = jax.device_put(
             (params, batch_stats), meshes.replicated(device_mesh)
@@ -97,19 +96,21 @@ class Network:
         """The batch size of the program that runs `count` images."""
         return min((size for size in self._runs if size >= count), default=max(self._runs))
 
-    @property
+    @cached_property
     def input(self) -> ModelInput:
-        """RGB, (x - 127.5) / 127.5, as every network of the registry; hashes the weights once."""
-        if self._input is None:
-            size = self.embedding_size
-            self._input = ModelInput(embedding_size=size, digest=self.digest())
-        return self._input
+        """RGB, (x - 127.5) / 127.5, as every network of the registry."""
+        return ModelInput(embedding_size=self.embedding_size, digest=self.digest())
 
     def digest(self) -> str:
-        """A SHA-256 of the network's name and weights: the same for a run and its `.pth` export."""
-        total = hashlib.sha256(self.network.encode())
-        for arrays in (self.params, self.batch_stats):
-            for name in sorted(arrays):
-                total.update(name.encode())
-                total.update(np.ascontiguousarray(arrays[name], np.float32).data)
-        return total.hexdigest()
+        """As `weights_digest`: the same for a run and its `.pth` export."""
+        return weights_digest(self.network, self.params, self.batch_stats)
+
+
+def weights_digest(network: str, params: Arrays, batch_stats: Arrays) -> str:
+    """A SHA-256 of a network's name and weights, whatever file they are from."""
+    total = hashlib.sha256(network.encode())
+    for arrays in (params, batch_stats):
+        for name in sorted(arrays):
+            total.update(name.encode())
+            total.update(np.ascontiguousarray(arrays[name], np.float32).data)
+    return total.hexdigest()

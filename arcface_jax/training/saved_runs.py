@@ -6,7 +6,7 @@ Such a run removes old checkpoints. One that vanishes while it is read is replac
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -68,6 +68,29 @@ def _restore_backbone(
             f"its {CONFIG}; restore the original {CONFIG}: {error}"
         ) from error
     return config, restored["params"], restored["batch_stats"], number
+
+
+def restore_dataset(workdir: Path, which: Which = "latest") -> tuple[Config, int, dict[str, Any]]:
+    """Configuration of a run, the step of a checkpoint, and what that records of the training set.
+
+    The record has num_classes and num_images; it is empty for imported weights.
+
+    Raises:
+      CheckpointError: as `restore_backbone`.
+    """
+    return _read(workdir, which, _restore_dataset)
+
+
+def _restore_dataset(
+    workdir: Path, config: Config, manager: ocp.CheckpointManager, number: int
+) -> tuple[Config, int, dict[str, Any]]:
+    saved = checkpoint.folder_of(workdir) / str(number)
+    if not (saved / "dataset").is_dir():
+        return config, number, {}
+    checksums.require_whole(saved, "dataset")
+    with checksums.reporting_unreadable(saved):
+        items = ocp.args.Composite(dataset=ocp.args.JsonRestore())
+        return config, number, manager.restore(number, args=items)["dataset"]
 
 
 def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:

@@ -16,10 +16,12 @@ from arcface_jax.errors import UserError
 ROOT = Path(__file__).parents[2]
 # Sub-commands that parse a command line of their own.
 NESTED = ["data pack", "import torch", "import centers", "export torch", "export onnx"]
-NESTED += ["export stablehlo", "export safetensors"]
+NESTED += ["export stablehlo", "export safetensors", "export hub"]
+NESTED += ["gallery build", "gallery search"]
 FIRST = {name: ["demo"] for name in ("train", "plan", "doctor")}
 FIRST |= {"status": ["w"], "protocol": ["groups"], "verify": ["a", "b"], "data pack": ["a", "b"]}
 FIRST |= {"data": ["pack", "a", "b"], "import centers": ["read", "a"]}
+FIRST |= {"gallery": ["build", "e"], "gallery build": ["e"], "gallery search": ["g"]}
 SECONDS = 2.0
 
 
@@ -62,7 +64,7 @@ def test_the_program_lists_its_commands_and_its_version(capsys):
         (["trian"], "no command 'trian': did you mean train?"),
         (["inferrence"], "no command 'inferrence': arcface-jax --help"),
         ([], "expects one of demo, train"),
-        (["export"], "expects one of torch, onnx, stablehlo, safetensors"),
+        (["export"], "expects one of torch, onnx, stablehlo, safetensors, hub"),
         (["export", "onx"], "arcface-jax export has no command 'onx': did you mean onnx?"),
         (["import", "center"], "did you mean centers?"),
         (

@@ -1,5 +1,7 @@
 """The threshold for a FAR against a search over all scores, and what is said when it is weak."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -85,3 +87,37 @@ def test_json_round_trip_and_set_identity(tmp_path):
     assert calibrate(cosine, other, 0.1).set_digest != found.set_digest
     with pytest.raises(DataError, match="cannot write"):
         calibration.write(found, tmp_path / "none" / "c.json")
+
+
+def test_a_second_threshold_for_pairs_to_check(tmp_path):
+    cosine, same = scores(400, 2)
+    found = calibration.calibrate(
+        embeddings(cosine), pair_set(same), far=0.01, far_check=0.1, flip=True, model="weights"
+    )
+    strict, loose = calibrate(cosine, same, 0.01), calibrate(cosine, same, 0.1)
+    assert found.threshold_cosine == strict.threshold_cosine > loose.threshold_cosine
+    assert (found.threshold_check, found.far_check) == (loose.threshold_cosine, loose.far)
+    assert (found.tar_check, found.far_check_target) == (loose.tar, 0.1)
+    assert f"to check: cosine {loose.threshold_cosine:.4f} to" in calibration.in_words(found)
+    calibration.write(found, tmp_path / "c.json")
+    assert calibration.read(tmp_path / "c.json") == found
+    for far_check in (0.01, 0.001, 1.0):
+        with pytest.raises(DataError, match="higher --far-check"):
+            calibration.calibrate(
+                embeddings(cosine),
+                pair_set(same),
+                far=0.01,
+                far_check=far_check,
+                flip=True,
+                model="",
+            )
+
+
+def test_a_calibration_of_before_has_one_threshold(tmp_path):
+    cosine, same = scores(400, 1)
+    calibration.write(calibrate(cosine, same, 0.1), tmp_path / "c.json")
+    stored = json.loads((tmp_path / "c.json").read_text())
+    for name in ("threshold_check", "far_check_target", "far_check", "tar_check"):
+        assert stored.pop(name) is None
+    (tmp_path / "c.json").write_text(json.dumps(stored))
+    assert calibration.read(tmp_path / "c.json") == calibrate(cosine, same, 0.1)

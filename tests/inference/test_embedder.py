@@ -1,5 +1,6 @@
 """The library around a network: what it takes, what it gives, held against the torch twin."""
 
+import dataclasses
 import subprocess
 import sys
 import warnings
@@ -14,10 +15,14 @@ import torch
 import arcface_jax
 from arcface_jax.config import Config, ModelConfig
 from arcface_jax.convert import parity, torch_iresnet, weights
+from arcface_jax.data import detectors
 from arcface_jax.data.faces import TEMPLATE
+from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.synthetic.faces import draw_face
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.evaluation import calibration
 from arcface_jax.evaluation.model_input import ModelInput
+from arcface_jax.inference import bulk, open_model
 from arcface_jax.inference.embedder import Embedder
 from arcface_jax.runtime import devices
 from arcface_jax.training import checkpoint, saved_runs, step
@@ -130,6 +135,131 @@ def test_what_is_no_face(embedder, faces, points, words: str):
         embedder(faces, points=points)
 
 
+def test_generators_are_taken_batch_by_batch(embedder, expected):
+    """No more images are asked for than the batch at hand needs."""
+    asked = []
+
+    def faces():
+        for i in range(11):
+            asked.append(i)
+            yield FACES[i]
+
+    streamed = embedder.stream(faces())
+    first = next(streamed)
+    assert (len(first), len(asked)) == (8, 8)
+    both = np.concatenate([first, *streamed])
+    close(both, unit(expected(FACES)))
+    batches = (FACES[i : i + 4] for i in range(0, 11, 4))
+    np.testing.assert_array_equal(embedder(batches), both)
+    lists = ([FACES[i], FACES[i]] for i in range(2))
+    np.testing.assert_allclose(embedder(lists), both[[0, 0, 1, 1]], atol=1e-5)
+    np.testing.assert_allclose(
+        embedder(iter(FACES[:2]), points=iter([None] * 2)), both[:2], atol=1e-5
+    )
+    for points in ([None] * 3, [None]):
+        with pytest.raises(DataError, match="not as many sets of points as faces"):
+            embedder(iter(FACES[:2]), points=points)
+    with pytest.raises(DataError, match="no faces"):
+        embedder(iter([]))
+
+
+def test_pil_images_are_taken_as_their_files_are(embedder, expected, tmp_path):
+    images = pytest.importorskip("PIL.Image")
+    picture = images.fromarray(FACES[0])
+    close(embedder(picture), unit(expected(FACES[:1])))
+    turned = images.fromarray(np.rot90(FACES[1]).copy())
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned by a quarter to the right
+    turned.save(tmp_path / "t.png", exif=exif)
+    opened = images.open(tmp_path / "t.png")
+    close(embedder([picture.convert("RGBA"), opened]), unit(expected(FACES[:2])))
+    np.testing.assert_allclose(embedder(opened), embedder(tmp_path / "t.png"), atol=1e-6)
+    with pytest.raises(DataError, match=r"mode I;16; expected 8 bits"):
+        embedder(images.new("I;16", (112, 112)))
+    with pytest.raises(DataError, match="a face is a int"):
+        embedder([7])
+
+
+def test_a_detector_aligns_what_comes_without_points(embedder, expected, tmp_path):
+    """A photograph of two faces, the smaller one in the middle; aligned faces stay as they are."""
+    photo = np.zeros((300, 400, 3), np.uint8)
+    photo[90:202, 150:262] = FACES[1]
+    large = cv2.resize(FACES[2], None, fx=1.25, fy=1.25)
+    photo[5:145, 5:145] = large
+    places = np.stack([TEMPLATE + [150, 90], 1.25 * TEMPLATE + 5])
+    seen = []
+
+    def detect(image):
+        seen.append(image.shape)
+        found = places if image.any() else places[:0]
+        return detectors.Faces(found, np.ones(len(found)))
+
+    made = {"detector": detect, "batch_size": 8}
+    center = Embedder(embedder.model, choose="center", **made)
+    close(center([photo, FACES[0]]), unit(expected(FACES[[1, 0]])))
+    largest = Embedder(embedder.model, **made)
+    assert largest(photo)[0] @ embedder(FACES[2])[0] > 0.98  # twice resampled
+    assert seen == [photo.shape] * 2
+    close(largest(photo, points=places[0]), unit(expected(FACES[[1]])))
+    with pytest.raises(DataError, match="an array: no face"):
+        largest(np.zeros_like(photo))
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in" / "a.png"), photo[..., ::-1])
+    cv2.imwrite(str(tmp_path / "in" / "b.png"), np.zeros_like(photo))
+    summary = center.embed_folder(tmp_path / "in", tmp_path / "out")
+    assert summary.skipped == {"b.png": f"{tmp_path / 'in' / 'b.png'}: no face"}
+    close(bulk.read(tmp_path / "out")[1], unit(expected(FACES[[1]])))
+    with pytest.raises(DataError, match="choose was 'center' and is 'largest'"):
+        largest.embed_folder(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UserError, match=r"no such ONNX file"):
+        Embedder(embedder.model, detector="none.onnx")
+
+
+def test_three_verdicts(embedder, expected):
+    pairs = np.sum(unit(expected(FACES[:6])) * unit(expected(FACES[5:])), axis=1)
+    low, high = np.sort(pairs)[[1, 3]]
+    same, different = np.array([0.99] * 10 + [-0.9] * 10), np.array([True] * 10 + [False] * 10)
+    vectors = np.stack([np.stack([np.ones(20), 0 * same], 1), np.stack([same, 1 - same**2], 1)], 1)
+    made = calibration.calibrate(
+        vectors.reshape(-1, 2),
+        PairSet("made", np.zeros((40, 1, 1, 1), np.uint8), different),
+        far=0.1,
+        flip=False,
+        model=embedder.model.digest(),
+    )
+    both = dataclasses.replace(made, threshold_cosine=float(high), threshold_check=float(low))
+    verdict = embedder.verify(FACES[:6], FACES[5:], threshold=both)
+    wanted = ["same" if x >= high else "check" if x >= low else "other" for x in verdict.score]
+    assert verdict.verdict.tolist() == wanted
+    assert {*wanted} == {"same", "check", "other"}
+    assert (verdict.threshold, verdict.threshold_check) == (high, low)
+    one = embedder.verify(FACES[:6], FACES[5:], threshold=float(high))
+    assert {*one.verdict.tolist()} == {"same", "other"}
+
+
+def test_any_model_by_its_path(workdir, tmp_path, expected, capsys):
+    network = Network.from_workdir(workdir, devices=1, batch_size=1)
+    torch.save(weights.to_state_dict(network.params, network.batch_stats), tmp_path / "b.bin")
+    opened = Embedder(tmp_path / "b.bin", batch_size=2, devices=1)  # known by its content
+    close(opened(FACES[:2]), unit(expected(FACES[:2])))
+    assert "network r_tiny" in capsys.readouterr().err
+    assert opened.model.digest() == network.digest()
+    (tmp_path / "empty").mkdir()
+    for path, words in (
+        (tmp_path / "none", "no model at"),
+        (tmp_path / "empty", "it is empty"),
+        (tmp_path, r"holds no model \(it has b\.bin, empty\)"),
+    ):
+        with pytest.raises(UserError, match=words):
+            Embedder(path)
+    choice = open_model.ModelChoice(workdir=tmp_path / "b.bin")
+    with pytest.raises(UserError, match=r"b\.bin is a file of weights: name it with --weight"):
+        open_model.open_model(choice)
+    choice = open_model.ModelChoice(onnx=tmp_path / "b.bin")
+    with pytest.raises(UserError, match="name it with --weight"):
+        open_model.open_model(choice)
+
+
 def test_similarity_and_verdict(embedder, expected):
     cosines = unit(expected(FACES[:3])) @ unit(expected(FACES[3:5])).T
     close(embedder.similarity(FACES[:3], FACES[3:5]), cosines)
@@ -166,8 +296,8 @@ def test_the_digest_names_the_weights_whatever_file_they_are_in(workdir, tmp_pat
     found = weights.load(tmp_path / "b.pth", "r_tiny")
     from_torch = Network("r_tiny", found.params, found.batch_stats, devices=8, batch_size=8)
     assert from_torch.digest() == network.digest()
-    params["fc.bias"] = np.nextafter(params["fc.bias"], np.float32(1))
-    other = Network("r_tiny", params, batch_stats, devices=1, batch_size=1)
+    params = found.params | {"fc.bias": np.nextafter(found.params["fc.bias"], np.float32(1))}
+    other = Network("r_tiny", params, found.batch_stats, devices=1, batch_size=1)
     assert other.digest() != network.digest()
 
 

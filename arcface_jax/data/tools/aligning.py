@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_jax.config.choices import FaceChoice
-from arcface_jax.data import point_files
+from arcface_jax.data import detectors, point_files
 from arcface_jax.data.detectors import Detector, Faces
 from arcface_jax.data.faces import align
 from arcface_jax.data.images import decode_any_size, encode_jpeg, find_below
@@ -61,7 +61,7 @@ def align_folder(
     def look(number: int) -> None:
         name = names[number]
         image = decode_any_size(files[number].read_bytes(), where=name)
-        points = _choose(points_of(name, image), image.shape, choose, where=name)
+        points = detectors.choose(points_of(name, image), image.shape, choose, where=name)
         eyes = float(np.linalg.norm(points[1] - points[0]))
         if eyes < min_eyes:
             raise ImageError(name, f"the eyes are {eyes:.1f} pixels apart, fewer than {min_eyes:g}")
@@ -86,20 +86,6 @@ def align_folder(
     with atomic(report, newline="") as file:
         csv.writer(file).writerows([("path", "reason"), *rejected.items()])
     return Aligned(len(files) - len(rejected), rejected, report)
-
-
-def _choose(faces: Faces, shape: tuple[int, ...], choose: FaceChoice, *, where: str) -> np.ndarray:
-    """(5, 2) points of one of the faces."""
-    if not len(faces.points):
-        raise ImageError(where, "no face")
-    middle = faces.points.mean(axis=1)
-    center = np.array([shape[1], shape[0]]) / 2
-    rank = {
-        "largest": np.prod(np.ptp(faces.points, axis=1), axis=1),
-        "center": -np.linalg.norm(middle - center, axis=1),
-        "score": faces.scores,
-    }
-    return faces.points[int(np.argmax(rank[choose]))]
 
 
 def detected(detector: Detector) -> PointsOf:

@@ -1,0 +1,234 @@
+"""Folders in the layout of model hubs: weights, their description and a model card, no code.
+
+This project writes FOLDER/
+  model.safetensors          float32 tensors by insightface's names, for JAX and torch alike
+  config.json                network, embedding size, the `ModelInput`, library version
+  preprocessor_config.json   the same preprocessing for `transformers.AutoImageProcessor`
+  README.md                  the model card (`arcface_jax.convert.model_card`)
+
+and reads CVLface's folders too: pretrained_model/model.yaml states size and color order, the
+weights are pretrained_model/model.pt or model.safetensors, and the Python files beside them are
+not opened. Both are read offline.
+"""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import torch
+
+from arcface_jax.convert import model_card, parity, twins, weight_files, weights
+from arcface_jax.convert.packages import require
+from arcface_jax.convert.weights import Loaded
+from arcface_jax.errors import DataError, UserError
+from arcface_jax.evaluation.model_input import ColorOrder, ModelInput
+from arcface_jax.models import registry
+from arcface_jax.models.registry import Arrays
+from arcface_jax.runtime.files import atomic_folder, write_atomic
+from arcface_jax.training import manifest
+from arcface_jax.training.network import Network, weights_digest
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+_PREPROCESSOR = "preprocessor_config.json"
+_CARD = "README.md"
+_LIBRARY = "arcface_jax"
+_CVLFACE_YAML = Path("pretrained_model/model.yaml")
+_CVLFACE_WEIGHTS = (Path("pretrained_model/model.pt"), Path(WEIGHTS))
+# Their configurations have a few hundred bytes.
+_MOST_BYTES = 1 << 20
+
+
+class _Config(pydantic.BaseModel):
+    """config.json, as far as it is read."""
+
+    library_name: str
+    network: str
+    embedding_size: pydantic.PositiveInt
+    input: ModelInput
+
+
+class _CvlfaceConfig(pydantic.BaseModel):
+    """pretrained_model/model.yaml, as far as it is read."""
+
+    color_space: ColorOrder = "RGB"
+    input_size: tuple[Literal[3], Literal[112], Literal[112]] = (3, 112, 112)
+
+
+def is_cvlface(folder: Path) -> bool:
+    """Whether a folder has CVLface's layout."""
+    return (folder / _CVLFACE_YAML).is_file()
+
+
+def export(model: Network, output: Path, *, card: model_card.Card) -> float:
+    """Writes a folder, after the embeddings have been found equal to the torch network's.
+
+    Args:
+      model: the network.
+      output: the folder to make; new or empty.
+      card: what the model card states beyond the network.
+
+    Returns:
+      The largest relative difference of the embeddings.
+
+    Raises:
+      UserError: the folder is not empty or cannot be written, the network comes from outside this
+        package, weights are not finite, or the embeddings differ.
+    """
+    _require_new(output)
+    _require_built_in(model.network, "export torch or ONNX instead")
+    parity.require_finite(model)
+    state = weights.to_state_dict(model.params, model.batch_stats)
+    error = parity.check(model, state, network=model.network)
+    described = model.input
+    config = {
+        "library_name": _LIBRARY,
+        "library_version": manifest.versions().get("arcface-jax", ""),
+        "model_type": _LIBRARY,
+        "network": model.network,
+        "embedding_size": model.embedding_size,
+        "input": json.loads(described.to_json()),
+    }
+    text = model_card.render(
+        card, network=model.network, described=described, parameters=_count(model.params)
+    )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(output) as folder:
+            weight_files.write(folder / WEIGHTS, state)
+            write_atomic(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+            write_atomic(folder / _PREPROCESSOR, json.dumps(_preprocessor(described), indent=2))
+            write_atomic(folder / _CARD, text)
+    except OSError as reason:
+        raise UserError(f"cannot write {output}: {reason.strerror}") from reason
+    return error
+
+
+def read(folder: str | Path) -> Loaded:
+    """The network and weights of a folder.
+
+    Raises:
+      UserError: it has neither layout, is damaged, or wants code or an input that this project
+        does not have.
+    """
+    folder = Path(folder)
+    return _read_cvlface(folder) if is_cvlface(folder) else _read_own(folder)
+
+
+def load_torch(folder: str | Path) -> torch.nn.Module:
+    """The torch module of a folder, in evaluation mode.
+
+    It takes (B, 3, 112, 112) float32, (x - 127.5) / 127.5, RGB, and gives (B, D), not normalized.
+
+    Raises:
+      UserError: as `read`.
+    """
+    model = read(folder)
+    state = weights.to_state_dict(model.params, model.batch_stats)
+    return twins.load(model.network, state).eval()
+
+
+def _read_own(folder: Path) -> Loaded:
+    path = folder / CONFIG
+    try:
+        config = _Config.model_validate_json(_text(path))
+    except pydantic.ValidationError as error:
+        raise DataError(
+            f"{path} does not describe a model of {_LIBRARY} ({_first(error)}): name a folder of "
+            f"`arcface-jax export hub`, or of CVLface with its {_CVLFACE_YAML}"
+        ) from error
+    if config.library_name != _LIBRARY:
+        raise DataError(
+            f"{path} is of the library {config.library_name!a}; expected {_LIBRARY}: name its "
+            "file of weights instead of the folder"
+        )
+    _require_built_in(config.network, f"{path} cannot be used; export the model again")
+    model = weights.load(folder / WEIGHTS, config.network)
+    size = registry.embedding_size(model.params)
+    if size != config.embedding_size:
+        raise DataError(
+            f"{path} has embedding_size {config.embedding_size}, and the weights give {size}: the "
+            "files are of two models; download or export the folder again"
+        )
+    if weights_digest(model.network, model.params, model.batch_stats) != config.input.digest:
+        raise DataError(
+            f"{folder / WEIGHTS} does not hold the weights that {CONFIG} was written for: download "
+            "or export the folder again"
+        )
+    return model._replace(notes=())
+
+
+def _read_cvlface(folder: Path) -> Loaded:
+    path = folder / _CVLFACE_YAML
+    yaml = require("yaml")
+    try:
+        config = _CvlfaceConfig.model_validate(yaml.safe_load(_text(path)))
+    except yaml.YAMLError as error:
+        raise DataError(f"{path} is no YAML file: download the folder again") from error
+    except pydantic.ValidationError as error:
+        raise DataError(
+            f"{path} cannot be used ({_first(error)}): expected CVLface's configuration of a model "
+            "for images of [3, 112, 112], RGB or BGR"
+        ) from error
+    found = next((folder / name for name in _CVLFACE_WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise DataError(
+            f"{folder} holds no weights: expected {' or '.join(map(str, _CVLFACE_WEIGHTS))}; "
+            "download the whole repository"
+        )
+    return weights.load(found, color_order=config.color_space)
+
+
+def _first(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"])) or "the text"
+    return f"{place}: {first['msg']}"
+
+
+def _text(path: Path) -> str:
+    """A small text file.
+
+    Raises:
+      DataError: there is none, or it is no such file.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise DataError(f"{path} has more than 1 MiB: it is no description of a model")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text file: download the folder again") from error
+
+
+def _preprocessor(described: ModelInput) -> dict:
+    """For transformers' own image processor: x / 255, then minus mean, then divided by std."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": False,
+        "size": {"height": described.height, "width": described.width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [described.mean / 255] * 3,
+        "image_std": [described.scale / 255] * 3,
+        "do_convert_rgb": True,
+    }
+
+
+def _require_new(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output {output} exists and is not empty: choose a new folder")
+
+
+def _require_built_in(network: str, fix: str) -> None:
+    """A network from outside would be code that the folder asks to import."""
+    if network not in registry.NETWORKS:
+        raise UserError(
+            f"{network} is no network of this package, and a hub folder holds no code: {fix}"
+        )
+
+
+def _count(arrays: Arrays) -> int:
+    return sum(array.size for array in arrays.values())
