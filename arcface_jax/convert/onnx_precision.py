@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from arcface_jax.convert import onnx_graph, onnx_layers
+from arcface_jax.convert import onnx_graph, onnx_layer_errors
 from arcface_jax.convert.onnx_graph import INPUT, NORMALIZERS
-from arcface_jax.convert.onnx_layers import LayerError
+from arcface_jax.convert.onnx_layer_errors import LayerError
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.convert.packages import require
 from arcface_jax.runtime.files import atomic_files
@@ -45,7 +45,7 @@ def to_int8(path: Path, images: np.ndarray) -> list[LayerError]:
       How far each layer's output departs from the float graph's.
     """
     onnx, quantization = require("onnx"), require("onnxruntime.quantization")
-    layers = onnx_layers.weighted(onnx.load(path, load_external_data=False).graph)
+    layers = onnx_layer_errors.weighted(onnx.load(path, load_external_data=False).graph)
     kept = {layers[0].name, layers[-1].name}
     prepare = onnx_embedder(path).prepare
 
@@ -74,7 +74,7 @@ def to_int8(path: Path, images: np.ndarray) -> list[LayerError]:
                 reduce_range=True,
                 nodes_to_exclude=[*NORMALIZERS, *sorted(kept)],
             )
-            compared = onnx_layers.errors(path, part, images[:_COMPARED_IMAGES], kept=kept)
+            compared = onnx_layer_errors.errors(path, part, images[:_COMPARED_IMAGES], kept=kept)
     finally:
         logger.setLevel(level)
     onnx_graph.finish(path, {"precision": "int8", "calibration_images": str(len(images))})

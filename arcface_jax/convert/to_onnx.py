@@ -9,7 +9,7 @@ from arcface_jax import config
 from arcface_jax.config.choices import Precision
 from arcface_jax.convert import onnx_graph, onnx_precision, parity
 from arcface_jax.convert.onnx_graph import Form
-from arcface_jax.convert.onnx_layers import LayerError
+from arcface_jax.convert.onnx_layer_errors import LayerError
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.data import opening
 from arcface_jax.data.pairs.opening import open_targets
