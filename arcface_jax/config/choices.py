@@ -40,6 +40,10 @@ class OnnxOptions:
 Normalization = Literal["outside", "inside"]
 """Whether (x - 127.5) / 127.5 is done by the caller of an ONNX graph, or by the graph."""
 
+GraphInput = Literal["float", "uint8-nhwc"]
+"""What an exported ONNX graph takes: (batch, 3, 112, 112) float32, or images as they are decoded,
+(batch, 112, 112, 3) uint8 RGB, with all of the preprocessing in the graph."""
+
 Precision = Literal["float32", "float16", "int8"]
 """Of an ONNX file's weights and most of its arithmetic."""
 

@@ -60,6 +60,11 @@ class OnnxModel:
             [self._run(images[start : start + size]) for start in range(0, len(images), size)]
         )
 
+    @property
+    def batch_size(self) -> int:
+        """Images per call of the runtime."""
+        return self._batch_size
+
     def digest(self) -> str:
         """A SHA-256 of the file."""
         with self._path.open("rb") as file:
@@ -197,16 +202,19 @@ class OnnxModel:
 
     def _outputs(self, names: list[str], part: np.ndarray) -> list[np.ndarray]:
         missing = self._batch_size - len(part) if self._fixed else 0
-        x = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)])
-        wants = self.input
+        x = self.prepare(np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]))
+        return self._session.run(names, {self._entry.name: x}, _run_options())
+
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        """(n, 112, 112, 3) uint8 RGB as the graph takes them."""
+        x, wants = images, self.input
         if wants.color_order == "BGR":
             x = x[..., ::-1]
         if wants.dtype != "uint8":
             x = (x.astype(np.float32) - wants.mean) / wants.scale
         if wants.layout == "NCHW":
             x = x.transpose(0, 3, 1, 2)
-        x = np.ascontiguousarray(x, _NUMBERS[self._entry.type])
-        return self._session.run(names, {self._entry.name: x}, _run_options())
+        return np.ascontiguousarray(x, _NUMBERS[self._entry.type])
 
     def _no_output(self, wanted: str | None) -> UserError:
         outputs = {output.name: output.shape for output in self._session.get_outputs()}
