@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arcface_jax.data.images import square
+from arcface_jax.data.pairs import flags
 from arcface_jax.errors import DataError
 
 
@@ -44,7 +45,7 @@ def read_bin(path: Path) -> PairSet:
         _check_sizes(data)
         encoded, same = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         encoded = [_encoded(item) for item in encoded]
-        same = np.array([bool(x) for x in (same.values if isinstance(same, _Array) else same)])
+        same = np.array([_flag(x) for x in (same.values if isinstance(same, _Array) else same)])
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
@@ -89,6 +90,13 @@ def _encoded(item: Any) -> bytes:
     if not isinstance(item, bytes):
         raise DataError(f"an image is of type {type(item).__name__}; there should be its bytes")
     return item
+
+
+def _flag(value: Any) -> bool:
+    same = flags.parse(value)
+    if same is None:
+        raise DataError(f"{value!r} is no answer to whether a pair shows one person: give 1 or 0")
+    return same
 
 
 def _encode_latin(text: str, encoding: str) -> bytes:
