@@ -129,7 +129,8 @@ def _find(path: Path, rows: Sequence[Row], chosen: dict[str, str]) -> _Columns:
     place = at if at >= 0 else len(first.cells) + at
     named = any(by_name for _, by_name in asked.values())
     cell = first.cells[place] if place < len(first.cells) else ""
-    header = named or (bool(rest) and _is_heading(path.parent, cell, words))
+    known = any(word in _PATHS for word in words) and any(word in STRONG + _WEAK for word in words)
+    header = named or known or (bool(rest) and _is_heading(path.parent, cell))
     data = rows[header:]
     if not data:
         return _Columns(at, (place + 1) % max(2, len(words)), header)
@@ -180,10 +181,8 @@ def _looks_like_a_path(cell: str) -> bool:
     return is_image(cell) or "/" in cell or "\\" in cell
 
 
-def _is_heading(folder: Path, cell: str, words: Sequence[str]) -> bool:
+def _is_heading(folder: Path, cell: str) -> bool:
     """Whether the first row names the columns: where others have a path it has a mere word."""
-    if any(word in _PATHS for word in words) and any(word in STRONG + _WEAK for word in words):
-        return True
     return not (_looks_like_a_path(cell) or _exists(folder, cell) or cell == "")
 
 

@@ -106,7 +106,7 @@ def read(path: Path) -> Table:
     content = [(number, line) for number, line in kept if not line.lstrip().startswith("#")]
     if not content:  # of labels such as #1, or of comments only
         content = kept if any("," in line or "\t" in line for _, line in kept) else []
-    separator = _separator([line for _, line in content[:_SAMPLE]])
+    separator = _separator([line.strip() for _, line in content[:_SAMPLE]])
     if separator is None:
         rows = [Row(number, [line.strip()]) for number, line in content]
     else:
@@ -118,7 +118,7 @@ def _separator(lines: Sequence[str]) -> str | None:
     """The character that most lines have as often as the first."""
     for separator in ("\t", ",", ";"):
         counts = Counter(line.count(separator) for line in lines)
-        if lines and lines[0].count(separator) and counts[0] < 0.5 * len(lines):
+        if lines and lines[0].count(separator) and counts[0] <= 0.5 * len(lines):
             return separator
     return None
 

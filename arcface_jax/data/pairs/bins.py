@@ -85,7 +85,7 @@ def _check_sizes(data: bytes) -> None:
 
 
 def _encoded(item: Any) -> bytes:
-    if isinstance(item, _Array):
+    if isinstance(item, _Array) and item.values.dtype.kind in "biuf":
         return item.values.astype(np.uint8).tobytes()
     if not isinstance(item, bytes):
         raise DataError(f"an image is of type {type(item).__name__}; there should be its bytes")
@@ -107,7 +107,8 @@ def _encode_latin(text: str, encoding: str) -> bytes:
 
 
 # NumPy trusts the pickles it reads: one of its dtypes can pass bytes off as pointers to objects,
-# which is as good as running code. So these stand in for its types, and know plain numbers alone.
+# which is as good as running code. So these stand in for its types, and know only plain numbers and
+# text.
 
 
 class _Dtype:
@@ -115,11 +116,14 @@ class _Dtype:
 
     def __init__(self, name: str | bytes, *_: Any):
         self.plain = np.dtype(name.decode() if isinstance(name, bytes) else name)
-        if self.plain.kind not in "biuf":
+        if self.plain.kind not in "biufSU":
             raise DataError(f"the pickle holds an array of {self.plain}; numbers were expected")
 
-    def __setstate__(self, _: tuple) -> None:
-        """The byte order is of no matter to bytes, nor to whether a flag is 0."""
+    def __setstate__(self, state: tuple) -> None:
+        """Takes the byte order, and nothing else."""
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        if order in ("<", ">"):
+            self.plain = self.plain.newbyteorder(order)
 
 
 class _Array:

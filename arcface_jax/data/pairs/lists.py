@@ -263,9 +263,9 @@ def _paths(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
     """Two paths and a flag a row."""
     layout, heading = _layout(rows, folder)
     if layout is None:
-        only_heading = len(rows) == 1 and not any(map(images.is_image, rows[0].cells))
-        if only_heading and all(flags.parse(cell) is None for cell in rows[0].cells):
-            return
+        words = [cell for cell in rows[0].cells if cell.lower() not in _HEADINGS]
+        if len(rows) == 1 and not any(_means_something(word) for word in words):
+            return  # a heading, and no pair
         raise _not_a_pair(path, rows[0])
     for row in rows[heading:]:
         cells = row.cells
@@ -274,6 +274,10 @@ def _paths(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
             raise _not_a_pair(path, row)
         left, right = (_below(folder, cells[place]) for place in (layout.left, layout.right))
         yield Pair(row.line, left, right, same)
+
+
+def _means_something(cell: str) -> bool:
+    return images.is_image(cell) or flags.parse(cell) is not None
 
 
 def _layout(rows: list[Row], folder: Path) -> tuple[_Layout | None, bool]:

@@ -61,7 +61,9 @@ class RecordSource(Source):
         labels = record.label
         if isinstance(labels, np.ndarray) and len(labels) == 2:
             return labels
-        return 0.0 if not record.data and len(self._reader.keys) > 1 else None
+        if record.data or len(self._reader.keys) == 1:
+            return None
+        return 0.0 if formats.sniff(self._reader.read_at(1).data[: formats.HEAD]) else None
 
     def _check_header(self, first: float, end: float) -> None:
         """Refuses a header that announces no images, or none that are there."""
