@@ -18,7 +18,7 @@ from arcface_jax.data import opening, order, pipeline
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.data.pipeline import BadImage, BadImages
-from arcface_jax.data.source import Source
+from arcface_jax.data.source import Source, account
 from arcface_jax.errors import ConfigError, UserError, install
 from arcface_jax.evaluation import verification
 from arcface_jax.runtime import devices as meshes
@@ -171,7 +171,8 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         terminal = Terminal(total_steps=steps.total, start=steps.start)
         headline = messages.headline(config, dataset, mesh, start=steps.start, total=steps.total)
         summary = manifest.write_summary(config, state, mesh, first_lines=headline)
-        terminal.print_all(headline, summary, *notes, *extended)
+        found = () if source.generated else (account(source), *source.notes)
+        terminal.print_all(headline, *found, summary, *notes, *extended)
         if extended:
             log.write(steps.start, {"schedule/total_steps": float(steps.total)})
         before = _log_start(

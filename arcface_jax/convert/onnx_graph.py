@@ -19,7 +19,6 @@ from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation import model_input
-from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.models import preprocess
 from arcface_jax.training.network import Network
 

@@ -137,7 +137,7 @@ def test_a_damaged_folder_is_one_error(folder, tmp_path, faces):
     changed = _changed(folder, tmp_path / "weights")
     state["fc.bias"] = torch.nextafter(state["fc.bias"], torch.tensor(1.0))
     weight_files.write(changed / "model.safetensors", state)
-    with pytest.raises(UserError, match="does not hold the weights that config.json was written"):
+    with pytest.raises(UserError, match=r"does not hold the weights that config\.json was written"):
         Embedder(changed)
     (changed / "config.json").write_text("[")
     with pytest.raises(UserError, match="does not describe a model"):

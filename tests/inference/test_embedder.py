@@ -186,7 +186,7 @@ def test_a_detector_aligns_what_comes_without_points(embedder, expected, tmp_pat
     photo[90:202, 150:262] = FACES[1]
     large = cv2.resize(FACES[2], None, fx=1.25, fy=1.25)
     photo[5:145, 5:145] = large
-    places = np.stack([TEMPLATE + [150, 90], 1.25 * TEMPLATE + 5])
+    places = np.stack([TEMPLATE + np.array([150, 90]), 1.25 * TEMPLATE + 5])
     seen = []
 
     def detect(image):
