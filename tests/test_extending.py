@@ -165,7 +165,8 @@ def test_onnx_by_way_of_jax2onnx_gives_jaxs_embeddings(
 
     network = Network.from_workdir(config.workdir, batch_size=8)
     path = tmp_path / "model.onnx"
-    assert to_onnx.export(network, path, normalization=normalization) < 1e-4
+    form = onnx_graph.Form(normalization=normalization)
+    assert to_onnx.export(network, path, form=form).error < 1e-4
     session = onnxruntime.InferenceSession(path)
     (given,), (out,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape) == ("input", ["batch", 3, 112, 112])

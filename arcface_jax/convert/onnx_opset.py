@@ -16,8 +16,14 @@ OLDEST = 13
 IR_VERSIONS = 7, 8
 """The oldest format of files that holds `OLDEST`, and the default."""
 # Operators whose newer versions take more types, and otherwise what they took, from 13 on.
-_WIDENED = frozenset(
-    ["Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "DequantizeLinear", "Div", "Dropout", "Equal", "Erf", "Exp", "Expand", "Flatten", "Gather", "Gemm", "GlobalAveragePool", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "LessOrEqual", "Log", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "Not", "PRelu", "Pow", "QuantizeLinear", "Range", "Reciprocal", "Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"]
+_WIDENED = (
+    *("Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant"),
+    *("ConstantOfShape", "Conv", "DequantizeLinear", "Div", "Dropout", "Equal", "Erf", "Exp"),
+    *("Expand", "Flatten", "Gather", "Gemm", "GlobalAveragePool", "GreaterOrEqual"),
+    *("HardSigmoid", "HardSwish", "Identity", "LessOrEqual", "Log", "MatMul", "Max", "MaxPool"),
+    *("Min", "Mul", "Neg", "Not", "PRelu", "Pow", "QuantizeLinear", "Range", "Reciprocal"),
+    *("Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh"),
+    *("Transpose", "Unsqueeze", "Where"),
 )
 _REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare")
 Nodes = list[Any]

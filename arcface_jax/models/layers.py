@@ -410,8 +410,8 @@ class BatchNorm(nnx.Module):
         # are state then, not parameters.
         self.scale = nnx.Param(scale) if train_scale else nnx.BatchStat(scale)
         self.bias = nnx.Param(bias) if train_bias else nnx.BatchStat(bias)
-        self.mean = nnx.BatchStat(np.zeros((channels,), np.float32))
-        self.var = nnx.BatchStat(np.ones((channels,), np.float32))
+        self.mean: Any = nnx.BatchStat(np.zeros((channels,), np.float32))
+        self.var: Any = nnx.BatchStat(np.ones((channels,), np.float32))
         self.groups, self.axis = (1, groups) if isinstance(groups, str) else (groups, None)
         self.epsilon = epsilon
         self.frozen = self.measured = False

@@ -1,7 +1,7 @@
 """A trained network as a function from images to embeddings, on the devices of this machine."""
 
 import hashlib
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -96,7 +96,7 @@ class Network:
         """The batch size of the program that runs `count` images."""
         return min((size for size in self._runs if size >= count), default=max(self._runs))
 
-    @cached_property
+    @property
     def input(self) -> ModelInput:
         """RGB, (x - 127.5) / 127.5, as every network of the registry."""
         return ModelInput(embedding_size=self.embedding_size, digest=self.digest())

@@ -20,6 +20,7 @@ from arcface_jax import config as configs
 from arcface_jax.commands import imports
 from arcface_jax.config.choices import OnnxOptions
 from arcface_jax.convert import from_onnx, onnx_graph, parity, to_torch, twins, weights
+from arcface_jax.convert.onnx_graph import Form
 from arcface_jax.data import opening
 from arcface_jax.errors import UserError
 from arcface_jax.models import preprocess, registry
@@ -109,7 +110,7 @@ def test_weights_that_were_not_folded_are_the_exported_ones(unfolded):
 def test_this_projects_own_files_come_back(folder, normalization):
     path = folder / f"{normalization}.onnx"
     model = Network("r_tiny", *settled("r_tiny"), batch_size=16, devices=1)
-    onnx_graph.write(path, model, normalization=normalization)
+    onnx_graph.write(path, model, Form(normalization=normalization))
     found = from_onnx.load(path)
     again = Network(found.network, found.params, found.batch_stats, batch_size=16, devices=1)
     faces = parity.drawn_faces()
@@ -324,7 +325,7 @@ def test_twenty_steps_follow_those_from_the_exported_weights(folder, tmp_path, t
     assert train([str(tiny_recipe), "--workdir", f"{tmp_path}/first", *options]) == 0
     to_torch.export(tmp_path / "first", tmp_path / "backbone.pth")
     model = Network.from_workdir(tmp_path / "first", batch_size=16, devices=1)
-    onnx_graph.write(tmp_path / "model.onnx", model, normalization="outside")
+    onnx_graph.write(tmp_path / "model.onnx", model, Form())
     losses = []
     for name in ("backbone.pth", "model.onnx"):
         run = tmp_path / f"from_{name}"
