@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_network
 
 from arcface_jax import config as c
 from arcface_jax.errors import CheckpointError, ConfigError
@@ -23,7 +24,9 @@ def config(workdir: Path, **changes) -> c.Config:
         workdir=str(workdir),
         devices=1,
         data=c.DataConfig(path="synthetic", global_batch_size=16, synthetic=drawn),
-        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=16),
+        model=c.ModelConfig(
+            network=small_network.NAME, dtype="float32", embedding_size=32, bn_batch_size=16
+        ),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         optimizer=c.OptimizerConfig(learning_rate=0.05),
         schedule=c.ScheduleConfig(epochs=4),

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+import small_network
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config
@@ -21,7 +22,7 @@ CONFIG = configs.replace(
     workdir="-",
     data__path="-",
     data__global_batch_size=BATCH,
-    model__network="r_tiny",
+    model__network=small_network.NAME,
     model__dtype="float32",
     model__embedding_size=32,
     model__bn_batch_size=4,
@@ -144,7 +145,7 @@ def test_one_group_over_several_devices_has_their_common_statistics(batch):
     for name, array in alone.batch_stats.items():
         np.testing.assert_allclose(together.batch_stats[name], array, rtol=1e-4, atol=1e-5)
     x = preprocess.normalize(batch["image"].astype(np.float32))
-    network = registry.build("r_tiny", embedding_size=32)
+    network = registry.build(small_network.NAME, embedding_size=32)
     flips = configs.replace(config, data__flip=False)
     _, plain, _, _ = one_step(flips, batch, devices=3)
     direct = network.apply(*network.init(config.seed), x, train=True)[1]
