@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "tests.support.small_network:make"
+DROPPING = "tests.support.small_network:make_dropping"
 CHANNELS, STRIDE = 8, 8
 FEATURES = CHANNELS * (112 // STRIDE) ** 2
 
@@ -37,12 +38,31 @@ class SmallNetwork(nnx.Module):
         x = self.conv1(x.astype(self.dtype))
         x = self.bn1(x, train=train, activation=self.prelu)
         x = x.transpose(0, 3, 1, 2).reshape(len(x), -1)  # as torch flattens
+        x = self.drop(x, keys) if train else x
         return self.features(self.fc(x), train=train)
+
+    def drop(self, features: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Leave (B, F) features as they are."""
+        return features
+
+
+class DroppingNetwork(SmallNetwork):
+    """The small network with dropout before its last linear layer, by the key of each image."""
+
+    def drop(self, features: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """Set half of the (B, F) features to zero."""
+        assert keys is not None
+        return features * jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (FEATURES,)))(keys)
 
 
 def make(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> SmallNetwork:
     """Make the network of a `ModelConfig`."""
     return SmallNetwork(model, bn_groups=bn_groups, init=init)
+
+
+def make_dropping(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> SmallNetwork:
+    """As `make`, of a network that draws at random in training."""
+    return DroppingNetwork(model, bn_groups=bn_groups, init=init)
 
 
 def _twin(network: str, *, embedding_size: int) -> "torch.nn.Module":
