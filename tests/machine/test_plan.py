@@ -25,7 +25,7 @@ from arcface_jax.training import manifest, step, validation
 
 DEVICES, BATCH, D = 8, 64, 512
 CLASSES = 10_000_000
-MEMORY = 5.2
+MEMORY = 4.806
 SHARE = 0.75  # of a device, which JAX takes
 CONFIG = configs.replace(
     Config(),

@@ -47,7 +47,14 @@ class SmallNetwork(nnx.Module):
 
 
 class DroppingNetwork(SmallNetwork):
-    """The small network with dropout before its last linear layer, by the key of each image."""
+    """The small network with dropout before its last linear layer, by the key of each image.
+
+    That layer has no bias: before a BatchNorm its gradient would be nothing but rounding errors.
+    """
+
+    def __init__(self, model: ModelConfig, *, bn_groups: int | str, init: Initializer):
+        super().__init__(model, bn_groups=bn_groups, init=init)
+        self.fc = Linear(FEATURES, model.embedding_size, bias="none", init=init)
 
     def drop(self, features: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Set half of the (B, F) features to zero."""
