@@ -34,12 +34,7 @@ def get_config():
                 identities=6, images_per_identity=8, pairs=PAIRS, pair_identities=20
             ),
         ),
-        model=c.ModelConfig(
-            network="tests.support.small_network:make",
-            dtype="float32",
-            embedding_size=32,
-            bn_batch_size=8,
-        ),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         schedule=c.ScheduleConfig(epochs=EPOCHS),
         evaluation=c.EvaluationConfig(batch_size=8, every_epochs=1),
