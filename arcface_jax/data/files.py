@@ -150,12 +150,15 @@ def _walk(folder: Path) -> _Found:
     walk = Walk(folder)
     people: dict[str, list[str]] = {}
     loose = []
+    before, files = "", loose
     for file in walk.files():
         name, slash, rest = file.partition("/")
-        if slash:
-            people.setdefault(name, []).append(rest)
-        else:
+        if not slash:
             loose.append(name)
+            continue
+        if name != before:  # a folder's files come together
+            before, files = name, people.setdefault(name, [])
+        files.append(rest)
     for files in people.values():
         files.sort()
     return _Found(people, loose, dict(walk.ignored))
