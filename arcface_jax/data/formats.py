@@ -85,7 +85,7 @@ def announced(data: bytes) -> tuple[int, int] | None:
 
 
 def _of_jpeg(data: bytes) -> tuple[int, int] | None:
-    """By the frame header, which other segments precede; in the loop of training, so kept short."""
+    """By the frame header, which other segments precede."""
     at = 2
     while data[at] == 0xFF:
         marker = data[at + 1]

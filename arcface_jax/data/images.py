@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from arcface_jax.data import formats
+from arcface_jax.data import OPENCV_IS_LIMITED, formats
 from arcface_jax.errors import DataError, ImageError, install
 
 IMAGE_SIZE = 112
@@ -220,20 +220,22 @@ def pixels(data: bytes | np.ndarray) -> np.ndarray | None:
     Args:
       data: bytes, or (n,) uint8.
     """
-    if isinstance(data, bytes):
-        encoded, raw = np.frombuffer(data, np.uint8), data
-    else:
-        encoded, raw = data, data.tobytes()
-    if not raw:
-        return None
-    size = formats.announced(raw)
-    if size is not None and size[0] * size[1] > formats.MAX_PIXELS:
+    encoded = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    # Where cv2 was loaded before this package, it takes the memory that a header asks for.
+    if not encoded.size or (not OPENCV_IS_LIMITED and _too_large(encoded.tobytes())):
         return None
     try:
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # for instance a damaged header that announces a billion pixels
+    except cv2.error:  # for instance a header that announces a billion pixels
         return None
-    return _from_heic(raw) if image is None and raw[4:8] == b"ftyp" else image
+    if image is None and encoded[4:8].tobytes() == b"ftyp":
+        return _from_heic(encoded.tobytes())
+    return image
+
+
+def _too_large(data: bytes) -> bool:
+    size = formats.announced(data)
+    return size is not None and size[0] * size[1] > formats.MAX_PIXELS
 
 
 def _from_heic(data: bytes) -> np.ndarray | None:
@@ -255,7 +257,7 @@ def _from_heic(data: bytes) -> np.ndarray | None:
 
 def _not_an_image(data: bytes, where: str) -> ImageError:
     size, found = formats.announced(data), formats.sniff(data)
-    if size is not None and size[0] * size[1] > formats.MAX_PIXELS:
+    if size is not None and _too_large(data):
         problem = (
             f"{len(data)} bytes that are not an image that can be decoded: the header announces "
             f"{size[0]} x {size[1]} pixels, at most {formats.MAX_PIXELS:,} are decoded; scale it "
