@@ -141,7 +141,7 @@ def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
         paths,
         labels,
         num_classes=len(order),
-        names=_names(folder, order),
+        names=Names(names_of(folder, order).values()),
         ignored=ignored,
     )
 
@@ -150,12 +150,15 @@ def _walk(folder: Path) -> _Found:
     walk = Walk(folder)
     people: dict[str, list[str]] = {}
     loose = []
+    before, files = "", loose
     for file in walk.files():
         name, slash, rest = file.partition("/")
-        if slash:
-            people.setdefault(name, []).append(rest)
-        else:
+        if not slash:
             loose.append(name)
+            continue
+        if name != before:  # a folder's files come together
+            before, files = name, people.setdefault(name, [])
+        files.append(rest)
     for files in people.values():
         files.sort()
     return _Found(people, loose, dict(walk.ignored))
@@ -197,9 +200,17 @@ def _deeper(folder: Path, found: _Found, level: int) -> dict[str, list[str]]:
     return people
 
 
-def _names(folder: Path, order: Sequence[str]) -> Names:
-    """The folders' names; of folders that `data pack --format folder` numbered, the table's."""
+def names_of(folder: Path, order: Sequence[str]) -> dict[int, str]:
+    """The identities' names by number: the folders' own, or those that the folder's table has.
+
+    Folders that `data pack --format folder` wrote have numbers of seven digits for their names, and
+    the identities' names are in the table.
+
+    Args:
+      folder: of the identities' folders.
+      order: the names of these folders, sorted.
+    """
     if not all(len(name) == 7 and name.isdecimal() for name in order):
-        return Names(order)
+        return dict(enumerate(order))
     table = identities.read_sparse(folder)
-    return Names(table.get(int(name), name) for name in order)
+    return {int(name): table.get(int(name), name) for name in order}

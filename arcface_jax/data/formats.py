@@ -27,6 +27,9 @@ _STARTS = (
     (b"#?RGBE", "HDR"),
     (b"\x59\xa6\x6a\x95", "Sun raster"),
 )
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_JPEG_BARE = frozenset((0x01, 0xFF, *range(0xD0, 0xD9)))  # markers without a length, and padding
+_HEIGHT_WIDTH = struct.Struct(">HH").unpack_from
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 HEIC = "HEIC"
 """Apple's photographs, which OpenCV does not read."""
@@ -84,21 +87,18 @@ def announced(data: bytes) -> tuple[int, int] | None:
 def _of_jpeg(data: bytes) -> tuple[int, int] | None:
     """By the frame header, which other segments precede."""
     at = 2
-    while True:
+    while data[at] == 0xFF:
         marker = data[at + 1]
-        if data[at] != 0xFF:
-            return None
-        if marker == 0xFF:  # padding
-            at += 1
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            height, width = struct.unpack_from(">HH", data, at + 5)
+        if marker in _JPEG_FRAMES:
+            height, width = _HEIGHT_WIDTH(data, at + 5)
             return width, height
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without a length
-            at += 2
-        elif marker in (0xD9, 0xDA):
+        if marker in _JPEG_BARE:
+            at += 1 if marker == 0xFF else 2
+        elif marker in (0xD9, 0xDA):  # the end, or the pixels
             return None
         else:
             at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return None
 
 
 def _of_webp(data: bytes) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from arcface_jax.data import formats
+from arcface_jax.data import OPENCV_IS_LIMITED, formats
 from arcface_jax.errors import DataError, ImageError, install
 
 IMAGE_SIZE = 112
@@ -63,57 +63,53 @@ class Walk:
         self._alike: dict[str, tuple[bool, int]] = {}
         self._at: list[str] = []  # real paths of the folders that are being walked
 
-    def files(self, name: str = "") -> Iterator[str]:
-        """Paths of images relative to a sub-folder, in no order; it is walked while they are read.
+    def files(self) -> Iterator[str]:
+        """Paths of images relative to the folder, in no order; it is walked while they are read."""
+        yield from self._files(self._top, "")
 
-        Args:
-          name: of the sub-folder; the folder itself where empty.
-        """
-        path = os.path.join(self._top, name)
-        self._at.append(os.path.realpath(path))
-        for entry, inside in self._entries(path):
-            if inside:
-                below = self.files(os.path.join(name, entry))
-                yield from (f"{entry}/{file}" for file in below)
+    def _files(self, path: str, prefix: str) -> Iterator[str]:
+        folders = []
+        for entry in self._entries(path):
+            name = entry.name
+            dot = name.rfind(".")  # os.path.splitext takes a sixth of the time of a large folder
+            suffix = name[dot:].lower() if dot > 0 else ""
+            if name[0] == "." or (suffix not in _IMAGES and name.lower() in _SYSTEM):
+                self.ignored[HIDDEN] += 1
+            elif entry.is_file():
+                if suffix in _IMAGES or self._is_image(entry.path, suffix):
+                    yield prefix + name
+                else:
+                    self.ignored[suffix or "no suffix"] += 1
+            elif entry.is_dir():
+                folders.append(entry)
             else:
-                yield entry
+                self.ignored["broken links" if entry.is_symlink() else SPECIAL] += 1
+        if not folders:
+            return
+        self._at.append(os.path.realpath(path))
+        for entry in folders:
+            if entry.is_symlink() and os.path.realpath(entry.path) in self._at:
+                self.ignored["links to a folder above"] += 1
+            else:
+                yield from self._files(entry.path, f"{prefix}{entry.name}/")
         self._at.pop()
 
-    def _entries(self, path: str) -> Iterator[tuple[str, bool]]:
-        """Names of images and of folders, and whether it is a folder."""
+    def _entries(self, path: str) -> list[os.DirEntry]:
         try:
-            entries = os.scandir(path)
+            with os.scandir(path) as entries:
+                return list(entries)
         except PermissionError:
             self.ignored["folders that cannot be opened"] += 1
-            return
-        with entries:
-            for entry in entries:
-                name = entry.name
-                if name[0] == "." or name.lower() in _SYSTEM:
-                    self.ignored[HIDDEN] += 1
-                elif entry.is_file():
-                    if self._is_image(entry):
-                        yield name, False
-                    else:
-                        self.ignored[os.path.splitext(name)[1].lower() or "no suffix"] += 1
-                elif not entry.is_dir():
-                    broken = entry.is_symlink()
-                    self.ignored["broken links" if broken else SPECIAL] += 1
-                elif entry.is_symlink() and os.path.realpath(entry.path) in self._at:
-                    self.ignored["links to a folder above"] += 1
-                else:
-                    yield name, True
+            return []
 
-    def _is_image(self, entry: os.DirEntry) -> bool:
-        suffix = os.path.splitext(entry.name)[1].lower()
-        if suffix in _IMAGES:
-            return True
+    def _is_image(self, path: str, suffix: str) -> bool:
+        """Of a file whose suffix is no image's: by content, or as many others of its suffix are."""
         if suffix in _OTHERS:
             return False
         alike, count = self._alike.get(suffix, (True, 0))
-        if abs(count) >= _ALIKE:
+        if count >= _ALIKE:
             return alike
-        found = is_image_by_content(entry.path)
+        found = is_image_by_content(path)
         self._alike[suffix] = (found, count + 1 if found == alike else 1)
         return found
 
@@ -224,20 +220,22 @@ def pixels(data: bytes | np.ndarray) -> np.ndarray | None:
     Args:
       data: bytes, or (n,) uint8.
     """
-    if isinstance(data, bytes):
-        encoded, raw = np.frombuffer(data, np.uint8), data
-    else:
-        encoded, raw = data, data.tobytes()
-    if not raw:
-        return None
-    size = formats.announced(raw)
-    if size is not None and size[0] * size[1] > formats.MAX_PIXELS:
+    encoded = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    # Where cv2 was loaded before this package, it takes the memory that a header asks for.
+    if not encoded.size or (not OPENCV_IS_LIMITED and _too_large(encoded.tobytes())):
         return None
     try:
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # for instance a damaged header that announces a billion pixels
+    except cv2.error:  # for instance a header that announces a billion pixels
         return None
-    return _from_heic(raw) if image is None and raw[4:8] == b"ftyp" else image
+    if image is None and encoded[4:8].tobytes() == b"ftyp":
+        return _from_heic(encoded.tobytes())
+    return image
+
+
+def _too_large(data: bytes) -> bool:
+    size = formats.announced(data)
+    return size is not None and size[0] * size[1] > formats.MAX_PIXELS
 
 
 def _from_heic(data: bytes) -> np.ndarray | None:
@@ -259,7 +257,7 @@ def _from_heic(data: bytes) -> np.ndarray | None:
 
 def _not_an_image(data: bytes, where: str) -> ImageError:
     size, found = formats.announced(data), formats.sniff(data)
-    if size is not None and size[0] * size[1] > formats.MAX_PIXELS:
+    if size is not None and _too_large(data):
         problem = (
             f"{len(data)} bytes that are not an image that can be decoded: the header announces "
             f"{size[0]} x {size[1]} pixels, at most {formats.MAX_PIXELS:,} are decoded; scale it "

@@ -292,10 +292,13 @@ def _notes(
             header[column] if header else str(1 + column % len(data[0].cells))
             for column in (found.path, found.label)
         )
-        notes.append(f"columns: path={path}, label={label} (--columns names others)")
+        notes.append(
+            f"columns: path={path}, label={label} "
+            "(others: --data.columns, or --columns in data tools)"
+        )
     if numbered.num_classes == len(data) > 20:
         notes.append(
             "warning: every image has a label of its own: is this column the identity? "
-            "--columns label=COLUMN names another"
+            "--data.columns label=COLUMN names another (--columns in data tools)"
         )
     return notes

@@ -174,10 +174,16 @@ def joined(parts: Sequence[tuple[Names | None, int]]) -> Names | None:
     )
 
 
-def write(folder: Path, names: Iterable[str]) -> Path:
-    """Writes the table beside a set; returns the file."""
+def write(folder: Path, names: Iterable[str] | Mapping[int, str]) -> Path:
+    """Writes the table beside a set; returns the file.
+
+    Args:
+      folder: of the set.
+      names: of identities 0, 1, ..., or by number.
+    """
     table = str.maketrans(_ESCAPES)
-    lines = (f"{label}\t{name.translate(table)}\n" for label, name in enumerate(names))
+    pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+    lines = (f"{label}\t{name.translate(table)}\n" for label, name in pairs)
     # A name that is no UTF-8, as folders may have, keeps its bytes.
     content = "".join(lines).encode("utf-8", "surrogateescape")
     write_atomic(folder / FILE, content)

@@ -216,10 +216,13 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path: Path, suffix: str, monk
     if suffix == ".gif" and not cv2.haveImageWriter("x.gif"):
         pytest.skip("OpenCV without GIF")
     put(tmp_path, f"ada/0{suffix}", data=claimed(suffix, 30_000, 20_000))
-    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("was decoded"))
-    with pytest.raises(ImageError, match="announces 30000 x 20000 pixels") as raised:
-        opened(tmp_path)[0]
-    assert raised.value.kind == "too large"
+    for limited in (images.OPENCV_IS_LIMITED, False):
+        monkeypatch.setattr(images, "OPENCV_IS_LIMITED", limited)
+        with pytest.raises(ImageError, match="announces 30000 x 20000 pixels") as raised:
+            opened(tmp_path)[0]
+        assert raised.value.kind == "too large"
+        # Without OpenCV's own limit nothing is decoded.
+        monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("was decoded"))
 
 
 def heic() -> bytes:

@@ -13,6 +13,7 @@ from arcface_jax.data import detectors, point_files
 from arcface_jax.data import names as identities
 from arcface_jax.data.detectors import Detector, Faces
 from arcface_jax.data.faces import align
+from arcface_jax.data.files import names_of
 from arcface_jax.data.images import decode_any_size, encode_jpeg, find_below, read_file
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError
@@ -94,7 +95,7 @@ def align_folder(
         csv.writer(file).writerows([("path", "reason"), *rejected.items()])
     people = {name.partition("/")[0] for name in names if "/" in name and name not in rejected}
     if people:
-        identities.write(output, sorted(people))
+        identities.write(output, names_of(folder, sorted(people)))
     return Aligned(len(files) - len(rejected), rejected, report, dict(ignored), len(people))
 
 

@@ -101,6 +101,19 @@ def test_aligning_keeps_the_names_of_those_that_have_a_face(photographs: Path, t
     assert set(names(tmp_path / "out").values()) == {"Zoë", "bob_2", "李"}
 
 
+def test_aligning_a_packed_folder_keeps_the_names_that_its_table_has(photographs, tmp_path, capsys):
+    run(capsys, "pack", photographs, tmp_path / "folder", "--format", "folder")
+    found = aligning.Faces(faces.TEMPLATE[None], np.ones(1))
+    none = aligning.Faces(np.zeros((0, 5, 2)), np.zeros(0))
+    aligning.align_folder(
+        tmp_path / "folder",
+        tmp_path / "out",
+        lambda name, _: none if name.startswith("0000001") else found,
+    )
+    source = open_source(DataConfig(path=str(tmp_path / "out")), seed=0)
+    assert source.names is not None and list(source.names) == ["Zoë", "bob_2", "李"]
+
+
 def test_samples_show_the_names(photographs: Path, tmp_path: Path):
     source = open_source(DataConfig(path=str(photographs)), seed=0)
     pictures.sheet(source, tmp_path / "a.png", seed=0)
@@ -134,7 +147,10 @@ def test_options_of_reading_are_those_of_every_tool(tmp_path: Path, capsys):
     assert "which column is the identity (session or who)" in capsys.readouterr().err
     words = [tmp_path / "a.csv", tmp_path / "out", "--columns", "label=who"]
     _, lines = run(capsys, "pack", *words)
-    assert lines[1] == "columns: path=file, label=who (--columns names others)"
+    assert (
+        lines[1]
+        == "columns: path=file, label=who (others: --data.columns, or --columns in data tools)"
+    )
     assert open_source(DataConfig(path=str(tmp_path / "out")), seed=0).labels().tolist() == [
         *(0, 0),
         *(1, 1),
