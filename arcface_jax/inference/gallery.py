@@ -337,21 +337,23 @@ def _write(folder: Path, parts: Iterator[np.ndarray], names: Sequence[str], form
             rows = _new(folder / _ROWS, shape, np.float32)
             scaled = _new(folder / _INT8, shape, np.int8) if form == "int8" else None
         if end > len(names) or part.shape[1] != rows.shape[1]:
-            break
+            raise _unequal(end, names)
         rows[done:end] = part
         if scaled is not None:
             scaled[done:end], scales[done:end], residuals[done:end] = _quantized(part)
         done = end
-    else:
-        end = done
-    if end != len(names):
-        raise DataError(
-            f"{end:,} or more embeddings of one length for {len(names):,} names: give one name an "
-            "embedding"
-        )
+    if done != len(names):
+        raise _unequal(done, names)
     if form == "int8":
         np.save(folder / _SCALES, scales)
         np.save(folder / _RESIDUALS, residuals)
+
+
+def _unequal(found: int, names: Sequence[str]) -> DataError:
+    return DataError(
+        f"{found:,} or more embeddings, of one length or several, for {len(names):,} names: give "
+        "each name an embedding, all of one length"
+    )
 
 
 def _new(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:

@@ -186,7 +186,7 @@ def test_a_detector_aligns_what_comes_without_points(embedder, expected, tmp_pat
     photo[90:202, 150:262] = FACES[1]
     large = cv2.resize(FACES[2], None, fx=1.25, fy=1.25)
     photo[5:145, 5:145] = large
-    places = np.stack([TEMPLATE + [150, 90], 1.25 * TEMPLATE + 5])
+    places = np.stack([TEMPLATE + np.array([150, 90]), 1.25 * TEMPLATE + 5])
     seen = []
 
     def detect(image):
@@ -293,7 +293,7 @@ def test_embeddings_that_are_not_finite_are_an_error():
 def test_the_digest_names_the_weights_whatever_file_they_are_in(workdir, tmp_path):
     network = Network.from_workdir(workdir, devices=1, batch_size=1)
     torch.save(weights.to_state_dict(network.params, network.batch_stats), tmp_path / "b.pth")
-    params, batch_stats = weights.load(tmp_path / "b.pth", "r_tiny")
+    _, params, batch_stats, _ = weights.load(tmp_path / "b.pth", "r_tiny")
     from_torch = Network("r_tiny", params, batch_stats, devices=8, batch_size=8)
     assert from_torch.digest() == network.digest()
     params["fc.bias"] = np.nextafter(params["fc.bias"], np.float32(1))
