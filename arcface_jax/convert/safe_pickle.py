@@ -7,6 +7,7 @@ which decides, and is otherwise kept as a `Skipped`. Nothing that a file names i
 
 import mmap
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
@@ -61,21 +62,25 @@ def load(
     Raises:
       DamagedPickleError: it is no whole pickle.
     """
-    machine, operations = _Machine(make, persistent), pickletools.genops(cast("IO[bytes]", file))
     try:
-        for count, (operation, argument, _) in enumerate(operations):
-            if count > _MOST_OPERATIONS:
-                raise DamagedPickleError(f"a pickle of more than {_MOST_OPERATIONS:,} operations")
-            if operation.name == "STOP":
-                return machine.pop()
-            machine.run(operation.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of damaged text, by pickletools
+            return _run(_Machine(make, persistent), file)
     except DamagedPickleError:
         raise
     except (ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
-        raise DamagedPickleError(
-            str(error).splitlines()[0] if str(error) else "cut short"
-        ) from error
-    raise DamagedPickleError("no end")  # genops raises before that
+        reason = str(error).splitlines()[0] if str(error) else "cut short"
+        raise DamagedPickleError(reason) from error
+
+
+def _run(machine: "_Machine", file: IO[bytes] | mmap.mmap) -> Any:
+    for count, (operation, argument, _) in enumerate(pickletools.genops(cast("IO[bytes]", file))):
+        if count > _MOST_OPERATIONS:
+            raise DamagedPickleError(f"a pickle of more than {_MOST_OPERATIONS:,} operations")
+        if operation.name == "STOP":
+            return machine.pop()
+        machine.run(operation.name, argument)
+    raise DamagedPickleError("no end")
 
 
 _MARK = object()

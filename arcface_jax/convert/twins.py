@@ -11,10 +11,11 @@ from arcface_jax.models import iresnet, mobilefacenet, registry, vit
 
 Twin = Callable[..., torch.nn.Module]
 
+# The last is an array that every network of the family has, and no other.
 _FAMILIES = (
-    (iresnet.ARCHITECTURES, torch_iresnet.build),
-    (mobilefacenet.ARCHITECTURES, torch_mobilefacenet.build),
-    (vit.ARCHITECTURES, torch_vit.build),
+    (iresnet.ARCHITECTURES, torch_iresnet.build, "layer1.0.conv1.weight"),
+    (mobilefacenet.ARCHITECTURES, torch_mobilefacenet.build, "features.layers.3.bias"),
+    (vit.ARCHITECTURES, torch_vit.build, "patch_embed.proj.weight"),
 )
 
 
@@ -24,10 +25,15 @@ def find(network: str) -> Twin | None:
     A network from outside the package may have one as the attribute `torch_twin` of the function
     that makes it.
     """
-    for architectures, build_family in _FAMILIES:
+    for architectures, build_family, _ in _FAMILIES:
         if network in architectures:
             return build_family
     return getattr(plugins.load(network, field="model.network"), "torch_twin", None)
+
+
+def sign(network: str) -> str | None:
+    """The name of an array that tells a built-in network's family; None for a plug-in."""
+    return next((name for networks, _, name in _FAMILIES if network in networks), None)
 
 
 def require(network: str) -> Twin:

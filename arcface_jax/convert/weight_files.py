@@ -174,6 +174,9 @@ def _dicts(
     found = {n: item for n, item in named.items() if isinstance(item, Entry | Unusable)}
     if found:
         yield Stored(".".join(at), found)
+    unnamed = (k for k, v in value.items() if isinstance(v, Entry) and not isinstance(k, str))
+    for key in unnamed:
+        skipped[f"tensors under keys of type {type(key).__name__}"] += 1
     for name, item in named.items():
         if not isinstance(item, Entry | Unusable | str | bytes | int | float):
             yield from _dicts(item, (*at, name), seen, skipped)

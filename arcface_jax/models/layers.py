@@ -407,8 +407,8 @@ class BatchNorm(nnx.Module):
         epsilon: float = 1e-5,
     ):
         scale, bias = np.ones((channels,), np.float32), np.zeros((channels,), np.float32)
-        # insightface freezes the scale of the last layer at 1, and AdaFace its bias at 0 too: state,
-        # not parameters.
+        # insightface freezes the scale of the last layer at 1, and AdaFace its bias at 0 too: both
+        # are state then, not parameters.
         self.scale = nnx.Param(scale) if train_scale else nnx.BatchStat(scale)
         self.bias = nnx.Param(bias) if train_bias else nnx.BatchStat(bias)
         self.mean = nnx.BatchStat(np.zeros((channels,), np.float32))

@@ -10,10 +10,13 @@ from commands import result, script
 from arcface_jax import config as configs
 from arcface_jax.commands import imports
 from arcface_jax.convert import centers, from_torch, parity, to_torch, weight_files, weights
+from arcface_jax.convert.state_dicts import Where
 from arcface_jax.errors import CheckpointError, UserError
 from arcface_jax.models import registry
 from arcface_jax.training import checkpoint
 from arcface_jax.training.network import Network
+
+R_TINY = Where(network="r_tiny")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +61,8 @@ def test_export_of_an_import_is_bit_for_bit(imported, state, tmp_path, name):
     for key, tensor in state.items():
         assert torch.equal(again[key], tensor), key
     assert list(tmp_path.iterdir()) == [tmp_path / name]
-    params, _ = weights.load(tmp_path / name, "r_tiny")
-    np.testing.assert_array_equal(params["fc.bias"], state["fc.bias"])
+    found = weights.load(tmp_path / name, "r_tiny")
+    np.testing.assert_array_equal(found.params["fc.bias"], state["fc.bias"])
 
 
 def test_it_keeps_centers(imported):
@@ -86,19 +89,19 @@ def test_what_exists_stays(state, tmp_path):
     (tmp_path / "W" / "precious").write_text("x")
     for output in (tmp_path / "W", tmp_path / "b.pth"):
         with pytest.raises(CheckpointError, match="not an empty folder"):
-            from_torch.convert(tmp_path / "b.pth", "r_tiny", output)
+            from_torch.convert(tmp_path / "b.pth", R_TINY, output)
     assert [p.name for p in (tmp_path / "W").iterdir()] == ["precious"]
 
 
 def test_nothing_is_written_of_weights_that_cannot_be_run(state, tmp_path):
     torch.save({**state, "fc.bias": state["fc.bias"] * float("nan")}, tmp_path / "b.pth")
     with pytest.raises(UserError, match="nothing was written"):
-        from_torch.convert(tmp_path / "b.pth", "r_tiny", tmp_path / "W")
-    with pytest.raises(UserError, match=r"unexpected: .*layer1\.0\.bn3"):
-        from_torch.convert(tmp_path / "b.pth", "mbf", tmp_path / "W")
+        from_torch.convert(tmp_path / "b.pth", R_TINY, tmp_path / "W")
+    with pytest.raises(UserError, match=r"not hold weights of mbf; .* --network r_tiny"):
+        from_torch.convert(tmp_path / "b.pth", Where(network="mbf"), tmp_path / "W")
     np.save(tmp_path / "centers.npy", np.zeros((4, 16), np.float32))
     with pytest.raises(UserError, match="length 16"):
         from_torch.convert(
-            tmp_path / "b.pth", "r_tiny", tmp_path / "W", centers=tmp_path / "centers.npy"
+            tmp_path / "b.pth", R_TINY, tmp_path / "W", centers=tmp_path / "centers.npy"
         )
     assert not (tmp_path / "W").exists()

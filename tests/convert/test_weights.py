@@ -67,8 +67,8 @@ def test_weights_of_old_torch_without_batch_counters_are_taken(state):
 
 def test_the_backbone_in_a_full_checkpoint_is_found(state, tmp_path):
     torch.save({"epoch": 3, "state_dict_backbone": state}, tmp_path / "checkpoint_gpu_0.pt")
-    params, _ = weights.load(tmp_path / "checkpoint_gpu_0.pt", "r_tiny")
-    np.testing.assert_array_equal(params["fc.bias"], state["fc.bias"])
+    found = weights.load(tmp_path / "checkpoint_gpu_0.pt", "r_tiny")
+    np.testing.assert_array_equal(found.params["fc.bias"], state["fc.bias"])
 
 
 class Hostile:

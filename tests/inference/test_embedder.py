@@ -293,8 +293,8 @@ def test_embeddings_that_are_not_finite_are_an_error():
 def test_the_digest_names_the_weights_whatever_file_they_are_in(workdir, tmp_path):
     network = Network.from_workdir(workdir, devices=1, batch_size=1)
     torch.save(weights.to_state_dict(network.params, network.batch_stats), tmp_path / "b.pth")
-    params, batch_stats = weights.load(tmp_path / "b.pth", "r_tiny")
-    from_torch = Network("r_tiny", params, batch_stats, devices=8, batch_size=8)
+    found = weights.load(tmp_path / "b.pth", "r_tiny")
+    from_torch = Network("r_tiny", found.params, found.batch_stats, devices=8, batch_size=8)
     assert from_torch.digest() == network.digest()
     params["fc.bias"] = np.nextafter(params["fc.bias"], np.float32(1))
     other = Network("r_tiny", params, batch_stats, devices=1, batch_size=1)

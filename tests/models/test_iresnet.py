@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arcface_jax.config import OptimizerConfig
-from arcface_jax.convert import parity, torch_iresnet, weights
+from arcface_jax.convert import parity, torch_iresnet, torch_names, weights
 from arcface_jax.data.synthetic.faces import draw_face
 from arcface_jax.errors import ConfigError
 from arcface_jax.models import preprocess, registry
@@ -35,7 +35,7 @@ def test_parameter_counts_are_insightfaces(network, millions):
         twin = torch_iresnet.build(network)
     assert sum(p.numel() for p in twin.parameters()) == count
     theirs = {n: t.shape for n, t in twin.state_dict().items() if not n.endswith("_tracked")}
-    ours = weights._torch_arrays(params, batch_stats)
+    ours = torch_names.torch_arrays({**params, **batch_stats})
     assert {n: a.shape for n, a in ours.items()} == theirs
 
 
