@@ -3,6 +3,8 @@
 python -m benchmarks head [--classes 131072] [--batches 128 256 1024] [--devices 1 2]
 python -m benchmarks blocks [--batch 8] [--dtype bfloat16]
 python -m benchmarks evaluation [--pairs 6000] [--scores 15000000]
+python -m benchmarks bulk [--networks mbf r50] [--images 512]
+python -m benchmarks gallery [--rows 1000000] [--queries 1 16]
 python -m benchmarks step [--network r50] [--batch 128] [--against torch] [--table]
 python -m benchmarks gpu-program [--only r50 head]
 python -m benchmarks gpu-scale
@@ -28,7 +30,9 @@ from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import tables
 from benchmarks import (
     blocks,
+    bulk,
     evaluation,
+    galleries,
     gpu,
     head,
     plan_table,
@@ -180,6 +184,70 @@ def run_evaluation(
     seconds = round(time.perf_counter() - begin, 1)
     measured = {row.what: row.seconds for row in rows}
     print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": [str(file)]}))
+
+
+@app.command(name="bulk")
+def run_bulk(
+    networks: tuple[str, ...] = ("mbf", "r18"),
+    images: int = 256,
+    batch_size: int = 64,
+    repeats: int = 3,
+) -> None:
+    """A folder of JPEG files embedded through JAX and through ONNX Runtime (docs/inference.md).
+
+    Args:
+      networks: Which ones, with fresh weights.
+      images: Files of 112 x 112.
+      batch_size: Images per forward pass.
+      repeats: Counted runs of each, the fastest of which is given.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        sizes = {"images": images, "batch_size": batch_size}
+        rows = [bulk.measure(name, **sizes, repeats=repeats) for name in networks]
+    table = tables.new(
+        None, ["JAX, images/s", "ONNX Runtime, images/s", "difference"], names=["network"]
+    )
+    for row in rows:
+        speeds = (f"{row.jax_per_second:.1f}", f"{row.onnx_per_second:.1f}")
+        table.add_row(row.network, *speeds, f"{row.error:.1e}")
+    Console().print(table)
+    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
+    seconds = round(time.perf_counter() - begin, 1)
+    measured = [row._asdict() for row in rows]
+    print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": []}))
+
+
+@app.command(name="gallery")
+def run_gallery(
+    rows: int = 1_000_000,
+    size: int = 512,
+    k: int = 5,
+    repeats: int = 7,
+    queries: tuple[int, ...] = (1, 16),
+) -> None:
+    """Exact search in a gallery of random directions (docs/inference.md).
+
+    Needs 2.6 GB of disk and as much free memory for a million rows.
+
+    Args:
+      rows: Of the gallery.
+      size: Length of the embedding.
+      k: Rows that are asked for.
+      repeats: Counted searches of each form, the fastest of which is given.
+      queries: Numbers of queries searched together.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        found = galleries.measure(rows=rows, size=size, k=k, repeats=repeats, queries=queries)
+    table = tables.new(None, ["queries", "s", "CPU s"], names=["form"])
+    for row in found:
+        table.add_row(row.form, str(row.queries), f"{row.seconds:.3f}", f"{row.cpu_seconds:.3f}")
+    Console().print(table)
+    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
+    seconds = round(time.perf_counter() - begin, 1)
+    measured = [row._asdict() for row in found]
+    print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": []}))
 
 
 @app.command(name="step")

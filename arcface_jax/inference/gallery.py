@@ -349,10 +349,10 @@ def _write(folder: Path, parts: Iterator[np.ndarray], names: Sequence[str], form
         np.save(folder / _RESIDUALS, residuals)
 
 
-def _unequal(count: int, names: Sequence[str]) -> DataError:
+def _unequal(found: int, names: Sequence[str]) -> DataError:
     return DataError(
-        f"{count:,} or more embeddings for {len(names):,} names, or of different lengths: give one "
-        "embedding of D numbers for each name"
+        f"{found:,} or more embeddings, of one length or several, for {len(names):,} names: give "
+        "each name an embedding, all of one length"
     )
 
 

@@ -75,8 +75,8 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     found = kind_of(path) if path.exists() else None
     if found is None or _OPTIONS[found] == f"--{option}":
         kind = "hub" if found == "hub" else option
-        options["onnx"] = choice.onnx_options
-        return _open(path, kind, network=choice.network, step=choice.step, **options)
+        options |= {"step": choice.step, "onnx_options": choice.onnx_options}
+        return _open(path, kind, network=choice.network, **options)
     raise UserError(f"--{option} {path} is {_ARE[found]}: name it with {_OPTIONS[found]}")
 
 
@@ -85,6 +85,7 @@ def open_path(
     *,
     network: str | None = None,
     step: Which = "latest",
+    onnx_options: OnnxOptions | None = None,
     batch_size: int = 64,
     devices: int | None = None,
 ) -> "Model":
@@ -95,6 +96,7 @@ def open_path(
         safetensors, or an ONNX file.
       network: of a file of weights; found by its names and shapes when not given.
       step: which checkpoint of a workdir.
+      onnx_options: what an ONNX file does not tell of itself.
       batch_size: images per forward pass, over all devices.
       devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
 
@@ -114,8 +116,9 @@ def open_path(
             "checkpoints), or a hub folder (config.json with model.safetensors, or CVLface's "
             "pretrained_model)"
         )
-    options = {"batch_size": batch_size, "devices": devices}
-    return _open(path, kind, network=network, step=step, **options)
+    options: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
+    options |= {"step": step, "onnx_options": onnx_options}
+    return _open(path, kind, network=network, **options)
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -143,14 +146,14 @@ def _open(
     *,
     network: str | None,
     step: Which,
+    onnx_options: OnnxOptions | None,
     batch_size: int,
     devices: int | None,
-    onnx: OnnxOptions | None = None,
 ) -> "Model":
     if kind == "onnx":
         from arcface_jax.convert.onnx_runner import onnx_embedder
 
-        model = onnx_embedder(path, batch_size=batch_size, options=onnx)
+        model = onnx_embedder(path, batch_size=batch_size, options=onnx_options)
         if model.guessed:
             print(f"{path}: {model.guessed}", file=sys.stderr)
         return model

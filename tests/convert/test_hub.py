@@ -137,7 +137,7 @@ def test_a_damaged_folder_is_one_error(folder, tmp_path, faces):
     changed = _changed(folder, tmp_path / "weights")
     state["fc.bias"] = torch.nextafter(state["fc.bias"], torch.tensor(1.0))
     weight_files.write(changed / "model.safetensors", state)
-    with pytest.raises(UserError, match=r"does not hold the weights that config\.json was written"):
+    with pytest.raises(UserError, match="does not hold the weights that"):
         Embedder(changed)
     (changed / "config.json").write_text("[")
     with pytest.raises(UserError, match="does not describe a model"):
@@ -152,8 +152,9 @@ def test_a_damaged_folder_is_one_error(folder, tmp_path, faces):
         Embedder(tmp_path / "none")
 
 
-@pytest.mark.parametrize("color", ["RGB", "BGR"])
-@pytest.mark.parametrize("file", ["pretrained_model/model.pt", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("color", "file"), [("BGR", "pretrained_model/model.pt"), ("RGB", "model.safetensors")]
+)
 def test_cvlface_folders(trained, faces, tmp_path, color, file):
     """Their wrapper flips the channels before the network where color_space is BGR."""
     _, params, batch_stats, _ = saved_runs.restore_backbone(trained)
@@ -165,13 +166,12 @@ def test_cvlface_folders(trained, faces, tmp_path, color, file):
     yaml_file = tmp_path / "pretrained_model" / "model.yaml"
     yaml_file.write_text(f"input_size: [3, 112, 112]\ncolor_space: '{color}'\nname: ir50\n")
     weight_files.write(tmp_path / file, {prefix + name: x for name, x in state.items()})
-    model = Embedder(tmp_path, batch_size=16, devices=1).model
-    given = faces if color == "RGB" else np.ascontiguousarray(faces[..., ::-1])
+    found = hub.read(tmp_path)
+    assert found.network == "r_tiny"
+    read = twins.load("r_tiny", weights.to_state_dict(found.params, found.batch_stats))
+    given = faces if color == "RGB" else faces[..., ::-1]
     own = parity.torch_embeddings(twins.load("r_tiny", state), given)
-    assert parity.largest_error(model(faces), own) < 1e-5
-    assert (
-        parity.largest_error(parity.torch_embeddings(hub.load_torch(tmp_path), faces), own) < 1e-5
-    )
+    assert parity.largest_error(parity.torch_embeddings(read, faces), own) < 1e-6
     for text, words in (
         ("color_space: YUV", "color_space: Input should be 'RGB' or 'BGR'"),
         ("input_size: [3, 160, 160]", "input_size"),
