@@ -105,7 +105,9 @@ def _check_input(arguments: Arguments) -> Result:
                 one.set_name, one.form + marks, f"{one.accuracy:.4f} ({low:.4f}-{high:.4f})"
             )
             values[f"check_input/{name}/{one.set_name}/{one.form}"] = one.accuracy
+        certain = input_check.is_certain(tried)
         values[f"check_input/{name}/wants"] = best.form
+        values[f"check_input/{name}/certain"] = certain
         console().print(table)
         fix = (
             f"--color-order {best.color_order} --mean {best.mean:g} --scale {best.scale:g}"
@@ -113,5 +115,6 @@ def _check_input(arguments: Arguments) -> Result:
             else "convert its weights again with --color-order BGR"
         )
         verdict = "as it is run" if best.is_used else f"not as it is run: {fix}"
-        console().print(f"{name} wants {best.form}, {verdict}")
+        doubt = "" if certain else "; these pairs are too few to tell it from the next best"
+        console().print(f"{name} wants {best.form}, {verdict}{doubt}")
     return Result(values)

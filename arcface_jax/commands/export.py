@@ -92,7 +92,7 @@ class Onnx:
     dynamic_batch: bool = False
     """With --onnx: write the same model with a free batch axis."""
     precision: Precision = "float32"
-    """float16, or int8 with --calibration."""
+    """float16, or int8 with --calibration, whose layers' errors go to OUTPUT.layers.json."""
     calibration: str | None = None
     """int8: training data as --data.path names it, whose images give the activations' ranges."""
     targets: tuple[str, ...] = ()
@@ -199,16 +199,17 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax export onnx") -> Resu
     )
     print(f"{arguments.output}: embeddings differ from JAX's by {made.error:.1e} (relative)")
     values: dict[str, object] = {"parity": made.error}
+    files = [arguments.output]
     if made.layers:
         console().print(_layer_errors(made.layers))
-        values["layers"] = [layer._asdict() for layer in made.layers]
+        files.append(to_onnx.write_layers(made.layers, arguments.output))
     if arguments.targets:
         from arcface_jax.evaluation.report import tables
 
         results = to_onnx.compare(model, arguments.output, arguments.targets)
         console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
         values |= {f"eval/{result.name}/accuracy": result.accuracy for result in results}
-    return Result(values, [arguments.output])
+    return Result(values, files)
 
 
 def _free_batch(arguments: Onnx) -> Result:

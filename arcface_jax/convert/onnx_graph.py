@@ -14,7 +14,6 @@ import torch
 
 from arcface_jax.config.choices import GraphInput, Normalization
 from arcface_jax.convert import onnx_from_jax, onnx_opset, twins, weights
-from arcface_jax.convert.onnx_runner import MODEL_INPUT
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import UserError
@@ -108,7 +107,7 @@ def write(path: Path, model: Network, form: Form) -> None:
         "scale": str(wants.scale),
         "normalization": "inside" if form.inside else "outside",
         "precision": "float32",
-        MODEL_INPUT: wants.to_json(),
+        model_input.METADATA_KEY: wants.to_json(),
     }
     finish(path, metadata)
 
@@ -121,7 +120,7 @@ def disown(path: Path) -> None:
     onnx = require("onnx")
     model = onnx.load(path, load_external_data=False)
     for entry in model.metadata_props:
-        if entry.key == MODEL_INPUT:
+        if entry.key == model_input.METADATA_KEY:
             wants = model_input.from_json(entry.value, source=str(path))
             entry.value = dataclasses.replace(wants, digest="").to_json()
     onnx.save(model, path)

@@ -22,7 +22,7 @@ _WIDENED = (
     *("Expand", "Flatten", "Gather", "Gemm", "GlobalAveragePool", "GreaterOrEqual"),
     *("HardSigmoid", "HardSwish", "Identity", "LessOrEqual", "Log", "MatMul", "Max", "MaxPool"),
     *("Min", "Mul", "Neg", "Not", "PRelu", "Pow", "QuantizeLinear", "Range", "Reciprocal"),
-    *("Relu", "Reshape", "Sigmoid", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh"),
+    *("Relu", "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Sqrt", "Squeeze", "Sub", "Tanh"),
     *("Transpose", "Unsqueeze", "Where"),
 )
 _REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceSumSquare")

@@ -19,8 +19,6 @@ from arcface_jax.errors import UserError, install
 from arcface_jax.evaluation import model_input
 from arcface_jax.evaluation.model_input import Layout, ModelInput
 
-MODEL_INPUT = "model_input"
-"""Metadata key of the JSON of a `ModelInput`."""
 _INSTALL = install("onnx")
 _NUMBERS = {
     "tensor(float)": np.float32,
@@ -48,8 +46,8 @@ class OnnxModel:
         self._fixed = isinstance(first, int) and first > 0
         self._batch_size: int = first if self._fixed else batch_size
         metadata = self._session.get_modelmeta().custom_metadata_map
-        if MODEL_INPUT in metadata:
-            self.input = self._described(metadata[MODEL_INPUT], options)
+        if model_input.METADATA_KEY in metadata:
+            self.input = self._described(metadata[model_input.METADATA_KEY], options)
         else:
             self.input = self._explored(metadata, options)
 

@@ -1,5 +1,7 @@
 """Write a backbone as an ONNX file, checked with ONNX Runtime before it gets its name."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.verification import Verification
-from arcface_jax.runtime.files import atomic_files
+from arcface_jax.runtime.files import atomic_files, write_atomic
 from arcface_jax.training.network import Network
 
 # The largest relative difference that is taken for rounding; beyond it the export is refused.
@@ -75,6 +77,20 @@ def export(
         if precision == "int8" or error > _SAME_MODEL:
             onnx_graph.disown(path)
     return Exported(error, layers)
+
+
+def write_layers(layers: Sequence[LayerError], output: Path) -> Path:
+    """Writes the errors of int8 layers as JSON to OUTPUT.layers.json, and returns its path.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = output.with_name(f"{output.name}.layers.json")
+    try:
+        write_atomic(path, json.dumps([layer._asdict() for layer in layers], indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    return path
 
 
 def check(path: Path, model: Network, faces: np.ndarray, *, bound: float) -> float:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from arcface_jax.convert import parity, twins, weight_files, weights
+from arcface_jax.evaluation import model_input
 from arcface_jax.training.network import Network
 
 
@@ -23,5 +24,6 @@ def export(workdir: Path, output: Path) -> float:
     parity.require_finite(model)
     state = weights.to_state_dict(model.params, model.batch_stats)
     error = parity.check(model, state, network=model.network)
-    weight_files.write(output, state)
+    metadata = {"network": model.network, model_input.METADATA_KEY: model.input.to_json()}
+    weight_files.write(output, state, metadata=metadata)
     return error

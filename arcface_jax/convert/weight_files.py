@@ -1,7 +1,7 @@
 """State dicts in files: torch's `.pth` and `.pt`, and `.safetensors`, told apart by content."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,8 +135,13 @@ def read_torch(path: Path) -> object:
     return torch_files.read(path)
 
 
-def write(path: Path, state: StateDict) -> None:
+def write(path: Path, state: StateDict, *, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a state dict in the format that the suffix names; never half a file.
+
+    Args:
+      path: of the file.
+      state: the tensors.
+      metadata: of a safetensors file; a torch file has no place for it.
 
     Raises:
       UserError: the file cannot be written.
@@ -144,7 +149,8 @@ def write(path: Path, state: StateDict) -> None:
     try:
         with atomic_files(path) as part:
             if path.suffix == ".safetensors":
-                require("safetensors.torch").save_file(state, part, metadata={"format": "pt"})
+                known = {"format": "pt", **(metadata or {})}
+                require("safetensors.torch").save_file(state, part, metadata=known)
             else:
                 torch.save(state, part)
     except (OSError, RuntimeError) as reason:

@@ -17,6 +17,8 @@ from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import DataError
 from arcface_jax.models import preprocess
 
+METADATA_KEY = "model_input"
+"""Under which ONNX and safetensors files hold the JSON."""
 Layout = Literal["NCHW", "NHWC"]
 
 

@@ -1,5 +1,6 @@
 """Which color order and normalization a model wants, found by verifying with each."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # Mean and scale of (x - 127.5) / 127.5, of bytes, and of numbers from 0 to 1.
 _NORMALIZATIONS = ((127.5, 127.5), (0.0, 1.0), (0.0, 255.0))
+_CHANCE = 0.05
 _ORDERS: tuple[ColorOrder, ...] = ("RGB", "BGR")
 
 
@@ -29,6 +31,8 @@ class Tried(NamedTuple):
     """Of 95 %."""
     is_used: bool
     """Whether the model is run in this way."""
+    right: np.ndarray
+    """(n,) bool: which pairs the set's threshold decides rightly."""
 
     @property
     def form(self) -> str:
@@ -50,7 +54,8 @@ def run(model: "Model", sets: Iterable[PairSet]) -> list[Tried]:
                 result = verification.verify(_prepared(model, order, mean, scale), pairs)
                 used = (order, mean, scale) == (wants.color_order, wants.mean, wants.scale)
                 measured = (pairs.name, result.accuracy, result.interval)
-                tried.append(Tried(order, mean, scale, *measured, used))
+                right = (result.distance < result.threshold) == result.same
+                tried.append(Tried(order, mean, scale, *measured, used, right))
     return tried
 
 
@@ -62,6 +67,30 @@ def best(tried: list[Tried]) -> Tried:
         return float(np.mean([t.accuracy for t in tried if t.form == form])), forms[form].is_used
 
     return forms[max(forms, key=rank)]
+
+
+def is_certain(tried: list[Tried]) -> bool:
+    """Whether the best way beats each other one beyond chance, by a sign test on the same pairs.
+
+    Of the pairs that only one of two ways decides rightly, as many would be each one's by chance.
+    """
+    winner = best(tried).form
+    right = {
+        form: np.concatenate([one.right for one in tried if one.form == form])
+        for form in {one.form for one in tried}
+    }
+    won = right.pop(winner)
+    return all(
+        _by_chance(np.count_nonzero(won & ~other), np.count_nonzero(other & ~won)) < _CHANCE
+        for other in right.values()
+    )
+
+
+def _by_chance(wins: int, losses: int) -> float:
+    """The probability that fair coins give a majority as large, to either side."""
+    tosses = wins + losses
+    fewer = sum(math.comb(tosses, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * fewer / 2**tosses)
 
 
 def _normalizations(model: "Model") -> list[tuple[float, float]]:

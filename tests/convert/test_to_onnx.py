@@ -14,6 +14,8 @@ from arcface_jax.convert import onnx_graph, parity, to_onnx
 from arcface_jax.convert.onnx_graph import Form
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
+from arcface_jax.evaluation.calibration import Calibration
+from arcface_jax.inference.embedder import Embedder
 from arcface_jax.inference.open_model import ModelChoice, open_network
 from arcface_jax.training.network import Network
 
@@ -101,6 +103,11 @@ def test_files_of_lower_precision(embedder, faces, tmp_path):
     assert 0 < made.error < 0.15
     floats = [layer.layer for layer in made.layers if not layer.quantized]
     assert floats == [made.layers[0].layer, made.layers[-1].layer]
+    (written,) = [to_onnx.write_layers(made.layers, small)]
+    assert written.name == "small.onnx.layers.json"
+    assert [row["error"] for row in json.loads(written.read_text())] == [
+        layer.error for layer in made.layers
+    ]
     assert len(made.layers) == 14 and all(0 <= layer.error < 0.3 for layer in made.layers)
     whole, last = 4 * 5_500_000, embedder.params["fc.kernel"].nbytes  # bytes of float32 weights
     assert half.stat().st_size < 0.55 * whole
@@ -197,10 +204,28 @@ def test_versions_that_no_export_has():
 
 def test_a_calibration_follows_a_run_into_its_exact_exports(embedder, exported, faces, tmp_path):
     _, path = exported
-    assert onnx_embedder(path).input.digest == embedder.digest()
+    far = Calibration(
+        **dict.fromkeys(("far_target", "far", "far_low", "far_high"), 0.1),
+        **dict.fromkeys(("tar", "tar_low", "tar_high"), 0.9),
+        **dict.fromkeys(("same_pairs", "different_pairs"), 10),
+        **dict.fromkeys(("set_name", "set_digest", "date"), ""),
+        threshold_cosine=0.5,
+        threshold_squared_distance=1.0,
+        enough_pairs=False,
+        flip=False,
+        model=embedder.input.digest,
+    )
+    of_run, of_file = Embedder(embedder), Embedder(onnx_embedder(path))
+    pairs = [e.verify(faces[:4], faces[4:8], threshold=far) for e in (of_run, of_file)]
+    np.testing.assert_allclose(pairs[0].score, pairs[1].score, atol=1e-5)
+    half = tmp_path / "half.onnx"
+    error = to_onnx.export(embedder, half, precision="float16").error
+    assert (onnx_embedder(half).input.digest == embedder.digest()) == (error <= 1e-3)
     small = tmp_path / "int8.onnx"
     to_onnx.export(embedder, small, precision="int8", calibration=faces)
     assert onnx_embedder(small).input.digest == onnx_embedder(small).digest() != embedder.digest()
+    with pytest.raises(UserError, match="calibration is of another model"):
+        Embedder(onnx_embedder(small)).verify(faces[:1], faces[1:2], threshold=far)
 
 
 def test_other_peoples_files_get_a_free_batch(embedder, exported, faces, tmp_path, capsys):
