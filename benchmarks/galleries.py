@@ -15,7 +15,7 @@ _PART = 50_000
 
 
 class Row(NamedTuple):
-    """One form and number of queries; of several repeats the best, which other programs least spoil."""
+    """One form and number of queries; the best of several repeats, for other programs run too."""
 
     form: gallery.Form
     queries: int

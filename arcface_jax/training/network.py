@@ -1,7 +1,7 @@
 """A trained network as a function from images to embeddings, on the devices of this machine."""
 
 import hashlib
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +48,7 @@ class Network:
         devices: int | Literal["own"] | None = None,
     ):
         self.network = network
+        self._input: ModelInput | None = None
         device_mesh = self._mesh = meshes.make(devices)
         self.params, self.batch_stats = jax.device_put(
             (params, batch_stats), meshes.replicated(device_mesh)
@@ -96,10 +97,13 @@ class Network:
         """The batch size of the program that runs `count` images."""
         return min((size for size in self._runs if size >= count), default=max(self._runs))
 
-    @cached_property
+    @property
     def input(self) -> ModelInput:
-        """RGB, (x - 127.5) / 127.5, as every network of the registry."""
-        return ModelInput(embedding_size=self.embedding_size, digest=self.digest())
+        """RGB, (x - 127.5) / 127.5, as every network of the registry; hashes the weights once."""
+        if self._input is None:
+            size = self.embedding_size
+            self._input = ModelInput(embedding_size=size, digest=self.digest())
+        return self._input
 
     def digest(self) -> str:
         """As `weights_digest`: the same for a run and its `.pth` export."""
