@@ -336,24 +336,26 @@ def _write(folder: Path, parts: Iterator[np.ndarray], names: Sequence[str], form
             shape = (len(names), part.shape[1])
             rows = _new(folder / _ROWS, shape, np.float32)
             scaled = _new(folder / _INT8, shape, np.int8) if form == "int8" else None
-        if end > len(names) or part.shape[1] != rows.shape[1]:
-            raise _unequal(end, names)
+        if part.shape[1] != rows.shape[1]:
+            raise DataError(
+                f"embeddings have {rows.shape[1]} and {part.shape[1]} numbers: use those of one "
+                "model"
+            )
+        if end > len(names):
+            raise _unequal(f"at least {end:,}", names)
         rows[done:end] = part
         if scaled is not None:
             scaled[done:end], scales[done:end], residuals[done:end] = _quantized(part)
         done = end
     if done != len(names):
-        raise _unequal(done, names)
+        raise _unequal(f"{done:,}", names)
     if form == "int8":
         np.save(folder / _SCALES, scales)
         np.save(folder / _RESIDUALS, residuals)
 
 
-def _unequal(found: int, names: Sequence[str]) -> DataError:
-    return DataError(
-        f"{found:,} or more embeddings, of one length or several, for {len(names):,} names: give "
-        "each name an embedding, all of one length"
-    )
+def _unequal(found: str, names: Sequence[str]) -> DataError:
+    return DataError(f"{found} embeddings for {len(names):,} names: give each name one embedding")
 
 
 def _new(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:

@@ -99,11 +99,11 @@ def test_what_cannot_be_built_or_searched(tmp_path: Path):
     bad = rows.copy()
     bad[3] = 0
     for embeddings, names, words in (
-        (rows, ["a"], r"9 or more embeddings .* for 1 names"),
-        (rows, ["a"] * 10, r"9 or more embeddings .* for 10 names"),
+        (rows, ["a"], "at least 9 embeddings for 1 names"),
+        (rows, ["a"] * 10, "9 embeddings for 10 names"),
         (rows, [], "at least one face"),
         (bad, ["a"] * 9, "zero or not finite"),
-        (iter([rows[:4], rows[4:, :5]]), ["a"] * 9, "all of one length"),
+        (iter([rows[:4], rows[4:, :5]]), ["a"] * 9, "24 and 5 numbers"),
     ):
         with pytest.raises(DataError, match=words):
             gallery.build(tmp_path / "g", embeddings, names, model="m")

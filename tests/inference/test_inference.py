@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import script
 
+from arcface_jax import cli
 from arcface_jax.convert import parity, torch_iresnet, weights
 from arcface_jax.data.synthetic import faces
 from arcface_jax.evaluation import verification
@@ -108,6 +109,52 @@ def test_calibrated_then_verified(run, twin, flip):
     assert verdict["cosine"] == pytest.approx(cosine, abs=1e-5)
     assert verdict["same"] == (cosine >= found["threshold_cosine"])
     assert verdict["threshold"] == found["threshold_cosine"]
+
+
+def test_a_gallery_of_a_folder_is_searched_with_a_detector(run, twin, folder, capsys, monkeypatch):
+    """The photograph shows face 1 off its middle; the detector gives its points."""
+    run("inference", "--img", "faces", "--output", "shards", "--normalized")
+    assert cli.main(["gallery", "build", "shards", "--output", "gallery", "--form", "int8"]) == 0
+    photo = np.zeros((130, 140, 3), np.uint8)
+    photo[10:122, 20:132] = FACES[1]
+    cv2.imwrite("photo.png", photo[..., ::-1])
+    (folder / "own_points.py").write_text(
+        "from arcface_jax.data.faces import TEMPLATE\n"
+        "def find(image):\n    return TEMPLATE[None] + [20, 10]\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    words = ["--weight", "b.pth", "--img", "photo.png", "--detector", "own_points:find", "--k", "2"]
+    assert cli.main(["gallery", "search", "gallery", *words]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    raw = twin(FACES).astype(np.float64)
+    cosines = raw @ raw[1] / np.linalg.norm(raw, axis=1) / np.linalg.norm(raw[1])
+    order = np.argsort(-cosines)[:2]
+    assert result["names"] == [f"{i}.png" for i in order]
+    np.testing.assert_allclose(result["cosines"], cosines[order], atol=1e-4)
+
+
+def test_a_pair_between_two_thresholds_is_to_be_checked(run, folder):
+    run(
+        "calibrate",
+        "--pairs",
+        "pairs.bin",
+        "--far",
+        "0.1",
+        "--far-check",
+        "0.5",
+        "--output",
+        "d.json",
+    )
+    stored = json.loads(Path("d.json").read_text())
+    assert stored["threshold_check"] < stored["threshold_cosine"]
+    Path("d.json").write_text(
+        json.dumps({**stored, "threshold_cosine": 1.5, "threshold_check": 0.9})
+    )
+    same = run("inference", "--verify", "faces/0.png", "faces/0.png", "--calibration", "d.json")
+    assert (same["verdict"], same["same"], same["threshold_check"]) == ("check", False, 0.9)
+    assert (
+        "to be checked by a person: cosine 1.0000, threshold 1.5000, to check from" in same["out"]
+    )
 
 
 def test_verdicts_by_a_number_and_without(run):
