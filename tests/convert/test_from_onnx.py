@@ -35,6 +35,9 @@ REST = ("r18", "r34", "r50", "r100", "r200", "mbf_large", "mobilefacenet_y1", "v
 REST += ("vit_l_dp005_mask_005", "adaface_ir18", "adaface_ir50", "adaface_ir101")
 
 
+R_TINY = ["--model.network", "r_tiny", "--model.embedding-size", "512", "--devices", "1"]
+
+
 def export(network: str, folder: Path, exporter: str) -> Path:
     """A file of torch's own exporter, of weights whose statistics have seen faces."""
     path = folder / f"{network}_{exporter}.onnx"
@@ -317,7 +320,7 @@ def test_the_command_makes_a_workdir_and_training_starts_from_file_and_workdir(
     losses = []
     for number, source in enumerate((folded, workdir)):
         run = tmp_path / f"run{number}"
-        options = ["--init-from", str(source), "--model.embedding-size", "512", "--devices", "1"]
+        options = ["--init-from", str(source), *R_TINY]
         assert script("train").main([str(tiny_recipe), "--workdir", str(run), *options]) == 0
         assert "folded in init_from" in capsys.readouterr().err
         losses.append(_losses(run))
@@ -328,7 +331,7 @@ def test_the_command_makes_a_workdir_and_training_starts_from_file_and_workdir(
 def test_twenty_steps_follow_those_from_the_exported_weights(folder, tmp_path, tiny_recipe):
     """A run is trained, exported as .pth and as folded ONNX, and continued from both."""
     train = script("train").main
-    options = ["--devices", "1", "--optimizer.learning-rate", "0.02"]
+    options = [*R_TINY, "--optimizer.learning-rate", "0.02"]
     assert train([str(tiny_recipe), "--workdir", f"{tmp_path}/first", *options]) == 0
     to_torch.export(tmp_path / "first", tmp_path / "backbone.pth")
     model = Network.from_workdir(tmp_path / "first", batch_size=16, devices=1)
