@@ -31,12 +31,14 @@ class ImageError(DataError):
     Args:
       where: the file, and the place in it.
       problem: what is wrong, and the fix.
+      kind: a word or two by which such errors are counted.
     """
 
-    def __init__(self, where: str, problem: str):
-        super().__init__(where, problem)  # both, or it could not be unpickled
+    def __init__(self, where: str, problem: str, kind: str = "damaged"):
+        super().__init__(where, problem, kind)  # all, or it could not be unpickled
         self.where = where
         self.problem = problem
+        self.kind = kind
 
     def __str__(self) -> str:
         return f"{self.where}: {self.problem}"

@@ -43,6 +43,7 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "adaface_ir101": _IRESNET,
         "mbf": _MOBILEFACENET,
         "mbf_large": _MOBILEFACENET,
+        "mobilefacenet_y1": _MOBILEFACENET,
         "vit_t": _VIT,
         "vit_t_dp005_mask0": _VIT,
         "vit_s": _VIT,

@@ -18,7 +18,7 @@ from arcface_jax.data import opening, order, pipeline
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.data.pipeline import BadImage, BadImages
-from arcface_jax.data.source import Source
+from arcface_jax.data.source import Source, account
 from arcface_jax.errors import ConfigError, UserError, install
 from arcface_jax.evaluation import verification
 from arcface_jax.runtime import devices as meshes
@@ -33,6 +33,7 @@ from arcface_jax.training import (
     evaluators,
     extension,
     finetune,
+    folded_statistics,
     manifest,
     messages,
     optim,
@@ -93,6 +94,9 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         images = order.make(len(source), config.data, seed=config.seed)
         dataset = checkpoint.describe(source, config.data)
         weights = _initial_weights(config, init)
+        notes: list[str] = []
+        if weights:
+            weights, notes = folded_statistics.complete(weights, config, source)
         launch.raise_if_stopped_at_start()
 
         # ---- State: fresh, from other weights, or the newest checkpoint --------------------------
@@ -167,7 +171,8 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         terminal = Terminal(total_steps=steps.total, start=steps.start)
         headline = messages.headline(config, dataset, mesh, start=steps.start, total=steps.total)
         summary = manifest.write_summary(config, state, mesh, first_lines=headline)
-        terminal.print_all(headline, summary, *extended)
+        found = () if source.generated else (account(source), *source.notes)
+        terminal.print_all(headline, *found, summary, *notes, *extended)
         if extended:
             log.write(steps.start, {"schedule/total_steps": float(steps.total)})
         before = _log_start(
@@ -312,12 +317,13 @@ def _initial_weights(config: Config, init: finetune.Weights | None) -> finetune.
 
 
 def _read_weights(path: Path, network: str) -> finetune.Weights:
-    """Read PyTorch weights; nothing else in training needs PyTorch."""
+    """Read the weights of a file; nothing else in training needs PyTorch, or ONNX."""
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError(f"init_from {path}: PyTorch weights need PyTorch: {install('torch')}")
-    from arcface_jax.convert import weights
+        raise ConfigError(f"init_from {path}: reading it needs PyTorch: {install('torch')}")
+    from arcface_jax.convert import file_kinds, from_onnx, weights
 
-    found = weights.load(path, network)
+    load = from_onnx.load if file_kinds.is_onnx(path) else weights.load
+    found = load(path, network)
     for note in found.notes:
         print(f"{path}: {note}", file=sys.stderr)
     return found.params, found.batch_stats

@@ -12,6 +12,7 @@ from arcface_jax import config as configs
 from arcface_jax import testing
 from arcface_jax.config import Config, HeadConfig, ModelConfig, OptimizerConfig
 from arcface_jax.convert import to_onnx, to_torch
+from arcface_jax.convert.onnx_graph import Form
 from arcface_jax.data.synthetic.faces import draw_face
 from arcface_jax.errors import UserError
 from arcface_jax.train import train
@@ -165,7 +166,8 @@ def test_onnx_by_way_of_jax2onnx_gives_jaxs_embeddings(
 
     network = Network.from_workdir(config.workdir, batch_size=8)
     path = tmp_path / "model.onnx"
-    assert to_onnx.export(network, path, normalization=normalization) < 1e-4
+    form = Form(normalization=normalization)
+    assert to_onnx.export(network, path, form=form).error < 1e-4
     session = onnxruntime.InferenceSession(path)
     (given,), (out,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.shape) == ("input", ["batch", 3, 112, 112])

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from commands import HANG, ROOT, result, run_process, script, wait_until
+from small_network import NAME
 
-from arcface_jax.convert import parity, torch_iresnet
+from arcface_jax.convert import parity, twins
 from arcface_jax.data import opening
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.synthetic import faces
@@ -134,7 +135,7 @@ def test_another_number_of_devices_may_resume(finished, recipe, tmp_path):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--model.network", "r18"], ["model.network", "'r_tiny'", "'r18'"]),
+        (["--model.network", "r18"], ["model.network", f"'{NAME}'", "'r18'"]),
         (["--head.margin", "0.3", "--seed", "5"], ["head.margin", "0.2", "0.3", "seed"]),
         (["--data.synthetic.identities", "6"], ["data.synthetic.identities", "5", "6"]),
     ],
@@ -362,7 +363,7 @@ def test_models_of_all_kinds_are_evaluated_side_by_side(finished, capsys, tmp_pa
     options = {
         "--checkpoint": [workdir, workdir],
         "--weight": [workdir / "backbone.pth"],
-        "--network": ["r_tiny"],
+        "--network": [NAME],
         "--onnx": [onnx],
         "--report": [tmp_path / "page"],
         "--targets": ["synthetic", tmp_path / "mine.csv"],
@@ -388,11 +389,11 @@ def test_inference_prints_the_embedding_of_the_torch_network(finished, capsys, t
     weight = finished[0] / "backbone.pth"
     face = faces.draw_face(seed=9, identity=0, index=0)
     cv2.imwrite(str(tmp_path / "face.png"), face[:, :, ::-1])
-    options = ["--weight", str(weight), "--network", "r_tiny"]
+    options = ["--weight", str(weight), "--network", NAME]
     script("inference").main([*options, "--img", str(tmp_path / "face.png")])
     printed = capsys.readouterr().out
     outcome = result(printed)
-    module = torch_iresnet.build("r_tiny", embedding_size=32)
+    module = twins.build(NAME, embedding_size=32)
     module.load_state_dict(torch.load(weight, weights_only=True), strict=True)
     expected = parity.torch_embeddings(module, face[None])[0]
     numbers = printed.split("RESULT")[0].replace("[", " ").replace("]", " ").split()

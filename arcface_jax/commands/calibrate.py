@@ -57,7 +57,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
         far=arguments.far,
         far_check=arguments.far_check,
         flip=arguments.flip,
-        model=model.digest(),
+        model=model.input.digest,
     )
     calibration.write(found, arguments.output)
     print(calibration.in_words(found))

@@ -6,11 +6,12 @@ arcface-jax data COMMAND --help
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from arcface_jax.commands import Result, command, console
 from arcface_jax.config import AugmentConfig, DataConfig, command_line
@@ -26,6 +27,21 @@ Photographs = Annotated[Positional[Path], tyro.conf.arg(metavar="PATH")]
 Output = Annotated[Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
 Values = dict[str, Any]
 """Of the RESULT line, `files` among them."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a training set's form does not tell."""
+
+    columns: str = ""
+    """Lists and Parquet: path=COLUMN,label=COLUMN, names or numbers from 1; by default found."""
+    label_index: int = 0
+    """Records with several labels: which of them is the identity, from 0."""
+    identity_level: int = 0
+    """Image folders: how many folders down the identities are, from 1; 0 finds out."""
+
+
+How = OmitArgPrefixes[Reading]
 
 
 @command
@@ -52,6 +68,7 @@ def inspect(
     most: int = 0,
     seed: int = 0,
     threads: int = 0,
+    reading: How = Reading(),
 ) -> Values:
     """Looks at every image: counts, sizes, copies, damage, and a sheet of samples.
 
@@ -61,14 +78,18 @@ def inspect(
       most: Look at only this many images, chosen at random; 0 for all.
       seed: Of the choice and of the samples.
       threads: 0 for one per processor.
+      reading: What the set's form does not tell.
     """
+    from arcface_jax.data.source import account
     from arcface_jax.data.tools import inspection
 
-    source = _open(path)
+    source = _open(path, reading, quiet=True)
     report = inspection.inspect(source, most=most, seed=seed, threads=threads)
+    print(account(source, unreadable=report.unreadable_kinds), *source.notes, sep="\n")
     print(*inspection.in_words(report), sep="\n")
     files = inspection.write(report, source, output, seed=seed)
-    return {**report.summary(), "files": files}
+    by_kind = {"unreadable_by_kind": dict(report.unreadable_kinds)}
+    return {**report.summary(), **_ignored(source), **by_kind, "files": files}
 
 
 def pack(
@@ -78,6 +99,7 @@ def pack(
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
+    reading: How = Reading(),
 ) -> Values:
     """Writes a training set as train.rec for insightface, or as a folder for each identity.
 
@@ -88,13 +110,15 @@ def pack(
       renumber: Number the identities that have images from 0, without gaps.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
+      reading: What the set's form does not tell.
     """
     from arcface_jax.data.tools import packing, splitting
 
-    source = _open(path)
+    source = _open(path, reading)
     selection = packing.select(source, renumber=renumber)
     write = packing.pack if format == "recordio" else splitting.write_folder
-    return _packed(write(source, selection, output, bad=bad, threads=threads), output)
+    done = write(source, selection, output, bad=bad, threads=threads)
+    return _packed(done, output) | _ignored(source)
 
 
 def to_tfds(
@@ -105,6 +129,7 @@ def to_tfds(
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
+    reading: How = Reading(),
 ) -> Values:
     """Writes a training set as ArrayRecord files; tfds.data_source(NAME, data_dir=OUTPUT) opens it.
 
@@ -116,16 +141,24 @@ def to_tfds(
       renumber: Number the identities that have images from 0, without gaps.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
+      reading: What the set's form does not tell.
     """
     from arcface_jax.data.tools import packing, tfds_writing
 
-    source = _open(path)
+    source = _open(path, reading)
     selection = packing.select(source, renumber=renumber)
     options = {"name": name, "shard_images": shard_images, "bad": bad, "threads": threads}
-    return _packed(tfds_writing.write(source, selection, output, **options), output / name)
+    done = tfds_writing.write(source, selection, output, **options)
+    return _packed(done, output / name) | _ignored(source)
 
 
-def merge(output: Output, paths: tuple[str, ...], bad: Bad = "stop", threads: int = 0) -> Values:
+def merge(
+    output: Output,
+    paths: tuple[str, ...],
+    bad: Bad = "stop",
+    threads: int = 0,
+    reading: How = Reading(),
+) -> Values:
     """Writes several training sets as one record file; no two share an identity.
 
     Args:
@@ -133,15 +166,16 @@ def merge(output: Output, paths: tuple[str, ...], bad: Bad = "stop", threads: in
       paths: The training sets, two or more.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
+      reading: What the set's form does not tell.
     """
     if len(paths) < 2:
         raise UserError(f"merge needs at least two training sets in --paths, got {paths}")
     from arcface_jax.data import opening
     from arcface_jax.data.tools import packing
 
-    source = opening.JoinedSource([_open(path) for path in paths])
+    source = opening.JoinedSource([_open(path, reading) for path in paths])
     done = packing.pack(source, packing.select(source), output, bad=bad, threads=threads)
-    return _packed(done, output)
+    return _packed(done, output) | _ignored(source)
 
 
 def split(
@@ -152,6 +186,7 @@ def split(
     seed: int = 0,
     bad: Bad = "stop",
     threads: int = 0,
+    reading: How = Reading(),
 ) -> Values:
     """Divides the identities into record files to train and to evaluate on, numbered from 0.
 
@@ -163,12 +198,13 @@ def split(
       seed: Of the choice.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
+      reading: What the set's form does not tell.
     """
     from arcface_jax.data.tools import packing, splitting
 
-    source = _open(path)
+    source = _open(path, reading)
     sides = splitting.divide(source.labels(), fraction=fraction, seed=seed, min_images=min_images)
-    result: Values = {"files": []}
+    result: Values = {"files": [], **_ignored(source)}
     for name, identities in zip(("train", "eval"), sides, strict=True):
         selection = packing.select(source, identities=identities)
         packed = packing.pack(source, selection, output / name, bad=bad, threads=threads)
@@ -184,6 +220,7 @@ def pairs(
     pairs: int = 0,
     disjoint: bool = False,
     seed: int = 0,
+    reading: How = Reading(),
 ) -> Values:
     """Writes a verification set (.bin) that insightface reads.
 
@@ -195,6 +232,7 @@ def pairs(
         default 6,000 of a training set, and a list as it is, in its order.
       disjoint: Keep each identity within one fold; of a training set.
       seed: Of the choice.
+      reading: What the set's form does not tell.
     """
     import numpy as np
 
@@ -215,7 +253,7 @@ def pairs(
         same = np.array([pair.same for pair in listed])
         images = len({file for pair in listed for file in (pair.left, pair.right)})
     else:
-        source = _open(path)
+        source = _open(path, reading)
         options = {"pairs": pairs or 6000, "seed": seed, "disjoint": disjoint}
         chosen, same = pair_sets.draw(source.labels(), **options)
         pair_sets.from_source(source, chosen, same, output)
@@ -262,8 +300,21 @@ def align(
     done = aligning.align_folder(
         path, output, find, choose=choose, min_eyes=min_eyes, quality=quality, threads=threads
     )
-    print(f"{done.written:,} faces in {output}, {len(done.rejected):,} rejected: {done.report}")
-    return {"written": done.written, "rejected": len(done.rejected), "files": [done.report]}
+    ignored, rejected = sum(done.ignored.values()), len(done.rejected)
+    kinds = "".join(f", {kind} {count:,}" for kind, count in done.ignored.items())
+    print(
+        f"{done.written + rejected + ignored:,} files: {done.written:,} images used of "
+        f"{done.identities:,} identities, {ignored:,} ignored{kinds and f' ({kinds[2:]})'}"
+    )
+    print(f"{done.written:,} faces in {output}, {rejected:,} rejected: {done.report}")
+    return {
+        "written": done.written,
+        "rejected": rejected,
+        "identities": done.identities,
+        "ignored": ignored,
+        "ignored_by_kind": done.ignored,
+        "files": [done.report],
+    }
 
 
 def bench(
@@ -274,6 +325,7 @@ def bench(
     augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
     rounds: int = 5,
     seconds: float = 2.0,
+    reading: How = Reading(),
 ) -> Values:
     """Measures images per second, stage by stage, beside two bare decode loops.
 
@@ -286,6 +338,7 @@ def bench(
       augment: As --data.augment.sets.
       rounds: Of all stages, of which medians are given.
       seconds: For each stage in a round.
+      reading: What the set's form does not tell.
     """
     from arcface_jax.machine import input, timing
     from arcface_jax.runtime import tables
@@ -295,6 +348,7 @@ def bench(
         threads=threads,
         global_batch_size=batch_size,
         augment=AugmentConfig(sets=augment),
+        **asdict(reading),
     )
     rates = input.measure(data, workers=workers, rounds=rounds, seconds=seconds)
     heads = ["workers", "threads", "images/s", "of bare decode"]
@@ -309,10 +363,20 @@ def bench(
     return {"rates": [rate._asdict() for rate in rates], "bottleneck": bottleneck, "files": []}
 
 
-def _open(path: str) -> "Source":
+def _open(path: str, reading: Reading, *, quiet: bool = False) -> "Source":
+    """Opens a training set, and prints what became of all that it holds."""
     from arcface_jax.data import opening
+    from arcface_jax.data.source import account
 
-    return opening.open_source(DataConfig(path=path), seed=0)
+    source = opening.open_source(DataConfig(path=path, **asdict(reading)), seed=0)
+    if not quiet:
+        print(account(source), *source.notes, sep="\n")
+    return source
+
+
+def _ignored(source: "Source") -> Values:
+    counts = dict(source.ignored)
+    return {"ignored": sum(counts.values()), "ignored_by_kind": counts}
 
 
 def _packed(done: "Packed", folder: Path) -> Values:

@@ -3,6 +3,7 @@
 arcface-jax evaluate --workdir WORKDIR [WORKDIR ...] [--targets a.bin pairs.txt:FOLDER]
 arcface-jax evaluate --weight backbone.pth --network r50 --targets a.bin b.bin
 arcface-jax evaluate --workdir WORKDIR --onnx model.onnx --targets a.bin --report FOLDER
+arcface-jax evaluate --onnx other.onnx --targets a.bin --check-input
 """
 
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from arcface_jax.config import Config, command_line
 from arcface_jax.inference.open_model import ModelChoices, open_models
 
 if TYPE_CHECKING:
+    from arcface_jax.data.pairs.bins import PairSet
+    from arcface_jax.evaluation.embed import Model
     from arcface_jax.evaluation.report.document import Evaluated
 
 
@@ -33,13 +36,13 @@ class Arguments:
     """Images per forward pass, over all devices."""
     report: Path | None = None
     """Folder for a page of tables, plots and the hardest pairs (index.html)."""
+    check_input: bool = False
+    """Verify with both color orders, ONNX files with three normalizations, and name the best."""
 
 
-def evaluate(arguments: Arguments) -> "list[Evaluated]":
-    """Every network on every set."""
+def _open(arguments: Arguments) -> "tuple[dict[str, Model], list[PairSet]]":
+    """The networks and the sets."""
     from arcface_jax.data.pairs.opening import open_for_runs
-    from arcface_jax.evaluation import verification
-    from arcface_jax.evaluation.report.document import Evaluated
     from arcface_jax.training import checkpoint
 
     models = open_models(arguments.models, batch_size=arguments.batch_size)
@@ -49,6 +52,15 @@ def evaluate(arguments: Arguments) -> "list[Evaluated]":
         raise errors.UserError(
             "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
         )
+    return models, sets
+
+
+def evaluate(arguments: Arguments) -> "list[Evaluated]":
+    """Every network on every set."""
+    from arcface_jax.evaluation import verification
+    from arcface_jax.evaluation.report.document import Evaluated
+
+    models, sets = _open(arguments)
     return [
         Evaluated(name, one, verification.verify(model, one, model=name if len(models) > 1 else ""))
         for one in sets
@@ -62,6 +74,8 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
     arguments = command_line.parse(
         Arguments, words, prog=prog, description=__doc__ or "", options_only=True
     )
+    if arguments.check_input:
+        return _check_input(arguments)
     from arcface_jax.evaluation.report import document, tables
 
     evaluated = evaluate(arguments)
@@ -70,3 +84,34 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
     console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
     metrics = {name: value for result in results for name, value in result.metrics().items()}
     return Result(metrics, [page] if page else [])
+
+
+def _check_input(arguments: Arguments) -> Result:
+    """Prints the accuracy of each way to prepare the input, and which one a model wants."""
+    from rich.table import Table
+
+    from arcface_jax.inference import input_check
+
+    models, sets = _open(arguments)
+    values: dict[str, object] = {}
+    for name, model in models.items():
+        tried = input_check.run(model, sets)
+        best = input_check.best(tried)
+        table = Table("set", "input", "accuracy (95 %)", title=name)
+        for one in tried:
+            low, high = one.interval
+            marks = " (used)" * one.is_used
+            table.add_row(
+                one.set_name, one.form + marks, f"{one.accuracy:.4f} ({low:.4f}-{high:.4f})"
+            )
+            values[f"check_input/{name}/{one.set_name}/{one.form}"] = one.accuracy
+        values[f"check_input/{name}/wants"] = best.form
+        console().print(table)
+        fix = (
+            f"--color-order {best.color_order} --mean {best.mean:g} --scale {best.scale:g}"
+            if hasattr(model, "taking")
+            else "convert its weights again with --color-order BGR"
+        )
+        verdict = "as it is run" if best.is_used else f"not as it is run: {fix}"
+        console().print(f"{name} wants {best.form}, {verdict}")
+    return Result(values)

@@ -3,6 +3,7 @@
 arcface-jax export torch --workdir WORKDIR --output backbone.pth
 arcface-jax export onnx --workdir WORKDIR --output model.onnx
 arcface-jax export onnx --weight backbone.pth --network r50 --output model.onnx
+arcface-jax export other.onnx --dynamic-batch --output free.onnx
 arcface-jax export stablehlo --workdir WORKDIR --output model.stablehlo
 arcface-jax export safetensors --workdir WORKDIR --output backbone.safetensors
 arcface-jax export hub --workdir WORKDIR --output FOLDER
@@ -11,7 +12,7 @@ arcface-jax export hub --workdir WORKDIR --output FOLDER
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 from tyro.conf import OmitArgPrefixes
@@ -19,8 +20,13 @@ from tyro.conf import OmitArgPrefixes
 from arcface_jax import errors
 from arcface_jax.commands import Result, command, console, dispatch
 from arcface_jax.config import command_line
-from arcface_jax.config.choices import Normalization, Precision
+from arcface_jax.config.choices import GraphInput, Normalization, Precision
 from arcface_jax.inference.open_model import ModelChoice, open_network
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from arcface_jax.convert.onnx_layer_errors import LayerError
 
 T = TypeVar("T")
 
@@ -36,7 +42,11 @@ _SAFETENSORS = """Write the backbone of a training run as safetensors, with insi
 _ONNX = """Write a backbone as an ONNX file, checked with ONNX Runtime.
 
     {prog} --workdir WORKDIR --output model.onnx
-    {prog} --weight backbone.pth --network r50 --output model.onnx
+    {prog} --weight backbone.pth --output model.onnx --opset 13 --input uint8-nhwc
+
+Or give the ONNX file of others a free batch axis:
+
+    {prog} --onnx other.onnx --dynamic-batch --output free.onnx
 """
 _STABLEHLO = """Write a backbone as StableHLO: a program with its weights, for JAX and XLA.
 
@@ -71,8 +81,16 @@ class Onnx:
     model: OmitArgPrefixes[ModelChoice]
     output: Path
     """The .onnx file to write; weights of more than 1.9 GB go to OUTPUT.data beside it."""
-    normalization: Normalization = "outside"
-    """outside: the graph takes (x - 127.5) / 127.5; inside: it takes 0 .. 255."""
+    normalization: Normalization | None = None
+    """outside, the default: the graph takes (x - 127.5) / 127.5; inside: it takes 0 .. 255."""
+    input: GraphInput = "float"
+    """float: (batch, 3, 112, 112); uint8-nhwc: decoded images, (batch, 112, 112, 3) uint8 RGB."""
+    opset: int | None = None
+    """Version of the operators, from 13; by default 18 (23 of networks without a torch twin)."""
+    ir_version: int = 8
+    """Version of the file format; 8 loads in ONNX Runtime from 1.10 on and in OpenCV."""
+    dynamic_batch: bool = False
+    """With --onnx: write the same model with a free batch axis."""
     precision: Precision = "float32"
     """float16, or int8 with --calibration."""
     calibration: str | None = None
@@ -122,6 +140,8 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax export") -> int:
         "safetensors": safetensors,
         "hub": hub,
     }
+    if words and words[0].endswith(".onnx"):
+        words = ["onnx", "--onnx", *words]
     if words and words[0].partition("=")[0] == "--format":
         words = " ".join(words[:1]).replace("=", " ").split()[1:] + list(words[1:])
     return dispatch(formats, words, prog=prog, description=__doc__ or "")
@@ -160,20 +180,28 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax export onnx") -> Resu
     arguments = _parse(Onnx, words, prog, _ONNX)
     for package in ("torch", "onnx"):
         errors.require(package, "onnx")
+    if arguments.dynamic_batch:
+        return _free_batch(arguments)
     from arcface_jax.convert import to_onnx
+    from arcface_jax.convert.onnx_graph import Form
 
     calibration = arguments.calibration
     images = to_onnx.calibration_images(calibration) if calibration else None
     model = open_network(arguments.model)
-    error = to_onnx.export(
-        model,
-        arguments.output,
+    form = Form(
+        input=arguments.input,
         normalization=arguments.normalization,
-        precision=arguments.precision,
-        calibration=images,
+        opset=arguments.opset,
+        ir_version=arguments.ir_version,
     )
-    print(f"{arguments.output}: embeddings differ from those of JAX by {error:.1e} (relative)")
-    values = {"parity": error}
+    made = to_onnx.export(
+        model, arguments.output, form=form, precision=arguments.precision, calibration=images
+    )
+    print(f"{arguments.output}: embeddings differ from JAX's by {made.error:.1e} (relative)")
+    values: dict[str, object] = {"parity": made.error}
+    if made.layers:
+        console().print(_layer_errors(made.layers))
+        values["layers"] = [layer._asdict() for layer in made.layers]
     if arguments.targets:
         from arcface_jax.evaluation.report import tables
 
@@ -181,6 +209,34 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax export onnx") -> Resu
         console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
         values |= {f"eval/{result.name}/accuracy": result.accuracy for result in results}
     return Result(values, [arguments.output])
+
+
+def _free_batch(arguments: Onnx) -> Result:
+    from arcface_jax.convert import onnx_batch
+
+    source = arguments.model.onnx
+    if source is None:
+        raise errors.UserError(
+            "--dynamic-batch is for an ONNX file (--onnx FILE.onnx): exports of runs and weights "
+            "have a free batch axis anyway"
+        )
+    error = onnx_batch.free(source, arguments.output, options=arguments.model.onnx_options)
+    print(
+        f"{arguments.output}: at batch 1, 3 and 64 embeddings differ by {error:.1e} (relative) "
+        f"from those of {source} at batch 1"
+    )
+    return Result({"parity": error}, [arguments.output])
+
+
+def _layer_errors(layers: "Sequence[LayerError]") -> "Table":
+    from rich.table import Table
+
+    table = Table("layer", "operator", "precision", title="relative error of each layer's output")
+    table.add_column("error", justify="right")
+    for layer in layers:
+        precision = "int8" if layer.quantized else "float32"
+        table.add_row(layer.layer, layer.operator, precision, f"{layer.error:.4f}")
+    return table
 
 
 @command

@@ -1,29 +1,34 @@
 """Import weights as a workdir, or convert arcface_torch's files of class centers.
 
 arcface-jax import backbone.pth --output WORKDIR
+arcface-jax import model.onnx --output WORKDIR
 arcface-jax import torch --weight backbone.pth --network r50 --output WORKDIR
 arcface-jax import centers read FOLDER --output centers.npy
 arcface-jax import centers write centers.npy --output FOLDER --ranks 8 --layout 2021
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import OmitArgPrefixes, Positional
 
 from arcface_jax import config, errors
 from arcface_jax.commands import Result, command, dispatch
 from arcface_jax.config import command_line
-from arcface_jax.config.choices import CenterLayout
+from arcface_jax.config.choices import CenterLayout, OnnxOptions
 from arcface_jax.convert import file_kinds
 
 _TORCH = """Make a workdir of a released backbone, to evaluate, export or fine-tune.
 
     {prog} --weight backbone.pth --output WORKDIR
     {prog} --weight checkpoint.pt --key state_dict_ema --prefix module. --output WORKDIR
+"""
+_ONNX = """Make a workdir of an ONNX file, to evaluate, export or fine-tune.
+
+    {prog} --onnx model.onnx --output WORKDIR
 """
 _CENTERS = """Convert class centers between arcface_torch's files, one per GPU, and one array.
 
@@ -50,6 +55,19 @@ class Torch:
     """What the weights want; by default as their project has it. BGR is turned to RGB."""
     centers: Path | None = None
     """Class centers to keep with them: a folder of arcface_torch's head files, or a .npy."""
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """Options of `import onnx`."""
+
+    onnx: Path
+    """A file of a network that `arcface-jax models` lists, whoever exported it, in float32."""
+    output: Path
+    """The WORKDIR to make: a new or an empty folder."""
+    network: config.Network | None = None
+    """The network of the file; by default found by its layers."""
+    options: OmitArgPrefixes[OnnxOptions] = field(default_factory=OnnxOptions)
 
 
 @dataclass(frozen=True)
@@ -81,13 +99,13 @@ class Write:
 def main(words: Sequence[str], *, prog: str = "arcface-jax import") -> int:
     """Imports what the first word names: a kind, or a file, whose content tells its kind."""
     if words and words[0] not in _COMMANDS and Path(words[0]).exists():
-        words = [_kind_of(Path(words[0])), "--weight", *words]
+        words = [*_kind_of(Path(words[0])), *words]
     return dispatch(_COMMANDS, words, prog=prog, description=__doc__ or "")
 
 
-def _kind_of(path: Path) -> str:
-    """The command that imports a file."""
-    return "onnx" if file_kinds.is_onnx(path) else "torch"
+def _kind_of(path: Path) -> tuple[str, str]:
+    """The command that imports a file, and the option that names it."""
+    return ("onnx", "--onnx") if file_kinds.is_onnx(path) else ("torch", "--weight")
 
 
 @command
@@ -111,6 +129,26 @@ def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Re
         print(f"{arguments.weight}: {note}")
     print(f"{arguments.output}: embeddings equal those of torch to {made.error:.1e} (relative)")
     return Result({"parity": made.error, "network": made.network}, [arguments.output])
+
+
+@command
+def onnx(words: Sequence[str], *, prog: str = "arcface-jax import onnx") -> Result:
+    """Makes a workdir of an ONNX file."""
+    arguments = command_line.parse(
+        Onnx, words, prog=prog, description=_ONNX.format(prog=prog), options_only=True
+    )
+    for package in ("torch", "onnx"):
+        errors.require(package, "onnx")
+    from arcface_jax.convert import from_onnx
+
+    made = from_onnx.convert(
+        arguments.onnx, arguments.output, arguments.network, options=arguments.options
+    )
+    for note in made.notes:
+        print(f"{arguments.onnx}: {note}")
+    print(f"{arguments.output}: embeddings equal ONNX Runtime's to {made.error:.1e} (relative)")
+    values = {"parity": made.error, "network": made.network, "folded": made.folded}
+    return Result(values, [arguments.output])
 
 
 @command
@@ -138,4 +176,4 @@ def centers(words: Sequence[str], *, prog: str = "arcface-jax import centers") -
     return Result({"classes": classes, "embedding_size": size}, files)
 
 
-_COMMANDS = {"torch": torch, "centers": centers}
+_COMMANDS = {"torch": torch, "onnx": onnx, "centers": centers}

@@ -4,6 +4,7 @@ They live apart from the code that acts on them, so that a command line is parse
 answered, before JAX, OpenCV or PyTorch is imported.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 Which = int | Literal["latest", "best"]
@@ -18,8 +19,30 @@ FaceChoice = Literal["largest", "center", "score"]
 IjbProtocol = Literal["ijbb", "ijbc"]
 RankProtocol = Literal["retrieval", "groups", "all-to-all"]
 
+ColorOrder = Literal["RGB", "BGR"]
+"""Order of the channels that a network takes; images are RGB until then."""
+
+
+@dataclass(frozen=True)
+class OnnxOptions:
+    """What an ONNX file does not tell of itself; what is not given is found in the file."""
+
+    color_order: ColorOrder | None = None
+    """Channels that --onnx takes: RGB or BGR."""
+    mean: float | None = None
+    """--onnx takes (x - mean) / scale of 0 .. 255; 0 where it normalizes inside."""
+    scale: float | None = None
+    """See --mean; 1 where it normalizes inside."""
+    output_name: str | None = None
+    """The output of --onnx that is the embedding; by default the widest (N, D)."""
+
+
 Normalization = Literal["outside", "inside"]
 """Whether (x - 127.5) / 127.5 is done by the caller of an ONNX graph, or by the graph."""
+
+GraphInput = Literal["float", "uint8-nhwc"]
+"""What an exported ONNX graph takes: (batch, 3, 112, 112) float32, or images as they are decoded,
+(batch, 112, 112, 3) uint8 RGB, with all of the preprocessing in the graph."""
 
 Precision = Literal["float32", "float16", "int8"]
 """Of an ONNX file's weights and most of its arithmetic."""

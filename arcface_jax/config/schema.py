@@ -93,6 +93,15 @@ def _first_and_last(steps: tuple[int, int]) -> tuple[int, int]:
     return steps
 
 
+def _columns(value: str) -> str:
+    pairs = [part.partition("=") for part in value.split(",")] if value else []
+    names = [name.strip() for name, _, _ in pairs]
+    good = all(column.strip() for _, _, column in pairs)
+    if not good or not {"path", "label"} >= set(names) or len(set(names)) < len(names):
+        raise ValueError("must be path=COLUMN,label=COLUMN, or one of the two")
+    return value
+
+
 # Of head.margins: SphereFace uses factors up to 4, and two cosines are at most 2 apart.
 _LARGEST_FACTOR, _LARGEST_COSINES = 10.0, 2.0
 
@@ -161,6 +170,14 @@ class DataConfig:
     train.rec, a folder with one folder per identity, a file list,
     Parquet, TFDS, "synthetic" or "noise" (docs/data.md), or a source of
     your own, package.module:name[:ARGUMENT] (docs/extending.md)."""
+    columns: Annotated[str, AfterValidator(_columns)] = ""
+    """Lists and Parquet: path=COLUMN,label=COLUMN, each a name of the header
+    or a number from 1; what is not given is found by content."""
+    label_index: NonNegativeInt = 0
+    """Records with several labels: which of them is the identity, from 0."""
+    identity_level: NonNegativeInt = 0
+    """Image folders: how many folders down the identities are, from 1; 0
+    finds out, and asks where it is not clear."""
     order: Literal["shuffled", "shards"] = "shuffled"
     """Shuffle all images, or, for slow disks, read long runs of images and
     shuffle a few of these shards together."""
@@ -495,6 +512,9 @@ MAY_DIFFER_ON_RESUME = (
     "compilation_cache",
     "distributed.",
     "data.path",
+    "data.columns",
+    "data.label_index",
+    "data.identity_level",
     "data.changed",
     "data.max_bad_share",
     "data.workers",

@@ -1,23 +1,29 @@
 """A backbone as an ONNX graph, in the form that insightface's clients expect."""
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import warnings
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from arcface_jax.config.choices import Normalization
-from arcface_jax.convert import onnx_from_jax, twins, weights
+from arcface_jax.config.choices import GraphInput, Normalization
+from arcface_jax.convert import onnx_from_jax, onnx_opset, twins, weights
+from arcface_jax.convert.onnx_runner import MODEL_INPUT
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.errors import UserError
+from arcface_jax.evaluation import model_input
 from arcface_jax.models import preprocess
 from arcface_jax.training.network import Network
 
 OPSET = 18
+"""What torch's exporter is asked for; `onnx_opset` makes others of it."""
 INPUT, OUTPUT, BATCH = "input", "embedding", "batch"
 # insightface's clients take an input of 0 .. 255 where names among the first eight nodes begin
 # with Sub and Mul; otherwise they normalize. Other nodes have names that begin with neither.
@@ -38,36 +44,118 @@ class _FromPixels(torch.nn.Module):
         return self.network((pixels - preprocess.MEAN) * (1 / preprocess.SCALE))
 
 
-def write(path: Path, model: Network, *, normalization: Normalization) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What a float32 graph is to look like, for the runtimes and the code that will run it."""
+
+    input: GraphInput = "float"
+    normalization: Normalization | None = None
+    """Where it is done; by default outside, and inside of a graph that takes uint8."""
+    opset: int | None = None
+    """Version of the operators; by default that of the exporter: 18, of jax2onnx 23."""
+    ir_version: int = onnx_opset.IR_VERSIONS[1]
+    """Version of the file format."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether the graph normalizes."""
+        return self.input == "uint8-nhwc" or self.normalization == "inside"
+
+    def check(self) -> None:
+        """Refuse what does not go together, or does not exist.
+
+        Raises:
+          UserError: with the values that do.
+        """
+        onnx_opset.check(self.opset or OPSET, self.ir_version)
+        if self.input == "uint8-nhwc" and self.normalization == "outside":
+            raise UserError(
+                "--input uint8-nhwc normalizes in the graph: leave out --normalization outside"
+            )
+
+
+def write(path: Path, model: Network, form: Form) -> None:
     """Writes the graph of a network, float32, and beside it its weights where these are large.
 
     Args:
       path: the file to write.
       model: to export.
-      normalization: whether the graph takes [-1, 1] (outside, of it) or 0 .. 255 (inside).
+      form: of the graph.
 
     Raises:
       UserError: packages are missing, or a network without a torch twin has an operation that
-        jax2onnx cannot translate.
+        jax2onnx cannot translate, or an operator has no form at the opset.
     """
-    inside = normalization == "inside"
     if twins.find(model.network):
-        _write_twin(path, model, inside=inside)
+        _write_twin(path, model, inside=form.inside)
     else:
         names = (INPUT, OUTPUT, BATCH)
-        onnx_from_jax.write(path, model, inside=inside, names=names)
+        onnx_from_jax.write(path, model, inside=form.inside, names=names)
     gc.collect()  # what is checked next takes as much memory again
+    _reshape(path, form)
+    wants = model.input
+    if form.inside:
+        wants = dataclasses.replace(wants, mean=0.0, scale=1.0)
+    if form.input == "uint8-nhwc":
+        wants = dataclasses.replace(wants, layout="NHWC", dtype="uint8")
+    wants = dataclasses.replace(wants, output=OUTPUT)
     metadata = {
         "network": model.network,
         "embedding_size": str(model.embedding_size),
         "color_order": "RGB",
         # What is left to the caller: (x - mean) / scale.
-        "mean": str(preprocess.MEAN if normalization == "outside" else 0.0),
-        "scale": str(preprocess.SCALE if normalization == "outside" else 1.0),
-        "normalization": normalization,
+        "mean": str(wants.mean),
+        "scale": str(wants.scale),
+        "normalization": "inside" if form.inside else "outside",
         "precision": "float32",
+        MODEL_INPUT: wants.to_json(),
     }
     finish(path, metadata)
+
+
+def disown(path: Path) -> None:
+    """Takes the run's digest out of a file whose embeddings are not the run's.
+
+    A calibration of the run is refused for it then, and one of its own is made by its SHA-256.
+    """
+    onnx = require("onnx")
+    model = onnx.load(path, load_external_data=False)
+    for entry in model.metadata_props:
+        if entry.key == MODEL_INPUT:
+            wants = model_input.from_json(entry.value, source=str(path))
+            entry.value = dataclasses.replace(wants, digest="").to_json()
+    onnx.save(model, path)
+
+
+def _reshape(path: Path, form: Form) -> None:
+    """Brings what the exporters wrote to the versions and the input that are asked for."""
+    onnx = require("onnx")
+    model = onnx.load(path, load_external_data=False)
+    model.ir_version = form.ir_version
+    if form.opset is not None:
+        onnx_opset.convert(model, form.opset)
+    if form.input == "uint8-nhwc":
+        _take_pixels(model.graph)
+    onnx.save(model, path)
+
+
+def _take_pixels(graph: Any) -> None:
+    """Lets a graph that takes (batch, 3, 112, 112) of 0 .. 255 take images as they are decoded."""
+    onnx = require("onnx")
+    (given,) = graph.input
+    planes = f"{INPUT}/planes"
+    for node in graph.node:
+        node.input[:] = [planes if name == given.name else name for name in node.input]
+    shape = [BATCH, IMAGE_SIZE, IMAGE_SIZE, 3]
+    pixels = onnx.helper.make_tensor_value_info(given.name, onnx.TensorProto.UINT8, shape)
+    given.CopyFrom(pixels)
+    nodes = [
+        onnx.helper.make_node("Cast", [INPUT], [f"{INPUT}/float"], to=onnx.TensorProto.FLOAT),
+        onnx.helper.make_node("Transpose", [f"{INPUT}/float"], [planes], perm=[0, 3, 1, 2]),
+        *graph.node,
+    ]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _write_twin(path: Path, model: Network, *, inside: bool) -> None:
@@ -95,9 +183,8 @@ def finish(path: Path, metadata: dict[str, str]) -> None:
     nodes = list(graph.node)
     if known["normalization"] == "inside":
         if not any(node.name in NORMALIZERS for node in nodes):
-            for node, name in zip(nodes, NORMALIZERS, strict=False):
-                assert node.op_type == name, node.op_type
-                node.name = name
+            for name in NORMALIZERS:  # the first of their kind, after no more than a transposition
+                next(node for node in nodes if node.op_type == name).name = name
         first = _with_ancestors(nodes, NORMALIZERS)  # as quantization may have put others first
         nodes.sort(key=lambda node: node.name not in first)
     for number, node in enumerate(nodes):

@@ -1,47 +1,57 @@
 """Runs an ONNX face-recognition model on images, whoever exported it.
 
-How its input is to be normalized is told, in this order, by
-- the metadata that this project's exports carry: `mean`, `scale` and `color_order`, all three as
-  the caller has to apply them outside the graph (0, 1 and RGB where the graph does everything);
-- the names of its first eight nodes, as insightface's Python package reads them: one that begins
-  with Sub or _minus and one that begins with Mul or _mul normalize inside the graph, which then
-  takes raw 0 .. 255;
-- otherwise (x - 127.5) / 127.5, RGB.
+`arcface_jax.convert.onnx_input` tells how it wants its input. What it gives is found by running
+it once: one of several outputs, and whether its batch axis is as free as it is declared.
 """
 
+import copy
+import dataclasses
 import hashlib
-from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 
+from arcface_jax.config.choices import ColorOrder, OnnxOptions
+from arcface_jax.convert import onnx_input
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import UserError, install
-from arcface_jax.evaluation.model_input import ColorOrder, ModelInput
-from arcface_jax.models import preprocess
+from arcface_jax.evaluation import model_input
+from arcface_jax.evaluation.model_input import Layout, ModelInput
 
-METADATA_KEYS = ("mean", "scale", "color_order")
+MODEL_INPUT = "model_input"
+"""Metadata key of the JSON of a `ModelInput`."""
 _INSTALL = install("onnx")
-_NAMED_NODES = 8
-_NUMBERS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMBERS = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(uint8)": np.uint8,
+}
 _LARGEST_BATCH = 64
+_LEAST_WIDTH = 32
+"""Of an embedding, where a model has several outputs: others are lengths, ages, qualities."""
+_SAME = 1e-2
+"""Largest relative difference of one image's embedding in two batches."""
+_QUIET = 4  # ONNX Runtime's severity: what ends a run is raised as an error anyway
 
 
 class OnnxModel:
     """An open model; calling it gives the embeddings. Made by `onnx_embedder`."""
 
-    def __init__(self, path: Path, *, batch_size: int):
+    def __init__(self, path: Path, *, batch_size: int, options: OnnxOptions):
         self._path = path
         self._session = _session(path)
-        self._entry = self._session.get_inputs()[0]
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        self._mean, self._scale, order = read_normalization(path, metadata)
-        self._order: ColorOrder = order
+        self._entry = self._only_input()
+        self.guessed = ""
+        """How the file is read where it does not tell, for people; empty where it tells all."""
         first = self._entry.shape[0]
-        self._fixed = isinstance(first, int)
+        self._fixed = isinstance(first, int) and first > 0
         self._batch_size: int = first if self._fixed else batch_size
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if MODEL_INPUT in metadata:
+            self.input = self._described(metadata[MODEL_INPUT], options)
+        else:
+            self.input = self._explored(metadata, options)
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
         """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
@@ -50,44 +60,189 @@ class OnnxModel:
             [self._run(images[start : start + size]) for start in range(0, len(images), size)]
         )
 
-    @cached_property
-    def input(self) -> ModelInput:
-        """What the caller would have to do without this class."""
-        output = self._session.get_outputs()[0]
-        width = output.shape[1]
-        black = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        return ModelInput(
-            color_order=self._order,
-            mean=self._mean,
-            scale=self._scale,
-            dtype=cast("Literal['float32', 'float16']", np.dtype(_NUMBERS[self._entry.type]).name),
-            output=output.name,
-            embedding_size=width if isinstance(width, int) else self(black).shape[1],
-            digest=self.digest(),
-        )
+    @property
+    def batch_size(self) -> int:
+        """Images per call of the runtime."""
+        return self._batch_size
 
     def digest(self) -> str:
         """A SHA-256 of the file."""
         with self._path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    def taking(self, *, color_order: ColorOrder, mean: float, scale: float) -> "OnnxModel":
+        """The same open model, its input prepared in another way."""
+        other = copy.copy(self)
+        other.input = dataclasses.replace(
+            self.input, color_order=color_order, mean=mean, scale=scale
+        )
+        return other
+
+    def _described(self, text: str, options: OnnxOptions) -> ModelInput:
+        """What an export of this project tells, and what the caller says against it."""
+        found = model_input.from_json(text, source=str(self._path))
+        if options.output_name not in (None, found.output):
+            raise self._no_output(options.output_name)
+        told = {
+            "color_order": options.color_order,
+            "mean": options.mean,
+            "scale": options.scale,
+            "digest": None if found.digest else self.digest(),
+        }
+        return dataclasses.replace(found, **{k: v for k, v in told.items() if v is not None})
+
+    def _explored(self, metadata: dict[str, str], options: OnnxOptions) -> ModelInput:
+        """What the graph and two runs tell of any other model."""
+        dtype = np.dtype(_NUMBERS[self._entry.type]).name
+        layout = self._layout()
+        found = onnx_input.from_metadata(self._path, metadata)
+        if found is None:
+            found = onnx_input.from_graph(onnx_input.load_graph(self._path))
+            if dtype == "uint8":
+                why = ("it takes 0 .. 255, as its input is uint8", found.guesses[-1])
+                found = onnx_input.Preparation(0, 1, found.color_order, why)
+        given = (options.mean, options.scale)
+        self.input = ModelInput(
+            color_order=options.color_order or found.color_order,
+            mean=found.mean if options.mean is None else options.mean,
+            scale=found.scale if options.scale is None else options.scale,
+            layout=layout,
+            dtype=cast("Any", dtype),
+            embedding_size=0,  # until it ran
+            digest=self.digest(),
+        )
+        if dtype == "uint8" and (self.input.mean, self.input.scale) != (0, 1):
+            raise UserError(
+                f"{self._path} takes uint8, so --mean and --scale do not apply: leave them out"
+            )
+        output, width, why_output = self._find_output(options.output_name)
+        asked = (
+            *([] if given != (None, None) else found.guesses[:1]),
+            *([] if options.color_order else found.guesses[1:]),
+        )
+        if asked or why_output:
+            self.guessed = (
+                f"{'; '.join((*asked, *why_output))} (--mean, --scale, --color-order and "
+                "--output-name override; `evaluate --check-input` tries them)"
+            )
+        return dataclasses.replace(self.input, output=output, embedding_size=width)
+
+    def _only_input(self) -> Any:
+        entries = self._session.get_inputs()
+        if len(entries) != 1 or entries[0].type not in _NUMBERS or len(entries[0].shape) != 4:
+            raise self._unlike("name a model that embeds aligned faces")
+        return entries[0]
+
+    def _layout(self) -> Layout:
+        """Where the channels are, by the shape, else by the graph."""
+        shape = [dim if isinstance(dim, int) and dim > 0 else None for dim in self._entry.shape]
+        first, last = shape[1], shape[3]
+        if (first == 3) != (last == 3):
+            layout: Layout = "NCHW" if first == 3 else "NHWC"
+        else:
+            layout = onnx_input.layout(onnx_input.load_graph(self._path))
+        channels, sides = (first, shape[2:]) if layout == "NCHW" else (last, shape[1:3])
+        if channels not in (None, 3):
+            raise self._unlike("name a model that takes color images")
+        if any(side not in (None, IMAGE_SIZE) for side in sides):
+            height, width = (side or "any" for side in sides)
+            raise UserError(
+                f"{self._path} takes images of {height} x {width} pixels; expected {IMAGE_SIZE} x "
+                f"{IMAGE_SIZE} or free ones: export it for {IMAGE_SIZE} x {IMAGE_SIZE} faces"
+            )
+        return layout
+
+    def _find_output(self, wanted: str | None) -> tuple[str, int, list[str]]:
+        """The output's name and width, and what was guessed; sets the batch size that works."""
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+        names = [output.name for output in self._session.get_outputs()]
+        arrays = dict(zip(names, self._outputs(names, images[:1]), strict=True))
+        name, why = self._choose(arrays, wanted)
+        alone = _rows(arrays[name])
+        if not self._fixed and not self._runs_two(name, images, alone):
+            self._batch_size = 1
+            why.append("images run one by one, as it declares a free batch and fails at two")
+        return name, alone.shape[1], why
+
+    def _choose(self, arrays: dict[str, np.ndarray], wanted: str | None) -> tuple[str, list[str]]:
+        rows = {name: _rows(array) for name, array in arrays.items()}
+        if wanted is not None:
+            if wanted not in rows or rows[wanted].ndim != 2:
+                raise self._no_output(wanted)
+            return wanted, []
+        widths = {name: row.shape[1] for name, row in rows.items() if row.ndim == 2}
+        if len(rows) > 1:
+            widths = {name: width for name, width in widths.items() if width >= _LEAST_WIDTH}
+        if not widths:
+            raise self._unlike("name the output that is the embedding with --output-name")
+        best = max(widths, key=lambda name: widths[name])
+        if len(rows) == 1:
+            return best, []
+        others = ", ".join(name for name in rows if name != best)
+        return best, [
+            f"the embedding is its output {best} of {widths[best]} numbers (others: {others})"
+        ]
+
+    def _runs_two(self, name: str, images: np.ndarray, alone: np.ndarray) -> bool:
+        """Whether two images at once give what each gives by itself."""
+        try:
+            both = _rows(self._outputs([name], images)[0])
+            expected = np.concatenate([alone, _rows(self._outputs([name], images[1:])[0])])
+        except Exception:  # the runtime's exceptions have no base class of their own
+            return False
+        if both.shape != expected.shape:
+            return False
+        bound = _SAME * np.linalg.norm(expected, axis=1)
+        return bool((np.linalg.norm(both - expected, axis=1) <= bound).all())
+
     def _run(self, part: np.ndarray) -> np.ndarray:
+        (out,) = self._outputs([self.input.output], part)
+        return _rows(out)[: len(part)].astype(np.float32)
+
+    def _outputs(self, names: list[str], part: np.ndarray) -> list[np.ndarray]:
         missing = self._batch_size - len(part) if self._fixed else 0
-        x = np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)])
-        if self._order == "BGR":
+        x = self.prepare(np.pad(part, [(0, missing), (0, 0), (0, 0), (0, 0)]))
+        return self._session.run(names, {self._entry.name: x}, _run_options())
+
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        """(n, 112, 112, 3) uint8 RGB as the graph takes them."""
+        x, wants = images, self.input
+        if wants.color_order == "BGR":
             x = x[..., ::-1]
-        x = (x.astype(np.float32) - self._mean) / self._scale
-        x = np.ascontiguousarray(x.transpose(0, 3, 1, 2), _NUMBERS[self._entry.type])
-        out = self._session.run(None, {self._entry.name: x})[0]
-        return out[: len(part)].astype(np.float32)
+        if wants.dtype != "uint8":
+            x = (x.astype(np.float32) - wants.mean) / wants.scale
+        if wants.layout == "NCHW":
+            x = x.transpose(0, 3, 1, 2)
+        return np.ascontiguousarray(x, _NUMBERS[self._entry.type])
+
+    def _no_output(self, wanted: str | None) -> UserError:
+        outputs = {output.name: output.shape for output in self._session.get_outputs()}
+        return UserError(
+            f"{self._path} has no output {wanted!r} of (N, D): its outputs are {outputs}; name one "
+            "of them with --output-name"
+        )
+
+    def _unlike(self, fix: str) -> UserError:
+        kinds = (self._session.get_inputs(), self._session.get_outputs())
+        shapes = [[(x.name, x.type, x.shape) for x in kind] for kind in kinds]
+        return UserError(
+            f"{self._path} takes {shapes[0]} and gives {shapes[1]}; expected one float input of "
+            f"(N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}) or uint8, also with channels last, and one output "
+            f"(N, D): {fix}"
+        )
 
 
-def onnx_embedder(path: str | Path, *, batch_size: int = _LARGEST_BATCH) -> OnnxModel:
+def onnx_embedder(
+    path: str | Path, *, batch_size: int = _LARGEST_BATCH, options: OnnxOptions | None = None
+) -> OnnxModel:
     """Opens a model for ONNX Runtime, on a GPU where the installed runtime has one.
 
     Args:
-      path: the .onnx file: one float input (N, 3, 112, 112), one output (N, D).
+      path: the .onnx file: one input of faces, of float or uint8, channels first or last, fixed
+        or free height and width of 112, and an output (N, D) or (N, D, 1, 1).
       batch_size: images per call; a model whose batch is fixed gets that size.
+      options: what is known of the input and the output, which is guessed otherwise.
 
     Returns:
       A function from (n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized.
@@ -95,54 +250,24 @@ def onnx_embedder(path: str | Path, *, batch_size: int = _LARGEST_BATCH) -> Onnx
     Raises:
       UserError: ONNX Runtime is not installed, there is no such file, or it is not such a model.
     """
-    return OnnxModel(Path(path), batch_size=batch_size)
+    return OnnxModel(Path(path), batch_size=batch_size, options=options or OnnxOptions())
 
 
-def read_normalization(path: Path, metadata: Mapping[str, str]) -> tuple[float, float, ColorOrder]:
-    """Mean, scale and color order of a model's input, by the rules of this module.
-
-    Args:
-      path: the .onnx file, opened only where the metadata does not say it.
-      metadata: the model's own.
-
-    Raises:
-      UserError: the metadata is not as this project writes it, or `onnx` is not installed.
-    """
-    if all(key in metadata for key in METADATA_KEYS):
-        mean, scale, order = (metadata[key] for key in METADATA_KEYS)
-        try:
-            numbers = float(mean), float(scale)
-        except ValueError:
-            numbers = 0.0, 0.0
-        if order not in ("RGB", "BGR") or not numbers[1] > 0:
-            raise UserError(
-                f"{path}: the metadata has mean {mean!r}, scale {scale!r}, color_order {order!r}; "
-                "expected two numbers, the second above 0, and RGB or BGR: export the model anew"
-            )
-        return *numbers, cast("ColorOrder", order)
-    names = _first_names(path)
-    inside = [
-        any(n.startswith(begin) for n in names) for begin in (("Sub", "_minus"), ("Mul", "_mul"))
-    ]
-    if all(inside):
-        return 0.0, 1.0, "RGB"
-    return preprocess.MEAN, preprocess.SCALE, "RGB"
+def _rows(out: np.ndarray) -> np.ndarray:
+    """(N, D, 1, 1) as (N, D); other arrays as they are."""
+    return out.reshape(out.shape[:2]) if out.ndim > 2 and set(out.shape[2:]) == {1} else out
 
 
-def _first_names(path: Path) -> list[str]:
-    try:
-        import onnx
-    except ImportError as error:
-        raise UserError(
-            f"{path} carries no metadata on its input, and reading the names of its nodes needs "
-            f"the package onnx: {_INSTALL}"
-        ) from error
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return [node.name for node in graph.node[:_NAMED_NODES]]
+def _run_options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.log_severity_level = _QUIET
+    return options
 
 
 def _session(path: Path) -> Any:
-    """An onnxruntime.InferenceSession on a model of the expected form."""
+    """An onnxruntime.InferenceSession on a file."""
     if not path.is_file():
         raise UserError(f"no model at {path}: name an existing .onnx file with --onnx")
     try:
@@ -151,24 +276,11 @@ def _session(path: Path) -> Any:
         raise UserError(f"running {path} needs ONNX Runtime: {_INSTALL}") from error
     known = onnxruntime.get_available_providers()
     wanted = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in known]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _QUIET
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=wanted)
+        return onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
         # The runtime's exceptions have no base class of their own.
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is not a model that ONNX Runtime opens: {reason}") from error
-    entries, outputs = session.get_inputs(), session.get_outputs()
-    expected = [3, IMAGE_SIZE, IMAGE_SIZE]
-    if (
-        (len(entries), len(outputs)) != (1, 1)
-        or entries[0].shape[1:] != expected
-        or entries[0].type not in _NUMBERS
-        or len(outputs[0].shape) != 2
-    ):
-        shapes = [[(x.name, x.type, x.shape) for x in kind] for kind in (entries, outputs)]
-        raise UserError(
-            f"{path} takes {shapes[0]} and gives {shapes[1]}; expected one float input of "
-            f"(N, {', '.join(map(str, expected))}) and one output (N, D): name a model that embeds "
-            "aligned faces"
-        )
-    return session

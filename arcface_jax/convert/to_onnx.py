@@ -1,12 +1,15 @@
 """Write a backbone as an ONNX file, checked with ONNX Runtime before it gets its name."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from arcface_jax import config
-from arcface_jax.config.choices import Normalization, Precision
+from arcface_jax.config.choices import Precision
 from arcface_jax.convert import onnx_graph, onnx_precision, parity
+from arcface_jax.convert.onnx_graph import Form
+from arcface_jax.convert.onnx_layer_errors import LayerError
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.data import opening
 from arcface_jax.data.pairs.opening import open_targets
@@ -18,46 +21,60 @@ from arcface_jax.training.network import Network
 
 # The largest relative difference that is taken for rounding; beyond it the export is refused.
 _BOUNDS: dict[Precision, float] = {"float32": parity.TOLERANCE, "float16": 2e-2, "int8": 0.3}
+# The largest at which a threshold of the run holds for the export too: cosines move by less than
+# twice as much, far less than the interval of any FAR.
+_SAME_MODEL = 1e-3
 _CALIBRATION_IMAGES = 128
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    error: float
+    """The largest relative difference of the embeddings."""
+    layers: list[LayerError]
+    """Of int8, from the input to the output; empty otherwise."""
 
 
 def export(
     model: Network,
     output: Path,
     *,
-    normalization: Normalization = "outside",
+    form: Form | None = None,
     precision: Precision = "float32",
     calibration: np.ndarray | None = None,
-) -> float:
+) -> Exported:
     """Writes the file after ONNX Runtime gave JAX's embeddings at batch 1 and 3.
 
     Args:
       model: to export.
       output: the file.
-      normalization: where it is done.
+      form: of the graph.
       precision: of the weights and of most arithmetic.
       calibration: (n, 112, 112, 3) uint8 RGB, for int8.
-
-    Returns:
-      The largest relative difference of the embeddings.
 
     Raises:
       UserError: packages are missing, the embeddings differ, or the file cannot be written.
     """
+    form = form or Form()
+    form.check()
     if (precision == "int8") != (calibration is not None):
         raise UserError("--precision int8 and --calibration FOLDER go together")
     parity.require_finite(model)
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no folder {output.parent}")
+    layers = []
     with atomic_files(output) as path:  # the graph refers to its data by the file's name
-        onnx_graph.write(path, model, normalization=normalization)
+        onnx_graph.write(path, model, form)
         if precision == "float16":
             onnx_precision.to_float16(path)
         elif calibration is not None:
-            onnx_precision.to_int8(path, calibration, inside=normalization == "inside")
+            layers = onnx_precision.to_int8(path, calibration)
         faces = parity.drawn_faces() if calibration is None else calibration[:16]
         error = check(path, model, faces, bound=_BOUNDS[precision])
-    return error
+        if precision == "int8" or error > _SAME_MODEL:
+            onnx_graph.disown(path)
+    return Exported(error, layers)
 
 
 def check(path: Path, model: Network, faces: np.ndarray, *, bound: float) -> float:

@@ -22,7 +22,9 @@ class Attention(nn.Module):
         """(B, tokens, width) to the same."""
         shape = x.shape
         parts = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(*parts)
+        # Named, because `torch.fx` (convert/torch_layers.py) does not trace `*parts`.
+        queries, keys, values = parts.unbind(0)
+        mixed = nn.functional.scaled_dot_product_attention(queries, keys, values)
         return self.proj(mixed.transpose(1, 2).reshape(shape))
 
 

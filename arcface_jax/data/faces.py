@@ -54,7 +54,8 @@ def with_points(
     Raises:
       DataError: there are more or fewer points than faces.
     """
-    flat: Iterator[Any] = iter([faces]) if _is_one(faces) else _flat(cast("Iterable", faces))
+    one = [cast("Face", faces)]
+    flat: Iterator[Face] = iter(one) if _is_one(faces) else _flat(cast("Iterable", faces))
     if points is None:
         return zip(flat, repeat(None), strict=False)
     if not isinstance(points, Sequence | np.ndarray):

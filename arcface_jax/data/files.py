@@ -1,20 +1,18 @@
-"""Training sets of image files: a folder for each identity, or a list of paths and labels."""
+"""Training sets of image files: those that a list names (`lists`), or a folder each identity."""
 
-import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from arcface_jax.data.images import is_image
-from arcface_jax.data.source import Sample, Source, whole_label
-from arcface_jax.errors import DataError, ImageError
+from arcface_jax.data import names as identities
+from arcface_jax.data.images import Walk, read_file
+from arcface_jax.data.names import Names
+from arcface_jax.data.source import Sample, Source
+from arcface_jax.errors import DataError
 from arcface_jax.runtime.sealed import array_digest
-
-LIST_SUFFIXES = frozenset((".csv", ".tsv", ".txt", ".lst"))
-_PATH_COLUMNS = ("path", "file", "filename", "image")
-_LABEL_COLUMNS = ("label", "identity", "id", "name", "person")
 
 
 class FilesSource(Source):
@@ -22,15 +20,31 @@ class FilesSource(Source):
 
     Args:
       folder: what the names are relative to.
-      names: path of each image.
+      files: path of each image.
       labels: (n,) identities.
       num_classes: how many there are.
+      names: of the identities, if they have any.
+      ignored: entries that are not used, by kind.
+      notes: what was made of the set where it could have been something else.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], labels: np.ndarray, *, num_classes: int):
+    unit = "files"
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Sequence[str],
+        labels: np.ndarray,
+        *,
+        num_classes: int,
+        names: Names | None = None,
+        ignored: Mapping[str, int] | None = None,
+        notes: Sequence[str] = (),
+    ):
         self._folder = folder
+        self.names, self.ignored, self.notes = names, dict(ignored or {}), tuple(notes)
         # One array instead of millions of strings: quick to send to other processes.
-        encoded = [os.fsencode(name) for name in names]
+        encoded = [os.fsencode(name) for name in files]
         self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         self._names = b"".join(encoded)
         self._labels = labels.astype(np.int32)
@@ -45,14 +59,7 @@ class FilesSource(Source):
         Raises:
           ImageError: the file cannot be read.
         """
-        path = self._path(index)
-        try:
-            return Sample(path.read_bytes(), int(self._labels[index]))
-        except OSError as error:
-            raise ImageError(
-                str(path),
-                f"cannot be read ({error.strerror}): restore the file, or take it off the list",
-            ) from error
+        return Sample(read_file(self._path(index)), int(self._labels[index]))
 
     def labels(self) -> np.ndarray:
         """(len,) int32."""
@@ -76,112 +83,134 @@ class FilesSource(Source):
         return self._folder / os.fsdecode(self._names[begin : self._ends[index]])
 
 
-def has_identity_folders(folder: Path) -> bool:
-    """Whether a sub-folder holds images."""
-    with os.scandir(folder) as entries:
-        return any(next(_images(entry.path), None) for entry in entries if entry.is_dir())
+_STRAY = 0.05  # images that lie directly in a group's folder, as a share of those below
 
 
-def open_folder(folder: Path) -> FilesSource:
+class _Found(NamedTuple):
+    """The images of a folder."""
+
+    people: dict[str, list[str]]
+    """By the sub-folder: paths from there, in their order."""
+    loose: list[str]
+    ignored: dict[str, int]
+
+
+def open_folder(folder: Path, *, level: int = 0) -> FilesSource:
     """One folder for each identity; identities and images in the order of their names.
 
+    An identity has all images below its folder, however deep.
+
+    Args:
+      folder: of the identities' folders.
+      level: how many folders down the identities are, from 1; 0 finds out.
+
     Raises:
-      DataError: no sub-folder holds an image.
+      DataError: no sub-folder holds an image, or it is not clear which folders are the identities.
     """
-    people = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    images = [(name, sorted(_images(folder / name))) for name in people]
-    images = [(name, files) for name, files in images if files]
-    if not images:
+    source = try_folder(folder, level=level)
+    if source is None:
         raise DataError(f"{folder} has no sub-folder with images: make one for each identity")
-    labels = np.repeat(np.arange(len(images)), [len(files) for _, files in images])
-    paths = [f"{name}/{file}" for name, files in images for file in files]
-    return FilesSource(folder, paths, labels, num_classes=len(images))
+    return source
 
 
-def _images(folder: str | Path) -> Iterator[str]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if is_image(entry.name):
-                yield entry.name
-
-
-def open_list(path: Path) -> FilesSource:
-    """A text file of paths and labels, separated by commas, tabs or spaces.
-
-    With a header line the columns are found by name (path, label). Without one a line is `path,
-    label`, or, as MXNet's im2rec makes them, `number, label, ..., path`. Paths are relative to the
-    list's folder. Labels that are all whole numbers are taken as they are; else they are names,
-    numbered in alphabetical order.
+def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
+    """As `open_folder`; None where no image is in a sub-folder.
 
     Raises:
-      DataError: the file is no such list; the message names the line.
+      DataError: the images lie loose, or it is not clear which folders are the identities.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8: {error}") from error
-    rows = [(number, row) for number, row in enumerate(_rows(lines), start=1) if row]
-    if not rows:
-        raise DataError(f"{path} is empty: it should have a line 'path,label' for each image")
-    width, (path_column, label_column), header = len(rows[0][1]), *_columns(path, rows[0][1])
-    names, labels = [], []
-    for number, row in rows[header:]:
-        # im2rec allows any number of labels; the path is what comes last.
-        if len(row) != width and not (path_column == -1 and len(row) > 2):
+    found = _walk(folder)
+    if not found.people:
+        if found.loose:
             raise DataError(
-                f"{path}, line {number}: {len(row)} columns where the first line has {width}: "
-                "quote names that contain the separator"
+                f"{folder} holds {len(found.loose)} loose images ({sorted(found.loose)[0]}) and no "
+                "folder with images: put the images of each identity into a folder of its own"
             )
-        names.append(row[path_column])
-        labels.append(row[label_column])
-    numbers, count = _numbered(labels, path, first_line=1 + header)
-    return FilesSource(path.parent, names, numbers, num_classes=count)
-
-
-def _rows(lines: list[str]) -> Iterator[list[str]]:
-    first = next((line for line in lines if line.strip()), "")
-    for separator in ("\t", ","):
-        if separator in first:
-            yield from csv.reader(lines, delimiter=separator, skipinitialspace=True)
-            return
-    # Spaces: the label is the last word, and the path may have some itself.
-    yield from ([word.strip() for word in line.rsplit(None, 1)] for line in lines)
-
-
-def _columns(path: Path, first: list[str]) -> tuple[tuple[int, int], int]:
-    """The columns of path and label, and how many header lines there are."""
-    words = [word.strip().lower() for word in first]
-    named = [
-        next((words.index(name) for name in names if name in words), None)
-        for names in (_PATH_COLUMNS, _LABEL_COLUMNS)
-    ]
-    if named[0] is not None and named[1] is not None:
-        return (named[0], named[1]), 1
-    if len(first) >= 3 and _is_number(first[0]) and _is_number(first[1]):
-        return (-1, 1), 0
-    if len(first) == 2:
-        return (0, 1), 0
-    raise DataError(
-        f"{path}: the first line {','.join(first)!r} is neither 'path,label' nor 'number,label,"
-        "path' nor a header with the names path and label"
+        return None
+    people = found.people
+    if level == 0:
+        _check_level(folder, people)
+    elif level > 1:
+        people = _deeper(folder, found, level)
+    ignored = found.ignored | ({"loose images": len(found.loose)} if found.loose else {})
+    order = sorted(people)
+    labels = np.repeat(np.arange(len(order)), [len(people[name]) for name in order])
+    paths = [f"{name}/{file}" for name in order for file in people[name]]
+    return FilesSource(
+        folder,
+        paths,
+        labels,
+        num_classes=len(order),
+        names=Names(names_of(folder, order).values()),
+        ignored=ignored,
     )
 
 
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+def _walk(folder: Path) -> _Found:
+    walk = Walk(folder)
+    people: dict[str, list[str]] = {}
+    loose = []
+    before, files = "", loose
+    for file in walk.files():
+        name, slash, rest = file.partition("/")
+        if not slash:
+            loose.append(name)
+            continue
+        if name != before:  # a folder's files come together
+            before, files = name, people.setdefault(name, [])
+        files.append(rest)
+    for files in people.values():
+        files.sort()
+    return _Found(people, loose, dict(walk.ignored))
 
 
-def _numbered(labels: list[str], path: Path, *, first_line: int) -> tuple[np.ndarray, int]:
-    """Identities of the labels, and how many there are."""
-    if all(map(_is_number, labels)):
-        numbers = np.array([float(label) for label in labels])
-        bad = np.flatnonzero(~((numbers >= 0) & (numbers < 2**31) & (numbers % 1 == 0)))
-        if bad.size:
-            whole_label(float(numbers[bad[0]]), where=f"{path}, line {bad[0] + first_line}")
-        return numbers.astype(np.int32), int(numbers.max(initial=-1)) + 1
-    names, numbers = np.unique(np.array(labels), return_inverse=True)
-    return numbers, len(names)
+def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
+    """Asks which folders are the identities where the second level looks like them.
+
+    Folders of sessions or years repeat from person to person and are few; those of people are many.
+
+    Raises:
+      DataError: hardly an image lies directly in a first folder, and there are more second folders.
+    """
+    deep = [file for files in people.values() for file in files if "/" in file]
+    direct = sum(map(len, people.values())) - len(deep)
+    second = {file.partition("/")[0] for file in deep}
+    if len(second) > len(people) and direct <= _STRAY * len(deep):
+        group = min(name for name, files in people.items() if "/" in files[0])
+        person = people[group][0].partition("/")[0]
+        raise DataError(
+            f"{folder}: the images lie two folders deep, as {group}/{people[group][0]}: is the "
+            f"identity {group} ({len(people)} of them) or {person} ({len(second)})? Give "
+            "--data.identity-level 1 or 2 (--identity-level in data tools)"
+        )
+
+
+def _deeper(folder: Path, found: _Found, level: int) -> dict[str, list[str]]:
+    """The images by identity, `level` folders down; those that lie higher count as loose."""
+    people: dict[str, list[str]] = {}
+    for group, files in found.people.items():
+        for file in files:
+            parts = f"{group}/{file}".split("/", level)
+            if len(parts) > level:
+                people.setdefault("/".join(parts[:level]), []).append(parts[level])
+            else:
+                found.loose.append(file)
+    if not people:
+        raise DataError(f"{folder} has no image {level} folders deep: give a lower identity level")
+    return people
+
+
+def names_of(folder: Path, order: Sequence[str]) -> dict[int, str]:
+    """The identities' names by number: the folders' own, or those that the folder's table has.
+
+    Folders that `data pack --format folder` wrote have numbers of seven digits for their names, and
+    the identities' names are in the table.
+
+    Args:
+      folder: of the identities' folders.
+      order: the names of these folders, sorted.
+    """
+    if not all(len(name) == 7 and name.isdecimal() for name in order):
+        return dict(enumerate(order))
+    table = identities.read_sparse(folder)
+    return {int(name): table.get(int(name), name) for name in order}

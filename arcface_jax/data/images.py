@@ -1,39 +1,172 @@
 """Image files: which files are images, and the one place that decodes, encodes and resizes."""
 
+import errno
 import glob
+import importlib
 import os
-from collections.abc import Callable
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from arcface_jax.errors import DataError, ImageError
+from arcface_jax.data import OPENCV_IS_LIMITED, formats
+from arcface_jax.errors import DataError, ImageError, install
 
 IMAGE_SIZE = 112
 """Side of an aligned face in pixels, the input of every backbone."""
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-"""Of the files that count as images, in upper or lower case."""
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jpe", ".jfif", ".gif", ".avif", ".jp2"),
+    *(".pgm", ".ppm", ".pnm", ".heic", ".heif", ".tif", ".tiff"),
+)
+"""Of files that count as images without being opened, in upper or lower case."""
+
+_IMAGES = frozenset(IMAGE_SUFFIXES)
+# Files that are surely none are not opened either: a set may have a text beside each image.
+_OTHERS = frozenset(
+    (
+        *(".txt", ".csv", ".tsv", ".lst", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md"),
+        *(".html", ".npy", ".npz", ".mat", ".pkl", ".pts", ".rec", ".idx", ".bin", ".zip"),
+        *(".tar", ".gz", ".py", ".log", ".db", ".ini", ".mp4", ".avi", ".mov", ".pth", ".pt"),
+        *(".onnx", ".parquet"),
+    )
+)
+_SYSTEM = frozenset(
+    (
+        *("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir"),
+        *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
+    )
+)
+HIDDEN, SPECIAL = "hidden", "special files"
+"""Kinds of entries that are never opened: hidden or of a system; pipes, sockets and devices."""
+_ALIKE = 256  # files of an unknown suffix, all images or none, that stand for the others
 
 
 def is_image(path: str | Path) -> bool:
     """Whether a file's name is that of an image."""
-    return os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES
+    return os.path.splitext(path)[1].lower() in _IMAGES
 
 
-def find_below(folder: Path) -> list[Path]:
+class Walk:
+    """The image files below a folder, found by name, or by content where the name does not tell.
+
+    Args:
+      folder: whose sub-folders are walked too, of any depth.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.ignored: Counter[str] = Counter()
+        """Entries that are no images, by kind: a suffix, or what keeps them from being opened."""
+        self._top = os.fspath(folder)
+        self._alike: dict[str, tuple[bool, int]] = {}
+        self._at: list[str] = []  # real paths of the folders that are being walked
+
+    def files(self) -> Iterator[str]:
+        """Paths of images relative to the folder, in no order; it is walked while they are read."""
+        yield from self._files(self._top, "")
+
+    def _files(self, path: str, prefix: str) -> Iterator[str]:
+        folders = []
+        for entry in self._entries(path):
+            name = entry.name
+            dot = name.rfind(".")  # os.path.splitext takes a sixth of the time of a large folder
+            suffix = name[dot:].lower() if dot > 0 else ""
+            if name[0] == "." or (suffix not in _IMAGES and name.lower() in _SYSTEM):
+                self.ignored[HIDDEN] += 1
+            elif entry.is_file():
+                if suffix in _IMAGES or self._is_image(entry.path, suffix):
+                    yield prefix + name
+                else:
+                    self.ignored[suffix or "no suffix"] += 1
+            elif entry.is_dir():
+                folders.append(entry)
+            else:
+                self.ignored["broken links" if entry.is_symlink() else SPECIAL] += 1
+        if not folders:
+            return
+        self._at.append(os.path.realpath(path))
+        for entry in folders:
+            if entry.is_symlink() and os.path.realpath(entry.path) in self._at:
+                self.ignored["links to a folder above"] += 1
+            else:
+                yield from self._files(entry.path, f"{prefix}{entry.name}/")
+        self._at.pop()
+
+    def _entries(self, path: str) -> list[os.DirEntry]:
+        try:
+            with os.scandir(path) as entries:
+                return list(entries)
+        except PermissionError:
+            self.ignored["folders that cannot be opened"] += 1
+            return []
+
+    def _is_image(self, path: str, suffix: str) -> bool:
+        """Of a file whose suffix is no image's: by content, or as many others of its suffix are."""
+        if suffix in _OTHERS:
+            return False
+        alike, count = self._alike.get(suffix, (True, 0))
+        if count >= _ALIKE:
+            return alike
+        found = is_image_by_content(path)
+        self._alike[suffix] = (found, count + 1 if found == alike else 1)
+        return found
+
+
+def is_image_by_content(path: str | Path) -> bool:
+    """Whether the first bytes of a regular file are those of an image."""
+    try:
+        with open(path, "rb") as file:
+            return formats.sniff(file.read(formats.HEAD)) is not None
+    except OSError:
+        return False
+
+
+def find_below(folder: Path, *, ignored: Counter[str] | None = None) -> list[Path]:
     """The image files of a folder and its sub-folders, sorted.
+
+    Args:
+      folder: to look in.
+      ignored: to which the entries that are no images are added, by kind.
 
     Raises:
       DataError: there is no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise DataError(f"no folder at {folder}: name an existing folder of images")
-    found = sorted(path for path in folder.rglob("*") if is_image(path) and path.is_file())
+    walk = Walk(folder)
+    found = sorted(walk.files(), key=lambda name: name.split("/"))
+    if ignored is not None:
+        ignored.update(walk.ignored)
     if not found:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise DataError(f"{folder} holds no image ({suffixes}), nor do its sub-folders")
-    return found
+    return [folder / name for name in found]
+
+
+def read_file(path: str | Path, *, fix: str = "restore the file, or take it off the list") -> bytes:
+    """The bytes of a regular file; a pipe or a device is not waited for.
+
+    Args:
+      path: of the file.
+      fix: what to do where it cannot be read, for the message.
+
+    Raises:
+      ImageError: it cannot be read.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
+        with open(number, "rb", buffering=0) as file:
+            kind = os.fstat(number).st_mode
+            if not stat.S_ISREG(kind):
+                known = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+                raise OSError(known, "Is a folder" if stat.S_ISDIR(kind) else "Not a regular file")
+            return file.read()
+    except OSError as error:
+        raise ImageError(
+            str(path), f"cannot be read ({error.strerror}): {fix}", kind="missing"
+        ) from error
 
 
 def find_named(stem: Path) -> Path | None:
@@ -55,7 +188,7 @@ def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
     Raises:
       ImageError: it cannot be decoded, or has another size.
     """
-    image = pixels(np.frombuffer(data, np.uint8))
+    image = pixels(data)
     if image is None:
         raise _not_an_image(data, where())
     if image.shape[:2] != (IMAGE_SIZE, IMAGE_SIZE):
@@ -64,6 +197,7 @@ def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
             f"the image is {image.shape[1]} x {image.shape[0]} pixels, training takes "
             f"faces aligned to {IMAGE_SIZE} x {IMAGE_SIZE}: align and crop the images first "
             "(`arcface-jax data align`)",
+            kind="other size",
         )
     return image
 
@@ -74,22 +208,70 @@ def decode_any_size(data: bytes, *, where: str) -> np.ndarray:
     Raises:
       ImageError: it cannot be decoded.
     """
-    image = pixels(np.frombuffer(data, np.uint8))
+    image = pixels(data)
     if image is None:
         raise _not_an_image(data, where)
     return image
 
 
-def pixels(data: np.ndarray) -> np.ndarray | None:
-    """(n,) uint8, an encoded image, as (H, W, 3) uint8 RGB; None where it is none."""
-    try:
-        return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
-    except cv2.error:  # for instance a damaged header that announces a billion pixels
+def pixels(data: bytes | np.ndarray) -> np.ndarray | None:
+    """An encoded image as (H, W, 3) uint8 RGB; None where it is none, or too large to decode.
+
+    Args:
+      data: bytes, or (n,) uint8.
+    """
+    encoded = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    # Where cv2 was loaded before this package, it takes the memory that a header asks for.
+    if not encoded.size or (not OPENCV_IS_LIMITED and _too_large(encoded.tobytes())):
         return None
+    try:
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # for instance a header that announces a billion pixels
+        return None
+    if image is None and encoded[4:8].tobytes() == b"ftyp":
+        return _from_heic(encoded.tobytes())
+    return image
+
+
+def _too_large(data: bytes) -> bool:
+    size = formats.announced(data)
+    return size is not None and size[0] * size[1] > formats.MAX_PIXELS
+
+
+def _from_heic(data: bytes) -> np.ndarray | None:
+    """By pillow-heif where it is installed; None where it is not, or the image is damaged."""
+    try:
+        pillow_heif = importlib.import_module("pillow_heif")
+    except ImportError:
+        return None
+    try:
+        found = pillow_heif.open_heif(data, convert_hdr_to_8bit=True)
+        width, height = found.size
+        if width * height > formats.MAX_PIXELS:
+            return None
+        values = np.asarray(found.to_pillow().convert("RGB"))
+    except (ValueError, OSError, RuntimeError, EOFError):
+        return None
+    return np.ascontiguousarray(values)
 
 
 def _not_an_image(data: bytes, where: str) -> ImageError:
-    return ImageError(where, f"{len(data)} bytes that are not an image; remove or replace it")
+    size, found = formats.announced(data), formats.sniff(data)
+    if size is not None and _too_large(data):
+        problem = (
+            f"{len(data)} bytes that are not an image that can be decoded: the header announces "
+            f"{size[0]} x {size[1]} pixels, at most {formats.MAX_PIXELS:,} are decoded; scale it "
+            "down, or remove it"
+        )
+        return ImageError(where, problem, kind="too large")
+    if found == formats.HEIC:
+        problem = (
+            f"a HEIC photograph, which needs pillow-heif: {install('heic')}, or convert it "
+            "to JPEG (heif-convert, or sips -s format jpeg on macOS)"
+        )
+        return ImageError(where, problem, kind=formats.HEIC)
+    problem = f"{len(data)} bytes that are not an image; remove or replace it"
+    return ImageError(where, problem, kind="damaged" if found else "not an image")
 
 
 def square(data: bytes, *, where: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Which training set lies at a path: found by looking at it."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -8,8 +9,8 @@ import numpy as np
 
 from arcface_jax import plugins
 from arcface_jax.config import DataConfig
-from arcface_jax.data import parquet, tfds
-from arcface_jax.data.files import LIST_SUFFIXES, has_identity_folders, open_folder, open_list
+from arcface_jax.data import lists, names, parquet, tfds
+from arcface_jax.data.files import try_folder
 from arcface_jax.data.parquet import ParquetSource
 from arcface_jax.data.recordio.source import RecordSource
 from arcface_jax.data.source import Sample, Source
@@ -72,6 +73,8 @@ def _open_one(path: str, data: DataConfig, *, seed: int) -> Source:
         raise DataError(
             f"data.path {folder} does not exist: set --data.path to a training set ({_KNOWN})"
         )
+    if not (folder.is_file() or folder.is_dir()):
+        raise DataError(f"data.path {folder} is neither a file nor a folder ({_KNOWN})")
     if folder.is_file():
         raise DataError(f"data.path {path} is a file of no kind that can be trained on ({_KNOWN})")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
@@ -119,28 +122,31 @@ def _recordio(path: str, data: DataConfig, *, seed: int) -> Source | None:
     place = _folder(path)
     shard = data.shard_images if data.order == "shards" else 0
     if any((place / name).is_file() for name in ("train.rec", "train.idx")):
-        return RecordSource(place / "train.rec", shard=shard)
+        return RecordSource(place / "train.rec", shard=shard, label_index=data.label_index)
     if place.is_file() and place.suffix in (".rec", ".idx"):
-        return RecordSource(place.with_suffix(".rec"), shard=shard)
+        rec = place.with_suffix(".rec")
+        return RecordSource(rec, shard=shard, label_index=data.label_index)
     return None
 
 
 def _parquet(path: str, data: DataConfig, *, seed: int) -> Source | None:
     place = _folder(path)
     if place.is_file() and place.suffix == ".parquet":
-        return ParquetSource([place])
+        return ParquetSource([place], columns=data.columns)
     files = parquet.parquet_files(place) if place.is_dir() else []
-    return ParquetSource(files) if files else None
+    return ParquetSource(files, columns=data.columns) if files else None
 
 
 def _list(path: str, data: DataConfig, *, seed: int) -> Source | None:
     place = _folder(path)
-    return open_list(place) if place.is_file() and place.suffix in LIST_SUFFIXES else None
+    if not (place.is_file() and place.suffix.lower() in lists.SUFFIXES):
+        return None
+    return lists.open_list(place, columns=data.columns)
 
 
 def _identity_folders(path: str, data: DataConfig, *, seed: int) -> Source | None:
     place = _folder(path)
-    return open_folder(place) if place.is_dir() and has_identity_folders(place) else None
+    return try_folder(place, level=data.identity_level) if place.is_dir() else None
 
 
 # In this order; each returns None for what is not its own. A new kind of training set is a
@@ -158,7 +164,8 @@ OPENERS: tuple[Callable[..., Source | None], ...] = (
 
 
 def _folder(path: str) -> Path:
-    return Path(path.partition("#")[0]) if "#" in path else Path(path)
+    """The folder of a path that may end in #SPLIT; one that exists as it is may have a #."""
+    return Path(tfds.without_split(path)[0])
 
 
 class JoinedSource(Source):
@@ -170,6 +177,15 @@ class JoinedSource(Source):
         self._offsets = np.cumsum([0, *(part.num_classes for part in parts)]).tolist()
         self.num_classes = self._offsets[-1]
         self.generated = all(part.generated for part in parts)
+        self.names = names.joined([(part.names, part.num_classes) for part in parts])
+        units = {part.unit for part in parts}
+        self.unit = units.pop() if len(units) == 1 else "images"
+        self.ignored = sum((Counter(part.ignored) for part in parts), Counter())
+        self.notes = tuple(
+            f"set {number}: {note}"
+            for number, part in enumerate(parts, start=1)
+            for note in part.notes
+        )
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -1,12 +1,14 @@
 """What every training set offers: how many identities, and labeled images by number."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from arcface_jax.data.images import decode
+from arcface_jax.data.names import Names
 from arcface_jax.errors import ImageError
 
 
@@ -29,6 +31,18 @@ class Source(Protocol):
 
     generated: bool = False
     """Whether images are computed from parameters, which `facts` then states, and not stored."""
+
+    names: Names | None = None
+    """Of the identities; None where they are numbers."""
+
+    unit: str = "images"
+    """What the set is made of, in the plural."""
+
+    ignored: Mapping[str, int] = MappingProxyType({})
+    """What lies in the set's place and is not used, by kind: suffixes, hidden, loose images."""
+
+    notes: Sequence[str] = ()
+    """What was made of the set where it could have been something else, a line each."""
 
     def __len__(self) -> int: ...
 
@@ -88,6 +102,31 @@ class Source(Protocol):
         return {}
 
 
+def account(source: Source, *, unreadable: Mapping[str, int] | None = None) -> str:
+    """What became of everything that a training set holds, in a line.
+
+    Args:
+      source: the training set.
+      unreadable: images that cannot be read, by kind; None where they were not all looked at.
+    """
+    ignored = sum(source.ignored.values())
+    bad = sum((unreadable or {}).values())
+    parts = [
+        f"{len(source) - bad:,} images used of {source.num_classes:,} identities",
+        f"{ignored:,} ignored{_by_kind(source.ignored)}",
+    ]
+    if unreadable is not None:
+        parts.append(f"{bad:,} unreadable{_by_kind(unreadable)}")
+    return f"{len(source) + ignored:,} {source.unit}: {', '.join(parts)}"
+
+
+def _by_kind(counts: Mapping[str, int]) -> str:
+    if not counts:
+        return ""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return f" ({', '.join(f'{kind} {count:,}' for kind, count in ordered)})"
+
+
 def whole_label(label: float, *, where: str) -> int:
     """A label read from a file as the number of an identity.
 
@@ -99,5 +138,6 @@ def whole_label(label: float, *, where: str) -> int:
             where,
             f"label {label} is not an identity: labels are whole numbers from 0; make "
             "the file anew with labels counted from 0",
+            kind="no label",
         )
     return int(label)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.data.images import encode
+from arcface_jax.data.names import Names
 from arcface_jax.data.source import Sample, Source, whole_label
 from arcface_jax.errors import DataError, ImageError, UserError, install
 from arcface_jax.runtime import sealed
@@ -35,12 +36,16 @@ def import_tfds() -> Any:
 class TfdsSource(Source):
     """A data set with the features `image` and `label`.
 
+    A ClassLabel with names gives the identities theirs.
+
     Args:
       path: `tfds:NAME@DATA_DIR#SPLIT` (data directory and split may be left out), or the folder
         with its `dataset_info.json`, `#SPLIT` behind it where it is not `train`.
 
     Raises (the constructor): DataError where it is not there, or has no image and label.
     """
+
+    unit = "examples"
 
     def __init__(self, path: str):
         self._path = path
@@ -53,10 +58,13 @@ class TfdsSource(Source):
             )
         known = getattr(features["label"], "num_classes", None)
         self.num_classes = int(known or self.labels().max() + 1)
+        words: list[str] = getattr(features["label"], "names", None) or []
+        numbers = all(word == str(label) for label, word in enumerate(words))
+        self.names = None if numbers else Names(words)
 
     def _open(self) -> None:
         tfds = import_tfds()
-        where, _, split = self._path.partition("#")
+        where, split = without_split(self._path)
         options = {
             "split": split or "train",
             "decoders": {"image": tfds.decode.SkipDecoding()},
@@ -122,7 +130,16 @@ class TfdsSource(Source):
             for name, split in self._data.dataset_info.splits.items()
         }
         shards = sealed.digest(json.dumps(splits, sort_keys=True).encode())
-        return {"form": "TFDS", "split": self._path.partition("#")[2] or "train", "shards": shards}
+        return {"form": "TFDS", "split": without_split(self._path)[1] or "train", "shards": shards}
+
+
+def without_split(path: str) -> tuple[str, str]:
+    """A path and the split that follows its last #; a folder that exists may have a # itself."""
+    folder = path.removeprefix(PREFIX).partition("@")[2] if path.startswith(PREFIX) else path
+    if "#" not in path or os.path.exists(os.path.expanduser(folder or ".")):
+        return path, ""
+    where, _, split = path.rpartition("#")
+    return where, split
 
 
 def is_builder(folder: Path) -> bool:

@@ -12,11 +12,11 @@ from typing import Literal
 
 import pydantic
 
+from arcface_jax.config.choices import ColorOrder
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import DataError
 from arcface_jax.models import preprocess
 
-ColorOrder = Literal["RGB", "BGR"]
 Layout = Literal["NCHW", "NHWC"]
 
 

@@ -5,14 +5,15 @@ functions that do.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+from tyro.conf import OmitArgPrefixes
 
 from arcface_jax.config import Config
-from arcface_jax.config.choices import Which
+from arcface_jax.config.choices import OnnxOptions, Which
 from arcface_jax.errors import UserError, require
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class ModelChoice:
     """The network that --weight is of; by default found by its names and shapes."""
     onnx: Path | None = None
     """Or an ONNX file."""
+    onnx_options: OmitArgPrefixes[OnnxOptions] = field(default_factory=OnnxOptions)
 
 
 Kind = Literal["workdir", "hub", "weight", "onnx"]
@@ -69,11 +71,12 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
         )
     (option,) = named
     path = getattr(choice, option)
-    options = {"batch_size": batch_size, "devices": devices}
+    options: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
     found = kind_of(path) if path.exists() else None
     if found is None or _OPTIONS[found] == f"--{option}":
         kind = "hub" if found == "hub" else option
-        return _open(path, kind, network=choice.network, step=choice.step, **options)
+        options |= {"step": choice.step, "onnx_options": choice.onnx_options}
+        return _open(path, kind, network=choice.network, **options)
     raise UserError(f"--{option} {path} is {_ARE[found]}: name it with {_OPTIONS[found]}")
 
 
@@ -82,6 +85,7 @@ def open_path(
     *,
     network: str | None = None,
     step: Which = "latest",
+    onnx_options: OnnxOptions | None = None,
     batch_size: int = 64,
     devices: int | None = None,
 ) -> "Model":
@@ -92,6 +96,7 @@ def open_path(
         safetensors, or an ONNX file.
       network: of a file of weights; found by its names and shapes when not given.
       step: which checkpoint of a workdir.
+      onnx_options: what an ONNX file does not tell of itself.
       batch_size: images per forward pass, over all devices.
       devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
 
@@ -111,8 +116,9 @@ def open_path(
             "checkpoints), or a hub folder (config.json with model.safetensors, or CVLface's "
             "pretrained_model)"
         )
-    options = {"batch_size": batch_size, "devices": devices}
-    return _open(path, kind, network=network, step=step, **options)
+    options: dict[str, Any] = {"batch_size": batch_size, "devices": devices}
+    options |= {"step": step, "onnx_options": onnx_options}
+    return _open(path, kind, network=network, **options)
 
 
 def kind_of(path: Path) -> Kind | None:
@@ -140,13 +146,17 @@ def _open(
     *,
     network: str | None,
     step: Which,
+    onnx_options: OnnxOptions | None,
     batch_size: int,
     devices: int | None,
 ) -> "Model":
     if kind == "onnx":
         from arcface_jax.convert.onnx_runner import onnx_embedder
 
-        return onnx_embedder(path, batch_size=batch_size)
+        model = onnx_embedder(path, batch_size=batch_size, options=onnx_options)
+        if model.guessed:
+            print(f"{path}: {model.guessed}", file=sys.stderr)
+        return model
     from arcface_jax.training.network import Network
 
     if kind == "workdir":
@@ -207,6 +217,7 @@ class ModelChoices:
     """The network of all --weight, or one for each; by default found by names and shapes."""
     onnx: tuple[Path, ...] = ()
     """ONNX files."""
+    onnx_options: OmitArgPrefixes[OnnxOptions] = field(default_factory=OnnxOptions)
 
     def each(self) -> list[ModelChoice]:
         """One by one, in the order of the options.
@@ -224,7 +235,7 @@ class ModelChoices:
         return [
             *(ModelChoice(workdir=path, step=self.step) for path in self.workdir),
             *(ModelChoice(weight=w, network=n) for w, n in zip(self.weight, networks, strict=True)),
-            *(ModelChoice(onnx=path) for path in self.onnx),
+            *(ModelChoice(onnx=path, onnx_options=self.onnx_options) for path in self.onnx),
         ]
 
 

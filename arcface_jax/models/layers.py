@@ -389,7 +389,8 @@ class BatchNorm(nnx.Module):
     slice per GPU this is insightface's BatchNorm, written without naming devices. Or `groups` is
     the name of a mesh axis, and the one slice goes over all its devices. The running statistics
     move by `momentum` towards the groups' mean, the variance unbiased as in torch. Where they are
-    `frozen` they are what normalizes in training too, and do not move.
+    `frozen` they are what normalizes in training too, and do not move. Where they are `measured`,
+    evaluation leaves the statistics of its batch in their place, and does not use them.
     The output has the input's type.
     """
 
@@ -409,11 +410,11 @@ class BatchNorm(nnx.Module):
         # are state then, not parameters.
         self.scale = nnx.Param(scale) if train_scale else nnx.BatchStat(scale)
         self.bias = nnx.Param(bias) if train_bias else nnx.BatchStat(bias)
-        self.mean = nnx.BatchStat(np.zeros((channels,), np.float32))
-        self.var = nnx.BatchStat(np.ones((channels,), np.float32))
+        self.mean: Any = nnx.BatchStat(np.zeros((channels,), np.float32))
+        self.var: Any = nnx.BatchStat(np.ones((channels,), np.float32))
         self.groups, self.axis = (1, groups) if isinstance(groups, str) else (groups, None)
         self.epsilon = epsilon
-        self.frozen = False
+        self.frozen = self.measured = False
 
     def __call__(
         self, x: jax.Array, *, train: bool, activation: "PReLU | None" = None
@@ -424,6 +425,8 @@ class BatchNorm(nnx.Module):
             factor = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
             offset = self.bias[...] - self.mean[...] * factor
             y = x.astype(jnp.float32) * _per_channel(factor, x) + _per_channel(offset, x)
+            if self.measured:
+                self._measure(x.astype(jnp.float32))
             return (y if slope is None else _prelu(y, slope)).astype(x.dtype)
         grouped = x.reshape(self.groups, -1, *x.shape[1:])
         given = (grouped, self.scale[...], self.bias[...], slope)
@@ -432,6 +435,12 @@ class BatchNorm(nnx.Module):
         count = devices * grouped.size // (self.groups * x.shape[-1])
         self._move(mean, var * (count / max(count - 1, 1)))
         return y.reshape(x.shape)
+
+    def _measure(self, x: jax.Array) -> None:
+        axes = tuple(range(x.ndim - 1))
+        mean = x.mean(axes)
+        self.var.set_value(jnp.square(x - _per_channel(mean, x)).mean(axes))
+        self.mean.set_value(mean)
 
     def _move(self, mean: jax.Array, var: jax.Array) -> None:
         for running, batch in ((self.mean, mean), (self.var, var)):

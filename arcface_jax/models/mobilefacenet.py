@@ -32,6 +32,8 @@ class Architecture:
 ARCHITECTURES = {
     "mbf": Architecture((1, 4, 6, 2), scale=2),
     "mbf_large": Architecture((2, 8, 12, 4), scale=4),
+    # MobileFaceNet y1 of insightface's model zoo, with the paper's widths and 128 numbers.
+    "mobilefacenet_y1": Architecture((1, 4, 6, 2), scale=1),
 }
 
 _LAST_CHANNELS, _LAST_SIZE = 512, 7

@@ -43,6 +43,7 @@ def build(
     stacked: bool = True,
     gpu: float = 0,
     frozen_statistics: Collection[str] = (),
+    measured: bool = False,
 ) -> Backbone:
     """Make a backbone.
 
@@ -58,6 +59,8 @@ def build(
       gpu: compute capability of the NVIDIA GPUs that `apply` is for, such as 9.0; 0 for a program
         that runs on every platform. The arrays are the same, and the results but for rounding.
       frozen_statistics: names of statistics that training uses and does not move.
+      measured: whether `apply` returns, in evaluation, mean and variance of what each BatchNorm was
+        given, in the place of the statistics that it used.
 
     Raises:
       ConfigError: no network has that name, or what it made cannot be trained.
@@ -76,6 +79,9 @@ def build(
     built = module(layers.ShapeInitializer())
     _check(built, network)
     _freeze_statistics(built, frozen_statistics)
+    for _, layer in nnx.iter_modules(built):
+        if isinstance(layer, layers.BatchNorm):
+            layer.measured = measured
     graph, *shapes = nnx.split(built, nnx.Param, nnx.BatchStat)
     paths = {_name(path): path for part in shapes for path, _ in nnx.to_flat_state(part)}
 
@@ -98,7 +104,9 @@ def build(
     ) -> tuple[jax.Array, Arrays]:
         model: Any = nnx.merge(graph, unflatten(params), unflatten(batch_stats))
         embeddings = model(images, train=train, keys=keys)
-        return embeddings, _flatten(nnx.state(model, nnx.BatchStat)) if train else batch_stats
+        if train or measured:
+            return embeddings, _flatten(nnx.state(model, nnx.BatchStat))
+        return embeddings, batch_stats
 
     params, batch_stats = (_zeros(_flatten(part)) for part in shapes)
     return Backbone(init, (params, batch_stats), apply)

@@ -191,6 +191,7 @@ def changed_everywhere() -> Config:
         "data.augment.sets": ("dali", "erasing"),
         "distributed.local_devices": (1, 2),
     }
+    lists["data.columns"] = "path=file"
     lists |= {f"{part}.options": (("x", 0.5),) for part in ("model", "head", "optimizer")}
     for name, value in loading.flatten(config).items():
         if name in lists:
@@ -253,6 +254,9 @@ def test_differences_are_those_that_change_what_is_computed():
     changed = changed_everywhere()
     free = ("workdir", "devices", "data.path", "data.threads", "data.prefetch_batches")
     free += (
+        "data.columns",
+        "data.label_index",
+        "data.identity_level",
         "data.workers",
         "data.changed",
         "data.max_bad_share",

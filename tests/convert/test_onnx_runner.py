@@ -1,11 +1,13 @@
 """The ONNX runner on small graphs whose embeddings NumPy computes too."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from arcface_jax.config.choices import OnnxOptions
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
 
@@ -25,27 +27,70 @@ def model(
     metadata: dict[str, str] | None = None,
 ) -> Path:
     """One convolution over the whole image; `inside` normalizes before it, named so."""
-    helper, floats = onnx.helper, onnx.TensorProto.FLOAT
-    nodes, x = [], "input"
-    arrays = {"weight": WEIGHT, "half": np.float32(127.5), "step": np.float32(1 / 127.5)}
-    if inside:
-        nodes = [
-            helper.make_node("Sub", ["input", "half"], ["less"], name="Sub_0"),
-            helper.make_node("Mul", ["less", "step"], ["scaled"], name="Mul_1"),
-        ]
-        x = "scaled"
-    nodes += [
-        helper.make_node("Conv", [x, "weight"], ["map"], name="Conv_2"),
-        helper.make_node("Flatten", ["map"], ["embedding"], name="Flatten_3"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("input", floats, [batch, 3, 112, 112])],
-        [helper.make_tensor_value_info("embedding", floats, [batch, 4])],
-        [onnx.numpy_helper.from_array(np.asarray(v), k) for k, v in arrays.items()],
+    steps = [("Sub", 127.5, "Sub_0"), ("Mul", 1 / 127.5, "Mul_1")] if inside else []
+    return graph(path, steps=steps, batch=batch, metadata=metadata)
+
+
+def graph(
+    path: Path,
+    *,
+    steps: Sequence[tuple] = (),
+    batch: str | int = "N",
+    side: str | int = 112,
+    kind: str = "FLOAT",
+    channels_last: bool = False,
+    end: Sequence[tuple] = (("Flatten",),),
+    outputs: dict[str, list] | None = None,
+    metadata: dict[str, str] | None = None,
+) -> Path:
+    """A convolution over the whole image, with other operations before and after it.
+
+    Args:
+      path: of the file.
+      steps: before it: operator, constant, name.
+      batch: the batch axis of the input and the outputs.
+      side: height and width.
+      kind: of the input's numbers.
+      channels_last: of the input.
+      end: operators after it, with the values of a second input.
+      outputs: name and shape of each, where there is not one "embedding".
+      metadata: of the file.
+    """
+    helper, kinds, nodes, x = onnx.helper, onnx.TensorProto, [], "input"
+    arrays = {"weight": WEIGHT}
+    if kind != "FLOAT":
+        nodes, x = [helper.make_node("Cast", [x], ["floats"], to=kinds.FLOAT)], "floats"
+    if channels_last:
+        nodes.append(helper.make_node("Transpose", [x], ["planes"], perm=[0, 3, 1, 2]))
+        x = "planes"
+    for number, (operator, constant, name) in enumerate(steps):
+        arrays[f"constant{number}"] = np.asarray(constant, np.float32)
+        nodes.append(
+            helper.make_node(operator, [x, f"constant{number}"], [f"step{number}"], name=name)
+        )
+        x = f"step{number}"
+    nodes.append(helper.make_node("Conv", [x, "weight"], ["map"], name="Conv_2"))
+    x = "map"
+    for number, (operator, *constant) in enumerate(end):
+        given = [x]
+        if constant:
+            arrays[f"end{number}"] = np.asarray(constant[0])
+            given.append(f"end{number}")
+        x = "embedding" if number == len(end) - 1 else f"after{number}"
+        nodes.append(helper.make_node(operator, given, [x]))
+    shape = [batch, side, side, 3] if channels_last else [batch, 3, side, side]
+    shapes = outputs or {"embedding": [batch, len(WEIGHT)]}
+    made = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "small",
+            [helper.make_tensor_value_info("input", getattr(kinds, kind), shape)],
+            [helper.make_tensor_value_info(n, kinds.FLOAT, s) for n, s in shapes.items()],
+            [onnx.numpy_helper.from_array(v, k) for k, v in arrays.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
     )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
     helper.set_model_props(made, metadata or {})
     onnx.save(made, path)
     return path
@@ -72,6 +117,81 @@ def test_metadata_goes_before_names(tmp_path: Path):
     check(model(tmp_path / "m.onnx", metadata=metadata), expected)
     raw = {"mean": "0", "scale": "1", "color_order": "RGB"}
     check(model(tmp_path / "raw.onnx", inside=True, metadata=raw), embeddings(IMAGES))
+
+
+RAW, SIGNED, UNIT = (0, 1), (127.5, 127.5), (0, 255)
+
+
+@pytest.mark.parametrize(
+    ("steps", "taken", "color_order"),
+    [
+        ([("Sub", 127.5, "a"), ("Div", 128.0, "b")], RAW, "RGB"),
+        ([("Div", 255.0, "a"), ("Sub", 0.5, "b"), ("Div", 0.5, "c")], RAW, "RGB"),
+        ([("Mul", 1 / 127.5, "a"), ("Add", -1.0, "b")], RAW, "RGB"),
+        ([("Div", 255.0, "a")], RAW, "RGB"),
+        ([("Sub", [[[104.0]], [[117.0]], [[123.0]]], "a")], RAW, "BGR"),
+        ([("Sub", [[[0.485]], [[0.456]], [[0.406]]], "a"), ("Div", 0.225, "b")], UNIT, "RGB"),
+        ([("Mul", 0.5, "a"), ("Add", 0.1, "b")], SIGNED, "RGB"),
+    ],
+)
+def test_what_the_first_operations_do_tells_what_is_left_to_the_caller(
+    tmp_path: Path, steps: list, taken: tuple[float, float], color_order: str
+):
+    opened = onnx_embedder(graph(tmp_path / "m.onnx", steps=steps))
+    wants = opened.input
+    assert (wants.mean, wants.scale, wants.color_order) == (*taken, color_order)
+    assert opened.guessed.startswith("it takes")
+
+
+@pytest.mark.parametrize("kind", ["FLOAT", "FLOAT16", "UINT8"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("batch", "side"), [("", ""), (2, 112), ("N", "H")])
+def test_every_form_of_input(tmp_path, kind, channels_last, batch, side):
+    path = graph(
+        tmp_path / "m.onnx", batch=batch, side=side, kind=kind, channels_last=channels_last
+    )
+    expected = embeddings(IMAGES) if kind != "UINT8" else embeddings(IMAGES, mean=0, scale=1)
+    out = onnx_embedder(path, batch_size=3)(IMAGES)
+    bound = {"FLOAT": 1e-4, "FLOAT16": 1e-3, "UINT8": 1e-4}[kind]
+    assert np.abs(out - expected).max() < bound * np.abs(expected).max()
+
+
+def test_options_go_before_guesses(tmp_path: Path):
+    path = graph(tmp_path / "m.onnx")
+    options = OnnxOptions(color_order="BGR", mean=100, scale=50)
+    opened = onnx_embedder(path, options=options)
+    expected = embeddings(IMAGES[..., ::-1], mean=100, scale=50)
+    np.testing.assert_allclose(opened(IMAGES), expected, rtol=1e-3, atol=0.02)
+    assert not opened.guessed
+    with pytest.raises(UserError, match="takes uint8, so --mean"):
+        onnx_embedder(graph(tmp_path / "u.onnx", kind="UINT8"), options=OnnxOptions(mean=1))
+
+
+def test_the_widest_of_several_outputs_or_the_one_that_is_named(tmp_path: Path):
+    wide = np.tile(np.eye(4, dtype=np.float32), 16)
+    path = graph(
+        tmp_path / "m.onnx",
+        end=[("Flatten",), ("MatMul", wide)],
+        outputs={"after0": ["N", 4], "embedding": ["N", 64], "map": ["N", 4, 1, 1]},
+    )
+    opened = onnx_embedder(path)
+    assert "its output embedding of 64 numbers (others: after0, map)" in opened.guessed
+    assert opened.input.embedding_size == opened(IMAGES).shape[1] == 64
+    named = onnx_embedder(path, options=OnnxOptions(output_name="map"))
+    np.testing.assert_allclose(named(IMAGES), embeddings(IMAGES), rtol=1e-3, atol=0.02)
+    with pytest.raises(UserError, match="no output 'none'"):
+        onnx_embedder(path, options=OnnxOptions(output_name="none"))
+
+
+def test_images_run_one_by_one_where_the_free_batch_is_none(tmp_path: Path):
+    path = graph(tmp_path / "m.onnx", end=[("Reshape", np.array([1, 4]))])
+    check(path, embeddings(IMAGES))
+    assert "one by one" in onnx_embedder(path).guessed
+
+
+def test_another_size_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(UserError, match="takes images of 160 x 160 pixels; expected 112 x 112"):
+        onnx_embedder(graph(tmp_path / "m.onnx", side=160))
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 2, 8])

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -10,6 +11,7 @@ import pytest
 
 from arcface_jax.commands import export
 from arcface_jax.convert import onnx_graph, parity, to_onnx
+from arcface_jax.convert.onnx_graph import Form
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
 from arcface_jax.inference.open_model import ModelChoice, open_network
@@ -24,12 +26,12 @@ def embedder(workdir) -> Network:
 @pytest.fixture(scope="module", params=["outside", "inside"])
 def exported(request, embedder, tmp_path_factory) -> tuple[str, Path]:
     path = tmp_path_factory.mktemp(request.param) / "model.onnx"
-    assert to_onnx.export(embedder, path, normalization=request.param) < 1e-5
+    assert to_onnx.export(embedder, path, form=Form(normalization=request.param)).error < 1e-5
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
     return request.param, path
 
 
-def test_the_graph_is_what_clients_expect(exported):
+def test_the_graph_is_what_clients_expect(exported, embedder):
     normalization, path = exported
     model = onnx.load(path)
     graph = model.graph
@@ -43,6 +45,8 @@ def test_the_graph_is_what_clients_expect(exported):
     assert names == ["input", "embedding"]
     assert shapes == [["batch", 3, 112, 112], ["batch", 512]]
     metadata = {entry.key: entry.value for entry in model.metadata_props}
+    described = json.loads(metadata.pop("model_input"))
+    assert described["digest"] == embedder.digest() and described["output"] == "embedding"
     assert metadata == {
         "network": "r_tiny",
         "embedding_size": "512",
@@ -82,19 +86,25 @@ def test_insightfaces_own_class_gives_the_embedding(exported, embedder, faces):
 @pytest.mark.parametrize("network", ["r50", "mbf", "vit_t"])
 def test_every_family(network, faces, tmp_path):
     embedder = Network(network, *parity.settled(network, faces), batch_size=16, devices=1)
-    assert to_onnx.export(embedder, tmp_path / "model.onnx") < 1e-5
+    assert to_onnx.export(embedder, tmp_path / "model.onnx").error < 1e-5
 
 
 def test_files_of_lower_precision(embedder, faces, tmp_path):
     half, small = tmp_path / "half.onnx", tmp_path / "small.onnx"
-    error = to_onnx.export(embedder, half, normalization="inside", precision="float16")
-    assert 0 < error < 5e-3
     error = to_onnx.export(
-        embedder, small, normalization="inside", precision="int8", calibration=faces
+        embedder, half, form=Form(normalization="inside"), precision="float16"
+    ).error
+    assert 0 < error < 5e-3
+    made = to_onnx.export(
+        embedder, small, form=Form(normalization="inside"), precision="int8", calibration=faces
     )
-    assert 0 < error < 0.15
-    whole = 4 * 5_500_000  # bytes of float32 weights
-    assert half.stat().st_size < 0.55 * whole and small.stat().st_size < 0.3 * whole
+    assert 0 < made.error < 0.15
+    floats = [layer.layer for layer in made.layers if not layer.quantized]
+    assert floats == [made.layers[0].layer, made.layers[-1].layer]
+    assert len(made.layers) == 14 and all(0 <= layer.error < 0.3 for layer in made.layers)
+    whole, last = 4 * 5_500_000, embedder.params["fc.kernel"].nbytes  # bytes of float32 weights
+    assert half.stat().st_size < 0.55 * whole
+    assert small.stat().st_size < last + 0.4 * (whole - last)
     for path in (half, small):  # clients see that pixels are normalized there too
         outs = onnx_embedder(path)(faces[:3])
         assert parity.largest_error(outs, embedder(faces[:3])) < 0.15
@@ -134,3 +144,84 @@ def test_what_cannot_be_done_is_said_before(embedder, exported, tmp_path):
         to_onnx.export(embedder, tmp_path / "none" / "m.onnx")
     with pytest.raises(UserError, match="exported already"):
         open_network(ModelChoice(onnx=exported[1]))
+
+
+OPSETS = [13, 15, 17, 18, onnx.defs.onnx_opset_version()]
+
+
+@pytest.mark.parametrize("opset", [13, onnx.defs.onnx_opset_version()])
+def test_operators_of_any_version(embedder, faces, tmp_path, opset):
+    path = tmp_path / "model.onnx"
+    assert to_onnx.export(embedder, path, form=Form(opset=opset)).error < 1e-5
+    model = onnx.load(path)
+    assert (model.opset_import[0].version, model.ir_version) == (opset, 8)
+    onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opset", OPSETS)
+@pytest.mark.parametrize("network", ["mbf", "vit_t"])
+def test_operators_of_any_version_in_every_family(network, faces, tmp_path, opset):
+    model = Network(network, *parity.settled(network, faces), batch_size=16, devices=1)
+    path = tmp_path / "model.onnx"
+    assert to_onnx.export(model, path, form=Form(opset=opset)).error < 1e-5
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    normalizations = [n for n in onnx.load(path).graph.node if n.op_type == "LayerNormalization"]
+    assert bool(normalizations) == (network == "vit_t" and opset >= 17)
+
+
+def test_opencv_runs_the_file(exported, embedder, faces):
+    normalization, path = exported
+    x = faces[:2].transpose(0, 3, 1, 2).astype(np.float32)
+    net = cv2.dnn.readNetFromONNX(str(path))
+    net.setInput(x if normalization == "inside" else (x / 255 - 0.5) / 0.5)
+    assert parity.largest_error(net.forward(), embedder(faces[:2])) < 1e-4
+
+
+def test_a_graph_that_takes_decoded_images(embedder, faces, tmp_path):
+    path = tmp_path / "model.onnx"
+    assert to_onnx.export(embedder, path, form=Form(input="uint8-nhwc")).error < 1e-5
+    (out,) = onnxruntime.InferenceSession(path).run(None, {"input": faces[:3]})
+    assert parity.largest_error(out, embedder(faces[:3])) < 1e-5
+    model = onnx_embedder(path)
+    assert (model.input.layout, model.input.dtype, model.input.mean) == ("NHWC", "uint8", 0.0)
+    with pytest.raises(UserError, match="leave out --normalization outside"):
+        Form(input="uint8-nhwc", normalization="outside").check()
+
+
+def test_versions_that_no_export_has():
+    for form, message in ((Form(opset=12), "opset 12: expected 13 to"), (Form(ir_version=6), "7")):
+        with pytest.raises(UserError, match=message):
+            form.check()
+
+
+def test_a_calibration_follows_a_run_into_its_exact_exports(embedder, exported, faces, tmp_path):
+    _, path = exported
+    assert onnx_embedder(path).input.digest == embedder.digest()
+    small = tmp_path / "int8.onnx"
+    to_onnx.export(embedder, small, precision="int8", calibration=faces)
+    assert onnx_embedder(small).input.digest == onnx_embedder(small).digest() != embedder.digest()
+
+
+def test_other_peoples_files_get_a_free_batch(embedder, exported, faces, tmp_path, capsys):
+    """A file whose batch of 1 is in its input, its output and the shape of a Reshape."""
+    normalization, path = exported
+    model = onnx.load(path)
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    graph.node[-1].output[0] = "unshaped"
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 512]), "shape"))
+    reshape = onnx.helper.make_node("Reshape", ["unshaped", "shape"], ["embedding"], "last")
+    graph.node.append(reshape)
+    fixed, free = tmp_path / "fixed.onnx", tmp_path / "free.onnx"
+    onnx.save(model, fixed)
+    with pytest.raises(Exception, match="Got invalid dimensions"):
+        x = np.zeros((2, 3, 112, 112), np.float32)
+        onnxruntime.InferenceSession(fixed).run(None, {"input": x})
+    assert export.main([str(fixed), "--dynamic-batch", "--output", str(free)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1][7:])["parity"] < 1e-5
+    x = faces.transpose(0, 3, 1, 2).astype(np.float32)
+    x = x if normalization == "inside" else (x / 255 - 0.5) / 0.5
+    (out,) = onnxruntime.InferenceSession(free).run(None, {"input": x})
+    assert parity.largest_error(out, embedder(faces)) < 1e-5

@@ -12,18 +12,37 @@ from arcface_jax.heads import margins, partial_fc
 
 SGD = OptimizerConfig()
 ADAMW = OptimizerConfig(kind="adamw", weight_decay=0.1)
+OPTIMIZERS = {"sgd": SGD, "adamw": ADAMW}
+slow = pytest.mark.slow
 EXACT = HeadConfig(dtype="float32", gradient="exact", block_size=8)
+
+
+def pairs_quick_rest_slow(first, second, third, *, quick: int) -> list:
+    """All combinations of values, two of the second and third; `quick` of them are not slow.
+
+    Of each value of the first there are two quick ones, which differ in both of the others and
+    whose pairs alternate: so the quick ones hold all pairs of two values.
+    """
+    params = []
+    for i, a in enumerate(first):
+        for j, b in enumerate(second):
+            for k, c in enumerate(third):
+                is_quick = 2 * i < quick and (i + j + k) % 2 == 0
+                params.append(pytest.param(a, b, c, marks=() if is_quick else slow))
+    return params
 
 
 def head(**changes) -> HeadConfig:
     return HeadConfig(**({"dtype": "float32", "gradient": "exact", "block_size": 8} | changes))
 
 
-@pytest.mark.parametrize("devices", [1, 2, 3, 8])
 # 101 is divided by no device count; with 7, one of eight devices has no class at all.
-@pytest.mark.parametrize("num_classes", [101, 7])
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("devices", "num_classes", "optimizer"),
+    pairs_quick_rest_slow([1, 3, 8, 2], [101, 7], OPTIMIZERS, quick=6),
+)
 def test_any_number_of_devices_equals_the_dense_formula(devices, num_classes, optimizer):
+    optimizer = OPTIMIZERS[optimizer]
     case = make_case(num_classes, EXACT, optimizer)
     out = run(case, EXACT, optimizer, devices=devices, step=3)
     assert_equal(out, expected(case, EXACT, optimizer, step=3), tolerance=1e-5)
@@ -54,7 +73,7 @@ def test_every_margin_equals_the_dense_formula(name):
     assert_equal(out, expected(case, config, SGD), tolerance=1e-5)
 
 
-@pytest.mark.parametrize("block_size", [1, 51, 64, 4096])
+@pytest.mark.parametrize("block_size", [1, 51, pytest.param(64, marks=slow), 4096])
 def test_the_block_size_changes_no_result(block_size):
     case = make_case(101, EXACT, SGD)
     out = run(case, head(block_size=block_size), SGD, devices=2)
@@ -82,10 +101,14 @@ def sampled_classes(case: Case, config: HeadConfig, *, devices: int, step: int) 
     return np.concatenate(drawn)
 
 
-@pytest.mark.parametrize(("devices", "rate"), [(1, 0.1), (3, 0.0), (8, 0.5)])
-@pytest.mark.parametrize("unsampled", ["untouched", "decayed"])
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-def test_a_sampled_head_is_the_dense_formula_of_its_classes(devices, rate, unsampled, optimizer):
+@pytest.mark.parametrize(
+    ("given", "unsampled", "optimizer"),
+    pairs_quick_rest_slow(
+        [(1, 0.1), (3, 0.0), (8, 0.5)], ["untouched", "decayed"], OPTIMIZERS, quick=6
+    ),
+)
+def test_a_sampled_head_is_the_dense_formula_of_its_classes(given, unsampled, optimizer):
+    (devices, rate), optimizer = given, OPTIMIZERS[optimizer]
     config = head(sample_rate=rate, unsampled=unsampled)
     case = make_case(301, config, optimizer)
     classes = sampled_classes(case, config, devices=devices, step=2)
@@ -118,7 +141,9 @@ def test_other_steps_draw_other_negatives():
     assert (moved[0] != moved[1]).sum() > 50
 
 
-@pytest.mark.parametrize(("devices", "rate"), [(8, 1.0), (8, 0.3), (1, 0.3)])
+@pytest.mark.parametrize(
+    ("devices", "rate"), [(8, 1.0), (8, 0.3), pytest.param(1, 0.3, marks=slow)]
+)
 def test_a_label_outside_the_classes_takes_no_part(devices, rate):
     config = head(sample_rate=rate)
     case = make_case(101, config, SGD)
@@ -142,8 +167,11 @@ def test_a_batch_of_unknown_labels_changes_centers_by_momentum_and_decay_alone()
 
 @pytest.mark.parametrize(
     ("optimizer", "rate", "unsampled"),
-    [(SGD, 1.0, "untouched"), (ADAMW, 0.3, "untouched"), (ADAMW, 0.3, "decayed")],
-    ids=["full", "sampled", "decayed"],
+    [
+        pytest.param(SGD, 1.0, "untouched", id="full"),
+        pytest.param(ADAMW, 0.3, "untouched", id="sampled", marks=slow),
+        pytest.param(ADAMW, 0.3, "decayed", id="decayed"),
+    ],
 )
 def test_an_embedding_that_is_not_finite_leaves_the_centers_alone(optimizer, rate, unsampled):
     config = head(loss="curricularface", sample_rate=rate, unsampled=unsampled)
@@ -223,8 +251,17 @@ def assert_precise(
     assert flushed.sum() <= (0.001 if num_classes < 1e6 else 0.1) * num_classes
 
 
-@pytest.mark.parametrize("dtype", ALLOWED)
-@pytest.mark.parametrize("cosine", [None, 0.75], ids=["untrained", "trained"])
+@pytest.mark.parametrize(
+    ("dtype", "cosine"),
+    [
+        pytest.param("float32", None, id="untrained-float32"),
+        pytest.param("float32", 0.75, id="trained-float32", marks=slow),
+        pytest.param("bfloat16", None, id="untrained-bfloat16"),
+        pytest.param("bfloat16", 0.75, id="trained-bfloat16"),
+        pytest.param("float16", None, id="untrained-float16", marks=slow),
+        pytest.param("float16", 0.75, id="trained-float16"),
+    ],
+)
 def test_operands_of_every_type_are_as_precise_as_promised(dtype, cosine):
     assert_precise(dtype, num_classes=20_000, size=512, cosine=cosine)
 

@@ -58,8 +58,8 @@ def compiled(num_classes: int, optimizer: str = "sgd", **changes):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_memory_is_the_same_for_one_four_and_ten_million_classes(optimizer):
-    sizes = (1_000_000, 4_000_000, 10_000_000)
+def test_memory_is_the_same_for_one_and_ten_million_classes(optimizer):
+    sizes = (1_000_000, 10_000_000)
     memory = [compiled(size, optimizer).memory_analysis() for size in sizes]
     temporary = [m.temp_size_in_bytes for m in memory]
     assert max(temporary) <= 64 * MIB
@@ -72,8 +72,15 @@ def test_memory_is_the_same_for_one_four_and_ten_million_classes(optimizer):
         assert kept <= m.alias_size_in_bytes <= m.argument_size_in_bytes <= kept + MIB
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("unsampled", ["untouched", "decayed"])
+@pytest.mark.parametrize(
+    ("optimizer", "unsampled"),
+    [
+        ("sgd", "untouched"),
+        ("adamw", "decayed"),
+        pytest.param("sgd", "decayed", marks=pytest.mark.slow),
+        pytest.param("adamw", "untouched", marks=pytest.mark.slow),
+    ],
+)
 def test_a_sampled_head_needs_little_memory_too(optimizer, unsampled):
     memory = compiled(10_000_000, optimizer, sample_rate=0.1, unsampled=unsampled).memory_analysis()
     assert memory.temp_size_in_bytes <= 128 * MIB

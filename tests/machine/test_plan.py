@@ -9,6 +9,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import pytest
+import small_network
 import torch
 from commands import result, script
 
@@ -24,16 +25,17 @@ from arcface_jax.training import manifest, step, validation
 
 DEVICES, BATCH, D = 8, 64, 512
 CLASSES = 10_000_000
-MEMORY = 5.2
+MEMORY = 4.806
 SHARE = 0.75  # of a device, which JAX takes
 CONFIG = configs.replace(
     Config(),
     devices=DEVICES,
     data__global_batch_size=BATCH,
-    model__network="r_tiny",
+    model__network=small_network.NAME,
     model__dtype="float32",
     model__bn_batch_size=8,
 )
+R_TINY = configs.replace(CONFIG, model__network="r_tiny")
 RECIPE = """
 from arcface_jax import config as c
 
@@ -42,7 +44,9 @@ def get_config():
     return c.Config(
         devices=8,
         data=c.DataConfig(global_batch_size=64),
-        model=c.ModelConfig(network="r_tiny", dtype="float32", bn_batch_size=8),
+        model=c.ModelConfig(
+            network="tests.support.small_network:make", dtype="float32", bn_batch_size=8
+        ),
     )
 """
 
@@ -219,12 +223,14 @@ def test_the_backbones_flops_are_those_of_the_torch_network():
     with torch.no_grad():
         module(torch.zeros(1, 3, 112, 112))
     # Two operations each, in the forward pass and for two gradients.
-    assert plan.backbone_flops_per_image(CONFIG.model) == 6 * sum(products)
+    assert plan.backbone_flops_per_image(R_TINY.model) == 6 * sum(products)
 
 
 def test_sampling_is_suggested_where_the_head_costs_more_than_the_backbone(planned):
     """A hundredth of the classes: 26 GFLOP a step; the backbone takes 28, and at a fiftieth 52."""
-    assert planned.outcome["sample_rate"] == 0.01
+    work = plan.work(R_TINY, num_classes=CLASSES, num_devices=DEVICES)
+    assert work["sample_rate"] == planned.outcome["sample_rate"] == 0.01
+    assert work["head_flops"][0.01] < work["backbone_flops"] < work["head_flops"][0.02]
     assert "sampling saves compute, not memory" in planned.text
     half = head_flops(0.5, num_classes=CLASSES, num_devices=DEVICES)
     assert half == 8 * BATCH * D * CLASSES / 2

@@ -271,7 +271,8 @@ def test_names_of_a_stack():
     assert stacks.names_of_members("layer3.1.conv1.kernel") is None
 
 
-def test_the_train_step_of_a_transformer_on_several_devices():
+def test_the_train_step_of_a_transformer_on_several_devices(monkeypatch):
+    monkeypatch.setitem(vit.ARCHITECTURES, "vit_t", ARCHITECTURE)
     config = configs.replace(
         Config(),
         model__network="vit_t",

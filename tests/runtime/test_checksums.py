@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import small_network
 
 from arcface_jax import config as c
 from arcface_jax import train
@@ -25,7 +26,9 @@ def config(workdir: Path) -> c.Config:
             global_batch_size=8,
             synthetic=c.SyntheticConfig(identities=5, images_per_identity=5),
         ),
-        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
+        model=c.ModelConfig(
+            network=small_network.NAME, dtype="float32", embedding_size=32, bn_batch_size=8
+        ),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         schedule=c.ScheduleConfig(epochs=3),
         evaluation=c.EvaluationConfig(batch_size=8, every_epochs=0),

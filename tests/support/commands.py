@@ -30,7 +30,10 @@ def get_config():
             ),
         ),
         model=c.ModelConfig(
-            network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8
+            network="tests.support.small_network:make",
+            dtype="float32",
+            embedding_size=32,
+            bn_batch_size=8,
         ),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         schedule=c.ScheduleConfig(epochs=3),

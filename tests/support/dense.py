@@ -1,5 +1,6 @@
 """The margin softmax as the papers write it: one device, all logits at once, float64, autodiff."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -77,9 +78,9 @@ def expected(
         state = {name: float(value) for name, value in case.centers.state.items()}
         inputs = (jnp.asarray(case.embeddings, jnp.float64), jnp.asarray(chosen))
         state = _update(head, state, *inputs, target, known)
-        (loss, facts), (d_embeddings, d_chosen) = jax.value_and_grad(
-            _loss, argnums=(0, 1), has_aux=True
-        )(*inputs, target, known, state, head)
+        (loss, facts), (d_embeddings, d_chosen) = _differentiate(
+            *inputs, target, known, state, head=head
+        )
         gradient = np.zeros(shape)
         gradient[classes] = d_chosen
         out = {"loss": float(loss), "d_embeddings": np.asarray(d_embeddings)}
@@ -113,11 +114,16 @@ def _update(head, state, embeddings, chosen, target, known):
     return {n: (1 - head.ema) * state[n] + head.ema * new[n] for n in state}
 
 
+@partial(jax.jit, static_argnames="head")
+def _differentiate(embeddings, chosen, target, known, state, *, head):
+    loss = partial(_loss, target=target, known=known, state=state, head=head)
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(embeddings, chosen)
+
+
 def _loss(embeddings, chosen, target, known, state, head):
     cosine = _cosines(embeddings, chosen)
     rows = np.arange(len(target))
-    own = np.zeros(cosine.shape, bool)
-    own[rows, target] = True
+    own = target[:, None] == np.arange(cosine.shape[1])[None]
     z = jnp.clip(cosine[rows, target], -1, 1)
     theta = jnp.arccos(z)
     norm = jnp.linalg.norm(embeddings, axis=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import small_network
 
 from arcface_jax import config as c
 from arcface_jax.config import loading
@@ -24,7 +25,9 @@ def config(workdir: Path, **changes) -> c.Config:
             global_batch_size=8,
             synthetic=c.SyntheticConfig(identities=4, images_per_identity=4),
         ),
-        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
+        model=c.ModelConfig(
+            network=small_network.NAME, dtype="float32", embedding_size=32, bn_batch_size=8
+        ),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         schedule=c.ScheduleConfig(kind="step", epochs=2),
         evaluation=c.EvaluationConfig(targets=(), batch_size=8),

@@ -10,7 +10,8 @@ import lfw_halves
 import numpy as np
 import pytest
 import torch
-from commands import ROOT, result, script
+from commands import ROOT, TINY_RECIPE, result, script
+from small_network import NAME
 from test_train import losses, metrics
 
 from arcface_jax import config as configs
@@ -33,8 +34,11 @@ def command(recipe: Path, workdir: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def recipe(tiny_recipe) -> Path:
-    return tiny_recipe
+def recipe(tmp_path_factory) -> Path:
+    """Of a built-in network, with whose layers the options are concerned."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.py"
+    path.write_text(TINY_RECIPE.replace(NAME, "r_tiny"))
+    return path
 
 
 @pytest.fixture(scope="module")

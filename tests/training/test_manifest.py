@@ -32,7 +32,10 @@ def get_config():
             synthetic=c.SyntheticConfig(identities=5, images_per_identity=8),
         ),
         model=c.ModelConfig(
-            network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8
+            network="tests.support.small_network:make",
+            dtype="float32",
+            embedding_size=32,
+            bn_batch_size=8,
         ),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         schedule=c.ScheduleConfig(epochs=1),

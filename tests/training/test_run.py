@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import small_network
 
 from arcface_jax import config as c
 from arcface_jax.data.synthetic import faces
@@ -28,7 +29,9 @@ def config(workdir: Path, **changes) -> c.Config:
             global_batch_size=8,
             synthetic=c.SyntheticConfig(identities=4, images_per_identity=4),
         ),
-        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=8),
+        model=c.ModelConfig(
+            network=small_network.NAME, dtype="float32", embedding_size=32, bn_batch_size=8
+        ),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0),
         schedule=c.ScheduleConfig(epochs=2),
         evaluation=c.EvaluationConfig(targets=(), batch_size=8),
@@ -45,7 +48,7 @@ def finished(tmp_path_factory) -> tuple[c.Config, Outcome]:
 
 def embed(params, batch_stats) -> np.ndarray:
     images = np.stack([faces.draw_face(seed=1, identity=i, index=0) for i in range(4)])
-    network = registry.build("r_tiny", embedding_size=32)
+    network = registry.build(small_network.NAME, embedding_size=32)
     return np.asarray(step.make_embed(network)(params, batch_stats, images))
 
 

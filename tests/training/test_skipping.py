@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_network
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config, OptimizerConfig
@@ -17,7 +18,7 @@ from arcface_jax.training import diagnostics, optim, step
 CLASSES, BATCH = 7, 16
 CONFIG = configs.replace(
     Config(),
-    model__network="r_tiny",
+    model__network=small_network.NAME,
     model__embedding_size=32,
     model__bn_batch_size=BATCH,
     head__margin=0.2,

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import small_network
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config
@@ -13,7 +14,7 @@ from arcface_jax.training import optim, step
 CLASSES = 11
 CONFIG = configs.replace(
     Config(),
-    model__network="r_tiny",
+    model__network=small_network.NAME,
     model__dtype="float32",
     model__embedding_size=32,
     model__bn_batch_size=2,  # 24 groups, which 1, 2, 3, 4 and 8 devices share evenly

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_network
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config
@@ -34,18 +35,21 @@ BLOCKS = {"unrolled": (1, 1, 1, 1), "scanned": (1, 1, 4, 1)}
 _BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}
 
 
-@pytest.fixture(params=[pytest.param("unrolled", marks=pytest.mark.slow), "scanned"])
-def compiled(request, monkeypatch):
+@pytest.fixture(
+    scope="module", params=[pytest.param("unrolled", marks=pytest.mark.slow), "scanned"]
+)
+def compiled(request):
     """The step on eight devices, and its state's shapes; the stack is a shallow variant of r100."""
     kind = request.param
     shallow = dataclasses.replace(
         iresnet.ARCHITECTURES["r_tiny"], blocks=BLOCKS[kind], blocks_are=kind
     )
-    monkeypatch.setitem(iresnet.ARCHITECTURES, "r_tiny", shallow)
-    mesh = meshes.make(DEVICES)
-    state = step.abstract_state(CONFIG, num_classes=CLASSES, mesh=mesh)
-    run = step.make_train_step(CONFIG, num_classes=CLASSES, schedule=SCHEDULE, mesh=mesh)
-    return state, run.lower(state, plan.abstract_batch(BATCH, mesh)).compile()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(iresnet.ARCHITECTURES, "r_tiny", shallow)
+        mesh = meshes.make(DEVICES)
+        state = step.abstract_state(CONFIG, num_classes=CLASSES, mesh=mesh)
+        run = step.make_train_step(CONFIG, num_classes=CLASSES, schedule=SCHEDULE, mesh=mesh)
+        return state, run.lower(state, plan.abstract_batch(BATCH, mesh)).compile()
 
 
 def collectives(text: str) -> list[tuple[str, int]]:
@@ -103,7 +107,12 @@ def test_steps_follow_one_another_without_a_copy_to_or_from_the_host():
 
     On the CPU reading an array is no transfer: there the guard sees the way to the devices alone.
     """
-    config = configs.replace(CONFIG, data__global_batch_size=8, model__bn_batch_size=8)
+    config = configs.replace(
+        CONFIG,
+        data__global_batch_size=8,
+        model__bn_batch_size=8,
+        model__network=small_network.NAME,
+    )
     mesh = meshes.make(1)
     state = step.init_state(config, num_classes=CLASSES, mesh=mesh)
     run = step.make_train_step(config, num_classes=CLASSES, schedule=SCHEDULE, mesh=mesh)

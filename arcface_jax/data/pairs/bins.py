@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arcface_jax.data.images import square
+from arcface_jax.data.pairs import flags
 from arcface_jax.errors import DataError
 
 
@@ -44,7 +45,7 @@ def read_bin(path: Path) -> PairSet:
         _check_sizes(data)
         encoded, same = _Unpickler(io.BytesIO(data), encoding="bytes").load()
         encoded = [_encoded(item) for item in encoded]
-        same = np.array([bool(x) for x in (same.values if isinstance(same, _Array) else same)])
+        same = np.array([_flag(x) for x in (same.values if isinstance(same, _Array) else same)])
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except Exception as error:
@@ -84,11 +85,18 @@ def _check_sizes(data: bytes) -> None:
 
 
 def _encoded(item: Any) -> bytes:
-    if isinstance(item, _Array):
+    if isinstance(item, _Array) and item.values.dtype.kind in "biuf":
         return item.values.astype(np.uint8).tobytes()
     if not isinstance(item, bytes):
         raise DataError(f"an image is of type {type(item).__name__}; there should be its bytes")
     return item
+
+
+def _flag(value: Any) -> bool:
+    same = flags.parse(value)
+    if same is None:
+        raise DataError(f"{value!r} is no answer to whether a pair shows one person: give 1 or 0")
+    return same
 
 
 def _encode_latin(text: str, encoding: str) -> bytes:
@@ -99,7 +107,8 @@ def _encode_latin(text: str, encoding: str) -> bytes:
 
 
 # NumPy trusts the pickles it reads: one of its dtypes can pass bytes off as pointers to objects,
-# which is as good as running code. So these stand in for its types, and know plain numbers alone.
+# which is as good as running code. So these stand in for its types, and know only plain numbers and
+# text.
 
 
 class _Dtype:
@@ -107,11 +116,14 @@ class _Dtype:
 
     def __init__(self, name: str | bytes, *_: Any):
         self.plain = np.dtype(name.decode() if isinstance(name, bytes) else name)
-        if self.plain.kind not in "biuf":
+        if self.plain.kind not in "biufSU":
             raise DataError(f"the pickle holds an array of {self.plain}; numbers were expected")
 
-    def __setstate__(self, _: tuple) -> None:
-        """The byte order is of no matter to bytes, nor to whether a flag is 0."""
+    def __setstate__(self, state: tuple) -> None:
+        """Takes the byte order, and nothing else."""
+        order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+        if order in ("<", ">"):
+            self.plain = self.plain.newbyteorder(order)
 
 
 class _Array:

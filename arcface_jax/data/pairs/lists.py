@@ -1,18 +1,19 @@
-"""Pairs of images in a folder, named by a list: LFW's `pairs.txt`, or CSV lines of two paths."""
+"""Pairs of images in a folder, named by a list: LFW's `pairs.txt`, or lines of two paths."""
 
-import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from arcface_jax.data import images
+from arcface_jax.data import images, tables
+from arcface_jax.data.pairs import flags
+from arcface_jax.data.tables import Row
 from arcface_jax.errors import DataError
 
-SUFFIXES = (".txt", ".csv")
-_SAME = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+SUFFIXES = (".txt", ".csv", ".tsv", ".lst")
 _SHOWN = 5
+_FOLDS = 10
 
 
 class Pair(NamedTuple):
@@ -29,7 +30,7 @@ def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
     """The list and the folder of `LIST:FOLDER` or `LIST`; None where it is no list.
 
     Args:
-      target: a `.txt` or `.csv` file; without a folder its images lie beside it.
+      target: a `.txt`, `.csv`, `.tsv` or `.lst` file; without a folder its images lie beside it.
       base: the folder in which to look for what is not found as it is named.
 
     Raises:
@@ -51,13 +52,19 @@ def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
 def listed(path: Path, folder: Path) -> list[Pair]:
     """Reads a list; the order is the list's, which decides the folds.
 
-    `.txt` is LFW's form (http://vis-www.cs.umass.edu/lfw/README.txt): lines of `name n m`, images
-    n and m of one person, and `name n other m`, of two. Image 7 of a person is the file
-    `FOLDER/name/name_0007.jpg`, or with another suffix of images. A first line `folds n` or `n`
-    announces folds x n pairs of either kind, or n.
+    Its form is found by content, in any separator and encoding that `tables` reads:
 
-    `.csv` has lines of `path,path,same`, where same is 1, true or yes, or 0, false or no;
-    paths are absolute or relative to the folder. A first line of other words is a heading.
+    - LFW's (http://vis-www.cs.umass.edu/lfw/README.txt), which RFW and XQLFW have too: lines of
+      `name n m`, images n and m of one person, and `name n other m`, of two. Image 7 of a person
+      is the file `FOLDER/name/name_0007.jpg`, or with another suffix of images. A first line
+      `folds n` or `n` announces folds x n pairs of either kind, or n.
+    - two paths and whether they show one person, in any order and with further columns: an index,
+      a fold, a name. The flag is one of `flags.parse`.
+    - a name and two files, `name file file`, of one person, and `name file other file`, of two.
+    - CPLFW's and CALFW's: two lines a pair, each `file flag`, where any flag but 0 is one person.
+      All pairs of one person come first there, and are put into ten folds with the others.
+
+    Paths are absolute or relative to the folder. A first line of other words is a heading.
 
     Args:
       path: the list.
@@ -70,12 +77,16 @@ def listed(path: Path, folder: Path) -> list[Pair]:
       DataError: naming the lines that are not of that form, or the files that are missing.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        table = tables.read(path)
+    except DataError as error:
         raise DataError(f"cannot read the list of pairs {path}: {error}") from error
-    pairs = list(_csv(text, path, folder) if path.suffix == ".csv" else _lfw(text, path, folder))
+    rows = table.rows
+    if not table.separated:
+        rows = tables.blank_separated(rows, -1, from_right=False)
+    rows = [Row(row.line, _without_blank_end(row.cells)) for row in rows]
+    pairs = list(_pairs(rows, path, folder))
     if not pairs:
-        raise DataError(f"{path} names no pair: give one a line, {_FORMS[path.suffix]}")
+        raise DataError(f"{path} names no pair: give one a line, {_FORMS}")
     files = {file: None for pair in pairs for file in (pair.left, pair.right)}
     _check_files(files, pairs, path)
     return pairs
@@ -93,39 +104,63 @@ def read(path: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     pairs = listed(path, folder)
     files = {file: None for pair in pairs for file in (pair.left, pair.right)}
-    squares = {file: images.square(file.read_bytes(), where=str(file)) for file in files}
+    squares = {file: images.square(images.read_file(file), where=str(file)) for file in files}
     return (
         np.stack([squares[file] for pair in pairs for file in (pair.left, pair.right)]),
         np.array([pair.same for pair in pairs]),
     )
 
 
-_FORMS = {
-    ".txt": "`name n m` for images n and m of one person, `name n other m` for two people",
-    ".csv": "`path,path,same` with same 1 or 0",
-}
+_FORMS = (
+    "`name n m` for images n and m of one person, `name n other m` for two people, or "
+    "`path,path,same` with same 1 or 0"
+)
 
 
-def _lfw(text: str, path: Path, folder: Path) -> Iterator[Pair]:
-    announced, counts = None, {True: 0, False: 0}
-    for number, line in enumerate(text.splitlines(), start=1):
-        words = [word.strip() for word in (line.split("\t") if "\t" in line else line.split())]
-        if not any(words):
-            continue
-        if announced is None and not any(counts.values()) and len(words) <= 2:
-            announced = _announced(words)
-            if announced is not None:
-                continue
-        match words:
-            case [name, first, second] if first.isdecimal() and second.isdecimal():
-                left, right = (name, first), (name, second)
-            case [name, first, other, second] if first.isdecimal() and second.isdecimal():
-                left, right = (name, first), (other, second)
-            case _:
-                raise _not_a_pair(path, number, line)
-        same = len(words) == 3
+def _without_blank_end(cells: list[str]) -> list[str]:
+    while len(cells) > 1 and not cells[-1]:
+        cells = cells[:-1]
+    return cells
+
+
+def _pairs(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
+    """By the form that most rows have."""
+    if not rows:
+        return iter(())
+    part = tables.sample(rows)
+    forms = (_is_lfw, _is_half, lambda row: _is_named(row, folder))
+    counts = [sum(map(form, part)) for form in forms]
+    if 2 * counts[0] >= len(part):
+        return _lfw(rows, path, folder)
+    if 2 * counts[1] > len(part):
+        return _two_lines(rows, path, folder)
+    if 2 * counts[2] > len(part):
+        return _named_files(rows, path, folder)
+    return _paths(rows, path, folder)
+
+
+def _is_lfw(row: Row) -> bool:
+    cells = row.cells
+    if len(cells) == 3:
+        return cells[1].isdecimal() and cells[2].isdecimal() and not images.is_image(cells[0])
+    return len(cells) == 4 and cells[1].isdecimal() and cells[3].isdecimal()
+
+
+def _lfw(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
+    announced = _announced(rows[0].cells)
+    heading = announced is not None or not _is_lfw(rows[0])
+    # Spreadsheets have names for the columns; a first line with numbers is meant to be a pair.
+    if announced is None and heading and any(cell.isdecimal() for cell in rows[0].cells):
+        heading = False
+    counts = {True: 0, False: 0}
+    for row in rows[heading:]:
+        if not _is_lfw(row):
+            raise _not_a_pair(path, row)
+        name, first, *others = row.cells
+        other, second = (name, *others)[-2:]
+        same = len(row.cells) == 3
         counts[same] += 1
-        yield Pair(number, _image(folder, *left), _image(folder, *right), same)
+        yield Pair(row.line, _image(folder, name, first), _image(folder, other, second), same)
     if announced is not None and set(counts.values()) != {announced}:
         raise DataError(
             f"{path}: its first line announces {announced} pairs of either kind, and it has "
@@ -136,7 +171,7 @@ def _lfw(text: str, path: Path, folder: Path) -> Iterator[Pair]:
 
 def _announced(words: list[str]) -> int | None:
     """Pairs of either kind by LFW's first line, `folds n` or `n`; None where it is none."""
-    if not all(word.isdecimal() for word in words):
+    if len(words) > 2 or not all(word.isdecimal() for word in words):
         return None
     return int(np.prod([int(word) for word in words]))
 
@@ -146,23 +181,174 @@ def _image(folder: Path, name: str, number: str) -> Path:
     return images.find_named(stem) or stem.with_name(f"{stem.name}.jpg")
 
 
-def _csv(text: str, path: Path, folder: Path) -> Iterator[Pair]:
-    for number, cells in enumerate(csv.reader(text.splitlines()), start=1):
-        cells = [cell.strip() for cell in cells]
-        if not any(cells):
-            continue
-        known = len(cells) == 3 and cells[2].lower() in _SAME
-        if number == 1 and len(cells) == 3 and not known and not (folder / cells[0]).is_file():
+def _is_half(row: Row) -> bool:
+    """Whether it is `file flag` or `flag file`, a half of a pair."""
+    return len(row.cells) == 2 and sum(map(images.is_image, row.cells)) == 1
+
+
+def _two_lines(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
+    heading = not _is_half(rows[0])
+    halves = rows[heading:]
+    place = 0 if images.is_image(halves[0].cells[0]) else 1
+    for row in halves:
+        if not _is_half(row) or not row.cells[1 - place].lstrip("+-").isdecimal():
+            raise _not_a_pair(path, row)
+    if len(halves) % 2:
+        raise DataError(
+            f"{path}, line {halves[-1].line}: {len(halves)} lines of one image; two lines make a "
+            "pair, and the last has no other: it was cut short"
+        )
+    pairs = []
+    for first, second in zip(halves[::2], halves[1::2], strict=True):
+        left, right = (_below(folder, row.cells[place]) for row in (first, second))
+        same, other = (int(row.cells[1 - place]) > 0 for row in (first, second))
+        if same != other:
+            raise DataError(
+                f"{path}, lines {first.line} and {second.line}: a pair of two lines with two "
+                "answers: the lines before it are not all in twos"
+            )
+        pairs.append(Pair(first.line, left, right, same))
+    return iter(_in_folds(pairs))
+
+
+def _in_folds(pairs: list[Pair]) -> list[Pair]:
+    """Ten folds, half of each of one person, of a list that has all pairs of one person first."""
+    half, odd = divmod(len(pairs), 2)
+    first = [pair.same for pair in pairs[:half]]
+    if odd or half % _FOLDS or not all(first) or any(pair.same for pair in pairs[half:]):
+        return pairs
+    size = half // _FOLDS
+    starts = [at for fold in range(_FOLDS) for at in (fold * size, half + fold * size)]
+    return [pair for at in starts for pair in pairs[at : at + size]]
+
+
+def _is_named(row: Row, folder: Path) -> bool:
+    """Whether it is `name file file` or `name file other file`, with files that exist."""
+    return 3 <= len(row.cells) <= 4 and _files_of(row, folder) is not None
+
+
+def _files_of(row: Row, folder: Path) -> tuple[Path, Path] | None:
+    """The files of a row of names and files; None where they do not exist, or it is another row."""
+    cells = row.cells
+    if len(cells) == 4:
+        named = ((cells[0], cells[1]), (cells[2], cells[3]))
+    else:
+        named = ((cells[0], cells[1]), (cells[0], cells[2]))
+    if any(flags.parse(name) is not None for name, _ in named):
+        return None
+    found = [
+        next((file for file in (folder / name / at, folder / at) if file.is_file()), None)
+        for name, at in ((name, tables.native(at)) for name, at in named)
+    ]
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
+
+
+def _named_files(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
+    for number, row in enumerate(rows):
+        files = _files_of(row, folder) if 3 <= len(row.cells) <= 4 else None
+        if files is None and number == 0 and not any(map(images.is_image, row.cells)):
             continue  # a heading
-        if not known or not all(cells):
-            raise _not_a_pair(path, number, ",".join(cells))
-        yield Pair(number, folder / cells[0], folder / cells[1], _SAME[cells[2].lower()])
+        if files is None:
+            raise _not_a_pair(path, row)
+        yield Pair(row.line, *files, len(row.cells) == 3)
 
 
-def _not_a_pair(path: Path, number: int, line: str) -> DataError:
+class _Layout(NamedTuple):
+    left: int
+    right: int
+    same: int
+
+
+def _paths(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
+    """Two paths and a flag a row."""
+    layout, heading = _layout(rows, folder)
+    if layout is None:
+        words = [cell for cell in rows[0].cells if cell.lower() not in _HEADINGS]
+        if len(rows) == 1 and not any(_means_something(word) for word in words):
+            return  # a heading, and no pair
+        raise _not_a_pair(path, rows[0])
+    for row in rows[heading:]:
+        cells = row.cells
+        same = flags.parse(cells[layout.same]) if len(cells) > max(layout) else None
+        if same is None or not all(cells[place] for place in layout):
+            raise _not_a_pair(path, row)
+        left, right = (_below(folder, cells[place]) for place in (layout.left, layout.right))
+        yield Pair(row.line, left, right, same)
+
+
+def _means_something(cell: str) -> bool:
+    return images.is_image(cell) or flags.parse(cell) is not None
+
+
+def _layout(rows: list[Row], folder: Path) -> tuple[_Layout | None, bool]:
+    """Which columns the paths and the flag are, and whether the first row is a heading."""
+    rest = rows[1:] or rows
+    layout = _columns(rest, folder, heading=rows[0].cells)
+    if layout is None and len(rows) > 1:  # a list of one pair, of which the first line is it
+        layout = _columns(rows, folder, heading=[])
+    if layout is None or len(rows[0].cells) <= max(layout):
+        return layout, False
+    first = rows[0].cells
+    flag, names = first[layout.same], (first[layout.left], first[layout.right])
+    answered = flags.parse(flag) is not None and flag.lower() not in _HEADINGS
+    return layout, not (answered or any(_looks_like_a_path(folder, name) for name in names))
+
+
+def _columns(rows: Sequence[Row], folder: Path, *, heading: Sequence[str]) -> _Layout | None:
+    width = max(len(row.cells) for row in rows)
+    part = tables.sample(rows)
+    paths, same = [], []
+    for column in range(width):
+        cells = [row.cells[column] for row in part if column < len(row.cells)]
+        if any(_looks_like_a_path(folder, cell) for cell in cells):
+            paths.append(column)
+        elif sum(flags.parse(cell) is not None for cell in cells) >= len(cells) / 2:
+            same.append(column)
+    if len(paths) != 2 or not same:
+        return None
+    if len(same) > 1:
+        same = _flag_among(rows, same, heading)
+    return _Layout(paths[0], paths[1], same[0]) if len(same) == 1 else None
+
+
+def _flag_among(rows: Sequence[Row], columns: list[int], heading: Sequence[str]) -> list[int]:
+    """Of columns of zeros and ones, that which the heading names, or that which has both of them.
+
+    A running number begins with them too; it has other numbers in the rows that follow.
+    """
+    named = [
+        column
+        for column in columns
+        if column < len(heading) and heading[column].lower() in _HEADINGS
+    ]
+    if len(named) == 1:
+        return named
+
+    def values(column: int) -> set[bool | None]:
+        return {flags.parse(row.cells[column]) for row in rows if column < len(row.cells)}
+
+    every = {column: values(column) for column in columns}
+    columns = [column for column in columns if None not in every[column]] or columns
+    return [column for column in columns if every[column] == {True, False}] or columns
+
+
+_HEADINGS = ("same", "issame", "is_same", "label", "match", "is_match", "y", "target", "actual")
+
+
+def _looks_like_a_path(folder: Path, cell: str) -> bool:
+    # A folder that has a number for its name is no image.
+    return images.is_image(cell) or (bool(cell) and _below(folder, cell).is_file())
+
+
+def _below(folder: Path, name: str) -> Path:
+    path = folder / name
+    return path if "\\" not in name or path.is_file() else folder / tables.native(name)
+
+
+def _not_a_pair(path: Path, row: Row) -> DataError:
+    line = (" " if path.suffix == ".txt" else ",").join(row.cells)
     return DataError(
-        f"{path}, line {number}: {line.strip()[:80]!r} is not a pair; a line should be "
-        f"{_FORMS[path.suffix]}"
+        f"{path}, line {row.line}: {line[:80]!r} is not a pair; a line should be {_FORMS}"
     )
 
 

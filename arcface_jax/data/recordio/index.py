@@ -36,6 +36,7 @@ LENGTH_MASK = (1 << LENGTH_BITS) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)
 
 
+_NAN = np.float32(np.nan).view(np.uint32)
 _CHUNK = 1 << 20  # records that are looked at together
 _SETTLED = 2.0  # seconds without a change after which a file is taken to be complete
 _STAMP, _OFFSETS, _KEYS, _LABELS = "stamp.json", "offsets.npy", "keys.npy", "labels.npy"
@@ -99,15 +100,19 @@ def _opened_again(rec: Path, folder: Path) -> RecordIndex:
     return _mapped(rec, folder, _stamp(rec), check=False) or open_index(rec)
 
 
-def open_labels(index: RecordIndex) -> np.ndarray:
-    """(n,) int32: the first label of each record of the index, scanned once.
+def open_labels(index: RecordIndex, *, which: int = 0) -> np.ndarray:
+    """(n,) int32: a label of each record of the index; the first labels are scanned once and kept.
 
     -1 stands for a label that is no identity, and for a record that is damaged: reading that record
     reports what is wrong with it.
+
+    Args:
+      index: of the record file.
+      which: of several labels, from 0.
     """
     folder = index.folder
-    if folder is None:
-        return _scan(index.rec, index.offsets)
+    if folder is None or which:
+        return _scan(index.rec, index.offsets, which)
     if _LABELS in _digests(folder):
         try:
             return _load(folder, _LABELS, _digests(folder), count=len(index.offsets))
@@ -299,54 +304,57 @@ def _read_text(path: Path) -> np.ndarray:
     return table
 
 
-def _scan(rec: Path, offsets: np.ndarray) -> np.ndarray:
-    """(n,) int32 first labels of the records, read in parallel without their images."""
+def _scan(rec: Path, offsets: np.ndarray, which: int = 0) -> np.ndarray:
+    """(n,) int32 labels of the records, read in parallel without their images."""
     labels = np.full(len(offsets), -1, np.int32)
     size = rec.stat().st_size
     words = np.memmap(rec, "<u4", "r", shape=(size // 4,))
 
     def look(start: int) -> None:
         part = slice(start, start + _CHUNK)
-        labels[part] = _first_labels(words, offsets[part], size)
+        labels[part] = _labels_of(words, offsets[part], size, which)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(look, range(0, len(offsets), _CHUNK)))
     return labels
 
 
-def _first_labels(words: np.ndarray, offsets: np.ndarray, file_size: int) -> np.ndarray:
+def _labels_of(words: np.ndarray, offsets: np.ndarray, file_size: int, which: int) -> np.ndarray:
     """Labels of records, -1 where there is none.
 
     A header of several labels that a magic word cuts, one case in billions, counts as damaged.
     """
     offsets = np.asarray(offsets)
-    good, flag, length, count, label = headers(words, offsets)
+    good, flag, length, count, label = headers(words, offsets, which=which)
     need = HEADER.size + 4 * count
     # Of a split record the first part may end anywhere behind the label.
-    need = np.where(flag == FIRST, np.where(count > 0, HEADER.size + 4, 8), need)
+    need = np.where(flag == FIRST, np.where(count > 0, HEADER.size + 4 * (1 + which), 8), need)
     good &= ((flag == WHOLE) | (flag == FIRST)) & (length >= need)
     good &= offsets + FRAME.size + length <= file_size
     good &= (label >= 0) & (label < 2**31) & (label == np.floor(label))
     return np.where(good, np.where(good, label, 0).astype(np.int32), np.int32(-1))
 
 
-def headers(words: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, ...]:
+def headers(words: np.ndarray, offsets: np.ndarray, *, which: int = 0) -> tuple[np.ndarray, ...]:
     """What frames and headers say, by the layout of recordio.py. `take` leaves the GIL to others.
 
     Args:
       words: the file as (n,) little-endian uint32.
       offsets: (r,) int64, of the records.
+      which: of several labels, from 0.
 
     Returns:
       Five arrays of (r,): whether there is a frame (bool), the number of the record's part, the
-      length of its data, how many labels its header announces (int64), and the first of its labels
-      (float32). Nothing is known where there is no frame.
+      length of its data, how many labels its header announces (int64), and one of its labels
+      (float32), NaN where it has fewer. Nothing is known where there is no frame.
     """
     base = offsets >> 2
     magic, size, count, label = (words.take(base + k, mode="clip") for k in range(4))
     several = count > 0
     behind = (FRAME.size + HEADER.size) // 4  # where several labels stand
-    label[several] = words.take(base[several] + behind, mode="clip")
+    label[several] = words.take(base[several] + behind + which, mode="clip")
+    if which:
+        label[count <= which] = _NAN
     there = (magic == MAGIC) & (offsets & 3 == 0)
     length = (size & LENGTH_MASK).astype(np.int64)
     return there, size >> LENGTH_BITS, length, count.astype(np.int64), label.view("<f4")

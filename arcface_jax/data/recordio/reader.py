@@ -114,13 +114,16 @@ class RecordReader:
             self._payload(key, int(self._offsets[position])), f"{self.path}, record {key}"
         )
 
-    def images(self, positions: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-        """Encoded images of many records, not copied, and the first label of each.
+    def images(
+        self, positions: np.ndarray, *, which: int = 0
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Encoded images of many records, not copied, and a label of each.
 
         No more of it than a few calls for all of them holds Python's lock.
 
         Args:
           positions: (n,) int64, of the ascending keys.
+          which: of several labels, from 0.
 
         Returns:
           n uint8 arrays, and (n,) float32. An array is empty where the record has no image, is in
@@ -139,7 +142,7 @@ class RecordReader:
             self.will_need(positions, positions + 1)
         started = time.perf_counter()
         offsets = self._offsets[positions]
-        there, flag, length, count, labels = record_index.headers(self._words, offsets)
+        there, flag, length, count, labels = record_index.headers(self._words, offsets, which=which)
         if time.perf_counter() - started > _SLOW * len(positions):
             self._slow = _SLOW_CALLS
         begin = offsets + FRAME.size + HEADER.size + 4 * count
@@ -150,12 +153,15 @@ class RecordReader:
         )
         return [self._data[begin:end] for begin, end in spans], labels
 
-    def labels(self) -> np.ndarray:
-        """(n,) int32: the first label of each record, in the order of the keys, scanned once.
+    def labels(self, *, which: int = 0) -> np.ndarray:
+        """(n,) int32: a label of each record, in the order of the keys, scanned once.
 
         -1 stands for one that is no identity, and for a record that is damaged.
+
+        Args:
+          which: of several labels, from 0.
         """
-        return record_index.open_labels(self._index)
+        return record_index.open_labels(self._index, which=which)
 
     def facts(self) -> dict[str, int | str]:
         """Its size, and digests of its index."""

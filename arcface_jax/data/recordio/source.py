@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from arcface_jax.data import formats, names
 from arcface_jax.data.images import pixels
-from arcface_jax.data.recordio.reader import RecordReader
+from arcface_jax.data.recordio.reader import Record, RecordReader
 from arcface_jax.data.source import Sample, Source, whole_label
 from arcface_jax.errors import DataError, ImageError
 
@@ -18,42 +19,101 @@ _SHARDS_REMEMBERED = 64  # that were asked of the system already
 class RecordSource(Source):
     """A record file with insightface's identity header or without.
 
-    With the header, record 0 has the labels [first identity record, end]: images are the keys
-    below the first, and there are as many identities as records behind it. Without it every record
-    is an image.
+    A header is a record 0 without an image. Of insightface's, with the labels [first identity
+    record, end], images are the keys below the first, and there are as many identities as records
+    that follow. Where it has no identity records, [n, n] for images 1 .. n - 1, and where there is
+    no header, identities are counted by the labels.
 
     Args:
       rec: the `.rec` file.
       shard: where not 0, records are fetched ahead in runs of this many, for `data.order shards`.
+      label_index: which of several labels is the identity.
     """
 
-    def __init__(self, rec: Path, *, shard: int = 0):
+    unit = "records"
+
+    def __init__(self, rec: Path, *, shard: int = 0, label_index: int = 0):
         self._reader = RecordReader(rec)
-        self._shard = shard
+        self._shard, self._which = shard, label_index
         self._asked: list[int] = []
         self._lock = threading.Lock()
-        keys = self._reader.keys
-        labels = self._reader.read(int(keys[0])).label
+        header = self._header()
         # Images are the records at positions first .. first + count - 1 of the ascending keys.
-        if isinstance(labels, np.ndarray) and keys[0] == 0 and len(labels) == 2:
-            first, end = (float(label) for label in labels)
-            self._first = 1
-            whole = first.is_integer() and end.is_integer()
-            self._count = self._count_images(int(first)) if whole and first > 0 else 0
-            if not (whole and first < end and self._count > 0):
-                raise DataError(
-                    f"{rec}, record 0: the header [{first}, {end}] is not [first identity record, "
-                    "end], whole numbers with images below the first; make the file anew"
-                )
-            # float32 counts in steps of 2 and more from 2^24 on.
-            exact = end < _INEXACT
-            self.num_classes = int(end - first) if exact else len(keys) - 1 - self._count
+        self._first = 0 if header is None else 1
+        self._count = len(self._reader.keys) - self._first
+        if isinstance(header, np.ndarray):
+            first, end = (float(label) for label in header)
+            self._check_header(first, end)
+            self._count = self._count_images(int(first))
+            self.num_classes = self._count_identities(first, end)
         else:
-            self._first, self._count = 0, len(keys)
-            largest = int(self._reader.labels().max())
-            if largest < 0:  # no record has a label: the first one says why
-                whole_label(self._label(self._reader.read(int(keys[0])).label), where=self.where(0))
-            self.num_classes = 1 + largest
+            self.num_classes = self._count_by_labels()
+        self.names = names.read(rec.parent, count=self.num_classes)
+        self.notes = self._notes()
+
+    def _header(self) -> float | np.ndarray | None:
+        """The labels of record 0, where it is no image; one number where they are no range."""
+        if self._reader.keys[0] != 0:
+            return None
+        record = self._reader.read_at(0)
+        if formats.sniff(record.data[: formats.HEAD]) is not None:
+            return None
+        labels = record.label
+        if isinstance(labels, np.ndarray) and len(labels) == 2:
+            return labels
+        if record.data or len(self._reader.keys) == 1:
+            return None
+        return 0.0 if formats.sniff(self._reader.read_at(1).data[: formats.HEAD]) else None
+
+    def _check_header(self, first: float, end: float) -> None:
+        """Refuses a header that announces no images, or none that are there."""
+        whole = first.is_integer() and end.is_integer()
+        count = self._count_images(int(first)) if whole and first > 0 else 0
+        # Without identity records it has to be the end of the images, of which few may be missing.
+        images_only = first == end and count == len(self._reader.keys) - 1 >= (first - 1) / 2
+        if not (whole and count > 0 and (first < end or images_only)):
+            raise DataError(
+                f"{self._reader.path}, record 0: the header [{first}, {end}] is not [first "
+                "identity record, end], whole numbers with images below the first; make the file "
+                "anew"
+            )
+
+    def _count_identities(self, first: float, end: float) -> int:
+        """By the header, which the identity records confirm; else by the labels."""
+        records = len(self._reader.keys) - 1 - self._count
+        announced = int(end - first)
+        if end >= _INEXACT and records:  # float32 counts in steps of 2 and more from 2^24 on
+            return records
+        if records == announced > 0:
+            return announced
+        found = self._count_by_labels()
+        if announced == 0:
+            return found
+        where = f"{self._reader.path}, record 0: the header [{first}, {end}]"
+        names.check_count(announced, self._count, where=where)
+        return announced
+
+    def _count_by_labels(self) -> int:
+        labels = self._image_labels()
+        place = int(np.argmax(labels))
+        largest = int(labels[place])
+        if largest < 0:  # no record has a label: the first one says why
+            whole_label(self._label(self._reader.read_at(self._first)), where=self.where(0))
+        where = f"{self.where(place)} has the label {largest}"
+        names.check_count(largest + 1, self._count, where=where)
+        return 1 + largest
+
+    def _notes(self) -> list[str]:
+        try:
+            labels = self._reader.read_at(self._first).label
+        except ImageError:
+            return []
+        if not isinstance(labels, np.ndarray) or len(labels) == 1:
+            return []
+        return [
+            f"records have {len(labels)} labels; number {self._which} is the identity "
+            "(another, from 0: --data.label-index, or --label-index in data tools)"
+        ]
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -74,7 +134,7 @@ class RecordSource(Source):
         if self._shard:
             self._fetch_ahead(index // self._shard)
         record = self._reader.read_at(self._position(index))
-        label = whole_label(self._label(record.label), where=self.where(index))
+        label = whole_label(self._label(record), where=self.where(index))
         if label >= self.num_classes:
             raise ImageError(
                 self.where(index),
@@ -95,7 +155,7 @@ class RecordSource(Source):
         if self._shard:
             for shard in np.unique(numbers // self._shard).tolist():
                 self._fetch_ahead(shard)
-        encoded, given = self._reader.images(self._first + numbers)
+        encoded, given = self._reader.images(self._first + numbers, which=self._which)
         usual = (given >= 0) & (given < self.num_classes) & (given == np.floor(given))
         labels[rows] = np.where(usual, given, 0)
         # As little as can be between two images: other threads want Python's lock.
@@ -109,7 +169,7 @@ class RecordSource(Source):
 
     def labels(self) -> np.ndarray:
         """(len,) int32; -1 where a record is damaged, or its label out of range."""
-        labels = self._reader.labels()[self._first : self._first + self._count]
+        labels = self._image_labels()
         return labels if labels.max() < self.num_classes else _inside(labels, self.num_classes)
 
     def where(self, index: int) -> str:
@@ -118,7 +178,12 @@ class RecordSource(Source):
 
     def facts(self) -> Mapping[str, int | str]:
         """The size of the record file, and digests of its index."""
-        return {"form": "record file", **self._reader.facts()}
+        which = {"label index": self._which} if self._which else {}
+        return {"form": "record file", **which, **self._reader.facts()}
+
+    def _image_labels(self) -> np.ndarray:
+        labels = self._reader.labels(which=self._which)
+        return labels[self._first : self._first + self._count]
 
     def _position(self, index: int) -> int:
         if not 0 <= index < self._count:
@@ -139,9 +204,21 @@ class RecordSource(Source):
                 position += 1
         return position - 1
 
-    def _label(self, label: float | np.ndarray) -> float:
-        """insightface stores one label, or several of which the first is the identity."""
-        return float(label[0] if isinstance(label, np.ndarray) else label)
+    def _label(self, record: Record) -> float:
+        """The identity's; insightface stores one label, or several of which the first is it.
+
+        Raises:
+          ImageError: the record has fewer labels than label_index asks for.
+        """
+        labels = np.atleast_1d(record.label)
+        if self._which >= len(labels):
+            raise ImageError(
+                f"{self._reader.path}, record {record.id}",
+                f"has {len(labels)} labels, and data.label_index asks for number {self._which}, "
+                "counted from 0",
+                kind="no label",
+            )
+        return float(labels[self._which])
 
     def _fetch_ahead(self, shard: int) -> None:
         with self._lock:

@@ -10,9 +10,11 @@ import numpy as np
 
 from arcface_jax.config.choices import FaceChoice
 from arcface_jax.data import detectors, point_files
+from arcface_jax.data import names as identities
 from arcface_jax.data.detectors import Detector, Faces
 from arcface_jax.data.faces import align
-from arcface_jax.data.images import decode_any_size, encode_jpeg, find_below
+from arcface_jax.data.files import names_of
+from arcface_jax.data.images import decode_any_size, encode_jpeg, find_below, read_file
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime.files import atomic, write_atomic
@@ -28,6 +30,10 @@ class Aligned(NamedTuple):
     rejected: dict[str, str]
     """Why, by path."""
     report: Path
+    ignored: dict[str, int]
+    """Entries that are no images, by kind."""
+    identities: int
+    """Folders that have a face."""
 
 
 def align_folder(
@@ -44,7 +50,8 @@ def align_folder(
 
     Args:
       folder: of photographs, in sub-folders or not.
-      output: where the faces go, as JPEG, and `rejects.csv` with what was left out, and why.
+      output: where the faces go, as JPEG, `rejects.csv` with what was left out, and why, and the
+        names of the folders that have faces, which are the identities.
       points_of: the five points of the faces of an image.
       choose: which face where there are several.
       min_eyes: smallest distance of the eyes in pixels of the photograph; below, it is rejected.
@@ -54,13 +61,14 @@ def align_folder(
     Raises:
       DataError: there is no image.
     """
-    files = find_below(folder)
-    names = [str(path.relative_to(folder)) for path in files]
+    ignored: Counter[str] = Counter()
+    files = find_below(folder, ignored=ignored)
+    names = [path.relative_to(folder).as_posix() for path in files]
     stems = Counter(path.with_suffix("") for path in files)
 
     def look(number: int) -> None:
         name = names[number]
-        image = decode_any_size(files[number].read_bytes(), where=name)
+        image = decode_any_size(read_file(files[number]), where=name)
         points = detectors.choose(points_of(name, image), image.shape, choose, where=name)
         eyes = float(np.linalg.norm(points[1] - points[0]))
         if eyes < min_eyes:
@@ -85,7 +93,10 @@ def align_folder(
     report = output / "rejects.csv"
     with atomic(report, newline="") as file:
         csv.writer(file).writerows([("path", "reason"), *rejected.items()])
-    return Aligned(len(files) - len(rejected), rejected, report)
+    people = {name.partition("/")[0] for name in names if "/" in name and name not in rejected}
+    if people:
+        identities.write(output, names_of(folder, sorted(people)))
+    return Aligned(len(files) - len(rejected), rejected, report, dict(ignored), len(people))
 
 
 def detected(detector: Detector) -> PointsOf:

@@ -43,6 +43,8 @@ class Report:
     """(width, height): images."""
     unreadable: list[str] = field(default_factory=list)
     """What is wrong with each image that cannot be read."""
+    unreadable_kinds: Counter[str] = field(default_factory=Counter)
+    """How many cannot be read, by what is wrong with them."""
     duplicates: list[list[str]] = field(default_factory=list)
     """Images that are the same, byte for byte, under one label."""
     conflicts: list[list[str]] = field(default_factory=list)
@@ -101,6 +103,7 @@ def inspect(source: Source, *, most: int = 0, seed: int = 0, threads: int = 0) -
         report.looked_at += 1
         if isinstance(found, ImageError):
             report.unreadable.append(str(found))
+            report.unreadable_kinds[found.kind] += 1
             continue
         seen, stored = found
         report.sizes[seen.size] += 1

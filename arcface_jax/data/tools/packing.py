@@ -15,8 +15,10 @@ import numpy as np
 
 from arcface_jax.config.choices import Bad
 from arcface_jax.data import fingerprint as fingerprints
+from arcface_jax.data import names
 from arcface_jax.data.fingerprint import Fingerprint
 from arcface_jax.data.images import IMAGE_SIZE, decode
+from arcface_jax.data.names import Names
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import reading
@@ -34,6 +36,8 @@ class Selection(NamedTuple):
     labels: np.ndarray
     """(n,) int32, ascending."""
     num_classes: int
+    identities: np.ndarray | None = None
+    """(num_classes,) the source's labels of these identities; None where they keep them."""
 
 
 class Packed(NamedTuple):
@@ -67,17 +71,23 @@ def select(
     order = np.argsort(labels, kind="stable")
     if identities is not None:
         order = order[np.isin(labels[order], identities)]
-    chosen, count = labels[order], source.num_classes
+    chosen, count, present = labels[order], source.num_classes, None
     if renumber or identities is not None:
         present, chosen = np.unique(chosen, return_inverse=True)
         count = len(present)
-    return Selection(order, chosen.astype(np.int32), count)
+    return Selection(order, chosen.astype(np.int32), count, present)
+
+
+def names_of(source: Source, selection: Selection) -> Names:
+    """The names of a selection's identities: the source's, or its labels where it has none."""
+    old = range(selection.num_classes) if selection.identities is None else selection.identities
+    return Names(names.name_of(source.names, int(label)) for label in old)
 
 
 def pack(
     source: Source, selection: Selection, folder: Path, *, bad: Bad = "stop", threads: int = 0
 ) -> Packed:
-    """Writes train.rec, train.idx and property.
+    """Writes train.rec, train.idx, property and the identities' names.
 
     Args:
       source: the training set.
@@ -108,8 +118,9 @@ def pack(
     partial.with_suffix(".idx").replace(folder / "train.idx")
     shape = f"{IMAGE_SIZE},{IMAGE_SIZE}"
     write_atomic(folder / "property", f"{selection.num_classes},{shape}\n")
+    table = names.write(folder, names_of(source, selection))
     journal.path.unlink()
-    files = [folder / name for name in ("train.rec", "train.idx", "property")]
+    files = [*(folder / name for name in ("train.rec", "train.idx", "property")), table]
     return Packed(files, len(written), selection.num_classes, list(journal.skipped.values()))
 
 

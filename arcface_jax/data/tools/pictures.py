@@ -1,5 +1,7 @@
 """Pictures of a training set: how many images identities have, and what they look like."""
 
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -11,6 +13,7 @@ from arcface_jax.errors import ImageError
 from arcface_jax.runtime.files import write_atomic
 
 _ROWS, _COLUMNS = 8, 8
+_CAPTION, _LINE = 168, 20  # pixels of the names' column, letters of its lines
 
 
 def histogram(per_identity: np.ndarray, path: Path) -> Path:
@@ -36,6 +39,8 @@ def histogram(per_identity: np.ndarray, path: Path) -> Path:
 def sheet(source: Source, path: Path, *, seed: int) -> Path:
     """Images of identities drawn at random, a row each, as a PNG; a red square is unreadable.
 
+    Where identities have names, these stand to the left of the rows.
+
     Args:
       source: the training set.
       path: of the picture.
@@ -48,13 +53,33 @@ def sheet(source: Source, path: Path, *, seed: int) -> Path:
     order = rng.permutation(len(counts))
     chosen = order[np.argsort(-np.minimum(counts[order], _COLUMNS), kind="stable")][:_ROWS]
     canvas = np.full((_ROWS * IMAGE_SIZE, _COLUMNS * IMAGE_SIZE, 3), 255, np.uint8)
-    for row, identity in enumerate(chosen[counts[chosen] > 0].tolist()):
+    shown = chosen[counts[chosen] > 0].tolist()
+    for row, identity in enumerate(shown):
         numbers = rng.permutation(np.flatnonzero(labels == identity))[:_COLUMNS]
         for column, number in enumerate(numbers.tolist()):
             y, x = row * IMAGE_SIZE, column * IMAGE_SIZE
             canvas[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = _thumbnail(source, number)
+    if source.names is not None:
+        canvas = np.hstack([_captions([source.names[identity] for identity in shown]), canvas])
     write_atomic(path, encode(canvas))
     return path
+
+
+def _captions(words: Sequence[str]) -> np.ndarray:
+    """(896, _CAPTION, 3) uint8: a name beside each row, broken into lines."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    # OpenCV writes ASCII only.
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    font = ImageFont.truetype(str(file), 13)
+    image = Image.new("RGB", (_CAPTION, _ROWS * IMAGE_SIZE), "white")
+    draw = ImageDraw.Draw(image)
+    for row, name in enumerate(words):
+        text = name.encode("utf-8", "replace").decode()
+        lines = textwrap.wrap(text, _LINE, max_lines=5, placeholder="...")
+        draw.text((6, row * IMAGE_SIZE + 8), "\n".join(lines), fill="black", font=font)
+    return np.array(image)
 
 
 def _thumbnail(source: Source, number: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from arcface_jax.config.choices import Bad
+from arcface_jax.data import names
 from arcface_jax.data.source import Source
 from arcface_jax.data.tools import packing, reading
 from arcface_jax.data.tools.packing import Packed, Selection
@@ -48,7 +49,8 @@ def write_folder(
 ) -> Packed:
     """Writes a folder for each identity, with the images as they are stored.
 
-    Names are numbers with leading zeros, so that names and labels have one order. Files that are
+    The folders' names are numbers with leading zeros, so that names and labels have one order;
+    identities.txt has the identities' own. Files that are
     there already stay, so that an interrupted call goes on.
 
     Args:
@@ -80,5 +82,6 @@ def write_folder(
             if bad == "stop":
                 raise found
             skipped.append(str(found))
+    table = names.write(folder, packing.names_of(source, selection))
     images = len(selection.numbers) - len(skipped)
-    return Packed([folder], images, selection.num_classes, skipped)
+    return Packed([folder, table], images, selection.num_classes, skipped)

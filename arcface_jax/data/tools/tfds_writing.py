@@ -11,7 +11,9 @@ import numpy as np
 
 from arcface_jax.config.choices import Bad
 from arcface_jax.data import fingerprint
+from arcface_jax.data import names as identities
 from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.data.names import Names
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tfds import import_tfds
 from arcface_jax.data.tools import packing
@@ -76,6 +78,7 @@ def write(
         lengths.append(len(places) - sum(place in journal.skipped for place in places))
         sizes.append(path.stat().st_size)
     _write_metadata(target, features, name=name, lengths=lengths, size=sum(sizes))
+    identities.write(target, packing.names_of(source, selection))
     journal.path.unlink()
     files = sorted(target.iterdir())
     return Packed(files, sum(lengths), selection.num_classes, list(journal.skipped.values()))
@@ -89,9 +92,18 @@ def _features(source: Source, selection: Selection) -> Any:
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=shape, encoding_format="jpeg" if jpeg else "png"),
-            "label": tfds.features.ClassLabel(num_classes=selection.num_classes),
+            "label": _class_label(tfds, packing.names_of(source, selection)),
         }
     )
+
+
+def _class_label(tfds: Any, table: Names) -> Any:
+    """With the identities' names where TFDS can keep them: one a line, and none of them twice."""
+    words = list(table)
+    kept = len(set(words)) == len(words) and all(word == " ".join(word.split()) for word in words)
+    if kept and any(word != str(label) for label, word in enumerate(words)):
+        return tfds.features.ClassLabel(names=words)
+    return tfds.features.ClassLabel(num_classes=len(words))
 
 
 def _write_shard(path: Path, features: Any, found: Any) -> None:

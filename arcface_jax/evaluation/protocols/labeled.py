@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_jax.data import fingerprint
-from arcface_jax.data.images import IMAGE_SUFFIXES, decode_any_size, is_image, resize
+from arcface_jax.data.images import IMAGE_SUFFIXES, Walk, decode_any_size, resize
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import shards
 from arcface_jax.evaluation.embed import Model
@@ -86,12 +86,9 @@ def face(path: Path) -> np.ndarray:
 
 
 def _folder(folder: Path) -> tuple[list[Path], np.ndarray]:
-    images = sorted(p for p in folder.glob("*") if is_image(p))
-    people = [NOBODY] * len(images)
-    for person in sorted(p for p in folder.iterdir() if p.is_dir()):
-        found = sorted(p for p in person.iterdir() if is_image(p))
-        images += found
-        people += [person.name] * len(found)
+    names = sorted(Walk(folder).files(), key=lambda name: ("/" in name, name.split("/")))
+    images = [folder / name for name in names]
+    people = [name.partition("/")[0] if "/" in name else NOBODY for name in names]
     if not images:
         raise DataError(
             f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}), neither itself nor in a "

@@ -1,0 +1,259 @@
+"""A trainable network out of an ONNX file.
+
+The graph's layers are compared one by one with those of each network (`layer_sequence`), its arrays
+get the names of the network that fits, BatchNorms that an exporter folded are put back, and the
+embeddings are compared with ONNX Runtime's on the file before anything is used.
+
+A BatchNorm that was folded into the layer before it has lost its mean and variance. It comes back
+as the identity (mean 0, variance 1 - epsilon, scale 1), by which `training.folded_statistics`
+recognizes it and gives it statistics before the first training step.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+
+from arcface_jax import config
+from arcface_jax.config.choices import OnnxOptions
+from arcface_jax.convert import onnx_layers, parity, torch_layers, twins, weights
+from arcface_jax.convert.layer_sequence import Layer
+from arcface_jax.convert.onnx_layers import BatchNormArrays, OnnxLayers, UnknownGraph
+from arcface_jax.convert.onnx_runner import OnnxModel, onnx_embedder
+from arcface_jax.convert.torch_layers import BatchNormName
+from arcface_jax.convert.weight_files import StateDict
+from arcface_jax.errors import UserError
+from arcface_jax.models import preprocess, registry
+from arcface_jax.models.registry import Arrays
+from arcface_jax.training import checkpoint
+from arcface_jax.training.network import Network
+
+FLOAT16_TOLERANCE = 2e-2
+"""Of a file whose weights are float16: ONNX Runtime computes in it."""
+# Two ways to write the middle of 0 .. 255; padding with zeros does not allow others.
+_SAME_MEAN = 1e-3
+
+
+class Imported(NamedTuple):
+    """A backbone out of an ONNX file."""
+
+    network: str
+    params: Arrays
+    batch_stats: Arrays
+    folded: int
+    """BatchNorms that came back without statistics."""
+    error: float
+    """The largest relative difference from ONNX Runtime's embeddings of the file."""
+    notes: tuple[str, ...]
+    """What was found and assumed, one sentence each."""
+
+
+class _Candidate(NamedTuple):
+    """A network beside the file."""
+
+    network: str
+    layers: list[Layer]
+    equal: int
+    """How many layers agree before the first that does not."""
+
+
+def load(path: Path, network: str | None = None, *, options: OnnxOptions | None = None) -> Imported:
+    """Reads the network in an ONNX file, in the form that this project trains.
+
+    Args:
+      path: the file.
+      network: its network; by default found by the graph.
+      options: what is known of its input; the rest is taken from metadata and graph.
+
+    Raises:
+      UserError: the packages for ONNX are missing, the graph is no network of the registry (with
+        the first layer that differs), it wants pixels of another mean, or the embeddings differ.
+    """
+    found = onnx_layers.read(path)
+    chosen = _choose(path, found.layers, [network] if network else _networks())
+    model = onnx_embedder(path, options=options or OnnxOptions())
+    first = _first_kernel(path, found, model)
+    state, folded = _state(path, chosen, found.layers, first)
+    params, batch_stats = weights.from_state_dict(state, chosen.network, source=str(path))
+    error = _check(path, found, model, (chosen.network, params, batch_stats))
+    notes = [f"{chosen.network}, by its {len(found.layers)} layers"]
+    if folded:
+        notes.append(
+            f"{folded} BatchNorms are folded into other layers and have no statistics; training "
+            "takes them from its first images (docs/finetuning.md)"
+        )
+    if model.guessed:
+        notes.append(model.guessed)
+    return Imported(chosen.network, params, batch_stats, folded, error, tuple(notes))
+
+
+def convert(
+    path: Path, output: Path, network: str | None = None, *, options: OnnxOptions | None = None
+) -> Imported:
+    """Makes a workdir of an ONNX file, to evaluate, export or fine-tune.
+
+    Args:
+      path: as `load`.
+      output: the workdir, a new or an empty folder.
+      network: as `load`.
+      options: as `load`.
+
+    Raises:
+      UserError: as `load`, or the workdir is not empty.
+    """
+    checkpoint.require_empty(output)
+    made = load(path, network, options=options)
+    model = config.ModelConfig(
+        network=cast("config.Network", made.network),
+        embedding_size=registry.embedding_size(made.params) or 512,
+        dtype="float32",
+    )
+    run = config.Config(workdir=str(output), model=model)
+    checkpoint.save_weights(run, made.params, made.batch_stats)
+    return made
+
+
+def _networks() -> list[str]:
+    return [name for name in registry.NETWORKS if twins.find(name)]
+
+
+def _choose(path: Path, layers: list[Layer], networks: Sequence[str]) -> _Candidate:
+    """The network whose layers are the file's.
+
+    Raises:
+      UnknownGraph: there is none; with the network that agrees longest.
+    """
+    nearest = None
+    for network in networks:
+        candidate = _compare(network, layers)
+        if candidate.equal == len(layers) == len(candidate.layers):
+            return candidate
+        if nearest is None or candidate.equal > nearest.equal:
+            nearest = candidate
+    assert nearest is not None
+    theirs, ours = (_at(each, nearest.equal) for each in (layers, nearest.layers))
+    raise UnknownGraph(
+        f"{path} is not {'any network of the registry' if len(networks) > 1 else networks[0]}: of "
+        f"its {len(layers)} layers the first {nearest.equal} are as in {nearest.network}, then it "
+        f"has {theirs} where {nearest.network} has {ours}. Only networks that `arcface-jax models` "
+        "lists can be trained"
+    )
+
+
+def _at(layers: list[Layer], position: int) -> str:
+    if position == len(layers):
+        return "its end"
+    layer = layers[position]
+    return f"{layer} at {layer.where}" if layer.where else str(layer)
+
+
+def _compare(network: str, layers: list[Layer]) -> _Candidate:
+    size = next((layer.shape[0] for layer in reversed(layers) if layer.shape), 0)
+    module = torch_layers.build_on_meta(twins.require(network), network, embedding_size=size)
+    ours = torch_layers.layers(module)
+    pairs = zip(layers, ours, strict=False)
+    equal = next((n for n, (a, b) in enumerate(pairs) if not _agree(a, b)), None)
+    return _Candidate(network, ours, min(len(layers), len(ours)) if equal is None else equal)
+
+
+def _agree(theirs: Layer, ours: Layer) -> bool:
+    """Whether the arrays of a layer of the file have a place in the network's."""
+    has_place = ours.batchnorm or not (theirs.batchnorm or _has_bias(theirs)) or ours.bias
+    norm_has_place = ours.batchnorm or not theirs.batchnorm
+    return theirs.form == ours.form and bool(has_place and norm_has_place)
+
+
+def _has_bias(layer: Layer) -> bool:
+    return layer.bias is not None and bool(np.any(layer.bias))
+
+
+def _first_kernel(path: Path, found: OnnxLayers, model: OnnxModel) -> np.ndarray:
+    """The first convolution for RGB and (x - 127.5) / 127.5.
+
+    Padding with zeros stands for the mean, which therefore has to be the middle.
+    """
+    outside = model.input
+    mean = outside.mean + outside.scale * found.mean
+    scale = outside.scale * found.scale
+    if abs(mean - preprocess.MEAN) > _SAME_MEAN * preprocess.SCALE:
+        raise UserError(
+            f"{path} takes (x - {mean:.4g}) / {scale:.4g}; expected a mean of {preprocess.MEAN}: "
+            "the zeros with which convolutions pad stand for the mean, so another one cannot be "
+            "carried over. If it was guessed wrongly, give --mean and --scale"
+        )
+    kernel = np.asarray(found.layers[0].weight, np.float64) * (preprocess.SCALE / scale)
+    return kernel[:, ::-1] if outside.color_order == "BGR" else kernel
+
+
+def _state(
+    path: Path, chosen: _Candidate, layers: list[Layer], first: np.ndarray
+) -> tuple[StateDict, int]:
+    """The file's arrays by insightface's names, and the number of BatchNorms put back."""
+    state: dict[str, np.ndarray] = {}
+    folded = 0
+    for number, (theirs, ours) in enumerate(zip(layers, chosen.layers, strict=True)):
+        if theirs.weight is not None:
+            state[ours.weight] = first if number == 0 else theirs.weight
+        bias = 0.0 if theirs.bias is None else theirs.bias
+        if ours.bias:
+            state[ours.bias] = np.broadcast_to(bias, theirs.shape[:1] or ())
+            bias = 0.0
+        if ours.batchnorm:
+            folded += theirs.batchnorm is None
+            norm = theirs.batchnorm or _identity(ours.batchnorm, theirs.shape[0])
+            state |= _batch_norm(norm, ours.batchnorm, bias, is_folded=theirs.batchnorm is None)
+    return {name: _tensor(array) for name, array in (state | _untold(chosen)).items()}, folded
+
+
+def _identity(name: BatchNormName, channels: int) -> BatchNormArrays:
+    ones, zeros = np.ones(channels), np.zeros(channels)
+    return BatchNormArrays(ones, zeros, zeros, ones - name.epsilon, name.epsilon)
+
+
+def _batch_norm(
+    norm: BatchNormArrays, name: BatchNormName, bias: Any, *, is_folded: bool
+) -> dict[str, np.ndarray]:
+    """A BatchNorm with the network's epsilon, after a layer that has lost its bias."""
+    scale, shift, mean, var = (np.asarray(array, np.float64) for array in norm[:4])
+    if is_folded:
+        shift = shift + bias
+    else:
+        mean = mean - bias
+    moved = var + norm.epsilon - name.epsilon
+    kept = np.maximum(moved, 0)  # the file's epsilon may be smaller than the network's
+    scale = scale * np.sqrt((kept + name.epsilon) / (var + norm.epsilon))
+    values = {"weight": scale, "bias": shift, "running_mean": mean, "running_var": kept}
+    return {f"{name.name}.{last}": array for last, array in values.items()}
+
+
+def _untold(chosen: _Candidate) -> dict[str, np.ndarray]:
+    """What inference does not use, and so no file has: the token that hides others in training."""
+    width = next((layer.shape for layer in chosen.layers if layer.weight == "pos_embed"), None)
+    return {"mask_token": np.zeros((1, 1, width[-1]))} if width else {}
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, np.float32, order="C"))
+
+
+def _check(
+    path: Path, found: OnnxLayers, model: OnnxModel, weights: tuple[str, Arrays, Arrays]
+) -> float:
+    """The largest relative difference from the embeddings of the file.
+
+    Raises:
+      UserError: they differ by more than rounding.
+    """
+    faces = parity.drawn_faces()
+    network = Network(*weights, batch_size=len(faces), devices=1)
+    error = parity.largest_error(network(faces), model(faces))
+    bound = FLOAT16_TOLERANCE if found.is_float16 else parity.TOLERANCE
+    if not error <= bound:
+        raise UnknownGraph(
+            f"{path} has the layers of {weights[0]} and other embeddings: ONNX Runtime's differ by "
+            f"{error:.1e} (relative), more than {bound:.0e}. The graph computes something that the "
+            "network does not, such as a normalization of its output"
+        )
+    return error

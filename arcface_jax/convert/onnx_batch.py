@@ -1,0 +1,110 @@
+"""Gives other people's ONNX files a free batch axis."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_jax.config.choices import OnnxOptions
+from arcface_jax.convert import onnx_input, parity
+from arcface_jax.convert.onnx_runner import onnx_embedder
+from arcface_jax.convert.packages import require
+from arcface_jax.errors import UserError
+from arcface_jax.runtime.files import atomic_files
+
+BATCH = "batch"
+_BATCHES = (1, 3, 64)
+
+
+def free(source: Path, output: Path, *, options: OnnxOptions) -> float:
+    """Writes a file whose batch axis is free, after it gave the original's embeddings.
+
+    Both are run on 64 faces: the original one by one, the other at batch 1, 3 and 64.
+
+    Args:
+      source: an .onnx file, of any exporter.
+      output: the file to write.
+      options: what is known of its input.
+
+    Returns:
+      The largest relative difference of the embeddings.
+
+    Raises:
+      UserError: `source` is no face model, its graph holds the batch in a way that is not
+        rewritten, or the file cannot be written.
+    """
+    onnx = require("onnx")
+    original = onnx_embedder(source, batch_size=1, options=options)
+    faces = parity.drawn_faces(max(_BATCHES))
+    expected = np.concatenate([original(face[None]) for face in faces])
+    model = onnx.load(str(source))
+    _rewrite(model.graph)
+    if not output.parent.is_dir():
+        raise UserError(f"cannot write {output}: there is no folder {output.parent}")
+    with atomic_files(output) as part:
+        onnx.save(
+            model, part, save_as_external_data=model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF
+        )
+        return max(_check(part, faces[:size], expected[:size], options) for size in _BATCHES)
+
+
+def _check(path: Path, faces: np.ndarray, expected: np.ndarray, options: OnnxOptions) -> float:
+    """The largest relative difference at one batch size."""
+    opened = onnx_embedder(path, batch_size=len(faces), options=options)
+    if len(faces) > 1 and opened.batch_size == 1:
+        raise UserError(
+            "its graph holds the batch in more than the sizes of Reshape: nothing was written. "
+            "Export it again with a dynamic batch axis"
+        )
+    return parity.require_equal(
+        opened(faces), expected, what="file with a free batch", bound=parity.TOLERANCE
+    )
+
+
+def _rewrite(graph: Any) -> None:
+    """Frees the first axis of input and outputs, and of every Reshape of what depends on them."""
+    name = onnx_input.graph_input(graph)
+    (given,) = (value for value in graph.input if value.name == name)
+    size = given.type.tensor_type.shape.dim[0].dim_value or 1
+    for value in (given, *graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if dims:
+            dims[0].dim_param = BATCH
+    del graph.value_info[:]
+    shapes = _Shapes(graph)
+    depends = {name}
+    for node in graph.node:
+        if not depends.intersection(node.input):
+            continue
+        depends.update(node.output)
+        if node.op_type == "Reshape":
+            shapes.free(node, size)
+
+
+class _Shapes:
+    """The constant shapes of a graph; each Reshape gets one of its own."""
+
+    def __init__(self, graph: Any):
+        self._graph = graph
+        self._tensors = {tensor.name: tensor for tensor in graph.initializer}
+        for node in graph.node:
+            for attribute in node.attribute if node.op_type == "Constant" else ():
+                if attribute.name == "value":
+                    self._tensors[node.output[0]] = attribute.t
+
+    def free(self, node: Any, size: int) -> None:
+        """Takes the batch size out of the shape that a Reshape makes."""
+        numpy_helper = require("onnx").numpy_helper
+        tensor = self._tensors.get(node.input[1])
+        if tensor is None:
+            return  # computed, so it follows the batch
+        shape = numpy_helper.to_array(tensor).copy()
+        if len(shape) and shape[0] == size:
+            shape[0] = 0  # as it is
+        elif len(shape) and shape[0] > 0 and -1 not in shape:
+            shape[0] = -1  # the batch and another axis in one
+        else:
+            return
+        name = f"{node.output[0]}/shape"
+        self._graph.initializer.append(numpy_helper.from_array(shape, name))
+        node.input[1] = name

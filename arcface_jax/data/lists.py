@@ -1,0 +1,304 @@
+"""Training sets named by a list: which column is the path, which the identity, where rows begin.
+
+Columns are found by content: the path is what exists as a file, or looks like one; the identity is
+what several images share. Where two columns could be the identity it is not guessed.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from arcface_jax.data import names, tables
+from arcface_jax.data.files import FilesSource
+from arcface_jax.data.images import is_image
+from arcface_jax.data.tables import Row
+from arcface_jax.errors import DataError
+
+SUFFIXES = frozenset((".csv", ".tsv", ".txt", ".lst"))
+
+STRONG = (
+    *("label", "labels", "identity", "identity_id", "class", "class_id", "classid", "person"),
+    *("person_id", "personid", "subject", "subject_id", "target", "identity_name", "class_name"),
+)
+"""Headers of the identity's column that are believed."""
+_WEAK = ("id", "name", "person_name", "subject_name", "y")  # which may number images
+_PATHS = ("path", "file", "filename", "image", "image_path", "img_path", "img", "filepath")
+
+
+class _Columns(NamedTuple):
+    path: int
+    label: int
+    header: bool
+    """Whether the first row names the columns."""
+
+
+def open_list(path: Path, *, columns: str = "") -> FilesSource:
+    """A text file with the path and the identity of each image.
+
+    Separators, encodings, quotes and comments are those of `tables.read`. Paths are relative to the
+    list's folder, with slashes or backslashes. Labels are numbers or names by the rule of
+    `names`. A first line whose path is none is a header.
+
+    Args:
+      path: of the list.
+      columns: "path=COLUMN,label=COLUMN", each a name of the header or a number from 1; those
+        that are not given are found by content.
+
+    Raises:
+      DataError: the file is no such list, or its columns are not clear; the message names the line.
+    """
+    table = tables.read(path)
+    if not table.rows:
+        raise DataError(f"{path} is empty: it should have a line 'path,label' for each image")
+    chosen = parse_columns(columns)
+    rows = table.rows if table.separated else _divided(table.rows, path.parent)
+    found = _find(path, rows, chosen)
+    data = rows[found.header :]
+    if not data:
+        raise DataError(f"{path} has a header and no image: add a line 'path,label' for each")
+    _check_widths(path, rows, data, found)
+    files = [row.cells[found.path] for row in data]
+    if blank := next((i for i, file in enumerate(files) if not file), None):
+        raise DataError(f"{path}, line {data[blank].line}: has no path: write it, or drop the line")
+    labels = [row.cells[found.label] for row in data]
+    numbered = names.number(labels, where=lambda i: f"{path}, line {data[i].line}")
+    return FilesSource(
+        path.parent,
+        _native(files, path.parent),
+        numbered.labels,
+        num_classes=numbered.num_classes,
+        names=numbered.names,
+        ignored={"comment lines": table.comments} if table.comments else {},
+        notes=_notes(rows, found, numbered, data),
+    )
+
+
+def parse_columns(columns: str) -> dict[str, str]:
+    """The columns that are asked for, by "path" and "label"; `data.columns` was checked already."""
+    pairs = (part.partition("=") for part in columns.split(",") if part)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _divided(rows: list[Row], folder: Path) -> list[Row]:
+    """Rows that blanks separate, at which a path may have some: divided so that files exist."""
+    if not any(len(row.cells[0].split(None, 1)) > 1 for row in rows):
+        return rows
+    label_last = tables.blank_separated(rows, 1, from_right=True)
+    label_first = tables.blank_separated(rows, 1, from_right=False)
+    every = tables.blank_separated(rows, -1, from_right=False)
+    counts = Counter(len(row.cells) for row in tables.sample(every))
+    width = counts.most_common(1)[0][0]
+    options = [(label_last, [0]), (label_first, [1])]
+    if counts[width] > 1 and width > 2:
+        options.append((every, list(range(width))))
+    ranked = [(_share(divided, places, folder), divided) for divided, places in options]
+    best = max(share for share, _ in ranked)
+    return next(divided for share, divided in ranked if share == best) if best else label_last
+
+
+def _share(rows: Sequence[Row], places: Sequence[int], folder: Path) -> float:
+    """Of a sample, how many have a file at the best of some columns."""
+    part = tables.sample(rows)
+    return max(
+        sum(len(row.cells) > place and _exists(folder, row.cells[place]) for row in part)
+        for place in places
+    ) / len(part)
+
+
+def _exists(folder: Path, name: str) -> bool:
+    if not name or "\0" in name:
+        return False
+    try:
+        return (folder / name).is_file() or (
+            "\\" in name and (folder / tables.native(name)).is_file()
+        )
+    except OSError:  # a name too long for a file
+        return False
+
+
+def _find(path: Path, rows: Sequence[Row], chosen: dict[str, str]) -> _Columns:
+    """The columns of path and identity, and whether there is a header."""
+    first, rest = rows[0], rows[1:]
+    words = [cell.lower() for cell in first.cells]
+    part = tables.sample(rest or rows)
+    width = max(len(row.cells) for row in part)
+    asked = {what: _asked(path, what, name, first) for what, name in chosen.items()}
+    at = asked["path"][0] if "path" in asked else _path_column(path, part, words, width)
+    place = at if at >= 0 else len(first.cells) + at
+    named = any(by_name for _, by_name in asked.values())
+    cell = first.cells[place] if place < len(first.cells) else ""
+    known = any(word in _PATHS for word in words) and any(word in STRONG + _WEAK for word in words)
+    header = named or known or (bool(rest) and _is_heading(path.parent, cell))
+    data = rows[header:]
+    if not data:
+        return _Columns(at, (place + 1) % max(2, len(words)), header)
+    if "label" in asked:
+        return _Columns(at, asked["label"][0], header)
+    return _label_column(path, data, place, words if header else [])
+
+
+def _asked(path: Path, what: str, name: str, first: Row) -> tuple[int, bool]:
+    """A column that --data.columns names, and whether by the header."""
+    if name in first.cells:
+        return first.cells.index(name), True
+    lower = [cell.lower() for cell in first.cells]
+    if name.lower() in lower:
+        return lower.index(name.lower()), True
+    if name.isdecimal() and 0 < int(name) <= len(first.cells):
+        return int(name) - 1, False
+    raise DataError(
+        f"{path} has no column {name!r} for {what}: it has {', '.join(first.cells)}; name one, or "
+        f"give its number, 1 to {len(first.cells)}"
+    )
+
+
+def _path_column(path: Path, part: Sequence[Row], words: Sequence[str], width: int) -> int:
+    """Where most cells exist as files, or else look like paths of images."""
+    folder = path.parent
+
+    def rank(column: int) -> tuple[float, float, bool]:
+        cells = [row.cells[column] for row in part if column < len(row.cells)]
+        exist = sum(_exists(folder, cell) for cell in cells)
+        looks = sum(_looks_like_a_path(cell) for cell in cells)
+        return exist, looks, column < len(words) and words[column] in _PATHS
+
+    ranks = {column: rank(column) for column in range(width)}
+    best = max(ranks, key=lambda column: ranks[column])
+    lasts = [row.cells[-1] for row in part]
+    # im2rec allows any number of labels; the path is what comes last.
+    ragged = len({len(row.cells) for row in part}) > 1
+    if ragged and all(map(_looks_like_a_path, lasts)):
+        return -1
+    if not any(ranks[best]):
+        # Neither files nor suffixes: a list of two columns has its path first.
+        best = next((words.index(name) for name in _PATHS if name in words), 0)
+    return best
+
+
+def _looks_like_a_path(cell: str) -> bool:
+    return is_image(cell) or "/" in cell or "\\" in cell
+
+
+def _is_heading(folder: Path, cell: str) -> bool:
+    """Whether the first row names the columns: where others have a path it has a mere word."""
+    return not (_looks_like_a_path(cell) or _exists(folder, cell) or cell == "")
+
+
+def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[str]) -> _Columns:
+    """The identity's column, beside the path's at `place`.
+
+    Raises:
+      DataError: several could be it, or none.
+    """
+    width = len(data[0].cells)
+    ragged = any(len(row.cells) != width for row in data)
+    at = -1 if ragged and place == width - 1 else place
+    others = [column for column in range(width) if column != place]
+    if len(others) == 1:
+        return _Columns(at, others[0], bool(header))
+    if not others:
+        raise _unclear(path, data[0], header, [])
+    if header:
+        strong = [header.index(word) for word in STRONG if word in header]
+        for column in strong:
+            if column in others and (_shared(data, column) or len(data) <= 2):
+                return _Columns(at, column, True)
+    elif place == width - 1 and all(_is_number(data[0].cells[column]) for column in (0, 1)):
+        return _Columns(-1, 1, False)  # im2rec: number, label, ..., path
+    elif place == 1 and len(_different(data, 0)) <= 2 and _shared(data, 2):
+        return _Columns(at, 2, False)  # insightface: aligned, path, label, ...
+    candidates = [column for column in others if _shared(data, column)]
+    if len(candidates) > 1:
+        candidates = _apart(data, candidates)
+    if len(candidates) == 1:
+        return _Columns(at, candidates[0], bool(header))
+    raise _unclear(path, data[0], header, candidates or others)
+
+
+def _different(data: Sequence[Row], column: int) -> set[str]:
+    return {row.cells[column] for row in data if column < len(row.cells)}
+
+
+def _shared(data: Sequence[Row], column: int) -> bool:
+    """Whether the column has several values, and images that share one: what identities do."""
+    return 1 < len(_different(data, column)) < len(data)
+
+
+def _apart(data: Sequence[Row], candidates: list[int]) -> list[int]:
+    """Of columns that divide the images alike, as an identity's number and name do, the first."""
+    first = candidates[0]
+    kept = [first]
+    for column in candidates[1:]:
+        pairs = {(row.cells[first], row.cells[column]) for row in data}
+        alike = len(pairs) == len(_different(data, first)) == len(_different(data, column))
+        kept += [] if alike else [column]
+    return kept
+
+
+def _unclear(path: Path, first: Row, header: Sequence[str], candidates: Sequence[int]) -> DataError:
+    shown = ",".join(first.cells)
+    if not header:
+        return DataError(
+            f"{path}: the first line {shown!r} is neither 'path,label' nor 'number,label,path' nor "
+            "a header with the names path and label: name the columns by their number, for "
+            "instance --data.columns path=1,label=2"
+        )
+    named = " or ".join(header[column] for column in candidates) or "none"
+    return DataError(
+        f"{path}: which column is the identity ({named})? Its header is {','.join(header)}: name "
+        f"it with --data.columns label={header[candidates[-1]] if candidates else 'COLUMN'}"
+    )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_widths(path: Path, rows: Sequence[Row], data: Sequence[Row], found: _Columns) -> None:
+    width = len(rows[0].cells)
+    for row in data:
+        # im2rec allows any number of labels; the path is what comes last.
+        if len(row.cells) != width and not (found.path == -1 and len(row.cells) > 2):
+            raise DataError(
+                f"{path}, line {row.line}: {len(row.cells)} columns where the first line has "
+                f"{width}: quote names that contain the separator, and give every image a label"
+            )
+
+
+def _native(files: list[str], folder: Path) -> list[str]:
+    """Paths as this system writes them; one with backslashes may have them in its name."""
+    if os.sep == "\\" or not any("\\" in file for file in files):
+        return files
+    return [
+        tables.native(file) if "\\" in file and not (folder / file).is_file() else file
+        for file in files
+    ]
+
+
+def _notes(
+    rows: Sequence[Row], found: _Columns, numbered: names.Numbered, data: Sequence[Row]
+) -> list[str]:
+    """What was made of the list where it could have been something else."""
+    notes = []
+    if found.header or len(data[0].cells) > 2:
+        header = rows[0].cells if found.header else []
+        path, label = (
+            header[column] if header else str(1 + column % len(data[0].cells))
+            for column in (found.path, found.label)
+        )
+        notes.append(
+            f"columns: path={path}, label={label} "
+            "(others: --data.columns, or --columns in data tools)"
+        )
+    if numbered.num_classes == len(data) > 20:
+        notes.append(
+            "warning: every image has a label of its own: is this column the identity? "
+            "--data.columns label=COLUMN names another (--columns in data tools)"
+        )
+    return notes

@@ -1,0 +1,243 @@
+"""Identities' names: which labels are numbers and which are names, and the table between them.
+
+The rule: labels are numbers if all of them are plain decimal digits without leading zeros ("0",
+"17", and "17.0" as im2rec writes it) and nearly dense: the largest is below twice the number of
+different labels plus ten. Otherwise they are names, and identities are numbered in the names'
+order: alphabetical, or by value where all are digits. Few numbers far beyond otherwise dense ones
+are an error that names the line, and so is a label that is blank.
+
+The table of a set is kept beside it in `identities.txt`, a line `number<TAB>name` for each.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime.files import write_atomic
+
+FILE = "identities.txt"
+"""Beside a training set: the name of each identity."""
+
+_PLAIN = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.I)
+_LEADING_ZEROS = re.compile(r"0[0-9]+")
+_SPARSE, _SLACK = 2, 10  # the largest label is below _SPARSE x (different labels) + _SLACK
+_FEW = 0.2  # share of labels that, far beyond the others, are mistakes and not names
+_ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+
+
+class Names:
+    """The names of identities 0 .. n - 1.
+
+    Held as one piece of bytes, so that millions are sent to another process at once.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        encoded = [os.fsencode(name) for name in names]
+        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+        self._bytes = b"".join(encoded)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, label: int) -> str:
+        begin = self._ends[label - 1] if label else 0
+        return os.fsdecode(self._bytes[begin : self._ends[label]])
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
+
+
+class Numbered(NamedTuple):
+    """Labels as identities."""
+
+    labels: np.ndarray
+    """(n,) int32; -1 where a label is none."""
+    num_classes: int
+    """Identities: labels are 0 .. num_classes - 1, or -1."""
+    names: Names | None
+    """None where the labels are numbers."""
+
+
+def number(labels: Sequence[str], *, where: Callable[[int], str]) -> Numbered:
+    """Identities of labels that are text, by the rule of this module.
+
+    Args:
+      labels: (n,) of each image.
+      where: of a label's place in the list, the line to name in a message.
+
+    Raises:
+      ImageError: naming the line of a label that is blank, no identity, or far beyond the others.
+    """
+    different = dict.fromkeys(labels)
+    if "" in different:
+        raise ImageError(where(labels.index("")), "has no label: write the identity, or drop it")
+    if not all(map(_NUMBER.fullmatch, different)) or any(map(_LEADING_ZEROS.fullmatch, different)):
+        return _named(labels, sorted(different))
+    wrong = next((label for label in different if not _PLAIN.fullmatch(label)), None)
+    if wrong is not None:
+        raise ImageError(
+            where(labels.index(wrong)),
+            f"label {float(wrong)} is not an identity: labels are whole numbers from 0, or names",
+        )
+    value = {label: int(label.partition(".")[0]) for label in different}
+    if max(value.values()) >= 2**62 or not _dense(value.values(), labels, value, where):
+        return _named(labels, sorted(different, key=value.__getitem__))
+    numbers = np.fromiter(map(value.__getitem__, labels), np.int64, len(labels))
+    return Numbered(numbers.astype(np.int32), int(numbers.max(initial=-1)) + 1, None)
+
+
+def number_integers(values: np.ndarray, *, where: Callable[[int], str]) -> Numbered:
+    """Identities of labels that are whole numbers, by the rule of this module.
+
+    Args:
+      values: (n,) int64 of each image; negative where there is none.
+      where: of an image's number, its place to name in a message.
+
+    Raises:
+      ImageError: naming a label that is far beyond the others.
+    """
+    known = values >= 0
+    different = np.unique(values[known])
+    far = _far(different)
+    if far is None:
+        return Numbered(values.astype(np.int32), int(values.max(initial=-1)) + 1, None)
+    if far.size:
+        place = int(np.flatnonzero(values == far[0])[0])
+        raise _far_beyond(where(place), int(far[0]), len(different))
+    labels = np.where(known, np.searchsorted(different, values), -1)
+    return Numbered(labels.astype(np.int32), len(different), Names(map(str, different.tolist())))
+
+
+def _dense(
+    values: Iterable[int], labels: Sequence[str], value: Mapping[str, int], where: Callable
+) -> bool:
+    different = np.unique(np.fromiter(values, np.int64))
+    far = _far(different)
+    if far is not None and far.size:
+        place = next(i for i, label in enumerate(labels) if value[label] == far[0])
+        raise _far_beyond(where(place), int(far[0]), len(different))
+    return far is None
+
+
+def _far(different: np.ndarray) -> np.ndarray | None:
+    """Which of ascending numbers are mistakes; none of a sparse set; None where all are dense."""
+    # Number k of them, in ascending order, fits if it could be the largest of the dense.
+    fits = different < _SPARSE * np.arange(1, len(different) + 1) + _SLACK
+    if not len(different) or fits[-1]:
+        return None
+    dense = int(np.flatnonzero(fits)[-1]) + 1 if fits.any() else 0
+    few = len(different) - dense <= _FEW * len(different)
+    return different[dense:] if few else different[:0]
+
+
+def _far_beyond(where: str, label: int, count: int) -> ImageError:
+    return ImageError(
+        where,
+        f"label {label} is far beyond the others ({count:,} different labels): it would make "
+        f"{label + 1:,} classes; correct it, or give all identities names",
+    )
+
+
+def _named(labels: Sequence[str], names: list[str]) -> Numbered:
+    place = {name: number for number, name in enumerate(names)}
+    numbers = np.fromiter(map(place.__getitem__, labels), np.int32, len(labels))
+    return Numbered(numbers, len(names), Names(names))
+
+
+def name_of(names: Names | None, label: int) -> str:
+    """An identity's name; its number where it has none."""
+    return str(label) if names is None else names[label]
+
+
+def joined(parts: Sequence[tuple[Names | None, int]]) -> Names | None:
+    """The names of several sets, one after another; a name that two have gets the set's number.
+
+    Args:
+      parts: of each set, its names and how many identities it has.
+    """
+    if all(names is None for names, _ in parts):
+        return None
+    every = [[name_of(names, label) for label in range(count)] for names, count in parts]
+    seen = Counter(name for part in every for name in set(part))
+    return Names(
+        name if seen[name] == 1 else f"{number}:{name}"
+        for number, part in enumerate(every, start=1)
+        for name in part
+    )
+
+
+def write(folder: Path, names: Iterable[str] | Mapping[int, str]) -> Path:
+    """Writes the table beside a set; returns the file.
+
+    Args:
+      folder: of the set.
+      names: of identities 0, 1, ..., or by number.
+    """
+    table = str.maketrans(_ESCAPES)
+    pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
+    lines = (f"{label}\t{name.translate(table)}\n" for label, name in pairs)
+    # A name that is no UTF-8, as folders may have, keeps its bytes.
+    content = "".join(lines).encode("utf-8", "surrogateescape")
+    write_atomic(folder / FILE, content)
+    return folder / FILE
+
+
+def read(folder: Path, *, count: int) -> Names | None:
+    """The table beside a set; None where there is none, or it only repeats the numbers.
+
+    A file of this name that is no such table is not used, with a note on stderr.
+
+    Args:
+      folder: of the set.
+      count: of its identities.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    table = read_sparse(folder)
+    if table.keys() != set(range(count)):
+        print(
+            f"note: {path} is not a table of {count} lines 'number<TAB>name' and is not used",
+            file=sys.stderr,
+        )
+        return None
+    if all(name == str(label) for label, name in table.items()):
+        return None
+    return Names(table[label] for label in range(count))
+
+
+def read_sparse(folder: Path) -> dict[int, str]:
+    """The table beside a set, by number; empty where there is none, or it is something else."""
+    try:
+        text = (folder / FILE).read_bytes().decode("utf-8", "surrogateescape")
+    except OSError:
+        return {}
+    back = {escaped[1]: plain for plain, escaped in _ESCAPES.items()}
+    table = {}
+    for line in text.removesuffix("\n").split("\n"):
+        number, tab, name = line.partition("\t")
+        if not (tab and _PLAIN.fullmatch(number)):
+            return {}
+        table[int(number)] = re.sub(r"\\(.)", lambda found: back.get(found[1], found[1]), name)
+    return table
+
+
+def check_count(count: int, images: int, *, where: str) -> None:
+    """Refuses classes far beyond the images: a wrong header, or a label that is none.
+
+    Raises:
+      DataError: with the place.
+    """
+    if count > 10 * images + 10_000:
+        raise DataError(
+            f"{where}: {count:,} classes for {images:,} images: a header or a label is wrong; "
+            "correct it, and write the file again with labels counted from 0"
+        )

@@ -1,0 +1,93 @@
+"""Which color order and normalization a model wants, found by verifying with each."""
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from arcface_jax.data.pairs.bins import PairSet
+from arcface_jax.evaluation import verification
+from arcface_jax.evaluation.model_input import ColorOrder, ModelInput
+
+if TYPE_CHECKING:
+    from arcface_jax.evaluation.embed import Model
+
+# Mean and scale of (x - 127.5) / 127.5, of bytes, and of numbers from 0 to 1.
+_NORMALIZATIONS = ((127.5, 127.5), (0.0, 1.0), (0.0, 255.0))
+_ORDERS: tuple[ColorOrder, ...] = ("RGB", "BGR")
+
+
+class Tried(NamedTuple):
+    """One way to prepare the input, on one set."""
+
+    color_order: ColorOrder
+    mean: float
+    scale: float
+    set_name: str
+    accuracy: float
+    interval: tuple[float, float]
+    """Of 95 %."""
+    is_used: bool
+    """Whether the model is run in this way."""
+
+    @property
+    def form(self) -> str:
+        """For tables and keys."""
+        return f"{self.color_order} (x - {self.mean:g}) / {self.scale:g}"
+
+
+def run(model: "Model", sets: Iterable[PairSet]) -> list[Tried]:
+    """Verifies with both color orders, and of a float ONNX model with three normalizations.
+
+    Args:
+      model: open, as `open_model` gives it.
+      sets: verification sets.
+    """
+    wants, tried = model.input, []
+    for pairs in sets:
+        for order in _ORDERS:
+            for mean, scale in _normalizations(model):
+                result = verification.verify(_prepared(model, order, mean, scale), pairs)
+                used = (order, mean, scale) == (wants.color_order, wants.mean, wants.scale)
+                measured = (pairs.name, result.accuracy, result.interval)
+                tried.append(Tried(order, mean, scale, *measured, used))
+    return tried
+
+
+def best(tried: list[Tried]) -> Tried:
+    """The way with the highest mean accuracy over the sets; of equals the one that is used."""
+    forms = {one.form: one for one in tried}
+
+    def rank(form: str) -> tuple[float, bool]:
+        return float(np.mean([t.accuracy for t in tried if t.form == form])), forms[form].is_used
+
+    return forms[max(forms, key=rank)]
+
+
+def _normalizations(model: "Model") -> list[tuple[float, float]]:
+    wants = model.input
+    used = (wants.mean, wants.scale)
+    if not hasattr(model, "taking") or wants.dtype == "uint8":
+        return [used]
+    return [used, *(other for other in _NORMALIZATIONS if other != used)]
+
+
+def _prepared(model: "Model", order: ColorOrder, mean: float, scale: float) -> "Model":
+    taking: Callable[..., Model] | None = getattr(model, "taking", None)
+    if taking is not None:
+        return taking(color_order=order, mean=mean, scale=scale)
+    return model if order == model.input.color_order else _Swapped(model)
+
+
+class _Swapped:
+    """A model that gets red and blue exchanged."""
+
+    def __init__(self, model: "Model"):
+        self._model = model
+        self.input: ModelInput = model.input
+
+    def __call__(self, images: np.ndarray, /) -> np.ndarray:
+        return self._model(np.ascontiguousarray(images[..., ::-1]))
+
+    def digest(self) -> str:
+        return self._model.digest()

@@ -1,0 +1,114 @@
+"""Parquet files of images: columns of any name, labels as numbers, text, dictionary, ClassLabel."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arcface_jax.config import DataConfig
+from arcface_jax.data.opening import open_source
+from arcface_jax.errors import DataError
+
+pa = pytest.importorskip("pyarrow")
+from pyarrow import parquet as pq  # noqa: E402  # only where pyarrow is installed
+
+IMAGES = [b"image 0", b"image 1", b"image 2", b"image 3"]
+NAMES = ["zoe", "adam", "zoe", "zoe"]
+
+
+def write(path: Path, columns: dict, *, metadata: dict | None = None) -> Path:
+    table = pa.table(columns)
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps(metadata)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=3)
+    return path
+
+
+def opened(path: Path, columns: str = ""):
+    return open_source(DataConfig(path=str(path), columns=columns), seed=0)
+
+
+def features(label: str) -> dict:
+    return {"info": {"features": {label: {"names": ["adam", "bob", "zoe"], "_type": "ClassLabel"}}}}
+
+
+STRUCT = [{"bytes": image, "path": f"{i}.jpg"} for i, image in enumerate(IMAGES)]
+# The columns, the metadata, the labels, and the identities' names.
+FORMS = {
+    "text": ({"image": STRUCT, "label": NAMES}, None, [1, 0, 1, 1], ["adam", "zoe"]),
+    "dictionary": (
+        {"image": STRUCT, "label": pa.array(NAMES).dictionary_encode()},
+        None,
+        [1, 0, 1, 1],
+        ["adam", "zoe"],
+    ),
+    "ClassLabel": (
+        {"image": STRUCT, "label": [2, 0, 2, 2]},
+        features("label"),
+        [2, 0, 2, 2],
+        ["adam", "bob", "zoe"],
+    ),
+    "text of numbers": ({"image": IMAGES, "label": ["0", "1", "1", "0"]}, None, [0, 1, 1, 0], None),
+    "sparse numbers": (
+        {"image": IMAGES, "label": [9000, 100, 9000, 9000]},
+        None,
+        [1, 0, 1, 1],
+        ["100", "9000"],
+    ),
+    "other names": (
+        {"id": [5, 6, 7, 8], "face": IMAGES, "identity": NAMES},
+        None,
+        [1, 0, 1, 1],
+        ["adam", "zoe"],
+    ),
+    "a width beside": (
+        {"width": [112] * 4, "img": STRUCT, "label": [0, 1, 0, 0]},
+        None,
+        [0, 1, 0, 0],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_columns_and_labels_of_every_form(tmp_path: Path, form: str):
+    columns, metadata, labels, names = FORMS[form]
+    source = opened(write(tmp_path / "x.parquet", columns, metadata=metadata))
+    assert source.labels().tolist() == labels
+    assert [source.read(i).data for i in range(4)] == IMAGES
+    assert (None if source.names is None else list(source.names)) == names
+    assert source.num_classes == (len(names) if names else max(labels) + 1)
+
+
+def test_columns_that_are_not_clear_are_asked_about(tmp_path: Path):
+    columns = {"image": IMAGES, "who": NAMES, "where": ["x", "x", "y", "y"]}
+    path = write(tmp_path / "x.parquet", columns)
+    with pytest.raises(DataError, match=r"which is it, who or where\?.*--data\.columns"):
+        opened(path)
+    assert list(opened(path, "label=who").names) == ["adam", "zoe"]
+    with pytest.raises(DataError, match="no clear label"):
+        opened(path, "label=nothing")
+
+
+def test_the_hubs_folders_are_found_by_their_training_split(tmp_path: Path):
+    columns = {"image": IMAGES, "label": NAMES}
+    for name in ("default/train/0000", "default/train/0001", "default/test/0000"):
+        write(tmp_path / "hub" / f"{name}.parquet", columns)
+    assert len(opened(tmp_path / "hub")) == 8
+    assert len(opened(tmp_path / "hub" / "default")) == 8
+    write(tmp_path / "hub" / "small" / "train" / "0000.parquet", columns)
+    assert len(opened(tmp_path / "hub")) == 8
+    for name in ("big", "small"):
+        write(tmp_path / "two" / name / "train" / "0000.parquet", columns)
+    with pytest.raises(DataError, match=r"several sets: name one of .*big/train, .*small/train"):
+        opened(tmp_path / "two")
+
+
+def test_a_row_without_a_name_and_a_number_far_beyond_are_named(tmp_path: Path):
+    path = write(tmp_path / "x.parquet", {"image": IMAGES, "label": ["a", None, "b", "b"]})
+    with pytest.raises(DataError, match=r"x\.parquet, group 0, row 1: has no label"):
+        opened(path)
+    many = {"image": IMAGES * 2, "label": [0, 1, 2, 3, 4, 5, 6, 2_000_000]}
+    with pytest.raises(DataError, match=r"group 2, row 1: label 2000000 is far beyond"):
+        opened(write(tmp_path / "y.parquet", many))
