@@ -146,10 +146,13 @@ class Embedder:
         """What `prepare` depends on: `other_size`, or the detector and the choice of a face."""
         if self.detector is None:
             return {"other_size": self.other_size}
-        named = isinstance(self.detector, str | Path)
-        name = str(self.detector) if named else f"{self.detector!r}"
-        if named and Path(name).is_file():
-            name = hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        if not isinstance(self.detector, str | Path):
+            kind = self.detector if hasattr(self.detector, "__qualname__") else type(self.detector)
+            name = f"{kind.__module__}:{kind.__qualname__}"
+        elif Path(self.detector).is_file():
+            name = hashlib.sha256(Path(self.detector).read_bytes()).hexdigest()
+        else:
+            name = str(self.detector)
         return {"other_size": self.other_size, "detector": name, "choose": self.choose}
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
