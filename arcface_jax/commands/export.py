@@ -88,7 +88,7 @@ class Onnx:
     opset: int | None = None
     """Version of the operators, from 13; by default 18 (23 of networks without a torch twin)."""
     ir_version: int = 8
-    """Version of the file format; 8 loads in ONNX Runtime from 1.10 on and in OpenCV."""
+    """Version of the file format; 8 loads in ONNX Runtime from 1.15 on and in OpenCV."""
     dynamic_batch: bool = False
     """With --onnx: write the same model with a free batch axis."""
     precision: Precision = "float32"

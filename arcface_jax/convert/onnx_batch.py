@@ -99,12 +99,13 @@ class _Shapes:
         if tensor is None:
             return  # computed, so it follows the batch
         shape = numpy_helper.to_array(tensor).copy()
-        if len(shape) and shape[0] == size:
-            shape[0] = 0  # as it is
-        elif len(shape) and shape[0] > 0 and -1 not in shape:
-            shape[0] = -1  # the batch and another axis in one
-        else:
+        if not len(shape) or shape[0] <= 0 or (-1 in shape and shape[0] != size):
             return
+        # -1 is the batch, or it and another axis in one; 0 leaves the axis as it is.
+        shape[0] = 0 if -1 in shape else -1
         name = f"{node.output[0]}/shape"
         self._graph.initializer.append(numpy_helper.from_array(shape, name))
         node.input[1] = name
+        for attribute in node.attribute:
+            if attribute.name == "allowzero":
+                attribute.i = 0  # or 0 would be a length

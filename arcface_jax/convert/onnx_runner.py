@@ -155,7 +155,14 @@ class OnnxModel:
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         names = [output.name for output in self._session.get_outputs()]
-        arrays = dict(zip(names, self._outputs(names, images[:1]), strict=True))
+        try:
+            arrays = dict(zip(names, self._outputs(names, images[:1]), strict=True))
+        except Exception as error:  # the runtime's exceptions have no base class of their own
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{self._path} does not run on a face of {IMAGE_SIZE} x {IMAGE_SIZE}: {reason}; "
+                "export it again for such faces"
+            ) from error
         name, why = self._choose(arrays, wanted)
         alone = _rows(arrays[name])
         if not self._fixed and not self._runs_two(name, images, alone):

@@ -47,7 +47,7 @@ class Calibration:
     flip: bool
     """Whether the mirrored faces' embeddings were added."""
     model: str
-    """`Model.digest()` of the network."""
+    """`digest` of the network's `Model.input`."""
     set_name: str
     set_digest: str
     """SHA-256 of the pairs' images and labels."""

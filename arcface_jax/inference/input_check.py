@@ -81,7 +81,7 @@ def is_certain(tried: list[Tried]) -> bool:
     }
     won = right.pop(winner)
     return all(
-        _by_chance(np.count_nonzero(won & ~other), np.count_nonzero(other & ~won)) < _CHANCE
+        _by_chance(int(np.sum(won & ~other)), int(np.sum(other & ~won))) < _CHANCE
         for other in right.values()
     )
 

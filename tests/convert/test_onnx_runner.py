@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from arcface_jax.config.choices import OnnxOptions
+from arcface_jax.convert import onnx_batch
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
 
@@ -189,7 +190,48 @@ def test_images_run_one_by_one_where_the_free_batch_is_none(tmp_path: Path):
     assert "one by one" in onnx_embedder(path).guessed
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("allowzero", [0, 1])
+def test_the_batch_in_a_reshape_is_set_free(tmp_path: Path, batch: int, allowzero: int):
+    """With allowzero, 0 in a shape is a length, and torch's exporter sets it."""
+    weight = np.eye(4, 64, dtype=np.float32)
+    path = graph(
+        tmp_path / "m.onnx",
+        batch=batch,
+        end=[("Reshape", np.array([batch, 4])), ("MatMul", weight)],
+    )
+    loaded = onnx.load(path)
+    (node,) = (node for node in loaded.graph.node if node.op_type == "Reshape")
+    node.attribute.append(onnx.helper.make_attribute("allowzero", allowzero))
+    del loaded.graph.output[:]
+    loaded.graph.output.append(onnx.helper.make_tensor_value_info("embedding", 1, [batch, 64]))
+    onnx.save(loaded, path)
+    assert onnx_batch.free(path, tmp_path / "free.onnx", options=OnnxOptions()) < 1e-5
+    opened = onnx_embedder(tmp_path / "free.onnx", batch_size=5)
+    assert opened.batch_size == 5
+    expected = embeddings(IMAGES) @ weight
+    np.testing.assert_allclose(opened(IMAGES), expected, rtol=1e-3, atol=0.02)
+
+
+def test_a_batch_that_cannot_be_set_free_is_refused(tmp_path: Path):
+    """One constant row for the batch: a class token without Expand is like it."""
+    token = np.zeros((1, 4), np.float32)
+    path = graph(tmp_path / "m.onnx", batch=1, end=[("Flatten",), ("Concat", token), ("Flatten",)])
+    loaded = onnx.load(path)
+    (node,) = (node for node in loaded.graph.node if node.op_type == "Concat")
+    node.attribute.append(onnx.helper.make_attribute("axis", 1))
+    del loaded.graph.output[:]
+    loaded.graph.output.append(onnx.helper.make_tensor_value_info("embedding", 1, [1, 8]))
+    onnx.save(loaded, path)
+    with pytest.raises(UserError, match="more than the sizes of Reshape: nothing was written"):
+        onnx_batch.free(path, tmp_path / "free.onnx", options=OnnxOptions())
+    assert not (tmp_path / "free.onnx").exists()
+
+
 def test_another_size_is_refused_by_name(tmp_path: Path):
+    path = graph(tmp_path / "any.onnx", side="S", end=[("Reshape", np.array([2, 4]))])
+    with pytest.raises(UserError, match="does not run on a face of 112 x 112"):
+        onnx_embedder(path)
     with pytest.raises(UserError, match="takes images of 160 x 160 pixels; expected 112 x 112"):
         onnx_embedder(graph(tmp_path / "m.onnx", side=160))
 
