@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how a command reports them."""
+"""User-facing errors (bad input, no traceback), and how a command reports them."""
 
 import contextlib
 import difflib
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 class UserError(Exception):
     """Something outside the code is wrong: a path, a file, an option, a combination of options.
 
-    The message names the value, what was expected, and the fix. Commands print it alone, without a
-    traceback, and exit with code 2.
+    The message names the value, what was expected, and the fix. Commands print only the message,
+    without a traceback, and exit with code 2.
     """
 
 
@@ -22,11 +22,11 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Input data that is missing, damaged, or not what the format says."""
+    """Input data that is missing, damaged, or not in the format expected."""
 
 
 class ImageError(DataError):
-    """One image that is damaged; the others may be whole, so a run goes on without it.
+    """One image that is damaged; the others may be whole, so a run continues without it.
 
     Args:
       where: the file, and the place in it.

@@ -1,6 +1,6 @@
 """Checkers for the authors of plug-ins: one for each kind of part (docs/extending.md).
 
-Each takes the name by which a recipe would call the part, and raises an AssertionError that says
+Each takes the name by which a recipe would call the part, and raises an AssertionError that names
 what is wrong, or the UserError that a run would end with. They need no GPU and take seconds:
 
     from arcface_jax.testing import check_loss
@@ -40,7 +40,7 @@ _THREADS = 8
 
 
 def check_loss(name: str, head: HeadConfig | None = None) -> None:
-    """Check a loss: its functions alone, then inside the real head beside dense autodiff.
+    """Check a loss: its functions by themselves, then inside the real head beside dense autodiff.
 
     Args:
       name: as `head.loss`.
@@ -116,14 +116,14 @@ def _check_elementwise(function: Any, given: tuple[jax.Array, ...], *, what: str
     @jax.jit
     def run(*given: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
         value, vjp = jax.vjp(function, *given)
-        alone = jax.vmap(lambda *sample: function(*(x[None] for x in sample))[0])(*given)
-        return value, vjp(jnp.ones_like(value)), alone
+        single = jax.vmap(lambda *sample: function(*(x[None] for x in sample))[0])(*given)
+        return value, vjp(jnp.ones_like(value)), single
 
-    value, gradients, alone = run(*given)
+    value, gradients, single = run(*given)
     _require_like(value, given[0], what)
     for gradient in gradients:
         _require_finite(gradient, f"the gradient of {what}")
-    _require_close(alone, value, f"{what} of one sample depends on the others (under jax.vmap)")
+    _require_close(single, value, f"{what} of one sample depends on the others (under jax.vmap)")
 
 
 def _check_update(margin: Margin, cosine: jax.Array, lengths: jax.Array, state: State) -> State:
@@ -339,7 +339,7 @@ def _check_groups(
     _require_close(
         two(params, batch_stats, images, keys=keys)[0],
         np.concatenate(apart),
-        "with two BatchNorm groups the embeddings are not those of two separate batches: pass "
+        "with two BatchNorm groups the embeddings differ from two separate batches': pass "
         "bn_groups to every arcface_jax.models.layers.BatchNorm",
         tolerance=1e-3,
     )

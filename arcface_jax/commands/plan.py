@@ -37,7 +37,7 @@ class Arguments:
     memory: float | None = None
     """Memory of one device in GiB; by default the GPU's, 79.1 for an H100 of 80 GB."""
     num_classes: int | None = None
-    """Identities to plan for, 93431 in MS1MV3; by default those of data.path."""
+    """Identities to plan for, 93431 in MS1MV3; by default as many as data.path has."""
     output: Path | None = None
     """Folder for plan.json, and plan.png where the program is a GPU's."""
 

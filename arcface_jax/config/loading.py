@@ -93,7 +93,7 @@ def find_recipe(name: str | Path) -> Path:
       name: a path, or the name of a recipe of the project, `ms1mv3_r50`.
 
     Raises:
-      ConfigError: there is none; the message has those of similar names.
+      ConfigError: there is none; the message lists similar names.
     """
     path = Path(name)
     if path.is_file():

@@ -43,7 +43,7 @@ def effective_rank(embeddings: np.ndarray) -> float:
       embeddings: (n, D) float, of any length; 0 where all of them are zero.
     """
     unit = normalize(embeddings, dtype=np.float64)
-    # Singular values are the roots of this small matrix's eigenvalues. Those that rounding alone
+    # Singular values are the roots of this small matrix's eigenvalues. Those that only rounding
     # makes are left out: their roots would add up.
     gram = unit.T @ unit if len(unit) >= unit.shape[1] else unit @ unit.T
     squares = np.linalg.eigvalsh(gram)

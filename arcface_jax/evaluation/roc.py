@@ -142,7 +142,7 @@ def eer(curve: Roc) -> float:
     """The equal error rate: FAR where it is FRR, on straight lines between the curve's points.
 
     FAR - FRR rises from -1 to 1 and is never level, so that there is one such place. Between its
-    last point (FAR_0, FRR_0) before and its first point (FAR_1, FRR_1) at or behind that place,
+    last point (FAR_0, FRR_0) before and its first point (FAR_1, FRR_1) at or after that place,
 
         EER = FAR_0 + (FAR_1 - FAR_0) (FRR_0 - FAR_0) / ((FRR_0 - FAR_0) + (FAR_1 - FRR_1)).
 
@@ -151,9 +151,9 @@ def eer(curve: Roc) -> float:
     same, different = int(curve.true_accepts[-1]), int(curve.false_accepts[-1])
     # FAR - FRR, times the number of pairs of either kind.
     excess = curve.false_accepts * same - (same - curve.true_accepts) * different
-    behind = int(np.searchsorted(excess, 0))
-    before, after = -int(excess[behind - 1]), int(excess[behind])
-    low, high = (int(curve.false_accepts[k]) for k in (behind - 1, behind))
+    crossing = int(np.searchsorted(excess, 0))
+    before, after = -int(excess[crossing - 1]), int(excess[crossing])
+    low, high = (int(curve.false_accepts[k]) for k in (crossing - 1, crossing))
     return (low * after + high * before) / (different * (before + after))
 
 

@@ -37,7 +37,7 @@ ROWS = 2048
 Load = Callable[[int], np.ndarray]
 """An image's number to (112, 112, 3) uint8 RGB; called from threads."""
 HostRows = Callable[[int], np.ndarray]
-"""A number of images to (n,) bool: those of this host's devices, see `Network`."""
+"""A number of images to (n,) bool: the ones this host's devices embed, see `Network`."""
 
 
 class Store(NamedTuple):
@@ -52,7 +52,7 @@ class Store(NamedTuple):
     def agree(
         self, settings: Mapping[str, Any], *, write: bool = True, **unchecked: Any
     ) -> dict[str, Any]:
-        """Compares the settings with those of the folder; writes them into a new one.
+        """Compares the settings with the folder's; writes them into a new one.
 
         Args:
           settings: what the shards depend on; plain JSON.
@@ -172,7 +172,7 @@ class Store(NamedTuple):
         return [self.path(number), *([self.path_beside(number)] if self.beside else [])]
 
     def _numbers(self, names: Iterable[str] | None = None) -> list[int]:
-        """The shards among file names, those of the folder by default, in order."""
+        """The shards among file names, by default the folder's, in order."""
         before, _, after = self.pattern.partition("{:05d}")
         if names is None:
             names = [path.name for path in self.folder.glob(f"{before}*{after}")]

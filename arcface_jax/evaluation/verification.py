@@ -122,7 +122,7 @@ def check_metric(name: str, sets: Sequence[PairSet]) -> None:
       sets: those that are evaluated.
 
     Raises:
-      ConfigError: it is no number of these sets that says how well a network does.
+      ConfigError: it is no measure of quality on these sets.
     """
     known = []
     for pairs in sets:

@@ -71,7 +71,7 @@ class Weights(NamedTuple):
     others: jax.Array
     """(t,) float32, a summand of the logits, or a factor of the gradient in the form `powers`."""
     own: jax.Array
-    """(t,) gradient of the target cosines, in the unit of that of the others."""
+    """(t,) gradient of the target cosines, in the unit of the others' gradient."""
     x: jax.Array | None
     """(t, D) embeddings multiplied by `others`; None where a form does not need them, or forms
     them tile by tile."""
@@ -122,7 +122,7 @@ class Form(Protocol):
     def pull(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
     ) -> tuple[jax.Array, Pull]:
-        """(t, D) float32 gradient of the embeddings, before `finish`, and that of the centers."""
+        """(t, D) float32 gradient of the embeddings, before `finish`, and the centers' gradient."""
         ...
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
@@ -145,7 +145,6 @@ class Cosines(NamedTuple):
     def block(
         self, rows: jax.Array, dtype: jax.typing.DTypeLike, *, written: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See `Form`."""
         if self.scale_after:
             squares = jnp.maximum(jnp.sum(rows * rows, axis=1, keepdims=True), 1e-24)
             return rows, lax.rsqrt(squares), rows.astype(dtype)
@@ -160,7 +159,6 @@ class Cosines(NamedTuple):
         return jnp.clip(cosine, -1, 1).reshape(len(samples.x), -1, problem.subcenters)
 
     def add(self, problem: Problem, samples: Samples, block: Block, sums: Sums) -> Sums:
-        """See `Form`."""
         total, hardest, shift = sums
         cosine = self.cosines(problem, samples, block).max(axis=2)
         others = block.present[None] & ~samples.is_target(block.slots)
@@ -177,7 +175,6 @@ class Cosines(NamedTuple):
         return Sums(total, hardest, shift)
 
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
-        """See `Form`."""
         unit = unit_of_gradient(samples.x.dtype)
         d_target = d_target * unit
         if samples.x.dtype == jnp.float16:  # whose largest number is 65504
@@ -188,7 +185,6 @@ class Cosines(NamedTuple):
     def pull(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
     ) -> tuple[jax.Array, Pull]:
-        """See `Form`."""
         by_center = self.cosines(problem, samples, block)
         cosine = by_center.max(axis=2)
         value, vjp = cosine, None
@@ -211,11 +207,9 @@ class Cosines(NamedTuple):
         return d_x, Pull(product(d, samples.x, contract=(0, 0)), along)
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
-        """See `Form`."""
         return d_x
 
     def d_rows(self, block: Block, pull: Pull, factor: jax.Array) -> jax.Array:
-        """See `Form`."""
         if pull.along is None:
             return normalize_vjp(factor * pull.centers, block.rows, block.length)
         along = pull.along[:, None] * jnp.square(block.length)
@@ -234,7 +228,6 @@ class Powers(NamedTuple):
     def block(
         self, rows: jax.Array, dtype: jax.typing.DTypeLike, *, written: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See `Form`."""
         # Apart from the division, or XLA copies the block for one kernel that does both.
         squares = jnp.sum(rows * rows, axis=1)
         if written:  # everything reads one copy of the block, and nothing the array itself
@@ -250,7 +243,6 @@ class Powers(NamedTuple):
         return jnp.exp(problem.scale * cosine).astype(samples.x.dtype)
 
     def add(self, problem: Problem, samples: Samples, block: Block, sums: Sums) -> Sums:
-        """See `Form`."""
         power = self._powers(problem, samples, block)
         others = block.present[None] & ~samples.is_target(block.slots)
         power = jnp.where(others, power, 0)
@@ -262,7 +254,6 @@ class Powers(NamedTuple):
         )
 
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
-        """See `Form`."""
         weight = jnp.exp(-log_sum)
         own = jnp.where(weight > 0, d_target / weight, 0).astype(samples.x.dtype)
         one_tile = len(own) == 1  # of several, the weighted would be a second copy of the batch
@@ -271,7 +262,6 @@ class Powers(NamedTuple):
     def pull(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
     ) -> tuple[jax.Array, Pull]:
-        """See `Form`."""
         operand = jnp.where(block.present[:, None], block.operand, 0)
         d = self._powers(problem, samples, block._replace(operand=operand))
         place = samples.target_slot - block.slots[0]
@@ -284,11 +274,9 @@ class Powers(NamedTuple):
         return d_x, Pull(product(d, x, contract=(0, 0)), None)
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
-        """See `Form`."""
         return d_x * weights.others[:, None]
 
     def d_rows(self, block: Block, pull: Pull, factor: jax.Array) -> jax.Array:
-        """See `Form`."""
         along = jnp.sum(pull.centers * block.rows, axis=1, keepdims=True)
         along *= jnp.square(block.length)
         return factor * block.length * (pull.centers - block.rows * along)

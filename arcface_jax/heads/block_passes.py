@@ -126,7 +126,7 @@ def gradients(
     move_centers: bool,
     reduce: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Moments, jax.Array]:
-    """The second visit: gradients of the loss, and the moments moved by those of the centers.
+    """The backward pass: gradients of the loss, and the centers' moments updated with theirs.
 
     Args:
       visit: what to look at; classes that are not visited keep their moments.
@@ -220,7 +220,7 @@ def _d_x(visit: Visit, samples: Samples, weights: Weights) -> jax.Array:
 def _pull(
     visit: Visit, weights: Weights, block: Block, d_x: jax.Array | None
 ) -> tuple[jax.Array | None, Pull]:
-    """The (T, t, D) gradient of the embeddings with a block's part added; that of its centers."""
+    """The (T, t, D) gradient of the embeddings plus a block's part, and its centers' gradient."""
 
     def tile(index):
         return jax.tree.map(lambda a: a[index], (visit.samples, weights))

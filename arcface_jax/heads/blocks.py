@@ -57,26 +57,21 @@ class EveryClass(NamedTuple):
 
     @property
     def size(self) -> int:
-        """See `Walk`."""
         return min(self.block_size, self.classes)
 
     @property
     def num_blocks(self) -> int:
-        """See `Walk`."""
         return -(-self.classes // self.size)
 
     def slots(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """See `Walk`."""
         slots = self._start(index) + jnp.arange(self.size)
         return slots, (slots >= index * self.size) & (slots < self.used)
 
     def read(self, array: jax.Array, index: jax.Array) -> jax.Array:
-        """See `Walk`."""
         start, size = self._start(index) * self.subcenters, self.size * self.subcenters
         return lax.dynamic_slice_in_dim(array, start, size)
 
     def write(self, array: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-        """See `Walk`."""
         visited = jnp.repeat(self.slots(index)[1], self.subcenters)[:, None]
         new = jnp.where(visited, new, self.read(array, index))
         return lax.dynamic_update_slice_in_dim(
@@ -84,7 +79,6 @@ class EveryClass(NamedTuple):
         )
 
     def only_if(self, condition: jax.Array) -> "EveryClass":
-        """See `Walk`."""
         return self._replace(used=jnp.where(condition, self.used, 0))
 
     def _start(self, index: jax.Array) -> jax.Array:
@@ -101,25 +95,20 @@ class ListedClasses(NamedTuple):
 
     @property
     def size(self) -> int:
-        """See `Walk`."""
         return min(self.block_size, len(self.listed))
 
     @property
     def num_blocks(self) -> int:
-        """See `Walk`."""
         return -(-len(self.listed) // self.size)
 
     def slots(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """See `Walk`."""
         slots = index * self.size + jnp.arange(self.size)
         return slots, self._classes(index) >= 0
 
     def read(self, array: jax.Array, index: jax.Array) -> jax.Array:
-        """See `Walk`."""
         return array.at[self._rows(index)].get(mode="clip")
 
     def write(self, array: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-        """See `Walk`."""
         rows = self._rows(index)
         beyond = len(array) + jnp.arange(len(rows))  # different too, and dropped
         return array.at[jnp.where(rows >= 0, rows, beyond)].set(
@@ -127,7 +116,6 @@ class ListedClasses(NamedTuple):
         )
 
     def only_if(self, condition: jax.Array) -> "ListedClasses":
-        """See `Walk`."""
         return self._replace(listed=jnp.where(condition, self.listed, -1))
 
     def _classes(self, index: jax.Array) -> jax.Array:

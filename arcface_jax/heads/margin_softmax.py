@@ -116,9 +116,9 @@ def apply(
       learning_rate: () float32.
       step: () int32, steps done before this one.
       key: of the step; which classes are drawn depends on it and the device.
-      num_classes: C; classes behind it are padding.
+      num_classes: C; classes from C on are padding.
       head: margin, scale, sampling, operand type, block size and form.
-      optimizer: of the centers; its clip_norm is for the backbone alone.
+      optimizer: of the centers; its clip_norm applies to the backbone only.
       mesh: the devices.
     """
     head = automatic.resolve(head, platform=mesh.devices.flat[0].platform, batch=len(embeddings))

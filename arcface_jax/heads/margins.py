@@ -1,7 +1,7 @@
 """Margins: pure functions on cosines. The head multiplies what they return by the scale s.
 
 z is a cosine, theta its angle, y a sample's own class. A margin changes the target's cosine, and
-may change those of the other classes, look at the lengths of the embeddings, add a loss of its own,
+may change the other classes' cosines, look at the lengths of the embeddings, add a loss of its own,
 and keep a state from step to step. The head differentiates `target` and `negatives` with `jax.vjp`.
 """
 
@@ -141,7 +141,7 @@ def adaface(margin: float, *, h: float, ema: float) -> Margin:
     enters with the share `ema`, beginning at 20 and 100.
 
     Source: Kim et al., "AdaFace: Quality Adaptive Margin for Face Recognition" (CVPR 2022); start
-    and bounds of the lengths are those of its published code.
+    and bounds of the lengths follow its published code.
     """
 
     def update(state: State, cosine, norm, counts) -> State:
@@ -176,7 +176,7 @@ def magface(*, norms: tuple[float, float], margins: tuple[float, float], weight:
     exceeds pi, cos(theta) - m(a) sin(m(a)) takes the place of the cosine.
 
     Source: Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
-    Assessment" (CVPR 2021); the continuation beyond pi is that of its published code.
+    Assessment" (CVPR 2021); the continuation beyond pi follows its published code.
     """
     low, high = norms
     slope = (margins[1] - margins[0]) / (high - low)

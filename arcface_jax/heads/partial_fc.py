@@ -72,7 +72,7 @@ def draw(
     listed = permutation.forward(jnp.minimum(place, permutation.size - 1))
     listed = jnp.where(place < wanted, listed, -1)
 
-    # The batch's different classes, in order; those of other devices go to the end.
+    # The batch's different classes, in order; other devices' classes go to the end.
     order = jnp.argsort(jnp.where(target >= 0, target, stored))
     ordered = target[order]
     positive = (ordered >= 0) & (ordered != jnp.roll(ordered, 1)).at[0].set(True)

@@ -1,4 +1,4 @@
-"""What the devices of a mesh send to each other in a step, and how long that takes alone."""
+"""What the devices of a mesh send to each other in a step, and how long that takes by itself."""
 
 from functools import partial
 from typing import NamedTuple

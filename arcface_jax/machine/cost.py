@@ -22,7 +22,7 @@ class Cost(NamedTuple):
 
 
 def measure(network: str, *, embedding_size: int = 512, options: plugins.Options = ()) -> Cost:
-    """Counts from shapes alone; nothing is drawn or run."""
+    """Counts from shapes; nothing is drawn or run."""
     backbone = registry.build(network, embedding_size=embedding_size, options=options)
     params, batch_stats = backbone.shapes
     frozen = [array.size for name, array in batch_stats.items() if name.endswith(".scale")]

@@ -1,8 +1,8 @@
 """Whether a machine can run a recipe, and what will hold it up: everything is measured here.
 
-The parts of a step are measured alone: reading and decoding images, the products of backbone and
-head at the speed of one large product, and what the devices send to each other. The longest of them
-is the bottleneck; a real step takes at least as long.
+The parts of a step are measured separately: reading and decoding images, the products of backbone
+and head at the speed of one large product, and what the devices send to each other. The longest of
+them is the bottleneck; a real step takes at least as long.
 """
 
 import os
@@ -100,19 +100,19 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
 
 def check_versions(found: Mapping[str, str]) -> Check:
     """JAX, its library and its CUDA plugin have to be of one release."""
-    said = ", ".join(f"{name} {version}" for name, version in found.items())
+    listed = ", ".join(f"{name} {version}" for name, version in found.items())
     release = gpu.release(found["jax"])
     apart = [n for n, v in found.items() if n.startswith("jax") and gpu.release(v) != release]
     if not apart:
-        return Check("versions", "ok", said)
+        return Check("versions", "ok", listed)
     # An older jaxlib that JAX does not take it refuses itself; a plugin's GPUs would be missing.
     verdict = "fails" if any("plugin" in name for name in apart) else "warning"
     wanted = " ".join(f"{name}=={found['jax']}" for name in apart)
-    return Check("versions", verdict, f"{said}: not of one release: pip install {wanted}")
+    return Check("versions", verdict, f"{listed}: not of one release: pip install {wanted}")
 
 
 def check_driver() -> Check:
-    """What nvidia-smi says, where there is one, and whether JAX sees the same GPUs."""
+    """What nvidia-smi reports, where installed, and whether JAX sees the same GPUs."""
     if shutil.which("nvidia-smi") is None:
         return Check("driver", "ok", "no nvidia-smi: no NVIDIA GPU is expected")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
@@ -338,7 +338,7 @@ def bottleneck(milliseconds: Mapping[str, float], batch: int) -> Check:
     parts = ", ".join(f"{name} {ms:.3g} ms" for name, ms in milliseconds.items())
     words = (
         f"{slowest} will be the bottleneck: no more than {1e3 * batch / longest:,.0f} images/s. "
-        f"For one step alone: {parts}"
+        f"For one step: {parts}"
     )
     return Check("bottleneck", "ok", words, {"most_images_per_second": 1e3 * batch / longest})
 

@@ -45,7 +45,7 @@ def measure(
 
     Args:
       data: path, batch size, threads, augmentation; its workers are not looked at.
-      workers: numbers of worker processes to try; 0 is threads alone.
+      workers: numbers of worker processes to try; 0 means threads only.
       rounds: of all stages.
       seconds: that each stage is given in a round.
 
@@ -80,7 +80,7 @@ def measure(
 
 
 def bottleneck(rates: list[Rate]) -> str:
-    """Which stage binds, in words."""
+    """A sentence naming the slowest stage."""
     best = max((r for r in rates if r.stage == "pipeline"), key=lambda r: r.images_per_second)
     sent = max((r for r in rates if r.stage == "to device"), key=lambda r: r.images_per_second)
     read, decode = (next(r for r in rates if r.stage == name) for name in ("read", "decode"))

@@ -1,6 +1,6 @@
 """What a run needs on each device, found from shapes and a compiled step before it is allocated.
 
-The state's bytes are those of its abstract arrays. Activations and temporaries are what the real
+The state's bytes come from its abstract arrays. Activations and temporaries are what the real
 train step asks for: compiled for as many CPU devices as the run will have (`make`), or by XLA:GPU
 where a CUDA plugin is installed (`gpu_plan`). It is compiled at the recipe's batch, which takes no
 longer than at a small one, and at another, for a straight line to the largest.
@@ -123,7 +123,7 @@ class Plan(NamedTuple):
 
 
 def memory_share() -> float:
-    """The share of a GPU's memory that JAX takes at its start: 0.75, or what the environment says.
+    """The share of a GPU's memory that JAX takes at its start: 0.75, or what the environment sets.
 
     Raises:
       UserError: the environment variable is no share.
@@ -270,7 +270,7 @@ def temporary_bytes(
 ) -> int:
     """What the step of a global batch asks for beside its arguments, on each device."""
     config = configs.replace(config, data__global_batch_size=batch)
-    # How many steps an epoch has changes constants of the program alone.
+    # The number of steps in an epoch changes only constants of the program.
     schedule = optim.make_schedule(config.schedule, base_rate=1.0, steps_per_epoch=1)
     train_step: Any = step.make_train_step(
         config, num_classes=num_classes, schedule=schedule, mesh=mesh
@@ -344,7 +344,7 @@ def largest_classes(
 
 
 def in_words(plan: Plan, model: ModelConfig, *, num_classes: int) -> list[str]:
-    """A line for each thing that the bytes alone do not tell."""
+    """A line for each thing that the bytes do not show."""
     batch = plan.measured[0]
     compiled = " and ".join(str(size) for size in plan.measured[:2])
     if plan.program is None:
@@ -367,25 +367,25 @@ def in_words(plan: Plan, model: ModelConfig, *, num_classes: int) -> list[str]:
 
 def _verdict(plan: Plan) -> str:
     fits = plan.fits(plan.share)
-    said = (
+    text = (
         f"{'fits' if fits else 'does not fit'}: {plan.total / GIB:.2f} of {plan.usable / GIB:.2f} "
         f"GiB, the {plan.share:.0%} of {plan.memory / GIB:.1f} GiB that JAX takes"
     )
     if not fits and plan.share < LARGE_SHARE and plan.fits(LARGE_SHARE):
-        said += (
+        text += (
             f"; it fits with XLA_PYTHON_CLIENT_MEM_FRACTION={LARGE_SHARE:g} "
             f"({LARGE_SHARE * plan.memory / GIB:.2f} GiB)"
         )
-    return said
+    return text
 
 
 def _on_sampling(plan: Plan) -> str:
     rate, flops = plan.sample_rate, plan.head_flops
-    said = (
+    text = (
         f"suggested head.sample_rate {rate:g}: with all classes the head takes (8 B D C) "
         f"{flops[1] / 1e12:.3g} TFLOP a step, the backbone {plan.backbone_flops / 1e12:.3g}"
     )
     if rate < 1:
         less = "no" if flops[rate] <= plan.backbone_flops else "still"
-        said += f"; at {rate:g} the head takes {flops[rate] / 1e12:.3g}, {less} more"
-    return said + "; sampling saves compute, not memory: all centers stay stored"
+        text += f"; at {rate:g} the head takes {flops[rate] / 1e12:.3g}, {less} more"
+    return text + "; sampling saves compute, not memory: all centers stay stored"

@@ -224,7 +224,7 @@ class IResNet(nnx.Module):
 
 
 def _stacks(architecture: Architecture, blocks: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Number and leading axes of the stacks behind the first of a stage's blocks."""
+    """Number and leading axes of the stacks that follow a stage's first block."""
     if architecture.blocks_are == "unrolled":
         return [(number, ()) for number in range(1, blocks)]
     return stacks.plan(1, blocks - 1, nested=architecture.blocks_are == "nested")

@@ -41,13 +41,11 @@ class RandomInitializer:
         self._seed, self._rngs = seed, None
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
-        """See `Initializer`."""
         drawn = self._rng.standard_normal(shape, np.float32)
         drawn *= np.float32(std)  # in place: r2060 draws 4 GiB for one stack
         return drawn
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
-        """See `Initializer`."""
         return (self._rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
 
     def rngs(self) -> nnx.Rngs:
@@ -130,7 +128,7 @@ def _plain_conv(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(stride: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution whose gradients are, on a CPU alone, written in forms that are fast there."""
+    """A convolution whose gradients have forms of their own on CPUs, where JAX's are slow."""
     return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2)
 
 

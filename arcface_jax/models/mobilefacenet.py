@@ -179,7 +179,7 @@ class MobileFaceNet(nnx.Module):
       architecture: blocks and width.
       embedding_size: D.
       bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
-      dtype: compute type up to the last 1x1 convolution, which is float32 like all behind it.
+      dtype: compute type up to the last 1x1 convolution, which is float32 like everything after it.
       init: where the initial weights come from.
     """
 

@@ -30,7 +30,7 @@ class Backbone(NamedTuple):
     apply: Callable[..., tuple[jax.Array, Arrays]]
     """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=..., keys=...) -> (embeddings
     (B, D) float32, not normalized; batch_stats, moved if train). The (B,) keys, one for each image,
-    are for what training draws at random; the vision transformers alone need them."""
+    are for what training draws at random; only the vision transformers need them."""
 
 
 def build(

@@ -29,11 +29,9 @@ class _Repeated:
         self._lead, self._init = lead, init
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
-        """See `Initializer`."""
         return self._init.normal((*self._lead, *shape), std=std)
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
-        """See `Initializer`."""
         return self._init.uniform((*self._lead, *shape), bound=bound)
 
     def rngs(self) -> nnx.Rngs:
@@ -46,7 +44,7 @@ def make(build: Callable[..., nnx.Module], lead: tuple[int, ...], init: Initiali
 
     Args:
       build: makes one of them, given `init`; called twice, however many there are.
-      lead: the leading axes, whose product is the number of modules; a module alone has none.
+      lead: the leading axes, whose product is the number of modules; a single module has none.
       init: what the modules draw their weights from.
     """
     graph, one = nnx.split(build(init=ShapeInitializer()))
@@ -75,7 +73,7 @@ def plan(first: int, count: int, *, nested: bool) -> list[tuple[int, tuple[int, 
 
 
 def name(first: int, lead: tuple[int, ...]) -> str:
-    """Of a stack, or of a module alone."""
+    """Of a stack, or of a single module."""
     return f"{first}-{first + math.prod(lead) - 1}" if lead else str(first)
 
 
@@ -161,15 +159,15 @@ def leading_axes(name: str, array: Any) -> int:
 
 def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The NumPy arrays of every module under its own name, as views."""
-    alone = {}
+    unstacked = {}
     for name, given in arrays.items():
         array, members = np.asarray(given), names_of_members(name)
         if members is None:
-            alone[name] = array
+            unstacked[name] = array
         else:
             flat = array.reshape(len(members), *array.shape[leading_axes(name, array) :])
-            alone.update(zip(members, flat, strict=True))
-    return alone
+            unstacked.update(zip(members, flat, strict=True))
+    return unstacked
 
 
 def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,14 +180,14 @@ def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
     Raises:
       KeyError: a module of `like` is not among the arrays.
     """
-    alone, stacked = unstack(arrays), {}
+    unstacked, stacked = unstack(arrays), {}
     for name, wanted in like.items():
         members = names_of_members(name)
         if members is None:
-            stacked[name] = alone[name]
+            stacked[name] = unstacked[name]
         else:
-            # Not to the whole wanted shape: a mismatch behind the leading axes is to be seen.
-            each = np.stack([alone[member] for member in members])
+            # Not to the whole wanted shape: a mismatch after the leading axes has to show.
+            each = np.stack([unstacked[member] for member in members])
             lead = 1 if wanted.shape[0] == len(members) else 2
             stacked[name] = each.reshape(*wanted.shape[:lead], *each.shape[1:])
     return stacked

@@ -72,7 +72,7 @@ def note(checkpoints: Path, history: Path) -> None:
 
 
 def _length_up_to(content: bytes, step: int) -> int:
-    """The length of the lines of a metrics.jsonl up to a step; those of later steps follow it."""
+    """The length of the lines of a metrics.jsonl up to a step; later steps' lines follow it."""
     end = len(content)
     while end:
         begin = content.rfind(b"\n", 0, end - 1) + 1

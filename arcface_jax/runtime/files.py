@@ -5,7 +5,7 @@ and bytes, `atomic` for streams, `atomic_files` for writers that want a name or 
 `atomic_folder` for whole folders. All write to `NAME.HOST-PID.part` beside the target and rename.
 
 The libraries report a full disk in their own ways, some of them from threads: Orbax logs it several
-times, raises it in the next save, and leaves writes behind that fail later.
+times, raises it in the next save, and leaves writes that fail later.
 """
 
 import contextlib

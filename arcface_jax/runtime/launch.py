@@ -113,8 +113,8 @@ def local_devices(
         return list(config.local_devices)
     if cluster == "slurm":
         counts = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")  # for instance 8(x2),4
-        alone = all(int(n) == 1 for n in re.findall(r"(?:^|,)(\d+)", counts))
-        return [] if alone else None
+        single_task = all(int(n) == 1 for n in re.findall(r"(?:^|,)(\d+)", counts))
+        return [] if single_task else None
     if cluster == "ompi":
         return [] if environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1") == "1" else None
     return []

@@ -9,7 +9,7 @@ A holder that was killed leaves its file. Whether it still runs is decided in on
   that was used again is not taken for it.
 - On another machine or in another container, by its heartbeat: the holder touches the file every
   `HEARTBEAT_SECONDS`. A file that has not changed for `STALE_SECONDS` is stale. Both times are
-  those of the file system. A younger file is watched: its holder runs as soon as it changes.
+  the file system's. A younger file is watched: its holder runs as soon as it changes.
 
 Of several processes that find the same stale lock, one replaces it: the one that holds a second
 lock, named after the stale one.

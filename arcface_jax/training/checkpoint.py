@@ -111,7 +111,7 @@ def _prepare(config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         damaged.warn([problem] if problem else [])
         damaged.warn(damaged.set_aside_wrong_kinds(workdir))
-        _write_config(workdir, text or loading.to_json(config), mended=problem is not None)
+        _write_config(workdir, text or loading.to_json(config), repaired=problem is not None)
     except OSError as error:
         raise CheckpointError(
             f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
@@ -206,18 +206,18 @@ def _parse_config(workdir: Path, text: str) -> Config:
     return loading.from_json(text, source=str(path))
 
 
-def _write_config(workdir: Path, text: str, *, mended: bool) -> None:
+def _write_config(workdir: Path, text: str, *, repaired: bool) -> None:
     """Write config.json and its copy where they are missing, or both where one was damaged."""
     path = workdir / CONFIG
     if (
-        mended
+        repaired
         and damaged.is_there(path)
         and not (path.is_file() and path.read_bytes() == text.encode())
     ):
         damaged.warn([f"the damaged {CONFIG} is now {damaged.set_aside(path, workdir)}"])
     if not path.exists():
         write_atomic(path, text)
-    if mended or checksums.config_copy(workdir) is None:
+    if repaired or checksums.config_copy(workdir) is None:
         checksums.keep_config(workdir, text)
 
 
@@ -428,7 +428,7 @@ def _write_weights(
         options = ocp.CheckpointManagerOptions(async_options=_noting_checksums(workdir))
         with ocp.CheckpointManager(folder_of(workdir), options=options) as manager:
             manager.save(0, args=ocp.args.Composite(**items))
-        _write_config(workdir, loading.to_json(config), mended=False)
+        _write_config(workdir, loading.to_json(config), repaired=False)
     except OSError as error:
         raise CheckpointError(f"cannot write to {workdir}: {error.strerror}") from error
 

@@ -132,7 +132,7 @@ class HealthMonitor:
             return None
         return (
             f"warning: all {len(images)} images of the first batch are {found}: nothing can be "
-            "learned from them. Check the files behind --data.path (`arcface-jax data inspect`)"
+            "learned from them. Check the files of --data.path (`arcface-jax data inspect`)"
         )
 
     def skipped_steps(self, step: int, values: Mapping[str, float]) -> str | None:

@@ -173,7 +173,7 @@ def check_metric(name: str, targets: Sequence[str], sets: list[PairSet]) -> None
 
 
 def verifications(results: Sequence[Result]) -> list[Verification]:
-    """The results on verification sets, without those of evaluators."""
+    """The results on verification sets, without evaluators'."""
     return [result for result in results if isinstance(result, Verification)]
 
 

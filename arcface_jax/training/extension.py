@@ -31,7 +31,7 @@ def stored_schedule(config: Config) -> ScheduleConfig | None:
 
 
 def extend(config: Config, stored: ScheduleConfig, *, start: int, per_epoch: int) -> list[str]:
-    """Record the new schedule in config.json; environment.json keeps that of every start.
+    """Record the new schedule in config.json; environment.json keeps every start's.
 
     Args:
       config: the run with its new schedule.
@@ -103,7 +103,7 @@ def _lines(
     if abs(new_rate - old_rate) > _JUMP * max(new_rate, old_rate):
         lines.append(
             f"warning: the learning rate jumps from {old_rate:.4g} to {new_rate:.4g}, so the loss "
-            "may rise at first and the result is not that of a run of this length; for that, start "
+            "may rise at first and the result differs from a run of this length; for that, start "
             "a new run"
         )
     return lines

@@ -70,7 +70,7 @@ def weights(source: Path | Weights, model: ModelConfig, *, name: str) -> Weights
 
 
 def centers(config: Config, state: TrainState, source: Source, *, mesh: Mesh) -> jax.Array:
-    """The first class centers by `finetune.centers`, placed like those of the state.
+    """The first class centers by `finetune.centers`, placed like the state's.
 
     Args:
       config: the run.
@@ -108,7 +108,7 @@ def _class_means(
 ) -> jax.Array:
     """(C_padded, D): the direction of each class's mean normalized embedding.
 
-    The norm is that of the random centers, sqrt(D) times their standard deviation, because the
+    The norm equals the random centers', sqrt(D) times their standard deviation, because the
     effect of the learning rate depends on it. A class without images keeps its random center.
     Every image is embedded once, without its flip. Needs one more array of the centers' size.
     """

@@ -128,7 +128,7 @@ def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lin
       config: of the run.
       state: on the devices.
       devices: its mesh.
-      first_lines: what the terminal says of the run.
+      first_lines: what the terminal prints of the run.
 
     Returns:
       A few lines of it for the terminal.
@@ -175,7 +175,7 @@ def mesh_lines(devices: Mesh) -> list[str]:
 def _memory_lines(held: dict[str, int]) -> list[str]:
     rows = [f"{name:<20}{size / MIB:>12,.2f} MiB" for name, size in held.items()]
     return [
-        "on each device, the state alone:",
+        "on each device, state only:",
         *rows,
         f"{'total':<20}{sum(held.values()) / MIB:>12,.2f} MiB",
         "activations are not in it; `arcface-jax plan` reports them before a run",

@@ -265,5 +265,5 @@ def _alone() -> ocp.options.MultiprocessingOptions:
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()
     return ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"alone-{here}"
+        primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"reader-{here}"
     )

@@ -224,7 +224,7 @@ class TrainStep(Protocol):
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array], /
     ) -> tuple[TrainState, Metrics]:
-        """Take a state, packed or by name; the one returned is packed, as `make_packing` says."""
+        """Take a state, packed or by name; the one returned is packed, by `make_packing`."""
         ...
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> jax.stages.Lowered:

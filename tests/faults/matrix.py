@@ -213,8 +213,8 @@ def read(run: Path, undamaged: Undamaged) -> Outcome:
 
     def check() -> str:
         _, params, _, step = saved_runs.restore_backbone(run)
-        same = step < 4 or _same(_arrays(params), undamaged.backbone)
-        return f"step {step}" if same else "WEIGHTS DIFFER"
+        different = [] if step < 4 else _differences(_arrays(params), undamaged.backbone)
+        return _differ(different) if different else f"step {step}"
 
     return _outcome(check)
 
@@ -224,7 +224,8 @@ def resume(run: Path, undamaged: Undamaged) -> Outcome:
 
     def check() -> str:
         state = _arrays(train.train(config(run)).state)
-        return "equal" if _same(state, undamaged.weights) else "WEIGHTS DIFFER"
+        different = _differences(state, undamaged.weights)
+        return _differ(different) if different else "equal"
 
     outcome = _outcome(check)
     if outcome.text != "equal":
@@ -238,8 +239,14 @@ def resume(run: Path, undamaged: Undamaged) -> Outcome:
     return outcome
 
 
-def _same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
-    return all(np.array_equal(one[name], other[name]) for name in other)
+def _differences(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[float]:
+    """The largest difference of each array that is not bit-equal, largest first."""
+    pairs = [(one[name].astype(float), other[name].astype(float)) for name in other]
+    return sorted((float(abs(a - b).max()) for a, b in pairs if (a != b).any()), reverse=True)
+
+
+def _differ(different: list[float]) -> str:
+    return f"WEIGHTS DIFFER: {len(different)} ARRAYS BY UP TO {different[0]:.1E}"
 
 
 def _outcome(check: Callable[[], str]) -> Outcome:

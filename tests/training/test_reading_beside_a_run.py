@@ -1,6 +1,7 @@
 """Reading the checkpoints of a run that saves and removes them all the time."""
 
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from commands import ROOT, wait_until
+from commands import ROOT, result, wait_until
+from witness import encode, smooth
 
+from arcface_jax.commands import evaluate
 from arcface_jax.errors import CheckpointError
 from arcface_jax.runtime.files import complete_steps
 from arcface_jax.training import saved_runs
@@ -49,3 +52,16 @@ def test_a_few_reads_beside_a_saving_run(tmp_path):
 @pytest.mark.slow
 def test_two_hundred_reads_beside_a_saving_run(tmp_path):
     read_often(tmp_path / "run", 200)
+
+
+@pytest.mark.slow
+def test_two_hundred_evaluations_beside_a_saving_run(tmp_path, capsys):
+    faces = [encode(smooth(number)) for number in range(40)]
+    (tmp_path / "pairs.bin").write_bytes(pickle.dumps((faces, [n % 2 == 0 for n in range(20)])))
+    words = ["--checkpoint", f"{tmp_path}/run", "--targets", f"{tmp_path}/pairs.bin"]
+    with saving_run(tmp_path / "run"):
+        first = complete_steps(tmp_path / "run")[-1]
+        for _ in range(200):
+            assert evaluate.main(words) == 0
+            assert "eval/pairs/accuracy" in result(capsys.readouterr().out)
+        assert complete_steps(tmp_path / "run")[-1] > first

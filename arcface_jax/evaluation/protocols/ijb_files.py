@@ -126,7 +126,7 @@ def _fields(path: Path, number: int, line: str, *, expected: str) -> list[str]:
 def _malformed(path: Path, number: int, line: str, expected: str) -> DataError:
     shown = line.strip()[:80]
     return DataError(
-        f"{path}, line {number}: {shown!r} is not `{expected}`; mend the line, or fetch the file "
+        f"{path}, line {number}: {shown!r} is not `{expected}`; fix the line, or fetch the file "
         "again"
     )
 
@@ -227,7 +227,7 @@ def _read_enrolled(
         missing = ", ".join(path.name for path in paths if path not in there)
         raise DataError(
             f"{meta}: identification needs {len(paths)} csv files, and {missing} is missing; put "
-            "it beside the others, or take those away to verify pairs alone"
+            "it beside the others, or remove the others to verify pairs only"
         )
     read = [
         _read_csv(path, name.removeprefix("gallery_"))

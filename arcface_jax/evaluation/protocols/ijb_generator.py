@@ -122,7 +122,7 @@ def _arrange(
             template = _Template(int(next(numbers)), int(subject_numbers[place]), gallery)
             templates.append(template)
             for k, number in enumerate(part):
-                # Every other time an image goes on with the video of the one before it.
+                # Every other image continues the video of the one before it.
                 medium += 1 if k == 0 or rng.random() < 0.5 else 0
                 images.append(_Image(int(number), template.number, medium))
     order = rng.permutation(len(images))

@@ -3,7 +3,7 @@
 Three forms are read:
 
 - a folder of aligned faces: FOLDER/PERSON/image, and FOLDER/image for faces of nobody in particular
-- a text file with lines `image<TAB or spaces>person`, or `image` alone; images lie beside it
+- a text file with lines `image<TAB or spaces>person`, or only `image`; images lie beside it
 - an `.npz` with `features` (n, D) and `labels` (n,), the people as text or numbers
 """
 
@@ -46,7 +46,7 @@ def read(
     Args:
       path: a folder, a list, or an `.npz`.
       open_model: gives the network, where images are to be embedded.
-      output: the folder where features are kept, so that a killed run goes on.
+      output: the folder where features are kept, so that a killed run resumes.
       flip: f(image) + f(flipped image), rather than f(image).
       threads: that read images.
       progress: told how many images are done.

@@ -14,7 +14,7 @@ from arcface_jax.evaluation import roc
 from arcface_jax.evaluation.page import COLORS
 from arcface_jax.evaluation.roc import Roc
 
-# Units are those of a phone's screen, on which a chart is drawn about as large as it is said here.
+# Units are a phone screen's pixels, at which a chart is drawn about this large.
 _WIDTH, _HEIGHT = 360, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 38
 _POINTS = 200

@@ -32,7 +32,7 @@ def write(folder: Path, evaluated: Sequence[Evaluated], *, made: datetime) -> Pa
     Args:
       folder: made where it is missing.
       evaluated: every model on every set; at least one.
-      made: when, as the page says.
+      made: when, as shown on the page.
 
     Returns:
       The page.

@@ -12,7 +12,7 @@ from arcface_jax.runtime.tables import share
 
 _LONGEST_NAME = 16
 _LONGEST_OF_TWO = 11
-"""Where a model's name stands beside that of the set."""
+"""Where a model's name stands beside the set's."""
 _COMPARED = r"accuracy|auc|eer|tar@far=.*"
 
 
