@@ -2,7 +2,7 @@
 
 arcface-jax export torch --workdir WORKDIR --output backbone.pth
 arcface-jax export onnx --workdir WORKDIR --output model.onnx
-arcface-jax export onnx --weight backbone.pth --network r50 --output model.onnx
+arcface-jax export onnx --weight backbone.pth --output model.onnx
 arcface-jax export stablehlo --workdir WORKDIR --output model.stablehlo
 arcface-jax export safetensors --workdir WORKDIR --output backbone.safetensors
 """
@@ -35,7 +35,7 @@ _SAFETENSORS = """Write the backbone of a training run as safetensors, with insi
 _ONNX = """Write a backbone as an ONNX file, checked with ONNX Runtime.
 
     {prog} --workdir WORKDIR --output model.onnx
-    {prog} --weight backbone.pth --network r50 --output model.onnx
+    {prog} --weight backbone.pth --output model.onnx
 """
 _STABLEHLO = """Write a backbone as StableHLO: a program with its weights, for JAX and XLA.
 

@@ -269,9 +269,10 @@ def _color_order(fit: _Fit, folder: Path | None) -> ColorOrder:
     """BGR for AdaFace's own files; for CVLface's what the file beside them states, or RGB."""
     if not fit.renamed:
         return "RGB"
-    for name in _DESCRIPTIONS if folder else ():
+    files = [folder / name for name in _DESCRIPTIONS] if folder else []
+    for path in files:
         try:
-            with (folder / name).open(encoding="utf-8", errors="replace") as file:
+            with path.open(encoding="utf-8", errors="replace") as file:
                 found = _COLOR_SPACE.search(file.read(65536))
         except OSError:
             continue
