@@ -1,7 +1,7 @@
 """Find the threshold for a false accept rate on your pairs, and save it for inference.
 
 arcface-jax calibrate --workdir WORKDIR --pairs pairs.bin --far 1e-2 --output c.json
-arcface-jax calibrate --weight backbone.pth --network r50 --pairs pairs.bin --output c.json
+arcface-jax calibrate --weight backbone.pth --pairs pairs.bin --output c.json
 arcface-jax calibrate --onnx model.onnx --pairs pairs.bin --output c.json
 """
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _EMBED = """Embed an image, or a folder of images.
 
     arcface-jax embed --workdir WORKDIR --img face.jpg --output face.npy
-    arcface-jax embed --weight backbone.pth --network r50 --img FOLDER --output FOLDER
+    arcface-jax embed --weight backbone.pth --img FOLDER --output FOLDER
 """
 _VERIFY = """Compare two images: their cosine and, given a threshold, whether they show one person.
 
@@ -41,7 +41,7 @@ _VERIFY = """Compare two images: their cosine and, given a threshold, whether th
 _INFERENCE = """Embed faces, or compare two images.
 
     python scripts/inference.py --workdir WORKDIR --img face.jpg
-    python scripts/inference.py --weight backbone.pth --network r50 --img FOLDER --output FOLDER
+    python scripts/inference.py --weight backbone.pth --img FOLDER --output FOLDER
     python scripts/inference.py --onnx model.onnx --verify a.jpg b.jpg --calibration c.json
 """
 _SHOWN = 10

@@ -1,7 +1,7 @@
 """Verify networks on pairs of faces: accuracy, ROC, TAR@FAR; several networks side by side.
 
 arcface-jax evaluate --workdir WORKDIR [WORKDIR ...] [--targets a.bin pairs.txt:FOLDER]
-arcface-jax evaluate --weight backbone.pth --network r50 --targets a.bin b.bin
+arcface-jax evaluate --weight backbone.pth --targets a.bin b.bin
 arcface-jax evaluate --workdir WORKDIR --onnx model.onnx --targets a.bin --report FOLDER
 arcface-jax evaluate --onnx other.onnx --targets a.bin --check-input
 """

@@ -2,7 +2,7 @@
 
 arcface-jax export torch --workdir WORKDIR --output backbone.pth
 arcface-jax export onnx --workdir WORKDIR --output model.onnx
-arcface-jax export onnx --weight backbone.pth --network r50 --output model.onnx
+arcface-jax export onnx --weight backbone.pth --output model.onnx
 arcface-jax export other.onnx --dynamic-batch --output free.onnx
 arcface-jax export stablehlo --workdir WORKDIR --output model.stablehlo
 arcface-jax export safetensors --workdir WORKDIR --output backbone.safetensors

@@ -1,7 +1,7 @@
 """Evaluate a network on IJB-B or IJB-C: 1:1 on pairs of templates, and 1:N identification.
 
 arcface-jax ijb --workdir WORKDIR --data IJBC --protocol ijbc --output runs/ijbc
-arcface-jax ijb --weight backbone.pth --network r50 --data IJBC --output runs/ijbc
+arcface-jax ijb --weight backbone.pth --data IJBC --output runs/ijbc
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Which network a file's arrays are, and under which key and prefix they lie.
+"""Find the backbone in a file of weights: its network, its key and its prefix.
 
-A network is a table of names and shapes. Every name in a file votes for the prefixes that would
-make it one of the table's; the prefix with all votes is the one.
+A network is a table of names and shapes. Every name in a file votes for the prefixes that turn it
+into one of the table's names; the prefix that the whole table votes for is the one.
 """
 
 import re
@@ -54,7 +54,7 @@ class Found(NamedTuple):
 
 @dataclass(kw_only=True)
 class _Fit:
-    """A network held against the arrays behind one prefix."""
+    """A network compared with the arrays of one prefix."""
 
     stored: Stored
     prefix: str
@@ -106,7 +106,7 @@ def find(held: Contents, where: Where, *, source: str) -> Found:
     fits.sort(key=_preference)
     best = fits[0]
     entries = _bare(best)
-    order = where.color_order or _color_order(best, source)
+    order = where.color_order or _color_order(best, held.folder)
     state = weight_files.tensors(entries, held, source=source)
     if order == "BGR":
         state = _turned_to_rgb(state)
@@ -155,13 +155,13 @@ def _attempts(stored: Stored, networks: Iterable[str], prefix: str | None) -> li
             wanted = f"{prefix.rstrip('.')}." if prefix else ""
             votes = Counter({wanted: votes[wanted]}) if votes[wanted] else Counter()
         for found, _ in votes.most_common(_TRIED):
-            attempts.append(_held_against(stored, network, shapes, found))
+            attempts.append(_compare(stored, network, shapes, found))
             attempts[-1].renamed = renamed is not None
     return attempts
 
 
 def _endings(names: Iterable[str]) -> dict[str, list[str]]:
-    """Every ending of a dotted name that begins behind a dot: what stands before it."""
+    """Every ending of a dotted name, cut at a dot, and what stands before it."""
     endings: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         at = 0
@@ -191,26 +191,26 @@ def _may_hold(entries: Mapping[str, object], endings: Mapping[str, object], netw
     return len(entries) >= _ARRAYS_OF_A_BLOCK * blocks
 
 
-def _held_against(stored: Stored, network: str, shapes: Shapes, prefix: str) -> _Fit:
-    """The network's arrays that are missing, misshapen, or too many, behind a prefix."""
-    behind = {
+def _compare(stored: Stored, network: str, shapes: Shapes, prefix: str) -> _Fit:
+    """Compare a network with the arrays whose names begin with a prefix."""
+    inner = {
         name.removeprefix(prefix): entry
         for name, entry in stored.entries.items()
         if name.startswith(prefix)
     }
-    size = _embedding_size(behind)
+    size = _embedding_size(inner)
     if size and size != 512:
         shapes = _shapes(network, size)
-    names = {*shapes, *(torch_names.counters(shapes) & behind.keys())}
+    names = {*shapes, *(torch_names.counters(shapes) & inner.keys())}
     modules = {name.partition(".")[0] for name in shapes}
     fit = _Fit(stored=stored, prefix=prefix, network=network, renamed=False, names=names)
     for name, shape in shapes.items():
-        entry = behind.get(name)
+        entry = inner.get(name)
         if entry is None:
             fit.missing.append(name)
         elif isinstance(entry, Entry) and entry.shape != shape:
             fit.misshapen.append(f"{name} {entry.shape} instead of {shape}")
-    more = [name for name in behind if name not in names]
+    more = [name for name in inner if name not in names]
     fit.unexpected = [n for n in more if n.partition(".")[0] in modules and not _is_counter(n)]
     inside = {f"{prefix}{name}" for name in (*names, *fit.unexpected)}
     fit.ignored = [n for n in stored.entries if n not in inside and not _is_counter(n)]
@@ -265,13 +265,14 @@ def _with_fixed_scale(
     return {**made, **entries}
 
 
-def _color_order(fit: _Fit, source: str) -> ColorOrder:
-    """Of AdaFace's own files BGR; of CVLface's what the file beside them says, or RGB."""
+def _color_order(fit: _Fit, folder: Path | None) -> ColorOrder:
+    """BGR for AdaFace's own files; for CVLface's what the file beside them states, or RGB."""
     if not fit.renamed:
         return "RGB"
-    for name in _DESCRIPTIONS:
+    files = [folder / name for name in _DESCRIPTIONS] if folder else []
+    for path in files:
         try:
-            with (Path(source).parent / name).open(encoding="utf-8", errors="replace") as file:
+            with path.open(encoding="utf-8", errors="replace") as file:
                 found = _COLOR_SPACE.search(file.read(65536))
         except OSError:
             continue
@@ -281,8 +282,17 @@ def _color_order(fit: _Fit, source: str) -> ColorOrder:
 
 
 def _turned_to_rgb(state: StateDict) -> StateDict:
-    """The first convolution with its input channels in the other order."""
-    (name,) = (n for n, t in state.items() if t.ndim == 4 and t.shape[1] == 3)
+    """The first convolution with its input channels in the other order.
+
+    Raises:
+      UserError: there is no one convolution of three channels.
+    """
+    first = [name for name, t in state.items() if t.ndim == 4 and t.shape[1] == 3]
+    if len(first) != 1:
+        raise UserError(
+            f"--color-order BGR needs one convolution of 3 channels to turn, found {len(first)}"
+        )
+    name = first[0]
     return {**state, name: state[name][:, [2, 1, 0]].contiguous()}
 
 
@@ -353,14 +363,17 @@ def _mismatch(attempts: list[_Fit], dicts: list[Stored], where: Where, source: s
     shown = min(attempts, key=_distance, default=nearest)
     if nearest is None or shown is None:
         if where.prefix:
-            return f"{begin} behind --prefix {where.prefix}; without it the prefix is searched for"
+            return f"{begin} under --prefix {where.prefix}; omit it to have the prefix found"
         largest = max(dicts, key=lambda stored: len(stored.entries))
         names = _some(ascii(name)[1:-1] for name in largest.entries)
         return f"{begin}: it has {names}; name the network with --network, arrays with --prefix"
     if nearest.network == where.network:
         hint = f"no other network is nearer (--network); {nearest.wrong} arrays differ"
     elif not nearest.wrong:
-        hint = f"they are weights of {nearest.network}: --network {nearest.network}"
+        hint = (
+            f"they are weights of {nearest.network}: --network {nearest.network} (in training "
+            f"--model.network {nearest.network})"
+        )
     else:
         hint = (
             f"the nearest network is {nearest.network}, {nearest.wrong} arrays differ (--network)"

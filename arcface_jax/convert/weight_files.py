@@ -49,6 +49,8 @@ class Contents(NamedTuple):
     """What is no tensor and was not built, by kind, with its number."""
     nbytes: float
     """Size of the file, which its tensors together cannot exceed."""
+    folder: Path | None = None
+    """Where the file lies, with what describes it."""
 
 
 def is_averaged(name: str) -> bool:
@@ -68,11 +70,11 @@ def contents(path: Path) -> Contents:
     nbytes = path.stat().st_size
     if kind == "safetensors":
         entries = {n: torch_files.entry_of(t) for n, t in _read_safetensors(path).items()}
-        return Contents([Stored("", dict(entries))], (), nbytes)
+        return Contents([Stored("", dict(entries))], (), nbytes, path.parent)
     skipped: Counter[str] = Counter()
     dicts = list(_dicts(torch_files.read(path), (), set(), skipped))
     names = tuple(f"{name} ({n})" if n > 1 else name for name, n in skipped.most_common())
-    return Contents(dicts, names, nbytes)
+    return Contents(dicts, names, nbytes, path.parent)
 
 
 def in_memory(state: StateDict) -> Contents:

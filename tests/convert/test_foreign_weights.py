@@ -93,7 +93,7 @@ def test_of_two_networks_in_a_dict_the_prefix_chooses(tmp_path, state):
     assert "other weights fit too: --prefix teacher." in first.notes
     other = load(tmp_path, both, prefix="teacher")
     np.testing.assert_array_equal(other.params["fc.bias"], state["fc.bias"] + 1)
-    with pytest.raises(UserError, match=r"behind --prefix pupil"):
+    with pytest.raises(UserError, match=r"under --prefix pupil; omit it"):
         load(tmp_path, both, prefix="pupil")
 
 
