@@ -411,10 +411,10 @@ def test_inference_prints_the_embedding_of_the_torch_network(finished, capsys, t
         (
             "inference",
             ["--weight", "{run}/backbone.pth", "--network", "r18"],
-            ["missing", "r_tiny"],
+            ["backbone.pth", "weights of r18"],
         ),
         ("inference", ["--weight", "no.pth", "--network", "r18"], ["no weights at no.pth"]),
-        ("inference", ["--weight", "{run}/config.json"], ["not a file of torch weights"]),
+        ("inference", ["--weight", "{run}/config.json"], ["is a JSON file, not weights"]),
         ("evaluate", ["--checkpoint", "nowhere"], ["config.json", "training run"]),
         ("evaluate", [], ["--workdir", "--weight"]),
         ("evaluate", ["--checkpoint", "{run}", "--targets", "a.bin"], ["a.bin"]),

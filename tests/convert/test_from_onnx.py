@@ -328,23 +328,27 @@ def test_the_command_makes_a_workdir_and_training_starts_from_file_and_workdir(
 
 
 @pytest.mark.slow
-def test_twenty_steps_follow_those_from_the_exported_weights(folder, tmp_path, tiny_recipe):
-    """A run is trained, exported as .pth and as folded ONNX, and continued from both."""
+def test_twenty_steps_follow_those_from_the_exported_weights(tmp_path, tiny_recipe):
+    """A run is exported as .pth and as folded ONNX, and other people are learned from both.
+
+    The running statistics have to be those of the data, hence the long first run; 60 new people
+    keep the loss away from 0.
+    """
     train = script("train").main
-    options = [*R_TINY, "--optimizer.learning-rate", "0.02"]
-    assert train([str(tiny_recipe), "--workdir", f"{tmp_path}/first", *options]) == 0
+    first = ["--workdir", f"{tmp_path}/first", *R_TINY, "--schedule.epochs", "40"]
+    assert train([str(tiny_recipe), *first, "--optimizer.learning-rate", "0.02"]) == 0
     to_torch.export(tmp_path / "first", tmp_path / "backbone.pth")
     model = Network.from_workdir(tmp_path / "first", batch_size=16, devices=1)
     onnx_graph.write(tmp_path / "model.onnx", model, Form())
     losses = []
     for name in ("backbone.pth", "model.onnx"):
         run = tmp_path / f"from_{name}"
-        more = ["--init-from", f"{tmp_path}/{name}", "--schedule.epochs", "7", *options]
-        more += ["--optimizer.learning-rate", "0.005"]
+        more = ["--init-from", f"{tmp_path}/{name}", *R_TINY, "--schedule.epochs", "1"]
+        more += ["--data.synthetic.identities", "60", "--optimizer.learning-rate", "0.005"]
         assert train([str(tiny_recipe), "--workdir", str(run), *more]) == 0
         losses.append(_losses(run)[:20])
     ratio = np.asarray(losses[1]) / np.asarray(losses[0])
-    print("losses from ONNX over those from .pth:", np.round(ratio, 4))
+    print("losses from ONNX over those from .pth:", np.round(ratio, 4), losses[0])
     assert len(ratio) == 20 and abs(ratio - 1).max() < 0.02
 
 
