@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ from arcface_jax.models import preprocess, registry
 from arcface_jax.training.network import Network
 
 _FACES = 16
-_BEGIN, _END = "<!-- begin: scripts/modelzoo.py -->", "<!-- end -->"
+BEGIN, _END = "<!-- begin: scripts/modelzoo.py -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,15 @@ def _compile_seconds(network: str, faces: np.ndarray) -> float:
     return time.perf_counter() - begin
 
 
-def measure_apart(network: str, faces: Path | None) -> dict[str, Any]:
-    """`measure` in a process of its own, whose memory the machine gets back.
+def measure_apart(
+    network: str, faces: Path | None, *, module: str = "benchmarks.modelzoo"
+) -> dict[str, Any]:
+    """The `measure` of a module in a process of its own, whose memory the machine gets back.
 
     Raises:
       UserError: it failed.
     """
-    command = [sys.executable, "-m", "benchmarks.modelzoo", network]
+    command = [sys.executable, "-m", module, network]
     command += [] if faces is None else ["--faces", str(faces)]
     # A program out of a cache would not have been compiled.
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
@@ -132,23 +135,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(page: Path, rows: list[dict[str, Any]]) -> None:
-    """Replaces what stands between the page's two marks by the table.
+def write_page(page: Path, text: str, *, begin: str = BEGIN) -> None:
+    """Replaces what stands between two marks of the page by a table.
 
     Raises:
       UserError: the page lacks the marks.
     """
-    text = page.read_text()
-    before, begin, rest = text.partition(_BEGIN)
+    before, found, rest = page.read_text().partition(begin)
     _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise UserError(f"{page} has no lines {_BEGIN} and {_END} to put the table between")
-    page.write_text(f"{before}{begin}\n\n{table(rows)}\n\n{end}{after}")
+    if not found or not end:
+        raise UserError(f"{page} has no lines {begin} and {_END} to put the table between")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
-def main(argv: list[str]) -> None:
+def main(
+    argv: list[str],
+    measure: Callable[[str, np.ndarray], dict[str, Any]] = measure,
+    *,
+    prog: str = "python -m benchmarks.modelzoo",
+) -> None:
     """The command that measures one network."""
-    arguments = tyro.cli(Arguments, args=argv, prog="python -m benchmarks.modelzoo")
+    arguments = tyro.cli(Arguments, args=argv, prog=prog)
     with errors.reported():
         if arguments.faces is None:
             faces, name = parity.drawn_faces(_FACES), "drawn"

@@ -1,8 +1,9 @@
 """Measures every network and its exports, and writes the table of docs/modelzoo.md.
 
-python scripts/modelzoo.py [--networks r18 r50] [--faces lfw_dev.bin]
+python scripts/modelzoo.py [--forms] [--networks r18 r50] [--faces lfw_dev.bin]
 
-Rows of networks that are not named stay as they are, in docs/modelzoo.json and in the page.
+Rows of networks that are not named stay as they are, in docs/modelzoo.json and in the page; of the
+table of --forms in docs/modelzoo.forms.json.
 """
 
 import sys
@@ -16,7 +17,7 @@ from arcface_jax import errors
 from arcface_jax.commands import Result, command
 from arcface_jax.config import command_line
 from arcface_jax.models import registry
-from benchmarks import modelzoo
+from benchmarks import modelzoo, weight_forms
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Arguments:
     """Which to measure, each in a process of its own; all when not given."""
     faces: Path | None = None
     """A verification set (.bin) whose first 16 images are used; drawn faces when not given."""
+    forms: bool = False
+    """Measure the other table: weights written to each form and read back."""
     page: Path = Path("docs/modelzoo.md")
     """The page; its data goes to a .json file of the same name."""
 
@@ -37,7 +40,8 @@ def main(words: Sequence[str], *, prog: str = "modelzoo.py") -> Result:
     arguments = command_line.parse(
         Arguments, words, prog=prog, description=__doc__ or "", options_only=True
     )
-    data = arguments.page.with_suffix(".json")
+    kind = weight_forms if arguments.forms else modelzoo
+    data = arguments.page.with_suffix(".forms.json" if arguments.forms else ".json")
     rows = []
     unknown = [name for name in arguments.networks if name not in registry.NETWORKS]
     if unknown:
@@ -46,11 +50,12 @@ def main(words: Sequence[str], *, prog: str = "modelzoo.py") -> Result:
         )
     for network in arguments.networks:
         with Console(stderr=True).status(network):
-            row = modelzoo.measure_apart(network, arguments.faces)
-        print(modelzoo.table([row]).splitlines()[-1], flush=True)
+            row = modelzoo.measure_apart(network, arguments.faces, module=kind.__name__)
+        print(kind.table([row]).splitlines()[-1], flush=True)
         rows.append(row)
         # At once: the next may need more memory than there is.
-        modelzoo.write_page(arguments.page, modelzoo.merge(data, [row]))
+        text = kind.table(modelzoo.merge(data, [row]))
+        modelzoo.write_page(arguments.page, text, begin=kind.BEGIN)
     return Result({row["network"]: row for row in rows}, [arguments.page, data])
 
 
