@@ -152,6 +152,11 @@ class _Reader:
         arrays = [self._constants[name] for name in node.input if name in self._constants]
         make = _LAYERS.get(kind)
         if make is not None and (arrays or kind != "MatMul"):
+            if any(name and name not in self._constants for name in node.input[1:]):
+                raise self._unknown(
+                    f"computes the weights of the {kind} at node {node.name or node.output[0]}; "
+                    "expected constants"
+                )
             layers = make(arrays, _attributes(node))
             for layer in layers:
                 first = self._graph.layer(layer._replace(where=node.name or node.output[0]), first)
