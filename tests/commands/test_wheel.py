@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 DISTRIBUTIONS = {
     "absl": "absl-py",
     "cv2": "opencv-python-headless",
+    "PIL": "pillow",
     "orbax": "orbax-checkpoint",
     "tensorflow_datasets": "tensorflow-datasets",
 }
