@@ -15,11 +15,13 @@ from small_network import NAME
 from test_train import losses, metrics
 
 from arcface_jax import config as configs
-from arcface_jax.convert import to_torch
+from arcface_jax.convert import onnx_graph, to_torch
+from arcface_jax.convert.onnx_graph import Form
 from arcface_jax.data import opening
 from arcface_jax.errors import CheckpointError
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import checkpoint, finetune, step
+from arcface_jax.training.network import Network
 
 CENTERS = ["--finetune.centers", "class_means"]
 OPTIONS = [
@@ -178,17 +180,25 @@ def test_fine_tuning_beats_training_from_scratch_on_real_faces(tmp_path, capsys)
     first, second = lfw_halves.write(Path(os.environ["ARCFACE_JAX_LFW"]), tmp_path)
     recipe = ROOT / "configs" / "lfw_tiny.py"
     options = ["--schedule.epochs", "3", "--evaluation.every-epochs", "0"]
-    runs = {
-        "a": [str(first)],
-        "scratch": [str(second)],
-        "random": [str(second), "--init-from", str(tmp_path / "runs/a/backbone.pth")],
-        "means": [str(second), "--init-from", str(tmp_path / "runs/a"), *CENTERS],
-    }
+    options += ["--logging.every-steps", "1"]
     accuracy = {}
-    for name, more in runs.items():
+
+    def run(name: str, data: Path, *more: str) -> Path:
         path = tmp_path / "runs" / name
-        assert script("train").main(command(recipe, path, *options, "--data.path", *more)) == 0
+        words = command(recipe, path, *options, "--data.path", str(data), *more)
+        assert script("train").main(words) == 0
         accuracy[name] = result(capsys.readouterr().out)["eval/lfw_dev/accuracy"]
+        return path
+
+    source = run("a", first)
+    run("scratch", second)
+    run("random", second, "--init-from", str(source / "backbone.pth"))
+    from_pth = run("means", second, "--init-from", str(source / "backbone.pth"), *CENTERS)
+    onnx_graph.write(tmp_path / "a.onnx", Network.from_workdir(source, devices=1), Form())
+    from_onnx = run("onnx", second, "--init-from", str(tmp_path / "a.onnx"), *CENTERS)
+    ratios = np.divide(losses(from_onnx)[:20], losses(from_pth)[:20])
     with capsys.disabled():
-        print(accuracy)
-    assert min(accuracy["random"], accuracy["means"]) > accuracy["scratch"]
+        print(accuracy, "losses from ONNX over those from .pth:", np.round(ratios, 4))
+    assert min(accuracy["random"], accuracy["means"], accuracy["onnx"]) > accuracy["scratch"]
+    assert len(ratios) == 20 and abs(ratios - 1).max() < 0.02
+    assert abs(accuracy["onnx"] - accuracy["means"]) <= 0.005
