@@ -5,11 +5,18 @@ get the names of the network that fits, BatchNorms that an exporter folded are p
 embeddings are compared with ONNX Runtime's on the file before anything is used.
 
 A BatchNorm that was folded into the layer before it has lost its mean and variance. It comes back
-as the identity (mean 0, variance 1 - epsilon, scale 1), by which `training.folded_statistics`
-recognizes it and gives it statistics before the first training step.
+with mean 0 and variance 1 - epsilon, by which `training.folded_statistics` recognizes it and gives
+it statistics before the first training step.
+
+The layer's kernel has then been multiplied by scale / deviation. Normalized again, the kernel's
+length no longer matters for what the layer computes, but it decides how far a training step turns
+it: as learning rate / length^2 (van Laarhoven, arXiv 1706.05350). Folded kernels are about a third
+as long as trained ones, so at the same learning rate they would turn eight times as fast. Each
+output channel therefore gets the length that a fresh network has, and the BatchNorm's scale takes
+the factor back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -158,12 +165,16 @@ def _at(layers: list[Layer], position: int) -> str:
 
 
 def _compare(network: str, layers: list[Layer]) -> _Candidate:
-    size = next((layer.shape[0] for layer in reversed(layers) if layer.shape), 0)
-    module = torch_layers.build_on_meta(twins.require(network), network, embedding_size=size)
+    twin, size = twins.require(network), _embedding_size(layers)
+    module = torch_layers.build_on_meta(twin, network, embedding_size=size)
     ours = torch_layers.layers(module)
     pairs = zip(layers, ours, strict=False)
     equal = next((n for n, (a, b) in enumerate(pairs) if not _agree(a, b)), None)
     return _Candidate(network, ours, min(len(layers), len(ours)) if equal is None else equal)
+
+
+def _embedding_size(layers: list[Layer]) -> int:
+    return next((layer.shape[0] for layer in reversed(layers) if layer.shape), 0)
 
 
 def _agree(theirs: Layer, ours: Layer) -> bool:
@@ -200,7 +211,7 @@ def _state(
 ) -> tuple[StateDict, int]:
     """The file's arrays by insightface's names, and the number of BatchNorms put back."""
     state: dict[str, np.ndarray] = {}
-    folded = 0
+    folded: list[Layer] = []
     for number, (theirs, ours) in enumerate(zip(layers, chosen.layers, strict=True)):
         if theirs.weight is not None:
             state[ours.weight] = first if number == 0 else theirs.weight
@@ -209,10 +220,39 @@ def _state(
             state[ours.bias] = np.broadcast_to(bias, theirs.shape[:1] or ())
             bias = 0.0
         if ours.batchnorm:
-            folded += theirs.batchnorm is None
+            if theirs.batchnorm is None:
+                folded.append(ours)
             norm = theirs.batchnorm or _identity(ours.batchnorm, theirs.shape[0])
             state |= _batch_norm(norm, ours.batchnorm, bias, is_folded=theirs.batchnorm is None)
-    return {name: _tensor(array) for name, array in (state | _untold(chosen)).items()}, folded
+    if folded:
+        network = registry.build(chosen.network, embedding_size=_embedding_size(layers))
+        fresh = weights.to_state_dict(*network.init(seed=0))
+        state |= _with_fresh_lengths(state, folded, fresh)
+    state |= _untold(chosen)
+    return {name: _tensor(array) for name, array in state.items()}, len(folded)
+
+
+def _with_fresh_lengths(
+    state: Mapping[str, np.ndarray], folded: Sequence[Layer], fresh: StateDict
+) -> dict[str, np.ndarray]:
+    """The arrays of folded layers, each output channel as long as a fresh network's."""
+    changed: dict[str, np.ndarray] = {}
+    for layer in folded:
+        kernel = np.asarray(state[layer.weight], np.float64)
+        scale = f"{layer.batchnorm.name}.weight"
+        target = np.sqrt(np.mean(_lengths(fresh[layer.weight].numpy()) ** 2))
+        lengths = _lengths(kernel)
+        factor = np.divide(target, lengths, out=np.ones_like(lengths), where=lengths > 0)
+        changed[layer.weight] = kernel * factor.reshape(-1, *[1] * (kernel.ndim - 1))
+        if layer.bias:
+            changed[layer.bias] = state[layer.bias] * factor
+        changed[scale] = state[scale] / factor
+    return changed
+
+
+def _lengths(kernel: np.ndarray) -> np.ndarray:
+    """(output channels,) float64."""
+    return np.linalg.norm(np.asarray(kernel, np.float64).reshape(len(kernel), -1), axis=1)
 
 
 def _identity(name: BatchNormName, channels: int) -> BatchNormArrays:

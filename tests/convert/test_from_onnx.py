@@ -98,6 +98,18 @@ def test_folded_batchnorms_come_back_as_identities(folded, unfolded):
     assert whole.folded == 0 and not folded_statistics.folded(whole.batch_stats)
 
 
+def test_folded_kernels_have_the_lengths_of_fresh_ones(folded):
+    """insightface draws them with deviation 0.1: a channel of n numbers is 0.1 sqrt(n) long."""
+    found = from_onnx.load(folded)
+    kernels = {n: x for n, x in found.params.items() if n.endswith("conv2.kernel")}
+    assert len(kernels) == 4
+    for name, kernel in kernels.items():
+        size = int(np.prod(kernel.shape[:-1]))
+        lengths = np.linalg.norm(kernel.reshape(size, -1).astype(np.float64), axis=0)
+        np.testing.assert_allclose(lengths, lengths[0], rtol=1e-5)
+        assert lengths[0] == pytest.approx(0.1 * size**0.5, rel=0.02), name
+
+
 def test_weights_that_were_not_folded_are_the_exported_ones(unfolded):
     found = from_onnx.load(unfolded)
     for given, out in zip(settled("r_tiny"), (found.params, found.batch_stats), strict=True):

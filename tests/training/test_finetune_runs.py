@@ -193,12 +193,17 @@ def test_fine_tuning_beats_training_from_scratch_on_real_faces(tmp_path, capsys)
     source = run("a", first)
     run("scratch", second)
     run("random", second, "--init-from", str(source / "backbone.pth"))
-    from_pth = run("means", second, "--init-from", str(source / "backbone.pth"), *CENTERS)
+    run("means", second, "--init-from", str(source / "backbone.pth"), *CENTERS)
     onnx_graph.write(tmp_path / "a.onnx", Network.from_workdir(source, devices=1), Form())
-    from_onnx = run("onnx", second, "--init-from", str(tmp_path / "a.onnx"), *CENTERS)
-    ratios = np.divide(losses(from_onnx)[:20], losses(from_pth)[:20])
+    # At the whole rate of this recipe, which is for random weights, any two runs part.
+    slowly = [*CENTERS, "--finetune.rates", "*", "0.1"]
+    from_pth = run("pth", second, "--init-from", str(source / "backbone.pth"), *slowly)
+    from_onnx = run("onnx", second, "--init-from", str(tmp_path / "a.onnx"), *slowly)
+    apart = abs(np.divide(losses(from_onnx)[:20], losses(from_pth)[:20]) - 1)
     with capsys.disabled():
-        print(accuracy, "losses from ONNX over those from .pth:", np.round(ratios, 4))
+        print(accuracy, "relative differences of losses, ONNX and .pth:", np.round(apart, 4))
     assert min(accuracy["random"], accuracy["means"], accuracy["onnx"]) > accuracy["scratch"]
-    # At this recipe's rate the runs part after a few steps (docs/finetuning.md).
-    assert abs(ratios[:3] - 1).max() < 0.02
+    # docs/finetuning.md: what is left comes from lengths of kernels that no file tells.
+    assert apart.mean() < 0.02
+    assert apart.max() < 0.035
+    assert abs(accuracy["onnx"] - accuracy["pth"]) < 0.02  # 1,000 pairs, one seed
