@@ -7,7 +7,7 @@ arcface-jax calibrate --onnx model.onnx --pairs pairs.bin --output c.json
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
@@ -31,7 +31,7 @@ class Arguments:
     """The target: the share of pairs of different people that may be accepted."""
     far_check: float | None = None
     """A higher FAR for a second threshold: pairs between the two get the verdict "check"."""
-    align: OmitArgPrefixes[AlignOptions] = AlignOptions()
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool | None = None
     """Add the embeddings of the flipped faces; inference with the calibration then does so too. By
     default as the model's description has it, which is without unless it was exported otherwise."""

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -62,7 +62,7 @@ class Images:
     """Where embeddings are saved: a .npy file for an image, a folder of shards for a folder."""
     points: tuple[str, ...] = ()
     """To align by: ten numbers x1 y1 ... x5 y5, or a file of lines `image x1 y1 ... x5 y5`."""
-    align: OmitArgPrefixes[AlignOptions] = AlignOptions()
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     normalized: bool = False
     """Scale embeddings to length 1; by default they keep the network's own length."""
     flip: bool = False
@@ -103,7 +103,7 @@ class VerifyArguments:
     decision: OmitArgPrefixes[Decision]
     points: tuple[str, ...] = ()
     """To align by: a file of lines `image x1 y1 ... x5 y5`."""
-    align: OmitArgPrefixes[AlignOptions] = AlignOptions()
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool = False
     """Add the embeddings of the flipped faces; a calibration states it itself."""
 

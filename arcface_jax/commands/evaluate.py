@@ -8,7 +8,7 @@ arcface-jax evaluate --onnx other.onnx --targets a.bin --check-input
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,7 @@ class Arguments:
     models: OmitArgPrefixes[ModelChoices]
     targets: tuple[str, ...] = ()
     """Verification sets: .bin files, or LIST:FOLDER; by default the targets of the runs."""
-    align: OmitArgPrefixes[AlignOptions] = AlignOptions()
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     batch_size: int = 256
     """Images per forward pass, over all devices."""
     report: Path | None = None
@@ -88,8 +88,13 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
     evaluated = evaluate(arguments)
     page = arguments.report and document.write(arguments.report, evaluated, made=datetime.now())
     results = [one.result for one in evaluated]
-    console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
+    words = [*tables.forms(results), *tables.remarks(results)]
+    console().print(*tables.summary(results), *words, sep="\n")
     metrics = {name: value for result in results for name, value in result.metrics().items()}
+    metrics |= {
+        f"{result.prefix}/threshold_cosine_single": result.single_threshold_cosine
+        for result in results
+    }
     return Result(metrics, [page] if page else [])
 
 

@@ -6,7 +6,7 @@ arcface-jax gallery search GALLERY --workdir WORKDIR --img face.jpg --k 5
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -54,7 +54,7 @@ class Search:
     """How many faces to print."""
     points: tuple[str, ...] = ()
     """To align by, as `embed --points`."""
-    align: OmitArgPrefixes[AlignOptions] = AlignOptions()
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool = False
     """Add the embeddings of the flipped faces, as the gallery's were."""
 

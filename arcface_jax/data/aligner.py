@@ -4,7 +4,6 @@ Embedding, verification, calibration and evaluation share it, so that two embedd
 whichever command made them.
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np

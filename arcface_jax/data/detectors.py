@@ -19,8 +19,8 @@ from arcface_jax.config.choices import FaceChoice
 from arcface_jax.errors import ImageError, UserError, install
 
 SCRFD_SIZE, YUNET_SIZE = 640, 1280
-"""Longer side in pixels at which an image is seen by default; YUNET_SIZE as measured in docs/data.md,
-SCRFD_SIZE as insightface runs it."""
+"""Longer side in pixels at which an image is seen by default: SCRFD's as insightface runs it,
+YuNet's as measured in docs/data.md."""
 _STRIDES = (8, 16, 32)
 _NMS_OVERLAP = 0.4  # boxes that overlap by more are one face
 

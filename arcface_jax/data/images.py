@@ -41,6 +41,7 @@ _SYSTEM = frozenset(
 )
 HIDDEN, SPECIAL = "hidden", "special files"
 """Kinds of entries that are never opened: hidden or of a system; pipes, sockets and devices."""
+_TWELVE_BITS = 2**12
 _ALIKE = 256  # files of an unknown suffix, all images or none, that stand for the others
 
 
@@ -225,12 +226,24 @@ def pixels(data: bytes | np.ndarray) -> np.ndarray | None:
     if not encoded.size or (not OPENCV_IS_LIMITED and _too_large(encoded.tobytes())):
         return None
     try:
+        if formats.may_have_16_bits(encoded[: formats.HEAD].tobytes()):
+            return _from_16_bits(encoded)
         image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
     except cv2.error:  # for instance a header that announces a billion pixels
         return None
     if image is None and encoded[4:8].tobytes() == b"ftyp":
         return _from_heic(encoded.tobytes())
     return image
+
+
+def _from_16_bits(encoded: np.ndarray) -> np.ndarray | None:
+    """Values of 0 .. 4095 are 12 bits, of which OpenCV would take the upper half: nearly black."""
+    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH)
+    if image is None or image.dtype == np.uint8:
+        return image
+    if image.dtype != np.uint16:
+        return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+    return (image >> (4 if image.max(initial=0) < _TWELVE_BITS else 8)).astype(np.uint8)
 
 
 def _too_large(data: bytes) -> bool:
