@@ -32,9 +32,9 @@ class Arguments:
     far_check: float | None = None
     """A higher FAR for a second threshold: pairs between the two get the verdict "check"."""
     align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
-    flip: bool | None = None
-    """Add the embeddings of the flipped faces; inference with the calibration then does so too. By
-    default as the model's description has it, which is without unless it was exported otherwise."""
+    flip: bool = False
+    """Add the embeddings of the flipped faces; inference with the calibration then does so too. Where
+    neither --flip nor --no-flip is given, the description stored with the model decides."""
     batch_size: int = 256
     """Images per forward pass."""
 
@@ -57,7 +57,9 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     (pair_set,) = open_for_runs([config], [arguments.pairs], aligner=aligner.of_options(how))
     verification.check(pair_set)
     model = open_model(arguments.model, batch_size=arguments.batch_size)
-    flip = model.input.flip if arguments.flip is None else arguments.flip
+    # tyro cannot tell an option that was left out from its default.
+    given = any(word.partition("=")[0] in ("--flip", "--no-flip") for word in words)
+    flip = arguments.flip if given else model.input.flip
     embedder = Embedder(model, flip=flip, batch_size=arguments.batch_size)
     found = calibration.calibrate(
         embedder(pair_set.images),

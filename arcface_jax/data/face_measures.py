@@ -55,9 +55,8 @@ def pose(points: np.ndarray) -> tuple[float, float, float]:
     rows, *_ = np.linalg.lstsq(model - model.mean(0), points - points.mean(0), rcond=None)
     first, second = (row / max(np.linalg.norm(row), 1e-12) for row in rows.T)
     third = np.cross(first, second)
-    # Where the nose points to, and how far the eyes are from level.
-    yaw, pitch = np.arcsin(np.clip([-first[2], second[2]], -1, 1))
-    roll = np.arctan2(second[0], first[0])
-    if third[2] < 0:  # mirrored points: no pose of a face
-        return float("nan"), float("nan"), float("nan")
+    third /= max(np.linalg.norm(third), 1e-12)
+    # The head is turned by yaw, then pitch, then roll.
+    yaw, pitch = np.arctan2(third[0], third[2]), -np.arcsin(np.clip(third[1], -1, 1))
+    roll = np.arctan2(-first[1], second[1])
     return float(np.degrees(yaw)), float(np.degrees(pitch)), float(np.degrees(roll))
