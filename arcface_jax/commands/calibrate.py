@@ -33,8 +33,8 @@ class Arguments:
     """A higher FAR for a second threshold: pairs between the two get the verdict "check"."""
     align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool = False
-    """Add the embeddings of the flipped faces; inference with the calibration then does so too. Where
-    neither --flip nor --no-flip is given, the description stored with the model decides."""
+    """Add the embeddings of the flipped faces; inference with the calibration then does so too.
+    Without --flip and --no-flip the description stored with the model decides."""
     batch_size: int = 256
     """Images per forward pass."""
 
