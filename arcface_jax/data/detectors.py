@@ -240,6 +240,21 @@ def _suppress(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.array(kept, np.int64)
 
 
+_LOGGING = threading.Lock()
+
+
+def _new_yunet(name: str, size: tuple[int, int], threshold: float) -> cv2.FaceDetectorYN:
+    """Creates the model without OpenCV 5's warning on stderr that it does not choose a target."""
+    log = cv2.utils.logging
+    with _LOGGING:
+        level = log.getLogLevel()
+        log.setLogLevel(log.LOG_LEVEL_ERROR)
+        try:
+            return cv2.FaceDetectorYN.create(name, "", size, threshold)
+        finally:
+            log.setLogLevel(level)
+
+
 def _yunet(name: str, threshold: float, size: int) -> Detector:
     """OpenCV's YuNet, which has the decoding built in; one for each thread."""
     own = threading.local()
@@ -251,7 +266,7 @@ def _yunet(name: str, threshold: float, size: int) -> Detector:
         if scale < 1:
             image = cv2.resize(image, seen, interpolation=cv2.INTER_AREA)
         if not hasattr(own, "model"):
-            own.model = cv2.FaceDetectorYN.create(name, "", seen, threshold)
+            own.model = _new_yunet(name, seen, threshold)
         own.model.setInputSize(seen)
         _, found = own.model.detect(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         found = np.zeros((0, 15)) if found is None else found
