@@ -34,7 +34,7 @@ class Reading:
     """What a training set's form does not tell."""
 
     columns: str = ""
-    """Lists and Parquet: path=COLUMN,label=COLUMN, names or numbers from 1; by default found."""
+    """Lists, tables, JSON: path=COLUMN,label=COLUMN, names or numbers from 1; by default found."""
     label_index: int = 0
     """Records with several labels: which of them is the identity, from 0."""
     identity_level: int = 0
@@ -95,28 +95,34 @@ def inspect(
 def pack(
     path: TrainingSet,
     output: Output,
-    format: Literal["recordio", "folder"] = "recordio",
+    format: Literal["recordio", "folder", "webdataset", "lmdb"] = "recordio",
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
     reading: How = Reading(),
 ) -> Values:
-    """Writes a training set as train.rec for insightface, or as a folder for each identity.
+    """Writes a training set as train.rec for insightface, or in another form.
 
     Args:
       path: A training set, as --data.path of `train` takes it.
       output: Folder to write to; rerun the same command to resume.
-      format: train.rec, train.idx and property, or one folder for each identity.
+      format: train.rec, train.idx and property; one folder for each identity; WebDataset tars; or
+        an LMDB of (image, label) as MessagePack.
       renumber: Number the identities that have images from 0, without gaps.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
       reading: What the set's form does not tell.
     """
-    from arcface_jax.data.tools import packing, splitting
+    from arcface_jax.data.tools import lmdb_writing, packing, splitting, webdataset_writing
 
     source = _open(path, reading)
     selection = packing.select(source, renumber=renumber)
-    write = packing.pack if format == "recordio" else splitting.write_folder
+    write = {
+        "recordio": packing.pack,
+        "folder": splitting.write_folder,
+        "webdataset": webdataset_writing.write,
+        "lmdb": lmdb_writing.write,
+    }[format]
     done = write(source, selection, output, bad=bad, threads=threads)
     return _packed(done, output) | _ignored(source)
 

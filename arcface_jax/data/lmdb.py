@@ -150,14 +150,23 @@ def _shown(key: bytes) -> str:
 # ---- Access -----------------------------------------------------------------------------------
 
 
+def import_lmdb() -> Any:
+    """The package `lmdb`.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("lmdb")  # by name: this module has the same
+    except ImportError as error:
+        raise UserError(f"LMDB files need lmdb ({error}): {install('lmdb')}") from error
+
+
 class _Environment:
     """An open database. A process may open each only once, so sources share it."""
 
     def __init__(self, path: Path):
-        try:
-            lmdb = importlib.import_module("lmdb")  # a module of this name is here, too
-        except ImportError as error:
-            raise UserError(f"LMDB files need lmdb ({error}): {install('lmdb')}") from error
+        lmdb = import_lmdb()
         try:
             self._lmdb = lmdb.open(
                 os.fspath(path),
