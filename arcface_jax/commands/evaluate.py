@@ -61,6 +61,9 @@ def evaluate(arguments: Arguments) -> "list[Evaluated]":
     from arcface_jax.evaluation.report.document import Evaluated
 
     models, sets = _open(arguments)
+    for one in sets:
+        if one.listing:
+            print(one.listing.account)
     return [
         Evaluated(name, one, verification.verify(model, one, model=name if len(models) > 1 else ""))
         for one in sets
@@ -83,6 +86,10 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
     results = [one.result for one in evaluated]
     console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
     metrics = {name: value for result in results for name, value in result.metrics().items()}
+    listed = {one.pairs.name: one.pairs.listing for one in evaluated if one.pairs.listing}
+    for name, listing in listed.items():
+        metrics[f"eval/{name}/images"] = listing.images
+        metrics[f"eval/{name}/ignored"] = sum(listing.ignored.values())
     return Result(metrics, [page] if page else [])
 
 

@@ -24,7 +24,8 @@ STRONG = (
 )
 """Headers of the identity's column that are believed."""
 _WEAK = ("id", "name", "person_name", "subject_name", "y")  # which may number images
-_PATHS = ("path", "file", "filename", "image", "image_path", "img_path", "img", "filepath")
+PATHS = ("path", "file", "filename", "image", "image_path", "img_path", "img", "filepath")
+"""Headers of the path's column."""
 
 
 class _Columns(NamedTuple):
@@ -182,7 +183,7 @@ def _find(
     place = at if at >= 0 else len(first.cells) + at
     named = any(by_name for _, by_name in asked.values())
     cell = first.cells[place] if place < len(first.cells) else ""
-    known = any(word in _PATHS for word in words) and any(word in STRONG + _WEAK for word in words)
+    known = any(word in PATHS for word in words) and any(word in STRONG + _WEAK for word in words)
     header = named or known or (bool(rest) and _is_heading(cell, exists))
     data = rows[header:]
     if not data:
@@ -216,7 +217,7 @@ def _path_column(
         cells = [row.cells[column] for row in part if column < len(row.cells)]
         exist = sum(map(exists, cells))
         looks = sum(_looks_like_a_path(cell) for cell in cells)
-        return exist, looks, column < len(words) and words[column] in _PATHS
+        return exist, looks, column < len(words) and words[column] in PATHS
 
     ranks = {column: rank(column) for column in range(width)}
     best = max(ranks, key=lambda column: ranks[column])
@@ -227,7 +228,7 @@ def _path_column(
         return -1
     if not any(ranks[best]):
         # Neither files nor suffixes: a list of two columns has its path first.
-        best = next((words.index(name) for name in _PATHS if name in words), 0)
+        best = next((words.index(name) for name in PATHS if name in words), 0)
     return best
 
 

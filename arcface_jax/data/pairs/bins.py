@@ -11,6 +11,17 @@ from arcface_jax.data.pairs import flags
 from arcface_jax.errors import DataError
 
 
+class Listing(NamedTuple):
+    """What became of a list of pairs."""
+
+    account: str
+    """In a line."""
+    images: int
+    """Different ones that the pairs use."""
+    ignored: dict[str, int]
+    """Lines that are no pair, by kind."""
+
+
 class PairSet(NamedTuple):
     """A verification set in memory."""
 
@@ -20,6 +31,8 @@ class PairSet(NamedTuple):
     """(2 n, 112, 112, 3) uint8 RGB; images 2 i and 2 i + 1 are pair i."""
     same: np.ndarray
     """(n,) bool."""
+    listing: Listing | None = None
+    """Of a set that a list names."""
 
 
 def read_bin(path: Path) -> PairSet:

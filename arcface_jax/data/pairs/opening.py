@@ -115,4 +115,4 @@ def open_file(target: str, *, base: Path = Path()) -> PairSet:
     found = lists.split(target, base=base)
     if found is None:
         return bins.read_bin(Path(target) if Path(target).is_file() else base / target)
-    return PairSet(found[0].stem, *lists.read(*found))
+    return lists.read(*found)
