@@ -62,8 +62,7 @@ def evaluate(arguments: Arguments) -> "list[Evaluated]":
 
     models, sets = _open(arguments)
     for one in sets:
-        if one.listing:
-            print(one.listing.account)
+        print(one.account())
     return [
         Evaluated(name, one, verification.verify(model, one, model=name if len(models) > 1 else ""))
         for one in sets
@@ -85,11 +84,11 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
     page = arguments.report and document.write(arguments.report, evaluated, made=datetime.now())
     results = [one.result for one in evaluated]
     console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
-    metrics = {name: value for result in results for name, value in result.metrics().items()}
-    listed = {one.pairs.name: one.pairs.listing for one in evaluated if one.pairs.listing}
-    for name, listing in listed.items():
-        metrics[f"eval/{name}/images"] = listing.images
-        metrics[f"eval/{name}/ignored"] = sum(listing.ignored.values())
+    metrics: dict[str, float] = {}
+    for result in results:
+        metrics |= result.metrics()
+    for one in evaluated:
+        metrics |= one.pairs.counts()
     return Result(metrics, [page] if page else [])
 
 

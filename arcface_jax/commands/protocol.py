@@ -109,10 +109,8 @@ def _run(arguments: Arguments, counts: dict[str, int]) -> "Report":
             model = opened()
             sets = open_for_runs([config_of(arguments.model)], options.targets)
             for one in sets:
-                if one.listing:
-                    print(one.listing.account)
-                    counts[f"{one.name}/images"] = one.listing.images
-                    counts[f"{one.name}/ignored"] = sum(one.listing.ignored.values())
+                print(one.account())
+                counts.update(one.counts())
             return reports.compared_groups(model, sets)
         case "all-to-all":
             return reports.all_pairs(read("data"), fars=options.fars)

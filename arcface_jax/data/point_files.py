@@ -42,10 +42,14 @@ def rows(path: Path) -> Iterator[Row]:
     """
     if not path.is_file():
         raise DataError(f"no list of points at {path}: name an existing file")
-    if path.suffix == ".json":
-        yield from _json(path, tables.read_text(path))
+    try:
+        text = tables.read_text(path) if path.suffix == ".json" else ""
+        table = tables.read(path) if path.suffix != ".json" else None
+    except DataError as error:
+        raise DataError(f"cannot read the list of points {path}: {error}") from error
+    if table is None:
+        yield from _json(path, text)
         return
-    table = tables.read(path)
     for place, row in enumerate(table.rows):
         cells = row.cells if table.separated else row.cells[0].split()
         heading = table.separated and place == 0 and len(cells) > 1 and not _real(cells[1])

@@ -34,6 +34,23 @@ class PairSet(NamedTuple):
     listing: Listing | None = None
     """Of a set that a list names."""
 
+    def account(self) -> str:
+        """What became of everything in the file, in a line."""
+        if self.listing:
+            return self.listing.account
+        same = int(np.sum(self.same))
+        return (
+            f"{self.name}: {len(self.same):,} pairs ({same:,} of one person) of "
+            f"{len(self.images):,} images used, 0 ignored"
+        )
+
+    def counts(self) -> dict[str, int]:
+        """The account's numbers, as `eval/NAME/images` and `eval/NAME/ignored`."""
+        images, ignored = len(self.images), 0
+        if self.listing:
+            images, ignored = self.listing.images, sum(self.listing.ignored.values())
+        return {f"eval/{self.name}/images": images, f"eval/{self.name}/ignored": ignored}
+
 
 def read_bin(path: Path) -> PairSet:
     """Reads insightface's `.bin`: a pickle of (2 n encoded images, n booleans).

@@ -43,7 +43,8 @@ def test_ranks_equal_plain_loops_with_several_mates_and_distractors(seed: int):
     found = retrieval.retrieve(probes, gallery, distractors=distractors)
     ranks = []
     for vector, person in zip(probes.features, probes.people, strict=True):
-        scores = [(float(vector @ v), p) for v, p in zip(*gallery, strict=True)]
+        known = zip(gallery.features, gallery.people, strict=True)
+        scores = [(float(vector @ v), p) for v, p in known]
         scores += [(float(vector @ v), "distractor") for v in distractors.features]
         best = max(score for score, p in scores if p == person)
         ranks.append(1 + sum(score >= best for score, p in scores if p != person))
