@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.data import columnar
+from arcface_jax.data.indexed import files_of
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime.sealed import array_digest
@@ -19,7 +20,9 @@ _FILE_FORMAT = b"ARROW1"  # which has a footer; datasets writes streams
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder holds Arrow files, as `save_to_disk` and the hub's cache do."""
-    return (folder / _STATE).is_file() or any(folder.glob("*.arrow"))
+    if (folder / _STATE).is_file():
+        return True
+    return folder.is_dir() and bool(files_of(folder, (".arrow",)))
 
 
 def arrow_files(place: Path, *, split: str = "") -> list[Path]:
@@ -43,8 +46,8 @@ def arrow_files(place: Path, *, split: str = "") -> list[Path]:
     if not is_saved(place):
         return []
     if not (place / _STATE).is_file():
-        files = sorted(place.glob("*.arrow"))
-        files = [file for file in files if not file.name.startswith((".", "cache-", "tmp"))]
+        files = files_of(place, (".arrow",))
+        files = [file for file in files if not file.name.startswith(("cache-", "tmp"))]
         return [file for file in files if f"-{split or 'train'}" in file.name] or files
     state = _read(place / _STATE)
     if state.get("_indices_data_files") or state.get("_indices_files"):

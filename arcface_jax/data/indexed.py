@@ -1,7 +1,7 @@
 """Training sets whose labels, and the places of their images, are kept beside them (`sidecar`)."""
 
 import json
-import os.path
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from arcface_jax.data import names as identities
 from arcface_jax.data.names import Names, Numbered
-from arcface_jax.data.sidecar import Arrays
+from arcface_jax.data.sidecar import SUFFIX, Arrays
 from arcface_jax.data.source import Source
 
 
@@ -76,6 +76,27 @@ def described(
     if found.names is not None:
         arrays["names"], arrays["name_ends"] = found.names.arrays()
     return arrays
+
+
+def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The visible entries of a folder with one of some suffixes, sorted.
+
+    Empty where it has folders, too: these are the identities then, and not an archive beside them.
+
+    Args:
+      folder: which may hold millions of entries.
+      suffixes: in lower case.
+    """
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if entry.name.lower().endswith(tuple(suffixes))]
+    if not found:
+        return []
+    names = {entry.name for entry in found}
+    with os.scandir(folder) as entries:
+        own = (entry for entry in entries if entry.name not in names and entry.is_dir())
+        if any(entry.name[0] != "." and not entry.name.endswith(SUFFIX) for entry in own):
+            return []
+    return sorted(Path(entry.path) for entry in found if entry.name[0] != ".")
 
 
 def of_folders(folders: Sequence[str]) -> list[str]:

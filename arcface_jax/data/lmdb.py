@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arcface_jax.data import lists, lmdb_values, names, sidecar
-from arcface_jax.data.indexed import IndexedSource, described, of_folders
+from arcface_jax.data.indexed import IndexedSource, described, files_of, of_folders
 from arcface_jax.data.source import Sample
 from arcface_jax.errors import DataError, ImageError, UserError, install
 
@@ -30,7 +30,7 @@ _IMAGE, _LABEL = b"image-", b"label-"
 
 
 def find_lmdb(place: Path) -> Path | None:
-    """The database at a path: a file, a folder with `data.mdb`, or a folder with one of these.
+    """The database at a path: a file, a folder with `data.mdb`, or a folder with one `.lmdb`.
 
     Raises:
       DataError: the folder holds several.
@@ -39,15 +39,11 @@ def find_lmdb(place: Path) -> Path | None:
         return place
     if not place.is_dir():
         return None
-    found = sorted(path for path in place.glob("*") if _named(path) and _is_lmdb(path))
+    found = [path for path in files_of(place, (".lmdb", ".mdb")) if _is_lmdb(path)]
     if len(found) > 1:
         several = ", ".join(path.name for path in found[:5])
         raise DataError(f"{place} holds {len(found)} LMDBs ({several}): name one of them")
     return found[0] if found else None
-
-
-def _named(path: Path) -> bool:
-    return path.suffix.lower() in (".lmdb", ".mdb") or (path / "data.mdb").is_file()
 
 
 def _is_lmdb(place: Path) -> bool:
@@ -201,15 +197,16 @@ class _Environment:
             self.close()
 
 
-_ENVIRONMENTS: weakref.WeakValueDictionary[tuple[int, Path], _Environment] = (
-    weakref.WeakValueDictionary()
-)
+_ENVIRONMENTS: weakref.WeakValueDictionary[Path, _Environment] = weakref.WeakValueDictionary()
 _LOCK = threading.Lock()
 
 
 def _open(path: Path) -> _Environment:
-    """The open database of this process, not the one of the process that it was forked from."""
-    key = (os.getpid(), path.resolve())
+    """The open database of this process, or of the one that it was forked from.
+
+    A map without a lock file may be read after a fork, and LMDB refuses to open it again.
+    """
+    key = path.resolve()
     with _LOCK:
         found = _ENVIRONMENTS.get(key)
         if found is None:

@@ -18,13 +18,14 @@ import numpy as np
 
 from arcface_jax.data import lists, names, sidecar
 from arcface_jax.data.images import HIDDEN, is_image
-from arcface_jax.data.indexed import IndexedSource, described, of_folders
+from arcface_jax.data.indexed import IndexedSource, described, files_of, of_folders
 from arcface_jax.data.source import Sample
 from arcface_jax.errors import DataError, ImageError
 
 _LAYOUT = 1  # of the kept arrays
 _BLOCK = 512
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _LABELS = ("cls", "json")  # by preference
 _OPEN = 128  # shards whose files stay open in a process
 
@@ -42,7 +43,7 @@ def find_shards(path: str) -> list[Path]:
     """
     place = Path(path)
     if found := _RANGE.search(place.name):
-        if not (place.parent.is_dir() and place.suffix in (".tar", ".tgz", ".gz")):
+        if not (place.parent.is_dir() and place.name.lower().endswith(_SUFFIXES)):
             return []
         first, last = found[1], found[2]
         numbers = (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
@@ -54,11 +55,10 @@ def find_shards(path: str) -> list[Path]:
                 f"({', '.join(missing[:3]) or 'an empty range'}): correct the range, or copy them"
             )
     elif place.is_dir():
-        files = (place.glob(pattern) for pattern in ("*.tar", "*.tar.gz", "*.tgz"))
-        shards = sorted(file for found in files for file in found if file.name[0] != ".")
+        shards = files_of(place, _SUFFIXES)
         shards = [shard for shard in shards if shard.name.startswith("train")] or shards
     else:
-        known = place.is_file() and place.name.lower().endswith((".tar", ".tar.gz", ".tgz"))
+        known = place.is_file() and place.name.lower().endswith(_SUFFIXES)
         shards = [place] if known else []
     if packed := next((shard for shard in shards if shard.suffix.lower() != ".tar"), None):
         raise DataError(

@@ -91,7 +91,7 @@ def test_images_and_labels_of_every_form(tmp_path: Path, form: str):
 
 def test_the_writers_own_keys_give_order_and_count(tmp_path: Path):
     facts = [*LISTED, (b"__classnum__", b"\x05")]
-    folder = database(tmp_path / "set" / "a", [*FORMS["MessagePack"], *facts], folder=True)
+    folder = database(tmp_path / "set" / "a.lmdb", [*FORMS["MessagePack"], *facts], folder=True)
     for path in (folder, folder.parent):
         source = opened(path)
         assert source.labels().tolist() == LABELS[::-1] and source.num_classes == 5

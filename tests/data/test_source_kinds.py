@@ -221,6 +221,14 @@ def test_a_folder_counts_identities_with_images_and_passes_other_files_by(tmp_pa
     assert source.where(4) == str(tmp_path / "bob" / "x.JPG")
 
 
+@pytest.mark.parametrize("name", ["faces.tar", "faces.tar.gz", "old.lmdb", "old.arrow"])
+def test_an_archive_beside_the_folders_of_identities_is_not_the_set(tmp_path: Path, name: str):
+    image_folder(tmp_path)
+    (tmp_path / name).write_bytes(bytes(16) + b"\xde\xc0\xef\xbe")
+    source = opened(tmp_path)
+    assert (len(source), source.num_classes, sum(source.ignored.values())) == (6, 3, 1)
+
+
 # ---- Parquet ------------------------------------------------------------------------------------
 
 
