@@ -24,7 +24,7 @@ from arcface_jax.errors import DataError, ImageError, UserError, install
 
 _LAYOUT = 1  # of the kept arrays
 _MAGIC = b"\xde\xc0\xef\xbe"  # at byte 16 of the first page
-_KEYS, _COUNT, _CLASSES = b"__keys__", b"__len__", b"__classnum__"
+_KEYS, _CLASSES = b"__keys__", b"__classnum__"
 _OTHER_FACTS = (b"num-samples", b"num_samples", b"length", b"classnum", b"class_num")
 _IMAGE, _LABEL = b"image-", b"label-"
 
@@ -47,6 +47,8 @@ def find_lmdb(place: Path) -> Path | None:
 
 
 def _is_lmdb(place: Path) -> bool:
+    if not _data_file(place).is_file():  # a pipe would be waited for
+        return False
     try:
         with _data_file(place).open("rb") as file:
             return file.read(20)[16:] == _MAGIC
@@ -111,9 +113,8 @@ class LmdbSource(IndexedSource):
                 raise ImageError(self.where(index), "is missing: restore the entry", kind="missing")
             if begin >= 0:
                 return Sample(bytes(value[begin : begin + size]), label)
-            found = lmdb_values.parse(
-                value, where=self.where(index)
-            )  # its image is not stored whole
+            # The image is not stored whole, as in pickles for Python 2.
+            found = lmdb_values.parse(value, where=self.where(index))
         if found is None:
             raise ImageError(self.where(index), "is no longer an image: restore the entry")
         return Sample(found.image, label)
@@ -351,25 +352,37 @@ def _labels_elsewhere(
         if all(value is not None for value in found):
             text: list[int | str | None] = [bytes(value).decode() for value in found]
             return text, "labels: the entries label-NUMBER"
+    refused: DataError | None = None
     for file in beside:
-        listed = lists.read_list(
-            file, columns=columns, exists=lambda cell: values.get(cell.encode()) is not None
-        )
-        by_key = dict(zip((name.encode() for name in listed.files), listed.labels, strict=True))
-        if (missing := sum(entry.key not in by_key for entry in entries)) == len(entries):
+        try:
+            by_key = _listed(file, values, columns)
+        except DataError as error:  # another text, or the list, which is reported then
+            refused = error
+            continue
+        missing = [entry.key for entry in entries if entry.key not in by_key]
+        if len(missing) == len(entries):
             continue
         if missing:
-            first = next(entry.key for entry in entries if entry.key not in by_key)
             raise DataError(
-                f"{file} has no line for {missing:,} of {len(entries):,} keys of {path} "
-                f"({_shown(first)}): add them, or remove these entries"
+                f"{file} has no line for {len(missing):,} of {len(entries):,} keys of {path} "
+                f"({_shown(missing[0])}): add them, or remove these entries"
             )
         return [by_key[entry.key] for entry in entries], f"labels: {file}"
     folders = [_shown(os.path.dirname(entry.key)) for entry in entries]
     if all(folders):
         return [*of_folders(folders)], "labels: the folders of the keys"
+    if refused:
+        raise refused
     first = next(entry.key for entry in entries if entry.label is None)
     raise DataError(
         f"{path}, key {_shown(first)}: the image has no label with it: put a list of 'key label' "
         f"lines beside the database as {path.with_suffix('.txt').name}"
     )
+
+
+def _listed(file: Path, values: Any, columns: str) -> dict[bytes, str]:
+    """The labels of a list, by key."""
+    listed = lists.read_list(
+        file, columns=columns, exists=lambda cell: values.get(cell.encode()) is not None
+    )
+    return dict(zip((name.encode() for name in listed.files), listed.labels, strict=True))

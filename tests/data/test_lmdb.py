@@ -124,6 +124,14 @@ def test_a_list_beside_has_the_labels(tmp_path: Path, folder: bool):
     assert source.names is not None and list(source.names) == TABLE
 
 
+def test_other_texts_beside_are_passed_by(tmp_path: Path):
+    path = database(tmp_path / "a.lmdb", FORMS["folders"], folder=True)
+    (path / "README.txt").write_text("Faces of three people.\nSome of them, at least, in color.\n")
+    source = opened(path)
+    assert source.labels().tolist() == LABELS
+    assert source.notes == ("labels: the folders of the keys",)
+
+
 class Malicious:
     def __reduce__(self):
         return os.system, ("true",)
