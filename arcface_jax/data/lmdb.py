@@ -6,6 +6,7 @@ An entry's value is an image with its label, as MessagePack (HSFace, VFace), a p
 Keys, labels and where each image lies in its value are kept beside the database (`sidecar`).
 """
 
+import contextlib
 import importlib
 import os
 import threading
@@ -27,6 +28,7 @@ _MAGIC = b"\xde\xc0\xef\xbe"  # at byte 16 of the first page
 _KEYS, _CLASSES = b"__keys__", b"__classnum__"
 _OTHER_FACTS = (b"num-samples", b"num_samples", b"length", b"classnum", b"class_num")
 _IMAGE, _LABEL = b"image-", b"label-"
+_LONGEST_KEY = 511  # beyond which LMDB raises
 
 
 def find_lmdb(place: Path) -> Path | None:
@@ -164,6 +166,7 @@ class _Environment:
 
     def __init__(self, path: Path):
         lmdb = import_lmdb()
+        self._path, self._error = path, lmdb.Error
         try:
             self._lmdb = lmdb.open(
                 os.fspath(path),
@@ -185,9 +188,18 @@ class _Environment:
                 f"{path} is cut short: {there:,} bytes of {pages * size:,}: copy it again"
             )
 
-    def read(self) -> Any:
-        """A read transaction: a context manager with `get` and `cursor`, whose values are views."""
-        return self._lmdb.begin(buffers=True)
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Any]:
+        """A read transaction with `get` and `cursor`, whose values are views.
+
+        Raises:
+          ImageError: the database is damaged where it is read.
+        """
+        try:
+            with self._lmdb.begin(buffers=True) as transaction:
+                yield transaction
+        except self._error as error:
+            raise ImageError(str(self._path), f"cannot be read ({error}): copy it again") from error
 
     def close(self) -> None:
         """Unmaps the file."""
@@ -382,7 +394,9 @@ def _labels_elsewhere(
 
 def _listed(file: Path, values: Any, columns: str) -> dict[bytes, str]:
     """The labels of a list, by key."""
-    listed = lists.read_list(
-        file, columns=columns, exists=lambda cell: values.get(cell.encode()) is not None
-    )
+    listed = lists.read_list(file, columns=columns, exists=lambda cell: _has(values, cell.encode()))
     return dict(zip((name.encode() for name in listed.files), listed.labels, strict=True))
+
+
+def _has(values: Any, key: bytes) -> bool:
+    return 0 < len(key) <= _LONGEST_KEY and values.get(key) is not None

@@ -126,7 +126,9 @@ def test_a_list_beside_has_the_labels(tmp_path: Path, folder: bool):
 
 def test_other_texts_beside_are_passed_by(tmp_path: Path):
     path = database(tmp_path / "a.lmdb", FORMS["folders"], folder=True)
-    (path / "README.txt").write_text("Faces of three people.\nSome of them, at least, in color.\n")
+    (path / "README.txt").write_text(
+        "Faces of three people.\n" + 600 * "x" + ",,\nSome of them, at least, in color.\n"
+    )
     source = opened(path)
     assert source.labels().tolist() == LABELS
     assert source.notes == ("labels: the folders of the keys",)
@@ -165,6 +167,22 @@ def test_a_database_that_is_cut_short_is_refused(tmp_path: Path):
     os.truncate(path, path.stat().st_size - 4096)
     with pytest.raises(DataError, match=r"a\.lmdb is cut short: [0-9,]+ bytes of [0-9,]+: copy it"):
         opened(path)
+
+
+def test_what_lmdb_raises_is_an_error_of_the_image(tmp_path: Path, monkeypatch):
+    source = opened(database(tmp_path / "a.lmdb", FORMS["MessagePack"]))
+    source.read(0)
+
+    class Damaged:
+        def begin(self, **_):
+            raise lmdb.CorruptedError("a page")
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(source._environment, "_lmdb", Damaged())
+    with pytest.raises(ImageError, match=r"a\.lmdb: cannot be read \(.*a page.*\): copy it again"):
+        source.read(0)
 
 
 def test_several_databases_in_a_folder_are_asked_about(tmp_path: Path):
