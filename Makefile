@@ -36,7 +36,7 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-EXTRAS_.venv := jax2onnx,onnx,parquet,tfds,test
+EXTRAS_.venv := jax2onnx,lmdb,onnx,parquet,tfds,test
 EXTRAS_.venv-gpu := gpu-plan-cuda12,test
 
 .venv/installed .venv-gpu/installed: pyproject.toml constraints.txt

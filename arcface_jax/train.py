@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
@@ -64,6 +65,8 @@ class Outcome(NamedTuple):
     """The final state, on the devices: to embed, export or train on with."""
     evaluated_at: int | None
     """The step of the `eval/` numbers in `results`; None where nothing was evaluated."""
+    data: Mapping[str, int]
+    """`images`, `identities`, `ignored` and, of those met so far, `unreadable` of the data."""
 
 
 def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
@@ -244,7 +247,18 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         files = evaluators.draw(workdir, targets, run.results) if launch.is_first() else []
         results = evaluators.metrics(run.results) | before | baselines
         evaluated_at = run.evaluated_at if run.results else None
-        return Outcome(run.done, results, files, stopped_by, run.state, evaluated_at)
+        counts = _counts(source, run.bad_images)
+        return Outcome(run.done, results, files, stopped_by, run.state, evaluated_at, counts)
+
+
+def _counts(source: Source, bad: BadImages) -> dict[str, int]:
+    """What the account of the training set says, and the images that were replaced."""
+    return {
+        "images": len(source),
+        "identities": source.num_classes,
+        "ignored": sum(source.ignored.values()),
+        "unreadable": len(bad),
+    }
 
 
 def _loop(run: Run, stop: signals.Stop) -> None:

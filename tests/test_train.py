@@ -64,6 +64,8 @@ def test_the_command_trains_verifies_exports_and_reports(finished):
     assert outcome["step"] == 9 and outcome["seconds"] > 0
     assert 0 <= outcome["eval/synthetic/accuracy"] <= 1
     assert {"baseline/raw", "baseline/untrained"} <= outcome.keys()
+    assert outcome["images"] >= outcome["identities"] > 1
+    assert (outcome["ignored"], outcome["unreadable"]) == (0, 0)
     for name in outcome["files"]:
         assert Path(name).exists()
     names = {Path(name).name for name in outcome["files"]}

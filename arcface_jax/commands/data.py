@@ -5,7 +5,7 @@ arcface-jax data pack FOLDER runs/packed --renumber
 arcface-jax data COMMAND --help
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,7 +34,7 @@ class Reading:
     """What a training set's form does not tell."""
 
     columns: str = ""
-    """Lists and Parquet: path=COLUMN,label=COLUMN, names or numbers from 1; by default found."""
+    """Lists and tables: path=COLUMN,label=COLUMN, names or numbers from 1; by default found."""
     label_index: int = 0
     """Records with several labels: which of them is the identity, from 0."""
     identity_level: int = 0
@@ -96,28 +96,34 @@ def inspect(
 def pack(
     path: TrainingSet,
     output: Output,
-    format: Literal["recordio", "folder"] = "recordio",
+    format: Literal["recordio", "folder", "webdataset", "lmdb"] = "recordio",
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
     reading: How = Reading(),
 ) -> Values:
-    """Writes a training set as train.rec for insightface, or as a folder for each identity.
+    """Writes a training set as train.rec for insightface, or in another form.
 
     Args:
       path: A training set, as --data.path of `train` takes it.
       output: Folder to write to; rerun the same command to resume.
-      format: train.rec, train.idx and property, or one folder for each identity.
+      format: train.rec, train.idx and property; one folder for each identity; WebDataset tars; or
+        an LMDB of (image, label) as MessagePack.
       renumber: Number the identities that have images from 0, without gaps.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
       reading: What the set's form does not tell.
     """
-    from arcface_jax.data.tools import packing, splitting
+    from arcface_jax.data.tools import lmdb_writing, packing, splitting, webdataset_writing
 
     source = _open(path, reading)
     selection = packing.select(source, renumber=renumber)
-    write = packing.pack if format == "recordio" else splitting.write_folder
+    write = {
+        "recordio": packing.pack,
+        "folder": splitting.write_folder,
+        "webdataset": webdataset_writing.write,
+        "lmdb": lmdb_writing.write,
+    }[format]
     done = write(source, selection, output, bad=bad, threads=threads)
     return _packed(done, output) | _ignored(source)
 
@@ -246,7 +252,9 @@ def pairs(
                 "--disjoint does not apply to pair lists, whose pairs are fixed; draw the pairs "
                 "from the folder of their images instead"
             )
-        listed = lists.listed(*found)
+        whole = lists.listed(*found)
+        listed, ignored = whole.pairs, whole.ignored()
+        print(whole.account(found[0].name))
         if pairs:
             kinds = np.array([pair.same for pair in listed])
             listed = [listed[i] for i in pair_sets.choose(kinds, pairs=pairs, seed=seed)]
@@ -255,12 +263,14 @@ def pairs(
         images = len({file for pair in listed for file in (pair.left, pair.right)})
     else:
         source = _open(path, reading)
+        ignored = dict(source.ignored)
         options = {"pairs": pairs or 6000, "seed": seed, "disjoint": disjoint}
         chosen, same = pair_sets.draw(source.labels(), **options)
         pair_sets.from_source(source, chosen, same, output)
         images = len(np.unique(chosen))
     print(f"{output}: {len(same):,} pairs, {int(same.sum()):,} of one person")
-    return {"pairs": len(same), "images": images, "files": [output]}
+    counts = {"pairs": len(same), "images": images, **_counted(ignored)}
+    return {**counts, "files": [output]}
 
 
 def align(
@@ -439,8 +449,11 @@ def _open(path: str, reading: Reading, *, quiet: bool = False) -> "Source":
 
 
 def _ignored(source: "Source") -> Values:
-    counts = dict(source.ignored)
-    return {"ignored": sum(counts.values()), "ignored_by_kind": counts}
+    return _counted(source.ignored)
+
+
+def _counted(ignored: Mapping[str, int]) -> Values:
+    return {"ignored": sum(ignored.values()), "ignored_by_kind": dict(ignored)}
 
 
 def _packed(done: "Packed", folder: Path) -> Values:

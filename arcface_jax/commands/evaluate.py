@@ -68,6 +68,8 @@ def evaluate(arguments: Arguments) -> "list[Evaluated]":
     from arcface_jax.evaluation.report.document import Evaluated
 
     models, sets = _open(arguments)
+    for one in sets:
+        print(one.account())
     return [
         Evaluated(name, one, verification.verify(model, one, model=name if len(models) > 1 else ""))
         for one in sets
@@ -90,11 +92,12 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
     results = [one.result for one in evaluated]
     words = [*tables.forms(results), *tables.remarks(results)]
     console().print(*tables.summary(results), *words, sep="\n")
-    metrics = {name: value for result in results for name, value in result.metrics().items()}
-    metrics |= {
-        f"{result.prefix}/threshold_cosine_single": result.single_threshold_cosine
-        for result in results
-    }
+    metrics: dict[str, float] = {}
+    for result in results:
+        metrics |= result.metrics()
+        metrics[f"{result.prefix}/threshold_cosine_single"] = result.single_threshold_cosine
+    for one in evaluated:
+        metrics |= one.pairs.counts()
     return Result(metrics, [page] if page else [])
 
 

@@ -66,12 +66,14 @@ class Arguments:
 def main(words: Sequence[str], *, prog: str = "arcface-jax protocol") -> Result:
     """Runs the protocol and prints its table."""
     arguments = command_line.parse(Arguments, words, prog=prog, description=__doc__ or "")
-    report = _run(arguments)
+    counts: dict[str, int] = {}
+    report = _run(arguments, counts)
     console().print(report.table, *report.notes, sep="\n")
-    return Result(report.metrics)
+    return Result({**report.metrics, **counts})
 
 
-def _run(arguments: Arguments) -> "Report":
+def _run(arguments: Arguments, counts: dict[str, int]) -> "Report":
+    """The protocol's report; `counts` gets what became of the images, for RESULT."""
     from arcface_jax.data.pairs.opening import open_for_runs
     from arcface_jax.evaluation.protocols import labeled, reports
 
@@ -85,7 +87,7 @@ def _run(arguments: Arguments) -> "Report":
         path = getattr(options, name)
         if path is None:
             raise UserError(f"{protocol} needs --{name} FOLDER, a list, or an .npz")
-        return labeled.read(
+        found = labeled.read(
             path,
             opened,
             output=options.output / f"features_{name}",
@@ -93,6 +95,10 @@ def _run(arguments: Arguments) -> "Report":
             threads=options.threads,
             progress=lambda done: print(f"{name}: {done:,} images", file=sys.stderr),
         )
+        print(f"{name}: {found.account()}")
+        counts[f"{name}/images"] = len(found.people)
+        counts[f"{name}/ignored"] = sum(found.ignored.values())
+        return found
 
     match protocol:
         case "retrieval":
@@ -102,6 +108,9 @@ def _run(arguments: Arguments) -> "Report":
         case "groups":
             model = opened()
             sets = open_for_runs([config_of(arguments.model)], options.targets)
+            for one in sets:
+                print(one.account())
+                counts.update(one.counts())
             return reports.compared_groups(model, sets)
         case "all-to-all":
             return reports.all_pairs(read("data"), fars=options.fars)

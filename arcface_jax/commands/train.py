@@ -91,7 +91,7 @@ def _train_here(config: Config) -> Result:
     code = 0 if stopped_by is None else signals.exit_code(config.checkpoint, stopped_by)
     if first and (compared := tables.before_and_after(outcome.results)):
         console().print(compared)
-    values = {**outcome.results, "step": outcome.step}
+    values = {**outcome.results, "step": outcome.step, **outcome.data}
     if outcome.evaluated_at is not None:
         values["eval/step"] = outcome.evaluated_at
     return Result(values, files, code=code, reported=first)

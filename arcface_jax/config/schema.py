@@ -168,10 +168,11 @@ class DataConfig:
     path: str = ""
     """The training set, or several separated by commas: a folder with
     train.rec, a folder with one folder per identity, a file list,
-    Parquet, TFDS, "synthetic" or "noise" (docs/data.md), or a source of
-    your own, package.module:name[:ARGUMENT] (docs/extending.md)."""
+    Parquet, Arrow, WebDataset, LMDB, TFDS, "synthetic" or "noise"
+    (docs/data.md), or a source of your own,
+    package.module:name[:ARGUMENT] (docs/extending.md)."""
     columns: Annotated[str, AfterValidator(_columns)] = ""
-    """Lists and Parquet: path=COLUMN,label=COLUMN, each a name of the header
+    """Lists and tables: path=COLUMN,label=COLUMN, each a name of the header
     or a number from 1; what is not given is found by content."""
     label_index: NonNegativeInt = 0
     """Records with several labels: which of them is the identity, from 0."""

@@ -6,7 +6,7 @@ what several images share. Where two columns could be the identity it is not gue
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ STRONG = (
 )
 """Headers of the identity's column that are believed."""
 _WEAK = ("id", "name", "person_name", "subject_name", "y")  # which may number images
-_PATHS = ("path", "file", "filename", "image", "image_path", "img_path", "img", "filepath")
+PATHS = ("path", "file", "filename", "image", "image_path", "img_path", "img", "filepath")
+"""Headers of the path's column."""
 
 
 class _Columns(NamedTuple):
@@ -32,6 +33,34 @@ class _Columns(NamedTuple):
     label: int
     header: bool
     """Whether the first row names the columns."""
+
+
+class Listed(NamedTuple):
+    """The rows of a list."""
+
+    files: list[str]
+    """As they are written, slashes or backslashes."""
+    labels: list[str]
+    lines: list[int]
+    """Of the list, from 1."""
+    header: list[str]
+    """Empty where it has none."""
+    columns: tuple[int, int]
+    """Of path and label, from 0."""
+    width: int
+    """Columns of the first row."""
+    comments: int
+
+    def number(self, path: Path) -> names.Numbered:
+        """Identities of the labels.
+
+        Args:
+          path: of the list, for messages.
+
+        Raises:
+          ImageError: naming the line of a label that is none.
+        """
+        return names.number(self.labels, where=lambda i: f"{path}, line {self.lines[i]}")
 
 
 def open_list(path: Path, *, columns: str = "") -> FilesSource:
@@ -49,12 +78,37 @@ def open_list(path: Path, *, columns: str = "") -> FilesSource:
     Raises:
       DataError: the file is no such list, or its columns are not clear; the message names the line.
     """
+    folder = path.parent
+    listed = read_list(path, columns=columns, exists=lambda name: _exists(folder, name))
+    numbered = listed.number(path)
+    return FilesSource(
+        folder,
+        _native(listed.files, folder),
+        numbered.labels,
+        num_classes=numbered.num_classes,
+        names=numbered.names,
+        ignored={"comment lines": listed.comments} if listed.comments else {},
+        notes=_notes(listed, numbered),
+    )
+
+
+def read_list(path: Path, *, columns: str, exists: Callable[[str], bool]) -> Listed:
+    """The rows of a list of images and identities, as `open_list` reads it.
+
+    Args:
+      path: of the list.
+      columns: as in `open_list`.
+      exists: whether a cell names an image.
+
+    Raises:
+      DataError: the file is no such list, or its columns are not clear; the message names the line.
+    """
     table = tables.read(path)
     if not table.rows:
         raise DataError(f"{path} is empty: it should have a line 'path,label' for each image")
     chosen = parse_columns(columns)
-    rows = table.rows if table.separated else _divided(table.rows, path.parent)
-    found = _find(path, rows, chosen)
+    rows = table.rows if table.separated else _divided(table.rows, exists)
+    found = _find(path, rows, chosen, exists)
     data = rows[found.header :]
     if not data:
         raise DataError(f"{path} has a header and no image: add a line 'path,label' for each")
@@ -62,16 +116,15 @@ def open_list(path: Path, *, columns: str = "") -> FilesSource:
     files = [row.cells[found.path] for row in data]
     if blank := next((i for i, file in enumerate(files) if not file), None):
         raise DataError(f"{path}, line {data[blank].line}: has no path: write it, or drop the line")
-    labels = [row.cells[found.label] for row in data]
-    numbered = names.number(labels, where=lambda i: f"{path}, line {data[i].line}")
-    return FilesSource(
-        path.parent,
-        _native(files, path.parent),
-        numbered.labels,
-        num_classes=numbered.num_classes,
-        names=numbered.names,
-        ignored={"comment lines": table.comments} if table.comments else {},
-        notes=_notes(rows, found, numbered, data),
+    width = len(data[0].cells)
+    return Listed(
+        files,
+        [row.cells[found.label] for row in data],
+        [row.line for row in data],
+        rows[0].cells if found.header else [],
+        (found.path % width, found.label % width),
+        width,
+        table.comments,
     )
 
 
@@ -81,7 +134,7 @@ def parse_columns(columns: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
-def _divided(rows: list[Row], folder: Path) -> list[Row]:
+def _divided(rows: list[Row], exists: Callable[[str], bool]) -> list[Row]:
     """Rows that blanks separate, at which a path may have some: divided so that files exist."""
     if not any(len(row.cells[0].split(None, 1)) > 1 for row in rows):
         return rows
@@ -93,17 +146,16 @@ def _divided(rows: list[Row], folder: Path) -> list[Row]:
     options = [(label_last, [0]), (label_first, [1])]
     if counts[width] > 1 and width > 2:
         options.append((every, list(range(width))))
-    ranked = [(_share(divided, places, folder), divided) for divided, places in options]
+    ranked = [(_share(divided, places, exists), divided) for divided, places in options]
     best = max(share for share, _ in ranked)
     return next(divided for share, divided in ranked if share == best) if best else label_last
 
 
-def _share(rows: Sequence[Row], places: Sequence[int], folder: Path) -> float:
+def _share(rows: Sequence[Row], places: Sequence[int], exists: Callable[[str], bool]) -> float:
     """Of a sample, how many have a file at the best of some columns."""
     part = tables.sample(rows)
     return max(
-        sum(len(row.cells) > place and _exists(folder, row.cells[place]) for row in part)
-        for place in places
+        sum(len(row.cells) > place and exists(row.cells[place]) for row in part) for place in places
     ) / len(part)
 
 
@@ -118,19 +170,21 @@ def _exists(folder: Path, name: str) -> bool:
         return False
 
 
-def _find(path: Path, rows: Sequence[Row], chosen: dict[str, str]) -> _Columns:
+def _find(
+    path: Path, rows: Sequence[Row], chosen: dict[str, str], exists: Callable[[str], bool]
+) -> _Columns:
     """The columns of path and identity, and whether there is a header."""
     first, rest = rows[0], rows[1:]
     words = [cell.lower() for cell in first.cells]
     part = tables.sample(rest or rows)
     width = max(len(row.cells) for row in part)
     asked = {what: _asked(path, what, name, first) for what, name in chosen.items()}
-    at = asked["path"][0] if "path" in asked else _path_column(path, part, words, width)
+    at = asked["path"][0] if "path" in asked else _path_column(part, words, width, exists)
     place = at if at >= 0 else len(first.cells) + at
     named = any(by_name for _, by_name in asked.values())
     cell = first.cells[place] if place < len(first.cells) else ""
-    known = any(word in _PATHS for word in words) and any(word in STRONG + _WEAK for word in words)
-    header = named or known or (bool(rest) and _is_heading(path.parent, cell))
+    known = any(word in PATHS for word in words) and any(word in STRONG + _WEAK for word in words)
+    header = named or known or (bool(rest) and _is_heading(cell, exists))
     data = rows[header:]
     if not data:
         return _Columns(at, (place + 1) % max(2, len(words)), header)
@@ -154,15 +208,16 @@ def _asked(path: Path, what: str, name: str, first: Row) -> tuple[int, bool]:
     )
 
 
-def _path_column(path: Path, part: Sequence[Row], words: Sequence[str], width: int) -> int:
+def _path_column(
+    part: Sequence[Row], words: Sequence[str], width: int, exists: Callable[[str], bool]
+) -> int:
     """Where most cells exist as files, or else look like paths of images."""
-    folder = path.parent
 
     def rank(column: int) -> tuple[float, float, bool]:
         cells = [row.cells[column] for row in part if column < len(row.cells)]
-        exist = sum(_exists(folder, cell) for cell in cells)
+        exist = sum(map(exists, cells))
         looks = sum(_looks_like_a_path(cell) for cell in cells)
-        return exist, looks, column < len(words) and words[column] in _PATHS
+        return exist, looks, column < len(words) and words[column] in PATHS
 
     ranks = {column: rank(column) for column in range(width)}
     best = max(ranks, key=lambda column: ranks[column])
@@ -173,7 +228,7 @@ def _path_column(path: Path, part: Sequence[Row], words: Sequence[str], width: i
         return -1
     if not any(ranks[best]):
         # Neither files nor suffixes: a list of two columns has its path first.
-        best = next((words.index(name) for name in _PATHS if name in words), 0)
+        best = next((words.index(name) for name in PATHS if name in words), 0)
     return best
 
 
@@ -181,9 +236,9 @@ def _looks_like_a_path(cell: str) -> bool:
     return is_image(cell) or "/" in cell or "\\" in cell
 
 
-def _is_heading(folder: Path, cell: str) -> bool:
+def _is_heading(cell: str, exists: Callable[[str], bool]) -> bool:
     """Whether the first row names the columns: where others have a path it has a mere word."""
-    return not (_looks_like_a_path(cell) or _exists(folder, cell) or cell == "")
+    return not (_looks_like_a_path(cell) or exists(cell) or cell == "")
 
 
 def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[str]) -> _Columns:
@@ -281,22 +336,18 @@ def _native(files: list[str], folder: Path) -> list[str]:
     ]
 
 
-def _notes(
-    rows: Sequence[Row], found: _Columns, numbered: names.Numbered, data: Sequence[Row]
-) -> list[str]:
+def _notes(listed: Listed, numbered: names.Numbered) -> list[str]:
     """What was made of the list where it could have been something else."""
     notes = []
-    if found.header or len(data[0].cells) > 2:
-        header = rows[0].cells if found.header else []
+    if listed.header or listed.width > 2:
         path, label = (
-            header[column] if header else str(1 + column % len(data[0].cells))
-            for column in (found.path, found.label)
+            listed.header[column] if listed.header else str(1 + column) for column in listed.columns
         )
         notes.append(
             f"columns: path={path}, label={label} "
             "(others: --data.columns, or --columns in data tools)"
         )
-    if numbered.num_classes == len(data) > 20:
+    if numbered.num_classes == len(listed.files) > 20:
         notes.append(
             "warning: every image has a label of its own: is this column the identity? "
             "--data.columns label=COLUMN names another (--columns in data tools)"

@@ -44,6 +44,17 @@ class Names:
         self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         self._bytes = b"".join(encoded)
 
+    @classmethod
+    def from_arrays(cls, text: np.ndarray, ends: np.ndarray) -> "Names":
+        """The names that `arrays` returned."""
+        names = cls(())
+        names._bytes, names._ends = text.tobytes(), np.asarray(ends)
+        return names
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """All names in a row as uint8, and where each ends, (n,) int64."""
+        return np.frombuffer(self._bytes, np.uint8), self._ends
+
     def __len__(self) -> int:
         return len(self._ends)
 
@@ -212,6 +223,19 @@ def read(folder: Path, *, count: int) -> Names | None:
     if all(name == str(label) for label, name in table.items()):
         return None
     return Names(table[label] for label in range(count))
+
+
+def with_table(found: Numbered, folder: Path) -> Numbered:
+    """Numbered identities with the table beside their set, which may have some without images.
+
+    Args:
+      found: identities without names.
+      folder: of the set.
+    """
+    count = max(found.num_classes, len(read_sparse(folder)))
+    if table := read(folder, count=count):
+        return found._replace(num_classes=count, names=table)
+    return found
 
 
 def read_sparse(folder: Path) -> dict[int, str]:

@@ -9,13 +9,16 @@ import numpy as np
 
 from arcface_jax import plugins
 from arcface_jax.config import DataConfig
-from arcface_jax.data import lists, names, parquet, tfds
+from arcface_jax.data import arrow, lists, names, parquet, tfds, webdataset
+from arcface_jax.data.arrow import ArrowSource
 from arcface_jax.data.files import try_folder
+from arcface_jax.data.lmdb import LmdbSource, find_lmdb
 from arcface_jax.data.parquet import ParquetSource
 from arcface_jax.data.recordio.source import RecordSource
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.synthetic.source import NoiseSource, SyntheticSource
 from arcface_jax.data.tfds import TfdsSource
+from arcface_jax.data.webdataset import WebDatasetSource
 from arcface_jax.errors import DataError, ImageError
 
 SYNTHETIC = "synthetic"
@@ -85,8 +88,8 @@ def _open_one(path: str, data: DataConfig, *, seed: int) -> Source:
 
 _KNOWN = (
     "a folder with train.rec and train.idx, a folder of identities' folders, a list of 'path,label'"
-    " lines, Parquet files, a TFDS data set, the words synthetic and noise, or package.module:name "
-    "of your own: docs/data.md"
+    " lines, Parquet files, a folder of Hugging Face's save_to_disk, WebDataset tars, an LMDB, a "
+    "TFDS data set, the words synthetic and noise, or package.module:name of your own: docs/data.md"
 )
 
 
@@ -106,7 +109,8 @@ def _noise(path: str, data: DataConfig, *, seed: int) -> Source | None:
 
 
 def _tfds(path: str, data: DataConfig, *, seed: int) -> Source | None:
-    known = path.startswith(tfds.PREFIX) or tfds.is_builder(_folder(path))
+    place = _folder(path)
+    known = path.startswith(tfds.PREFIX) or (tfds.is_builder(place) and not arrow.is_saved(place))
     return TfdsSource(path) if known else None
 
 
@@ -137,6 +141,22 @@ def _parquet(path: str, data: DataConfig, *, seed: int) -> Source | None:
     return ParquetSource(files, columns=data.columns) if files else None
 
 
+def _arrow(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    place, split = _folder(path), tfds.without_split(path)[1]
+    files = arrow.arrow_files(place, split=split)
+    return ArrowSource(files, columns=data.columns) if files else None
+
+
+def _lmdb(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    place = find_lmdb(_folder(path))
+    return None if place is None else LmdbSource(place, columns=data.columns)
+
+
+def _webdataset(path: str, data: DataConfig, *, seed: int) -> Source | None:
+    shards = webdataset.find_shards(path)
+    return WebDatasetSource(shards, columns=data.columns) if shards else None
+
+
 def _list(path: str, data: DataConfig, *, seed: int) -> Source | None:
     place = _folder(path)
     if not (place.is_file() and place.suffix.lower() in lists.SUFFIXES):
@@ -157,6 +177,9 @@ OPENERS: tuple[Callable[..., Source | None], ...] = (
     _tfds,
     _plugin,
     _recordio,
+    _arrow,
+    _lmdb,
+    _webdataset,
     _parquet,
     _list,
     _identity_folders,

@@ -1,13 +1,12 @@
 """Five points of many faces from a file, in any of the forms that people have.
 
-- `.csv`: lines `path,x1,y1, ... ,x5,y5`, with or without a heading
+- lines `path,x1,y1, ... ,x5,y5`, separated by commas, semicolons or tabs, with or without a heading
+- lines `path x1 y1 ... x5 y5`, separated by blanks, such as IJB's `name_5pts_score.txt`
 - `.json`: an object of `"path": [[x, y], ... five]`
-- any other: lines `path x1 y1 ... x5 y5`, such as IJB's `name_5pts_score.txt`
 
 In lines, what follows the ten numbers is ignored unless the reader asks for it.
 """
 
-import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from arcface_jax.data import tables
 from arcface_jax.data.faces import POINT_NAMES, TEMPLATE
 from arcface_jax.errors import DataError
 
@@ -43,18 +43,18 @@ def rows(path: Path) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"no list of points at {path}: name an existing file")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = tables.read_text(path) if path.suffix == ".json" else ""
+        table = tables.read(path) if path.suffix != ".json" else None
+    except DataError as error:
         raise DataError(f"cannot read the list of points {path}: {error}") from error
-    if path.suffix == ".json":
+    if table is None:
         yield from _json(path, text)
         return
-    lines = text.splitlines()
-    split = csv.reader(lines) if path.suffix == ".csv" else (line.split() for line in lines)
-    for number, cells in enumerate(split, start=1):
-        heading = path.suffix == ".csv" and number == 1 and len(cells) > 1 and not _real(cells[1])
-        if cells and not heading:
-            yield Row(number, f"{path}, line {number}", cells[0], cells[1:])
+    for place, row in enumerate(table.rows):
+        cells = row.cells if table.separated else row.cells[0].split()
+        heading = table.separated and place == 0 and len(cells) > 1 and not _real(cells[1])
+        if not heading:
+            yield Row(row.line, f"{path}, line {row.line}", cells[0], cells[1:])
 
 
 def by_name(path: Path) -> dict[str, np.ndarray]:

@@ -109,18 +109,44 @@ def account(source: Source, *, unreadable: Mapping[str, int] | None = None) -> s
       source: the training set.
       unreadable: images that cannot be read, by kind; None where they were not all looked at.
     """
-    ignored = sum(source.ignored.values())
-    bad = sum((unreadable or {}).values())
+    return account_of(
+        source.unit,
+        images=len(source),
+        identities=source.num_classes,
+        ignored=source.ignored,
+        unreadable=unreadable,
+    )
+
+
+def account_of(
+    unit: str,
+    *,
+    images: int,
+    identities: int,
+    ignored: Mapping[str, int],
+    unreadable: Mapping[str, int] | None = None,
+) -> str:
+    """What became of everything at a place that images are read from, in a line.
+
+    Args:
+      unit: what there is, in the plural.
+      images: that were found, the unreadable ones included.
+      identities: of them.
+      ignored: entries that are not used, by kind.
+      unreadable: images that cannot be read, by kind; None where they were not all looked at.
+    """
+    count, bad = sum(ignored.values()), sum((unreadable or {}).values())
     parts = [
-        f"{len(source) - bad:,} images used of {source.num_classes:,} identities",
-        f"{ignored:,} ignored{_by_kind(source.ignored)}",
+        f"{images - bad:,} images used of {identities:,} identities",
+        f"{count:,} ignored{by_kind(ignored)}",
     ]
     if unreadable is not None:
-        parts.append(f"{bad:,} unreadable{_by_kind(unreadable)}")
-    return f"{len(source) + ignored:,} {source.unit}: {', '.join(parts)}"
+        parts.append(f"{bad:,} unreadable{by_kind(unreadable)}")
+    return f"{images + count:,} {unit}: {', '.join(parts)}"
 
 
-def _by_kind(counts: Mapping[str, int]) -> str:
+def by_kind(counts: Mapping[str, int]) -> str:
+    """Counts in parentheses with a blank before them, the largest first; empty without any."""
     if not counts:
         return ""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))

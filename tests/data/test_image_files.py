@@ -70,9 +70,9 @@ def test_every_reader_of_a_folder_finds_the_same_images(folder: Path, tmp_path: 
 def test_a_pair_list_finds_images_of_every_suffix(folder: Path, tmp_path: Path):
     count = len(SUFFIXES)
     (tmp_path / "pairs.txt").write_text("".join(f"ada 1 {n}\n" for n in range(1, count + 1)))
-    pairs = lists.listed(tmp_path / "pairs.txt", folder)
+    pairs = lists.listed(tmp_path / "pairs.txt", folder).pairs
     assert [pair.right.name for pair in pairs] == [Path(name).name for name in expected(folder)]
-    read, _ = lists.read(tmp_path / "pairs.txt", folder)
+    read = lists.read(tmp_path / "pairs.txt", folder).images
     for number, image in enumerate(read[1::2], start=1):
         np.testing.assert_allclose(image.astype(int), face(number), atol=6)
 

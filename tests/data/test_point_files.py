@@ -27,6 +27,7 @@ FORMS = {
     "p_5pts_score.txt": lines(" ", end=" 0.99"),
     "tabs.lst": lines("\t"),
     "p.csv": lines(","),
+    "semicolons.txt": "# found by hand\n" + lines(";"),
     "score.csv": "path,x1,y1\n" + lines(",", end=",0.99"),
     "p.json": json.dumps({name: p.tolist() for name, p in POINTS.items()}),
     "flat.json": json.dumps({name: p.ravel().tolist() for name, p in POINTS.items()}),

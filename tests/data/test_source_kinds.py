@@ -1,6 +1,7 @@
 """Folders, lists, Parquet, TFDS, noise, several sets at once: the same images from all."""
 
 import hashlib
+import importlib.util
 import pickle
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from arcface_jax.config import DataConfig, NoiseConfig, SyntheticConfig
 from arcface_jax.data.opening import folder_with, open_source, split_paths
 from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.source import Source
-from arcface_jax.data.tools import packing, tfds_writing
+from arcface_jax.data.tools import lmdb_writing, packing, tfds_writing, webdataset_writing
 from arcface_jax.errors import DataError, ImageError
 
 PEOPLE = {"ada": 3, "bob": 1, "eve": 2}
@@ -76,6 +77,18 @@ def make(kind: str, tmp_path: Path) -> str:
         parquet(tmp_path / "p" / "data" / "test-00000-of-00001.parquet", rows[:1])
         return str(tmp_path / "p")
     source = opened(image_folder(tmp_path / "f"))
+    if kind in PACKED:
+        PACKED[kind](source, packing.select(source), tmp_path / "out")
+        (tmp_path / "out" / "identities.txt").unlink()
+        return str(tmp_path / "out")
+    if kind == "arrow":
+        import pyarrow as pa
+
+        (tmp_path / "out").mkdir(parents=True)
+        table = pa.table({"image": JPEGS, "label": LABELS})
+        with pa.ipc.new_stream(str(tmp_path / "out" / "data.arrow"), table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+        return str(tmp_path / "out")
     tfds_writing.write(
         source, packing.select(source), tmp_path / "t", name="faces", shard_images=4, threads=2
     )
@@ -84,7 +97,9 @@ def make(kind: str, tmp_path: Path) -> str:
     return str(tmp_path / "t" / "faces" / "1.0.0")
 
 
-KINDS = ["records", "folder", "list", "parquet", "tfds by name", "tfds by folder"]
+PACKED = {"webdataset": webdataset_writing.write, "lmdb": lmdb_writing.write}
+KINDS = ["records", "folder", "list", "parquet", "arrow", "webdataset", "tfds by name"]
+KINDS += ["tfds by folder", *(["lmdb"] if importlib.util.find_spec("lmdb") else [])]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,6 +219,14 @@ def test_a_folder_counts_identities_with_images_and_passes_other_files_by(tmp_pa
     assert (len(source), source.num_classes) == (7, 3)
     assert source.where(3) == str(tmp_path / "bob" / "0.jpg")
     assert source.where(4) == str(tmp_path / "bob" / "x.JPG")
+
+
+@pytest.mark.parametrize("name", ["faces.tar", "faces.tar.gz", "old.lmdb", "old.arrow"])
+def test_an_archive_beside_the_folders_of_identities_is_not_the_set(tmp_path: Path, name: str):
+    image_folder(tmp_path)
+    (tmp_path / name).write_bytes(bytes(16) + b"\xde\xc0\xef\xbe")
+    source = opened(tmp_path)
+    assert (len(source), source.num_classes, sum(source.ignored.values())) == (6, 3, 1)
 
 
 # ---- Parquet ------------------------------------------------------------------------------------

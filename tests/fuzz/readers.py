@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for the checkout that this file lies in
 
 with atheris.instrument_imports(include=["arcface_jax.data", "pickletools"]):
+    from arcface_jax.data import sidecar
     from arcface_jax.data.pairs import bins, lists
-    from arcface_jax.data.recordio import index as record_index
     from arcface_jax.data.recordio.reader import RecordReader, RecordWriter
     from arcface_jax.data.recordio.source import RecordSource
     from arcface_jax.errors import DataError
@@ -110,7 +110,7 @@ def fuzz(reader: str, corpus: Path, seconds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Files change faster than their time stamps: nothing may be kept of the last input.
-        record_index._SETTLED = float("inf")
+        sidecar.SETTLED = float("inf")
         for image in ("Ann/Ann_0001.png", "Ann/Ann_0002.png", "Bob/Bob_0001.png", "a.png", "b.png"):
             (folder / image).parent.mkdir(exist_ok=True)
             cv2.imwrite(str(folder / image), np.zeros((8, 8, 3), np.uint8))

@@ -9,6 +9,8 @@ import numpy as np
 from arcface_jax.data import images, tables
 from arcface_jax.data.aligner import Aligner
 from arcface_jax.data.pairs import flags
+from arcface_jax.data.pairs.bins import Listing, PairSet
+from arcface_jax.data.source import by_kind
 from arcface_jax.data.tables import Row
 from arcface_jax.errors import DataError
 
@@ -25,6 +27,34 @@ class Pair(NamedTuple):
     left: Path
     right: Path
     same: bool
+
+
+class Listed(NamedTuple):
+    """A list of pairs, and what became of its lines."""
+
+    pairs: list[Pair]
+    lines: int
+    """Without blank ones."""
+    comments: int
+    headings: int
+
+    def ignored(self) -> dict[str, int]:
+        """Lines that are no pair, by kind."""
+        kinds = {"comment lines": self.comments, "headings": self.headings}
+        return {kind: count for kind, count in kinds.items() if count}
+
+    def files(self) -> list[Path]:
+        """The images, each once, in the order of the list."""
+        return list(dict.fromkeys(file for x in self.pairs for file in (x.left, x.right)))
+
+    def account(self, name: str) -> str:
+        """What became of the lines, in a line."""
+        same = sum(pair.same for pair in self.pairs)
+        images, ignored = len(self.files()), self.ignored()
+        return (
+            f"{name}: {self.lines:,} lines: {len(self.pairs):,} pairs ({same:,} of one person) of "
+            f"{images:,} images used, {sum(ignored.values()):,} ignored{by_kind(ignored)}"
+        )
 
 
 def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
@@ -50,7 +80,7 @@ def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
     return path, Path(folder) if Path(folder).is_dir() else base / folder
 
 
-def listed(path: Path, folder: Path) -> list[Pair]:
+def listed(path: Path, folder: Path) -> Listed:
     """Reads a list; the order is the list's, which decides the folds.
 
     Its form is found by content, in any separator and encoding that `tables` reads:
@@ -72,7 +102,7 @@ def listed(path: Path, folder: Path) -> list[Pair]:
       folder: where the images lie.
 
     Returns:
-      the pairs, whose files exist.
+      The pairs, whose files exist, and how many lines are none.
 
     Raises:
       DataError: naming the lines that are not of that form, or the files that are missing.
@@ -88,14 +118,14 @@ def listed(path: Path, folder: Path) -> list[Pair]:
     pairs = list(_pairs(rows, path, folder))
     if not pairs:
         raise DataError(f"{path} names no pair: give one a line, {_FORMS}")
-    files = {file: None for pair in pairs for file in (pair.left, pair.right)}
-    _check_files(files, pairs, path)
-    return pairs
+    # CPLFW's two lines make a pair, and its first pair is on the first of them.
+    used = {pair.line for pair in pairs}
+    found = Listed(pairs, len(rows) + table.comments, table.comments, int(rows[0].line not in used))
+    _check_files(found.files(), pairs, path)
+    return found
 
 
-def read(
-    path: Path, folder: Path, *, aligner: Aligner | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def read(path: Path, folder: Path, *, aligner: Aligner | None = None) -> PairSet:
     """Reads a list (`listed`) and the images that it names.
 
     Args:
@@ -104,24 +134,22 @@ def read(
       aligner: aligns images of another size, or refuses them; without one they are cut to their
         middle square and resized. An image in a sub-folder of `folder` lies in its identity's.
 
-    Returns:
-      images (2 n, 112, 112, 3) uint8 RGB, of which 2 i and 2 i + 1 are pair i; same (n,) bool.
-
     Raises:
       DataError: as `listed` and `Aligner`, or naming an image that cannot be read.
     """
-    pairs = listed(path, folder)
-    files = {file: None for pair in pairs for file in (pair.left, pair.right)}
+    found = listed(path, folder)
 
     def load(file: Path) -> np.ndarray:
         if aligner is None:
             return images.square(images.read_file(file), where=str(file))
         return aligner(file, in_identity_folder=file.parent != folder)
 
-    faces = {file: load(file) for file in files}
-    return (
-        np.stack([faces[file] for pair in pairs for file in (pair.left, pair.right)]),
-        np.array([pair.same for pair in pairs]),
+    faces = {file: load(file) for file in found.files()}
+    return PairSet(
+        path.stem,
+        np.stack([faces[file] for pair in found.pairs for file in (pair.left, pair.right)]),
+        np.array([pair.same for pair in found.pairs]),
+        Listing(found.account(path.name), len(faces), found.ignored()),
     )
 
 
@@ -366,7 +394,7 @@ def _not_a_pair(path: Path, row: Row) -> DataError:
     )
 
 
-def _check_files(files: dict[Path, None], pairs: list[Pair], path: Path) -> None:
+def _check_files(files: Sequence[Path], pairs: list[Pair], path: Path) -> None:
     missing = {file for file in files if not file.is_file()}
     if not missing:
         return

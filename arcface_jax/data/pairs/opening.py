@@ -127,4 +127,4 @@ def open_file(target: str, *, base: Path = Path(), aligner: Aligner | None = Non
     if found is None:
         path = Path(target) if Path(target).is_file() else base / target
         return bins.read_bin(path, aligner=aligner)
-    return PairSet(found[0].stem, *lists.read(*found, aligner=aligner))
+    return lists.read(*found, aligner=aligner)

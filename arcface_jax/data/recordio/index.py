@@ -7,22 +7,19 @@ and the `.rec`. Where the data's folder cannot be written, the user's cache fold
 """
 
 import contextlib
-import hashlib
 import os
 import struct
-import sys
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from arcface_jax.data import sidecar
 from arcface_jax.errors import DataError
 from arcface_jax.runtime import sealed
-from arcface_jax.runtime.files import atomic_files, atomic_folder, write_atomic
+from arcface_jax.runtime.files import atomic_files, write_atomic
 from arcface_jax.runtime.sealed import DamagedError
 
 MAGIC = 0xCED7230A
@@ -38,8 +35,7 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)
 
 _NAN = np.float32(np.nan).view(np.uint32)
 _CHUNK = 1 << 20  # records that are looked at together
-_SETTLED = 2.0  # seconds without a change after which a file is taken to be complete
-_STAMP, _OFFSETS, _KEYS, _LABELS = "stamp.json", "offsets.npy", "keys.npy", "labels.npy"
+_OFFSETS, _KEYS, _LABELS = "offsets.npy", "keys.npy", "labels.npy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +83,7 @@ def open_index(rec: Path) -> RecordIndex:
         if index is not None:
             return index
     index = _parsed(rec)
-    newest = max(path.stat().st_mtime for path in (rec, rec.with_suffix(".idx")))
-    if time.time() - newest > _SETTLED:  # else it may still be in the making
+    if sidecar.is_settled((rec, rec.with_suffix(".idx"))):
         folder = _keep(index, stamp)
         if folder is not None:
             return _mapped(rec, folder, stamp) or index
@@ -115,19 +110,19 @@ def open_labels(index: RecordIndex, *, which: int = 0) -> np.ndarray:
         return _scan(index.rec, index.offsets, which)
     if _LABELS in _digests(folder):
         try:
-            return _load(folder, _LABELS, _digests(folder), count=len(index.offsets))
+            return sidecar.load(folder, _LABELS, _digests(folder), count=len(index.offsets))
         except DamagedError as error:
-            _print_damaged(error, f"read again from {index.rec}")
+            sidecar.print_damaged(error, f"read again from {index.rec}")
     labels = _scan(index.rec, index.offsets)
     with contextlib.suppress(OSError):
         file = folder / _LABELS
         if file.is_dir() and not file.is_symlink():
             file.rmdir()
         with atomic_files(file) as part:
-            _save(part, labels)
-        content = sealed.read(folder / _STAMP)
+            sidecar.save(part, labels)
+        content = sealed.read(folder / sidecar.STAMP)
         content["digests"][_LABELS] = sealed.array_digest(labels)
-        write_atomic(folder / _STAMP, sealed.seal(content))
+        write_atomic(folder / sidecar.STAMP, sealed.seal(content))
         return np.load(file, mmap_mode="r")
     return labels
 
@@ -140,9 +135,7 @@ def _stamp(rec: Path) -> dict:
 
 def _folders(rec: Path) -> tuple[Path, Path]:
     """Beside the data, and in the user's cache."""
-    name = hashlib.sha256(str(rec.resolve()).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return rec.with_suffix(".arcface_index"), cache / "arcface_jax" / name
+    return sidecar.folders(rec, rec.with_suffix(sidecar.SUFFIX))
 
 
 def _mapped(rec: Path, folder: Path, stamp: dict, *, check: bool = True) -> RecordIndex | None:
@@ -150,110 +143,42 @@ def _mapped(rec: Path, folder: Path, stamp: dict, *, check: bool = True) -> Reco
     if not (folder.exists() or folder.is_symlink()):
         return None
     try:
-        kept = _read_stamp(folder)
+        kept = sidecar.read_stamp(folder)
         if kept["files"] != stamp:
             return None
         digests = {name: x for name, x in kept["digests"].items() if name != _LABELS}
-        offsets = _load(folder, _OFFSETS, digests, count=kept["count"], check=check)
+        offsets = sidecar.load(folder, _OFFSETS, digests, count=kept["count"], check=check)
         if "first" in kept:
             keys = range(kept["first"], kept["first"] + len(offsets))
         else:
-            keys = _load(folder, _KEYS, digests, count=kept["count"], check=check)
+            keys = sidecar.load(folder, _KEYS, digests, count=kept["count"], check=check)
     except DamagedError as error:
-        _print_damaged(error, f"made again from {rec.with_suffix('.idx')}")
+        sidecar.print_damaged(error, f"made again from {rec.with_suffix('.idx')}")
         return None
     return RecordIndex(rec, keys, offsets, folder, digests)
 
 
-def _read_stamp(folder: Path) -> dict[str, Any]:
-    """The folder's stamp; of one of an earlier version, whose arrays are not used, its files.
-
-    Raises:
-      DamagedError: it is not what was written, or is missing.
-    """
-    try:
-        kept = sealed.read(folder / _STAMP, unsealed=True)
-    except FileNotFoundError:
-        raise DamagedError(f"{folder} has no {_STAMP}") from None
-    files = kept.get("files")
-    if "digests" not in kept and isinstance(files, dict) and files.get("version") == 1:
-        return kept
-    return sealed.read(folder / _STAMP)
-
-
-def _load(
-    folder: Path, name: str, digests: dict[str, str], *, count: int, check: bool = True
-) -> np.ndarray:
-    """Maps an array of `count` values.
-
-    Raises:
-      DamagedError: it is not what was written.
-    """
-    try:
-        values = np.load(folder / name, mmap_mode="r")
-        whole = values.shape == (count,) and not values.dtype.hasobject
-    except (OSError, ValueError, EOFError) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
-        raise DamagedError(f"{folder / name} cannot be read ({problem})") from None
-    if not whole or (check and sealed.array_digest(values) != digests[name]):
-        raise DamagedError(f"{folder / name} is not what was written")
-    return values
-
-
 def _digests(folder: Path) -> dict[str, str]:
     try:
-        return sealed.read(folder / _STAMP)["digests"]
+        return sealed.read(folder / sidecar.STAMP)["digests"]
     except (FileNotFoundError, DamagedError):
         return {}
 
 
-def _print_damaged(error: DamagedError, remedy: str) -> None:
-    print(f"warning: {error}: {remedy}", file=sys.stderr)
-
-
 def _keep(index: RecordIndex, stamp: dict) -> Path | None:
     """Writes the arrays to the first folder that takes them."""
-    beside, cache = _folders(index.rec)
-    for folder in (beside, cache):
-        # The superuser may write anywhere; a folder that nobody should write to is left alone.
-        if folder is beside and not folder.parent.stat().st_mode & 0o222:
-            continue
-        with contextlib.suppress(OSError):
-            _write(index, stamp, folder)
-            if folder is cache:
-                print(
-                    f"{beside.parent} is read-only: its index is kept in {cache}", file=sys.stderr
-                )
-            return folder
-    return None
-
-
-def _write(index: RecordIndex, stamp: dict, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     arrays = {_OFFSETS: index.offsets}
     content: dict = {"files": stamp, "count": len(index.offsets)}
     if isinstance(index.keys, range):
         content["first"] = index.keys[0]
     else:
         arrays[_KEYS] = _small(index.keys)
-    content["digests"] = {name: sealed.array_digest(values) for name, values in arrays.items()}
-    with atomic_folder(folder) as new:
-        for name, values in arrays.items():
-            _save(new / name, values)
-        (new / _STAMP).write_text(sealed.seal(content))
+    return sidecar.keep(_folders(index.rec), arrays, content)
 
 
 def _small(keys: np.ndarray) -> np.ndarray:
     """Keys as they are kept: 32 bits where these are enough."""
     return keys.astype(np.uint32) if keys[-1] < 2**32 else keys
-
-
-def _save(file: Path, values: np.ndarray) -> None:
-    """Writes an array chunk by chunk, so that a strided one is never copied whole."""
-    mapped = np.lib.format.open_memmap(file, "w+", values.dtype, values.shape)
-    for start in range(0, len(values), _CHUNK):
-        mapped[start : start + _CHUNK] = values[start : start + _CHUNK]
-    mapped.flush()
 
 
 def _parsed(rec: Path) -> RecordIndex:

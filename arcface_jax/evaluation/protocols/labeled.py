@@ -3,18 +3,21 @@
 Three forms are read:
 
 - a folder of aligned faces: FOLDER/PERSON/image, and FOLDER/image for faces of nobody in particular
-- a text file with lines `image<TAB or spaces>person`, or only `image`; images lie beside it
+- a text file with lines `image person`, or only `image`, in any encoding and with any separator
+  that `data.tables` reads; images lie beside it
 - an `.npz` with `features` (n, D) and `labels` (n,), the people as text or numbers
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from arcface_jax.data import fingerprint
+from arcface_jax.data import fingerprint, lists, tables
 from arcface_jax.data.images import IMAGE_SUFFIXES, Walk, decode_any_size, resize
+from arcface_jax.data.source import account_of
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import shards
 from arcface_jax.evaluation.embed import Model
@@ -30,6 +33,30 @@ class Labeled(NamedTuple):
     """(n, D) float32, not normalized."""
     people: np.ndarray
     """(n,) str; `NOBODY` where no person is named."""
+    unit: str = "features"
+    """What the faces were read from, in the plural."""
+    ignored: Mapping[str, int] = MappingProxyType({})
+    """Entries that are not used, by kind."""
+
+    def account(self) -> str:
+        """What became of everything in the set, in a line."""
+        people = np.unique(self.people[self.people != NOBODY])
+        return account_of(
+            self.unit,
+            images=len(self.people),
+            identities=len(people),
+            ignored=self.ignored,
+            unreadable={},  # one that cannot be read is an error
+        )
+
+
+class _Faces(NamedTuple):
+    """Images, before they are embedded."""
+
+    images: list[Path]
+    people: np.ndarray
+    unit: str
+    ignored: Mapping[str, int]
 
 
 def read(
@@ -56,7 +83,8 @@ def read(
     """
     if path.suffix == ".npz":
         return _read_npz(path)
-    images, people = _folder(path) if path.is_dir() else _list(path)
+    faces = _folder(path) if path.is_dir() else _list(path)
+    images = faces.images
     base = path if path.is_dir() else path.parent
     model = open_model()
     extracted = shards.extract(
@@ -73,7 +101,7 @@ def read(
         threads=threads,
         progress=progress,
     )
-    return Labeled(extracted.read(flip=flip), people)
+    return Labeled(extracted.read(flip=flip), faces.people, faces.unit, faces.ignored)
 
 
 def face(path: Path) -> np.ndarray:
@@ -85,8 +113,9 @@ def face(path: Path) -> np.ndarray:
     return resize(decode_any_size(shards.read_bytes(path), where=str(path)))
 
 
-def _folder(folder: Path) -> tuple[list[Path], np.ndarray]:
-    names = sorted(Walk(folder).files(), key=lambda name: ("/" in name, name.split("/")))
+def _folder(folder: Path) -> _Faces:
+    walk = Walk(folder)
+    names = sorted(walk.files(), key=lambda name: ("/" in name, name.split("/")))
     images = [folder / name for name in names]
     people = [name.partition("/")[0] if "/" in name else NOBODY for name in names]
     if not images:
@@ -94,26 +123,40 @@ def _folder(folder: Path) -> tuple[list[Path], np.ndarray]:
             f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}), neither itself nor in a "
             "folder for each person"
         )
-    return images, np.array(people)
+    return _Faces(images, np.array(people), "files", dict(walk.ignored))
 
 
-def _list(path: Path) -> tuple[list[Path], np.ndarray]:
+def _list(path: Path) -> _Faces:
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a folder of faces, a list, or an .npz")
+    table = tables.read(path)
+    ignored = {"comment lines": table.comments} if table.comments else {}
     images, people = [], []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if len(fields) > 2:
+    for place, row in enumerate(table.rows):
+        cells = _cells(row)
+        if len(cells) > 2:
+            line = ("," if len(row.cells) > 1 else " ").join(cells)
             raise DataError(
-                f"{path}, line {number}: {line.strip()[:80]!r} is not `image person`; where a name "
-                "has blanks in it, put a tab between the two"
+                f"{path}, line {row.line}: {line[:80]!r} is not `image person`; where a name has "
+                "blanks in it, put a tab between the two"
             )
-        if fields:
-            images.append(path.parent / fields[0])
-            people.append(fields[1].strip() if len(fields) == 2 else NOBODY)
+        image = path.parent / tables.native(cells[0])
+        if place == 0 and cells[0].lower() in lists.PATHS and not image.is_file():
+            ignored["headings"] = 1
+            continue
+        images.append(image)
+        people.append(cells[1] if len(cells) == 2 else NOBODY)
     if not images:
         raise DataError(f"{path} lists no images: give lines `image person`")
-    return images, np.array(people)
+    return _Faces(images, np.array(people), "lines", ignored)
+
+
+def _cells(row: tables.Row) -> list[str]:
+    """The words of a line; where lines differ, one with a tab is divided only there."""
+    if len(row.cells) > 1:
+        return row.cells
+    text = row.cells[0]
+    return [word.strip() for word in text.split("\t")] if "\t" in text else text.split()
 
 
 def _read_npz(path: Path) -> Labeled:

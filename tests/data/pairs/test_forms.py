@@ -9,6 +9,7 @@ import pytest
 
 from arcface_jax.data.pairs import flags, lists
 from arcface_jax.data.pairs.bins import read_bin
+from arcface_jax.data.pairs.opening import open_file
 from arcface_jax.errors import DataError
 
 JPEG = cv2.imencode(".jpg", np.zeros((112, 112, 3), np.uint8))[1].tobytes()
@@ -66,7 +67,7 @@ def test_every_form_names_the_same_pairs(folder: Path, form: str):
     for suffix in (".txt", ".csv"):
         (folder / f"p{suffix}").write_text(FORMS[form])
         found = lists.listed(folder / f"p{suffix}", folder)
-        assert [(p.left, p.right, p.same) for p in found] == [
+        assert [(p.left, p.right, p.same) for p in found.pairs] == [
             (folder / a, folder / b, same) for a, b, same in PAIRS
         ]
 
@@ -75,8 +76,26 @@ def test_two_line_lists_are_put_into_ten_folds(folder: Path):
     same, other = PAIRS[0], PAIRS[1]
     text = "".join(f"{a} {int(s)}\n{b} {int(s)}\n" for a, b, s in [same] * 40 + [other] * 40)
     (folder / "p.txt").write_text(text)
-    found = [pair.same for pair in lists.listed(folder / "p.txt", folder)]
+    found = [pair.same for pair in lists.listed(folder / "p.txt", folder).pairs]
     assert found == ([True] * 4 + [False] * 4) * 10
+
+
+@pytest.mark.parametrize(
+    ("form", "lines", "ignored"),
+    [
+        ("label first", 4, "0 ignored"),
+        ("floats", 5, "1 ignored (headings 1)"),
+        ("comments", 6, "2 ignored (comment lines 2)"),
+        ("LFW's from a spreadsheet", 5, "1 ignored (headings 1)"),
+        ("CPLFW's two lines", 8, "0 ignored"),
+    ],
+)
+def test_every_line_is_accounted_for(folder: Path, form: str, lines: int, ignored: str):
+    (folder / "p.txt").write_text(FORMS[form])
+    listing = open_file(f"{folder / 'p.txt'}:{folder}").listing
+    assert listing is not None and listing.images == 4
+    expected = f"p.txt: {lines} lines: 4 pairs (2 of one person) of 4 images used, {ignored}"
+    assert listing.account == expected
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,8 @@ def test_ranks_equal_plain_loops_with_several_mates_and_distractors(seed: int):
     found = retrieval.retrieve(probes, gallery, distractors=distractors)
     ranks = []
     for vector, person in zip(probes.features, probes.people, strict=True):
-        scores = [(float(vector @ v), p) for v, p in zip(*gallery, strict=True)]
+        known = zip(gallery.features, gallery.people, strict=True)
+        scores = [(float(vector @ v), p) for v, p in known]
         scores += [(float(vector @ v), "distractor") for v in distractors.features]
         best = max(score for score, p in scores if p == person)
         ranks.append(1 + sum(score >= best for score, p in scores if p != person))
@@ -82,6 +83,19 @@ def test_a_folder_and_a_list_of_its_images_give_the_same(tmp_path: Path):
     np.testing.assert_array_equal(other.features, folder.features)
     plain = labeled.read(listed, Mean, output=tmp_path / "two", flip=False)
     np.testing.assert_array_equal(plain.features[:, 0], [70, 10, 30, 50])
+    used = "4 images used of 2 identities"
+    assert folder.account() == f"4 files: {used}, 0 ignored, 0 unreadable"
+    assert other.account() == f"4 lines: {used}, 0 ignored, 0 unreadable"
+
+
+def test_a_list_may_have_any_encoding_separator_and_a_header(tmp_path: Path):
+    write_faces(tmp_path)
+    text = "# mine\nimage;person\nAnn\\0.png;Zoë Lee\nBob/2.png;'Bob'\n"
+    (tmp_path / "list.csv").write_text(text, encoding="utf-16")
+    found = labeled.read(tmp_path / "list.csv", Mean, output=tmp_path / "out")
+    assert found.people.tolist() == ["Zoë Lee", "Bob"]
+    line = "2 ignored (comment lines 1, headings 1), 0 unreadable"
+    assert found.account() == f"4 lines: 2 images used of 2 identities, {line}"
 
 
 def test_features_of_an_npz_need_no_network(tmp_path: Path):

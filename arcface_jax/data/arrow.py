@@ -1,0 +1,191 @@
+"""Arrow files with image bytes and labels, as `save_to_disk` of Hugging Face's datasets writes."""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arcface_jax.data import columnar
+from arcface_jax.data.indexed import files_of
+from arcface_jax.data.source import Sample, Source
+from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime.sealed import array_digest
+
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
+_FILE_FORMAT = b"ARROW1"  # which has a footer; datasets writes streams
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds Arrow files, as `save_to_disk` and the hub's cache do."""
+    if (folder / _STATE).is_file():
+        return True
+    return folder.is_dir() and bool(files_of(folder, (".arrow",)))
+
+
+def arrow_files(place: Path, *, split: str = "") -> list[Path]:
+    """The Arrow files of a data set, in their order.
+
+    Args:
+      place: the folder of `save_to_disk`, of one split or of several, a folder of the hub's cache,
+        or an Arrow file.
+      split: which of several; "train" by default.
+
+    Returns:
+      Empty where the place is something else.
+
+    Raises:
+      DataError: there is no such split, or the rows are selected by indices in further files.
+    """
+    if place.is_file():
+        return [place] if place.suffix == ".arrow" else []
+    if (place / _SPLITS).is_file():
+        return arrow_files(place / _chosen(place, split))
+    if not is_saved(place):
+        return []
+    if not (place / _STATE).is_file():
+        files = files_of(place, (".arrow",))
+        files = [file for file in files if not file.name.startswith(("cache-", "tmp"))]
+        return [file for file in files if f"-{split or 'train'}" in file.name] or files
+    state = _read(place / _STATE)
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+        raise DataError(
+            f"{place} selects rows by indices: save it again with "
+            "dataset.flatten_indices().save_to_disk(FOLDER)"
+        )
+    return [place / file["filename"] for file in state.get("_data_files", [])]
+
+
+def _chosen(place: Path, split: str) -> str:
+    splits = _read(place / _SPLITS).get("splits", [])
+    if (split or "train") in splits:
+        return split or "train"
+    if len(splits) == 1 and not split:
+        return splits[0]
+    raise DataError(
+        f"{place} has the splits {', '.join(splits) or '(none)'}, not {split or 'train'}: name one "
+        f"as {place}#SPLIT"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): copy the data set again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not what save_to_disk writes: copy the data set again")
+    return content
+
+
+class ArrowSource(Source):
+    """A column of images (bytes, or a struct with bytes and path) and a column of labels.
+
+    Files are mapped, and a row is read without its neighbors. Labels are as in `ParquetSource`.
+
+    Args:
+      files: of one set, in their order.
+      columns: as `data.columns`; path is the column of images.
+
+    Raises (the constructor): DataError where a file is damaged, or has other columns.
+    """
+
+    unit = "rows"
+
+    def __init__(self, files: Sequence[Path], *, columns: str = ""):
+        self._files = [file.absolute() for file in files]
+        self._prepare()
+        tables = [_mapped(file) for file in self._files]
+        found = None
+        labels, lengths = [], []
+        for path, table in zip(self._files, tables, strict=True):
+            found = columnar.find_columns(path, table.schema, columns=columns)
+            labels.append(table[found.label])
+            lengths.append(len(table))
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        if found is None or not sum(lengths):
+            raise DataError(f"{self._files[0].parent}: no row in the Arrow files")
+        self._column = found.image
+        numbered = columnar.number(labels, found.class_names, where=self.where)
+        self._labels, self.num_classes, self.names = numbered
+
+    def _prepare(self) -> None:
+        self._opened: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        own = ("_opened", "_lock")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._prepare()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Sample:
+        """The image's bytes and its label.
+
+        Raises:
+          ImageError: they cannot be read, or are missing.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        label = int(self._labels[index])
+        if label < 0:
+            raise columnar.no_label(self.where(index))
+        file, row = self._place(index)
+        value = self._images(file)[row].as_py()
+        folder = self._files[file].parent
+        return Sample(columnar.image_bytes(value, folder, where=lambda: self.where(index)), label)
+
+    def labels(self) -> np.ndarray:
+        """(len,) int32; -1 where it is no whole number from 0."""
+        return self._labels
+
+    def where(self, index: int) -> str:
+        """The file and the row in it."""
+        file, row = self._place(index)
+        return f"{self._files[file]}, row {row}"
+
+    def facts(self) -> Mapping[str, int | str]:
+        """Sizes of the files, and digests of their labels and row counts."""
+        return {
+            "form": "Arrow",
+            "bytes": sum(file.stat().st_size for file in self._files),
+            "rows": array_digest(self._ends),
+            "labels": array_digest(self._labels),
+        }
+
+    def _place(self, index: int) -> tuple[int, int]:
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return file, index - (int(self._ends[file - 1]) if file else 0)
+
+    def _images(self, file: int) -> Any:
+        with self._lock:
+            if file not in self._opened:
+                try:
+                    self._opened[file] = _mapped(self._files[file])[self._column]
+                except (DataError, KeyError) as error:
+                    raise ImageError(str(self._files[file]), f"cannot be read: {error}") from error
+            return self._opened[file]
+
+
+def _mapped(path: Path) -> Any:
+    """The table of a file, not copied.
+
+    Raises:
+      DataError: it is no Arrow file, or is damaged.
+    """
+    pyarrow = columnar.import_pyarrow()
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            whole = file.read(len(_FILE_FORMAT)) == _FILE_FORMAT
+            file.seek(0)
+            reader = pyarrow.ipc.open_file(file) if whole else pyarrow.ipc.open_stream(file)
+            return reader.read_all()
+    except (OSError, ValueError) as error:  # pyarrow's errors are among these
+        raise DataError(f"{path} is not an Arrow file that can be read: {error}") from error

@@ -1,0 +1,187 @@
+"""Tables of Arrow and Parquet files: which columns hold images and identities, and their values.
+
+Columns are found by type and name. Images are bytes, or Hugging Face's struct of bytes and path;
+labels are whole numbers, text, a dictionary, or a ClassLabel, whose names the schema carries.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from arcface_jax.data import lists, names
+from arcface_jax.data.images import read_file
+from arcface_jax.data.names import Names
+from arcface_jax.errors import DataError, ImageError, UserError, install
+
+
+class Columns(NamedTuple):
+    """What a file's schema tells."""
+
+    image: str
+    label: str
+    class_names: list[str] | None
+    """Of a ClassLabel; None where the labels are something else, or the names are numbers."""
+
+
+def import_pyarrow() -> Any:
+    """The module `pyarrow`, with `pyarrow.parquet`.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"Parquet and Arrow files need pyarrow ({error}): {install('parquet')}"
+        ) from error
+    return pyarrow
+
+
+def find_columns(path: Path, schema: Any, *, columns: str) -> Columns:
+    """The columns of images and labels of a file.
+
+    Args:
+      path: of the file, for messages.
+      schema: pyarrow's.
+      columns: as `data.columns`.
+
+    Raises:
+      DataError: it is not clear which they are.
+    """
+    image, label = _find(path, schema, lists.parse_columns(columns))
+    return Columns(image, label, _class_names(schema, label))
+
+
+def number(
+    labels: Sequence[Any], table: list[str] | None, *, where: Callable[[int], str]
+) -> names.Numbered:
+    """Identities of the labels of all files.
+
+    Args:
+      labels: columns of pyarrow, numbers or names, one after another.
+      table: the names of a ClassLabel, which count the identities even where one has no image.
+      where: of a row's number, its place to name in a message.
+
+    Raises:
+      ImageError: naming a label that is none.
+    """
+    found = _numbered(labels, where)
+    if table is not None and found.num_classes <= len(table) and found.names is None:
+        return names.Numbered(found.labels, len(table), Names(table))
+    return found
+
+
+def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
+    """The encoded image of a cell: its bytes, or else the file that its path names.
+
+    Args:
+      value: bytes, or a mapping with `bytes` and `path`.
+      folder: that relative paths start from.
+      where: the cell, for the message.
+
+    Raises:
+      ImageError: it has neither, or the file cannot be read.
+    """
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if data is None and isinstance(value, dict) and value.get("path"):
+        return read_file(folder / value["path"])
+    if data is None:
+        raise ImageError(
+            where(), "has no bytes in its image: write the file with them", kind="no image"
+        )
+    return data
+
+
+def no_label(where: str) -> ImageError:
+    """The error of a row whose label is none."""
+    problem = "has no label that is a whole number from 0: write the file with them"
+    return ImageError(where, problem, kind="no label")
+
+
+def _numbered(labels: Sequence[Any], where: Callable[[int], str]) -> names.Numbered:
+    """Identities of the labels of all files, numbers or names."""
+    from pyarrow import types
+
+    kinds = [column.type for column in labels]
+    words = [types.is_dictionary(kind) or _is_text(kind) for kind in kinds]
+    if any(words):
+        text = [
+            "" if value is None else str(value) for column in labels for value in column.to_pylist()
+        ]
+        return names.number(text, where=where)
+    values = np.concatenate([column.to_numpy() for column in labels])
+    fits = (values >= 0) & (values < 2**62) & (values % 1 == 0)  # a null is NaN
+    return names.number_integers(np.where(fits, values, -1).astype(np.int64), where=where)
+
+
+def _class_names(schema: Any, label: str) -> list[str] | None:
+    """The names of a ClassLabel, which the library `datasets` leaves in the schema's metadata."""
+    try:
+        info = json.loads((schema.metadata or {})[b"huggingface"])
+        table = info["info"]["features"][label]["names"]
+    except (KeyError, ValueError, TypeError):
+        return None
+    numbers = all(name == str(i) for i, name in enumerate(table))
+    return None if numbers or not all(isinstance(name, str) for name in table) else table
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _holds_images(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        kind = fields.get("bytes")
+    return kind is not None and (types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _holds_labels(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_integer(kind) or types.is_floating(kind) or _is_text(kind)
+
+
+def _find(path: Path, schema: Any, chosen: Mapping[str, str]) -> tuple[str, str]:
+    """The columns of images and labels: those asked for, else by their type and then their name."""
+    kinds = {field.name: field.type for field in schema}
+    found = []
+    for what, fits, usual in (
+        ("path", _holds_images, ("image", "img", "jpg", "face")),
+        ("label", _holds_labels, lists.STRONG),
+    ):
+        fitting = [name for name, kind in kinds.items() if fits(kind)]
+        named = [name for word in usual for name in fitting if name.lower() == word]
+        if what in chosen:
+            fitting = [name for name in fitting if name == chosen[what]]
+        elif len(fitting) > 1:
+            fitting = named[:1]
+        if len(fitting) != 1:
+            raise DataError(_unclear(path, kinds, what, fits))
+        found.append(fitting[0])
+    return found[0], found[1]
+
+
+def _unclear(path: Path, kinds: Mapping[str, Any], what: str, fits: Callable[[Any], bool]) -> str:
+    columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    several = " or ".join(name for name, kind in kinds.items() if fits(kind))
+    expected = {
+        "path": "image (bytes, or a struct with bytes)",
+        "label": "label (a number or a name)",
+    }[what]
+    question = f": which is it, {several}?" if several else ""
+    return (
+        f"{path} has the columns {columns}: it needs 'image' and 'label', and has no clear "
+        f"{expected}{question}; name them with --data.columns path=IMAGES,label=IDENTITIES"
+    )

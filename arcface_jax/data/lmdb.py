@@ -1,0 +1,402 @@
+"""LMDB training sets: what converters of face sets write, read without running code of theirs.
+
+An entry's value is an image with its label, as MessagePack (HSFace, VFace), a pickle, pyarrow's
+`serialize` or Caffe's Datum, or the image only. A bare image has its label in the entry
+`label-NUMBER` beside `image-NUMBER`, in a list of keys and labels, or in the folder of its key.
+Keys, labels and where each image lies in its value are kept beside the database (`sidecar`).
+"""
+
+import contextlib
+import importlib
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from arcface_jax.data import lists, lmdb_values, names, sidecar
+from arcface_jax.data.indexed import IndexedSource, described, files_of, of_folders
+from arcface_jax.data.source import Sample
+from arcface_jax.errors import DataError, ImageError, UserError, install
+
+_LAYOUT = 1  # of the kept arrays
+_MAGIC = b"\xde\xc0\xef\xbe"  # at byte 16 of the first page
+_KEYS, _CLASSES = b"__keys__", b"__classnum__"
+_OTHER_FACTS = (b"num-samples", b"num_samples", b"length", b"classnum", b"class_num")
+_IMAGE, _LABEL = b"image-", b"label-"
+_LONGEST_KEY = 511  # beyond which LMDB raises
+
+
+def find_lmdb(place: Path) -> Path | None:
+    """The database at a path: a file, a folder with `data.mdb`, or a folder with one `.lmdb`.
+
+    Raises:
+      DataError: the folder holds several.
+    """
+    if _is_lmdb(place):
+        return place
+    if not place.is_dir():
+        return None
+    found = [path for path in files_of(place, (".lmdb", ".mdb")) if _is_lmdb(path)]
+    if len(found) > 1:
+        several = ", ".join(path.name for path in found[:5])
+        raise DataError(f"{place} holds {len(found)} LMDBs ({several}): name one of them")
+    return found[0] if found else None
+
+
+def _is_lmdb(place: Path) -> bool:
+    if not _data_file(place).is_file():  # a pipe would be waited for
+        return False
+    try:
+        with _data_file(place).open("rb") as file:
+            return file.read(20)[16:] == _MAGIC
+    except OSError:
+        return False
+
+
+def _data_file(place: Path) -> Path:
+    return place / "data.mdb" if place.is_dir() else place
+
+
+class LmdbSource(IndexedSource):
+    """The images of an LMDB.
+
+    In the order of `__keys__`, where the writer left it; else by number, or by folder and name.
+
+    Args:
+      path: the file, or the folder with `data.mdb`.
+      columns: as `data.columns`, for a list of keys and labels.
+
+    Raises (the constructor): DataError where it is damaged, or has images without labels.
+    """
+
+    unit = "entries"
+
+    def __init__(self, path: Path, *, columns: str = ""):
+        self._path = path.absolute()
+        self._columns = columns
+        super().__init__(path if path.is_dir() else path.parent)
+
+    def _open_arrays(self, *, check: bool) -> sidecar.Arrays:
+        beside = _lists_beside(self._path)
+        return sidecar.open_arrays(
+            self._path,
+            [_data_file(self._path), *beside],
+            lambda: _index(self._path, beside, self._columns),
+            options=f"lmdb {_LAYOUT} {self._columns}",
+            check=check,
+        )
+
+    def _prepare(self) -> None:
+        self._environment: _Environment | None = None  # opened by the first reading
+
+    def __getstate__(self) -> dict:
+        return {name: x for name, x in super().__getstate__().items() if name != "_environment"}
+
+    def read(self, index: int) -> Sample:
+        """The image's bytes and its label.
+
+        Raises:
+          ImageError: they cannot be read, or the label is none.
+        """
+        key, label = self._key(index), int(self._labels[index])
+        if label < 0:
+            raise ImageError(self.where(index), "has no label: write the identity", kind="no label")
+        begin, size = int(self._arrays["begins"][index]), int(self._arrays["sizes"][index])
+        if self._environment is None:
+            self._environment = _open(self._path)
+        with self._environment.read() as values:
+            value = values.get(key)
+            if value is None:
+                raise ImageError(self.where(index), "is missing: restore the entry", kind="missing")
+            if begin >= 0:
+                return Sample(bytes(value[begin : begin + size]), label)
+            # The image is not stored whole, as in pickles for Python 2.
+            found = lmdb_values.parse(value, where=self.where(index))
+        if found is None:
+            raise ImageError(self.where(index), "is no longer an image: restore the entry")
+        return Sample(found.image, label)
+
+    def where(self, index: int) -> str:
+        """The database and the entry's key."""
+        return f"{self._path}, key {_shown(self._key(index))}"
+
+    def facts(self) -> Mapping[str, int | str]:
+        """Digests of keys, sizes and labels; the file's own size depends on how it was written."""
+        found = self._arrays
+        return {
+            "form": "LMDB",
+            "keys": found.digest("keys") + found.digest("key_ends"),
+            "image sizes": found.digest("sizes"),
+            "labels": found.digest("labels"),
+        }
+
+    def _key(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(f"entry {index} of {len(self)}")
+        ends = self._arrays["key_ends"]
+        return self._arrays["keys"][ends[index - 1] if index else 0 : ends[index]].tobytes()
+
+
+def _shown(key: bytes) -> str:
+    return key.decode("utf-8", "backslashreplace")
+
+
+# ---- Access -----------------------------------------------------------------------------------
+
+
+def import_lmdb() -> Any:
+    """The package `lmdb`.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("lmdb")  # by name: this module has the same
+    except ImportError as error:
+        raise UserError(f"LMDB files need lmdb ({error}): {install('lmdb')}") from error
+
+
+class _Environment:
+    """An open database. A process may open each only once, so sources share it."""
+
+    def __init__(self, path: Path):
+        lmdb = import_lmdb()
+        self._path, self._error = path, lmdb.Error
+        try:
+            self._lmdb = lmdb.open(
+                os.fspath(path),
+                subdir=path.is_dir(),
+                readonly=True,
+                lock=False,
+                readahead=False,
+                meminit=False,
+            )
+        except lmdb.Error as error:
+            raise DataError(
+                f"{path} cannot be opened as an LMDB ({error}): copy it again"
+            ) from error
+        pages, size = 1 + self._lmdb.info()["last_pgno"], self._lmdb.stat()["psize"]
+        there = _data_file(path).stat().st_size
+        if there < pages * size:  # reading a page that is missing would kill the process
+            self.close()
+            raise DataError(
+                f"{path} is cut short: {there:,} bytes of {pages * size:,}: copy it again"
+            )
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Any]:
+        """A read transaction with `get` and `cursor`, whose values are views.
+
+        Raises:
+          ImageError: the database is damaged where it is read.
+        """
+        try:
+            with self._lmdb.begin(buffers=True) as transaction:
+                yield transaction
+        except self._error as error:
+            raise ImageError(str(self._path), f"cannot be read ({error}): copy it again") from error
+
+    def close(self) -> None:
+        """Unmaps the file."""
+        self._lmdb.close()
+
+    def __del__(self):
+        if hasattr(self, "_lmdb"):
+            self.close()
+
+
+_ENVIRONMENTS: weakref.WeakValueDictionary[Path, _Environment] = weakref.WeakValueDictionary()
+_LOCK = threading.Lock()
+
+
+def _open(path: Path) -> _Environment:
+    """The open database of this process, or of the one that it was forked from.
+
+    A map without a lock file may be read after a fork, and LMDB refuses to open it again.
+    """
+    key = path.resolve()
+    with _LOCK:
+        found = _ENVIRONMENTS.get(key)
+        if found is None:
+            found = _ENVIRONMENTS[key] = _Environment(path)
+        return found
+
+
+# ---- The index --------------------------------------------------------------------------------
+
+
+class _Entry(NamedTuple):
+    """An image of the database."""
+
+    key: bytes
+    begin: int
+    """Byte of the value at which the image begins; -1 where it is not stored whole."""
+    size: int
+    label: int | str | None
+
+
+def _index(path: Path, beside: Sequence[Path], columns: str) -> dict[str, np.ndarray]:
+    """Looks at every entry once."""
+    ignored: Counter[str] = Counter()
+    environment = _open(path)
+    with environment.read() as values:
+        entries, notes = _entries(path, values, ignored)
+        announced = _fact(path, values, _CLASSES)
+        given = [entry.label for entry in entries]
+        if any(label is None for label in given):
+            given, note = _labels_elsewhere(path, values, entries, beside, columns)
+            notes.append(note)
+    found = _numbered(given, lambda i: f"{path}, key {_shown(entries[i].key)}")
+    classes = found.num_classes
+    if found.names is None and isinstance(announced, int) and announced > classes:
+        names.check_count(announced, len(entries), where=f"{path}, key {_CLASSES.decode()}")
+        classes = announced
+    keys = [entry.key for entry in entries]
+    return {
+        "keys": np.frombuffer(b"".join(keys), np.uint8),
+        "key_ends": np.cumsum([len(key) for key in keys], dtype=np.int64),
+        "begins": np.array([entry.begin for entry in entries], np.int64),
+        "sizes": np.array([entry.size for entry in entries], np.int64),
+        **described(found._replace(num_classes=classes), ignored=ignored, notes=notes),
+    }
+
+
+def _numbered(labels: Sequence[int | str | None], where: Any) -> names.Numbered:
+    if all(isinstance(label, int) for label in labels):
+        return names.number_integers(np.array(labels, np.int64), where=where)
+    return names.number(["" if label is None else str(label) for label in labels], where=where)
+
+
+def _entries(path: Path, values: Any, ignored: Counter[str]) -> tuple[list[_Entry], list[str]]:
+    """The images, in their order, and what was noticed."""
+    entries, unknown = [], []
+    for key, value in _content(values):
+        found = lmdb_values.parse(value, where=f"{path}, key {_shown(key)}")
+        if found is None:
+            unknown.append((key, bytes(value[:24]), len(value)))
+        else:
+            entries.append(_Entry(key, found.begin, len(found.image), found.label))
+    if not entries:
+        raise DataError(_not_understood(path, unknown))
+    if unknown:
+        ignored["entries without an image"] += len(unknown)
+    return _in_order(path, values, entries, ignored)
+
+
+def _content(values: Any) -> Iterator[tuple[bytes, Any]]:
+    """The entries that may be images."""
+    for view, value in values.cursor():
+        key = bytes(view)
+        fact = (key.startswith(b"__") and key.endswith(b"__")) or key in _OTHER_FACTS
+        if not (fact or key.startswith(_LABEL)):
+            yield key, value
+
+
+def _not_understood(path: Path, unknown: Sequence[tuple[bytes, bytes, int]]) -> str:
+    known = (
+        "an image, or an image and its label as MessagePack, a pickle, pyarrow's serialize or "
+        "Caffe's Datum with an encoded image"
+    )
+    if not unknown:
+        return f"{path} holds no entry: each should be {known}"
+    key, start, size = unknown[0]
+    return (
+        f"{path} holds {len(unknown):,} entries and no image that can be read: key {_shown(key)} "
+        f"has {size:,} bytes that begin with {start[:12].hex(' ')}; expected {known}"
+    )
+
+
+def _in_order(
+    path: Path, values: Any, entries: list[_Entry], ignored: Counter[str]
+) -> tuple[list[_Entry], list[str]]:
+    """By the writer's list of keys; else by number, or by folder and name."""
+    listed = _fact(path, values, _KEYS)
+    if isinstance(listed, list | tuple):
+        by_key = {entry.key: entry for entry in entries}
+        keys = [key.encode() if isinstance(key, str) else key for key in listed]
+        kept = [by_key[key] for key in keys if key in by_key]
+        if missing := len(keys) - len(kept):
+            ignored["keys without an image"] += missing
+        if others := len(entries) - len(set(keys) & by_key.keys()):
+            ignored["entries that __keys__ does not list"] += others
+        if kept:
+            return kept, []
+    if all(entry.key.isdigit() for entry in entries):
+        return sorted(entries, key=lambda entry: (int(entry.key), entry.key)), []
+    return sorted(entries, key=lambda entry: os.path.split(entry.key)), []
+
+
+def _fact(path: Path, values: Any, key: bytes) -> Any:
+    """What the writer put under a name of its own; None where it is missing or not understood."""
+    value = values.get(key)
+    if value is None:
+        return None
+    return lmdb_values.parse_fact(bytes(value), where=f"{path}, key {_shown(key)}")
+
+
+# ---- Labels that are not beside their image -----------------------------------------------------
+
+
+def _lists_beside(path: Path) -> list[Path]:
+    """Lists that may name keys and labels: in the database's folder, or of its name beside it."""
+    found = sorted(path.iterdir()) if path.is_dir() else []
+    stems = (path.with_suffix(""), path)
+    found += [stem.with_name(stem.name + suffix) for stem in stems for suffix in lists.SUFFIXES]
+    usual = {x for x in found if x.suffix.lower() in lists.SUFFIXES and x.name != names.FILE}
+    return sorted(file for file in usual if file.is_file())
+
+
+def _labels_elsewhere(
+    path: Path, values: Any, entries: Sequence[_Entry], beside: Sequence[Path], columns: str
+) -> tuple[list[int | str | None], str]:
+    """The label of each bare image, and where it comes from.
+
+    Raises:
+      DataError: there is none.
+    """
+    if all(entry.key.startswith(_IMAGE) for entry in entries):
+        found = [values.get(_LABEL + entry.key.removeprefix(_IMAGE)) for entry in entries]
+        if all(value is not None for value in found):
+            text: list[int | str | None] = [bytes(value).decode() for value in found]
+            return text, "labels: the entries label-NUMBER"
+    refused: DataError | None = None
+    for file in beside:
+        try:
+            by_key = _listed(file, values, columns)
+        except DataError as error:  # another text, or the list, which is reported then
+            refused = error
+            continue
+        missing = [entry.key for entry in entries if entry.key not in by_key]
+        if len(missing) == len(entries):
+            continue
+        if missing:
+            raise DataError(
+                f"{file} has no line for {len(missing):,} of {len(entries):,} keys of {path} "
+                f"({_shown(missing[0])}): add them, or remove these entries"
+            )
+        return [by_key[entry.key] for entry in entries], f"labels: {file}"
+    folders = [_shown(os.path.dirname(entry.key)) for entry in entries]
+    if all(folders):
+        return [*of_folders(folders)], "labels: the folders of the keys"
+    if refused:
+        raise refused
+    first = next(entry.key for entry in entries if entry.label is None)
+    raise DataError(
+        f"{path}, key {_shown(first)}: the image has no label with it: put a list of 'key label' "
+        f"lines beside the database as {path.with_suffix('.txt').name}"
+    )
+
+
+def _listed(file: Path, values: Any, columns: str) -> dict[bytes, str]:
+    """The labels of a list, by key."""
+    listed = lists.read_list(file, columns=columns, exists=lambda cell: _has(values, cell.encode()))
+    return dict(zip((name.encode() for name in listed.files), listed.labels, strict=True))
+
+
+def _has(values: Any, key: bytes) -> bool:
+    return 0 < len(key) <= _LONGEST_KEY and values.get(key) is not None

@@ -1,0 +1,76 @@
+"""`data pack --format webdataset`: any training set as tar files of `KEY.jpg` and `KEY.cls`.
+
+Made of shards that are finished one by one, so that an interrupted job resumes with the next.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from arcface_jax.config.choices import Bad
+from arcface_jax.data import fingerprint, formats, names
+from arcface_jax.data.source import Sample, Source
+from arcface_jax.data.tools import packing
+from arcface_jax.data.tools.packing import Journal, Packed, Selection
+from arcface_jax.errors import DataError, UserError
+from arcface_jax.runtime.files import atomic_files
+
+SHARD_IMAGES = 10_000
+"""Images of a tar file, some 100 MB."""
+
+_SUFFIXES = {"JPEG": "jpg", "WebP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
+
+
+def write(
+    source: Source, selection: Selection, folder: Path, *, bad: Bad = "stop", threads: int = 0
+) -> Packed:
+    """Writes train-000000.tar and so on, and the identities' names.
+
+    Args:
+      source: the training set.
+      selection: which of its images, in which order, under which labels.
+      folder: where to; rerun to resume.
+      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
+      threads: that read and check images; 0 for as many as there are processors.
+
+    Raises:
+      UserError: the folder holds finished shards, or another job in the making.
+      ImageError: an image is bad, and that is to stop it.
+    """
+    if not len(selection.numbers):
+        raise DataError("there is no image to pack: nothing is left of the identities asked for")
+    if (folder / names.FILE).exists() and any(folder.glob("*.tar")):
+        raise UserError(f"{folder} has tar files already: name another folder, or remove them")
+    folder.mkdir(parents=True, exist_ok=True)
+    job = packing.fingerprint(source, selection, bad, "webdataset", SHARD_IMAGES)
+    journal = Journal(folder / "packing.json", job, fingerprint.of_source(source))
+    total = len(selection.numbers)
+    shards = []
+    for begin in range(0, total, SHARD_IMAGES):
+        path = folder / f"train-{len(shards):06d}.tar"
+        places = range(begin, min(begin + SHARD_IMAGES, total))
+        if not journal.has(path):
+            found = packing.images(
+                source, selection, journal, places=places, bad=bad, threads=threads
+            )
+            _write_shard(path, found)
+            journal.finish(path)
+        shards.append(path)
+    table = names.write(folder, packing.names_of(source, selection))
+    journal.path.unlink()
+    images = total - len(journal.skipped)
+    return Packed([*shards, table], images, selection.num_classes, list(journal.skipped.values()))
+
+
+def _write_shard(path: Path, found: Iterable[tuple[int, Sample]]) -> None:
+    with (
+        atomic_files(path) as part,
+        tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for place, (data, label) in found:
+            suffix = _SUFFIXES.get(formats.sniff(data[: formats.HEAD]) or "", "png")
+            for name, content in ((suffix, data), ("cls", b"%d" % label)):
+                member = tarfile.TarInfo(f"{place:09d}.{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))

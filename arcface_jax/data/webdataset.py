@@ -1,0 +1,359 @@
+"""WebDataset: tar files of samples, `KEY.jpg` beside `KEY.cls` or `KEY.json`.
+
+Images are read by offset with the operating system's `pread`, from any thread and in any order;
+where each lies is kept beside the tars (`sidecar`). Plain tars of an image folder are read too.
+"""
+
+import json
+import os
+import re
+import tarfile
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from arcface_jax.data import lists, names, sidecar
+from arcface_jax.data.images import HIDDEN, is_image
+from arcface_jax.data.indexed import IndexedSource, described, files_of, of_folders
+from arcface_jax.data.source import Sample
+from arcface_jax.errors import DataError, ImageError
+
+_LAYOUT = 1  # of the kept arrays
+_BLOCK = 512
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_LABELS = ("cls", "json")  # by preference
+_OPEN = 128  # shards whose files stay open in a process
+
+
+def find_shards(path: str) -> list[Path]:
+    """The tar files that a path names: one, the ones of a folder, or `shard-{0000..0042}.tar`.
+
+    Of a folder with several splits, those whose names begin with "train".
+
+    Returns:
+      In their order; empty where the path names something else.
+
+    Raises:
+      DataError: shards of a range are missing, or they are compressed.
+    """
+    place = Path(path)
+    if found := _RANGE.search(place.name):
+        if not (place.parent.is_dir() and place.name.lower().endswith(_SUFFIXES)):
+            return []
+        first, last = found[1], found[2]
+        numbers = (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
+        shards = [place.with_name(_RANGE.sub(number, place.name, count=1)) for number in numbers]
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing or not shards:
+            raise DataError(
+                f"{path} names {len(shards)} shards, of which {len(missing)} do not exist "
+                f"({', '.join(missing[:3]) or 'an empty range'}): correct the range, or copy them"
+            )
+    elif place.is_dir():
+        shards = files_of(place, _SUFFIXES)
+        shards = [shard for shard in shards if shard.name.startswith("train")] or shards
+    else:
+        known = place.is_file() and place.name.lower().endswith(_SUFFIXES)
+        shards = [place] if known else []
+    if packed := next((shard for shard in shards if shard.suffix.lower() != ".tar"), None):
+        raise DataError(
+            f"{packed} is compressed and has no random access: unpack it to a .tar (gunzip "
+            f"{packed.name}); images in it are compressed already"
+        )
+    return shards
+
+
+class WebDatasetSource(IndexedSource):
+    """Samples of tar files: an image, and its label in `.cls` or `.json`.
+
+    A sample is a run of files with one name up to its first dot. In JSON the label's field is the
+    one that `columns` names, else the one whose name is usual for labels. Where no sample has a
+    label file, the image's folder is its identity. Labels are numbers or names by the rule of
+    `names`.
+
+    Args:
+      shards: the tar files, in their order.
+      columns: as `data.columns`; label is a field of the JSON.
+
+    Raises (the constructor): DataError where a file is no tar or is cut short.
+    """
+
+    unit = "samples"
+
+    def __init__(self, shards: Sequence[Path], *, columns: str = ""):
+        self._shards = [shard.absolute() for shard in shards]
+        self._field = lists.parse_columns(columns).get("label", "")
+        super().__init__(self._shards[0].parent)
+
+    def _open_arrays(self, *, check: bool) -> sidecar.Arrays:
+        first = self._shards[0]
+        return sidecar.open_arrays(
+            first if len(self._shards) == 1 else first.parent,
+            self._shards,
+            lambda: _index(self._shards, self._field),
+            options=f"webdataset {_LAYOUT} {self._field}",
+            check=check,
+        )
+
+    def _prepare(self) -> None:
+        self._files: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        own = ("_files", "_lock")
+        return {name: x for name, x in super().__getstate__().items() if name not in own}
+
+    def read(self, index: int) -> Sample:
+        """The image's bytes and its label.
+
+        Raises:
+          ImageError: they cannot be read, or the label is none.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        label = int(self._labels[index])
+        if label < 0:
+            raise ImageError(
+                self.where(index), "has no label: give it a .cls file, or drop it", kind="no label"
+            )
+        shard, offset, size = self._place(index)
+        try:
+            data = self._file(shard).read(size, offset)
+        except OSError as error:
+            raise ImageError(self.where(index), f"cannot be read: {error.strerror}") from error
+        if len(data) < size:
+            raise ImageError(self.where(index), f"ends after {len(data)} of {size} bytes")
+        return Sample(data, label)
+
+    def where(self, index: int) -> str:
+        """The tar and the image's place in it, its name where that can be read."""
+        shard, offset, _ = self._place(index)
+        try:
+            header = self._file(shard).read(_BLOCK, offset - _BLOCK)
+            name = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except (OSError, tarfile.HeaderError):
+            name = f"byte {offset}"
+        return f"{self._shards[shard]}, {name}"
+
+    def facts(self) -> Mapping[str, int | str]:
+        """The sizes of the tars, and digests of where images lie and of their labels."""
+        found = self._arrays
+        return {
+            "form": "WebDataset",
+            "bytes": sum(shard.stat().st_size for shard in self._shards),
+            "shards": len(self._shards),
+            "image places": found.digest("offsets") + found.digest("sizes"),
+            "labels": found.digest("labels"),
+        }
+
+    def _place(self, index: int) -> tuple[int, int, int]:
+        shard = int(np.searchsorted(self._arrays["ends"], index, side="right"))
+        return shard, int(self._arrays["offsets"][index]), int(self._arrays["sizes"][index])
+
+    def _file(self, shard: int) -> "_File":
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                file = self._files[shard] = _File(self._shards[shard])
+                if len(self._files) > _OPEN:  # one in use is closed when its reader is done
+                    self._files.popitem(last=False)
+            else:
+                self._files.move_to_end(shard)
+            return file
+
+
+class _File:
+    """An open file, read by offset from any thread, closed with the last reference to it."""
+
+    def __init__(self, path: Path):
+        self._number = -1
+        self._number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self, size: int, offset: int) -> bytes:
+        return os.pread(self._number, size, offset)
+
+    def __del__(self):
+        if self._number >= 0:
+            os.close(self._number)
+
+
+# ---- The index --------------------------------------------------------------------------------
+
+
+class _Image(NamedTuple):
+    """An image of a shard."""
+
+    name: str
+    offset: int
+    size: int
+    label: str | None
+    """None where no file beside it has one."""
+
+
+def _index(shards: Sequence[Path], field: str) -> dict[str, np.ndarray]:
+    """Reads the headers and the labels of all shards."""
+    ignored: Counter[str] = Counter()
+    notes: list[str] = []
+    images, ends = [], []
+    for shard in shards:
+        images += _images_of(shard, field, ignored, notes)
+        ends.append(len(images))
+    if not images:
+        raise DataError(
+            f"{shards[0]}: no image in {len(shards)} tar files: WebDataset has NAME.jpg (.png, "
+            ".webp) beside NAME.cls or NAME.json"
+        )
+    return {
+        "offsets": np.array([image.offset for image in images], np.int64),
+        "sizes": np.array([image.size for image in images], np.int64),
+        "ends": np.array(ends, np.int64),
+        **described(_numbered(images, shards, ends), ignored=ignored, notes=notes),
+    }
+
+
+def _numbered(
+    images: Sequence[_Image], shards: Sequence[Path], ends: Sequence[int]
+) -> names.Numbered:
+    """Identities of the labels, or of the folders where no image has a label."""
+
+    def where(place: int) -> str:
+        shard = int(np.searchsorted(ends, place, side="right"))
+        return f"{shards[shard]}, {images[place].name}"
+
+    labels = [image.label for image in images]
+    if all(label is None for label in labels):
+        folders = [os.path.dirname(image.name.removeprefix("./")) for image in images]
+        if not all(folders):
+            raise DataError(
+                f"{where(folders.index(''))} has neither a label (NAME.cls, NAME.json) beside it "
+                "nor a folder: add one of them"
+            )
+        labels = of_folders(folders)
+    known = [place for place, label in enumerate(labels) if label is not None]
+    found = names.number([labels[i] or "" for i in known], where=lambda i: where(known[i]))
+    numbers = np.full(len(images), -1, np.int32)
+    numbers[known] = found.labels
+    return found._replace(labels=numbers)
+
+
+def _images_of(
+    shard: Path, field: str, ignored: Counter[str], notes: list[str]
+) -> Iterator[_Image]:
+    """The images of a tar, in its order; what else it holds is counted."""
+    order = tuple(reversed(_LABELS)) if field else _LABELS
+    number = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        for sample in _samples(_visible(_members(shard, notes), ignored)):
+            found = {suffix: x for suffix, x in sample.items() if is_image(f"x.{suffix}")}
+            beside = next((suffix for suffix in order if found and suffix in sample), None)
+            label = None
+            if beside is not None:
+                file = sample[beside]
+                content = os.pread(number, file.size, file.offset_data)
+                label = _label(content, beside, field, where=f"{shard}, {file.name}")
+            for member in found.values():
+                yield _Image(member.name, member.offset_data, member.size, label)
+            others = sample.keys() - found.keys() - {beside}
+            ignored.update(f".{suffix}" if suffix else "no suffix" for suffix in others)
+    finally:
+        os.close(number)
+
+
+def _visible(
+    members: Iterator[tarfile.TarInfo], ignored: Counter[str]
+) -> Iterator[tarfile.TarInfo]:
+    for member in members:
+        if os.path.basename(member.name).startswith("."):
+            ignored[HIDDEN] += 1
+        else:
+            yield member
+
+
+def _samples(members: Iterator[tarfile.TarInfo]) -> Iterator[dict[str, tarfile.TarInfo]]:
+    """Runs of files with one key, by suffix; a suffix that comes again begins another sample."""
+    sample: dict[str, tarfile.TarInfo] = {}
+    before = None
+    for member in members:
+        folder, _, name = member.name.rpartition("/")
+        stem, _, suffix = name.partition(".")
+        key, suffix = f"{folder}/{stem}", suffix.lower()
+        if sample and (key != before or suffix in sample):
+            yield sample
+            sample = {}
+        sample[suffix] = member
+        before = key
+    if sample:
+        yield sample
+
+
+def _members(shard: Path, notes: list[str]) -> Iterator[tarfile.TarInfo]:
+    """The files of a tar.
+
+    Raises:
+      DataError: it is no tar, or is cut short.
+    """
+    size = shard.stat().st_size
+    end = 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while member := tar.next():
+                vars(tar)["members"] = []  # where millions would stay in memory
+                stored = member.size if member.isreg() else 0
+                end = member.offset_data + -(-stored // _BLOCK) * _BLOCK
+                if member.offset_data + stored > size:
+                    raise _cut_short(shard, f"{member.name} ends at byte {end:,} of {size:,}")
+                if member.isreg():
+                    yield member
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        if end or size < _BLOCK or "truncated" in str(error) or "end of data" in str(error):
+            raise _cut_short(shard, f"{error} after byte {end:,} of {size:,}") from error
+        raise DataError(f"{shard} is not a tar file ({error}): fetch it again") from error
+    with shard.open("rb") as file:
+        file.seek(end)
+        rest = file.read(_BLOCK)
+    if rest.strip(b"\0"):
+        raise _cut_short(shard, f"no file begins at byte {end:,} of {size:,}")
+    if len(rest) < _BLOCK:
+        notes.append(
+            f"warning: {shard} has no end mark: a file cut short between two images looks the same"
+        )
+
+
+def _cut_short(shard: Path, found: str) -> DataError:
+    return DataError(f"{shard} is cut short or damaged ({found}): copy it again")
+
+
+def _label(content: bytes, suffix: str, field: str, *, where: str) -> str | None:
+    """The label in a file beside an image; None where JSON has null for it.
+
+    Raises:
+      DataError: it is not clear which field of the JSON it is, or it is no text.
+    """
+    try:
+        text = content.decode().strip()
+        value: Any = json.loads(text) if suffix == "json" else text
+    except ValueError as error:
+        raise DataError(f"{where} is not {suffix.upper()} text: {error}") from error
+    if isinstance(value, dict):
+        value = value[_field(value, field, where)]
+    if isinstance(value, dict | list | bool):
+        raise DataError(f"{where}: {text[:60]!r} is not a label: a number or a name is expected")
+    return None if value is None else str(value)
+
+
+def _field(value: Mapping[str, Any], field: str, where: str) -> str:
+    usual = [name for word in lists.STRONG for name in value if name.lower() == word]
+    wanted = [name for name in value if name == field] if field else usual[:1]
+    if not wanted and not field:
+        wanted = [name for name, x in value.items() if isinstance(x, int | str)]
+    if len(wanted) != 1:
+        raise DataError(
+            f"{where} has the fields {', '.join(value)}: which is the identity? Name it with "
+            "--data.columns label=FIELD (--columns in data tools)"
+        )
+    return wanted[0]
