@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
-from arcface_jax.commands import Result, command
+from arcface_jax.commands import Result, command, own_options
 from arcface_jax.config import command_line
 from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
 
@@ -47,7 +47,8 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     from arcface_jax.inference.embedder import Embedder
 
     config = config_of(arguments.model)
-    (pair_set,) = open_for_runs([config], [arguments.pairs])
+    with own_options({"evaluation.targets": "--pairs"}):
+        (pair_set,) = open_for_runs([config], [arguments.pairs])
     verification.check(pair_set)
     model = open_model(arguments.model, batch_size=arguments.batch_size)
     embedder = Embedder(model, flip=arguments.flip, batch_size=arguments.batch_size)

@@ -200,6 +200,7 @@ def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[
         return _Columns(at, others[0], bool(header))
     if not others:
         raise _unclear(path, data[0], header, [])
+    _refuse_pairs(path, data, place, others)
     if header:
         strong = [header.index(word) for word in STRONG if word in header]
         for column in strong:
@@ -215,6 +216,25 @@ def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[
     if len(candidates) == 1:
         return _Columns(at, candidates[0], bool(header))
     raise _unclear(path, data[0], header, candidates or others)
+
+
+def _refuse_pairs(path: Path, data: Sequence[Row], place: int, others: Sequence[int]) -> None:
+    """Refuses a list of pairs, which has two columns of existing files.
+
+    Raises:
+      DataError: it is one.
+    """
+    part = tables.sample(data)
+
+    def is_file(column: int) -> bool:
+        return all(_exists(path.parent, row.cells[column]) for row in part)
+
+    if len(others) > 1 and is_file(place) and any(map(is_file, others)):
+        raise DataError(
+            f"{path} is a list of pairs, for it has two columns of files: verify on it with "
+            f"--evaluation.targets {path}:{path.parent} (--targets of `evaluate`), or name the "
+            "columns of a training set with --data.columns path=1,label=2"
+        )
 
 
 def _different(data: Sequence[Row], column: int) -> set[str]:
@@ -292,13 +312,10 @@ def _notes(
             header[column] if header else str(1 + column % len(data[0].cells))
             for column in (found.path, found.label)
         )
-        notes.append(
-            f"columns: path={path}, label={label} "
-            "(others: --data.columns, or --columns in data tools)"
-        )
+        notes.append(f"columns: path={path}, label={label} (--data.columns names others)")
     if numbered.num_classes == len(data) > 20:
         notes.append(
             "warning: every image has a label of its own: is this column the identity? "
-            "--data.columns label=COLUMN names another (--columns in data tools)"
+            "--data.columns label=COLUMN names another"
         )
     return notes

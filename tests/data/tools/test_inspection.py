@@ -46,6 +46,8 @@ def test_everything_planted_is_found_counted_and_named(tmp_path: Path):
         "other_sizes": 1,
         "duplicates": 1,
         "label_conflicts": 1,
+        "gray": 0,
+        "looks_bgr": False,
     }
     text = "\n".join(inspection.in_words(report))
     for part in (
