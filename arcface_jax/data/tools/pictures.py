@@ -15,7 +15,8 @@ from arcface_jax.runtime.files import write_atomic
 
 _ROWS, _COLUMNS = 8, 8
 _SINGLE, _BINS = 31, 20  # numbers of images up to which each is a bin; bins beyond
-_NUMBERED, _LABELS = 16, 12  # bars that have numbers on them; labels below the axis
+_SPREAD = 5  # the largest number over the least, from which on ends grow by a factor
+_NUMBERED, _LETTERS = 16, 90  # bars that have numbers on them; letters of the labels below the axis
 _LOG_ABOVE = 50  # the highest bar over the lowest
 _CAPTION, _LINE = 168, 20  # pixels of the names' column, letters of its lines
 
@@ -41,12 +42,17 @@ def bins(per_identity: np.ndarray) -> list[Bin]:
       per_identity: (identities,) images of each.
 
     Returns:
-      Bins that touch, from the least number to the largest; more than 30 numbers share about 20
-      bins whose ends grow by a factor, and 0 is a bin of its own.
+      Bins that touch, from the least number to the largest; more than 31 numbers share about 20
+      bins, of one width or, where they spread over more than a factor of 5, with ends that grow by
+      a factor. 0 is then a bin of its own.
     """
-    low, high = int(per_identity.min(initial=0)), int(per_identity.max(initial=0))
+    if not per_identity.size:
+        return []
+    low, high = int(per_identity.min()), int(per_identity.max())
     if high - low < _SINGLE:
         starts = np.arange(low, high + 1)
+    elif high < _SPREAD * low:
+        starts = np.arange(low, high + 1, -(-(high - low) // _BINS))
     else:
         starts = np.unique(np.round(np.geomspace(max(1, low), high + 1, _BINS + 1)).astype(int))
         starts = np.concatenate([[0] if low == 0 else [], starts[:-1]]).astype(int)
@@ -85,9 +91,11 @@ def histogram(per_identity: np.ndarray, path: Path) -> Path:
         axes.set_ylim(0, 1.1 * max([1, *heights]))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    shown = range(0, len(found), -(-len(found) // _LABELS))
+    longest = 2 + max([0, *(len(one.label) for one in found)])
+    shown = range(0, len(found), max(1, -(-longest * len(found) // _LETTERS)))
+    beside = max(0.6, 2.5 - len(found) / 2)  # so that few bars are not as wide as the picture
     axes.set_xticks(list(shown), [found[i].label for i in shown])
-    axes.set_xlim(-0.6, max(len(found), 4) - 0.4)
+    axes.set_xlim(-beside, len(found) - 1 + beside)
     axes.set(xlabel="images of an identity", ylabel="identities", title=title(per_identity))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
@@ -148,7 +156,11 @@ def sheet(source: Source, path: Path, *, seed: int) -> Path:
     for row, (_, numbers) in enumerate(rows):
         for column, number in enumerate(numbers):
             y, x = row * IMAGE_SIZE, column * IMAGE_SIZE
-            canvas[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = thumbnail(source, number)
+            try:
+                tile = thumbnail(source, number)
+            except ImageError:
+                tile = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), (200, 0, 0), np.uint8)
+            canvas[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = tile
     if source.names is not None:
         canvas = np.hstack([_captions([source.names[row.identity] for row in rows]), canvas])
     write_atomic(path, encode(canvas))
@@ -173,12 +185,13 @@ def _captions(words: Sequence[str]) -> np.ndarray:
 
 
 def thumbnail(source: Source, number: int) -> np.ndarray:
-    """(112, 112, 3) uint8 RGB: an image of a set, red where it cannot be read."""
-    try:
-        data = source.read(number).data
-        return fitted(decode_any_size(data, where=source.where(number)))
-    except ImageError:
-        return np.full((IMAGE_SIZE, IMAGE_SIZE, 3), (200, 0, 0), np.uint8)
+    """(112, 112, 3) uint8 RGB: an image of a set.
+
+    Raises:
+      ImageError: it cannot be read.
+    """
+    data = source.read(number).data
+    return fitted(decode_any_size(data, where=source.where(number)))
 
 
 def fitted(image: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ _WIDTH, _HEIGHT = 360, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 38
 _POINTS = 200
 _BINS = 48
-_LETTERS = 40  # of all labels below an axis, beyond which they would touch
+_LETTERS = 48  # of all labels below an axis, with a blank each, so that none touch
 
 
 class Curve(NamedTuple):
@@ -135,8 +135,9 @@ def bars(
     """
     most = max([1, *heights])
     low, top = (math.log10(0.7), math.log10(1.5 * most)) if log else (0.0, 1.08 * most)
-    frame = _Frame(-0.6, max(len(labels), 4) - 0.4, low, top)
-    every = -(-max(map(len, labels)) * len(labels) // _LETTERS)
+    beside = max(0.6, 2.5 - len(labels) / 2)  # so that few bars are not as wide as the chart
+    frame = _Frame(-beside, len(labels) - 1 + beside, low, top)
+    every = max(1, -(-(1 + max(map(len, labels), default=0)) * len(labels) // _LETTERS))
     x_ticks = [(float(i), labels[i]) for i in range(0, len(labels), every)]
     if log:
         y_ticks = [(float(k), f"{10**k:,}") for k in range(math.floor(top) + 1)]

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from arcface_jax.data import faces
 from arcface_jax.data.source import Source, account
 from arcface_jax.data.tools import inspection, pictures
 from arcface_jax.data.tools.inspection import Report
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError
 from arcface_jax.evaluation import page
 from arcface_jax.evaluation.report import charts
 from arcface_jax.evaluation.report.charts import Series
@@ -68,7 +68,7 @@ def inspected(
         account=account(source, unreadable=report.unreadable_kinds),
         title=pictures.title(report.per_identity),
         facts=_facts(report),
-        warnings=inspection.warnings(report),
+        warnings=[_with_code(text) for text in inspection.warnings(report)],
         chart=_images_per_identity(report.per_identity),
         rows=rows,
         unreadable=report.unreadable[:_LISTED],
@@ -166,8 +166,12 @@ def _name(source: Source, identity: int) -> str:
 
 def _stored(source: Source, number: int) -> dict[str, str]:
     where = source.where(number)
+    try:
+        image = page.picture(pictures.thumbnail(source, number))
+    except ImageError:
+        image = ""
     return {
-        "image": page.picture(pictures.thumbnail(source, number)),
+        "image": image,
         "name": _name(source, int(source.labels()[number])),
         "alt": where,
         "file": re.split(r"[\\/]", where)[-1],
@@ -227,6 +231,11 @@ def _numbers(cells: Sequence[str]) -> np.ndarray | None:
     except ValueError:
         return None
     return values if np.isfinite(values).all() else None
+
+
+def _with_code(text: str) -> Markup:
+    """Commands between backquotes in a typewriter's letters."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _general(reason: str) -> str:
