@@ -14,9 +14,9 @@ def get_config() -> c.Config:
         # Few classes are told apart easily: half the usual scale and a small margin.
         head=c.HeadConfig(loss="cosface", margin=0.2, scale=32.0, dtype="float32"),
         optimizer=c.OptimizerConfig(learning_rate=0.05, weight_decay=5e-4),
-        schedule=c.ScheduleConfig(epochs=6, warmup_epochs=0.5),
+        schedule=c.ScheduleConfig(epochs=5, warmup_epochs=0.5),
         finetune=c.FineTuneConfig(
-            centers="class_means", frozen_statistics=("*",), rates=(("*", 0.02),)
+            centers="class_means", frozen_statistics=("*",), rates=(("*", 0.1),)
         ),
         evaluation=c.EvaluationConfig(every_epochs=2),
     )

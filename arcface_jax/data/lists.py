@@ -200,7 +200,7 @@ def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[
         return _Columns(at, others[0], bool(header))
     if not others:
         raise _unclear(path, data[0], header, [])
-    _refuse_pairs(path, data, place, others)
+    _refuse_pairs(path, data, [place, *others], header)
     if header:
         strong = [header.index(word) for word in STRONG if word in header]
         for column in strong:
@@ -218,22 +218,26 @@ def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[
     raise _unclear(path, data[0], header, candidates or others)
 
 
-def _refuse_pairs(path: Path, data: Sequence[Row], place: int, others: Sequence[int]) -> None:
-    """Refuses a list of pairs, which has two columns of existing files.
+def _refuse_pairs(
+    path: Path, data: Sequence[Row], columns: Sequence[int], header: Sequence[str]
+) -> None:
+    """Refuses a list of pairs, which has two columns of images and none that is named a label.
 
     Raises:
       DataError: it is one.
     """
     part = tables.sample(data)
-
-    def is_file(column: int) -> bool:
-        return all(_exists(path.parent, row.cells[column]) for row in part)
-
-    if len(others) > 1 and is_file(place) and any(map(is_file, others)):
+    width = min(len(row.cells) for row in part)
+    images = [
+        column
+        for column in columns
+        if column < width and all(is_image(row.cells[column]) for row in part)
+    ]
+    if len(images) > 1 and not set(header) & set(STRONG):
         raise DataError(
-            f"{path} is a list of pairs, for it has two columns of files: verify on it with "
-            f"--evaluation.targets {path}:{path.parent} (--targets of `evaluate`), or name the "
-            "columns of a training set with --data.columns path=1,label=2"
+            f"{path} has two columns of images, as a list of pairs: verify on it with "
+            f"--evaluation.targets {path}:FOLDER (--targets of `arcface-jax evaluate`), or name "
+            "the columns of a training set with --data.columns path=1,label=2"
         )
 
 
