@@ -79,7 +79,7 @@ def own_names(text: str, names: Mapping[str, str]) -> str:
     """
     for name, own in names.items():
         field = "[-_]".join(map(re.escape, name.split("-")))
-        text = re.sub(rf"(?<![\w.-])(?:--)?{field}(?![\w-])", own, text)
+        text = re.sub(rf"(?<![\w./-])(?:--)?{field}(?![\w-])", own, text)
     return text
 
 
