@@ -7,13 +7,14 @@ arcface-jax calibrate --onnx model.onnx --pairs pairs.bin --output c.json
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
 from arcface_jax.commands import Result, command, own_options
 from arcface_jax.config import command_line
+from arcface_jax.config.choices import AlignOptions
 from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
 
 
@@ -30,8 +31,10 @@ class Arguments:
     """The target: the share of pairs of different people that may be accepted."""
     far_check: float | None = None
     """A higher FAR for a second threshold: pairs between the two get the verdict "check"."""
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool = False
-    """Add the embeddings of the flipped faces; inference with the calibration then does so too."""
+    """Add the embeddings of the flipped faces; inference with the calibration then does so too.
+    Without --flip and --no-flip the description stored with the model decides."""
     batch_size: int = 256
     """Images per forward pass."""
 
@@ -42,22 +45,29 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     arguments = command_line.parse(
         Arguments, words, prog=prog, description=__doc__ or "", options_only=True
     )
+    from arcface_jax.data import aligner
     from arcface_jax.data.pairs.opening import open_for_runs
     from arcface_jax.evaluation import calibration, verification
     from arcface_jax.inference.embedder import Embedder
 
     config = config_of(arguments.model)
+    how = arguments.align
+    if how.detector is not None:
+        print(aligner.in_words(how.choose))
     with own_options({"evaluation.targets": "--pairs"}):
-        (pair_set,) = open_for_runs([config], [arguments.pairs])
+        (pair_set,) = open_for_runs([config], [arguments.pairs], aligner=aligner.of_options(how))
     verification.check(pair_set)
     model = open_model(arguments.model, batch_size=arguments.batch_size)
-    embedder = Embedder(model, flip=arguments.flip, batch_size=arguments.batch_size)
+    # tyro cannot tell an option that was left out from its default.
+    given = any(word.partition("=")[0] in ("--flip", "--no-flip") for word in words)
+    flip = arguments.flip if given else model.input.flip
+    embedder = Embedder(model, flip=flip, batch_size=arguments.batch_size)
     found = calibration.calibrate(
         embedder(pair_set.images),
         pair_set,
         far=arguments.far,
         far_check=arguments.far_check,
-        flip=arguments.flip,
+        flip=flip,
         model=model.input.digest,
     )
     calibration.write(found, arguments.output)

@@ -63,6 +63,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax data") -> Result:
         "split": split,
         "pairs": pairs,
         "align": align,
+        "detector": detector,
         "bench": bench,
     }
     with own_options(_OPTIONS):
@@ -281,38 +282,53 @@ def align(
     points: Path | None = None,
     detector: str = "",
     threshold: float = 0.5,
-    detector_size: int = 640,
-    choose: FaceChoice = "largest",
+    detector_size: int = 0,
+    choose: FaceChoice = "auto",
     min_eyes: float = 0.0,
     quality: int = 95,
+    format: Literal["jpeg", "png"] = "jpeg",
     threads: int = 0,
 ) -> Values:
     """Turns photographs into faces of 112 x 112, by five points of each.
 
     Args:
       path: Folder of photographs, in sub-folders or not.
-      output: Folder for the faces, under the same names, rejects.csv and align.html.
+      output: Folder for the faces, under the same names, faces.csv, rejects.csv and align.html;
+        rerun the same command to resume.
       points: CSV of path,x1,y1,...,x5,y5, JSON of path: [[x, y], ...], or lines `path x1 y1 ...`.
       detector: ONNX file of the SCRFD or YuNet kind, or module:function.
       threshold: Lowest score of a face that is taken.
-      detector_size: Side of the square that SCRFD looks at, a multiple of 32.
-      choose: Which face of several.
+      detector_size: The detector sees photographs with their longer side scaled to this, a multiple
+        of 32; 0 is 1280 for YuNet, which enlarges none, and 640 for SCRFD.
+      choose: Which face of several; auto takes the one nearest to the center in sub-folders, which
+        are the identities, and the largest elsewhere.
       min_eyes: Reject faces whose eyes are fewer pixels apart.
       quality: Of the JPEG files.
+      format: Of the faces' files; PNG loses nothing.
       threads: 0 for one per processor.
     """
     if (points is None) == (not detector):
         raise UserError("align needs either --points FILE or --detector NAME")
-    from arcface_jax.data import detectors, faces
+    from arcface_jax.data import aligner, detectors
     from arcface_jax.data.tools import aligning
     from arcface_jax.evaluation.report import sets
 
     if points is not None:
-        find = aligning.listed(points)
+        find, origin = aligning.listed(points), detectors.identity(points)
     else:
         find = aligning.detected(detectors.load(detector, threshold=threshold, size=detector_size))
+        origin = f"{detectors.identity(detector)} {threshold:g} {detector_size}"
+    print(aligner.in_words(choose))
     done = aligning.align_folder(
-        path, output, find, choose=choose, min_eyes=min_eyes, quality=quality, threads=threads
+        path,
+        output,
+        find,
+        points=origin,
+        choose=choose,
+        min_eyes=min_eyes,
+        quality=quality,
+        format=format,
+        threads=threads,
     )
     ignored, rejected = sum(done.ignored.values()), len(done.rejected)
     kinds = "".join(f", {kind} {count:,}" for kind, count in done.ignored.items())
@@ -320,17 +336,65 @@ def align(
         f"{done.written + rejected + ignored:,} files: {done.written:,} images used of "
         f"{done.identities:,} identities, {ignored:,} ignored{kinds and f' ({kinds[2:]})'}"
     )
-    print(f"{done.written:,} faces in {output}, {rejected:,} rejected: {done.report}")
-    rows = [{"path": name} for name in faces.find(output)] if done.written else []
+    ways = ", ".join(f"{choice} {count:,}" for choice, count in done.choices.items())
+    print(
+        f"{done.written:,} faces in {output}{ways and f' ({ways})'}, {rejected:,} rejected: "
+        f"{done.report}"
+    )
+    if done.kept or done.removed:
+        print(f"{done.kept:,} were there already, {done.removed:,} stale ones removed")
+    rows = aligning.read_rows(output)
     page = sets.aligned(output, path, rows, done.rejected, made=datetime.now())
     print(f"page: {page}")
     return {
         "written": done.written,
+        "kept": done.kept,
+        "removed": done.removed,
+        "choices": done.choices,
         "rejected": rejected,
         "identities": done.identities,
         "ignored": ignored,
         "ignored_by_kind": done.ignored,
-        "files": [done.report, page],
+        "files": [done.report, output / aligning.FACES, page],
+    }
+
+
+def detector(check: Path, img: Path | None = None, detector_size: int = 0) -> Values:
+    """Verifies a detector's file: its SHA-256, that it opens, and that it finds five points.
+
+    Args:
+      check: ONNX file of the SCRFD or YuNet kind.
+      img: A photograph to try it on, beside synthetic faces.
+      detector_size: As `align --detector-size`.
+    """
+    from arcface_jax.data.tools import detector_check
+
+    found = detector_check.check(check, photograph=img, size=detector_size)
+    known, photograph = found.known, found.in_photograph
+    print(f"{check}: SHA-256 {found.sha256}")
+    print(
+        f"{known.name}, from {known.source}; {known.license}"
+        if known
+        else "the SHA-256 is of no published file that is known here: compare it with its source's"
+    )
+    print(f"five points found in {found.found} of {detector_check.DRAWN} synthetic faces")
+    if photograph is not None:
+        print(f"{len(photograph.points)} faces in {img}:")
+        for score, points in zip(photograph.scores, photograph.points, strict=True):
+            print(f"  score {score:.3f}, points {points.round(1).tolist()}")
+    if not (found.found or (photograph is not None and len(photograph.points))):
+        raise UserError(
+            f"--check {check} opens but found no face: give a photograph with --img, or take "
+            "another file"
+        )
+    return {
+        "sha256": found.sha256,
+        "known": known is not None,
+        "name": known.name if known else "",
+        "synthetic_found": found.found,
+        "synthetic": detector_check.DRAWN,
+        "img_faces": None if photograph is None else len(photograph.points),
+        "files": [],
     }
 
 

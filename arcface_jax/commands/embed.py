@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Protocol
 
@@ -18,7 +18,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from arcface_jax.commands import Result, command
 from arcface_jax.config import command_line
-from arcface_jax.config.choices import FaceChoice
+from arcface_jax.config.choices import AlignOptions
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.inference.open_model import ModelChoice, open_model
 
@@ -62,11 +62,7 @@ class Images:
     """Where embeddings are saved: a .npy file for an image, a folder of shards for a folder."""
     points: tuple[str, ...] = ()
     """To align by: ten numbers x1 y1 ... x5 y5, or a file of lines `image x1 y1 ... x5 y5`."""
-    detector: str | None = None
-    """Finds the points of images that are not 112 x 112: an ONNX file of the SCRFD or YuNet kind,
-    or module:function."""
-    choose: FaceChoice = "largest"
-    """Which face of several the detector takes."""
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     normalized: bool = False
     """Scale embeddings to length 1; by default they keep the network's own length."""
     flip: bool = False
@@ -107,10 +103,7 @@ class VerifyArguments:
     decision: OmitArgPrefixes[Decision]
     points: tuple[str, ...] = ()
     """To align by: a file of lines `image x1 y1 ... x5 y5`."""
-    detector: str | None = None
-    """Finds the points of images that are not 112 x 112, as `embed --detector`."""
-    choose: FaceChoice = "largest"
-    """Which face of several the detector takes."""
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool = False
     """Add the embeddings of the flipped faces; a calibration states it itself."""
 
@@ -196,9 +189,7 @@ class Alignment(Protocol):
     """The options of a command that aligns faces."""
 
     @property
-    def detector(self) -> str | None: ...
-    @property
-    def choose(self) -> FaceChoice: ...
+    def align(self) -> AlignOptions: ...
     @property
     def flip(self) -> bool: ...
 
@@ -206,7 +197,7 @@ class Alignment(Protocol):
 def open_embedder(
     choice: ModelChoice, how: Alignment, *, batch_size: int, devices: int | None
 ) -> "Embedder":
-    """Opens the network that is named; images of another size are aligned or resized.
+    """Opens the network that is named, which takes aligned faces and what it can align.
 
     Args:
       choice: the network.
@@ -217,15 +208,18 @@ def open_embedder(
     Raises:
       UserError: as `open_model`, or there is no such detector.
     """
+    from arcface_jax.data import aligner
     from arcface_jax.inference.embedder import Embedder
 
     model = open_model(choice, batch_size=batch_size, devices=devices)
+    if how.align.detector is not None:
+        print(aligner.in_words(how.align.choose), file=sys.stderr)
     return Embedder(
         model,
         flip=how.flip,
-        other_size="resize",
-        detector=how.detector,
-        choose=how.choose,
+        detector=how.align.detector,
+        choose=how.align.choose,
+        detector_size=how.align.detector_size,
         batch_size=batch_size,
     )
 
@@ -323,7 +317,8 @@ def embed_folder(
         names = faces.find(folder)
         for name in names:
             five = None if listed is None else _listed(listed, [name], points[0])
-            (row,) = embedder(folder / name, points=five, normalized=normalized)
+            face = embedder.prepare(folder / name, five, in_identity_folder="/" in name)
+            (row,) = embedder.embed_aligned(face[None], normalized=normalized)
             print(name, *(f"{value:.6f}" for value in row))
         return Result({"embedded": len(names)})
     summary = embedder.embed_folder(

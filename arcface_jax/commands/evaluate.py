@@ -3,11 +3,12 @@
 arcface-jax evaluate --workdir WORKDIR [WORKDIR ...] [--targets a.bin pairs.txt:FOLDER]
 arcface-jax evaluate --weight backbone.pth --targets a.bin b.bin
 arcface-jax evaluate --workdir WORKDIR --onnx model.onnx --targets a.bin --report FOLDER
+arcface-jax evaluate --workdir WORKDIR --targets pairs.txt:PHOTOGRAPHS --detector yunet.onnx
 arcface-jax evaluate --onnx other.onnx --targets a.bin --check-input
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from tyro.conf import OmitArgPrefixes
 from arcface_jax import errors
 from arcface_jax.commands import Result, command, console, own_options
 from arcface_jax.config import Config, command_line
+from arcface_jax.config.choices import AlignOptions
 from arcface_jax.inference.open_model import ModelChoices, open_models
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ class Arguments:
     models: OmitArgPrefixes[ModelChoices]
     targets: tuple[str, ...] = ()
     """Verification sets: .bin files, or LIST:FOLDER; by default the targets of the runs."""
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     batch_size: int = 256
     """Images per forward pass, over all devices."""
     report: Path | None = None
@@ -42,13 +45,17 @@ class Arguments:
 
 def _open(arguments: Arguments) -> "tuple[dict[str, Model], list[PairSet]]":
     """The networks and the sets."""
+    from arcface_jax.data import aligner
     from arcface_jax.data.pairs.opening import open_for_runs
     from arcface_jax.training import checkpoint
 
+    how = arguments.align
+    if how.detector is not None:
+        print(aligner.in_words(how.choose))
     models = open_models(arguments.models, batch_size=arguments.batch_size)
     configs = [checkpoint.read_config(path) for path in arguments.models.workdir] or [Config()]
     with own_options({"evaluation.targets": "--targets"}):
-        sets = open_for_runs(configs, arguments.targets)
+        sets = open_for_runs(configs, arguments.targets, aligner=aligner.of_options(how))
     if not sets:
         raise errors.UserError(
             "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
@@ -82,8 +89,13 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
     evaluated = evaluate(arguments)
     page = arguments.report and document.write(arguments.report, evaluated, made=datetime.now())
     results = [one.result for one in evaluated]
-    console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
+    words = [*tables.forms(results), *tables.remarks(results)]
+    console().print(*tables.summary(results), *words, sep="\n")
     metrics = {name: value for result in results for name, value in result.metrics().items()}
+    metrics |= {
+        f"{result.prefix}/threshold_cosine_single": result.single_threshold_cosine
+        for result in results
+    }
     return Result(metrics, [page] if page else [])
 
 

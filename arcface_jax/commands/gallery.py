@@ -6,7 +6,7 @@ arcface-jax gallery search GALLERY --workdir WORKDIR --img face.jpg --k 5
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +16,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from arcface_jax.commands import Result, command, dispatch
 from arcface_jax.commands.embed import notes, open_embedder, points_of
 from arcface_jax.config import command_line
-from arcface_jax.config.choices import FaceChoice
+from arcface_jax.config.choices import AlignOptions
 from arcface_jax.inference.open_model import ModelChoice
 
 _BUILD = """Make a gallery of the embeddings that `arcface-jax embed` wrote; names are their files.
@@ -54,10 +54,7 @@ class Search:
     """How many faces to print."""
     points: tuple[str, ...] = ()
     """To align by, as `embed --points`."""
-    detector: str | None = None
-    """Finds the points of images that are not 112 x 112, as `embed --detector`."""
-    choose: FaceChoice = "largest"
-    """Which face of several the detector takes."""
+    align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool = False
     """Add the embeddings of the flipped faces, as the gallery's were."""
 

@@ -13,8 +13,25 @@ Which = int | Literal["latest", "best"]
 Bad = Literal["stop", "skip"]
 """What becomes of an image that is unreadable or not 112 x 112: an error, or it is left out."""
 
-FaceChoice = Literal["largest", "center", "score"]
-"""Which face of a photograph is taken."""
+FaceChoice = Literal["auto", "largest", "center", "score"]
+"""Which face of a photograph is taken: auto is the one nearest to the center where the photograph
+lies in a folder of its identity, and the largest elsewhere."""
+
+
+@dataclass(frozen=True)
+class AlignOptions:
+    """How a command aligns images that are not 112 x 112 and come without points."""
+
+    detector: str | None = None
+    """Finds the five points of images that are not 112 x 112: an ONNX file of the SCRFD or YuNet
+    kind, or module:function."""
+    detector_size: int = 0
+    """The detector sees images with their longer side scaled to this, a multiple of 32; 0 is 1280
+    for YuNet, which enlarges none, and 640 for SCRFD."""
+    choose: FaceChoice = "auto"
+    """Which face of several; auto takes the one nearest to the center where the image lies in a
+    folder of its identity, and the largest elsewhere."""
+
 
 IjbProtocol = Literal["ijbb", "ijbc"]
 RankProtocol = Literal["retrieval", "groups", "all-to-all"]

@@ -1,5 +1,11 @@
-"""Face detectors as functions: an ONNX file of the SCRFD or YuNet kind, or anybody's own."""
+"""Face detectors as functions: an ONNX file of the SCRFD or YuNet kind, or anybody's own.
 
+Both kinds see a photograph at a bounded size, and the points are scaled back. YuNet was trained on
+faces of 10 to 300 pixels: at full resolution a face of 1,500 pixels is missed, or its chin is taken
+for a face.
+"""
+
+import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +18,9 @@ from arcface_jax import plugins
 from arcface_jax.config.choices import FaceChoice
 from arcface_jax.errors import ImageError, UserError, install
 
+SCRFD_SIZE, YUNET_SIZE = 640, 1280
+"""Longer side in pixels at which an image is seen by default: SCRFD's as insightface runs it,
+YuNet's as measured in docs/data.md."""
 _STRIDES = (8, 16, 32)
 _NMS_OVERLAP = 0.4  # boxes that overlap by more are one face
 
@@ -29,32 +38,37 @@ Detector = Callable[[np.ndarray], Faces]
 """Takes a (H, W, 3) uint8 RGB image; safe to call from many threads."""
 
 
-def load(name: str, *, threshold: float = 0.5, size: int = 640) -> Detector:
-    """A detector by its name.
+def load(name: str, *, threshold: float = 0.5, size: int = 0) -> Detector:
+    """Opens a detector by its name.
 
     Args:
       name: an ONNX file, or `module:function`; the function takes a (H, W, 3) uint8 RGB image and
         returns the (n, 5, 2) points of its faces.
       threshold: lowest score of a face.
-      size: side of the square that SCRFD looks at, a multiple of 32; larger finds smaller faces.
+      size: longer side in pixels of the images that the network sees, a multiple of 32; larger
+        finds smaller faces. SCRFD's images are scaled up to it too. 0 for `YUNET_SIZE` or
+        `SCRFD_SIZE`.
 
     Raises:
       UserError: there is no such file or function, or it is none that is known.
     """
     if ":" in name and not Path(name).exists():
+        if size:
+            raise UserError(f"--detector-size {size} is for ONNX files, and {name} is a function")
         return _own(name)
     if not Path(name).is_file():
         raise UserError(f"--detector {name}: no such ONNX file, and not module:function")
-    if size % _STRIDES[-1] or size <= 0:
+    if size % _STRIDES[-1] or size < 0:
         raise UserError(f"--detector-size {size} must be a multiple of {_STRIDES[-1]}, as 640 is")
     session = _session(name)
     outputs = [output.name for output in session.get_outputs()]
     if {f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in _STRIDES} <= set(
         outputs
     ):
-        return _yunet(name, threshold)
+        return _yunet(name, threshold, size or YUNET_SIZE)
     if len(outputs) == 3 * len(_STRIDES):
-        return lambda image: scrfd(session, image, threshold=threshold, size=size)
+        side = _scrfd_side(session, size)
+        return lambda image: scrfd(session, image, threshold=threshold, size=side)
     raise UserError(
         f"--detector {name} has the outputs {', '.join(outputs)}: it is neither YuNet (cls_8, "
         "obj_8, ...) nor SCRFD with key points (nine outputs: scores, boxes and "
@@ -62,14 +76,29 @@ def load(name: str, *, threshold: float = 0.5, size: int = 640) -> Detector:
     )
 
 
-def choose(faces: Faces, shape: tuple[int, ...], choice: FaceChoice, *, where: str) -> np.ndarray:
-    """(5, 2) points of one of the faces of an image.
+def resolve(choice: FaceChoice, *, in_identity_folder: bool) -> FaceChoice:
+    """What `auto` comes to for an image; any other choice as it is."""
+    if choice != "auto":
+        return choice
+    return "center" if in_identity_folder else "largest"
+
+
+def choose(
+    faces: Faces,
+    shape: tuple[int, ...],
+    choice: FaceChoice,
+    *,
+    where: str,
+    in_identity_folder: bool = False,
+) -> int:
+    """Returns the number of one of the faces of an image.
 
     Args:
       faces: of the image.
       shape: of the image.
       choice: which of several; center is the one whose points are nearest to the image's middle.
       where: the image, for the error message.
+      in_identity_folder: whether the image lies in a folder of its identity's images, for `auto`.
 
     Raises:
       ImageError: there is no face.
@@ -83,7 +112,17 @@ def choose(faces: Faces, shape: tuple[int, ...], choice: FaceChoice, *, where: s
         "center": -np.linalg.norm(middle - center, axis=1),
         "score": faces.scores,
     }
-    return faces.points[int(np.argmax(rank[choice]))]
+    return int(np.argmax(rank[resolve(choice, in_identity_folder=in_identity_folder)]))
+
+
+def identity(detector: "str | Path | Detector") -> str:
+    """A detector's identity: a file's SHA-256, or the name of a function."""
+    if not isinstance(detector, str | Path):
+        kind = detector if hasattr(detector, "__qualname__") else type(detector)
+        return f"{kind.__module__}:{kind.__qualname__}"
+    if Path(detector).is_file():
+        return hashlib.sha256(Path(detector).read_bytes()).hexdigest()
+    return str(detector)
 
 
 def _own(name: str) -> Detector:
@@ -113,8 +152,22 @@ def _session(name: str) -> Any:
         raise UserError(f"--detector {name} is no ONNX file that can be run: {error}") from error
 
 
+def _scrfd_side(session: Any, size: int) -> int:
+    """The side that is asked for; of a file with a fixed input, that of the input."""
+    (taken,) = session.get_inputs()
+    fixed = taken.shape[2] if len(taken.shape) == 4 else None
+    if not isinstance(fixed, int):
+        return size or SCRFD_SIZE
+    if size not in (0, fixed):
+        raise UserError(
+            f"--detector-size {size}: this file takes images of {fixed} x {fixed} only; leave the "
+            "option out"
+        )
+    return fixed
+
+
 def scrfd(session: Any, image: np.ndarray, *, threshold: float, size: int) -> Faces:
-    """Runs SCRFD (insightface's `det_10g.onnx` and its like) and decodes what it says.
+    """Runs SCRFD (insightface's `det_10g.onnx` and its like) and decodes its outputs.
 
     The image is shrunk or grown to fit into a square at its upper left. For each stride s and
     each of the anchors at a cell (x, y), the outputs are a score, the distances left, top,
@@ -187,18 +240,38 @@ def _suppress(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return np.array(kept, np.int64)
 
 
-def _yunet(name: str, threshold: float) -> Detector:
+_LOGGING = threading.Lock()
+
+
+def _new_yunet(name: str, size: tuple[int, int], threshold: float) -> cv2.FaceDetectorYN:
+    """Creates the model without OpenCV 5's warning on stderr that it does not choose a target."""
+    log = cv2.utils.logging
+    with _LOGGING:
+        level = log.getLogLevel()
+        log.setLogLevel(log.LOG_LEVEL_ERROR)
+        try:
+            return cv2.FaceDetectorYN.create(name, "", size, threshold)
+        finally:
+            log.setLogLevel(level)
+
+
+def _yunet(name: str, threshold: float, size: int) -> Detector:
     """OpenCV's YuNet, which has the decoding built in; one for each thread."""
     own = threading.local()
 
     def detect(image: np.ndarray) -> Faces:
         height, width = image.shape[:2]
+        scale = min(1.0, size / max(height, width))
+        seen = (max(1, round(width * scale)), max(1, round(height * scale)))
+        if scale < 1:
+            image = cv2.resize(image, seen, interpolation=cv2.INTER_AREA)
         if not hasattr(own, "model"):
-            own.model = cv2.FaceDetectorYN.create(name, "", (width, height), threshold)
-        own.model.setInputSize((width, height))
+            own.model = _new_yunet(name, seen, threshold)
+        own.model.setInputSize(seen)
         _, found = own.model.detect(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         found = np.zeros((0, 15)) if found is None else found
         # A box, the points from the viewer's left to the right, and the score.
-        return Faces(found[:, 4:14].reshape(-1, 5, 2), found[:, 14])
+        points = found[:, 4:14].reshape(-1, 5, 2) * (np.array([width, height]) / seen)
+        return Faces(points, found[:, 14])
 
     return detect

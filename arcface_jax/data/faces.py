@@ -109,6 +109,7 @@ def prepare(
     *,
     other_size: OtherSize = "refuse",
     find_points: FindPoints | None = None,
+    where: str | None = None,
 ) -> np.ndarray:
     """Reads one face where it is a file, and aligns it where points are given or found.
 
@@ -118,6 +119,7 @@ def prepare(
       other_size: for images of another size without points.
       find_points: gives the points of images of another size that come without; such images are
         neither refused nor resized.
+      where: the image's name for errors; by default its file.
 
     Returns:
       (112, 112, 3) uint8 RGB.
@@ -129,7 +131,8 @@ def prepare(
     Warns:
       UserWarning: the image was resized.
     """
-    image, where = _load(face)
+    image, name = _load(face)
+    where = where or name
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise DataError(
             f"a face is {image.shape} {image.dtype}; expected (height, width, 3) uint8, RGB"
@@ -143,8 +146,8 @@ def prepare(
     if other_size == "refuse":
         raise DataError(
             f"{where} is {image.shape[1]} x {image.shape[0]}; expected an aligned face of "
-            f"{IMAGE_SIZE} x {IMAGE_SIZE}: give its five points or a detector, or ask for other "
-            "sizes to be resized"
+            f"{IMAGE_SIZE} x {IMAGE_SIZE}: give a detector (--detector FILE) or its five points, "
+            "or align it first (`arcface-jax data align`)"
         )
     # One text for all images, so that Python shows it once.
     warnings.warn(
@@ -270,7 +273,11 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 def align(
     image: np.ndarray, points: np.ndarray | Sequence[Sequence[float]], *, size: int = IMAGE_SIZE
 ) -> np.ndarray:
-    """A face moved to the template, as insightface aligns: bilinear, black where nothing is.
+    """Moves a face to the template, as insightface aligns: bilinear, black outside the image.
+
+    Given one matrix, the crop is that of insightface's `face_align.norm_crop` to the byte, since
+    both are one call of OpenCV. The package estimates the matrix in float32, which moves the crop
+    by up to 1e-4 pixels and an embedding by up to 1.5e-3 of its length.
 
     Args:
       image: (H, W, 3) uint8 RGB.

@@ -60,6 +60,13 @@ def _of_brands(data: bytes) -> str | None:
     return HEIC if any(brand in _HEIC_BRANDS for brand in brands) else None
 
 
+def may_have_16_bits(data: bytes) -> bool:
+    """Whether a file of these first bytes may have 16 bits a channel; of PNG, whether it has."""
+    if data[:4] == b"\x89PNG":
+        return data[24:25] == b"\x10"
+    return sniff(data) in ("TIFF", "PNM", "JPEG 2000")
+
+
 def announced(data: bytes) -> tuple[int, int] | None:
     """Width and height by the header; None where the format keeps them elsewhere.
 

@@ -225,12 +225,27 @@ def pixels(data: bytes | np.ndarray) -> np.ndarray | None:
     if not encoded.size or (not OPENCV_IS_LIMITED and _too_large(encoded.tobytes())):
         return None
     try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+        scaled = _twelve_bits(encoded)
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if scaled is None else scaled
     except cv2.error:  # for instance a header that announces a billion pixels
         return None
     if image is None and encoded[4:8].tobytes() == b"ftyp":
         return _from_heic(encoded.tobytes())
     return image
+
+
+def _twelve_bits(encoded: np.ndarray) -> np.ndarray | None:
+    """An image of 16 bits whose values fit into 12, scaled to 8; None for any other.
+
+    OpenCV takes the upper 8 bits of the 16, which of 12 leaves a nearly black image.
+    """
+    if not formats.may_have_16_bits(encoded[: formats.HEAD].tobytes()):
+        return None
+    # Not IMREAD_COLOR_RGB, which OpenCV 5.0 ignores in TIFF files of 16 bits.
+    image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_BGR | cv2.IMREAD_ANYDEPTH)
+    if image is None or image.dtype != np.uint16 or image.max(initial=0) >= 2**12:
+        return None
+    return cv2.cvtColor(np.right_shift(image, 4).astype(np.uint8), cv2.COLOR_BGR2RGB)
 
 
 def _too_large(data: bytes) -> bool:

@@ -158,9 +158,10 @@ def _operating_point(score: np.ndarray, pairs: PairSet, far: float) -> _Point:
 
 def in_words(found: Calibration) -> str:
     """The result for a terminal."""
+    form = "f(image) + f(mirrored image)" if found.flip else "single embeddings"
     lines = [
         f"threshold: cosine {found.threshold_cosine:.4f}, squared distance "
-        f"{found.threshold_squared_distance:.4f}",
+        f"{found.threshold_squared_distance:.4f}, for {form}",
         f"FAR {found.far:.2e}, 95 % interval {found.far_low:.2e} to {found.far_high:.2e} (target "
         f"{found.far_target:.0e}, {found.different_pairs:,} pairs of different people)",
         f"TAR {found.tar:.4f}, 95 % interval {found.tar_low:.4f} to {found.tar_high:.4f} "

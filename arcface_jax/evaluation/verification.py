@@ -70,11 +70,25 @@ class Verification(NamedTuple):
     """`collapse.mode_cosine`, which training measures."""
     model: str = ""
     """Whose embeddings these are, where several models are compared."""
+    single_threshold: float = float("nan")
+    """As `threshold`, for single embeddings f(image), which inference makes by default."""
+    single_tars: tuple[TarAtFar, ...] = ()
+    """As `tars`, for single embeddings."""
 
     @property
     def threshold_cosine(self) -> float:
         """The threshold as a cosine: of unit vectors, squared distance = 2 - 2 cosine."""
         return 1 - self.threshold / 2
+
+    @property
+    def single_threshold_cosine(self) -> float:
+        """The threshold for single embeddings as a cosine."""
+        return 1 - self.single_threshold / 2
+
+    @property
+    def prefix(self) -> str:
+        """Of its metrics' names: `eval/NAME`, or `eval/MODEL/NAME`."""
+        return f"eval/{self.model}/{self.name}" if self.model else f"eval/{self.name}"
 
     def metrics(self) -> dict[str, float]:
         """The numbers, as `eval/NAME/accuracy` and so on, or `eval/MODEL/NAME/accuracy`.
@@ -91,8 +105,7 @@ class Verification(NamedTuple):
                 values[f"tar@far={at.label}"] = at.tar
                 if at.far == FOLD_FAR:
                     values[f"fold_tar@far={at.label}"] = self.fold_tar
-        prefix = f"eval/{self.model}/{self.name}" if self.model else f"eval/{self.name}"
-        return {f"{prefix}/{name}": value for name, value in values.items()}
+        return {f"{self.prefix}/{name}": value for name, value in values.items()}
 
 
 def check(pairs: PairSet) -> None:
@@ -158,8 +171,9 @@ def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
             "training diverged (try a lower --optimizer.learning-rate)"
         )
     summed = plain.astype(np.float64) + flipped
-    distance = pair_distances(summed)
+    distance, single = pair_distances(summed), pair_distances(plain)
     accuracies, thresholds = ten_fold(distance, pairs.same)
+    _, single_thresholds = ten_fold(single, pairs.same)
     fold_tars, _, _ = ten_fold_tar(distance, pairs.same, far=FOLD_FAR)
     cosine = 1 - distance / 2
     curve = roc.roc(cosine, pairs.same)
@@ -183,6 +197,8 @@ def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
         mean_cosine=mean_cosine(some),
         effective_rank=effective_rank(some),
         model=model,
+        single_threshold=float(single_thresholds.mean()),
+        single_tars=tuple(roc.tar_at_far(1 - single / 2, pairs.same, fars=FARS)),
     )
 
 

@@ -33,7 +33,9 @@ class FaceEmbedder(Protocol):
     flip: bool
     batch_size: int
 
-    def prepare(self, face: Face, points: np.ndarray | None = None) -> np.ndarray:
+    def prepare(
+        self, face: Face, points: np.ndarray | None = None, *, in_identity_folder: bool = False
+    ) -> np.ndarray:
         """A face as (112, 112, 3) uint8 RGB; called from threads."""
         ...
 
@@ -157,7 +159,7 @@ def _embed_all(
             return DataError("its five points are not in the list")
         five = None if points is None else points[name]
         try:
-            return embedder.prepare(folder / name, five)
+            return embedder.prepare(folder / name, five, in_identity_folder="/" in name)
         except DataError as error:
             return error
 

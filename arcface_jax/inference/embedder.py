@@ -1,6 +1,5 @@
 """Inference as a library: faces in, embeddings, similarities and decisions out."""
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -10,8 +9,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from arcface_jax.config.choices import FaceChoice, Which
-from arcface_jax.data import colors, detectors
+from arcface_jax.data import colors
 from arcface_jax.data import faces as face_inputs
+from arcface_jax.data.aligner import Aligner
 from arcface_jax.data.detectors import Detector
 from arcface_jax.data.faces import Face, Faces, OtherSize
 from arcface_jax.errors import DataError, UserError
@@ -55,7 +55,10 @@ class Embedder:
       detector: finds the points of images that are not 112 x 112 and come without: an ONNX file of
         the SCRFD or YuNet kind, `module:function`, or a function of `arcface_jax.data.detectors`.
         An image of 112 x 112 is an aligned face with it too.
-      choose: which face of an image the detector takes.
+      choose: which face of an image the detector takes; auto is the largest, and in
+        `embed_folder` the one nearest to the center for images in sub-folders.
+      detector_size: longer side in pixels at which the detector sees an image; 0 for 1280 (YuNet)
+        or 640 (SCRFD).
       batch_size: images per forward pass.
       devices: how many devices of this machine share a batch; all when not given.
 
@@ -72,7 +75,8 @@ class Embedder:
         flip: bool = False,
         other_size: OtherSize = "refuse",
         detector: str | Path | Detector | None = None,
-        choose: FaceChoice = "largest",
+        choose: FaceChoice = "auto",
+        detector_size: int = 0,
         batch_size: int = 64,
         devices: int | None = None,
     ):
@@ -82,12 +86,10 @@ class Embedder:
             )
         self.model: Model = model
         self.flip = flip
-        self.other_size: OtherSize = other_size
         self.batch_size = batch_size
-        self.choose: FaceChoice = choose
-        self.detector = detector
-        loaded = detectors.load(str(detector)) if isinstance(detector, str | Path) else detector
-        self._detect: Detector | None = loaded
+        self._aligner = Aligner(
+            detector, choose=choose, detector_size=detector_size, other_size=other_size
+        )
         self._warned_of_colors = False
 
     def __call__(
@@ -128,31 +130,25 @@ class Embedder:
             images = np.stack([self.prepare(face, five) for face, five in batch])
             yield self.embed_aligned(images, normalized=normalized)
 
-    def prepare(self, face: Face, points: np.ndarray | None = None) -> np.ndarray:
+    def prepare(
+        self, face: Face, points: np.ndarray | None = None, *, in_identity_folder: bool = False
+    ) -> np.ndarray:
         """Reads and aligns one face: (112, 112, 3) uint8 RGB. Safe to call from threads.
 
-        Raises:
-          DataError: it is no image, or shows no face.
-        """
-        find = None if self._detect is None else self._find_points
-        return face_inputs.prepare(face, points, other_size=self.other_size, find_points=find)
+        Args:
+          face: the image.
+          points: (5, 2), where they are known.
+          in_identity_folder: as `Aligner.__call__`.
 
-    def _find_points(self, image: np.ndarray, where: str) -> np.ndarray:
-        assert self._detect is not None  # asked for with a detector only
-        return detectors.choose(self._detect(image), image.shape, self.choose, where=where)
+        Raises:
+          DataError: it is no image, shows no face, or is neither aligned nor has points nor a
+            detector.
+        """
+        return self._aligner(face, points, in_identity_folder=in_identity_folder)
 
     def alignment(self) -> dict[str, str]:
         """What `prepare` depends on: `other_size`, or the detector and the choice of a face."""
-        if self.detector is None:
-            return {"other_size": self.other_size}
-        if not isinstance(self.detector, str | Path):
-            kind = self.detector if hasattr(self.detector, "__qualname__") else type(self.detector)
-            name = f"{kind.__module__}:{kind.__qualname__}"
-        elif Path(self.detector).is_file():
-            name = hashlib.sha256(Path(self.detector).read_bytes()).hexdigest()
-        else:
-            name = str(self.detector)
-        return {"other_size": self.other_size, "detector": name, "choose": self.choose}
+        return self._aligner.settings()
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
         """The same for (n, 112, 112, 3) uint8 RGB alone, n at least 1."""

@@ -26,6 +26,39 @@ def least_squares(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.array([[c, -s, dx], [s, c, dy]])
 
 
+def umeyama(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """S. Umeyama's formula (1991), equations 34 to 43, in float64: by a singular decomposition."""
+    source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
+    covariance = (target - target_mean).T @ (source - source_mean) / len(source)
+    u, d, vt = np.linalg.svd(covariance)
+    signs = np.diag([1, np.sign(np.linalg.det(u) * np.linalg.det(vt))])
+    rotation = u @ signs @ vt
+    scale = np.trace(np.diag(d) @ signs) / np.mean(np.sum((source - source_mean) ** 2, axis=1))
+    return np.column_stack([scale * rotation, target_mean - scale * rotation @ source_mean])
+
+
+def test_the_matrix_is_umeyamas_to_the_ends_of_a_large_photograph():
+    # Points of detectors are float32, which insightface's package estimates in too.
+    source = (faces(200, seed=1) + np.array([5000, 3000])).astype(np.float32)
+    expected = [umeyama(points.astype(np.float64), TEMPLATE) for points in source]
+    np.testing.assert_allclose(similarity(source, TEMPLATE), expected, rtol=0, atol=1e-6)
+
+
+def test_the_crop_is_sampled_between_pixels_where_the_matrix_says():
+    """Of an image linear in x and y, bilinear sampling is exact at every place."""
+    y, x = np.mgrid[:300, :400]
+    image = np.stack([x / 4, y / 2, (x + y) / 4], axis=-1).round().astype(np.uint8)
+    points = faces(1, seed=2, noise=0)[0]
+    points = (points - points.mean(axis=0)) / np.ptp(points) * 60 + (200, 150)
+    back = umeyama(TEMPLATE, points)
+    rows, columns = np.mgrid[:112, :112]
+    at = np.stack([columns, rows, np.ones_like(rows)], axis=-1) @ back.T
+    expected = np.stack([at[..., 0] / 4, at[..., 1] / 2, at.sum(axis=-1) / 4], axis=-1)
+    # The image is rounded to whole values, and so is the crop.
+    np.testing.assert_allclose(align(image, points), expected, atol=1.02)
+    assert abs(np.mean(align(image, points) - expected)) < 0.02
+
+
 def test_all_faces_at_once_equal_a_least_squares_of_each():
     source = faces(200)
     expected = [least_squares(points, TEMPLATE) for points in source]

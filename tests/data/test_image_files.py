@@ -98,3 +98,18 @@ def test_pictures_are_squares_of_their_middle():
     assert (square == (10, 200, 30)).all()
     same = face(1)
     assert images.resize(same) is same
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".ppm", ".pgm", ".jp2"])
+def test_twelve_bits_in_a_file_of_sixteen_are_scaled(suffix: str):
+    full = np.random.default_rng(0).integers(0, 2**16, (96, 64, 3)).astype(np.uint16)
+    full[:40, :, 0] = 2**16 - 1
+    full = full[..., 0] if suffix == ".pgm" else full
+    how = [cv2.IMWRITE_JPEG2000_COMPRESSION_X1000, 1000] if suffix == ".jp2" else []
+    sixteen, twelve = (
+        cv2.imencode(suffix, values, how)[1].tobytes() for values in (full, np.right_shift(full, 4))
+    )
+    expected = np.right_shift(full, 8).astype(int)
+    expected = np.stack([expected] * 3, -1) if suffix == ".pgm" else expected[..., ::-1]
+    for data in (sixteen, twelve):  # TIFF's own conversion rounds
+        np.testing.assert_allclose(images.pixels(data), expected, atol=1)

@@ -82,7 +82,7 @@ def test_the_page_of_a_set_shows_samples_copies_and_damage(tmp_path: Path):
 def test_the_page_of_aligned_faces_shows_measures_and_rejects(tmp_path: Path):
     planted(tmp_path)
     rows = [
-        {"path": f"ada/{1 + n % 2}.png", "blur": str(9.5 - n), "x1": str(n), "choice": "center"}
+        {"face": f"ada/{1 + n % 2}.png", "blur": str(n / 8), "x": str(n), "choice": "center"}
         for n in range(4)
     ]
     (tmp_path / "photographs").mkdir()
@@ -93,9 +93,9 @@ def test_the_page_of_aligned_faces_shows_measures_and_rejects(tmp_path: Path):
     page = _Page(text)
     assert page.open == [] and all(link.startswith("data:image/jpeg") for link in page.links)
     assert "4 faces of 1 identities, 2 photographs rejected" in text
-    # One measure: neither a coordinate nor a word is one. Its lowest come first.
-    assert re.findall(r"<h3>(\w+)</h3>", text) == ["Samples", "blur"]
-    assert re.findall(r"<span>([\d.]+)</span>", text) == ["6.5", "7.5", "8.5", "9.5"]
+    # One measure: neither a place nor a word is one. The most blurred come first.
+    assert re.findall(r"<h3>(.+?)</h3>", text) == ["Samples", "blur, highest"]
+    assert re.findall(r"<span>([\d.]+)</span>", text) == ["0.375", "0.25", "0.125", "0"]
     assert "the eyes are N pixels apart" in text and "carl/&lt;i&gt;.jpg" in text
 
 

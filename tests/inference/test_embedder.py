@@ -197,7 +197,7 @@ def test_a_detector_aligns_what_comes_without_points(embedder, expected, tmp_pat
     made = {"detector": detect, "batch_size": 8}
     center = Embedder(embedder.model, choose="center", **made)
     close(center([photo, FACES[0]]), unit(expected(FACES[[1, 0]])))
-    largest = Embedder(embedder.model, **made)
+    largest = Embedder(embedder.model, **made)  # auto: the image lies in no identity's folder
     assert largest(photo)[0] @ embedder(FACES[2])[0] > 0.98  # twice resampled
     assert seen == [photo.shape] * 2
     close(largest(photo, points=places[0]), unit(expected(FACES[[1]])))
@@ -209,7 +209,7 @@ def test_a_detector_aligns_what_comes_without_points(embedder, expected, tmp_pat
     summary = center.embed_folder(tmp_path / "in", tmp_path / "out")
     assert summary.skipped == {"b.png": f"{tmp_path / 'in' / 'b.png'}: no face"}
     close(bulk.read(tmp_path / "out")[1], unit(expected(FACES[[1]])))
-    with pytest.raises(DataError, match="choose was 'center' and is 'largest'"):
+    with pytest.raises(DataError, match="choose was 'center' and is 'auto'"):
         largest.embed_folder(tmp_path / "in", tmp_path / "out")
     with pytest.raises(UserError, match=r"no such ONNX file"):
         Embedder(embedder.model, detector="none.onnx")

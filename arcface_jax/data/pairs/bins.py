@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcface_jax.data.images import square
+from arcface_jax.data.aligner import Aligner
+from arcface_jax.data.images import decode_any_size, square
 from arcface_jax.data.pairs import flags
 from arcface_jax.errors import DataError, meant
 
@@ -24,12 +25,16 @@ class PairSet(NamedTuple):
     """(n,) bool."""
 
 
-def read_bin(path: Path) -> PairSet:
+def read_bin(path: Path, *, aligner: Aligner | None = None) -> PairSet:
     """Reads insightface's `.bin`: a pickle of (2 n encoded images, n booleans).
 
     The pickle may come from anywhere: nothing is unpickled but tuples, lists, bytes, strings,
-    numbers, booleans and NumPy arrays. Pickles of Python 2 and 3 are read. Images of another size
-    are cut to their middle square and resized.
+    numbers, booleans and NumPy arrays. Pickles of Python 2 and 3 are read. By the format its images
+    are aligned: those of another size are cut to their middle square and resized.
+
+    Args:
+      path: the file.
+      aligner: with a detector, for images of another size that are not aligned.
 
     Raises:
       DataError: there is no such file, or it is not of that form.
@@ -58,8 +63,15 @@ def read_bin(path: Path) -> PairSet:
             f"{path}: {len(encoded)} images for {len(same)} pairs; there should be two images a "
             "pair, and a pair at least: make the set anew, or fetch it again"
         )
-    squares = [square(data, where=f"{path}, image {i}") for i, data in enumerate(encoded)]
-    return PairSet(path.stem, np.stack(squares), same)
+    images = []
+    for number, data in enumerate(encoded):
+        where = f"{path}, image {number}"
+        if aligner is not None and aligner.detects:
+            image = aligner(decode_any_size(data, where=where), where=where)
+        else:
+            image = square(data, where=where)
+        images.append(image)
+    return PairSet(path.stem, np.stack(images), same)
 
 
 _OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}

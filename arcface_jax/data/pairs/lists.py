@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_jax.data import images, tables
+from arcface_jax.data.aligner import Aligner
 from arcface_jax.data.pairs import flags
 from arcface_jax.data.tables import Row
 from arcface_jax.errors import DataError
@@ -92,21 +93,34 @@ def listed(path: Path, folder: Path) -> list[Pair]:
     return pairs
 
 
-def read(path: Path, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+def read(
+    path: Path, folder: Path, *, aligner: Aligner | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads a list (`listed`) and the images that it names.
+
+    Args:
+      path: the list.
+      folder: where the images lie.
+      aligner: aligns images of another size, or refuses them; without one they are cut to their
+        middle square and resized. An image in a sub-folder of `folder` lies in its identity's.
 
     Returns:
       images (2 n, 112, 112, 3) uint8 RGB, of which 2 i and 2 i + 1 are pair i; same (n,) bool.
-      Images of another size are cut to their middle square and resized.
 
     Raises:
-      DataError: as `listed`, or naming an image that cannot be read.
+      DataError: as `listed` and `Aligner`, or naming an image that cannot be read.
     """
     pairs = listed(path, folder)
     files = {file: None for pair in pairs for file in (pair.left, pair.right)}
-    squares = {file: images.square(images.read_file(file), where=str(file)) for file in files}
+
+    def load(file: Path) -> np.ndarray:
+        if aligner is None:
+            return images.square(images.read_file(file), where=str(file))
+        return aligner(file, in_identity_folder=file.parent != folder)
+
+    faces = {file: load(file) for file in files}
     return (
-        np.stack([squares[file] for pair in pairs for file in (pair.left, pair.right)]),
+        np.stack([faces[file] for pair in pairs for file in (pair.left, pair.right)]),
         np.array([pair.same for pair in pairs]),
     )
 

@@ -8,6 +8,7 @@ import numpy as np
 from arcface_jax import plugins
 from arcface_jax.config import Config, DataConfig
 from arcface_jax.data import opening
+from arcface_jax.data.aligner import Aligner
 from arcface_jax.data.pairs import bins, lists
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.synthetic import faces
@@ -34,7 +35,9 @@ def _files(targets: Sequence[str]) -> list[str]:
     return [target for target in targets if plugins.parse(target) is None]
 
 
-def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[PairSet]:
+def open_for_runs(
+    configs: Sequence[Config], targets: Sequence[str], *, aligner: Aligner | None = None
+) -> list[PairSet]:
     """Reads the sets on which several runs are compared.
 
     Args:
@@ -42,6 +45,7 @@ def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[Pai
       targets: as `evaluation.targets`, relative to the current folder or to the data of the first
         run that has them. "synthetic" is taken from the run that trains on synthetic faces. When
         empty, the targets of all runs, each set once.
+      aligner: as `open_file`.
 
     Raises:
       ConfigError: two different sets have one name.
@@ -49,14 +53,17 @@ def open_for_runs(configs: Sequence[Config], targets: Sequence[str]) -> list[Pai
     """
     if not targets:
         sets = [
-            _open_target(t, config.data, seed=config.seed)
+            _open_target(t, config.data, seed=config.seed, aligner=aligner)
             for config in configs
             for t in _files(config.evaluation.targets)
         ]
         return _with_different_names(_without_copies(sets))
     homes = [_home(target, configs) for target in targets]
     return _with_different_names(
-        [_open_target(t, c.data, seed=c.seed) for t, c in zip(targets, homes, strict=True)]
+        [
+            _open_target(t, c.data, seed=c.seed, aligner=aligner)
+            for t, c in zip(targets, homes, strict=True)
+        ]
     )
 
 
@@ -87,7 +94,9 @@ def _with_different_names(sets: list[PairSet]) -> list[PairSet]:
     return sets
 
 
-def _open_target(target: str, data: DataConfig, *, seed: int) -> PairSet:
+def _open_target(
+    target: str, data: DataConfig, *, seed: int, aligner: Aligner | None = None
+) -> PairSet:
     if target == opening.SYNTHETIC:
         drawn = data.synthetic
         images, same = faces.verification_pairs(
@@ -98,21 +107,24 @@ def _open_target(target: str, data: DataConfig, *, seed: int) -> PairSet:
         )
         return PairSet(opening.SYNTHETIC, images, same)
     name, _, _ = target.partition(":")
-    return open_file(target, base=opening.folder_with(data.path, name))
+    return open_file(target, base=opening.folder_with(data.path, name), aligner=aligner)
 
 
-def open_file(target: str, *, base: Path = Path()) -> PairSet:
+def open_file(target: str, *, base: Path = Path(), aligner: Aligner | None = None) -> PairSet:
     """Reads a set from its file, by the file's ending.
 
     Args:
       target: a `.bin` file, or a list of pairs, `.txt` or `.csv` (`lists.read`), which may
         name the folder of its images behind a colon; without one they lie beside the list.
       base: the folder in which to look for what is not found as it is named.
+      aligner: for images of a list that are not 112 x 112, and where it has a detector for those of
+        a `.bin`; by default the middle square of such images is resized.
 
     Raises:
-      DataError: a file is missing or not a verification set.
+      DataError: a file is missing or not a verification set, or as `Aligner`.
     """
     found = lists.split(target, base=base)
     if found is None:
-        return bins.read_bin(Path(target) if Path(target).is_file() else base / target)
-    return PairSet(found[0].stem, *lists.read(*found))
+        path = Path(target) if Path(target).is_file() else base / target
+        return bins.read_bin(path, aligner=aligner)
+    return PairSet(found[0].stem, *lists.read(*found, aligner=aligner))

@@ -1,39 +1,138 @@
-"""`data.py align`: photographs to faces of 112 x 112, by five points from a list or a detector."""
+"""`data.py align`: photographs to faces of 112 x 112, by five points from a list or a detector.
+
+OUTPUT holds the faces, `faces.csv` with the measures of each, `rejects.csv` with what was left out,
+and a journal, `.align.jsonl`: the settings, then a line for each photograph that is done. A second
+run into the folder keeps the faces of photographs that have not changed, and removes those whose
+photographs are gone or rejected now.
+"""
 
 import csv
+import json
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from arcface_jax.config.choices import FaceChoice
-from arcface_jax.data import detectors, point_files
+from arcface_jax.data import detectors, face_measures, point_files
 from arcface_jax.data import names as identities
 from arcface_jax.data.detectors import Detector, Faces
-from arcface_jax.data.faces import align
+from arcface_jax.data.faces import TEMPLATE, align, similarity
 from arcface_jax.data.files import names_of
-from arcface_jax.data.images import decode_any_size, encode_jpeg, find_below, read_file
+from arcface_jax.data.images import (
+    IMAGE_SIZE,
+    Walk,
+    decode_any_size,
+    encode,
+    encode_jpeg,
+    find_below,
+    read_file,
+)
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime.files import atomic, write_atomic
 
 PointsOf = Callable[[str, np.ndarray], Faces]
 """The faces of an image, of which the path relative to the folder is given too."""
+Format = Literal["jpeg", "png"]
+"""Of the faces' files; PNG loses nothing."""
+
+FACES, REJECTS, JOURNAL = "faces.csv", "rejects.csv", ".align.jsonl"
+_MEASURES = ("choice", "faces", "score", "x", "y", "size", "blur", "yaw", "pitch", "roll")
+_SUFFIXES = {"jpeg": ".jpg", "png": ".png"}
 
 
 class Aligned(NamedTuple):
-    """What was written."""
+    """What an output folder holds."""
 
     written: int
+    """Faces, those of earlier runs included."""
     rejected: dict[str, str]
     """Why, by path."""
     report: Path
+    """The list of rejects."""
     ignored: dict[str, int]
     """Entries that are no images, by kind."""
     identities: int
     """Folders that have a face."""
+    kept: int
+    """Faces that an earlier run wrote."""
+    removed: int
+    """Faces of an earlier run whose photographs are gone or rejected now."""
+    choices: dict[FaceChoice, int]
+    """How many faces were chosen in each way."""
+
+
+class _Done(NamedTuple):
+    """A photograph whose face was written."""
+
+    path: str
+    """Relative to the photographs' folder."""
+    state: tuple[int, int]
+    """Bytes and time of change of the photograph."""
+    face: str
+    """Relative to the output folder."""
+    measures: tuple[Any, ...]
+    """As `_MEASURES`."""
+
+
+class _Job(NamedTuple):
+    """How photographs become faces."""
+
+    folder: Path
+    output: Path
+    points_of: PointsOf
+    choose: FaceChoice
+    min_eyes: float
+    quality: int
+    format: Format
+
+    def settings(self, points: str) -> dict[str, Any]:
+        """What the faces depend on, beside the photographs."""
+        return {
+            "photographs": str(self.folder.resolve()),
+            "points": points,
+            "choose": self.choose,
+            "min_eyes": self.min_eyes,
+            "quality": self.quality if self.format == "jpeg" else 0,
+            "format": self.format,
+        }
+
+    def make(self, name: str, face_name: str) -> _Done:
+        """Aligns one photograph.
+
+        Raises:
+          ImageError: it is no image, shows no face, or a face that is too small.
+        """
+        state = _state(self.folder / name)
+        image = decode_any_size(read_file(self.folder / name), where=name)
+        found = self.points_of(name, image)
+        inside = "/" in name
+        number = detectors.choose(
+            found, image.shape, self.choose, where=name, in_identity_folder=inside
+        )
+        points = found.points[number]
+        eyes = float(np.linalg.norm(points[1] - points[0]))
+        if eyes < self.min_eyes:
+            raise ImageError(
+                name, f"the eyes are {eyes:.1f} pixels apart, fewer than {self.min_eyes:g}"
+            )
+        try:
+            face = align(image, points)
+        except DataError as error:
+            raise ImageError(name, str(error)) from error
+        target = self.output / face_name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        png = self.format == "png"
+        encoded = encode(face) if png else encode_jpeg(face, quality=self.quality)
+        write_atomic(target, encoded, durable=False)
+        choice = detectors.resolve(self.choose, in_identity_folder=inside)
+        measures = (choice, len(found.points), *_measures(face, points, found.scores[number]))
+        return _Done(name, state, face_name, measures)
 
 
 def align_folder(
@@ -41,62 +140,81 @@ def align_folder(
     output: Path,
     points_of: PointsOf,
     *,
-    choose: FaceChoice = "largest",
+    points: str = "",
+    choose: FaceChoice = "auto",
     min_eyes: float = 0.0,
     quality: int = 95,
+    format: Format = "jpeg",
     threads: int = 0,
 ) -> Aligned:
     """Aligns every image under a folder, and keeps the folders' structure.
 
     Args:
       folder: of photographs, in sub-folders or not.
-      output: where the faces go, as JPEG, `rejects.csv` with what was left out, and why, and the
-        names of the folders that have faces, which are the identities.
+      output: where the faces go, with `faces.csv`, `rejects.csv` and the names of the folders that
+        have faces, which are the identities. The same call into it resumes.
       points_of: the five points of the faces of an image.
-      choose: which face where there are several.
+      points: what identifies `points_of`, such as a digest of the file it reads; another one does
+        not resume.
+      choose: which face where there are several; `auto` takes the images of sub-folders to lie in
+        folders of their identities.
       min_eyes: smallest distance of the eyes in pixels of the photograph; below, it is rejected.
-      quality: of the JPEG files.
+      quality: of JPEG files.
+      format: of the faces' files.
       threads: 0 for as many as there are processors.
 
     Raises:
-      DataError: there is no image.
+      DataError: there is no image, or the output has faces made with other settings, or images that
+        are no such faces, or lies in the folder.
     """
+    job = _Job(folder, output, points_of, choose, min_eyes, quality, format)
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{output} lies in {folder}, whose images are aligned: name another folder")
     ignored: Counter[str] = Counter()
     files = find_below(folder, ignored=ignored)
-    names = [path.relative_to(folder).as_posix() for path in files]
-    stems = Counter(path.with_suffix("") for path in files)
+    targets = _targets([path.relative_to(folder).as_posix() for path in files], format)
+    settings = job.settings(points)
+    before = _before(output, settings)
+    kept = {name: done for name, done in before.items() if _still_good(done, job, targets)}
+    todo = [name for name in targets if name not in kept]
 
-    def look(number: int) -> None:
-        name = names[number]
-        image = decode_any_size(read_file(files[number]), where=name)
-        points = detectors.choose(points_of(name, image), image.shape, choose, where=name)
-        eyes = float(np.linalg.norm(points[1] - points[0]))
-        if eyes < min_eyes:
-            raise ImageError(name, f"the eyes are {eyes:.1f} pixels apart, fewer than {min_eyes:g}")
-        try:
-            face = align(image, points)
-        except DataError as error:
-            raise ImageError(name, str(error)) from error
-        target = output / name
-        only = stems[files[number].with_suffix("")] == 1  # not beside a.png where a.jpg is too
-        target = target.with_suffix(".jpg") if only else target.with_name(f"{target.name}.jpg")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(target, encode_jpeg(face, quality=quality), durable=False)
-
-    rejected = {}
-    for number, found in reading.in_order(
-        range(len(files)), look, what="aligning", threads=threads
-    ):
-        if isinstance(found, ImageError):
-            rejected[names[number]] = found.problem
+    done, rejected = dict(kept), {}
     output.mkdir(parents=True, exist_ok=True)
-    report = output / "rejects.csv"
-    with atomic(report, newline="") as file:
-        csv.writer(file).writerows([("path", "reason"), *rejected.items()])
-    people = {name.partition("/")[0] for name in names if "/" in name and name not in rejected}
-    if people:
-        identities.write(output, names_of(folder, sorted(people)))
-    return Aligned(len(files) - len(rejected), rejected, report, dict(ignored), len(people))
+    with _journal(output, settings, before.values()) as note:
+        looked = reading.in_order(
+            range(len(todo)),
+            lambda number: job.make(todo[number], targets[todo[number]]),
+            what="aligning",
+            threads=threads,
+            done=len(kept),
+            total=len(targets),
+        )
+        for number, found in looked:
+            if isinstance(found, ImageError):
+                rejected[todo[number]] = found.problem
+            else:
+                done[found.path] = found
+                note(found)
+    faces = [done[name] for name in targets if name in done]
+    removed = _remove(output, {one.face for one in before.values()} - {one.face for one in faces})
+    people = _write_lists(job, faces, rejected, settings)
+    choices = Counter(one.measures[0] for one in faces)
+    return Aligned(
+        len(faces),
+        rejected,
+        output / REJECTS,
+        dict(ignored),
+        people,
+        kept=len(kept),
+        removed=removed,
+        choices=dict(choices),
+    )
+
+
+def read_rows(output: Path) -> list[dict[str, str]]:
+    """The lines of `faces.csv` by column, one for each face."""
+    with (output / FACES).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def detected(detector: Detector) -> PointsOf:
@@ -121,3 +239,134 @@ def listed(path: Path) -> PointsOf:
         return Faces(points[name], np.ones(len(points[name])))
 
     return look_up
+
+
+def _targets(names: list[str], format: Format) -> dict[str, str]:
+    """The face's file for each photograph, both relative to their folders."""
+    suffix = _SUFFIXES[format]
+    stems = Counter(os.path.splitext(name)[0] for name in names)
+
+    def target(name: str) -> str:
+        stem = os.path.splitext(name)[0]
+        return f"{stem if stems[stem] == 1 else name}{suffix}"  # not a.png's where a.jpg is too
+
+    return {name: target(name) for name in names}
+
+
+def _measures(face: np.ndarray, points: np.ndarray, score: float) -> tuple[float, ...]:
+    """Score, center, side of the crop in pixels of the photograph, blur, yaw, pitch and roll."""
+    matrix = similarity(points, TEMPLATE)
+    x, y = points.mean(axis=0)
+    size = IMAGE_SIZE / float(np.hypot(matrix[0, 0], matrix[1, 0]))
+    rounded = (round(float(value), 1) for value in (x, y, size))
+    angles = (round(angle, 1) for angle in face_measures.pose(points))
+    return (round(float(score), 4), *rounded, round(face_measures.blur(face), 4), *angles)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _still_good(done: _Done, job: _Job, targets: Mapping[str, str]) -> bool:
+    """Whether the photograph is as it was, and its face is there."""
+    return (
+        targets.get(done.path) == done.face
+        and _state(job.folder / done.path) == done.state
+        and (job.output / done.face).is_file()
+    )
+
+
+def _before(output: Path, settings: Mapping[str, Any]) -> dict[str, _Done]:
+    """What earlier runs did; empty in a new folder.
+
+    Raises:
+      DataError: as `align_folder`.
+    """
+    try:
+        lines = (output / JOURNAL).read_text(encoding="utf-8").splitlines()
+        stored = json.loads(lines[0])
+    except (FileNotFoundError, IndexError, ValueError):
+        other = next(Walk(output).files(), None) if output.is_dir() else None
+        if other is None:
+            return {}
+        raise DataError(
+            f"{output} holds images that align did not write, such as {other}: name a new or "
+            "empty folder"
+        ) from None
+    differs = [
+        f"{name} was {stored.get(name)!r} and is {value!r}"
+        for name, value in settings.items()
+        if stored.get(name) != value
+    ]
+    if differs:
+        raise DataError(
+            f"{output} was made with other settings: {'; '.join(differs)}; match them to resume, "
+            "or name a new folder"
+        )
+    return {done.path: done for line in lines[1:] if (done := _parsed(line))}
+
+
+def _parsed(line: str) -> _Done | None:
+    """None for the last line of a run that was killed while it wrote."""
+    try:
+        path, state, face, measures = json.loads(line)
+        return _Done(path, tuple(state), face, tuple(measures))
+    except (ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def _journal(
+    output: Path, settings: Mapping[str, Any], before: Iterable[_Done]
+) -> Iterator[Callable[[_Done], None]]:
+    """Starts the journal with what is done already; yields what adds a photograph to it."""
+    _write_journal(output, settings, before)
+    with (output / JOURNAL).open("a", encoding="utf-8") as file:
+
+        def note(done: _Done) -> None:
+            file.write(json.dumps(done) + "\n")
+            file.flush()
+
+        yield note
+
+
+def _write_journal(output: Path, settings: Mapping[str, Any], done: Iterable[_Done]) -> None:
+    lines = [json.dumps(settings), *map(json.dumps, done)]
+    write_atomic(output / JOURNAL, "\n".join(lines) + "\n")
+
+
+def _remove(output: Path, faces: Iterable[str]) -> int:
+    """Removes faces, and the folders that are empty then."""
+    count = 0
+    for face in faces:
+        path = output / face
+        if path.is_file():
+            path.unlink()
+            count += 1
+        for folder in list(path.parents)[: face.count("/")]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+    return count
+
+
+def _write_lists(
+    job: _Job, faces: list[_Done], rejected: Mapping[str, str], settings: Mapping[str, Any]
+) -> int:
+    """Writes the CSV files, the identities' names and the journal; returns the identities."""
+    output = job.output
+    with atomic(output / FACES, newline="") as file:
+        rows = ((one.path, one.face, *one.measures) for one in faces)
+        csv.writer(file).writerows([("path", "face", *_MEASURES), *rows])
+    with atomic(output / REJECTS, newline="") as file:
+        csv.writer(file).writerows([("path", "reason"), *rejected.items()])
+    people = {one.path.partition("/")[0] for one in faces if "/" in one.path}
+    if people:
+        identities.write(output, names_of(job.folder, sorted(people)))
+    else:
+        (output / identities.FILE).unlink(missing_ok=True)
+    _write_journal(output, settings, faces)
+    return len(people)

@@ -102,6 +102,18 @@ def _part(one: Evaluated) -> dict:
         "result": result,
         "scores": scores,
         "lengths": lengths,
+        "forms": [
+            {
+                "title": "f(image) + f(mirrored image), as evaluated here",
+                "threshold": result.threshold,
+                "tars": result.tars,
+            },
+            {
+                "title": "Single embeddings, f(image)",
+                "threshold": result.single_threshold,
+                "tars": result.single_tars,
+            },
+        ],
         "hardest": [
             ("One person, least alike", _hardest(one, cosine, kind=True)),
             ("Two people, most alike", _hardest(one, cosine, kind=False)),

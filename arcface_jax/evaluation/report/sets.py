@@ -23,8 +23,16 @@ INSPECTED, ALIGNED = "index.html", "align.html"
 _GROUPS, _MEMBERS = 24, 4  # groups of copies on a page, images of a group
 _LISTED = 200  # lines of a table
 _REJECTS = 24  # rejected photographs that are shown
-_EXTREMES = 8  # faces at the lowest end of a measure
-_COORDINATE = re.compile(r"[xy]\d|.*(left|top|width|height|right|bottom).*")
+_EXTREMES = 8  # faces at the end of a measure
+# Of the measures in faces.csv, what they are and the end at which faces are doubtful.
+_MEASURES = {
+    "score": ("score of the detector", "lowest"),
+    "size": ("side of the crop in pixels of the photograph", "lowest"),
+    "blur": ("blur, 0 is sharp", "highest"),
+    "yaw": ("yaw in degrees", "farthest from 0"),
+    "pitch": ("pitch in degrees", "farthest from 0"),
+    "roll": ("roll in degrees", "farthest from 0"),
+}
 
 
 def inspected(
@@ -95,8 +103,8 @@ def aligned(
     Args:
       folder: of the faces.
       photographs: the folder that they come from.
-      rows: a line for each face, as in faces.csv: `path` is the face's file below the folder; of
-        the other columns those that are numbers, and no places in the photograph, are drawn.
+      rows: a line of faces.csv for each face: `face` is its file below the folder, `path` the
+        photograph; the measures among the other columns are drawn.
       rejected: why each photograph without a face was left out, by its path.
       made: when, as shown on the page.
 
@@ -106,7 +114,7 @@ def aligned(
     Raises:
       UserError: the folder cannot be written.
     """
-    people = Counter(row["path"].rpartition("/")[0] for row in rows)
+    people = Counter(row["face"].rpartition("/")[0] for row in rows)
     path = folder / ALIGNED
     page.write(
         path,
@@ -116,7 +124,7 @@ def aligned(
         written=len(rows),
         people=len(people) if any(people) else 0,
         chart=_images_per_identity(np.array(list(people.values()), np.int64)),
-        rows=_samples(folder, [row["path"] for row in rows]),
+        rows=_samples(folder, [row["face"] for row in rows]),
         measures=_measures(folder, rows),
         reasons=Counter(_general(reason) for reason in rejected.values()).most_common(),
         rejects=[
@@ -203,34 +211,35 @@ def _samples(folder: Path, paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _measures(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Each column of numbers, how it is spread, and the faces where it is lowest."""
+    """Each measure: how it is spread, and the faces at its doubtful end."""
     found = []
-    for column in rows[0] if rows else ():
-        values = _numbers([row[column] for row in rows])
-        if values is None or _COORDINATE.fullmatch(column) or np.ptp(values) == 0:
+    for column, (label, end) in _MEASURES.items():
+        values = _numbers([row.get(column, "") for row in rows])
+        if values is None or np.ptp(values) == 0:
             continue
         low, high = float(values.min()), float(values.max())
         chart = charts.histogram(
             [Series(values, 0)],
-            x_label=column,
-            alt=f"{column} of the faces: from {low:.3g} to {high:.3g}",
+            x_label=label,
+            alt=f"{label}: from {low:.3g} to {high:.3g}",
         )
-        order = np.argsort(values, kind="stable")[:_EXTREMES].tolist()
-        lowest = [
-            _from_file(folder / rows[i]["path"], rows[i]["path"]) | {"value": f"{values[i]:.3g}"}
+        rank = {"lowest": values, "highest": -values, "farthest from 0": -np.abs(values)}[end]
+        order = np.argsort(rank, kind="stable")[:_EXTREMES].tolist()
+        faces_there = [
+            _from_file(folder / rows[i]["face"], rows[i]["face"]) | {"value": f"{values[i]:.3g}"}
             for i in order
         ]
-        found.append({"name": column, "chart": chart, "lowest": lowest})
+        found.append({"name": column, "end": end, "chart": chart, "faces": faces_there})
     return found
 
 
 def _numbers(cells: Sequence[str]) -> np.ndarray | None:
-    """(n,) float64; None where a cell is no finite number."""
+    """(n,) float64; None where a cell is no finite number, or there is none."""
     try:
         values = np.array(cells, np.float64)
     except ValueError:
         return None
-    return values if np.isfinite(values).all() else None
+    return values if values.size and np.isfinite(values).all() else None
 
 
 def _with_code(text: str) -> Markup:

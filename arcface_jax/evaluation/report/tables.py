@@ -58,6 +58,19 @@ def remarks(results: Sequence[Verification]) -> list[str]:
     return lines
 
 
+def forms(results: Sequence[Verification]) -> list[str]:
+    """The ten-fold threshold of each set for either form of embedding, which is named."""
+    lines = []
+    for result in results:
+        whose = f"{result.name}, {result.model}" if result.model else result.name
+        lines.append(
+            f"{whose}: cosine threshold {result.threshold_cosine:.4f} for f(image) + f(mirrored "
+            f"image), as in these tables; {result.single_threshold_cosine:.4f} for single "
+            "embeddings, which embed and verify make by default"
+        )
+    return lines
+
+
 def _folds(results: Sequence[Verification]) -> Table:
     """Accuracy and its kin, and insightface's TAR where one set at least has pairs enough."""
     at = FARS.index(FOLD_FAR)

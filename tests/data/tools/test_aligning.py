@@ -1,7 +1,9 @@
 """`data.py align`: crops by points from lists, from an ONNX detector, and from a function."""
 
 import csv
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -11,9 +13,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from witness import encode, smooth
 
-from arcface_jax.data import detectors
-from arcface_jax.data.faces import TEMPLATE
-from arcface_jax.data.tools import aligning
+from arcface_jax.commands.data import main as data_command
+from arcface_jax.data import detectors, face_measures
+from arcface_jax.data.faces import TEMPLATE, align
+from arcface_jax.data.tools import aligning, detector_check
 from arcface_jax.errors import DataError, UserError
 
 CROP = TEMPLATE
@@ -111,6 +114,145 @@ def test_one_of_several_faces_is_chosen(tmp_path: Path, choose, best: int):
     data = (tmp_path / "out" / "a.jpg").read_bytes()
     face = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     assert spots(face).min() > 150
+
+
+@pytest.mark.parametrize(("name", "best"), [("a.png", 1), ("ada/a.png", 0), ("x/ada/a.png", 0)])
+def test_auto_takes_the_largest_or_in_an_identitys_folder_the_central_face(
+    tmp_path: Path, name: str, best: int
+):
+    places = np.stack([moved(0.4, 0, 110, 70), moved(0.9, 0, 0, 90)])
+    file = tmp_path / "in" / name
+    file.parent.mkdir(parents=True)
+    file.write_bytes(encode(photo(places[best])))
+    faces = detectors.Faces(places, np.array([0.6, 0.7]))
+    done = aligning.align_folder(tmp_path / "in", tmp_path / "out", lambda *_: faces)
+    assert done.choices == {("largest", "center")[best == 0]: 1}
+    (row,) = measured(tmp_path / "out")
+    assert (row["path"], row["choice"], row["faces"]) == (name, *done.choices, "2")
+    assert float(row["score"]) == faces.scores[best]
+    np.testing.assert_allclose(
+        [float(row["x"]), float(row["y"])], places[best].mean(axis=0), atol=0.06
+    )
+
+
+def measured(output: Path) -> list[dict[str, str]]:
+    """The rows of faces.csv."""
+    with (output / "faces.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_size_blur_and_pose_of_each_face_are_measured(tmp_path: Path):
+    # Drawn at 1.5 times the template's size, one as it is, one blurred, one turned by 20 degrees.
+    folder, points = tmp_path / "in", moved(1.5, 0.0, 30, 10)
+    folder.mkdir()
+    sharp = np.random.default_rng(0).integers(0, 256, (220, 260, 3), np.uint8)
+    blurred = cv2.GaussianBlur(sharp.astype(np.float32), (0, 0), 6)
+    blurred = cv2.normalize(blurred, None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    turned = moved(1.5, np.radians(20), 60, 10)
+    for name, image in (("a", sharp), ("b", blurred), ("c", sharp)):
+        (folder / f"{name}.png").write_bytes(encode(image))
+    found = {"a.png": points, "b.png": points, "c.png": turned}
+    aligning.align_folder(
+        folder, tmp_path / "out", lambda name, _: detectors.Faces(found[name][None], np.ones(1))
+    )
+    a, b, c = measured(tmp_path / "out")
+    assert [float(row["size"]) for row in (a, b, c)] == [168.0] * 3  # 1.5 x 112
+    assert float(a["blur"]) < 0.3 < 0.6 < float(b["blur"]) <= 1
+    assert [float(a[angle]) for angle in ("yaw", "pitch", "roll")] == [0, 0, 0]
+    assert float(c["roll"]) == pytest.approx(20, abs=0.1)
+
+
+@pytest.mark.parametrize("angles", [(25, 0, 0), (0, 15, 0), (-20, 10, 30)])
+def test_the_pose_of_a_head_that_was_turned_in_space(angles: tuple[float, float, float]):
+    yaw, pitch, roll = np.radians(angles)
+    c, s = np.cos, np.sin
+    turn = np.array([[c(roll), -s(roll), 0], [s(roll), c(roll), 0], [0, 0, 1]])
+    turn = turn @ np.array([[1, 0, 0], [0, c(pitch), s(pitch)], [0, -s(pitch), c(pitch)]])
+    turn = turn @ np.array([[c(yaw), 0, -s(yaw)], [0, 1, 0], [s(yaw), 0, c(yaw)]])
+    head = np.column_stack([TEMPLATE, [0, 0, -18, -4, -4]])  # the nose is nearest to the camera
+    head -= head.mean(axis=0)
+    seen = (head @ turn.T)[:, :2] * 3 + (200, 100)
+    np.testing.assert_allclose(face_measures.pose(seen), angles, atol=1e-6)
+    if angles[1:] == (0, 0):
+        assert seen[2, 0] > seen[[0, 1, 3, 4], 0].mean()  # the nose points to the viewer's right
+
+
+def test_a_second_run_resumes_and_leaves_nothing_stale(photos: Path, tmp_path: Path):
+    output, asked = tmp_path / "out", []
+    for name in ("ada/3.png", "cy/1.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(encode(photo(PLACES["ada/1.png"])))
+    small, killed_at = {"ada/3.png"}, {"bob/2.jpg"}
+
+    def points_of(name: str, image: np.ndarray) -> detectors.Faces:
+        asked.append(name)
+        if name in killed_at:
+            raise KeyboardInterrupt
+        points = np.zeros((0, 5, 2)) if name in small else PLACES["ada/1.png"][None]
+        return detectors.Faces(points, np.ones(len(points)))
+
+    with pytest.raises(KeyboardInterrupt):
+        aligning.align_folder(photos, output, points_of, threads=1)
+    asked.clear()
+    killed_at.clear()
+    # What was killed in the middle of a line is done again.
+    with (output / aligning.JOURNAL).open("a") as file:
+        file.write('["bob/2.jpg", [1')
+    done = aligning.align_folder(photos, output, points_of, threads=1)
+    assert asked == ["ada/3.png", "bob/2.jpg", "cy/1.png"]  # rejected ones are looked at again
+    assert (done.written, done.kept, done.removed) == (3, 1, 0)
+    assert done.rejected == {"ada/3.png": "no face"}
+    # Gone, changed, lost, and rejected no more.
+    asked.clear()
+    (photos / "cy" / "1.png").unlink()
+    (photos / "bob" / "2.jpg").write_bytes(encode(photo(PLACES["bob/2.jpg"]), "JPEG"))
+    (output / "ada" / "1.jpg").unlink()
+    small.clear()
+    done = aligning.align_folder(photos, output, points_of, threads=1)
+    assert sorted(asked) == ["ada/1.png", "ada/3.png", "bob/2.jpg"]
+    assert (done.written, done.kept, done.removed) == (3, 0, 1)
+    assert sorted(p.relative_to(output).as_posix() for p in output.rglob("*.jpg")) == [
+        *("ada/1.jpg", "ada/3.jpg", "bob/2.jpg")
+    ]
+    assert not (output / "cy").exists()
+    assert [row["face"] for row in measured(output)] == ["ada/1.jpg", "ada/3.jpg", "bob/2.jpg"]
+    names = (output / "identities.txt").read_text().splitlines()
+    assert [name.split("\t")[1] for name in names] == ["ada", "bob"]
+    # Rejected now: its face of an earlier run goes too.
+    small.add("bob/2.jpg")
+    os.utime(photos / "bob" / "2.jpg", (1, 1))
+    done = aligning.align_folder(photos, output, points_of, threads=1)
+    assert (done.kept, done.removed, [*done.rejected]) == (2, 1, ["bob/2.jpg"])
+    assert not (output / "bob").exists()
+
+
+def test_other_settings_and_folders_of_other_images_are_refused(photos: Path, tmp_path: Path):
+    faces = detectors.Faces(PLACES["ada/1.png"][None], np.ones(1))
+    aligning.align_folder(photos, tmp_path / "out", lambda *_: faces)
+    with pytest.raises(DataError, match="choose was 'auto' and is 'score'; match them to resume"):
+        aligning.align_folder(photos, tmp_path / "out", lambda *_: faces, choose="score")
+    with pytest.raises(DataError, match="points was '' and is 'another'"):
+        aligning.align_folder(photos, tmp_path / "out", lambda *_: faces, points="another")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.png").write_bytes(encode(smooth(1)))
+    with pytest.raises(DataError, match=r"mine holds images that align did not write, such as a\."):
+        aligning.align_folder(photos, tmp_path / "mine", lambda *_: faces)
+    with pytest.raises(DataError, match="lies in"):
+        aligning.align_folder(photos, photos / "faces", lambda *_: faces)
+
+
+def test_faces_as_png_lose_nothing(photos: Path, tmp_path: Path):
+    aligning.align_folder(
+        photos,
+        tmp_path / "out",
+        lambda name, _: detectors.Faces(PLACES[name][None], np.ones(1)),
+        format="png",
+    )
+    image = cv2.imdecode(
+        np.frombuffer((photos / "ada" / "1.png").read_bytes(), np.uint8), cv2.IMREAD_COLOR_RGB
+    )
+    written = cv2.imread(str(tmp_path / "out" / "ada" / "1.png"))[..., ::-1]
+    np.testing.assert_array_equal(written, align(image, PLACES["ada/1.png"]))
 
 
 @pytest.mark.parametrize(
@@ -242,6 +384,52 @@ def test_yunet_is_told_by_its_outputs_and_decoded_by_opencv(tmp_path: Path):
         np.testing.assert_allclose(found.scores, [0.81], atol=1e-5)
         expected = (np.arange(10).reshape(5, 2) / 10 + (1, 2)) * 16
         np.testing.assert_allclose(found.points[0], expected, atol=1e-3)
+
+
+def test_yunet_sees_a_large_photograph_at_a_bounded_size(tmp_path: Path):
+    detect = detectors.load(str(yunet_graph(tmp_path / "y.onnx")), size=SIZE)
+    found = detect(np.zeros((20 * SIZE, 20 * SIZE, 3), np.uint8))
+    expected = (np.arange(10).reshape(5, 2) / 10 + (1, 2)) * 16 * 20
+    np.testing.assert_allclose(found.points[0], expected, atol=0.02)
+
+
+def test_a_detectors_file_is_verified(tmp_path: Path, capsys, monkeypatch):
+    path = yunet_graph(tmp_path / "y.onnx")
+    cv2.imwrite(str(tmp_path / "p.png"), np.zeros((SIZE, SIZE, 3), np.uint8))
+    with pytest.raises(SystemExit) as stop:
+        data_command(["detector", "--check", str(path)])
+    assert stop.value.code == 2 and "opens but found no face" in capsys.readouterr().err
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    known = detector_check.Known("a name", "a source", "a license")
+    monkeypatch.setitem(detector_check.KNOWN, digest, known)
+    words = ["--detector-size", str(SIZE), "--img", str(tmp_path / "p.png")]
+    assert data_command(["detector", "--check", str(path), *words]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    assert (result["sha256"], result["known"], result["img_faces"]) == (digest, True, 1)
+    assert "a name, from a source; a license" in out and "score 0.810" in out
+
+
+def test_a_detector_that_finds_drawn_faces_has_found_five_points(monkeypatch):
+    """A detector that knows where the faces were drawn, and one that exchanges the eyes."""
+
+    def load(order: list[int]):
+        def detect(image: np.ndarray) -> detectors.Faces:
+            y, x = np.argwhere((image != 128).any(axis=2)).min(axis=0)
+            return detectors.Faces((TEMPLATE[order] + (x, y))[None], np.ones(1))
+
+        return lambda *_, **__: detect
+
+    for order, found in (([0, 1, 2, 3, 4], detector_check.DRAWN), ([1, 0, 2, 4, 3], 0)):
+        monkeypatch.setattr(detectors, "load", load(order))
+        assert detector_check.check(Path(__file__)).found == found
+
+
+def test_scrfd_of_a_fixed_size_is_run_at_that_size(tmp_path: Path):
+    path = str(scrfd_graph(tmp_path / "s.onnx", scrfd_outputs([])))
+    assert not len(detectors.load(path)(np.zeros((9, 9, 3), np.uint8)).points)
+    with pytest.raises(UserError, match="takes images of 64 x 64 only"):
+        detectors.load(path, size=128)
 
 
 def test_a_function_of_ones_own(photos: Path, tmp_path: Path, monkeypatch):
