@@ -104,6 +104,10 @@ def unknown(word: str, known: Iterable[str], *, prog: str) -> str:
     known = list(known)
     if not word:
         return f"{prog} expects one of {', '.join(known)}; {prog} --help describes them"
-    near = difflib.get_close_matches(word, known)
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"{prog} has no command {word!r}: {meant}{prog} --help lists all"
+    return f"{prog} has no command {word!r}: {meant(word, known)}{prog} --help lists all"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """The question "did you mean A or B? " for a misspelled name; empty where none is near."""
+    near = difflib.get_close_matches(word, sorted(known), n=2)
+    return f"did you mean {' or '.join(near)}? " if near else ""

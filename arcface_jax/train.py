@@ -20,7 +20,7 @@ from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.data.pipeline import BadImage, BadImages
 from arcface_jax.data.source import Source, account
-from arcface_jax.errors import ConfigError, UserError, install
+from arcface_jax.errors import ConfigError, DataError, UserError, install
 from arcface_jax.evaluation import verification
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import launch, signals
@@ -301,7 +301,10 @@ def _loop(run: Run, stop: signals.Stop) -> None:
 
 def _open_targets(config: Config) -> list[PairSet]:
     """The verification sets, checked now rather than after the first epochs."""
-    targets = open_targets(config.evaluation.targets, config.data, seed=config.seed)
+    try:
+        targets = open_targets(config.evaluation.targets, config.data, seed=config.seed)
+    except DataError as error:
+        raise DataError(f"{error}. To train without evaluation, leave the option empty") from error
     for target in targets:
         verification.check(target)
     if config.checkpoint.best_metric:

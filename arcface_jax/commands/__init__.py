@@ -1,9 +1,11 @@
 """The commands of `arcface-jax`, one module each; they parse before they import anything heavy."""
 
+import contextlib
 import functools
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
@@ -49,6 +51,36 @@ def command(body: Callable[Words, Result]) -> Callable[Words, int]:
         return result.code
 
     return run
+
+
+@contextlib.contextmanager
+def own_options(names: Mapping[str, str]) -> Iterator[None]:
+    """Names the options in errors as the command at hand does; they are written as in `train`.
+
+    Args:
+      names: as `own_names`.
+    """
+    try:
+        yield
+    except errors.ImageError:
+        raise
+    except errors.UserError as error:
+        error.args = (own_names(str(error), names),)
+        raise
+
+
+def own_names(text: str, names: Mapping[str, str]) -> str:
+    """A text in which the options of `train` are replaced by the options of another command.
+
+    Args:
+      text: an error or a note, which names an option as `--data.label-index` or the field as
+        `data.label_index`.
+      names: "data.label-index" and the like, and what this command calls them.
+    """
+    for name, own in names.items():
+        field = "[-_]".join(map(re.escape, name.split("-")))
+        text = re.sub(rf"(?<![\w./-])(?:--)?{field}(?![\w-])", own, text)
+    return text
 
 
 def console() -> "Console":

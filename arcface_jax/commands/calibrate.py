@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tyro.conf import OmitArgPrefixes
 
-from arcface_jax.commands import Result, command
+from arcface_jax.commands import Result, command, own_options
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import AlignOptions
 from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
@@ -54,7 +54,8 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     how = arguments.align
     if how.detector is not None:
         print(aligner.in_words(how.choose))
-    (pair_set,) = open_for_runs([config], [arguments.pairs], aligner=aligner.of_options(how))
+    with own_options({"evaluation.targets": "--pairs"}):
+        (pair_set,) = open_for_runs([config], [arguments.pairs], aligner=aligner.of_options(how))
     verification.check(pair_set)
     model = open_model(arguments.model, batch_size=arguments.batch_size)
     # tyro cannot tell an option that was left out from its default.

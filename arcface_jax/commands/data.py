@@ -7,13 +7,14 @@ arcface-jax data COMMAND --help
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from arcface_jax.commands import Result, command, console
+from arcface_jax.commands import Result, command, console, own_names, own_options
 from arcface_jax.config import AugmentConfig, DataConfig, command_line
 from arcface_jax.config.choices import Bad, FaceChoice
 from arcface_jax.errors import UserError
@@ -42,6 +43,13 @@ class Reading:
 
 
 How = OmitArgPrefixes[Reading]
+# What the tools call the options that errors and notes name as `train` does.
+_OPTIONS = {
+    "data.path": "PATH",
+    "data.columns": "--columns",
+    "data.label-index": "--label-index",
+    "data.identity-level": "--identity-level",
+}
 
 
 @command
@@ -58,7 +66,8 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax data") -> Result:
         "detector": detector,
         "bench": bench,
     }
-    values = command_line.call_subcommand(tools, words, prog=prog, description=__doc__ or "")
+    with own_options(_OPTIONS):
+        values = command_line.call_subcommand(tools, words, prog=prog, description=__doc__ or "")
     files = values.pop("files")
     return Result(values, files)
 
@@ -75,7 +84,7 @@ def inspect(
 
     Args:
       path: A training set, as --data.path of `train` takes it.
-      output: Folder for inspect.json, images_per_identity.png and samples.png.
+      output: Folder for index.html, inspect.json, images_per_identity.png and samples.png.
       most: Look at only this many images, chosen at random; 0 for all.
       seed: Of the choice and of the samples.
       threads: 0 for one per processor.
@@ -83,12 +92,16 @@ def inspect(
     """
     from arcface_jax.data.source import account
     from arcface_jax.data.tools import inspection
+    from arcface_jax.evaluation.report import sets
 
     source = _open(path, reading, quiet=True)
     report = inspection.inspect(source, most=most, seed=seed, threads=threads)
-    print(account(source, unreadable=report.unreadable_kinds), *source.notes, sep="\n")
+    print(account(source, unreadable=report.unreadable_kinds), *_notes(source), sep="\n")
     print(*inspection.in_words(report), sep="\n")
     files = inspection.write(report, source, output, seed=seed)
+    title, made = Path(path).name or path, datetime.now()
+    files.append(sets.inspected(output, report, source, name=title, made=made, seed=seed))
+    print(f"page: {files[-1]}")
     by_kind = {"unreadable_by_kind": dict(report.unreadable_kinds)}
     return {**report.summary(), **_ignored(source), **by_kind, "files": files}
 
@@ -290,8 +303,8 @@ def align(
 
     Args:
       path: Folder of photographs, in sub-folders or not.
-      output: Folder for the faces, under the same names, faces.csv and rejects.csv; rerun the same
-        command to resume.
+      output: Folder for the faces, under the same names, faces.csv, rejects.csv and align.html;
+        rerun the same command to resume.
       points: CSV of path,x1,y1,...,x5,y5, JSON of path: [[x, y], ...], or lines `path x1 y1 ...`.
       detector: ONNX file of the SCRFD or YuNet kind, or module:function.
       threshold: Lowest score of a face that is taken.
@@ -308,6 +321,7 @@ def align(
         raise UserError("align needs either --points FILE or --detector NAME")
     from arcface_jax.data import aligner, detectors
     from arcface_jax.data.tools import aligning
+    from arcface_jax.evaluation.report import sets
 
     if points is not None:
         find, origin = aligning.listed(points), detectors.identity(points)
@@ -339,6 +353,9 @@ def align(
     )
     if done.kept or done.removed:
         print(f"{done.kept:,} were there already, {done.removed:,} stale ones removed")
+    rows = aligning.read_rows(output)
+    page = sets.aligned(output, path, rows, done.rejected, made=datetime.now())
+    print(f"page: {page}")
     return {
         "written": done.written,
         "kept": done.kept,
@@ -348,7 +365,7 @@ def align(
         "identities": done.identities,
         "ignored": ignored,
         "ignored_by_kind": done.ignored,
-        "files": [done.report, output / aligning.FACES],
+        "files": [done.report, output / aligning.FACES, page],
     }
 
 
@@ -444,8 +461,12 @@ def _open(path: str, reading: Reading, *, quiet: bool = False) -> "Source":
 
     source = opening.open_source(DataConfig(path=path, **asdict(reading)), seed=0)
     if not quiet:
-        print(account(source), *source.notes, sep="\n")
+        print(account(source), *_notes(source), sep="\n")
     return source
+
+
+def _notes(source: "Source") -> list[str]:
+    return [own_names(note, _OPTIONS) for note in source.notes]
 
 
 def _ignored(source: "Source") -> Values:

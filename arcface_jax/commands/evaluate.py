@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import OmitArgPrefixes
 
 from arcface_jax import errors
-from arcface_jax.commands import Result, command, console
+from arcface_jax.commands import Result, command, console, own_options
 from arcface_jax.config import Config, command_line
 from arcface_jax.config.choices import AlignOptions
 from arcface_jax.inference.open_model import ModelChoices, open_models
@@ -54,7 +54,8 @@ def _open(arguments: Arguments) -> "tuple[dict[str, Model], list[PairSet]]":
         print(aligner.in_words(how.choose))
     models = open_models(arguments.models, batch_size=arguments.batch_size)
     configs = [checkpoint.read_config(path) for path in arguments.models.workdir] or [Config()]
-    sets = open_for_runs(configs, arguments.targets, aligner=aligner.of_options(how))
+    with own_options({"evaluation.targets": "--targets"}):
+        sets = open_for_runs(configs, arguments.targets, aligner=aligner.of_options(how))
     if not sets:
         raise errors.UserError(
             "nothing to evaluate on: name verification sets with --targets a.bin b.bin"

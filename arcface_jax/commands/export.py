@@ -18,7 +18,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from arcface_jax import errors
-from arcface_jax.commands import Result, command, console, dispatch
+from arcface_jax.commands import Result, command, console, dispatch, own_options
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import GraphInput, Normalization, Precision
 from arcface_jax.inference.open_model import ModelChoice, open_network
@@ -186,7 +186,8 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax export onnx") -> Resu
     from arcface_jax.convert.onnx_graph import Form
 
     calibration = arguments.calibration
-    images = to_onnx.calibration_images(calibration) if calibration else None
+    with own_options({"data.path": "--calibration"}):
+        images = to_onnx.calibration_images(calibration) if calibration else None
     model = open_network(arguments.model)
     form = Form(
         input=arguments.input,
@@ -206,7 +207,8 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax export onnx") -> Resu
     if arguments.targets:
         from arcface_jax.evaluation.report import tables
 
-        results = to_onnx.compare(model, arguments.output, arguments.targets)
+        with own_options({"evaluation.targets": "--targets"}):
+            results = to_onnx.compare(model, arguments.output, arguments.targets)
         console().print(*tables.summary(results), *tables.remarks(results), sep="\n")
         values |= {f"eval/{result.name}/accuracy": result.accuracy for result in results}
     return Result(values, files)

@@ -98,8 +98,13 @@ class Write:
 
 def main(words: Sequence[str], *, prog: str = "arcface-jax import") -> int:
     """Imports what the first word names: a kind, or a file, whose content tells its kind."""
-    if words and words[0] not in _COMMANDS and Path(words[0]).exists():
-        words = [*_kind_of(Path(words[0])), *words]
+    if words and words[0] not in _COMMANDS and not words[0].startswith("-"):
+        path = Path(words[0])
+        if path.exists():
+            words = [*_kind_of(path), *words]
+        elif path.suffix or len(path.parts) > 1:
+            with errors.reported():
+                raise errors.UserError(f"no file at {path}: name an existing file of weights")
     return dispatch(_COMMANDS, words, prog=prog, description=__doc__ or "")
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from arcface_jax.commands import Result, command, console
+from arcface_jax.commands import Result, command, console, own_options
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import RankProtocol
 from arcface_jax.errors import UserError
@@ -107,7 +107,8 @@ def _run(arguments: Arguments, counts: dict[str, int]) -> "Report":
             return reports.ranks(read("probe"), gallery, distractors=distractors)
         case "groups":
             model = opened()
-            sets = open_for_runs([config_of(arguments.model)], options.targets)
+            with own_options({"evaluation.targets": "--targets"}):
+                sets = open_for_runs([config_of(arguments.model)], options.targets)
             for one in sets:
                 print(one.account())
                 counts.update(one.counts())

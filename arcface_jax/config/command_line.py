@@ -78,6 +78,9 @@ def call_subcommand(
       SystemExit: as `parse`.
     """
     named = functions.get(words[0]) if words else None
+    if named is None and not (words and words[0] in ("-h", "--help")):
+        with errors.reported():
+            raise errors.UserError(errors.unknown(words[0] if words else "", functions, prog=prog))
     words = _without_values(words, () if named is None else _flags(named))
     return tyro.extras.subcommand_cli_from_dict(
         dict(functions), args=words, prog=prog, description=with_examples(description)

@@ -3,7 +3,6 @@
 The command line overrides the recipe, and `WORKDIR/config.json` records the outcome.
 """
 
-import difflib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import pydantic
 from arcface_jax.config import command_line
 from arcface_jax.config.explain import explain, former_names
 from arcface_jax.config.schema import MAY_DIFFER_ON_RESUME, Config
-from arcface_jax.errors import ConfigError
+from arcface_jax.errors import ConfigError, meant
 
 _ADAPTER = pydantic.TypeAdapter(Config)
 
@@ -101,12 +100,11 @@ def find_recipe(name: str | Path) -> Path:
     recipes = recipe_files()
     if str(name) in recipes:
         return recipes[str(name)]
-    near = difflib.get_close_matches(path.stem, sorted(recipes))
-    meant = f"did you mean {' or '.join(near)}? " if near else ""
+    near = meant(path.stem, recipes)
     if path.suffix == ".py" or path.parent != Path():
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.py"))) or "none"
-        raise ConfigError(f"no recipe at {path}: {meant}(recipes in {path.parent}/: {there})")
-    raise ConfigError(f"there is no recipe {name}: {meant}`arcface-jax recipes` lists all")
+        raise ConfigError(f"no recipe at {path}: {near}recipes in {path.parent}/: {there}")
+    raise ConfigError(f"there is no recipe {name}: {near}`arcface-jax recipes` lists all")
 
 
 def read_recipe(name: str | Path) -> Config:

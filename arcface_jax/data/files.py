@@ -181,7 +181,7 @@ def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
         raise DataError(
             f"{folder}: the images lie two folders deep, as {group}/{people[group][0]}: is the "
             f"identity {group} ({len(people)} of them) or {person} ({len(second)})? Give "
-            "--data.identity-level 1 or 2 (--identity-level in data tools)"
+            "--data.identity-level 1 or 2"
         )
 
 

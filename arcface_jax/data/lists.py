@@ -255,6 +255,7 @@ def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[
         return _Columns(at, others[0], bool(header))
     if not others:
         raise _unclear(path, data[0], header, [])
+    _refuse_pairs(path, data, [place, *others], header)
     if header:
         strong = [header.index(word) for word in STRONG if word in header]
         for column in strong:
@@ -270,6 +271,29 @@ def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[
     if len(candidates) == 1:
         return _Columns(at, candidates[0], bool(header))
     raise _unclear(path, data[0], header, candidates or others)
+
+
+def _refuse_pairs(
+    path: Path, data: Sequence[Row], columns: Sequence[int], header: Sequence[str]
+) -> None:
+    """Refuses a list of pairs, which has two columns of images and none that is named a label.
+
+    Raises:
+      DataError: it is one.
+    """
+    part = tables.sample(data)
+    width = min(len(row.cells) for row in part)
+    images = [
+        column
+        for column in columns
+        if column < width and all(is_image(row.cells[column]) for row in part)
+    ]
+    if len(images) > 1 and not set(header) & set(STRONG):
+        raise DataError(
+            f"{path} has two columns of images, as a list of pairs: verify on it with "
+            f"--evaluation.targets {path}:FOLDER (--targets of `arcface-jax evaluate`), or name "
+            "the columns of a training set with --data.columns path=1,label=2"
+        )
 
 
 def _different(data: Sequence[Row], column: int) -> set[str]:
@@ -343,13 +367,10 @@ def _notes(listed: Listed, numbered: names.Numbered) -> list[str]:
         path, label = (
             listed.header[column] if listed.header else str(1 + column) for column in listed.columns
         )
-        notes.append(
-            f"columns: path={path}, label={label} "
-            "(others: --data.columns, or --columns in data tools)"
-        )
+        notes.append(f"columns: path={path}, label={label} (--data.columns names others)")
     if numbered.num_classes == len(listed.files) > 20:
         notes.append(
             "warning: every image has a label of its own: is this column the identity? "
-            "--data.columns label=COLUMN names another (--columns in data tools)"
+            "--data.columns label=COLUMN names another"
         )
     return notes

@@ -354,6 +354,6 @@ def _field(value: Mapping[str, Any], field: str, where: str) -> str:
     if len(wanted) != 1:
         raise DataError(
             f"{where} has the fields {', '.join(value)}: which is the identity? Name it with "
-            "--data.columns label=FIELD (--columns in data tools)"
+            "--data.columns label=FIELD"
         )
     return wanted[0]

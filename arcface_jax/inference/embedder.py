@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from arcface_jax.config.choices import FaceChoice, Which
+from arcface_jax.data import colors
 from arcface_jax.data import faces as face_inputs
 from arcface_jax.data.aligner import Aligner
 from arcface_jax.data.detectors import Detector
@@ -20,7 +21,6 @@ from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.inference import bulk, gallery, open_model
 from arcface_jax.inference.gallery import Gallery, Matches
-from arcface_jax.models import preprocess
 
 Points = np.ndarray | Iterable[np.ndarray | None]
 """(5, 2) for one face, (n, 5, 2), or an iterable with None for faces that are aligned."""
@@ -152,7 +152,7 @@ class Embedder:
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
         """The same for (n, 112, 112, 3) uint8 RGB alone, n at least 1."""
-        if not self._warned_of_colors and preprocess.looks_bgr(images):
+        if not self._warned_of_colors and colors.looks_bgr(images):
             self._warned_of_colors = True
             warnings.warn(
                 f"of {len(images)} faces nearly all have more blue than red in the middle, as if "

@@ -67,7 +67,8 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     if len(named) != 1:
         raise UserError(
             f"{len(named)} networks are named ({', '.join(f'--{n}' for n in named) or 'none'}); "
-            "name one: --workdir FOLDER, --weight FILE.pth or a hub folder, or --onnx FILE.onnx"
+            "name exactly one: --workdir FOLDER, --weight FILE.pth or a hub folder, or "
+            "--onnx FILE.onnx"
         )
     (option,) = named
     path = getattr(choice, option)

@@ -150,7 +150,8 @@ def use_cpu_devices(count: int | None) -> None:
       UserError: the number is missing or impossible.
     """
     if count is None or count < 1:
-        raise UserError(f"devices {count}: say for how many to plan, for instance --devices 8")
+        found = "is required" if count is None else f"{count} is not a number of devices"
+        raise UserError(f"--devices {found}: state for how many to plan, as --devices 8")
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")
     meshes.ask_for_cpu_devices(count)

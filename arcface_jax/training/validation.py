@@ -5,8 +5,9 @@ import math
 import numpy as np
 
 from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_groups, loading
+from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Source
-from arcface_jax.errors import ConfigError, DataError
+from arcface_jax.errors import ConfigError, DataError, ImageError
 from arcface_jax.heads import margin_softmax, margins
 from arcface_jax.training import step
 
@@ -65,12 +66,39 @@ def validate_data(source: Source, path: str) -> None:
     """Check that a training set can teach anything.
 
     Raises:
-      DataError: it has one class; its loss would be 0 whatever the weights.
+      DataError: it has one class, so that its loss would be 0 whatever the weights, or its images
+        are not aligned.
     """
     if source.num_classes < 2:
         raise DataError(
             f"data.path {path} has {source.num_classes} class(es), and a softmax needs at least 2: "
             "its loss would be 0 at every step. Use a training set with several identities"
+        )
+    _check_aligned(source, path)
+
+
+_SAMPLE = 16  # images that are looked at before a run begins
+
+
+def _check_aligned(source: Source, path: str) -> None:
+    """Refuses photographs that were not aligned; single images of another size are skipped later.
+
+    Raises:
+      DataError: most of a sample are not 112 x 112.
+    """
+    if source.generated:
+        return
+    numbers = np.unique(np.linspace(0, len(source) - 1, _SAMPLE).astype(int)).tolist()
+    wrong = []
+    for number in numbers:
+        try:
+            source[number]
+        except ImageError as error:
+            wrong += [error] if error.kind == "other size" else []
+    if 2 * len(wrong) > len(numbers):
+        raise DataError(
+            f"data.path {path} holds images that are not aligned faces: of {len(numbers)} sampled "
+            f"images {len(wrong)} are not {IMAGE_SIZE} x {IMAGE_SIZE}, the first is {wrong[0]}"
         )
 
 

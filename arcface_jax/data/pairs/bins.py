@@ -9,7 +9,7 @@ from arcface_jax.data import plain_pickle
 from arcface_jax.data.aligner import Aligner
 from arcface_jax.data.images import decode_any_size, square
 from arcface_jax.data.pairs import flags
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, meant
 
 
 class Listing(NamedTuple):
@@ -68,10 +68,10 @@ def read_bin(path: Path, *, aligner: Aligner | None = None) -> PairSet:
       DataError: there is no such file, or it is not of that form.
     """
     if not path.is_file():
-        near = ", ".join(sorted(p.name for p in path.parent.glob("*.bin"))) or "no .bin file"
+        there = sorted(p.name for p in path.parent.glob("*.bin"))
         raise DataError(
-            f"no verification set at {path} (in that folder: {near}): name existing sets with "
-            f"--evaluation.targets, or none: --evaluation.targets"
+            f"no verification set at {path} (in that folder: {', '.join(there) or 'no .bin file'})"
+            f": {meant(path.name, there)}name an existing set with --evaluation.targets"
         )
     try:
         data = path.read_bytes()

@@ -408,5 +408,5 @@ def _check_files(files: Sequence[Path], pairs: list[Pair], path: Path) -> None:
     raise DataError(
         f"{path} names {len(missing)} of {len(files)} images that do not exist: "
         f"{', '.join(named[:_SHOWN])}{more}; where they lie elsewhere, say so behind a colon: "
-        f"--targets {path}:FOLDER (--evaluation.targets in training)"
+        f"--evaluation.targets {path}:FOLDER"
     )

@@ -112,7 +112,7 @@ class RecordSource(Source):
             return []
         return [
             f"records have {len(labels)} labels; number {self._which} is the identity "
-            "(another, from 0: --data.label-index, or --label-index in data tools)"
+            "(--data.label-index names another, from 0)"
         ]
 
     def __getstate__(self) -> dict:

@@ -211,6 +211,12 @@ def align_folder(
     )
 
 
+def read_rows(output: Path) -> list[dict[str, str]]:
+    """The lines of `faces.csv` by column, one for each face."""
+    with (output / FACES).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def detected(detector: Detector) -> PointsOf:
     """Points as a detector finds them."""
     return lambda _, image: detector(image)

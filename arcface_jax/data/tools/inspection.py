@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcface_jax.data.images import decode_any_size
+from arcface_jax.data import colors
+from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
 from arcface_jax.data.source import Source
 from arcface_jax.data.tools import pictures, reading
 from arcface_jax.errors import ImageError
@@ -24,6 +27,9 @@ class _Look(NamedTuple):
     size: tuple[int, int]
     digest: bytes
     label: int
+    gray: bool
+    lean: float
+    """The color lean of an aligned face; NaN of other images."""
 
 
 @dataclass
@@ -49,6 +55,14 @@ class Report:
     """Images that are the same, byte for byte, under one label."""
     conflicts: list[list[str]] = field(default_factory=list)
     """The same, under several labels."""
+    duplicate_numbers: list[list[int]] = field(default_factory=list)
+    """The image numbers of `duplicates`."""
+    conflict_numbers: list[list[int]] = field(default_factory=list)
+    """The image numbers of `conflicts`."""
+    gray: int = 0
+    """Images whose three channels are equal."""
+    is_bgr: bool = False
+    """Whether the aligned faces seem to have red and blue exchanged."""
 
     def summary(self) -> dict[str, Any]:
         """The keys of RESULT."""
@@ -67,6 +81,8 @@ class Report:
             "other_sizes": sum(n for size, n in self.sizes.items() if size != (112, 112)),
             "duplicates": sum(len(group) - 1 for group in self.duplicates),
             "label_conflicts": len(self.conflicts),
+            "gray": self.gray,
+            "looks_bgr": self.is_bgr,
         }
 
 
@@ -96,8 +112,9 @@ def inspect(source: Source, *, most: int = 0, seed: int = 0, threads: int = 0) -
         data, label = source.read(number)
         image = decode_any_size(data, where=source.where(number))
         digest = hashlib.blake2b(data, digest_size=12).digest()
-        return _Look((image.shape[1], image.shape[0]), digest, label), len(data)
+        return _look(image, digest, label), len(data)
 
+    leans: list[float] = []
     same: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
     for number, found in reading.in_order(numbers, look, what="looking", threads=threads):
         report.looked_at += 1
@@ -108,13 +125,35 @@ def inspect(source: Source, *, most: int = 0, seed: int = 0, threads: int = 0) -
         seen, stored = found
         report.sizes[seen.size] += 1
         report.bytes_stored += stored
+        report.gray += seen.gray
+        leans.append(seen.lean)
         same[seen.digest].append((number, seen.label))
-    for group in same.values():
-        if len(group) > 1:
-            places = [source.where(number) for number, _ in group]
-            one = len({label for _, label in group}) == 1
-            (report.duplicates if one else report.conflicts).append(places)
+    report.is_bgr = colors.lean_is_bgr(np.array(leans)[~np.isnan(leans)])
+    _add_copies(report, source, same.values())
     return report
+
+
+def _look(image: np.ndarray, digest: bytes, label: int) -> _Look:
+    aligned = image.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE)
+    lean = float(colors.color_lean(image[None])[0]) if aligned else math.nan
+    size = (image.shape[1], image.shape[0])
+    return _Look(size, digest, label, colors.is_gray(image), lean)
+
+
+def _add_copies(
+    report: Report, source: Source, groups: Iterable[Sequence[tuple[int, int]]]
+) -> None:
+    """Notes the groups of equal images that have several members, which are (number, label)."""
+    for group in groups:
+        if len(group) > 1:
+            numbers = [number for number, _ in group]
+            places = [source.where(number) for number in numbers]
+            if len({label for _, label in group}) == 1:
+                report.duplicates.append(places)
+                report.duplicate_numbers.append(numbers)
+            else:
+                report.conflicts.append(places)
+                report.conflict_numbers.append(numbers)
 
 
 def in_words(report: Report) -> list[str]:
@@ -154,8 +193,8 @@ def warnings(report: Report) -> list[str]:
         (
             few < FEW,
             f"{few:.2f} images an identity, fewer than {FEW}: a class center sees too little; "
-            "merge sets, drop identities with few images (data.py split --min-images), or lower "
-            "the margin and the scale",
+            "merge sets, drop identities with few images (`arcface-jax data split --min-images`), "
+            "or lower the margin and the scale",
         ),
         (
             facts["identities_with_one_image"],
@@ -164,8 +203,8 @@ def warnings(report: Report) -> list[str]:
         ),
         (
             facts["identities_without_images"],
-            f"{facts['identities_without_images']:,} labels have no image: gaps cost memory of the "
-            "head alone; data.py pack closes them with --renumber",
+            f"{facts['identities_without_images']:,} labels have no image: gaps only cost memory "
+            "of the head; `arcface-jax data pack --renumber` closes them",
         ),
         (facts["bad_labels"], f"{facts['bad_labels']:,} images have a label that is no identity"),
         (
@@ -174,7 +213,19 @@ def warnings(report: Report) -> list[str]:
         ),
         (
             facts["other_sizes"],
-            f"{facts['other_sizes']:,} images are not 112 x 112: data.py align makes them so",
+            f"{facts['other_sizes']:,} images are not 112 x 112, so they are not aligned faces, "
+            "and training skips or refuses them: align them with `arcface-jax data align`",
+        ),
+        (
+            report.gray and 2 * report.gray > report.looked_at,
+            f"{report.gray:,} of {report.looked_at:,} images are gray: a network that is trained "
+            "on them sees no color, and fits cameras that give gray images best",
+        ),
+        (
+            report.is_bgr,
+            "the faces are bluer than red, as if they were stored as BGR: every image is read as "
+            "RGB, so write them again with red and blue exchanged (cv2.imwrite takes BGR, "
+            "cv2.cvtColor(image, cv2.COLOR_RGB2BGR))",
         ),
         (
             report.duplicates,

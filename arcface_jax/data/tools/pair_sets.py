@@ -105,6 +105,7 @@ def _same_pairs(
             f"{possible} pairs of one person ({len(several)} identities have two images or more), "
             f"and {count} are needed",
             disjoint,
+            most=0 if disjoint else 2 * possible // (2 * FOLDS) * (2 * FOLDS),
         )
     waiting = [_pairs_of(images, count, rng) for images in several]
     chosen: list[tuple[int, int]] = []
@@ -145,9 +146,10 @@ def _different_pairs(
     return np.array(list(chosen), np.int64)
 
 
-def _too_few(found: str, disjoint: bool) -> DataError:
+def _too_few(found: str, disjoint: bool, *, most: int = 0) -> DataError:
     whose = "a fold with identities of its own" if disjoint else "the set"
-    way_out = "use fewer --pairs" + (", or no --disjoint" if disjoint else "")
+    fewer = f"use --pairs {most}" if most else "use fewer --pairs"
+    way_out = fewer + (", or no --disjoint" if disjoint else "")
     return DataError(f"{whose} has {found}: {way_out}, or more images")
 
 

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -13,7 +14,57 @@ from arcface_jax.errors import ImageError
 from arcface_jax.runtime.files import write_atomic
 
 _ROWS, _COLUMNS = 8, 8
+_SINGLE, _BINS = 31, 20  # numbers of images up to which each is a bin; bins beyond
+_SPREAD = 5  # the largest number over the least, from which on ends grow by a factor
+_NUMBERED, _LETTERS = 16, 90  # bars that have numbers on them; letters of the labels below the axis
+_LOG_ABOVE = 50  # the highest bar over the lowest
 _CAPTION, _LINE = 168, 20  # pixels of the names' column, letters of its lines
+
+
+class Bin(NamedTuple):
+    """Identities that have from `low` to `high` images."""
+
+    low: int
+    high: int
+    identities: int
+
+    @property
+    def label(self) -> str:
+        """For an axis."""
+        # An en dash, as between numbers in print.
+        return f"{self.low}" if self.low == self.high else f"{self.low}\N{EN DASH}{self.high}"
+
+
+def bins(per_identity: np.ndarray) -> list[Bin]:
+    """Counts identities by their number of images: a bin for each number, or for growing ranges.
+
+    Args:
+      per_identity: (identities,) images of each.
+
+    Returns:
+      Bins that touch, from the least number to the largest; more than 31 numbers share about 20
+      bins, of one width or, where they spread over more than a factor of 5, with ends that grow by
+      a factor. 0 is then a bin of its own.
+    """
+    if not per_identity.size:
+        return []
+    low, high = int(per_identity.min()), int(per_identity.max())
+    if high - low < _SINGLE:
+        starts = np.arange(low, high + 1)
+    elif high < _SPREAD * low:
+        starts = np.arange(low, high + 1, -(-(high - low) // _BINS))
+    else:
+        starts = np.unique(np.round(np.geomspace(max(1, low), high + 1, _BINS + 1)).astype(int))
+        starts = np.concatenate([[0] if low == 0 else [], starts[:-1]]).astype(int)
+    ends = [*(starts[1:] - 1).tolist(), high]
+    counts, _ = np.histogram(per_identity, [*starts.tolist(), high + 1])
+    return [Bin(*each) for each in zip(starts.tolist(), ends, counts.tolist(), strict=True)]
+
+
+def needs_log(counts: Sequence[int]) -> bool:
+    """Whether bars of these heights can only be compared on a logarithmic axis."""
+    found = [count for count in counts if count]
+    return bool(found) and max(found) > _LOG_ABOVE * min(found)
 
 
 def histogram(per_identity: np.ndarray, path: Path) -> Path:
@@ -24,26 +75,58 @@ def histogram(per_identity: np.ndarray, path: Path) -> Path:
       path: of the picture.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    most = int(per_identity.max(initial=1))
-    edges = np.unique(np.round(np.geomspace(1, most + 1, 40)).astype(int))
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    found = bins(per_identity)
+    heights = [one.identities for one in found]
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.hist(per_identity, [0, *edges.tolist()], color="#3b6ea5", edgecolor="white")
-    axes.set(xlabel="images of an identity", ylabel="identities", yscale="log")
-    axes.set_xscale("symlog", linthresh=1.0)
+    bars = axes.bar(range(len(found)), heights, width=0.92, color="#3b6ea5")
+    if len(found) <= _NUMBERED:
+        axes.bar_label(bars, [f"{height:,}" if height else "" for height in heights], fontsize=8)
+    if needs_log(heights):
+        axes.set_yscale("log")
+        axes.set_ylim(0.7, 2 * max(heights))
+    else:
+        axes.set_ylim(0, 1.1 * max([1, *heights]))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    longest = 2 + max([0, *(len(one.label) for one in found)])
+    shown = range(0, len(found), max(1, -(-longest * len(found) // _LETTERS)))
+    beside = max(0.6, 2.5 - len(found) / 2)  # so that few bars are not as wide as the picture
+    axes.set_xticks(list(shown), [found[i].label for i in shown])
+    axes.set_xlim(-beside, len(found) - 1 + beside)
+    axes.set(xlabel="images of an identity", ylabel="identities", title=title(per_identity))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     figure.savefig(path, dpi=120)
     return path
 
 
-def sheet(source: Source, path: Path, *, seed: int) -> Path:
-    """Images of identities drawn at random, a row each, as a PNG; a red square is unreadable.
+def title(per_identity: np.ndarray) -> str:
+    """The sizes of a set in a line."""
+    if not per_identity.size:
+        return "no identities"
+    low, high = per_identity.min(), per_identity.max()
+    return (
+        f"{len(per_identity):,} identities, {per_identity.sum():,} images: {low:,} to {high:,} of "
+        f"each, median {np.median(per_identity):,.0f}"
+    )
 
-    Where identities have names, these stand to the left of the rows.
+
+class Row(NamedTuple):
+    """An identity and some of its images."""
+
+    identity: int
+    numbers: list[int]
+
+
+def sample(source: Source, *, seed: int) -> list[Row]:
+    """Up to eight identities drawn at random, with up to eight images of each.
 
     Args:
       source: the training set.
-      path: of the picture.
       seed: of the choice.
     """
     rng = np.random.default_rng(seed)
@@ -52,15 +135,34 @@ def sheet(source: Source, path: Path, *, seed: int) -> Path:
     # Those that fill a row show most; where there are too few, any that has an image.
     order = rng.permutation(len(counts))
     chosen = order[np.argsort(-np.minimum(counts[order], _COLUMNS), kind="stable")][:_ROWS]
+    return [
+        Row(identity, rng.permutation(np.flatnonzero(labels == identity))[:_COLUMNS].tolist())
+        for identity in chosen[counts[chosen] > 0].tolist()
+    ]
+
+
+def sheet(source: Source, path: Path, *, seed: int) -> Path:
+    """The images of `sample`, a row for each identity, as a PNG; a red square is unreadable.
+
+    Where identities have names, these stand to the left of the rows.
+
+    Args:
+      source: the training set.
+      path: of the picture.
+      seed: of the choice.
+    """
+    rows = sample(source, seed=seed)
     canvas = np.full((_ROWS * IMAGE_SIZE, _COLUMNS * IMAGE_SIZE, 3), 255, np.uint8)
-    shown = chosen[counts[chosen] > 0].tolist()
-    for row, identity in enumerate(shown):
-        numbers = rng.permutation(np.flatnonzero(labels == identity))[:_COLUMNS]
-        for column, number in enumerate(numbers.tolist()):
+    for row, (_, numbers) in enumerate(rows):
+        for column, number in enumerate(numbers):
             y, x = row * IMAGE_SIZE, column * IMAGE_SIZE
-            canvas[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = _thumbnail(source, number)
+            try:
+                tile = thumbnail(source, number)
+            except ImageError:
+                tile = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), (200, 0, 0), np.uint8)
+            canvas[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = tile
     if source.names is not None:
-        canvas = np.hstack([_captions([source.names[identity] for identity in shown]), canvas])
+        canvas = np.hstack([_captions([source.names[row.identity] for row in rows]), canvas])
     write_atomic(path, encode(canvas))
     return path
 
@@ -82,10 +184,23 @@ def _captions(words: Sequence[str]) -> np.ndarray:
     return np.array(image)
 
 
-def _thumbnail(source: Source, number: int) -> np.ndarray:
-    try:
-        data = source.read(number).data
-        image = decode_any_size(data, where=source.where(number))
-    except ImageError:
-        return np.full((IMAGE_SIZE, IMAGE_SIZE, 3), (200, 0, 0), np.uint8)
-    return cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
+def thumbnail(source: Source, number: int) -> np.ndarray:
+    """(112, 112, 3) uint8 RGB: an image of a set.
+
+    Raises:
+      ImageError: it cannot be read.
+    """
+    data = source.read(number).data
+    return fitted(decode_any_size(data, where=source.where(number)))
+
+
+def fitted(image: np.ndarray) -> np.ndarray:
+    """(112, 112, 3) uint8: an image of any size, scaled to fit, on gray."""
+    height, width = image.shape[:2]
+    scale = IMAGE_SIZE / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    canvas = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 128, np.uint8)
+    top, left = (IMAGE_SIZE - size[1]) // 2, (IMAGE_SIZE - size[0]) // 2
+    smaller = image if scale == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    canvas[top : top + size[1], left : left + size[0]] = smaller
+    return canvas

@@ -33,12 +33,18 @@ def divide(
     if not 0 < fraction < 1:
         raise UserError(f"--fraction {fraction} must be between 0 and 1: the share to evaluate on")
     identities, counts = np.unique(labels[labels >= 0], return_counts=True)
+    present = len(identities)
     identities = identities[counts >= min_images]
     held_out = round(fraction * len(identities))
+    if len(identities) < 2:
+        raise UserError(
+            f"--min-images {min_images} leaves {len(identities)} of {present} identities, and a "
+            "split needs two: use a smaller --min-images"
+        )
     if not 0 < held_out < len(identities):
         raise UserError(
             f"--fraction {fraction} of {len(identities)} identities with {min_images} images or "
-            f"more leaves {held_out} to evaluate on: choose another fraction or --min-images"
+            f"more leaves {held_out} to evaluate on: choose another --fraction"
         )
     order = np.random.default_rng(seed).permutation(identities)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -19,6 +19,7 @@ _WIDTH, _HEIGHT = 360, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 38
 _POINTS = 200
 _BINS = 48
+_LETTERS = 48  # of all labels below an axis, with a blank each, so that none touch
 
 
 class Curve(NamedTuple):
@@ -113,6 +114,48 @@ def histogram(
     return _svg(parts, alt)
 
 
+def bars(
+    labels: Sequence[str],
+    heights: Sequence[int],
+    *,
+    x_label: str,
+    y_label: str,
+    alt: str,
+    log: bool,
+) -> Markup:
+    """Counts as bars side by side.
+
+    Args:
+      labels: below the bars, of which some are left out where they are many.
+      heights: as many counts.
+      x_label: what the labels are.
+      y_label: what is counted.
+      alt: what the chart shows, for those who do not see it.
+      log: whether heights are drawn by their logarithm.
+    """
+    most = max([1, *heights])
+    low, top = (math.log10(0.7), math.log10(1.5 * most)) if log else (0.0, 1.08 * most)
+    beside = max(0.6, 2.5 - len(labels) / 2)  # so that few bars are not as wide as the chart
+    frame = _Frame(-beside, len(labels) - 1 + beside, low, top)
+    every = max(1, -(-(1 + max(map(len, labels), default=0)) * len(labels) // _LETTERS))
+    x_ticks = [(float(i), labels[i]) for i in range(0, len(labels), every)]
+    if log:
+        y_ticks = [(float(k), f"{10**k:,}") for k in range(math.floor(top) + 1)]
+    else:
+        y_ticks = [tick for tick in _round_ticks(0, top) if tick[0].is_integer()]
+        y_ticks = [(value, f"{value:,.0f}") for value, _ in y_ticks]
+    parts = [frame.axes(x_ticks, y_ticks, x_label=x_label, y_label=y_label, upright=False)]
+    for place, (label, height) in enumerate(zip(labels, heights, strict=True)):
+        if height:
+            (left, bottom), (right, _) = frame.at(place - 0.45, low), frame.at(place + 0.45, low)
+            _, above = frame.at(place, math.log10(height) if log else height)
+            parts.append(
+                f'<path class="area-0 line-0" d="M{left:.1f} {bottom:.1f}V{above:.1f}'
+                f'H{right:.1f}V{bottom:.1f}Z"><title>{escape(label)}: {height:,}</title></path>'
+            )
+    return _svg(parts, alt)
+
+
 class _Frame(NamedTuple):
     """The ranges of the two axes, and where on the chart a value lies."""
 
@@ -143,12 +186,15 @@ class _Frame(NamedTuple):
         *,
         x_label: str,
         y_label: str,
+        upright: bool = True,
     ) -> str:
+        """Ticks, labels and the grid, whose upright lines may be left out."""
         bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
         parts = []
         for value, text in x_ticks:
             x, _ = self.at(value, self.y_low)
-            parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{bottom}"/>')
+            if upright:
+                parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{bottom}"/>')
             parts.append(f'<text x="{x:.1f}" y="{bottom + 14}" text-anchor="middle">{text}</text>')
         for value, text in y_ticks:
             _, y = self.at(self.x_low, value)

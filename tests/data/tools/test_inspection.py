@@ -1,15 +1,17 @@
 """`data.py inspect` finds what is planted: damage, copies, wrong sizes, gaps."""
 
+import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import pytest
 from witness import encode, face
 
 from arcface_jax.config import DataConfig
 from arcface_jax.data.opening import open_source
-from arcface_jax.data.tools import inspection
+from arcface_jax.data.tools import inspection, pictures
 
 
 def planted(folder: Path):
@@ -46,6 +48,8 @@ def test_everything_planted_is_found_counted_and_named(tmp_path: Path):
         "other_sizes": 1,
         "duplicates": 1,
         "label_conflicts": 1,
+        "gray": 0,
+        "looks_bgr": False,
     }
     text = "\n".join(inspection.in_words(report))
     for part in (
@@ -90,3 +94,59 @@ def test_files_and_pictures_are_written(tmp_path: Path):
     for number in (1, 2, 3):
         assert any(np.array_equal(tile, face(number)) for tile in tiles)
     assert sum(np.all(tile == (200, 0, 0)) for tile in tiles) == 1  # the damaged one
+
+
+def colored(folder: Path, *, kind: str) -> Path:
+    """Two people of ten faces each, in colors of skin: as they are, gray, or blue for red."""
+    for number in range(20):
+        image = np.full((112, 112, 3), (170, 110, 80), np.uint8)
+        image[number : number + 20, 30:60] = (120, 90, 60)
+        if kind == "gray":
+            image = np.repeat(image[..., :1], 3, axis=2)
+        path = folder / f"person {number // 10}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(image[..., ::-1] if kind == "BGR" else image))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("RGB", ""), ("gray", "20 of 20 images are gray"), ("BGR", "as if they were stored as BGR")],
+)
+def test_gray_sets_and_exchanged_colors_are_told(tmp_path: Path, kind: str, said: str):
+    source = open_source(DataConfig(path=str(colored(tmp_path, kind=kind))), seed=0)
+    report = inspection.inspect(source)
+    assert (report.gray, report.is_bgr) == (20 * (kind == "gray"), kind == "BGR")
+    told = "; ".join(inspection.warnings(report))
+    assert said in told if said else told == ""
+
+
+@pytest.mark.parametrize(
+    ("counts", "labels"),
+    [
+        ([3, 3, 4], ["3", "4"]),
+        ([0, 1, 1, 3], ["0", "1", "2", "3"]),
+        (range(40, 90), [f"{low}–{min(low + 2, 89)}" for low in range(40, 90, 3)]),  # noqa: RUF001
+        ([], []),
+    ],
+)
+def test_bins_are_of_whole_numbers(counts, labels: list[str]):
+    counts = np.array(counts, np.int64)
+    found = pictures.bins(counts)
+    assert [one.label for one in found] == labels
+    assert sum(one.identities for one in found) == len(counts)
+
+
+def test_many_numbers_of_images_share_few_bins_that_touch(tmp_path: Path):
+    counts = np.random.default_rng(0).lognormal(3.6, 1.0, 100_000).astype(int)
+    found = pictures.bins(counts)
+    assert (found[0].low, found[0].high, found[-1].high) == (0, 0, counts.max())
+    assert 10 < len(found) <= 22
+    for one, after in itertools.pairwise(found):
+        assert after.low == one.high + 1
+    for one in found:
+        assert one.identities == np.count_nonzero((counts >= one.low) & (counts <= one.high))
+    assert pictures.needs_log([one.identities for one in found])
+    pictures.histogram(counts, tmp_path / "h.png")
+    with PIL.Image.open(tmp_path / "h.png") as image:
+        assert image.size == (960, 480)

@@ -147,10 +147,7 @@ def test_options_of_reading_are_those_of_every_tool(tmp_path: Path, capsys):
     assert "which column is the identity (session or who)" in capsys.readouterr().err
     words = [tmp_path / "a.csv", tmp_path / "out", "--columns", "label=who"]
     _, lines = run(capsys, "pack", *words)
-    assert (
-        lines[1]
-        == "columns: path=file, label=who (others: --data.columns, or --columns in data tools)"
-    )
+    assert lines[1] == "columns: path=file, label=who (--columns names others)"
     assert open_source(DataConfig(path=str(tmp_path / "out")), seed=0).labels().tolist() == [
         *(0, 0),
         *(1, 1),

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from arcface_jax.data.colors import color_lean, looks_bgr
 from arcface_jax.data.pairs import bins
 from arcface_jax.data.synthetic import faces
-from arcface_jax.models.preprocess import color_lean, looks_bgr
 
 LFW = os.environ.get("ARCFACE_JAX_LFW", "")
 
