@@ -73,8 +73,8 @@ def similar_pairs(
         slack += _BFLOAT16_ERROR
     parts: list[Pairs] = []
     kept = 0
-    search = _Search(searched, block, mesh)
-    for first, second in search.upper_triangle(lambda: threshold - slack):
+    search = _Search(searched, block, mesh, threshold=threshold - slack)
+    for first, second in search.upper_triangle():
         score = _scores(vectors, first, second)
         good = score >= threshold
         parts.append(Pairs(first[good], second[good], score[good]))
@@ -82,6 +82,7 @@ def similar_pairs(
         if kept > 2 * most:
             parts = [_best(parts, most)]
             kept, threshold = most, float(parts[0].score[-1])
+            search.threshold = threshold - slack
     return _best(parts, most)
 
 
@@ -181,24 +182,21 @@ def _best_of_block(
 class _Search:
     """The blocks of an upper triangle that hold cosines above a threshold."""
 
-    def __init__(self, vectors: np.ndarray, block: int, mesh: Mesh):
+    def __init__(self, vectors: np.ndarray, block: int, mesh: Mesh, *, threshold: float):
+        self.threshold = threshold  # may rise during a search
         self._vectors, self._block, self._mesh = vectors, block, mesh
         self._compact = meshes.is_gpu(mesh)
         self._dtype = jnp.bfloat16 if self._compact else jnp.float32
 
-    def upper_triangle(self, threshold) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows and columns of the pairs, rows below columns, block by block.
-
-        Args:
-          threshold: gives the current one; asked before each block.
-        """
+    def upper_triangle(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows and columns of the pairs, rows below columns, block by block."""
         wide = self._block * self._mesh.size
         ahead: deque = deque()
         for begin in range(0, len(self._vectors), self._block):
             rows = self._rows(begin)
             for start in range(begin, len(self._vectors), wide):
                 columns = self._columns(start, wide)
-                limit = jnp.float32(threshold())
+                limit = jnp.float32(self.threshold)
                 found = self._find(rows, columns, limit)
                 ahead.append((begin, start, rows, columns, limit, found))
                 if len(ahead) > _AHEAD:
@@ -223,7 +221,9 @@ class _Search:
         if self._compact:
             places, counts = (np.asarray(x) for x in found)
             if counts.max() <= places.shape[1]:
-                return self._pairs(begin, start, [p[:n] for p, n in zip(places, counts)])
+                return self._pairs(
+                    begin, start, [p[:n] for p, n in zip(places, counts, strict=True)]
+                )
             found = _mask_of(self._mesh)(rows, columns, limit)
         parts = sorted(found.addressable_shards, key=lambda shard: shard.index[1].start or 0)
         return self._pairs(begin, start, [np.flatnonzero(np.asarray(x.data)) for x in parts])

@@ -38,7 +38,9 @@ class Threshold:
         )
 
 
-def choose(scores: np.ndarray, true: np.ndarray, *, precision: float, least: float = 0.0):
+def choose(
+    scores: np.ndarray, true: np.ndarray, *, precision: float, least: float = 0.0
+) -> Threshold:
     """The lowest threshold with an expected precision.
 
     Args:
@@ -57,7 +59,7 @@ def choose(scores: np.ndarray, true: np.ndarray, *, precision: float, least: flo
         return found
     upper = [float(np.quantile(true, q)) for q in _UPPER]
     number = np.median([_at_least(scores, t) / (1 - q) for q, t in zip(_UPPER, upper, strict=True)])
-    for quantile in _QUANTILES[_QUANTILES >= least]:
+    for quantile in filter(lambda q: q >= least, _QUANTILES.tolist()):
         threshold = float(np.quantile(true, quantile))
         count = _at_least(scores, threshold)
         expected = min(1.0, number * (1 - quantile) / count) if count else None
