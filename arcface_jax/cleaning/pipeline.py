@@ -207,11 +207,9 @@ def _write_duplicates(found: Duplicates, source: Source, images: Identities, out
     ):
         one, other = (order[starts[x] : starts[x + 1]][:_COMPARED] for x in (a, b))
         group = groups[a] if groups[a] == groups[b] else ""
-        rows.append(
-            (a, b, counts[a], counts[b], float(score), bool(mutual))
-            + (same_photo(source, images.embeddings, one, other), group)
-            + ("merge" if merge else "review",)
-        )
+        photo = same_photo(source, images.embeddings, one, other)
+        facts = (a, b, counts[a], counts[b], float(score), bool(mutual), photo, group)
+        rows.append((*facts, "merge" if merge else "review"))
     return files.write(output, files.DUPLICATES, rows)
 
 
@@ -251,9 +249,16 @@ def _write_mixed(found: Mixed, images: Identities, output: Path) -> Path:
 
 
 def _write_outliers(found: Outliers, source: Source, images: Identities, output: Path) -> Path:
-    rows = (
-        (index, source.where(index), given, suggested if suggested >= 0 else "", own, other)
-        + ("review",)
+    rows = [
+        (
+            index,
+            source.where(index),
+            given,
+            "" if suggested < 0 else suggested,
+            own,
+            other,
+            "review",
+        )
         for index, given, suggested, own, other in zip(
             found.index.tolist(),
             images.labels[found.index].tolist(),
@@ -262,7 +267,7 @@ def _write_outliers(found: Outliers, source: Source, images: Identities, output:
             found.other.tolist(),
             strict=True,
         )
-    )
+    ]
     return files.write(output, files.IMAGES, rows)
 
 
