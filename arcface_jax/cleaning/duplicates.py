@@ -5,6 +5,7 @@ candidate is verified by the cosine of the two centroids. Class centers only pro
 softmax pushes two centers of one person apart.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ LOOSE = 0.5
 """Of the pairs that are worth a look."""
 SAMPLE = 5
 """Images of each identity by which candidates from class centers are verified."""
+_ALIKE = 0.5  # of the median cosine of an image with the rest of its identity
 _SPLITS = 4
 _FEWEST = 4  # images of an identity that is split in halves
 _LOWEST = 0.05  # cosine of any candidate
@@ -53,50 +55,75 @@ def find(images: Identities, *, seed: int, candidates: np.ndarray | None = None)
       candidates: (p, 2) int labels from class centers; by default all centroids are compared.
     """
     centroids = images.centroids()
-    true = half_cosines(images, seed=seed)
     if candidates is None:
         # A pair of which neither is the other's nearest is no candidate.
         most = _PER_IDENTITY * images.num_classes
-        lowest = max(_LOWEST, float(np.quantile(true, 0.001)) if len(true) else 0.0)
-        found = neighbours.similar_pairs(centroids, threshold=lowest, most=most)
+        found = neighbours.similar_pairs(centroids, threshold=_LOWEST, most=most)
         pairs, score = np.stack([found.first, found.second], axis=1), found.score
     else:
         pairs = np.unique(np.sort(candidates, axis=1), axis=0)
         score = np.einsum("nd,nd->n", centroids[pairs[:, 0]], centroids[pairs[:, 1]])
-    order = np.argsort(-score, kind="stable")
-    pairs, score = pairs[order], score[order]
-    nearest = nearest_of(pairs, images.num_classes)
+        order = np.argsort(-score, kind="stable")
+        pairs, score = pairs[order], score[order]
+    nearest, highest = nearest_of(pairs, score, images.num_classes)
     ends = nearest[pairs] == pairs[:, ::-1]
     mutual, either = ends.all(axis=1), ends.any(axis=1)
-    threshold = thresholds.choose(score[mutual], true, precision=PRECISION, least=0.01)
-    loose = thresholds.choose(score[mutual], true, precision=LOOSE).threshold
+    true = half_cosines(images, seed=seed)
+    false = _false_pairs(highest)
+    threshold = thresholds.choose(score[mutual], true, precision=PRECISION, least=0.01, false=false)
+    loose = thresholds.choose(score[mutual], true, precision=LOOSE, false=false).threshold
     merge = mutual & (score >= threshold.threshold)
     shown = merge | (either & (score >= min(loose, threshold.threshold)))
     return Duplicates(pairs[shown], score[shown], mutual[shown], merge[shown], threshold)
 
 
-def nearest_of(pairs: np.ndarray, num_classes: int) -> np.ndarray:
-    """(C,) int64: each label's partner in its first pair; -1 for one in no pair.
+def _false_pairs(highest: np.ndarray) -> Callable[[float], float]:
+    """How many mutual pairs of different people are expected above a threshold.
+
+    Args:
+      highest: (k,) cosine of each identity's nearest other one.
+    """
+    if len(highest) < _FEWEST:
+        return lambda threshold: 0.0
+    chance = thresholds.gumbel_tail(highest)
+    return lambda threshold: len(highest) / 2 * chance(threshold)
+
+
+def nearest_of(
+    pairs: np.ndarray, score: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each label's partner in its first pair.
 
     Args:
       pairs: (p, 2) int, the most similar first.
+      score: (p,) their cosines.
       num_classes: C.
+
+    Returns:
+      nearest (C,) int64, -1 for a label in no pair; the cosines (k,) of those in a pair.
     """
     nearest = np.full(num_classes, -1, np.int64)
     ends = np.concatenate([pairs, pairs[:, ::-1]], axis=1).reshape(-1, 2)
     label, first = np.unique(ends[:, 0], return_index=True)
     nearest[label] = ends[first, 1]
-    return nearest
+    return nearest, score[first // 2]
 
 
 def half_cosines(images: Identities, *, seed: int, splits: int = _SPLITS) -> np.ndarray:
     """(k,) float64: cosines of the centroids of two random halves of one identity.
 
-    Identities of at least four images are split, several times; this is how two labels of one
-    person look in this set, wrong labels included.
+    Identities of at least four images are split, several times: this is how two labels of one
+    person look in this set.
     """
-    first, second = halves(images, seed=seed, splits=splits)
+    first, second = halves(trimmed(images), seed=seed, splits=splits)
     return np.einsum("nd,nd->n", first, second).astype(np.float64)
+
+
+def trimmed(images: Identities) -> Identities:
+    """Without images that hardly resemble the rest of their identity, most of them mislabeled."""
+    own = images.own()
+    known = own[~np.isnan(own)]
+    return images.without(own < _ALIKE * np.median(known)) if len(known) else images
 
 
 def halves(images: Identities, *, seed: int, splits: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ LOOSE = 0.5
 _ROUNDS = 8
 _FEWEST = 4
 _JOINED = 1000  # pairs of identities that are joined to see how mixed ones look
+_COMPACT = 0.4  # of the median within an identity, which each half has to reach
 _LARGEST = 400  # images of an identity that are looked at
 
 
@@ -63,13 +64,14 @@ def find(images: Identities, *, seed: int) -> Mixed:
       seed: of the identities that are joined for the threshold.
     """
     found = []
+    compact = _COMPACT * float(np.median(within_cosines(images)[1]))
     for label, rows in images.each(least=_FEWEST):
         division = divide(images.embeddings[rows])
-        if division is not None:
+        if division is not None and division.within >= compact:
             found.append((label, rows, division))
     score = np.array([division.score for _, _, division in found])
-    true = _joined_scores(images, seed=seed)
-    threshold = thresholds.choose(score, true, precision=PRECISION, least=0.01)
+    true = _joined_scores(images, compact=compact, seed=seed)
+    threshold = thresholds.choose(score, true, precision=PRECISION, least=0.03)
     loose = thresholds.choose(score, true, precision=LOOSE, least=0.01).threshold
     order = np.argsort(-score, kind="stable")
     order = order[score[order] >= min(loose, threshold.threshold)]
@@ -111,16 +113,34 @@ def divide(embeddings: np.ndarray) -> Division | None:
     return Division(smaller, within, float(cosine[side][:, ~side].mean()))
 
 
+def within_cosines(images: Identities) -> tuple[np.ndarray, np.ndarray]:
+    """The mean cosine of two images of one identity, for identities with two images or more.
+
+    Of n unit vectors with sum s it is (|s|^2 - n) / (n (n - 1)).
+
+    Returns:
+      labels (k,) int64, and cosines (k,) float64.
+    """
+    counts = images.counts()
+    labels = np.flatnonzero(counts >= 2)
+    if not len(labels):
+        return labels, np.zeros(1)
+    n = counts[labels].astype(np.float64)
+    squares = np.square(images.sums()[labels].astype(np.float64)).sum(axis=1)
+    return labels, (squares - n) / (n * (n - 1))
+
+
 def _within(cosine: np.ndarray) -> float:
     count = len(cosine)
     return float((cosine.sum() - np.trace(cosine)) / (count * (count - 1)))
 
 
-def _joined_scores(images: Identities, *, seed: int) -> np.ndarray:
+def _joined_scores(images: Identities, *, compact: float, seed: int) -> np.ndarray:
     """(k,) float64: scores of pairs of identities joined at random."""
     random = np.random.default_rng(seed)
     order, starts = images.sorted()
-    several = np.flatnonzero(np.diff(starts) >= 2)
+    labels, within = within_cosines(images)
+    several = labels[within >= compact]
     count = min(_JOINED, len(several) // 2)
     chosen = random.permutation(several)[: 2 * count].reshape(2, count)
     scores = []

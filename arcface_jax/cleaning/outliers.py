@@ -53,9 +53,9 @@ def find(images: Identities, *, groups: np.ndarray, mixed: np.ndarray, seed: int
     looked_at = ~np.isnan(own) & (row >= 0) & ~np.isin(images.labels, mixed)
     index = np.flatnonzero(looked_at)
     score = other[index] - own[index]
-    true = _misplaced_scores(images, index, own, seed=seed)
-    threshold = thresholds.choose(score, true, precision=PRECISION, least=0.01)
-    loose = thresholds.choose(score, true, precision=LOOSE, least=0.005).threshold
+    true = _misplaced_scores(images, index[score < 0], own, seed=seed)
+    threshold = thresholds.choose(score, true, precision=PRECISION, least=0.003)
+    loose = thresholds.choose(score, true, precision=LOOSE).threshold
     order = np.argsort(-score, kind="stable")
     order = order[score[order] >= min(loose, threshold.threshold)]
     right = own[index[score < 0]]

@@ -8,12 +8,14 @@ expected above a quantile q. At t, N (1 - F(t)) of all that score higher are the
 estimates the precision.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 _UPPER = (0.5, 0.6, 0.7, 0.8)  # quantiles of the true scores from which their number is estimated
-_QUANTILES = np.concatenate([np.arange(0.005, 0.05, 0.005), np.arange(0.05, 0.51, 0.01)])
+_BULK = (0.2, 0.3, 0.4, 0.5, 0.6)
+_QUANTILES = np.concatenate([[0.003], np.arange(0.005, 0.05, 0.005), np.arange(0.05, 0.51, 0.01)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,12 @@ class Threshold:
 
 
 def choose(
-    scores: np.ndarray, true: np.ndarray, *, precision: float, least: float = 0.0
+    scores: np.ndarray,
+    true: np.ndarray,
+    *,
+    precision: float,
+    least: float = 0.0,
+    false: Callable[[float], float] = lambda threshold: 0.0,
 ) -> Threshold:
     """The lowest threshold with an expected precision.
 
@@ -49,6 +56,7 @@ def choose(
       precision: the lowest expected precision.
       least: the lowest quantile of the true scores that is taken, so that a set without errors
         does not get a threshold below all of them.
+      false: another estimate, of the number of false findings at a threshold; the worse counts.
 
     Returns:
       A Threshold; at the median of the true scores where no lower one is precise enough.
@@ -61,14 +69,32 @@ def choose(
     number = np.median([_at_least(scores, t) / (1 - q) for q, t in zip(_UPPER, upper, strict=True)])
     for quantile in filter(lambda q: q >= least, _QUANTILES.tolist()):
         threshold = float(np.quantile(true, quantile))
-        count = _at_least(scores, threshold)
-        expected = min(1.0, number * (1 - quantile) / count) if count else None
-        found = Threshold(
-            threshold=threshold, recall=float(1 - quantile), precision=expected, found=count
-        )
+        count, expected = _at_least(scores, threshold), None
+        if count:
+            right = min(number * (1 - quantile), count - false(threshold))
+            expected = float(np.clip(right / count, 0, 1))
+        found = Threshold(threshold=threshold, recall=1 - quantile, precision=expected, found=count)
         if expected is None or expected >= precision:
             break
     return found
+
+
+def gumbel_tail(highest: np.ndarray) -> Callable[[float], float]:
+    """The chance that the highest of many impostor scores reaches a threshold.
+
+    Maxima follow a Gumbel distribution, here fitted to the 20 % to 60 % quantiles, which a few true
+    findings among the scores do not move: P(t) = 1 - exp(-exp(-(t - m) / b)).
+
+    Args:
+      highest: (k,) each candidate's highest score.
+
+    Returns:
+      P, of a threshold.
+    """
+    shares = np.array(_BULK)
+    # The quantile at share p is m - b ln(-ln p), a straight line.
+    b, m = np.polyfit(-np.log(-np.log(shares)), np.quantile(highest, shares), 1)
+    return lambda threshold: float(-np.expm1(-np.exp(-(threshold - m) / max(b, 1e-6))))
 
 
 def _at_least(ascending: np.ndarray, threshold: float) -> int:
