@@ -7,7 +7,7 @@ Beside the new set lie `applied.csv`, a line for each image or identity that was
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,6 +206,51 @@ def select(source: Source, plan: Plan) -> tuple[Selection, np.ndarray]:
     place = np.full(source.num_classes, -1, np.int64)
     place[identities] = np.arange(len(identities))
     return selection, place[plan.group]
+
+
+def groups_in(path: Path, *, num_classes: int) -> np.ndarray:
+    """(C,) int64: groups of identities that may be one person, by a reviewed duplicates.csv.
+
+    Pairs to merge or to review count, for a split must not depend on what is undecided.
+
+    Args:
+      path: of the file.
+      num_classes: C.
+
+    Raises:
+      DataError: the file is damaged, or of another set.
+    """
+    pairs = [
+        [files.number(path, row, column, below=num_classes) for column in ("label_a", "label_b")]
+        for row in files.read(path, files.DUPLICATES)
+        if row["decision"] in ("merge", "review")
+    ]
+    return groups_of(num_classes, np.array(pairs, np.int64).reshape(-1, 2))
+
+
+def select_merged(source: Source, path: Path, *, counts: Sequence[int]) -> Selection:
+    """All images of joined sets, with identities of the first two merged by a merge.csv.
+
+    Args:
+      source: the joined sets.
+      path: of merge.csv.
+      counts: identities of the first and of the second set.
+
+    Raises:
+      DataError: the file is damaged, or of other sets.
+    """
+    pairs = [
+        [
+            files.number(path, row, "label_a", below=counts[0]),
+            counts[0] + files.number(path, row, "label_b", below=counts[1]),
+        ]
+        for row in files.read(path, files.MERGE)
+        if row["decision"] == "merge"
+    ]
+    group = groups_of(source.num_classes, np.array(pairs, np.int64).reshape(-1, 2))
+    labels = source.labels()
+    moved = np.where(labels >= 0, group[labels], -1).astype(np.int32)
+    return select(source, Plan(moved, group, [], 0))[0]
 
 
 def _rows(path: Path, name: str) -> Iterator[files.Row]:

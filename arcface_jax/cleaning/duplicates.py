@@ -71,7 +71,9 @@ def find(images: Identities, *, seed: int, candidates: np.ndarray | None = None)
     true = half_cosines(images, seed=seed)
     false = _false_pairs(highest)
     threshold = thresholds.choose(score[mutual], true, precision=PRECISION, least=0.01, false=false)
-    loose = thresholds.choose(score[mutual], true, precision=LOOSE, false=false).threshold
+    loose = thresholds.choose(
+        score[mutual], true, precision=LOOSE, least=0.005, false=false
+    ).threshold
     merge = mutual & (score >= threshold.threshold)
     shown = merge | (either & (score >= min(loose, threshold.threshold)))
     return Duplicates(pairs[shown], score[shown], mutual[shown], merge[shown], threshold)

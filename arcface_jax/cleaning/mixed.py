@@ -21,6 +21,7 @@ _ROUNDS = 8
 _FEWEST = 4
 _JOINED = 1000  # pairs of identities that are joined to see how mixed ones look
 _COMPACT = 0.4  # of the median within an identity, which each half has to reach
+_APART = 0.98  # quantile of the mean cosines of two people that two halves may have
 _LARGEST = 400  # images of an identity that are looked at
 
 
@@ -63,14 +64,16 @@ def find(images: Identities, *, seed: int) -> Mixed:
       images: the training set.
       seed: of the identities that are joined for the threshold.
     """
-    found = []
     compact = _COMPACT * float(np.median(within_cosines(images)[1]))
+    joined = _joined(images, compact=compact, seed=seed)
+    true = np.array([division.score for division in joined])
+    apart = float(np.quantile([division.cross for division in joined], _APART)) if joined else 1.0
+    found = []
     for label, rows in images.each(least=_FEWEST):
         division = divide(images.embeddings[rows])
-        if division is not None and division.within >= compact:
+        if division and division.within >= compact and division.cross <= apart:
             found.append((label, rows, division))
     score = np.array([division.score for _, _, division in found])
-    true = _joined_scores(images, compact=compact, seed=seed)
     threshold = thresholds.choose(score, true, precision=PRECISION, least=0.03)
     loose = thresholds.choose(score, true, precision=LOOSE, least=0.01).threshold
     order = np.argsort(-score, kind="stable")
@@ -135,19 +138,18 @@ def _within(cosine: np.ndarray) -> float:
     return float((cosine.sum() - np.trace(cosine)) / (count * (count - 1)))
 
 
-def _joined_scores(images: Identities, *, compact: float, seed: int) -> np.ndarray:
-    """(k,) float64: scores of pairs of identities joined at random."""
+def _joined(images: Identities, *, compact: float, seed: int) -> list[Division]:
+    """Pairs of compact identities, joined at random and divided; undividable ones are left out."""
     random = np.random.default_rng(seed)
     order, starts = images.sorted()
     labels, within = within_cosines(images)
     several = labels[within >= compact]
     count = min(_JOINED, len(several) // 2)
     chosen = random.permutation(several)[: 2 * count].reshape(2, count)
-    scores = []
+    divisions = []
     for a, b in chosen.T.tolist():
         rows = np.concatenate(
             [order[starts[label] : starts[label + 1]][: _LARGEST // 2] for label in (a, b)]
         )
-        division = divide(images.embeddings[rows])
-        scores.append(-1.0 if division is None else division.score)
-    return np.array(scores)
+        divisions.append(divide(images.embeddings[rows]))
+    return [division for division in divisions if division is not None]

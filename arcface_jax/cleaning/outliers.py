@@ -13,7 +13,7 @@ from arcface_jax.cleaning import neighbours, thresholds
 from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
 
-PRECISION = 0.9
+PRECISION = 0.85
 LOOSE = 0.5
 _RELABEL = 0.05  # quantile of own cosines from which on the other identity is proposed
 _SAMPLE = 20_000
@@ -54,7 +54,7 @@ def find(images: Identities, *, groups: np.ndarray, mixed: np.ndarray, seed: int
     index = np.flatnonzero(looked_at)
     score = other[index] - own[index]
     true = _misplaced_scores(images, index[score < 0], own, seed=seed)
-    threshold = thresholds.choose(score, true, precision=PRECISION, least=0.003)
+    threshold = thresholds.choose(score, true, precision=PRECISION)
     loose = thresholds.choose(score, true, precision=LOOSE).threshold
     order = np.argsort(-score, kind="stable")
     order = order[score[order] >= min(loose, threshold.threshold)]

@@ -2,8 +2,7 @@
 
 An image of the other set is compared with the centroids of the training set. The threshold comes
 from the training set: true scores are its images' cosines with the rest of their own identity,
-false ones their cosines with the best other identity. Below one false image in a thousand is
-accepted.
+false ones their cosines with the best other identity. One false image in two thousand is accepted.
 """
 
 from typing import NamedTuple
@@ -14,9 +13,8 @@ from arcface_jax.cleaning import duplicates, neighbours, outliers, thresholds
 from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
 
-FALSE = 0.001
+FALSE = 0.0005
 """Highest share of the training set's own images that score as high with another identity."""
-_PRECISION = 0.9
 
 
 class Overlap(NamedTuple):
@@ -63,21 +61,24 @@ def _threshold(train: Identities, scores: np.ndarray, *, seed: int) -> Threshold
     for a, b in same.pairs.tolist():  # a pair that needs a look counts as one person here
         groups[groups == groups[b]] = groups[a]
     own, other, _ = outliers.compare(train, groups=groups)
-    known = ~np.isnan(own)
-    right = known & (own > other)
-    true = own[right].astype(np.float64)
-    found = thresholds.choose(scores, true, precision=_PRECISION)
-    if not right.any():
-        return found
-    lowest = float(np.quantile(other[right], 1 - FALSE))
-    if found.threshold >= lowest:
-        return found
+    right = own > other  # NaN where an image has no other of its identity
+    false = other[right & (own >= np.nanmedian(own) / 2)] if right.any() else other
+    threshold = float(np.quantile(false, 1 - FALSE))
+    found = int((scores >= threshold).sum())
+    wrong = FALSE * len(scores)
     return Threshold(
-        threshold=lowest,
-        recall=float(np.mean(true >= lowest)),
-        precision=found.precision,
-        found=int((scores >= lowest).sum()),
+        threshold=threshold,
+        recall=float(np.mean(_one_per_identity(train, own, right) >= threshold)),
+        precision=max(0.0, 1 - wrong / found) if found else None,
+        found=found,
     )
+
+
+def _one_per_identity(train: Identities, own: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(k,) float32: the cosine of one image of each identity with the rest of it."""
+    index = np.flatnonzero(right)
+    _, first = np.unique(train.labels[index], return_index=True)
+    return own[index[first]] if len(index) else np.zeros(1, np.float32)
 
 
 class Shared(NamedTuple):

@@ -15,7 +15,9 @@ import numpy as np
 
 _UPPER = (0.5, 0.6, 0.7, 0.8)  # quantiles of the true scores from which their number is estimated
 _BULK = (0.2, 0.3, 0.4, 0.5, 0.6)
-_QUANTILES = np.concatenate([[0.003], np.arange(0.005, 0.05, 0.005), np.arange(0.05, 0.51, 0.01)])
+_QUANTILES = np.concatenate(
+    [[0.001, 0.002, 0.003], np.arange(0.005, 0.05, 0.005), np.arange(0.05, 0.51, 0.01)]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
