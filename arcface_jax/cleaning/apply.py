@@ -43,8 +43,8 @@ class Change(NamedTuple):
 
     action: str
     """merge, drop or relabel."""
-    index: int | str
-    """Of the image; empty for a whole identity."""
+    image: int | str
+    """Its number; empty for a whole identity."""
     path: str
     old_label: int
     new_label: int | str

@@ -33,7 +33,7 @@ Read = Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
 class Images(NamedTuple):
     """What is embedded."""
 
-    count: int
+    number: int
     read: Read
     facts: Mapping[str, Any]
     """Plain JSON that tells these images from others."""
@@ -109,8 +109,8 @@ def embed(model: Model, images: Images, folder: Path, *, name: str) -> Embedded:
       UserError: the folder cannot be written.
     """
     store = Store(folder, "embeddings-{:05d}.npy", beside="unreadable-{:05d}.json")
-    settings = {"model": model.digest(), **images.facts, "images": images.count, "shard": SHARD}
-    count = -(-images.count // SHARD)
+    settings = {"model": model.digest(), **images.facts, "images": images.number, "shard": SHARD}
+    count = -(-images.number // SHARD)
     try:
         store.agree(settings)
         missing = store.missing(count)
@@ -130,7 +130,7 @@ def _shards(
     """The images of each missing shard; the next is read meanwhile."""
 
     def begin(number: int) -> tuple[np.ndarray, dict[int, str]]:
-        return images.read(np.arange(number * SHARD, min((number + 1) * SHARD, images.count)))
+        return images.read(np.arange(number * SHARD, min((number + 1) * SHARD, images.number)))
 
     if not missing:
         return

@@ -110,7 +110,7 @@ def _rows(
 ) -> tuple[list[tuple], int]:
     rows, same = [], 0
     for index, label, score, nearest in zip(
-        found.index.tolist(),
+        found.image.tolist(),
         found.label.tolist(),
         found.score,
         found.nearest.tolist(),

@@ -22,7 +22,7 @@ _SAMPLE = 20_000
 class Outliers(NamedTuple):
     """Images that may be under a wrong label, the clearest first."""
 
-    index: np.ndarray
+    image: np.ndarray
     """(m,) int64 image numbers."""
     own: np.ndarray
     """(m,) float32: cosine with the rest of their own identity."""

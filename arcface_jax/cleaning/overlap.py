@@ -20,7 +20,7 @@ FALSE = 0.0005
 class Overlap(NamedTuple):
     """Images of the other set that show a person of the training set."""
 
-    index: np.ndarray
+    image: np.ndarray
     """(m,) int64 image numbers of the other set, the highest score first."""
     label: np.ndarray
     """(m,) int64: the training set's identity."""

@@ -260,8 +260,8 @@ def _write_outliers(found: Outliers, source: Source, images: Identities, output:
             "review",
         )
         for index, given, suggested, own, other in zip(
-            found.index.tolist(),
-            images.labels[found.index].tolist(),
+            found.image.tolist(),
+            images.labels[found.image].tolist(),
             found.suggested.tolist(),
             found.own.tolist(),
             found.other.tolist(),

@@ -91,7 +91,7 @@ def _lines(found: "Findings") -> list[str]:
     if (wrong := found.outliers) is not None:
         proposed = int((wrong.suggested >= 0).sum())
         lines.append(
-            f"wrong labels: {int(wrong.wrong.sum()):,} of {len(wrong.index):,} listed, "
+            f"wrong labels: {int(wrong.wrong.sum()):,} of {len(wrong.image):,} listed, "
             f"{proposed:,} with a proposed label; " + wrong.threshold.text()
         )
     rate = "unknown" if found.rank_one is None else f"{found.rank_one:.3f}"

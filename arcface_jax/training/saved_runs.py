@@ -152,7 +152,7 @@ def restore_kept_centers(
         stored = (_num_classes(manager, saved / item), there.head.subcenters)
         if label_map is not None and stored == (len(label_map), subcenters):
             old, _ = _restore_centers(workdir, there, manager, number)
-            return _mapped(old, label_map, like=like, num_classes=num_classes)
+            return _mapped(old, label_map, like=like)
         if stored != (num_classes, subcenters):
             raise CheckpointError(
                 f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x "
@@ -167,34 +167,19 @@ def restore_kept_centers(
     return _read(workdir, "latest", restore)
 
 
-def _mapped(
-    old: np.ndarray, label_map: np.ndarray, *, like: jax.Array, num_classes: int
-) -> jax.Array:
+def _mapped(old: np.ndarray, label_map: np.ndarray, *, like: jax.Array) -> jax.Array:
     """The mean of the old centers of each new class; classes without one keep those of `like`."""
     size = old.shape[1]
     subcenters = len(old) // len(label_map)
     kept = label_map >= 0
-    sums = np.zeros((num_classes, subcenters, size), np.float32)
+    rows = like.shape[0] // subcenters  # classes with the padding
+    sums = np.zeros((rows, subcenters, size), np.float32)
     np.add.at(sums, label_map[kept], old.reshape(-1, subcenters, size)[kept])
-    parts = np.bincount(label_map[kept], minlength=num_classes)
+    parts = np.bincount(label_map[kept], minlength=rows)
     means = (sums / np.maximum(parts, 1)[:, None, None]).reshape(-1, size)
-    known = np.repeat(parts > 0, subcenters)
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        rows = np.arange(like.shape[0])[index[0]]
-        there = rows < len(means)
-        out = np.zeros((len(rows), size), np.float32)
-        out[there] = means[rows[there]]
-        return out
-
-    def has(index: tuple[slice, ...]) -> np.ndarray:
-        rows = np.arange(like.shape[0])[index[0]]
-        return np.isin(rows, np.flatnonzero(known))[:, None]
-
-    placed = jax.make_array_from_callback(like.shape, like.sharding, part)
-    filled = jax.make_array_from_callback((like.shape[0], 1), like.sharding, has)
-    choose = jax.jit(jax.numpy.where, out_shardings=like.sharding)
-    return choose(filled, placed, like)
+    known = np.repeat(parts > 0, subcenters)[:, None]
+    placed, chosen = (jax.device_put(array, like.sharding) for array in (means, known))
+    return jax.jit(jax.numpy.where, out_shardings=like.sharding)(chosen, placed, like)
 
 
 def is_begun(workdir: Path) -> bool:
