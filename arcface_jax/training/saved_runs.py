@@ -150,7 +150,8 @@ def restore_kept_centers(
         item = _item_of_centers(workdir, number)
         saved = checkpoint.folder_of(workdir) / str(number)
         stored = (_num_classes(manager, saved / item), there.head.subcenters)
-        if label_map is not None and stored == (len(label_map), subcenters):
+        fits = label_map is not None and label_map.max(initial=-1) < num_classes
+        if label_map is not None and fits and stored == (len(label_map), subcenters):
             old, _ = _restore_centers(workdir, there, manager, number)
             return _mapped(old, label_map, like=like)
         if stored != (num_classes, subcenters):
