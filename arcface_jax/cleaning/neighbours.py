@@ -24,6 +24,7 @@ from arcface_jax.runtime.devices import AXIS
 
 BLOCK = 4096
 """Rows and columns of a block on one device."""
+_SMALLEST = 16  # rows of a block of few vectors
 _HITS = 1 << 16  # of a block that an accelerator returns; a block with more is returned whole
 _AHEAD = 2  # blocks in flight
 _BFLOAT16_ERROR = 0.004
@@ -65,6 +66,7 @@ def similar_pairs(
       mesh: the devices that share the columns; all of this process when not given.
     """
     mesh = meshes.make("own") if mesh is None else mesh
+    block = min(block, max(_SMALLEST, -(-len(vectors) // mesh.size)))
     searched, slack = vectors, 0.0
     if projected:
         searched = _projected(vectors, projected)
@@ -150,6 +152,7 @@ def best_other(
       groups: (m,) int; -1 takes a vector out.
       block: queries and vectors of a block.
     """
+    block = min(block, max(_SMALLEST, len(queries), len(vectors)))
     out = Best(np.full(len(queries), -1, np.int64), np.full(len(queries), -1, np.float32))
     for start in range(0, len(queries), block):
         here = slice(start, min(start + block, len(queries)))

@@ -4,8 +4,9 @@ Each detector can draw scores that true findings would have: the two halves of o
 duplicates, two identities joined for mixed ones, an image under another identity's label for wrong
 labels. With F the distribution of these scores, a threshold t has recall 1 - F(t). The number N of
 true findings follows from the upper scores, where false ones are rare: N (1 - F(q)) findings are
-expected above a quantile q. At t, N (1 - F(t)) of all that score higher are therefore true, which
-estimates the precision.
+expected above a quantile q. One is added to the count, or a single finding below the quantile would
+count as false. At t, N (1 - F(t)) of all that score higher are therefore true, which estimates the
+precision.
 """
 
 from collections.abc import Callable
@@ -68,7 +69,9 @@ def choose(
     if not len(true):
         return found
     upper = [float(np.quantile(true, q)) for q in _UPPER]
-    number = np.median([_at_least(scores, t) / (1 - q) for q, t in zip(_UPPER, upper, strict=True)])
+    number = np.median(
+        [(_at_least(scores, t) + 1) / (1 - q) for q, t in zip(_UPPER, upper, strict=True)]
+    )
     for quantile in filter(lambda q: q >= least, _QUANTILES.tolist()):
         threshold = float(np.quantile(true, quantile))
         count, expected = _at_least(scores, threshold), None

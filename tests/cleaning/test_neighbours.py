@@ -98,9 +98,9 @@ def test_expected_recall_and_precision():
 
 
 def test_the_tail_of_the_highest_impostor():
-    """Maxima of 1,000 normal numbers: the fitted tail is right within a factor of two."""
-    highest = np.random.default_rng(0).normal(size=(20_000, 1000)).max(axis=1)
-    tail = thresholds.gumbel_tail(highest[:5000])
-    for threshold in (3.5, 4.0):
+    """Maxima of 500 normal numbers: the fitted tail is right within a factor of two."""
+    highest = np.random.default_rng(0).normal(size=(5000, 500)).max(axis=1)
+    tail = thresholds.gumbel_tail(highest)
+    for threshold in (3.3, 3.7):
         assert 0.5 < tail(threshold) / np.mean(highest >= threshold) < 2
     assert tail(0) == pytest.approx(1)
