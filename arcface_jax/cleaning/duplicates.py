@@ -15,13 +15,12 @@ from arcface_jax.cleaning.identities import Identities, groups_of
 from arcface_jax.cleaning.thresholds import Threshold
 from arcface_jax.evaluation.embeddings import normalize
 
-PRECISION = 0.93
+PRECISION = 0.91
 """Lowest expected precision of the pairs that are merged."""
-LOOSE = 0.5
-"""Of the pairs that are worth a look."""
 SAMPLE = 5
 """Images of each identity by which candidates from class centers are verified."""
 _ALIKE = 0.5  # of the median cosine of an image with the rest of its identity
+_LISTED = 0.5  # of the median true score, down to which pairs are listed
 _SPLITS = 4
 _FEWEST = 4  # images of an identity that is split in halves
 _LOWEST = 0.05  # cosine of any candidate
@@ -71,11 +70,10 @@ def find(images: Identities, *, seed: int, candidates: np.ndarray | None = None)
     true = half_cosines(images, seed=seed)
     false = _false_pairs(highest)
     threshold = thresholds.choose(score[mutual], true, precision=PRECISION, least=0.01, false=false)
-    loose = thresholds.choose(
-        score[mutual], true, precision=LOOSE, least=0.005, false=false
-    ).threshold
     merge = mutual & (score >= threshold.threshold)
-    shown = merge | (either & (score >= min(loose, threshold.threshold)))
+    lowest = _LISTED * float(np.median(true)) if len(true) else 1.0
+    shown = np.flatnonzero(merge | either)
+    shown = shown[: thresholds.worth_a_look(score[shown], found=int(merge.sum()), lowest=lowest)]
     return Duplicates(pairs[shown], score[shown], mutual[shown], merge[shown], threshold)
 
 

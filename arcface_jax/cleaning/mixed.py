@@ -16,7 +16,6 @@ from arcface_jax.cleaning.thresholds import Threshold
 from arcface_jax.evaluation.embeddings import normalize
 
 PRECISION = 0.93
-LOOSE = 0.5
 _ROUNDS = 8
 _FEWEST = 4
 _JOINED = 1000  # pairs of identities that are joined to see how mixed ones look
@@ -75,9 +74,9 @@ def find(images: Identities, *, seed: int) -> Mixed:
             found.append((label, rows, division))
     score = np.array([division.score for _, _, division in found])
     threshold = thresholds.choose(score, true, precision=PRECISION, least=0.03)
-    loose = thresholds.choose(score, true, precision=LOOSE, least=0.01).threshold
     order = np.argsort(-score, kind="stable")
-    order = order[score[order] >= min(loose, threshold.threshold)]
+    flagged = int((score >= threshold.threshold).sum())
+    order = order[: thresholds.worth_a_look(score[order], found=flagged, lowest=0.0)]
     chosen = [found[place] for place in order.tolist()]
     return Mixed(
         label=np.array([label for label, _, _ in chosen], np.int64),

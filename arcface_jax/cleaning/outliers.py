@@ -14,7 +14,6 @@ from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
 
 PRECISION = 0.85
-LOOSE = 0.5
 _RELABEL = 0.05  # quantile of own cosines from which on the other identity is proposed
 _SAMPLE = 20_000
 
@@ -55,9 +54,9 @@ def find(images: Identities, *, groups: np.ndarray, mixed: np.ndarray, seed: int
     score = other[index] - own[index]
     true = _misplaced_scores(images, index[score < 0], own, seed=seed)
     threshold = thresholds.choose(score, true, precision=PRECISION)
-    loose = thresholds.choose(score, true, precision=LOOSE).threshold
     order = np.argsort(-score, kind="stable")
-    order = order[score[order] >= min(loose, threshold.threshold)]
+    flagged = int((score >= threshold.threshold).sum())
+    order = order[: thresholds.worth_a_look(score[order], found=flagged, lowest=0.0)]
     right = own[index[score < 0]]
     close = float(np.quantile(right, _RELABEL)) if len(right) else 1.0
     index = index[order]

@@ -16,6 +16,7 @@ import numpy as np
 
 _UPPER = (0.5, 0.6, 0.7, 0.8)  # quantiles of the true scores from which their number is estimated
 _BULK = (0.2, 0.3, 0.4, 0.5, 0.6)
+_MORE = 50  # candidates that are listed even where few are found
 _QUANTILES = np.concatenate(
     [[0.001, 0.002, 0.003], np.arange(0.005, 0.05, 0.005), np.arange(0.05, 0.51, 0.01)]
 )
@@ -82,6 +83,18 @@ def choose(
         if expected is None or expected >= precision:
             break
     return found
+
+
+def worth_a_look(scores: np.ndarray, *, found: int, lowest: float) -> int:
+    """How many candidates a reviewer gets: those found, and some below the threshold.
+
+    Args:
+      scores: (m,) of the candidates, the highest first.
+      found: how many reach the threshold.
+      lowest: no candidate below this score is listed.
+    """
+    most = max(found, min(_at_least(scores[::-1], lowest), 2 * found + _MORE))
+    return min(most, len(scores))
 
 
 def gumbel_tail(highest: np.ndarray) -> Callable[[float], float]:
