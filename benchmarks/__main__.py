@@ -5,6 +5,8 @@ python -m benchmarks blocks [--batch 8] [--dtype bfloat16]
 python -m benchmarks evaluation [--pairs 6000] [--scores 15000000]
 python -m benchmarks bulk [--networks mbf r50] [--images 512]
 python -m benchmarks gallery [--rows 1000000] [--queries 1 16]
+python -m benchmarks neighbours [--size 100000] [--projections 0 128]
+python -m benchmarks cleaning MODEL --data LFW --pairs LFW/lfw_dev.bin
 python -m benchmarks step [--network r50] [--batch 128] [--against torch] [--table]
 python -m benchmarks gpu-program [--only r50 head]
 python -m benchmarks gpu-scale
@@ -19,11 +21,15 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 
 from arcface_jax import errors
-from arcface_jax.config import Dtype
+from arcface_jax.config import DataConfig, Dtype
+from arcface_jax.data.opening import open_source
+from arcface_jax.data.pairs.opening import open_file
+from arcface_jax.inference.open_model import open_path
 from arcface_jax.machine import timing
 from arcface_jax.machine.gpu import GpuName
 from arcface_jax.runtime import devices as meshes
@@ -31,10 +37,12 @@ from arcface_jax.runtime import tables
 from benchmarks import (
     blocks,
     bulk,
+    cleaning,
     evaluation,
     galleries,
     gpu,
     head,
+    neighbours,
     plan_table,
     program,
     report,
@@ -248,6 +256,83 @@ def run_gallery(
     seconds = round(time.perf_counter() - begin, 1)
     measured = [row._asdict() for row in found]
     print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": []}))
+
+
+@app.command(name="neighbours")
+def run_neighbours(
+    size: int = 100_000, dimensions: int = 512, projections: tuple[int, ...] = (0, 128)
+) -> None:
+    """Exact search for near pairs of unit vectors, extrapolated to a million (docs/cleaning.md).
+
+    Args:
+      size: Vectors.
+      dimensions: Length of each.
+      projections: Random dimensions that are compared first; 0 for all.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        found = neighbours.measure(rows=size, size=dimensions, projections=projections)
+    heads = ["s", "CPU s", "pairs", "recall", "peak GiB", "1 M x 1 M (extrapolated)"]
+    table = tables.new(None, heads, names=["compared in"])
+    for row in found:
+        table.add_row(
+            f"{row.projected or dimensions} dimensions",
+            f"{row.seconds:.1f}",
+            f"{row.cpu_seconds:.1f}",
+            f"{row.pairs:,}",
+            f"{row.recall:.4f}",
+            f"{row.gib:.1f}",
+            f"{row.minutes_per_million:.0f} min",
+        )
+    Console(width=100).print(table)
+    print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
+    seconds = round(time.perf_counter() - begin, 1)
+    measured = [
+        {**row._asdict(), "minutes_per_million_extrapolated": row.minutes_per_million}
+        for row in found
+    ]
+    print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": []}))
+
+
+@app.command(name="cleaning")
+def run_cleaning(
+    model: tyro.conf.Positional[Path],
+    data: str,
+    pairs: str,
+    seeds: int = 5,
+    output: Path = Path("runs/benchmark_cleaning"),
+) -> None:
+    """Plants label errors, looks for them without the truth, and scores (docs/cleaning.md).
+
+    Args:
+      model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
+      data: A training set with about 4,000 people, as LFW's.
+      pairs: A verification set of other people.
+      seeds: Plantings.
+      output: Folder for the embeddings; rerun the same command to reuse them.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        source = open_source(DataConfig(path=data), seed=0)
+        opened = open_path(model)
+        scores, found = cleaning.measure(opened, source, open_file(pairs), output, seeds=seeds)
+    table = tables.new(
+        None,
+        ["seed", "found", "recall", "precision", "expected", "AUROC"],
+        names=["error"],
+    )
+    for one in sorted(scores, key=lambda score: score.kind):
+        expected = f"{one.expected_recall:.2f}, {tables.share(one.expected_precision)[:4]}"
+        numbers = (str(one.seed), str(one.found), f"{one.recall:.3f}", f"{one.precision:.3f}")
+        table.add_row(one.kind, *numbers, expected, tables.share(one.auroc))
+    Console(width=100).print(table)
+    print(f"without planting: images {found.image.tolist()} of {pairs} show people of {data}")
+    seconds = round(time.perf_counter() - begin, 1)
+    result = {
+        "scores": [one._asdict() for one in scores],
+        "overlap": np.stack([found.image, found.label], axis=1).tolist(),
+    }
+    print("RESULT " + json.dumps({**result, "seconds": seconds, "files": []}))
 
 
 @app.command(name="step")

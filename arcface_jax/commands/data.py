@@ -2,6 +2,7 @@
 
 arcface-jax data inspect FOLDER --output runs/inspect
 arcface-jax data pack FOLDER runs/packed --renumber
+arcface-jax data clean RUN_OR_MODEL --data FOLDER --output runs/clean
 arcface-jax data COMMAND --help
 """
 
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from arcface_jax.commands import Result, command, console, own_names, own_options
+from arcface_jax.commands import Result, cleaning, command, console, own_names, own_options
 from arcface_jax.config import AugmentConfig, DataConfig, command_line
-from arcface_jax.config.choices import Bad, FaceChoice
+from arcface_jax.config.choices import Bad, FaceChoice, OnnxOptions, Which
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 TrainingSet = Annotated[Positional[str], tyro.conf.arg(metavar="PATH")]
 Photographs = Annotated[Positional[Path], tyro.conf.arg(metavar="PATH")]
+ModelFile = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
 Output = Annotated[Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
 Values = dict[str, Any]
 """Of the RESULT line, `files` among them."""
@@ -50,6 +52,7 @@ _OPTIONS = {
     "data.label-index": "--label-index",
     "data.identity-level": "--identity-level",
 }
+_OF_ITSELF = OnnxOptions()  # what an ONNX file tells
 
 
 @command
@@ -64,6 +67,9 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax data") -> Result:
         "pairs": pairs,
         "align": align,
         "detector": detector,
+        "clean": clean,
+        "overlap": overlap,
+        "apply": apply,
         "bench": bench,
     }
     with own_options(_OPTIONS):
@@ -175,15 +181,17 @@ def to_tfds(
 def merge(
     output: Output,
     paths: tuple[str, ...],
+    same: Path | None = None,
     bad: Bad = "stop",
     threads: int = 0,
     reading: How = Reading(),
 ) -> Values:
-    """Writes several training sets as one record file; no two share an identity.
+    """Writes several training sets as one record file; no two share an identity but by --same.
 
     Args:
       output: Folder to write to; rerun the same command to resume.
       paths: The training sets, two or more.
+      same: merge.csv of `overlap`: identities of the first two sets that are one person.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
       reading: What the set's form does not tell.
@@ -193,8 +201,14 @@ def merge(
     from arcface_jax.data import opening
     from arcface_jax.data.tools import packing
 
-    source = opening.JoinedSource([_open(path, reading) for path in paths])
-    done = packing.pack(source, packing.select(source), output, bad=bad, threads=threads)
+    parts = [_open(path, reading) for path in paths]
+    source = opening.JoinedSource(parts)
+    selection = packing.select(source)
+    if same is not None:
+        from arcface_jax.cleaning import apply as applying
+
+        selection = applying.select_merged(source, same, counts=[p.num_classes for p in parts[:2]])
+    done = packing.pack(source, selection, output, bad=bad, threads=threads)
     return _packed(done, output) | _ignored(source)
 
 
@@ -203,6 +217,7 @@ def split(
     output: Output,
     fraction: float = 0.1,
     min_images: int = 1,
+    same: Path | None = None,
     seed: int = 0,
     bad: Bad = "stop",
     threads: int = 0,
@@ -215,6 +230,7 @@ def split(
       output: Folder for train/ and eval/.
       fraction: Share of the identities that go to eval.
       min_images: Leave out identities with fewer images.
+      same: duplicates.csv of `clean`: identities of one group stay on one side.
       seed: Of the choice.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
@@ -223,7 +239,13 @@ def split(
     from arcface_jax.data.tools import packing, splitting
 
     source = _open(path, reading)
-    sides = splitting.divide(source.labels(), fraction=fraction, seed=seed, min_images=min_images)
+    groups = None
+    if same is not None:
+        from arcface_jax.cleaning.apply import groups_in
+
+        groups = groups_in(same, num_classes=source.num_classes)
+    options = {"fraction": fraction, "seed": seed, "min_images": min_images}
+    sides = splitting.divide(source.labels(), groups=groups, **options)
     result: Values = {"files": [], **_ignored(source)}
     for name, identities in zip(("train", "eval"), sides, strict=True):
         selection = packing.select(source, identities=identities)
@@ -406,6 +428,109 @@ def detector(check: Path, img: Path | None = None, detector_size: int = 0) -> Va
         "img_faces": None if photograph is None else len(photograph.points),
         "files": [],
     }
+
+
+def clean(
+    model: ModelFile,
+    data: str,
+    output: Path = Path("runs/clean"),
+    level: cleaning.Level = "images",
+    find: tuple[Literal["duplicates", "mixed", "outliers"], ...] = (
+        *("duplicates", "mixed", "outliers"),
+    ),
+    network: str | None = None,
+    step: Which = "latest",
+    onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
+    batch_size: int = 64,
+    seed: int = 0,
+    reading: How = Reading(),
+) -> Values:
+    """Finds people under two labels, labels with two people, and images under a wrong label.
+
+    Args:
+      model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
+      data: A training set, as --data.path of `train` takes it.
+      output: Folder for the embeddings, duplicates.csv, mixed.csv, images.csv and clean.json; rerun
+        the same command to resume.
+      level: Embed all images; or look for duplicates among the class centers of a run, and embed 5
+        images of each candidate.
+      find: What to look for.
+      network: The network of PyTorch weights; by default found by names and shapes.
+      step: Which checkpoint of a run.
+      onnx_options: What an ONNX file does not tell of itself.
+      batch_size: Images per forward pass, over all devices.
+      seed: Of the random halves of identities.
+      reading: What the set's form does not tell.
+    """
+    opening = cleaning.Opening(model, network, step, onnx_options, batch_size)
+    source = _open(data, reading)
+    return cleaning.clean(opening, source, output, level=level, kinds=find, seed=seed)
+
+
+def overlap(
+    first: Annotated[Positional[str], tyro.conf.arg(metavar="A")],
+    second: Annotated[Positional[str], tyro.conf.arg(metavar="B")],
+    model: Path,
+    output: Path = Path("runs/overlap"),
+    network: str | None = None,
+    step: Which = "latest",
+    onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
+    batch_size: int = 64,
+    seed: int = 0,
+    reading: How = Reading(),
+) -> Values:
+    """Finds people of a training set in another set, and photographs that are in both.
+
+    Args:
+      first: A training set, as --data.path of `train` takes it.
+      second: Another training set, a .bin file, or a list of pairs: LIST:FOLDER.
+      model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
+      output: Folder for the embeddings and overlap.csv; and merge.csv of two training sets.
+      network: The network of PyTorch weights; by default found by names and shapes.
+      step: Which checkpoint of a run.
+      onnx_options: What an ONNX file does not tell of itself.
+      batch_size: Images per forward pass, over all devices.
+      seed: Of the random halves of identities.
+      reading: What the sets' form does not tell.
+    """
+    opening = cleaning.Opening(model, network, step, onnx_options, batch_size)
+    is_pairs = second.endswith(".bin") or ":" in second
+    other = second if is_pairs else _open(second, reading)
+    return cleaning.overlap(opening, _open(first, reading), other, output, seed=seed)
+
+
+def apply(
+    path: TrainingSet,
+    findings: Annotated[Positional[Path], tyro.conf.arg(metavar="FINDINGS")],
+    output: Output,
+    merge: bool = False,
+    drop: bool = False,
+    relabel: bool = False,
+    force: bool = False,
+    bad: Bad = "stop",
+    threads: int = 0,
+    reading: How = Reading(),
+) -> Values:
+    """Writes a training set again with the decisions of `clean` applied; the old one stays.
+
+    Args:
+      path: The training set that was cleaned.
+      findings: Output of `clean`, with the column `decision` reviewed.
+      output: New folder for a record file; or a new list (.csv), of sets of image files.
+      merge: Apply the decisions to merge identities.
+      drop: Apply the decisions to drop images and identities.
+      relabel: Apply the decisions to relabel images.
+      force: Apply findings of a model that is too weak for the set.
+      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      threads: 0 for one per processor.
+      reading: What the set's form does not tell.
+    """
+    from arcface_jax.cleaning import apply as applying
+
+    actions = applying.Actions(merge, drop, relabel)
+    options = {"actions": actions, "force": force, "bad": bad, "threads": threads}
+    done = applying.apply(_open(path, reading), findings, output, **options)
+    return cleaning.report(done, output)
 
 
 def bench(

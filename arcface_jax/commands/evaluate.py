@@ -4,6 +4,7 @@ arcface-jax evaluate --workdir WORKDIR [WORKDIR ...] [--targets a.bin pairs.txt:
 arcface-jax evaluate --weight backbone.pth --targets a.bin b.bin
 arcface-jax evaluate --workdir WORKDIR --onnx model.onnx --targets a.bin --report FOLDER
 arcface-jax evaluate --workdir WORKDIR --targets pairs.txt:PHOTOGRAPHS --detector yunet.onnx
+arcface-jax evaluate --workdir WORKDIR --targets a.bin --leave-out runs/overlap/overlap.csv
 arcface-jax evaluate --onnx other.onnx --targets a.bin --check-input
 """
 
@@ -39,6 +40,8 @@ class Arguments:
     """Images per forward pass, over all devices."""
     report: Path | None = None
     """Folder for a page of tables, plots and the hardest pairs (index.html)."""
+    leave_out: Path | None = None
+    """overlap.csv of `data overlap`: print each set also without the pairs that it flags."""
     check_input: bool = False
     """Verify with both color orders, ONNX files with three normalizations, and name the best."""
 
@@ -60,7 +63,26 @@ def _open(arguments: Arguments) -> "tuple[dict[str, Model], list[PairSet]]":
         raise errors.UserError(
             "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
         )
+    if arguments.leave_out is not None:
+        sets = [each for one in sets for each in (one, *_without_overlap(one, arguments.leave_out))]
     return models, sets
+
+
+def _without_overlap(pairs: "PairSet", path: Path) -> "list[PairSet]":
+    """The set without pairs that show people of the training set; none where nothing is flagged."""
+    import numpy as np
+
+    from arcface_jax.cleaning import leaks
+
+    flagged = leaks.left_out(path, name=pairs.name, images=len(pairs.images))
+    kept = np.setdiff1d(np.arange(len(pairs.same)), flagged // 2)
+    dropped = len(pairs.same) - len(kept)
+    print(f"{pairs.name}: {dropped:,} of {len(pairs.same):,} pairs are flagged in {path}")
+    if not dropped:
+        return []
+    images = pairs.images[np.stack([2 * kept, 2 * kept + 1], axis=1).ravel()]
+    name = f"{pairs.name}_without_overlap"
+    return [pairs._replace(name=name, images=images, same=pairs.same[kept])]
 
 
 def evaluate(arguments: Arguments) -> "list[Evaluated]":

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from arcface_jax.config import Config, DataConfig, ModelConfig
-from arcface_jax.data import pipeline
+from arcface_jax.data import label_map, opening, pipeline
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Source
 from arcface_jax.errors import ConfigError
@@ -91,6 +91,7 @@ def centers(config: Config, state: TrainState, source: Source, *, mesh: Mesh) ->
             like=state.centers,
             num_classes=source.num_classes,
             subcenters=config.head.subcenters,
+            label_map=label_map.read(opening.folder_with(config.data.path, label_map.FILE)),
         )
     batches = _every_image_once(source, config.data, batch_size=config.evaluation.batch_size)
     embed = step.make_embed(step.backbone(config))

@@ -123,15 +123,22 @@ def _restore_centers(
 
 
 def restore_kept_centers(
-    workdir: Path, *, like: jax.Array, num_classes: int, subcenters: int
+    workdir: Path,
+    *,
+    like: jax.Array,
+    num_classes: int,
+    subcenters: int,
+    label_map: np.ndarray | None = None,
 ) -> jax.Array:
-    """The class centers of another run of the same classes.
+    """The class centers of another run of the same classes, or of classes that a map relates.
 
     Args:
       workdir: of that run.
       like: an array of the shape and placement they are to have.
       num_classes: C of the new run.
       subcenters: per class, of the new run.
+      label_map: (C of the other run,) the new label of each old class, -1 for none; a class made
+        of several gets the mean of their centers.
 
     Raises:
       CheckpointError: the folder holds no checkpoint, or its centers do not fit.
@@ -143,6 +150,10 @@ def restore_kept_centers(
         item = _item_of_centers(workdir, number)
         saved = checkpoint.folder_of(workdir) / str(number)
         stored = (_num_classes(manager, saved / item), there.head.subcenters)
+        fits = label_map is not None and label_map.max(initial=-1) < num_classes
+        if label_map is not None and fits and stored == (len(label_map), subcenters):
+            old, _ = _restore_centers(workdir, there, manager, number)
+            return _mapped(old, label_map, like=like)
         if stored != (num_classes, subcenters):
             raise CheckpointError(
                 f"finetune.centers kept: {workdir} has centers of {stored[0]} classes x "
@@ -155,6 +166,21 @@ def restore_kept_centers(
             return manager.restore(number, args=ocp.args.Composite(**{item: args}))[item]["centers"]
 
     return _read(workdir, "latest", restore)
+
+
+def _mapped(old: np.ndarray, label_map: np.ndarray, *, like: jax.Array) -> jax.Array:
+    """The mean of the old centers of each new class; classes without one keep those of `like`."""
+    size = old.shape[1]
+    subcenters = len(old) // len(label_map)
+    kept = label_map >= 0
+    rows = like.shape[0] // subcenters  # classes with the padding
+    sums = np.zeros((rows, subcenters, size), np.float32)
+    np.add.at(sums, label_map[kept], old.reshape(-1, subcenters, size)[kept])
+    parts = np.bincount(label_map[kept], minlength=rows)
+    means = (sums / np.maximum(parts, 1)[:, None, None]).reshape(-1, size)
+    known = np.repeat(parts > 0, subcenters)[:, None]
+    placed, chosen = (jax.device_put(array, like.sharding) for array in (means, known))
+    return jax.jit(jax.numpy.where, out_shardings=like.sharding)(chosen, placed, like)
 
 
 def is_begun(workdir: Path) -> bool:

@@ -14,7 +14,12 @@ from arcface_jax.runtime.files import write_atomic
 
 
 def divide(
-    labels: np.ndarray, *, fraction: float, seed: int, min_images: int = 1
+    labels: np.ndarray,
+    *,
+    fraction: float,
+    seed: int,
+    min_images: int = 1,
+    groups: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Divides the identities that have images at random.
 
@@ -23,6 +28,7 @@ def divide(
       fraction: of the identities that go to evaluation, in (0, 1).
       seed: of the choice.
       min_images: identities with fewer are left out of both.
+      groups: (C,) int; identities of one group stay on one side. By default each is its own.
 
     Returns:
       The identities to train on, and those to evaluate on, ascending.
@@ -47,7 +53,15 @@ def divide(
             f"more leaves {held_out} to evaluate on: choose another --fraction"
         )
     order = np.random.default_rng(seed).permutation(identities)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+    if groups is None:
+        return np.sort(order[held_out:]), np.sort(order[:held_out])
+    evaluated = np.isin(groups[identities], groups[order[:held_out]])
+    if evaluated.all():
+        raise UserError(
+            f"--fraction {fraction} leaves no identity to train on, for groups of identities stay "
+            "on one side: choose a smaller fraction"
+        )
+    return identities[~evaluated], identities[evaluated]
 
 
 def write_folder(

@@ -1,0 +1,1 @@
+"""Find and fix label errors of a training set with a face recognition model."""

@@ -1,0 +1,345 @@
+"""Write a training set again with the reviewer's decisions applied; the original stays as it is.
+
+Beside the new set lie `applied.csv`, a line for each image or identity that was changed,
+`label_map.csv` (`data.label_map`), and `cleaned.json`: what it was made from.
+"""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from arcface_jax.cleaning import files
+from arcface_jax.cleaning.identities import groups_of
+from arcface_jax.config.choices import Bad
+from arcface_jax.data import fingerprint, label_map
+from arcface_jax.data.files import FilesSource
+from arcface_jax.data.lists import SUFFIXES
+from arcface_jax.data.source import Source
+from arcface_jax.data.tools import packing
+from arcface_jax.data.tools.packing import Selection
+from arcface_jax.errors import DataError, UserError
+from arcface_jax.runtime import sealed
+from arcface_jax.runtime.files import atomic, write_atomic
+
+APPLIED = "applied.csv"
+ABOUT = "cleaned.json"
+
+
+class Actions(NamedTuple):
+    """Which decisions are applied."""
+
+    merge: bool = False
+    drop: bool = False
+    relabel: bool = False
+
+
+class Change(NamedTuple):
+    """A line of applied.csv."""
+
+    action: str
+    """merge, drop or relabel."""
+    image: int | str
+    """Its number; empty for a whole identity."""
+    path: str
+    old_label: int
+    new_label: int | str
+    """In the new set; empty for what was dropped."""
+    source: str
+    """The file of the decision."""
+
+
+class Plan(NamedTuple):
+    """The labels that images get, still numbered as in the old set."""
+
+    labels: np.ndarray
+    """(n,) int32: the old label of the identity that an image belongs to now; -1 for none."""
+    group: np.ndarray
+    """(C,) int64: the old label that stands for an identity after merging."""
+    changes: list[Change]
+    undecided: int
+    """Findings whose decision is review."""
+
+
+class Applied(NamedTuple):
+    """What was written."""
+
+    files: list[Path]
+    images: int
+    identities: int
+    merged: int
+    """Identities that became part of another."""
+    dropped: int
+    """Images that were left out."""
+    relabeled: int
+    undecided: int
+    skipped: list[str]
+
+
+def apply(
+    source: Source,
+    clean: Path,
+    output: Path,
+    *,
+    actions: Actions,
+    force: bool = False,
+    bad: Bad = "stop",
+    threads: int = 0,
+) -> Applied:
+    """Writes the set with decisions applied.
+
+    Args:
+      source: the training set that was cleaned.
+      clean: the output folder of `data clean`.
+      output: a new folder for a record file; or a new list (.csv), of sets of image files.
+      actions: which decisions.
+      force: apply findings of a model that is too weak.
+      bad: as `packing.pack`.
+      threads: as `packing.pack`.
+
+    Raises:
+      DataError: the findings are of another set, or a file is damaged.
+      UserError: no action is named, the model is too weak, or the output exists.
+    """
+    about = files.read_about(clean)
+    _check(source, about, clean, actions, force=force)
+    plan = make_plan(source, clean, actions)
+    selection, mapped = select(source, plan)
+    is_list = output.suffix.lower() in SUFFIXES
+    folder = output.parent if is_list else output
+    if is_list:
+        packed = _write_list(source, selection, output)
+    else:
+        packed = packing.pack(source, selection, output, bad=bad, threads=threads)
+    final = [
+        change
+        if change.new_label == ""
+        else change._replace(new_label=int(mapped[change.new_label]))
+        for change in plan.changes
+    ]
+    new_names = packing.names_of(source, selection)
+    provenance = _provenance(source, clean, about, actions)
+    written = [
+        label_map.write(folder, mapped, new_names),
+        _write_changes(folder, final),
+        _write_about(folder, provenance),
+    ]
+    merged = int((plan.group != np.arange(len(plan.group))).sum())
+    dropped = int((plan.labels[source.labels() >= 0] < 0).sum())
+    return Applied(
+        [*packed.files, *written],
+        packed.images,
+        packed.identities,
+        merged,
+        dropped,
+        sum(change.action == "relabel" for change in final),
+        plan.undecided,
+        packed.skipped,
+    )
+
+
+def make_plan(source: Source, clean: Path, actions: Actions) -> Plan:
+    """What the decisions make of each label: images are relabeled, identities merged, then dropped.
+
+    Raises:
+      DataError: a file is damaged, or a decision names no image or label of the set.
+    """
+    labels = np.array(source.labels(), np.int32)
+    group = np.arange(source.num_classes)
+    changes: list[Change] = []
+    undecided = 0
+    dropped_labels: list[tuple[int, str]] = []
+    images_path = clean / files.IMAGES
+    for row in _rows(images_path, files.IMAGES):
+        undecided += row["decision"] == "review"
+        index = files.number(images_path, row, "index", below=len(labels))
+        if row["decision"] == "relabel" and actions.relabel:
+            new = files.number(images_path, row, "suggested_label", below=source.num_classes)
+            changes.append(_of_image("relabel", source, index, int(labels[index]), new))
+            labels[index] = new
+        elif row["decision"] == "drop" and actions.drop:
+            changes.append(_of_image("drop", source, index, int(labels[index]), ""))
+            labels[index] = -1
+    pairs = []
+    path = clean / files.DUPLICATES
+    counts = np.bincount(labels[labels >= 0], minlength=source.num_classes)
+    for row in _rows(path, files.DUPLICATES):
+        undecided += row["decision"] == "review"
+        a, b = (files.number(path, row, c, below=len(group)) for c in ("label_a", "label_b"))
+        if row["decision"] == "merge" and actions.merge:
+            pairs.append((a, b))
+        elif row["decision"] == "drop" and actions.drop:
+            dropped_labels.append((a if counts[a] < counts[b] else b, files.DUPLICATES))
+    path = clean / files.MIXED
+    for row in _rows(path, files.MIXED):
+        undecided += row["decision"] == "review"
+        if row["decision"] == "drop" and actions.drop:
+            dropped_labels.append((files.number(path, row, "label", below=len(group)), path.name))
+    if pairs:
+        group = _largest_of_each(groups_of(source.num_classes, np.array(pairs)), counts)
+        for label in np.flatnonzero(group != np.arange(len(group))).tolist():
+            changes.append(Change("merge", "", "", label, int(group[label]), files.DUPLICATES))
+    for label, name in dict.fromkeys(dropped_labels):
+        changes.append(Change("drop", "", "", label, "", name))
+        labels[labels == label] = -1
+    moved = np.where(labels >= 0, group[labels], -1).astype(np.int32)
+    return Plan(moved, group, [_settled(c, group) for c in changes], undecided)
+
+
+def select(source: Source, plan: Plan) -> tuple[Selection, np.ndarray]:
+    """The images of the new set, and where each old label went.
+
+    Returns:
+      The selection, which renumbers the identities that still have images in their old order; and
+      (C,) int64, the new label of each old one, -1 for one that has no images any more.
+    """
+    kept = np.flatnonzero(plan.labels >= 0)
+    if not len(kept):
+        raise DataError("every image is dropped: set fewer decisions to drop")
+    order = kept[np.argsort(plan.labels[kept], kind="stable")]
+    identities, new = np.unique(plan.labels[order], return_inverse=True)
+    selection = Selection(order, new.astype(np.int32), len(identities), identities)
+    place = np.full(source.num_classes, -1, np.int64)
+    place[identities] = np.arange(len(identities))
+    return selection, place[plan.group]
+
+
+def groups_in(path: Path, *, num_classes: int) -> np.ndarray:
+    """(C,) int64: groups of identities that may be one person, by a reviewed duplicates.csv.
+
+    Pairs to merge or to review count, for a split must not depend on what is undecided.
+
+    Args:
+      path: of the file.
+      num_classes: C.
+
+    Raises:
+      DataError: the file is damaged, or of another set.
+    """
+    pairs = [
+        [files.number(path, row, column, below=num_classes) for column in ("label_a", "label_b")]
+        for row in files.read(path, files.DUPLICATES)
+        if row["decision"] in ("merge", "review")
+    ]
+    return groups_of(num_classes, np.array(pairs, np.int64).reshape(-1, 2))
+
+
+def select_merged(source: Source, path: Path, *, counts: Sequence[int]) -> Selection:
+    """All images of joined sets, with identities of the first two merged by a merge.csv.
+
+    Args:
+      source: the joined sets.
+      path: of merge.csv.
+      counts: identities of the first and of the second set.
+
+    Raises:
+      DataError: the file is damaged, or of other sets.
+    """
+    pairs = [
+        [
+            files.number(path, row, "label_a", below=counts[0]),
+            counts[0] + files.number(path, row, "label_b", below=counts[1]),
+        ]
+        for row in files.read(path, files.MERGE)
+        if row["decision"] == "merge"
+    ]
+    group = groups_of(source.num_classes, np.array(pairs, np.int64).reshape(-1, 2))
+    labels = source.labels()
+    moved = np.where(labels >= 0, group[labels], -1).astype(np.int32)
+    return select(source, Plan(moved, group, [], 0))[0]
+
+
+def _rows(path: Path, name: str) -> Iterator[files.Row]:
+    """The lines of a file; none where that detector was not run."""
+    return iter(files.read(path, name) if path.exists() else ())
+
+
+def _of_image(action: str, source: Source, index: int, old: int, new: int | str) -> Change:
+    return Change(action, index, source.where(index), old, new, files.IMAGES)
+
+
+def _settled(change: Change, group: np.ndarray) -> Change:
+    """With the label of the group that an image was moved to."""
+    if change.new_label == "":
+        return change
+    return change._replace(new_label=int(group[change.new_label]))
+
+
+def _largest_of_each(group: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Each group under the label of its identity with most images, the lower one of several."""
+    order = np.lexsort((np.arange(len(group)), -counts, group))
+    _, first = np.unique(group[order], return_index=True)
+    return order[first][np.unique(group, return_inverse=True)[1]]
+
+
+def _check(
+    source: Source, about: dict[str, Any], clean: Path, actions: Actions, *, force: bool
+) -> None:
+    if not any(actions):
+        raise UserError("nothing to apply: name --merge, --drop or --relabel")
+    if fingerprint.comparable(about["data"]):
+        different = fingerprint.differences(about["data"], fingerprint.of_source(source))
+        if different:
+            raise DataError(
+                f"{clean} is of another training set ({'; '.join(different)}): name the set that "
+                "was cleaned, or run `data clean` on this one"
+            )
+    if about.get("weak") and not force:
+        rate = about.get("rank_one")
+        shown = "unknown" if rate is None else f"{rate:.2f}"
+        raise UserError(
+            f"{clean} was made with a model too weak for this set (rank-1 of half identities "
+            f"{shown}): use a stronger model, or --force if you reviewed every decision"
+        )
+
+
+def _provenance(
+    source: Source, clean: Path, about: dict[str, Any], actions: Actions
+) -> dict[str, Any]:
+    present = [p for p in (clean / name for name in files.COLUMNS) if p.exists()]
+    return {
+        "data": fingerprint.of_source(source),
+        "model": about.get("model"),
+        "actions": actions._asdict(),
+        "decisions": {path.name: sealed.file_digest(path) for path in present},
+    }
+
+
+def _write_about(folder: Path, content: dict[str, Any]) -> Path:
+    write_atomic(folder / ABOUT, json.dumps(content, indent=2) + "\n")
+    return folder / ABOUT
+
+
+def _write_changes(folder: Path, changes: list[Change]) -> Path:
+    with atomic(folder / APPLIED, newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Change._fields)
+        writer.writerows(changes)
+    return folder / APPLIED
+
+
+def _write_list(source: Source, selection: Selection, path: Path) -> packing.Packed:
+    """A list of path,label; the files stay where they are."""
+    if not isinstance(source, FilesSource):
+        raise UserError(
+            f"{path} is a list, and this training set is not of image files: name a folder, to "
+            "which a record file is written"
+        )
+    if path.exists():
+        raise UserError(f"{path} exists: name a new list")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = packing.names_of(source, selection)
+    with atomic(path, newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("path", "label"))
+        for number, label in zip(
+            selection.numbers.tolist(), selection.labels.tolist(), strict=True
+        ):
+            image = os.path.relpath(source.where(number), path.parent)
+            writer.writerow((image, label if source.names is None else table[label]))
+    images = len(selection.numbers)
+    return packing.Packed([path], images, selection.num_classes, [])

@@ -1,0 +1,153 @@
+"""The files of a clean: findings as CSV with a `decision` column, and clean.json about them.
+
+A reviewer edits `decision` and nothing else. An extra column is kept by spreadsheets and not read.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arcface_jax.errors import DataError
+from arcface_jax.runtime import sealed
+from arcface_jax.runtime.files import atomic, write_atomic
+
+DUPLICATES = "duplicates.csv"
+MIXED = "mixed.csv"
+IMAGES = "images.csv"
+OVERLAP = "overlap.csv"
+MERGE = "merge.csv"
+ABOUT = "clean.json"
+
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    DUPLICATES: (
+        *("label_a", "label_b", "images_a", "images_b", "score", "mutual", "same_photo"),
+        *("group", "decision"),
+    ),
+    MIXED: (*("label", "images_a", "images_b", "within", "cross", "score", "decision"),),
+    IMAGES: ("index", "path", "given_label", "suggested_label", "own", "other", "decision"),
+    OVERLAP: (
+        *("set", "index", "path", "label_a", "index_a", "path_a", "score", "same_photo"),
+        "decision",
+    ),
+    MERGE: ("label_a", "label_b", "score", "decision"),
+}
+"""Columns of each file."""
+DECISIONS: Mapping[str, tuple[str, ...]] = {
+    DUPLICATES: ("merge", "drop", "keep", "review"),
+    MIXED: ("drop", "keep", "review"),
+    IMAGES: ("drop", "relabel", "keep", "review"),
+    OVERLAP: ("drop", "keep", "review"),
+    MERGE: ("merge", "keep", "review"),
+}
+"""What `decision` may be in each file; `review` is undecided and changes nothing."""
+Row = dict[str, str]
+
+
+def write(folder: Path, name: str, rows: Iterable[Sequence[object]]) -> Path:
+    """Writes a CSV of `COLUMNS`; floats get four decimals.
+
+    Args:
+      folder: where to.
+      name: of the file.
+      rows: the cells of each line.
+    """
+    with atomic(folder / name, newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS[name])
+        writer.writerows([_cell(value) for value in row] for row in rows)
+    return folder / name
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return int(value) if isinstance(value, bool) else value
+
+
+def read(path: Path, name: str) -> list[Row]:
+    """The lines of a CSV, by column.
+
+    Args:
+      path: of the file, under whatever name.
+      name: which of `COLUMNS` it has.
+
+    Raises:
+      DataError: there is no such file, a column is missing, or a decision is unknown.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, header = list(reader), list(reader.fieldnames or ())
+    except FileNotFoundError:
+        raise DataError(f"{path} not found: run `data clean` or `data overlap` first") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {path} ({error}): save it as CSV in UTF-8") from error
+    missing = [column for column in COLUMNS[name] if column not in header]
+    if missing:
+        raise DataError(
+            f"{path} has no column {', '.join(missing)}: expected {', '.join(COLUMNS[name])}, "
+            "separated by commas"
+        )
+    for line, row in enumerate(rows, start=2):
+        row["decision"] = (row["decision"] or "").strip().lower()
+        if row["decision"] not in DECISIONS[name]:
+            raise DataError(
+                f"{path}, line {line}: decision {row['decision']!r} is not one of "
+                f"{', '.join(DECISIONS[name])}"
+            )
+    return rows
+
+
+def number(path: Path, row: Row, column: str, *, below: int) -> int:
+    """A cell that is a label or an image number.
+
+    Args:
+      path: of the file, for the message.
+      row: the line.
+      column: of the cell.
+      below: how many labels or images there are.
+
+    Raises:
+      DataError: it is not one of them.
+    """
+    text = row[column]
+    if not (text.isascii() and text.isdecimal() and int(text) < below):
+        raise DataError(
+            f"{path}: {column} {text!r} is not a whole number from 0 to {below - 1}: restore the "
+            "column, and edit only `decision`"
+        )
+    return int(text)
+
+
+def write_about(folder: Path, content: Mapping[str, Any], *, files: Sequence[Path]) -> Path:
+    """Writes clean.json with the checksum of each file as it was found.
+
+    Args:
+      folder: where to.
+      content: plain JSON.
+      files: the CSVs.
+    """
+    checksums = {path.name: sealed.file_digest(path) for path in files}
+    text = json.dumps({**content, "checksums": checksums}, indent=2) + "\n"
+    write_atomic(folder / ABOUT, text)
+    return folder / ABOUT
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What `write_about` wrote.
+
+    Raises:
+      DataError: there is none, or it is damaged.
+    """
+    path = folder / ABOUT
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"{folder} holds no {ABOUT}: name the output of `data clean`") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path} ({error}): run `data clean` again") from error
+    if not isinstance(content, dict) or "data" not in content:
+        raise DataError(f"{path} is not of `data clean`: run it again")
+    return content

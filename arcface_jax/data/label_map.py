@@ -1,0 +1,50 @@
+"""`label_map.csv` beside a training set that was made from another: old labels to new ones."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from arcface_jax.data.names import Names
+from arcface_jax.errors import DataError
+from arcface_jax.runtime.files import atomic
+
+FILE = "label_map.csv"
+_COLUMNS = ("old_label", "new_label", "name")
+
+
+def write(folder: Path, new: np.ndarray, names: Names) -> Path:
+    """Writes the map beside a set; returns the file.
+
+    Args:
+      folder: of the new set.
+      new: (C,) int: the new label of each old one, -1 where it has no images any more.
+      names: of the new identities.
+    """
+    with atomic(folder / FILE, newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for old, label in enumerate(new.tolist()):
+            writer.writerow((old, label, names[label]) if label >= 0 else (old, "", ""))
+    return folder / FILE
+
+
+def read(folder: Path) -> np.ndarray | None:
+    """(C,) int64: the new label of each old one, -1 for none; None where there is no map.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+    path = folder / FILE
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        old = [int(row["old_label"]) for row in rows]
+        new = [int(row["new_label"] or -1) for row in rows]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise DataError(f"cannot read {path} ({error!r}): run `data apply` again") from error
+    if old != list(range(len(old))):
+        raise DataError(f"{path}: old labels are not 0 .. {len(old) - 1}; run `data apply` again")
+    return np.array(new, np.int64)
