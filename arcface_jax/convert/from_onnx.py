@@ -226,7 +226,7 @@ def _state(
             state |= _batch_norm(norm, ours.batchnorm, bias, is_folded=theirs.batchnorm is None)
     if folded:
         network = registry.build(chosen.network, embedding_size=_embedding_size(layers))
-        fresh = weights.to_state_dict(*network.init(seed=0))
+        fresh = weights.to_state_dict(*network.init(0))
         state |= _with_fresh_lengths(state, folded, fresh)
     state |= _untold(chosen)
     return {name: _tensor(array) for name, array in state.items()}, len(folded)
