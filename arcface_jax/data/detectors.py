@@ -22,6 +22,7 @@ SCRFD_SIZE, YUNET_SIZE = 640, 1280
 """Longer side in pixels at which an image is seen by default: SCRFD's as insightface runs it,
 YuNet's as measured in docs/data.md."""
 _STRIDES = (8, 16, 32)
+_LFS = b"version https://git-lfs"
 _NMS_OVERLAP = 0.4  # boxes that overlap by more are one face
 
 
@@ -146,6 +147,12 @@ def _session(name: str) -> Any:
         import onnxruntime
     except ImportError as error:
         raise UserError(f"detectors need onnxruntime ({error}): {install('onnx')}") from error
+    with open(name, "rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise UserError(
+                f"--detector {name} is a Git LFS pointer, not the file: fetch it with "
+                "`git lfs pull`, or download the file itself"
+            )
     try:
         return onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own types, not exported

@@ -275,9 +275,9 @@ def align(
 ) -> np.ndarray:
     """Moves a face to the template, as insightface aligns: bilinear, black outside the image.
 
-    Given one matrix, the crop is that of insightface's `face_align.norm_crop` to the byte, since
-    both are one call of OpenCV. The package estimates the matrix in float32, which moves the crop
-    by up to 1e-4 pixels and an embedding by up to 1.5e-3 of its length.
+    Given one matrix, insightface's `face_align.norm_crop` returns the same bytes: both are one call
+    of OpenCV. The package estimates the matrix in float32, which changes an embedding by up to
+    1.0e-3 of its length (docs/data.md).
 
     Args:
       image: (H, W, 3) uint8 RGB.

@@ -461,6 +461,9 @@ def test_what_is_no_detector_is_refused(tmp_path: Path):
     (tmp_path / "x.onnx").write_bytes(b"nonsense")
     with pytest.raises(UserError, match="is no ONNX file that can be run"):
         detectors.load(str(tmp_path / "x.onnx"))
+    (tmp_path / "x.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    with pytest.raises(UserError, match="is a Git LFS pointer, not the file"):
+        detectors.load(str(tmp_path / "x.onnx"))
     graph = scrfd_graph(tmp_path / "two.onnx", {"a": np.zeros((1, 4)), "b": np.zeros((1, 1))})
     with pytest.raises(UserError, match="outputs a, b: it is neither YuNet"):
         detectors.load(str(graph))
