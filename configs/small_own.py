@@ -8,7 +8,8 @@ cores, freeze all but the last layers (`--finetune.frozen`).
 Expect a gain where the faces differ from those that the weights were trained on, and none where
 they do not. Measured, on two cores of an AMD EPYC: MobileFaceNet y1 as published has an accuracy of
 0.994 on 1,000 pairs of 32 people of Labeled Faces in the Wild, and of 0.815 where their faces are
-shrunk to 16 pixels. What training gains there was not measured.
+shrunk to 16 pixels. What training gains there was not measured; r_tiny with random weights goes
+from 0.675 to 0.848 on 400 pairs of synthetic faces, after 240 faces of 24 people.
 """
 
 from arcface_jax import config as c

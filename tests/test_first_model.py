@@ -1,5 +1,6 @@
 """Every command of docs/first_model.md, typed as it stands there."""
 
+import json
 import os
 import re
 import subprocess
@@ -103,3 +104,5 @@ def test_the_commands_run_as_they_stand(tmp_path: Path):
     for page in ("runs/faces/align.html", "runs/inspect/index.html", "runs/report/index.html"):
         assert "<svg" in (tmp_path / page).read_text(), page
     assert (tmp_path / "runs/own/backbone.pth").exists()
+    trained = next(line for line in map(json.loads, results) if "before/own/accuracy" in line)
+    assert trained["eval/own/accuracy"] > trained["before/own/accuracy"]

@@ -259,7 +259,7 @@ def _measures(face: np.ndarray, points: np.ndarray, score: float) -> tuple[float
     x, y = points.mean(axis=0)
     size = IMAGE_SIZE / float(np.hypot(matrix[0, 0], matrix[1, 0]))
     rounded = (round(float(value), 1) for value in (x, y, size))
-    angles = (round(angle, 1) for angle in face_measures.pose(points))
+    angles = (round(angle, 1) + 0.0 for angle in face_measures.pose(points))  # never -0.0
     return (round(float(score), 4), *rounded, round(face_measures.blur(face), 4), *angles)
 
 
