@@ -18,6 +18,7 @@ MIXED = "mixed.csv"
 IMAGES = "images.csv"
 OVERLAP = "overlap.csv"
 MERGE = "merge.csv"
+ISSUES = "label_issues.csv"
 ABOUT = "clean.json"
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
@@ -27,13 +28,14 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     ),
     MIXED: (*("label", "images_a", "images_b", "within", "cross", "score", "decision"),),
     IMAGES: ("index", "path", "given_label", "suggested_label", "own", "other", "decision"),
+    ISSUES: ("index", "is_label_issue", "label_quality", "given_label", "predicted_label"),
     OVERLAP: (
         *("set", "index", "path", "label_a", "index_a", "path_a", "score", "same_photo"),
         "decision",
     ),
     MERGE: ("label_a", "label_b", "score", "decision"),
 }
-"""Columns of each file."""
+"""Columns of each file; those of label_issues.csv are cleanlab's."""
 DECISIONS: Mapping[str, tuple[str, ...]] = {
     DUPLICATES: ("merge", "drop", "keep", "review"),
     MIXED: ("drop", "keep", "review"),
@@ -63,7 +65,7 @@ def write(folder: Path, name: str, rows: Iterable[Sequence[object]]) -> Path:
 def _cell(value: object) -> object:
     if isinstance(value, float):
         return f"{value:.4f}"
-    return int(value) if isinstance(value, bool) else value
+    return value
 
 
 def read(path: Path, name: str) -> list[Row]:

@@ -119,7 +119,7 @@ def _rows(
         photo = _is_one_photo(train, nearest, lambda index=index: image(index))
         same += photo
         place = (label, nearest, train.where(nearest))
-        rows.append((name, index, where(index), *place, float(score), photo, "drop"))
+        rows.append((name, index, where(index), *place, float(score), int(photo), "drop"))
     return rows, same
 
 

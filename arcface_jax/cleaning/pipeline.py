@@ -185,6 +185,7 @@ def write(
         thresholds["mixed"] = vars(findings.mixed.threshold)
     if findings.outliers is not None:
         written.append(_write_outliers(findings.outliers, source, images, output))
+        written.append(_write_issues(findings.outliers, images, output))
         thresholds["outliers"] = vars(findings.outliers.threshold)
     about: dict[str, Any] = {
         "level": level,
@@ -208,7 +209,7 @@ def _write_duplicates(found: Duplicates, source: Source, images: Identities, out
         one, other = (order[starts[x] : starts[x + 1]][:_COMPARED] for x in (a, b))
         group = groups[a] if groups[a] == groups[b] else ""
         photo = same_photo(source, images.embeddings, one, other)
-        facts = (a, b, counts[a], counts[b], float(score), bool(mutual), photo, group)
+        facts = (a, b, counts[a], counts[b], float(score), int(mutual), int(photo), group)
         rows.append((*facts, "merge" if merge else "review"))
     return files.write(output, files.DUPLICATES, rows)
 
@@ -269,6 +270,15 @@ def _write_outliers(found: Outliers, source: Source, images: Identities, output:
         )
     ]
     return files.write(output, files.IMAGES, rows)
+
+
+def _write_issues(found: Outliers, images: Identities, output: Path) -> Path:
+    """The same images under cleanlab's column names."""
+    given = images.labels[found.image]
+    predicted = np.where(found.suggested >= 0, found.suggested, given)
+    quality = np.clip((1 - found.score) / 2, 0, 1)
+    columns = (found.image, found.wrong, quality, given, predicted)
+    return files.write(output, files.ISSUES, zip(*(c.tolist() for c in columns), strict=True))
 
 
 def _known(labels: np.ndarray) -> np.ndarray:

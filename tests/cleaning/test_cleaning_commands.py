@@ -98,7 +98,11 @@ def test_planted_errors_are_found(cleaned, faces):
     assert int(wrong["suggested_label"]) == label_of(source, "person09")
     about = json.loads((cleaned / "clean.json").read_text())
     assert about["weak"] is False and about["rank_one"] == 1
-    assert set(about["checksums"]) == {"duplicates.csv", "mixed.csv", "images.csv"}
+    named = {"duplicates.csv", "mixed.csv", "images.csv", "label_issues.csv"}
+    assert set(about["checksums"]) == named
+    issue = rows(cleaned / "label_issues.csv")[0]
+    assert issue["is_label_issue"] == "True" and issue["index"] == wrong["index"]
+    assert issue["predicted_label"] == wrong["suggested_label"]
 
 
 def test_a_stopped_clean_resumes_to_the_same_bytes(cleaned, model, faces, tmp_path, monkeypatch):
@@ -108,9 +112,7 @@ def test_a_stopped_clean_resumes_to_the_same_bytes(cleaned, model, faces, tmp_pa
     monkeypatch.setattr(embedding, "SHARD", 64)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run("clean", model, "--data", faces, "--output", whole) == 0
-    read, calls = embedding.Images.read, []
-    del read
-    load = embedding._shards
+    load, calls = embedding._shards, []
 
     def interrupted(*words, **options):
         for number, *rest in load(*words, **options):

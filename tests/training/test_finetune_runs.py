@@ -17,10 +17,11 @@ from test_train import losses, metrics
 from arcface_jax import config as configs
 from arcface_jax.convert import onnx_graph, to_torch
 from arcface_jax.convert.onnx_graph import Form
-from arcface_jax.data import opening
+from arcface_jax.data import label_map, opening
+from arcface_jax.data.names import Names
 from arcface_jax.errors import CheckpointError
 from arcface_jax.runtime import devices as meshes
-from arcface_jax.training import checkpoint, finetune, step
+from arcface_jax.training import checkpoint, finetune, saved_runs, step
 from arcface_jax.training.network import Network
 
 CENTERS = ["--finetune.centers", "class_means"]
@@ -136,6 +137,29 @@ def test_centers_of_the_same_classes_may_be_kept(source_run):
     source.num_classes = 6
     with pytest.raises(CheckpointError, match=r"5 classes x 1.* needs 6 x 1"):
         finetune.centers(config, state, source, mesh=on)
+
+
+def test_kept_centers_follow_the_map_of_a_cleaned_set(source_run, tmp_path):
+    """Of five classes, 1 and 3 were merged and 4 was dropped; the map lies beside the new set."""
+    config = configs.replace(
+        checkpoint.read_config(source_run),
+        init_from=str(source_run),
+        workdir="",
+        finetune__centers="kept",
+        data__path=str(tmp_path),
+    )
+    label_map.write(tmp_path, np.array([0, 1, 2, 1, -1]), Names("abc"))
+    old, _ = saved_runs.restore_centers(source_run)
+    source = opening.open_source(configs.replace(config, data__path="synthetic").data, seed=0)
+    source.num_classes = 3
+    weights = finetune.weights(source_run, config.model, name=str(source_run))
+    on = meshes.make(8)
+    state = step.init_state(config, num_classes=3, mesh=on, weights=weights)
+    kept = finetune.centers(config, state, source, mesh=on)
+    assert kept.sharding == state.centers.sharding and kept.shape == state.centers.shape
+    expected = [old[0], (old[1] + old[3]) / 2, old[2]]
+    np.testing.assert_allclose(kept[:3], expected, rtol=1e-6)
+    np.testing.assert_array_equal(kept[3:], state.centers[3:])
 
 
 @pytest.mark.parametrize(
