@@ -272,7 +272,7 @@ def run_neighbours(
     begin = time.perf_counter()
     with errors.reported():
         found = neighbours.measure(rows=size, size=dimensions, projections=projections)
-    heads = ["s", "CPU s", "pairs", "recall", "peak GiB", "1 M x 1 M (extrapolated)"]
+    heads = ["s", "CPU s", "pairs", "recall", "peak GiB", "1 M x 1 M, idle cores (extrapolated)"]
     table = tables.new(None, heads, names=["compared in"])
     for row in found:
         table.add_row(

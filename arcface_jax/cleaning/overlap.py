@@ -17,6 +17,9 @@ FALSE = 0.0005
 """Highest share of the training set's own images that score as high with another identity."""
 
 
+_LIKELY = 0.75  # of the median cosine of two halves of one identity
+
+
 class Overlap(NamedTuple):
     """Images of the other set that show a person of the training set."""
 
@@ -58,7 +61,10 @@ def find(train: Identities, others: np.ndarray, *, seed: int) -> Overlap:
 def _threshold(train: Identities, scores: np.ndarray, *, seed: int) -> Threshold:
     same = duplicates.find(train, seed=seed)
     groups = same.groups(train.num_classes)
-    for a, b in same.pairs.tolist():  # a pair that needs a look counts as one person here
+    halves = duplicates.half_cosines(train, seed=seed)
+    likely = _LIKELY * float(np.median(halves)) if len(halves) else 1.0
+    chosen = same.score >= min(likely, same.threshold.threshold)
+    for a, b in same.pairs[chosen].tolist():  # likely pairs count as one person here
         groups[groups == groups[b]] = groups[a]
     own, other, _ = outliers.compare(train, groups=groups)
     right = own > other  # NaN where an image has no other of its identity
