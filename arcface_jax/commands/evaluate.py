@@ -82,7 +82,7 @@ def _without_overlap(pairs: "PairSet", path: Path) -> "list[PairSet]":
         return []
     images = pairs.images[np.stack([2 * kept, 2 * kept + 1], axis=1).ravel()]
     name = f"{pairs.name}_without_overlap"
-    return [pairs._replace(name=name, images=images, same=pairs.same[kept])]
+    return [pairs._replace(name=name, images=images, same=pairs.same[kept], listing=None)]
 
 
 def evaluate(arguments: Arguments) -> "list[Evaluated]":
