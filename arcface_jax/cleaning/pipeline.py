@@ -19,6 +19,7 @@ from arcface_jax.cleaning import (
     neighbours,
     outliers,
     photos,
+    review,
     separation,
 )
 from arcface_jax.cleaning.duplicates import Duplicates
@@ -174,19 +175,22 @@ def write(
     *,
     level: str,
 ) -> list[Path]:
-    """Writes duplicates.csv, mixed.csv, images.csv and clean.json; returns them."""
+    """Writes duplicates.csv, mixed.csv, images.csv, clean.json and report.html; returns them."""
     output.mkdir(parents=True, exist_ok=True)
-    written, thresholds = [], {}
+    written, thresholds, notes = [], {}, {}
     if findings.duplicates is not None:
         written.append(_write_duplicates(findings.duplicates, source, images, output))
         thresholds["duplicates"] = vars(findings.duplicates.threshold)
+        notes[files.DUPLICATES] = findings.duplicates.threshold.text()
     if findings.mixed is not None:
         written.append(_write_mixed(findings.mixed, images, output))
         thresholds["mixed"] = vars(findings.mixed.threshold)
+        notes[files.MIXED] = findings.mixed.threshold.text()
     if findings.outliers is not None:
         written.append(_write_outliers(findings.outliers, source, images, output))
         written.append(_write_issues(findings.outliers, images, output))
         thresholds["outliers"] = vars(findings.outliers.threshold)
+        notes[files.IMAGES] = findings.outliers.threshold.text()
     about: dict[str, Any] = {
         "level": level,
         "model": model.digest(),
@@ -195,7 +199,10 @@ def write(
         "weak": findings.weak,
         "thresholds": thresholds,
     }
-    return [*written, files.write_about(output, about, files=written)]
+    written.append(files.write_about(output, about, files=written))
+    halves = () if findings.mixed is None else findings.mixed.halves
+    shown = {"notes": notes, "halves": halves, "weak": findings.weak}
+    return [*written, review.write(output, source, images, **shown)]
 
 
 def _write_duplicates(found: Duplicates, source: Source, images: Identities, output: Path) -> Path:

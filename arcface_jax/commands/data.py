@@ -450,8 +450,8 @@ def clean(
     Args:
       model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
       data: A training set, as --data.path of `train` takes it.
-      output: Folder for the embeddings, duplicates.csv, mixed.csv, images.csv and clean.json; rerun
-        the same command to resume.
+      output: Folder for the embeddings, duplicates.csv, mixed.csv, images.csv, clean.json, and
+        report.html to review them on; rerun the same command to resume.
       level: Embed all images; or look for duplicates among the class centers of a run, and embed 5
         images of each candidate.
       find: What to look for.
