@@ -3,15 +3,17 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const storage = `arcface-jax-review-${data.digest}`;
   const KEYS = { m: "merge", k: "keep", d: "drop", r: "relabel", v: "review" };
+  const SHOWN = 12; // labels of a group
   const at = (id) => document.getElementById(id);
 
   const named = (label) => (label in data.names ? `${data.names[label]} (${label})` : `identity ${label}`);
-  const plural = (count) => `${count} image${count === "1" ? "" : "s"}`;
+  const count = (number, noun) => `${number.toLocaleString("en")}${noun ? ` ${noun}${number === 1 ? "" : "s"}` : ""}`;
+  const plural = (cell) => count(Number(cell), "image");
   // What the page shows of each file: a finding's cells by column in `c`.
   const KINDS = {
     "duplicates.csv": {
       title: "Duplicate",
-      all: "Duplicates: one person, two labels",
+      all: "duplicates",
       score: (c) => Number(c.score),
       labels: (c) => [c.label_a, c.label_b],
       facts: (c) => [
@@ -31,7 +33,7 @@
     },
     "mixed.csv": {
       title: "Mixed identity",
-      all: "Mixed: one label, two people",
+      all: "mixed identities",
       score: (c) => Number(c.score),
       labels: (c) => [c.label],
       facts: (c) => [`within a half ${c.within}`, `across ${c.cross}`],
@@ -43,7 +45,7 @@
     },
     "images.csv": {
       title: "Wrong label",
-      all: "Wrong labels of images",
+      all: "wrong labels",
       score: (c) => Number(c.other) - Number(c.own),
       labels: (c) => [c.given_label, c.suggested_label],
       facts: (c) => [`own identity ${c.own}`, `best other ${c.other}`],
@@ -165,14 +167,14 @@
 
   function side(number, name, note, only) {
     const caption = make("figcaption", null, make("b", null, name), note && `, ${note}`);
-    const count = data.strips[number];
-    if (!count) return make("figure", null, caption, make("span", null, "no picture"));
+    const faces = data.strips[number];
+    if (!faces) return make("figure", null, caption, make("span", null, "no picture"));
     const picture = make("img", {
       loading: "lazy",
       decoding: "async",
-      width: count * data.side,
+      width: faces * data.side,
       height: data.side,
-      alt: only ? "the image" : `${plural(String(count))} of ${name}`,
+      alt: only ? "the image" : `${plural(faces)} of ${name}`,
       src: `${data.folder}/${number}.jpg`,
     });
     return make("figure", only ? { className: "one" } : null, caption, picture);
@@ -202,7 +204,7 @@
     const title = `${kind.title} ${one.score.toFixed(3)}`;
     line.append(make("b", null, title));
     for (const fact of kind.facts(c).filter(Boolean)) line.append(make("span", null, fact));
-    line.append(make("span", null, `${(number + 1).toLocaleString("en")} of ${listed.length.toLocaleString("en")}`));
+    line.append(make("span", null, `${count(number + 1)} of ${count(listed.length)}`));
     const sides = make("div", { className: "sides" });
     kind.sides(c).forEach(([name, note], i) => {
       if (name) sides.append(side(pictures[i], name, note, Boolean(kind.path) && i === 0));
@@ -224,9 +226,12 @@
       members.set(c.label_b, [pictures[1], plural(c.images_b)]);
     }
     const sides = make("div", { className: "sides" });
-    for (const [label, [picture, note]] of members) sides.append(side(picture, named(label), note));
+    for (const [label, [picture, note]] of [...members].slice(0, SHOWN)) {
+      sides.append(side(picture, named(label), note));
+    }
+    if (members.size > SHOWN) sides.append(`and ${members.size - SHOWN} more`);
     const title = `Group of ${members.size} labels, ${pairs.length} pairs`;
-    const line = make("div", { className: "line" }, make("b", null, title), "decides all of its pairs");
+    const line = make("div", { className: "line" }, make("b", null, title), "these buttons decide all of its pairs");
     return make("li", { className: "group card" }, line, sides, buttons(pairs, pairs[0].kind.help));
   }
 
@@ -258,9 +263,8 @@
     }
     const open = findings.reduce((sum, one) => sum + (decisionOf(one) === "review"), 0);
     const changed = Object.keys(changes).length;
-    const count = (number) => number.toLocaleString("en");
     at("status").textContent =
-      `page ${count(page + 1)} of ${count(pages())}, ${count(listed.length)} findings; ` +
+      `page ${count(page + 1)} of ${count(pages())}, ${count(listed.length, "finding")}; ` +
       `${count(changed)} changed here, ${count(open)} to review`;
     for (const name of ["before", "before-too"]) at(name).disabled = page === 0;
     for (const name of ["next", "next-too"]) at(name).disabled = page + 1 >= pages();
