@@ -49,7 +49,7 @@ def clean(
     seed: int,
 ) -> Values:
     """Looks for label errors, and prints what was found and what is expected of it."""
-    from arcface_jax.cleaning import pipeline
+    from arcface_jax.cleaning import pipeline, review
 
     if level == "images":
         options = {"kinds": kinds, "seed": seed}
@@ -58,6 +58,7 @@ def clean(
         centers = _centers(model.path, source)
         findings, files = pipeline.by_centers(model.open(), centers, source, output, seed=seed)
     print(*_lines(findings), sep="\n")
+    print(f"review them on {output / review.PAGE}")
     return {**_values(findings), "files": files}
 
 

@@ -74,6 +74,7 @@
       const names = kind.labels(c).filter(Boolean).map(named);
       const pictures = table.pictures[index] ?? [];
       const one = { file, index, c, kind, pictures, place: findings.length, score: kind.score(c) };
+      one.id = `${file}:${index}`;
       one.name = names.join(" / ");
       one.text = [...names, c.path ?? ""].join("\n").toLowerCase();
       findings.push(one);
@@ -105,8 +106,7 @@
     }
   }
 
-  const id = (one) => `${one.file}:${one.index}`;
-  const decisionOf = (one) => changes[id(one)] ?? one.c.decision;
+  const decisionOf = (one) => changes[one.id] ?? one.c.decision;
   const isPossible = (one, decision) =>
     data.tables[one.file].decisions.includes(decision) &&
     (decision !== "relabel" || one.c.suggested_label !== "");
@@ -118,8 +118,8 @@
   }
 
   function set(one, decision) {
-    if (decision === one.c.decision) delete changes[id(one)];
-    else changes[id(one)] = decision;
+    if (decision === one.c.decision) delete changes[one.id];
+    else changes[one.id] = decision;
   }
 
   // The list: what the filters leave, in order. A decision does not take a finding off it.
@@ -318,7 +318,7 @@
 
   function onKey(event) {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    if (event.target.closest("input, select, textarea, summary")) return;
+    if (event.target !== document.body && !event.target.closest("#list")) return;
     const key = event.key.toLowerCase();
     const moves = {
       arrowdown: () => go(current + 1),
@@ -381,6 +381,9 @@
     document.addEventListener("keydown", onKey);
     addEventListener("beforeunload", (event) => {
       if (!kept && Object.keys(changes).length) event.preventDefault();
+    });
+    at("text").addEventListener("keydown", (event) => {
+      if (event.key === "Enter") go(0);
     });
     if (matchMedia("(max-width: 720px)").matches) at("filters").open = false;
     filter();
