@@ -130,7 +130,7 @@ class Strips:
         return [len(key) for key in self._found]
 
     def write(self, folder: Path, source: Source) -> None:
-        """Writes NUMBER.jpg of every strip, and removes other pictures from the folder.
+        """Writes NUMBER.jpg of every strip, and removes those of an earlier page.
 
         Raises:
           UserError: the folder cannot be written.
@@ -145,7 +145,8 @@ class Strips:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for path in folder.glob("*.jpg"):
-                path.unlink()
+                if path.stem.isdecimal():
+                    path.unlink()
             with ThreadPoolExecutor(_THREADS) as pool:
                 for _ in pool.map(one, enumerate(self._found)):
                     pass

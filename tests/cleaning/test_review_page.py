@@ -145,6 +145,29 @@ def test_decisions_made_in_a_browser_are_saved_and_applied(
     assert values["dropped"] == 1 + 2 * SHOTS  # an image, and a mixed identity
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(browser.program() is None, reason="needs Chromium (apt-get install chromium)")
+def test_the_page_works_on_a_phone_and_without_storage(cleaned: Path, tmp_path: Path):
+    tab = browser.Browser(tmp_path / "browser")
+    forbidden = "Object.defineProperty(window, 'localStorage', {get() { throw new Error(); }})"
+    try:
+        tab.send("Page.addScriptToEvaluateOnNewDocument", source=forbidden)
+        tab.shape(390, 844, dark=True)
+        tab.open(cleaned / "report.html")
+        tab.click(".finding [data-decision=review]")
+        assert "1 changed here" in tab.evaluate("document.getElementById('status').textContent")
+        assert tab.evaluate("document.documentElement.scrollWidth") == 390
+        assert tab.evaluate("document.getElementById('filters').open") is False
+        # The list holds a page of findings, however many there are.
+        _choose(tab, "size", "10")
+        assert tab.evaluate("document.querySelectorAll('.finding').length") == 10
+        tab.click("#next-too")
+        assert tab.evaluate("document.activeElement.textContent.includes('11 of ')")
+        tab.evaluate("Promise.all([...document.images].slice(0, 2).map((one) => one.decode()))")
+    finally:
+        tab.close()
+
+
 def _decide(tab: browser.Browser, page: Path, rows: dict[str, list[list[str]]]) -> dict:
     """Makes five decisions and reloads the page; returns the rows that the files should have."""
     tab.shape(1280, 900)

@@ -25,7 +25,7 @@
         [named(c.label_b), plural(c.images_b)],
       ],
       help: {
-        merge: "one person: merge the labels",
+        merge: "one person, merge the labels",
         drop: "leave out the label with fewer images",
         keep: "two people",
         review: "undecided",
@@ -359,6 +359,11 @@
     for (const [file, table] of Object.entries(data.tables)) {
       at("kind").append(make("option", { value: file }, KINDS[file].all));
       for (const decision of table.decisions) decisions.add(decision);
+      const help = Object.entries(KINDS[file].help).map(([word, text]) => `${word}: ${text}`);
+      at("meanings").append(
+        make("dt", null, KINDS[file].title),
+        make("dd", null, help.join("; ")),
+      );
       const button = make("button", { type: "button" }, `Save ${file}`);
       button.addEventListener("click", () => download(file));
       at("files").append(button);
