@@ -130,7 +130,7 @@ class Strips:
         return [len(key) for key in self._found]
 
     def write(self, folder: Path, source: Source) -> None:
-        """Writes NUMBER.jpg of every strip, and removes those of an earlier page.
+        """Writes NUMBER.jpg of every strip, and removes the pictures of an earlier page.
 
         Raises:
           UserError: the folder cannot be written.
