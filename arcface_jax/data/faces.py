@@ -236,7 +236,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     Args:
       source: (..., k, 2) x, y in pixels, k at least 2.
-      target: (..., k, 2); the leading axes broadcast against those of source.
+      target: (..., k, 2); the leading axes broadcast against source's.
 
     Returns:
       (..., 2, 3) float64: matrices M with target ~ M[:, :2] @ source + M[:, 2].

@@ -402,6 +402,6 @@ def _check_files(files: Sequence[Path], pairs: list[Pair], path: Path) -> None:
     more = f", and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     raise DataError(
         f"{path} names {len(missing)} of {len(files)} images that do not exist: "
-        f"{', '.join(named[:_SHOWN])}{more}; where they lie elsewhere, say so behind a colon: "
+        f"{', '.join(named[:_SHOWN])}{more}; if the images are elsewhere, append the folder: "
         f"--evaluation.targets {path}:FOLDER"
     )
