@@ -245,7 +245,7 @@ def check_network(name: str, model: ModelConfig | None = None) -> None:
     Raises:
       AssertionError: names, shapes or weights change from call to call; an embedding or gradient
         is not finite or not float32; an image's embedding depends on the others in evaluation, or
-        in training on those of another BatchNorm group.
+        in training on images of another BatchNorm group.
       ConfigError: there is no such network, or it keeps state that cannot be trained.
     """
     model = replace(model or ModelConfig(), network=name)
@@ -498,7 +498,7 @@ def _check_sample(source: Any, number: int, image: Any, label: int, *, listed: i
         0 <= label < source.num_classes,
         f"image {number} has the label {label}; expected 0 to {source.num_classes - 1}",
     )
-    _require(listed == label, f"image {number} has the label {label}, and labels() says {listed}")
+    _require(listed == label, f"image {number} has the label {label}, and labels() gives {listed}")
     sample = source.read(number)
     _require(
         sample.label == label,

@@ -252,7 +252,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
 
 
 def _counts(source: Source, bad: BadImages) -> dict[str, int]:
-    """What the account of the training set says, and the images that were replaced."""
+    """What the account of the training set counts, and the images that were replaced."""
     return {
         "images": len(source),
         "identities": source.num_classes,

@@ -29,7 +29,7 @@ class Arguments:
     subjects: int = 40
     """People, with three images each or more."""
     pairs: int = 10_000
-    """Pairs of different people, as far as there are so many; those of one person come on top."""
+    """Pairs of different people, as far as there are so many; pairs of one person come on top."""
     seed: int = 0
     """The same seed, the same files."""
 

@@ -22,6 +22,7 @@ from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
     from arcface_jax.data.source import Source
+    from arcface_jax.data.tools.aligning import Aligned
     from arcface_jax.data.tools.packing import Packed
 
 TrainingSet = Annotated[Positional[str], tyro.conf.arg(metavar="PATH")]
@@ -362,11 +363,21 @@ def align(
         format=format,
         threads=threads,
     )
+    counts = _report_aligned(done, output)
+    page = sets.aligned(
+        output, path, aligning.read_rows(output), done.rejected, made=datetime.now()
+    )
+    print(f"page: {page}")
+    return {**counts, "files": [done.report, output / aligning.FACES, page]}
+
+
+def _report_aligned(done: "Aligned", output: Path) -> Values:
+    """Prints what became of all photographs; returns the numbers."""
     ignored, rejected = sum(done.ignored.values()), len(done.rejected)
-    kinds = "".join(f", {kind} {count:,}" for kind, count in done.ignored.items())
+    kinds = ", ".join(f"{kind} {count:,}" for kind, count in done.ignored.items())
     print(
         f"{done.written + rejected + ignored:,} files: {done.written:,} images used of "
-        f"{done.identities:,} identities, {ignored:,} ignored{kinds and f' ({kinds[2:]})'}"
+        f"{done.identities:,} identities, {ignored:,} ignored{kinds and f' ({kinds})'}"
     )
     ways = ", ".join(f"{choice} {count:,}" for choice, count in done.choices.items())
     print(
@@ -375,9 +386,6 @@ def align(
     )
     if done.kept or done.removed:
         print(f"{done.kept:,} were there already, {done.removed:,} stale ones removed")
-    rows = aligning.read_rows(output)
-    page = sets.aligned(output, path, rows, done.rejected, made=datetime.now())
-    print(f"page: {page}")
     return {
         "written": done.written,
         "kept": done.kept,
@@ -385,9 +393,7 @@ def align(
         "choices": done.choices,
         "rejected": rejected,
         "identities": done.identities,
-        "ignored": ignored,
-        "ignored_by_kind": done.ignored,
-        "files": [done.report, output / aligning.FACES, page],
+        **_counted(done.ignored),
     }
 
 

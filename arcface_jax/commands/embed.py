@@ -245,7 +245,7 @@ def embed_image(
 
     Args:
       embedder: the network.
-      image: the file; None for seeded noise, and it says so.
+      image: the file; None for seeded noise, which is printed.
       points: see `points_of`.
       normalized: as `Embedder.__call__`.
       output: the .npy file.
@@ -356,7 +356,7 @@ def compare(
       embedder: the network.
       pair: the files.
       points: empty, or one file as `point_files` reads it with lines for both.
-      threshold: as `Embedder.verify`; None to print the cosine alone.
+      threshold: as `Embedder.verify`; None to print only the cosine.
 
     Raises:
       UserError, DataError: as `Embedder.verify`.
@@ -386,11 +386,11 @@ def compare(
 
 
 def points_of(words: Sequence[str], image: Path) -> "np.ndarray | None":
-    """The five points of one image, from the words behind --points.
+    """The five points of one image, from the words after --points.
 
     Args:
       words: ten numbers, or the name of a file as `point_files` reads it, or none.
-      image: the image, which the file lists by this path or by its name alone.
+      image: the image, which the file lists by this path or only by its name.
 
     Raises:
       DataError: they are neither, or the file does not list the image.

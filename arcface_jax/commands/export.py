@@ -170,7 +170,7 @@ def _torch(arguments: Torch) -> Result:
     from arcface_jax.convert import to_torch
 
     error = to_torch.export(arguments.workdir, arguments.output)
-    print(f"{arguments.output}: embeddings equal those of JAX to {error:.1e} (relative)")
+    print(f"{arguments.output}: embeddings equal JAX's to {error:.1e} (relative)")
     return Result({"parity": error}, [arguments.output])
 
 
@@ -226,7 +226,7 @@ def _free_batch(arguments: Onnx) -> Result:
     error = onnx_batch.free(source, arguments.output, options=arguments.model.onnx_options)
     print(
         f"{arguments.output}: at batch 1, 3 and 64 embeddings differ by {error:.1e} (relative) "
-        f"from those of {source} at batch 1"
+        f"from {source}'s at batch 1"
     )
     return Result({"parity": error}, [arguments.output])
 
@@ -250,7 +250,7 @@ def stablehlo(words: Sequence[str], *, prog: str = "arcface-jax export stablehlo
     from arcface_jax.convert import to_stablehlo
 
     error = to_stablehlo.export(open_network(arguments.model), arguments.output)
-    print(f"{arguments.output}: embeddings differ from those of JAX by {error:.1e} (relative)")
+    print(f"{arguments.output}: embeddings differ from JAX's by {error:.1e} (relative)")
     return Result({"parity": error}, [arguments.output])
 
 
@@ -284,7 +284,7 @@ def hub(words: Sequence[str], *, prog: str = "arcface-jax export hub") -> Result
         **options,
     )
     error = folders.export(model, arguments.output, card=card)
-    print(f"{arguments.output}: embeddings equal those of torch to {error:.1e} (relative)")
+    print(f"{arguments.output}: embeddings equal torch's to {error:.1e} (relative)")
     return Result({"parity": error}, sorted(arguments.output.iterdir()))
 
 

@@ -132,7 +132,7 @@ def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Re
     made = from_torch.convert(arguments.weight, where, arguments.output, centers=arguments.centers)
     for note in made.notes:
         print(f"{arguments.weight}: {note}")
-    print(f"{arguments.output}: embeddings equal those of torch to {made.error:.1e} (relative)")
+    print(f"{arguments.output}: embeddings equal torch's to {made.error:.1e} (relative)")
     return Result({"parity": made.error, "network": made.network}, [arguments.output])
 
 

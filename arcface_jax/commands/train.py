@@ -111,7 +111,7 @@ def _export(workdir: Path) -> list[Path]:
 
     path = workdir / "backbone.pth"
     error = to_torch.export(workdir, path)
-    print(f"{path}: embeddings equal those of JAX to {error:.1e} (relative)")
+    print(f"{path}: embeddings equal JAX's to {error:.1e} (relative)")
     return [path]
 
 

@@ -28,7 +28,7 @@ def explain(error: pydantic.ValidationError, *, root: type, given: Any) -> str:
     """Describes every field at fault.
 
     A validator that stands beside a field raises a `ValueError` whose text either continues the
-    sentence "FIELD VALUE ...", as in "must increase", or says what to do.
+    sentence "FIELD VALUE ...", as in "must increase", or an instruction.
 
     Args:
       error: of `root` or of a section of it, which the error's title names.

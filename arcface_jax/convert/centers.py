@@ -133,7 +133,7 @@ def _read_folder(folder: Path) -> Centers:
     if len(layouts) != 1:
         names = " or ".join(_NAMES[layout].format("R") for layout in layouts or _NAMES)
         raise UserError(
-            f"{folder} holds head files of several generations: leave {names} there alone"
+            f"{folder} holds head files of several generations: leave only {names} there"
             if layouts
             else f"{folder} holds no {names}: name a folder that arcface_torch trained in"
         )

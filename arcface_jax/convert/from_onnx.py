@@ -1,6 +1,6 @@
 """A trainable network out of an ONNX file.
 
-The graph's layers are compared one by one with those of each network (`layer_sequence`), its arrays
+The graph's layers are compared one by one with each network's (`layer_sequence`), its arrays
 get the names of the network that fits, BatchNorms that an exporter folded are put back, and the
 embeddings are compared with ONNX Runtime's on the file before anything is used.
 

@@ -47,7 +47,7 @@ def convert(weight: Path, where: Where, output: Path, *, centers: Path | None = 
             f"length {size}: they are not of one training"
         )
     backbone = Network(network, params, batch_stats, batch_size=16, devices=1)
-    # The file's own tensors, but for the batch counters that those of old torch lack.
+    # The file's own tensors, but for the batch counters that files of old torch lack.
     whole = weights.to_state_dict(params, batch_stats) | found.state
     error = parity.check(backbone, whole, network=network)
     model = config.ModelConfig(

@@ -51,7 +51,7 @@ class Form:
     normalization: Normalization | None = None
     """Where it is done; by default outside, and inside of a graph that takes uint8."""
     opset: int | None = None
-    """Version of the operators; by default that of the exporter: 18, of jax2onnx 23."""
+    """Version of the operators; by default the exporter's: 18, of jax2onnx 23."""
     ir_version: int = onnx_opset.IR_VERSIONS[1]
     """Version of the file format."""
 
@@ -202,7 +202,7 @@ def finish(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _with_ancestors(nodes: list[Any], names: Collection[str]) -> set[str]:
-    """The names, and those of all nodes whose outputs they need; nodes are in graph order."""
+    """The names, with all nodes whose outputs they need; nodes are in graph order."""
     wanted = set(names)
     inputs: set[str] = set()
     for node in reversed(nodes):

@@ -63,7 +63,7 @@ def errors(
 
 
 def _weight(node: Any) -> str:
-    """A layer's name: that of its weight, without the exporter's prefix and suffix."""
+    """A layer's name: its weight's, without the exporter's prefix and suffix."""
     return node.input[1].removeprefix("network.").removesuffix(".weight")
 
 

@@ -71,7 +71,7 @@ def convert(model: Any, opset: int) -> None:
 
 
 def _converted(graph: Any, node: Any, before: int, after: int) -> Nodes:
-    """One operator as those of another version."""
+    """One operator in the operators of another version."""
     for changed_at, operators, rewrite in _REWRITES:
         if node.op_type in operators and after < changed_at <= before:
             return rewrite(graph, node)

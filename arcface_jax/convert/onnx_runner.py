@@ -77,7 +77,7 @@ class OnnxModel:
         return other
 
     def _described(self, text: str, options: OnnxOptions) -> ModelInput:
-        """What an export of this project tells, and what the caller says against it."""
+        """What an export of this project tells, and what the caller overrides."""
         found = model_input.from_json(text, source=str(self._path))
         if options.output_name not in (None, found.output):
             raise self._no_output(options.output_name)
@@ -164,11 +164,11 @@ class OnnxModel:
                 "export it again for such faces"
             ) from error
         name, why = self._choose(arrays, wanted)
-        alone = _rows(arrays[name])
-        if not self._fixed and not self._runs_two(name, images, alone):
+        first = _rows(arrays[name])
+        if not self._fixed and not self._runs_two(name, images, first):
             self._batch_size = 1
             why.append("images run one by one, as it declares a free batch and fails at two")
-        return name, alone.shape[1], why
+        return name, first.shape[1], why
 
     def _choose(self, arrays: dict[str, np.ndarray], wanted: str | None) -> tuple[str, list[str]]:
         rows = {name: _rows(array) for name, array in arrays.items()}
@@ -189,11 +189,11 @@ class OnnxModel:
             f"the embedding is its output {best} of {widths[best]} numbers (others: {others})"
         ]
 
-    def _runs_two(self, name: str, images: np.ndarray, alone: np.ndarray) -> bool:
+    def _runs_two(self, name: str, images: np.ndarray, first: np.ndarray) -> bool:
         """Whether two images at once give what each gives by itself."""
         try:
             both = _rows(self._outputs([name], images)[0])
-            expected = np.concatenate([alone, _rows(self._outputs([name], images[1:])[0])])
+            expected = np.concatenate([first, _rows(self._outputs([name], images[1:])[0])])
         except Exception:  # the runtime's exceptions have no base class of their own
             return False
         if both.shape != expected.shape:

@@ -333,7 +333,7 @@ def _color_notes(fit: _Fit, order: ColorOrder) -> list[str]:
 
 
 def _grouped(fit: _Fit) -> list[str]:
-    """What was ignored: a single array with its shape, those of a module with their number."""
+    """What was ignored: a single array with its shape, a module's with their number."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in fit.ignored:
         groups[name.partition(".")[0]].append(name)

@@ -45,7 +45,7 @@ def export(model: Network, output: Path) -> float:
             "use `arcface-jax export onnx`, which puts them into a file of their own"
         )
     weights = jax.tree.map(np.asarray, (model.params, model.batch_stats))
-    # Without a device of its own, or the program would be for that device alone.
+    # Without a device of its own, or the program would be for that device only.
     embed = partial(step.make_embed(model.backbone), *weights)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8)

@@ -1,4 +1,4 @@
-"""The names and axes of arrays: this project's and, by one table each, those of torch projects.
+"""The names and axes of arrays: this project's and, by one table each, other torch projects'.
 
 insightface's names are the common form: a foreign style is renamed to them when it is read.
 """
@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 def torch_arrays(arrays: Arrays) -> dict[str, np.ndarray]:
     """By insightface's names, views with torch's order of axes."""
-    alone = stacks.unstack(arrays)
-    return {torch_name(name): turn(array, inverse=False) for name, array in alone.items()}
+    single = stacks.unstack(arrays)
+    return {torch_name(name): turn(array, inverse=False) for name, array in single.items()}
 
 
 def torch_name(name: str) -> str:

@@ -1,6 +1,6 @@
 """The vision transformers as torch modules whose `state_dict` has insightface's names.
 
-For inference: stochastic depth and masking, which training alone has, are left out.
+For inference: stochastic depth and masking, which only training has, are left out.
 """
 
 import torch

@@ -54,7 +54,7 @@ class Contents(NamedTuple):
 
 
 def is_averaged(name: str) -> bool:
-    """Whether a key or prefix is that of a running mean of the weights: `state_dict_ema`."""
+    """Whether a key or prefix names a running mean of the weights: `state_dict_ema`."""
     return "ema" in name.lower().replace(".", "_").split("_")
 
 
@@ -84,7 +84,7 @@ def in_memory(state: StateDict) -> Contents:
 
 
 def read(path: Path) -> StateDict:
-    """The tensors of a file, or those of the likeliest dict in a full checkpoint, under its names.
+    """The tensors of a file, or of the likeliest dict in a full checkpoint, under its names.
 
     Raises:
       UserError: there is no such file, or it holds no dict of tensors.

@@ -1,6 +1,6 @@
 """Augmentation of training images on the host: the published sets, by name.
 
-What happens to an image depends on the seed, the step and its place in the global batch alone. All
+What happens to an image depends only on the seed, the step and its place in the global batch. All
 random numbers of a batch are drawn at once, a row for each image, and every operation has columns
 of its own: what one does changes nothing of another.
 

@@ -26,7 +26,7 @@ def color_lean(images: np.ndarray) -> np.ndarray:
 def looks_bgr(images: np.ndarray) -> bool:
     """Whether a batch of aligned faces seems to have red and blue exchanged, by `lean_is_bgr`.
 
-    docs/inference.md says how often that is right.
+    docs/inference.md tells how often that is right.
 
     Args:
       images: (n, 112, 112, 3) uint8, believed to be RGB.
@@ -35,7 +35,7 @@ def looks_bgr(images: np.ndarray) -> bool:
 
 
 def lean_is_bgr(lean: np.ndarray) -> bool:
-    """Whether the color leans of aligned faces are those of BGR.
+    """Whether aligned faces lean to blue, as BGR does.
 
     An image counts where its lean is beyond 0.05 to either side, which gray and noise are not.
     True where at least eight images and half of all count, and four in five of them lean to blue.

@@ -160,7 +160,7 @@ def _session(name: str) -> Any:
 
 
 def _scrfd_side(session: Any, size: int) -> int:
-    """The side that is asked for; of a file with a fixed input, that of the input."""
+    """The side that is asked for; of a file with a fixed input, the input's."""
     (taken,) = session.get_inputs()
     fixed = taken.shape[2] if len(taken.shape) == 4 else None
     if not isinstance(fixed, int):

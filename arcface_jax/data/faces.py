@@ -146,8 +146,8 @@ def prepare(
     if other_size == "refuse":
         raise DataError(
             f"{where} is {image.shape[1]} x {image.shape[0]}; expected an aligned face of "
-            f"{IMAGE_SIZE} x {IMAGE_SIZE}: give a detector (--detector FILE) or its five points, "
-            "or align it first (`arcface-jax data align`)"
+            f"{IMAGE_SIZE} x {IMAGE_SIZE}: align it first (`arcface-jax data align`), or give its "
+            "five points or, to a command that takes one, a detector (--detector FILE)"
         )
     # One text for all images, so that Python shows it once.
     warnings.warn(
@@ -236,7 +236,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     Args:
       source: (..., k, 2) x, y in pixels, k at least 2.
-      target: (..., k, 2); the leading axes broadcast against those of source.
+      target: (..., k, 2); the leading axes broadcast against source's.
 
     Returns:
       (..., 2, 3) float64: matrices M with target ~ M[:, :2] @ source + M[:, 2].

@@ -167,7 +167,7 @@ def _walk(folder: Path) -> _Found:
 def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
     """Asks which folders are the identities where the second level looks like them.
 
-    Folders of sessions or years repeat from person to person and are few; those of people are many.
+    Folders of sessions or years repeat from person to person and are few; people's are many.
 
     Raises:
       DataError: hardly an image lies directly in a first folder, and there are more second folders.

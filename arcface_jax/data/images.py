@@ -45,7 +45,7 @@ _ALIKE = 256  # files of an unknown suffix, all images or none, that stand for t
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file's name is that of an image."""
+    """Whether a file has an image's name."""
     return os.path.splitext(path)[1].lower() in _IMAGES
 
 
@@ -115,7 +115,7 @@ class Walk:
 
 
 def is_image_by_content(path: str | Path) -> bool:
-    """Whether the first bytes of a regular file are those of an image."""
+    """Whether a regular file begins as an image does."""
     try:
         with open(path, "rb") as file:
             return formats.sniff(file.read(formats.HEAD)) is not None
@@ -183,7 +183,7 @@ def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
 
     Args:
       data: JPEG, PNG, or what else OpenCV reads.
-      where: says what the image is, for the error message.
+      where: names the image in the error message.
 
     Raises:
       ImageError: it cannot be decoded, or has another size.

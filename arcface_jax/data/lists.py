@@ -66,7 +66,7 @@ class Listed(NamedTuple):
 def open_list(path: Path, *, columns: str = "") -> FilesSource:
     """A text file with the path and the identity of each image.
 
-    Separators, encodings, quotes and comments are those of `tables.read`. Paths are relative to the
+    Separators, encodings, quotes and comments: as `tables.read`. Paths are relative to the
     list's folder, with slashes or backslashes. Labels are numbers or names by the rule of
     `names`. A first line whose path is none is a header.
 

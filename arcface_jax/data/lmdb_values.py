@@ -1,4 +1,4 @@
-"""The values of LMDB entries: an image, alone or with its label, in the forms that writers use.
+"""The values of LMDB entries: an image, with or without its label, in the forms that writers use.
 
 Each parser returns None for what is not its own. No code of a value runs: pickles go through
 `plain_pickle`, MessagePack and protocol buffers are parsed here.

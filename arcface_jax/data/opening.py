@@ -192,7 +192,7 @@ def _folder(path: str) -> Path:
 
 
 class JoinedSource(Source):
-    """Several training sets in a row; the labels of each begin behind those of the one before."""
+    """Several training sets in a row; the labels of each begin after the last of the one before."""
 
     def __init__(self, parts: Sequence[Source]):
         self._parts = list(parts)

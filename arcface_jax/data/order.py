@@ -1,4 +1,4 @@
-"""Which images each step trains on, as a function of the seed and the step alone."""
+"""Which images each step trains on, as a function of seed and step only."""
 
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -78,7 +78,7 @@ class Order(NamedTuple):
     def places(self, step: int) -> tuple[int, np.ndarray]:
         """The epoch of a step, and its (B,) int64 places in the order of that epoch.
 
-        Where the last batch is padded, its places behind the end begin again at the first.
+        Where the last batch is padded, its places after the end begin again at the first.
         """
         epoch, number = divmod(step, self.steps_per_epoch)
         first = number * self.global_batch_size
@@ -90,7 +90,7 @@ class Order(NamedTuple):
             return self.shards.images(epoch, places)
         permutation = self._permutation(epoch)
         cells = permutation.encrypt(places.astype(np.uint32))
-        # The grid is larger than the set: from a cell outside one goes on until one is inside.
+        # The grid is larger than the set: from a cell outside one continues until one is inside.
         while (outside := cells >= self.num_images).any():
             cells[outside] = permutation.encrypt(cells[outside])
         return cells.astype(np.int64)

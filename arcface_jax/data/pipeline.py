@@ -1,4 +1,4 @@
-"""Batches that depend on the seed and the step alone: a resumed run goes on exactly.
+"""Batches that depend only on seed and step, so that a resumed run continues exactly.
 
 Neither the number of threads, worker processes or hosts nor the step that a run begins at changes a
 batch. One call reads, decodes and augments a whole batch, which costs less than a call an image.
@@ -70,7 +70,7 @@ def batches(
       data: batch size, augmentation, workers, threads, how far to read ahead.
       seed: of the order and of the augmentation.
       start: the first step wanted; a resumed run names where it stopped.
-      stop: the step behind the last.
+      stop: the step after the last.
       host: which part of each batch is wanted.
       hosts: into how many equal parts, in order, each batch is cut.
 
@@ -181,7 +181,7 @@ class _BatchReader:
 
 
 class BadImages:
-    """Those that a run has met, one line each in WORKDIR/bad_images.jsonl; a resumed run goes on.
+    """Those that a run has met, one line each in WORKDIR/bad_images.jsonl; a resumed run appends.
 
     Args:
       path: of the file; it is made when there is a first line for it.
@@ -211,7 +211,7 @@ class BadImages:
         return len(self._known)
 
     def add(self, bad: tuple[BadImage, ...], *, step: int) -> list[BadImage]:
-        """Notes those of a step; returns the ones that were not known.
+        """Notes a step's; returns the ones that were not known.
 
         Raises:
           DataError: more than the allowed share of the training set is damaged.

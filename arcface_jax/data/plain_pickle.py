@@ -32,7 +32,7 @@ _OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}
 
 
 def _check_sizes(data: bytes) -> None:
-    """Walks through a pickle without doing what it says: no number in it may ask for memory.
+    """Walks through a pickle without executing it: no number in it may ask for memory.
 
     The unpickler takes memory for the largest index of its memo, and for a length before it looks
     whether so many bytes are left; pickletools looks at the lengths first.
@@ -47,7 +47,7 @@ def _check_sizes(data: bytes) -> None:
             return
         argument: Any = operation.arg.reader(stream) if operation.arg else None
         if operation.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(data):
-            raise DataError(f"the pickle keeps an object at {argument}, behind all it could have")
+            raise DataError(f"the pickle keeps an object at {argument}, beyond all it could have")
 
 
 def _encode_latin(text: str, encoding: str) -> bytes:

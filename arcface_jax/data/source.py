@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 class Source(Protocol):
     """Random access to labeled face images.
 
-    Safe to read from many threads, and to send to another process, where files are opened anew.
+    Safe to read from many threads, and to send to another process, where files are reopened.
     """
 
     num_classes: int
@@ -163,7 +163,7 @@ def whole_label(label: float, *, where: str) -> int:
         raise ImageError(
             where,
             f"label {label} is not an identity: labels are whole numbers from 0; make "
-            "the file anew with labels counted from 0",
+            "the file again with labels counted from 0",
             kind="no label",
         )
     return int(label)

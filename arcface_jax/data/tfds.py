@@ -40,7 +40,7 @@ class TfdsSource(Source):
 
     Args:
       path: `tfds:NAME@DATA_DIR#SPLIT` (data directory and split may be left out), or the folder
-        with its `dataset_info.json`, `#SPLIT` behind it where it is not `train`.
+        with its `dataset_info.json`, `#SPLIT` after it where it is not `train`.
 
     Raises (the constructor): DataError where it is not there, or has no image and label.
     """
@@ -110,7 +110,7 @@ class TfdsSource(Source):
             raise ImageError(
                 self.where(index),
                 f"label {label} is outside the {self.num_classes} classes of "
-                "features.json; make the data set anew",
+                "features.json; recreate the data set",
             )
         image = example["image"]
         return Sample(image if isinstance(image, bytes) else encode(np.asarray(image)), label)

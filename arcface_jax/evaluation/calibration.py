@@ -92,7 +92,7 @@ def calibrate(
       embeddings: (2 n, D) of the set's images; their lengths do not matter.
       pairs: n pairs.
       far: the target.
-      flip: whether the embeddings are sums with those of the mirrored faces.
+      flip: whether the mirrored faces' embeddings are added.
       model: digest of the network they are from.
       far_check: the target of a second, lower threshold: pairs between the two are to be checked.
 

@@ -2,7 +2,8 @@
 
 A score is the higher, the more alike two faces are: a cosine, or a squared distance with its sign
 turned. A pair is accepted, which is to say called the same, where score >= threshold. FAR is the
-share of the different pairs that are accepted, TAR that of the same pairs, and FRR = 1 - TAR.
+share of the different pairs that are accepted, TAR the accepted share of the same pairs, and
+FRR = 1 - TAR.
 """
 
 import math
@@ -94,7 +95,7 @@ def check_both_kinds(same: np.ndarray) -> None:
     if not 0 < count < len(same):
         raise DataError(
             f"{count} of {len(same)} pairs show one person, {len(same) - count} two: FAR and TAR "
-            "need pairs of both kinds; look at the list that says which pairs are the same"
+            "need pairs of both kinds; look at the list that marks which pairs are the same"
         )
 
 
@@ -163,7 +164,7 @@ def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) ->
     Nothing is interpolated: where several different pairs tie, or FAR steps over the target, the
     step before it counts. Of n different pairs k = floor(far n) may be accepted, so the threshold
     is the lowest score above the (k + 1)-th highest of theirs. With n < 1 / far only k = 0 is
-    left, which says nothing about the target: TAR is None.
+    left, which tells nothing about the target: TAR is None.
 
     Only the top of the different pairs' scores is sorted.
 

@@ -148,7 +148,7 @@ def check_metric(name: str, sets: Sequence[PairSet]) -> None:
     if name not in known:
         raise ConfigError(
             f"checkpoint.best_metric {name} is not measured in this run: use one of "
-            f"{', '.join(known) or 'those of a set, which --evaluation.targets names'}"
+            f"{', '.join(known) or 'a metric of a set in --evaluation.targets'}"
         )
 
 

@@ -201,7 +201,7 @@ def curricularface(margin: float, *, ema: float) -> Margin:
     Where theta + m exceeds pi, cos(theta) - m sin(m) takes the place of the cosine.
 
     Source: Huang et al., "CurricularFace: Adaptive Curriculum Learning Loss for Deep Face
-    Recognition" (CVPR 2020); the continuation beyond pi is that of its published code.
+    Recognition" (CVPR 2020); the continuation beyond pi follows its published code.
     """
     own = combined(1.0, margin, 0.0, beyond_pi="linear").target
 

@@ -69,7 +69,7 @@ def embed_folder(
     points: Mapping[str, np.ndarray] | None = None,
     normalized: bool = True,
 ) -> Summary:
-    """Embeds every image below a folder; the same call goes on where it was stopped.
+    """Embeds every image below a folder; the same call resumes where it was stopped.
 
     Args:
       embedder: of arcface_jax.

@@ -151,7 +151,7 @@ class Embedder:
         return self._aligner.settings()
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
-        """The same for (n, 112, 112, 3) uint8 RGB alone, n at least 1."""
+        """The same for (n, 112, 112, 3) uint8 RGB only, n at least 1."""
         if not self._warned_of_colors and colors.looks_bgr(images):
             self._warned_of_colors = True
             warnings.warn(

@@ -18,7 +18,7 @@ How far a scan can be off, for unit vectors x and q of D numbers:
 - float32 sums in any order: |fl(x . q) - x . q| <= D u / (1 - D u) |x| . |q| <= 1.01 D u, u = 2^-24
   (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, 3.1);
 - int8: |x . q - s (x8 . q)| <= |x - s x8| by Cauchy and Schwarz, and the float32 bound again, for
-  products no longer than those of vectors of length 1 + |x - s x8|.
+  products no longer than for vectors of length 1 + |x - s x8|.
 """
 
 import dataclasses

@@ -56,7 +56,7 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
     """Opens the one network that is named.
 
     Args:
-      choice: what the command line says.
+      choice: the command line's.
       batch_size: images per forward pass, over all devices.
       devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
 
@@ -248,7 +248,7 @@ def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, "Mo
     """
     each = choices.each()
     if not each:
-        open_model(ModelChoice())  # which says how to name one
+        open_model(ModelChoice())  # whose error tells how to name one
     models: dict[str, Model] = {}
     for choice in each:
         path = choice.workdir or choice.weight or choice.onnx or Path()

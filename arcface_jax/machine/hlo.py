@@ -1,7 +1,7 @@
 """Read a program compiled by XLA:GPU: its kernels, their memory traffic and FLOPs, collectives.
 
 The input is the text of the scheduled module, `compiled.as_text()`; nothing here imports JAX. Bytes
-are those of HBM if no cache held anything between two kernels: a kernel reads its operands and
+are HBM's if no cache held anything between two kernels: a kernel reads its operands and
 writes its results once, a slice counts as the slice, an update in place as the update. What runs
 in a loop counts as many times as the loop does.
 """

@@ -27,7 +27,7 @@ class Architecture:
     blocks: tuple[int, int, int, int]
     """Blocks in each of the four stages."""
     widths: tuple[int, int, int, int] = (64, 128, 256, 512)
-    """Channels of each stage; the stem has those of the first."""
+    """Channels of each stage; the stem has the first's."""
     stem_stride: int = 1
     strides: tuple[int, int, int, int] = (2, 2, 2, 2)
     """Stride of each stage's first block; 112 pixels become 7 in every network here."""

@@ -118,7 +118,7 @@ class MakeNetwork(Protocol):
     The module is called as `module(x, train=..., keys=...)`: x is (B, 112, 112, 3) float32 RGB in
     [-1, 1], the result (B, D) float32, not normalized. In training `keys` are B random keys, one
     for each image; in evaluation they are None. The names of its attributes, joined with dots, are
-    those of its arrays in checkpoints, patterns and exports.
+    its arrays' in checkpoints, patterns and exports.
     """
 
     def __call__(

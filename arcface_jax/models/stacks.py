@@ -127,7 +127,7 @@ def _scan(body: _Body, x: jax.Array, stacked: Any, *, axes: int, remat: bool):
 def _unroll(body: _Body, x: jax.Array, stacked: Any):
     """The same without a loop, for a stack of one axis.
 
-    The gradient of `lax.split` is one concatenation; that of indexing would be a sum of arrays as
+    The gradient of `lax.split` is one concatenation; of indexing it would be a sum of arrays as
     large as the stack.
     """
     arrays, tree = jax.tree.flatten(stacked)

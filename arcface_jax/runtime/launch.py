@@ -96,7 +96,7 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
         return "slurm" if int(environment.get("SLURM_NTASKS", 1)) > 1 else None
     if "OMPI_MCA_orte_hnp_uri" in environment:
         return "ompi" if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 else None
-    # Every pod has the first variable, only those of an indexed job have the second.
+    # Every pod has the first variable, only pods of an indexed job have the second.
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
         return "k8s"
     return None

@@ -1,6 +1,6 @@
 """Stop a run on SIGTERM, SIGHUP and Ctrl-C: the shutdown deadline and the exit code.
 
-`remember` notes signals from the first line of a program on, `watched` those of the training loop.
+`remember` notes signals from the first line of a program on, `watched` during the training loop.
 Neither raises from a handler: Python drops an exception that is raised within a callback of the
 garbage collector or a destructor. Code asks for signals where it can stop.
 """

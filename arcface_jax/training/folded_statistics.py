@@ -74,7 +74,7 @@ def complete(weights: Weights, config: Config, source: Source) -> tuple[Weights,
         batch_stats[f"{layer}.var"] = var.astype(np.float32)
     return (params, batch_stats), [
         f"{len(missing)} BatchNorm layers were folded in init_from {config.init_from}: their "
-        f"statistics are those of {len(images)} training images"
+        f"statistics were measured on {len(images)} training images"
     ]
 
 

@@ -181,7 +181,7 @@ def _by_norm(trust: float) -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> dict[str, bool]:
-    """Which arrays have more than one axis, not counting those of a stack."""
+    """Which arrays have more than one axis, not counting a stack's own."""
     return {
         name: np.ndim(array) - stacks.leading_axes(name, array) > 1
         for name, array in params.items()

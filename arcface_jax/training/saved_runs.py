@@ -1,4 +1,4 @@
-"""Read checkpoints for inference, export and fine-tuning, also those of a run that trains.
+"""Read checkpoints for inference, export and fine-tuning, also while the run trains.
 
 Such a run removes old checkpoints. One that vanishes while it is read is replaced by the next.
 """
@@ -169,7 +169,7 @@ def restore_kept_centers(
 
 
 def _mapped(old: np.ndarray, label_map: np.ndarray, *, like: jax.Array) -> jax.Array:
-    """The mean of the old centers of each new class; classes without one keep those of `like`."""
+    """The mean of the old centers of each new class; classes without one keep `like`'s."""
     size = old.shape[1]
     subcenters = len(old) // len(label_map)
     kept = label_map >= 0

@@ -93,9 +93,10 @@ def photographs(tmp_path: Path, monkeypatch) -> None:
 def test_a_photograph_without_points_is_refused_by_every_command(run, words):
     error = run(*words)["error"]
     assert (
-        "ada/0.png is 140 x 130; expected an aligned face of 112 x 112: give a detector "
-        "(--detector FILE) or its five points" in error
+        "ada/0.png is 140 x 130; expected an aligned face of 112 x 112: align it first "
+        "(`arcface-jax data align`), or give" in error
     )
+    assert "--detector FILE" in error
     assert len(error.splitlines()) == 1
     assert not Path("c.json").exists()
 

@@ -58,7 +58,7 @@ def read_bin(path: Path, *, aligner: Aligner | None = None) -> PairSet:
 
     The pickle may come from anywhere: nothing is unpickled but tuples, lists, bytes, strings,
     numbers, booleans and NumPy arrays. Pickles of Python 2 and 3 are read. By the format its images
-    are aligned: those of another size are cut to their middle square and resized.
+    are aligned: other sizes are cut to their middle square and resized.
 
     Args:
       path: the file.
@@ -90,7 +90,7 @@ def read_bin(path: Path, *, aligner: Aligner | None = None) -> PairSet:
     if len(encoded) != 2 * len(same) or not len(same):
         raise DataError(
             f"{path}: {len(encoded)} images for {len(same)} pairs; there should be two images a "
-            "pair, and a pair at least: make the set anew, or fetch it again"
+            "pair, and a pair at least: recreate the set, or fetch it again"
         )
     images = []
     for number, data in enumerate(encoded):

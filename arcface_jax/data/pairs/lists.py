@@ -131,20 +131,15 @@ def read(path: Path, folder: Path, *, aligner: Aligner | None = None) -> PairSet
     Args:
       path: the list.
       folder: where the images lie.
-      aligner: aligns images of another size, or refuses them; without one they are cut to their
-        middle square and resized. An image in a sub-folder of `folder` lies in its identity's.
+      aligner: aligns images of another size than 112 x 112; by default they are refused. An image
+        in a sub-folder of `folder` lies in its identity's.
 
     Raises:
       DataError: as `listed` and `Aligner`, or naming an image that cannot be read.
     """
     found = listed(path, folder)
-
-    def load(file: Path) -> np.ndarray:
-        if aligner is None:
-            return images.square(images.read_file(file), where=str(file))
-        return aligner(file, in_identity_folder=file.parent != folder)
-
-    faces = {file: load(file) for file in found.files()}
+    align = aligner or Aligner()
+    faces = {file: align(file, in_identity_folder=file.parent != folder) for file in found.files()}
     return PairSet(
         path.stem,
         np.stack([faces[file] for pair in found.pairs for file in (pair.left, pair.right)]),
@@ -407,6 +402,6 @@ def _check_files(files: Sequence[Path], pairs: list[Pair], path: Path) -> None:
     more = f", and {len(named) - _SHOWN} more" if len(named) > _SHOWN else ""
     raise DataError(
         f"{path} names {len(missing)} of {len(files)} images that do not exist: "
-        f"{', '.join(named[:_SHOWN])}{more}; where they lie elsewhere, say so behind a colon: "
+        f"{', '.join(named[:_SHOWN])}{more}; if the images are elsewhere, append the folder: "
         f"--evaluation.targets {path}:FOLDER"
     )

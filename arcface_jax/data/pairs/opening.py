@@ -115,10 +115,11 @@ def open_file(target: str, *, base: Path = Path(), aligner: Aligner | None = Non
 
     Args:
       target: a `.bin` file, or a list of pairs, `.txt` or `.csv` (`lists.read`), which may
-        name the folder of its images behind a colon; without one they lie beside the list.
+        name the folder of its images after a colon; without one they lie beside the list.
       base: the folder in which to look for what is not found as it is named.
-      aligner: for images of a list that are not 112 x 112, and where it has a detector for those of
-        a `.bin`; by default the middle square of such images is resized.
+      aligner: for images of a list that are not 112 x 112, which are refused without one. Those of
+        a `.bin`, aligned by its format, go through it where it has a detector; else their middle
+        square is resized.
 
     Raises:
       DataError: a file is missing or not a verification set, or as `Aligner`.

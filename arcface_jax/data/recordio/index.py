@@ -198,7 +198,7 @@ def _parsed(rec: Path) -> RecordIndex:
         if twice.size:
             raise DataError(
                 f"{path} lists key {twice[0]} more than once: each record needs a key of its own; "
-                "make the pair anew"
+                "recreate the pair"
             )
     first = int(keys[0])
     if int(keys[-1]) - first == len(keys) - 1:  # they rise, so none is missing
@@ -252,7 +252,7 @@ def _labels_of(words: np.ndarray, offsets: np.ndarray, file_size: int, which: in
     offsets = np.asarray(offsets)
     good, flag, length, count, label = headers(words, offsets, which=which)
     need = HEADER.size + 4 * count
-    # Of a split record the first part may end anywhere behind the label.
+    # Of a split record the first part may end anywhere after the label.
     need = np.where(flag == FIRST, np.where(count > 0, HEADER.size + 4 * (1 + which), 8), need)
     good &= ((flag == WHOLE) | (flag == FIRST)) & (length >= need)
     good &= offsets + FRAME.size + length <= file_size
@@ -276,8 +276,8 @@ def headers(words: np.ndarray, offsets: np.ndarray, *, which: int = 0) -> tuple[
     base = offsets >> 2
     magic, size, count, label = (words.take(base + k, mode="clip") for k in range(4))
     several = count > 0
-    behind = (FRAME.size + HEADER.size) // 4  # where several labels stand
-    label[several] = words.take(base[several] + behind + which, mode="clip")
+    after = (FRAME.size + HEADER.size) // 4  # where several labels stand
+    label[several] = words.take(base[several] + after + which, mode="clip")
     if which:
         label[count <= which] = _NAN
     there = (magic == MAGIC) & (offsets & 3 == 0)

@@ -33,7 +33,7 @@ from arcface_jax.data.recordio.index import (
 from arcface_jax.errors import DataError, ImageError
 
 # Seconds for a header that show that a disk was waited for. Asking the system to read ahead costs
-# as much as all else that is done for an image, and so is done for some time after that alone.
+# as much as all else that is done for an image, and so is done only for some time after that.
 _SLOW = 20e-6
 _SLOW_CALLS = 1000
 
@@ -51,7 +51,7 @@ class Record(NamedTuple):
 class RecordReader:
     """Random access to the records of a `.rec` file by the keys of its `.idx`.
 
-    Safe to use from many threads, and to send to another process, where the file is opened anew.
+    Safe to use from many threads, and to send to another process, where the file is reopened.
 
     Raises (the constructor): DataError where a file is missing, or does not belong to the other.
     """
@@ -64,7 +64,7 @@ class RecordReader:
                 raise DataError(
                     f"{path} is missing ({there}): a record file is a pair {rec.name} + "
                     f"{index.name}; "
-                    f"copy both, or make the pair anew"
+                    f"copy both, or recreate the pair"
                 )
         self.path = rec
         self._index = record_index.open_index(rec)
@@ -127,7 +127,7 @@ class RecordReader:
 
         Returns:
           n uint8 arrays, and (n,) float32. An array is empty where the record has no image, is in
-          parts or is damaged: `read_at` reads it, or says what is wrong.
+          parts or is damaged: `read_at` reads it, or names what is wrong.
 
         Raises:
           DataError: the file has become shorter.
@@ -263,8 +263,8 @@ class RecordWriter:
 
     Args:
       path: the `.rec` file.
-      resume: go on behind so many records at most of those that an interrupted writer left;
-        `written` says how many there were.
+      resume: continue after so many records at most of those that an interrupted writer left;
+        `written` counts them.
     """
 
     def __init__(self, path: Path, *, resume: int = 0):
@@ -315,7 +315,7 @@ class RecordWriter:
 def _whole_records(rec: Path, index: Path) -> list[int]:
     """Where the records that are surely whole begin, and where the last of them ends.
 
-    A record is if another begins behind it: records are written in order. The two files may have
+    A record is if another begins after it: records are written in order. The two files may have
     been cut at different places, for each has a buffer of its own, and lines that are damaged end
     what is trusted.
     """

@@ -97,7 +97,7 @@ class RecordSource(Source):
         labels = self._image_labels()
         place = int(np.argmax(labels))
         largest = int(labels[place])
-        if largest < 0:  # no record has a label: the first one says why
+        if largest < 0:  # no record has a label: the first one's error tells why
             whole_label(self._label(self._reader.read_at(self._first)), where=self.where(0))
         where = f"{self.where(place)} has the label {largest}"
         names.check_count(largest + 1, self._count, where=where)
@@ -140,7 +140,7 @@ class RecordSource(Source):
                 self.where(index),
                 f"label {label} is outside the {self.num_classes} identities "
                 f"(0 .. {self.num_classes - 1}) that the file's header announces: the header or "
-                "the labels are wrong; make the file anew",
+                "the labels are wrong; recreate the file",
             )
         return Sample(record.data, label)
 

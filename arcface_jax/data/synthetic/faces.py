@@ -78,7 +78,7 @@ def verification_pairs(
     rng = np.random.default_rng([seed, first_identity, identities, pairs, 2])
     half = pairs // 2
     # Two passes over one shuffled cycle: the same pairs take its first `half` places, the different
-    # ones go on from there, so that `pairs` places reach every identity.
+    # ones continue from there, so that `pairs` places reach every identity.
     people = np.resize(rng.permutation(identities), pairs)
     other = (people[half:] + rng.integers(1, identities, half)) % identities
     left = first_identity + people

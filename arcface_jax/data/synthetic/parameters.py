@@ -1,4 +1,4 @@
-"""What a drawn face is made from: the numbers of a person, and those of a picture of that person.
+"""What a drawn face is made from: the numbers of a person and of a picture.
 
 Face coordinates: x to the right, y down, the origin between nose and eyes, the unit is half the
 height of the head. z points at the viewer; features lie on an ellipsoid, so yaw and pitch move them
@@ -161,7 +161,7 @@ def draw_identity(seed: int, identity: int) -> Identity:
 
 def draw_view(seed: int, identity: int, index: int) -> View:
     """How the picture of a number shows a person."""
-    # The last number keeps this stream apart from that of `draw_identity`, also at index 0.
+    # The last number keeps this stream apart from `draw_identity`'s, also at index 0.
     rng = np.random.default_rng([seed, identity, index, 1])
     rows, columns = rng.integers(2, 9, 2).tolist()
     backdrop = rng.uniform(0.0, 255.0, 3) + rng.normal(0.0, 40.0, (rows, columns, 3))

@@ -50,7 +50,7 @@ class Aligned(NamedTuple):
     """What an output folder holds."""
 
     written: int
-    """Faces, those of earlier runs included."""
+    """Faces, earlier runs' included."""
     rejected: dict[str, str]
     """Why, by path."""
     report: Path

@@ -1,7 +1,7 @@
 """`data.py pack`, `split` and `merge`: any training set into a record file that insightface reads.
 
 The images keep their bytes. They stand identity after identity, as the format's identity records
-want it. A pack that was interrupted goes on where it stopped.
+want it. A pack that was interrupted resumes where it stopped.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ def select(
 
     Args:
       source: the training set.
-      identities: labels to take; all of them when not given. These are numbered anew.
+      identities: labels to take; all of them when not given. These are renumbered.
       renumber: number the identities that have images from 0, without gaps.
 
     Raises:
@@ -66,8 +66,8 @@ def select(
     labels = np.asarray(source.labels())
     if len(labels) and labels.min() < 0:
         number = int(np.argmin(labels))
-        source.read(number)  # says what is wrong with it
-        raise DataError(f"{source.where(number)}: no label; make that file anew")
+        source.read(number)  # raises with what is wrong
+        raise DataError(f"{source.where(number)}: no label; recreate that file")
     order = np.argsort(labels, kind="stable")
     if identities is not None:
         order = order[np.isin(labels[order], identities)]

@@ -25,7 +25,7 @@ def draw(
       labels: (n,) identity of each image; those below 0 take no part.
       pairs: how many, a multiple of 20.
       seed: of the choice.
-      disjoint: whether an identity may be in one fold alone, so that folds are independent.
+      disjoint: whether an identity may be in one fold only, so that folds are independent.
 
     Returns:
       (pairs, 2) int64 image numbers, and (pairs,) bool: whether they show one person. Each fold has

@@ -71,7 +71,7 @@ def write_folder(
 
     The folders' names are numbers with leading zeros, so that names and labels have one order;
     identities.txt has the identities' own. Files that are
-    there already stay, so that an interrupted call goes on.
+    there already stay, so that an interrupted call resumes.
 
     Args:
       source: the training set.

@@ -1,6 +1,6 @@
 """`data.py to-tfds`: any training set as ArrayRecord files that TFDS knows by their folder.
 
-Made of shards that are finished one by one, so that an interrupted job goes on with the next.
+Made of shards that are finished one by one, so that an interrupted job resumes with the next.
 """
 
 import re
@@ -23,7 +23,7 @@ from arcface_jax.runtime.files import atomic_files
 
 _VERSION = "1.0.0"
 _SPLIT = "train"
-_OPTIONS = "group_size:1"  # each image is found and read alone
+_OPTIONS = "group_size:1"  # each image is found and read by itself
 
 
 def write(
@@ -85,7 +85,7 @@ def write(
 
 
 def _features(source: Source, selection: Selection) -> Any:
-    """What an example holds; the encoding is that of the first image."""
+    """What an example holds; in the first image's encoding."""
     tfds = import_tfds()
     jpeg = source.read(int(selection.numbers[0])).data[:2] == b"\xff\xd8"
     shape = (IMAGE_SIZE, IMAGE_SIZE, 3)

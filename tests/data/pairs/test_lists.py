@@ -128,11 +128,10 @@ def test_an_image_that_cannot_be_read_is_named(people: Path):
         open_file(write(people, "pairs.txt", "Bob 1 12\n"))
 
 
-def test_other_sizes_are_cut_to_the_middle_square_and_resized(people: Path):
+def test_other_sizes_are_refused(people: Path):
     put(people / "wide.png", face(0, height=112, width=200))
-    pairs = open_file(write(people, "a.csv", "wide.png,wide.png,1\n"))
-    expected = face(0, height=112, width=200)[:, 44:156]
-    np.testing.assert_array_equal(pairs.images, [expected, expected])
+    with pytest.raises(DataError, match=r"wide.png is 200 x 112; expected an aligned face"):
+        open_file(write(people, "a.csv", "wide.png,wide.png,1\n"))
 
 
 def test_the_sets_of_several_runs_are_joined_and_each_is_found_where_its_run_has_it(people: Path):
