@@ -98,7 +98,7 @@ def test_missing_files_are_named_with_their_lines(people: Path):
         open_file(write(people, "pairs.txt", "".join(lines)))
     message = str(raised.value)
     assert "Ann_Lee_0020.jpg (line 2)" in message and "Ann_Lee_0024.jpg (line 6)" in message
-    assert "Ann_Lee_0025" not in message and ", and 2 more; where" in message
+    assert "Ann_Lee_0025" not in message and ", and 2 more; if" in message
     assert "pairs.txt:FOLDER" in message
 
 
