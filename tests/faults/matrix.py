@@ -308,9 +308,9 @@ def main(arguments: list[str] | None = None) -> int:
             for verb, outcome in zip(("resume", "read"), outcomes[kind, name], strict=True):
                 bad += outcome.bad
                 print(f"{kind}, {name}: {verb}: {outcome.text}", *outcome.messages, sep="\n    ")
-    if given.store:
-        rows = [[*cell, *map(list, both)] for cell, both in outcomes.items()]
-        given.store.write_text(json.dumps(rows, indent=1) + "\n")
+            if given.store:  # at once: all of it takes an hour
+                rows = [[*cell, *map(list, both)] for cell, both in outcomes.items()]
+                given.store.write_text(json.dumps(rows, indent=1) + "\n")
     if given.write:
         _write(given.write, outcomes)
     print("RESULT " + json.dumps({"cells": len(outcomes), "bad": bad}))
