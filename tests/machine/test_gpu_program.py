@@ -67,7 +67,7 @@ def test_it_is_what_was_recorded(name):
 
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_no_copy_is_as_large_as_the_shard(name):
-    largest = max((copy.written for copy in compiled(name).module.copies), default=0)
+    largest = max((copy.bytes for copy in compiled(name).module.copies), default=0)
     assert largest < shard_bytes(name) / 4
     assert compiled(name).temporary_bytes < 8 * 2**30
 
@@ -118,10 +118,6 @@ def test_no_loop_carries_float32_activations(name):
             for shape in loop.carry
             if shape.dtype == "f32" and len(shape.dims) > 3 and subject.each in shape.dims
         ]
-        if name == VIT:  # tokens are float32 between its blocks, as in arcface_torch, and once kept
-            tokens = (subject.each, 129, 512)
-            assert sorted(shape.dims for shape in wide) == [(24, *tokens)], loop.name
-            continue
         assert not wide, loop.name
 
 

@@ -129,9 +129,8 @@ def test_steps_follow_one_another_without_a_copy_to_or_from_the_host():
 
 
 def test_the_call_of_a_step_of_r100_takes_the_host_little_time(monkeypatch):
-    """The fastest of 50 calls, in CPU time of the calling thread: other work does not count."""
+    """In CPU time of the calling thread, which other work on this machine does not lengthen."""
     monkeypatch.setattr(time, "perf_counter", time.thread_time)
-    monkeypatch.setattr(dispatch, "median", min)
     found = dispatch.measure(Case("r100", 1, 1000, 1, "bfloat16"), repeats=50)
     assert found.arrays > 200
     assert found.call_seconds < 0.003
