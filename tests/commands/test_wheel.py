@@ -49,7 +49,7 @@ def test_it_holds_the_package_with_recipes_and_notebooks_and_nothing_else(wheel:
         expected |= {f"arcface_jax/{folder}/{path.name}" for path in (ROOT / folder).glob(kind)}
     inside = {name for name in names if name.startswith("arcface_jax/")}
     assert expected <= inside
-    suffixes = {".py", ".typed", ".ipynb", ".html", ".css", ".txtpb"}
+    suffixes = {".py", ".typed", ".ipynb", ".html", ".css", ".js", ".txtpb"}
     assert {Path(name).suffix for name in inside} <= suffixes
     assert not [name for name in inside if "__pycache__" in name or "test" in Path(name).parts]
 
