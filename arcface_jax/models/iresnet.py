@@ -164,7 +164,8 @@ class IResNet(nnx.Module):
         init: Initializer,
     ):
         channels = architecture.widths[0]
-        self.architecture, self.dtype, self.unrolled = architecture, dtype, unrolled
+        self.architecture, self.dtype = architecture, dtype
+        self.unrolled = unrolled and not architecture.remat
         self.conv1 = Conv(
             3,
             channels,
@@ -219,8 +220,7 @@ class IResNet(nnx.Module):
         def one(block: Block, x: jax.Array, _: None) -> jax.Array:
             return block(x, train=train)
 
-        unrolled = self.unrolled and not self.architecture.remat
-        return stacks.apply(blocks, x, one, axes=axes, remat=remat, unrolled=unrolled)
+        return stacks.apply(blocks, x, one, axes=axes, remat=remat, unrolled=self.unrolled)
 
 
 def _stacks(architecture: Architecture, blocks: int) -> list[tuple[int, tuple[int, ...]]]:

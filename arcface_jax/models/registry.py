@@ -31,6 +31,8 @@ class Backbone(NamedTuple):
     """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=..., keys=...) -> (embeddings
     (B, D) float32, not normalized; batch_stats, moved if train). The (B,) keys, one for each image,
     are for what training draws at random; only the vision transformers need them."""
+    unrolled: bool = False
+    """Whether `apply` goes through the layers of stacks one by one and not in a loop."""
 
 
 def build(
@@ -109,7 +111,8 @@ def build(
         return embeddings, batch_stats
 
     params, batch_stats = (_zeros(_flatten(part)) for part in shapes)
-    return Backbone(init, (params, batch_stats), apply)
+    unrolled = bool(getattr(built, "unrolled", False))
+    return Backbone(init, (params, batch_stats), apply, unrolled)
 
 
 class MakeNetwork(Protocol):
@@ -133,7 +136,8 @@ class MakeNetwork(Protocol):
             Flax's own layers.
 
         If it takes `gpu: float = 0` too, that is the compute capability of the NVIDIA GPUs that
-        train the network, for which it may apply the same arrays in another way.
+        train the network, for which it may apply the same arrays in another way. An attribute
+        `unrolled` that is true tells that it applies the layers of its stacks one by one.
         """
         ...
 

@@ -27,58 +27,71 @@ FEW = 40
 _BUFFER = 28 * 2**20
 # Kernels of a buffer, at most: XLA concatenates as many at once.
 _MEMBERS = 32
-# By number of axes: matrices are of the last layers, vectors of all layers.
+# By number of axes, a stack's own left out: matrices are of the last layers, vectors of all layers.
 _ORDER = {2: 0, 4: 1, 1: 2}
 _Tree = TypeVar("_Tree")
 _Value = TypeVar("_Value")
 
 
 class Buffer(NamedTuple):
-    """Arrays that are one array in the step; an array by itself keeps name and shape."""
+    """Arrays that are one flat array in the step, or one array with its own name and shape."""
 
     name: str
     members: tuple[tuple[str, tuple[int, ...]], ...]
     """Name and shape of each, in order."""
 
     @property
-    def is_shared(self) -> bool:
-        """Whether there are several."""
-        return len(self.members) > 1
+    def is_flat(self) -> bool:
+        """Whether its members are laid end to end in it."""
+        return self.name != self.members[0][0]
 
 
 Layout = tuple[Buffer, ...]
 
 
-def plan(shapes: Arrays, groups: Mapping[str, Any]) -> Layout:
+def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout:
     """Which arrays lie in which buffer.
 
     Vectors and the kernels of convolutions, which a network has by the hundred, share buffers,
-    those of the last layers, whose gradients are ready first, the first ones. Matrices, and stacks,
-    stay as they are.
+    those of the last layers, whose gradients are ready first, the first ones. Stacks of them do so
+    where their layers are applied one by one: each layer's gradient is then a piece of the buffer.
+    As an array of its own, a stack of kernels has its gradient transposed in the kernel that
+    updates it, which therefore cannot update in place: XLA copies the new stacks back. Matrices
+    stay as they are, and so do stacks that a loop goes over.
 
     Args:
       shapes: the arrays, or something with their shapes, by dotted name.
       groups: a value for each name; only arrays of equal values may share a buffer.
+      unrolled: whether the layers of stacks are applied one by one.
     """
     open_buffers: dict[Any, list[str]] = {}
     found: list[list[str]] = []
+    leads = {name: stacks.leading_axes(name, array) for name, array in shapes.items()}
     by_readiness = sorted(shapes, key=_depth, reverse=True)
-    for name in sorted(by_readiness, key=lambda name: _ORDER.get(shapes[name].ndim, 1)):
-        array = shapes[name]
-        if array.ndim not in (1, 4) or stacks.leading_axes(name, array):
+    for name in sorted(
+        by_readiness, key=lambda name: _ORDER.get(shapes[name].ndim - leads[name], 1)
+    ):
+        array, lead = shapes[name], leads[name]
+        axes = array.ndim - lead
+        if axes not in (1, 4) or (lead and not unrolled):
             found.append([name])
             continue
-        kind = (groups[name], array.ndim)
+        kind = (groups[name], axes)
         members = open_buffers.get(kind)
         size = sum(_bytes(shapes[member]) for member in members or ())
-        full = array.ndim == 4 and len(members or ()) == _MEMBERS
+        pieces = sum(_layers(member, shapes[member]) for member in (*(members or ()), name))
+        full = axes == 4 and pieces > _MEMBERS
         if members is None or full or size + _bytes(array) > _BUFFER:
             members = open_buffers[kind] = []
             found.append(members)
         members.append(name)
+
+    def stays(members: list[str]) -> bool:
+        return len(members) == 1 and not (unrolled and leads[members[0]])
+
     return tuple(
         Buffer(
-            members[0] if len(members) == 1 else f"packed.{number}",
+            members[0] if stays(members) else f"packed.{number}",
             tuple((name, tuple(shapes[name].shape)) for name in members),
         )
         for number, members in enumerate(found)
@@ -95,6 +108,10 @@ def _depth(name: str) -> list[tuple[int, str]]:
     return [(int(part or 0), text) for text, part in re.findall(r"(\D+)(\d*)", "." + name)]
 
 
+def _layers(name: str, array: Any) -> int:
+    return math.prod(array.shape[: stacks.leading_axes(name, array)])
+
+
 def _bytes(array: Any) -> int:
     return 4 * math.prod(array.shape)
 
@@ -104,7 +121,7 @@ def pack(layout: Layout, arrays: Arrays) -> Arrays:
     return {
         buffer.name: (
             jnp.concatenate([_flat(arrays[name]) for name, _ in buffer.members])
-            if buffer.is_shared
+            if buffer.is_flat
             else arrays[buffer.name]
         )
         for buffer in layout
@@ -118,7 +135,7 @@ def unpack(layout: Layout, packed: Arrays) -> Arrays:
     for buffer in layout:
         if buffer.name not in packed:
             continue
-        if not buffer.is_shared:
+        if not buffer.is_flat:
             arrays[buffer.name] = packed[buffer.name]
             continue
         sizes = [math.prod(shape) for _, shape in buffer.members]
@@ -130,13 +147,14 @@ def unpack(layout: Layout, packed: Arrays) -> Arrays:
 
 def _flat(array: Any) -> jax.Array:
     # Kernels of convolutions with the output channels first, which is how cuDNN reads them.
-    return (jnp.transpose(array, (3, 0, 1, 2)) if array.ndim == 4 else array).reshape(-1)
+    return (jnp.moveaxis(array, -1, -4) if array.ndim >= 4 else array).reshape(-1)
 
 
 def _shaped(flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    if len(shape) != 4:
+    if len(shape) < 4:
         return flat.reshape(shape)
-    return flat.reshape(shape[3], *shape[:3]).transpose(1, 2, 3, 0)
+    *lead, height, width, inputs, outputs = shape
+    return jnp.moveaxis(flat.reshape(*lead, outputs, height, width, inputs), -4, -1)
 
 
 class Packing(NamedTuple):
@@ -148,7 +166,7 @@ class Packing(NamedTuple):
     @property
     def packs(self) -> bool:
         """Whether any arrays share a buffer."""
-        return any(buffer.is_shared for layout in self for buffer in layout)
+        return any(buffer.is_flat for layout in self for buffer in layout)
 
     def backbone(self, network: Backbone) -> Backbone:
         """The network as functions of buffers."""
@@ -184,7 +202,7 @@ class Packing(NamedTuple):
     ) -> _Tree:
         for layout in self:
             known = {name for buffer in layout for name in names(buffer)}
-            shared = {name for buffer in layout if buffer.is_shared for name in names(buffer)}
+            shared = {name for buffer in layout if buffer.is_flat for name in names(buffer)}
 
             def is_part(x: Any, known=known, shared=shared) -> bool:
                 return isinstance(x, dict) and x.keys() <= known and not shared.isdisjoint(x)

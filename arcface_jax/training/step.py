@@ -203,16 +203,16 @@ def make_packing(config: Config, mesh: Mesh) -> Packing:
 
     An optimizer that takes norms of single arrays, as LARS does, is given single arrays everywhere.
     """
-    params, batch_stats = backbone(config).shapes
+    network = backbone(config, gpu=meshes.compute_capability(mesh))
+    params, batch_stats = network.shapes
     many = len(params) >= packing.FEW
     if not (many and meshes.is_gpu(mesh) and optim.is_elementwise(config.optimizer)):
         return Packing(packing.separate(params), packing.separate(batch_stats))
     # Frozen arrays, and those with a learning rate of their own, have buffers of their own.
     factors = trained(config.finetune, params)
     groups = {name: factors.get(name) for name in params}
-    return Packing(
-        packing.plan(params, groups), packing.plan(batch_stats, dict.fromkeys(batch_stats))
-    )
+    plan = partial(packing.plan, unrolled=network.unrolled)
+    return Packing(plan(params, groups), plan(batch_stats, dict.fromkeys(batch_stats)))
 
 
 class TrainStep(Protocol):

@@ -97,19 +97,41 @@ def test_buffers_hold_kernels_and_vectors_the_last_layers_first():
     arrays["layer3.1-4.kernel"] = np.zeros((4, 3, 3, 8, 8), np.float32)
     arrays["layer3.1-4.scale"] = np.zeros((4, 8), np.float32)
     groups = {name: name == "frozen.bias" for name in arrays}
-    layout = packing.plan(arrays, groups)
+    layout = packing.plan(arrays, groups, unrolled=False)
     members = [[name for name, _ in buffer.members] for buffer in layout]
     # A buffer of 28 MiB takes three of the large kernels, of 9 MiB.
     assert members == [
-        ["layer3.1-4.scale"],
         ["fc.kernel"],
         ["layer3.1-4.kernel"],
         ["layer2.0.kernel", "layer1.10.kernel", "layer1.9.kernel"],
         ["conv1.kernel"],
+        ["layer3.1-4.scale"],
         ["layer1.10.scale", "fc.bias"],
         ["frozen.bias"],
     ]
     assert all(b.name == b.members[0][0] for b in layout if len(b.members) == 1)
+
+
+def test_stacks_applied_layer_by_layer_share_buffers():
+    rng = np.random.default_rng(0)
+    arrays: Arrays = {
+        "layer1.1-3.kernel": rng.normal(size=(3, 3, 3, 4, 5)).astype(np.float32),
+        "layer1.1-3.scale": rng.normal(size=(3, 5)).astype(np.float32),
+        "layer1.0.scale": rng.normal(size=(5,)).astype(np.float32),
+        "fc.kernel": rng.normal(size=(5, 6)).astype(np.float32),
+    }
+    layout = packing.plan(arrays, dict.fromkeys(arrays), unrolled=True)
+    assert [[name for name, _ in buffer.members] for buffer in layout] == [
+        ["fc.kernel"],
+        ["layer1.1-3.kernel"],
+        ["layer1.1-3.scale", "layer1.0.scale"],
+    ]
+    held = packing.pack(layout, arrays)
+    assert held.keys() == {"fc.kernel", "packed.1", "packed.2"}
+    kernels = np.einsum("lhwio->lohwi", arrays["layer1.1-3.kernel"])
+    np.testing.assert_array_equal(held["packed.1"], kernels.ravel())
+    back = packing.unpack(layout, held)
+    assert all(np.array_equal(back[name], arrays[name]) for name in arrays)
 
 
 def test_a_buffer_has_its_kernels_output_channels_first():
@@ -120,7 +142,7 @@ def test_a_buffer_has_its_kernels_output_channels_first():
         "b.bias": rng.normal(size=(5,)).astype(np.float32),
         "c.kernel": rng.normal(size=(5, 6)).astype(np.float32),
     }
-    layout = packing.plan(arrays, dict.fromkeys(arrays))
+    layout = packing.plan(arrays, dict.fromkeys(arrays), unrolled=False)
     form = packing.Packing(layout, ())
     held = form.pack({"params": arrays, "momentum": {"trace": arrays}, "other": {"x": np.ones(2)}})
     (kernels,) = (b for b in layout if len(b.members) > 1)
