@@ -136,10 +136,14 @@ class _Block(nnx.Module):
         self.mlp = _Mlp(width, dtype=dtype, init=init)
 
     def __call__(self, x: jax.Array, factors: jax.Array) -> jax.Array:
-        """x: (B, tokens, width) float32; factors: (2, B), 0 where a branch is left out."""
-        attended = self.attn(self.norm1(x)).astype(jnp.float32)
-        x = x + factors[0][:, None, None] * attended
-        return x + factors[1][:, None, None] * self.mlp(self.norm2(x)).astype(jnp.float32)
+        """x: (B, tokens, width); factors: (2, B) float32, 0 where a branch is left out."""
+        x = _add(x, factors[0], self.attn(self.norm1(x)))
+        return _add(x, factors[1], self.mlp(self.norm2(x)))
+
+
+def _add(x: jax.Array, factors: jax.Array, branch: jax.Array) -> jax.Array:
+    """In float32, rounded to the type of x."""
+    return (x + factors[:, None, None] * branch.astype(jnp.float32)).astype(x.dtype)
 
 
 class _Projection(nnx.Module):
@@ -189,8 +193,9 @@ class VisionTransformer(nnx.Module):
       architecture: width, depth, and what training leaves out.
       embedding_size: D.
       bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
-      dtype: compute type of the blocks' linear layers; the sum that runs through the blocks, the
-        attention, unless fused, and all outside the blocks is float32.
+      dtype: compute type of the blocks' linear layers. The attention, unless fused, and all outside
+        the blocks is float32, and so are the tokens between two blocks; but on GPUs, where a block's
+        kernels wait for memory, bfloat16 blocks exchange bfloat16 tokens.
       gpu: compute capability of the NVIDIA GPUs that apply it, or 0.
       init: where the initial weights come from.
     """
@@ -211,6 +216,7 @@ class VisionTransformer(nnx.Module):
         self.pos_embed = nnx.Param(init.normal((1, TOKENS, width), std=_STD))
         self.mask_token = nnx.Param(init.normal((1, 1, width), std=_STD))
         fused = can_fuse(width, dtype=dtype, gpu=gpu)
+        self.tokens = dtype if fused and dtype == jnp.bfloat16 else jnp.dtype(jnp.float32)
         block = partial(_Block, width, dtype=dtype, fused=fused)
         self.blocks = nnx.Dict({stacks.name(0, (depth,)): stacks.make(block, (depth,), init)})
         self.norm = LayerNorm(width)
@@ -245,8 +251,8 @@ class VisionTransformer(nnx.Module):
                 x = jnp.take_along_axis(x, kept[:, :, None], axis=1)
         (stack,) = self.blocks.values()
         remat = train and self.architecture.remat
-        x = stacks.apply(stack, x, _Block.__call__, factors, remat=remat)
-        x = self.norm(x)
+        x = stacks.apply(stack, x.astype(self.tokens), _Block.__call__, factors, remat=remat)
+        x = self.norm(x.astype(jnp.float32))
         if kept is not None:
             hidden = jnp.broadcast_to(self.mask_token[...], (batch, TOKENS, x.shape[-1]))
             x = hidden.at[jnp.arange(batch)[:, None], kept].set(x)

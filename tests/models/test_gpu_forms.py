@@ -1,5 +1,6 @@
 """What backbones do in another way on GPUs: the same result, in forms that a CPU runs too."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from flax import nnx
 from arcface_jax.models import iresnet, registry, stacks, vit
 from arcface_jax.models.layers import BatchNorm, Linear, RandomInitializer
 from arcface_jax.runtime import devices as meshes
+from arcface_jax.testing import draw_face
 
 HOPPER = 9.0
 
@@ -49,6 +51,34 @@ def test_attention_is_fused_where_cudnn_has_it(network):
     assert not vit.can_fuse(width, dtype=bfloat16, gpu=7.5)  # Turing
     assert not vit.can_fuse(width, dtype=jnp.dtype("float32"), gpu=HOPPER)
     assert not vit.can_fuse(2048, dtype=bfloat16, gpu=HOPPER)
+
+
+def test_bfloat16_blocks_exchange_bfloat16_tokens_on_gpus(monkeypatch):
+    small = vit.Architecture(64, 3, 0.0, masked=False)
+    monkeypatch.setitem(vit.ARCHITECTURES, "vit_t", small)
+    by_xla = partial(vit.attend_fused, implementation="xla")
+    monkeypatch.setattr(vit, "attend_fused", by_xla)
+    images = np.stack([draw_face(seed=0, identity=i, index=0) for i in range(16)])
+    pixels, keys = jnp.asarray(images / 127.5 - 1), jax.random.split(jax.random.key(0), 16)
+
+    def embed(dtype, gpu):
+        network = registry.build("vit_t", dtype=dtype, gpu=gpu)
+        arrays = network.init(0)
+
+        @jax.jit
+        def apply(params, batch_stats):
+            return network.apply(params, batch_stats, pixels, train=True, keys=keys)[0]
+
+        (loop,) = re.findall(r":(\w+)\[16,144,64\].* = scan", str(jax.make_jaxpr(apply)(*arrays)))
+        return loop, np.asarray(apply(*arrays))
+
+    (exact_type, exact), (wide, kept), (narrow, rounded) = (
+        embed(dtype, gpu) for dtype, gpu in [("float32", 0), ("bfloat16", 0), ("bfloat16", HOPPER)]
+    )
+    assert (exact_type, wide, narrow) == ("f32", "f32", "bf16")
+    errors = [np.linalg.norm(found - exact) / np.linalg.norm(exact) for found in (kept, rounded)]
+    print(errors)
+    assert errors[0] < errors[1] < 1e-2
 
 
 class Layer(nnx.Module):
