@@ -36,7 +36,6 @@ from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import tables
 from benchmarks import (
     blocks,
-    bulk,
     cleaning,
     evaluation,
     galleries,
@@ -209,6 +208,8 @@ def run_bulk(
       batch_size: Images per forward pass.
       repeats: Counted runs of each, the fastest of which is given.
     """
+    from benchmarks import bulk  # needs torch, which machines with GPUs may lack
+
     begin = time.perf_counter()
     with errors.reported():
         sizes = {"images": images, "batch_size": batch_size}

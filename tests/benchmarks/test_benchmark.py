@@ -1,6 +1,8 @@
 """The benchmark runs as a user would start it, and its methods compute the same thing."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -14,6 +16,8 @@ from arcface_jax.machine import timing
 from arcface_jax.runtime import devices as meshes
 from benchmarks import head
 from benchmarks.head import Case
+
+ROOT = Path(__file__).parents[2]
 
 
 def benchmark(*options: str) -> None:
@@ -107,3 +111,10 @@ def test_the_arithmetic_of_evaluation_is_timed_part_by_part(tmp_path, capsys):
         assert sum(what.startswith(part) for what in measured) == 1
     assert min(measured.values()) > 0
     assert json.loads(Path(outcome["files"][0]).read_text())["seconds"] == measured
+
+
+def test_the_command_needs_no_torch():
+    """Machines with GPUs may lack it, and ONNX too; only what compares with them needs them."""
+    lacking = ("torch", "onnx", "onnxruntime", "onnxscript")
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking})); import benchmarks.__main__"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=600)
