@@ -7,6 +7,7 @@ python -m benchmarks bulk [--networks mbf r50] [--images 512]
 python -m benchmarks gallery [--rows 1000000] [--queries 1 16]
 python -m benchmarks neighbours [--size 100000] [--projections 0 128]
 python -m benchmarks cleaning MODEL --data LFW --pairs LFW/lfw_dev.bin
+python -m benchmarks retraining MODEL --data LFW [--seeds 3]
 python -m benchmarks step [--network r50] [--batch 128] [--against torch] [--table]
 python -m benchmarks gpu-program [--only r50 head]
 python -m benchmarks gpu-scale
@@ -333,6 +334,33 @@ def run_cleaning(
         "scores": [one._asdict() for one in scores],
         "overlap": np.stack([found.image, found.label], axis=1).tolist(),
     }
+    print("RESULT " + json.dumps({**result, "seconds": seconds, "files": []}))
+
+
+@app.command(name="retraining")
+def run_retraining(
+    model: tyro.conf.Positional[Path],
+    data: Path,
+    seeds: int = 3,
+    output: Path = Path("runs/benchmark_retraining"),
+    write: bool = False,
+) -> None:
+    """Trains on a set with planted label errors and on the cleaned set (docs/cleaning.md).
+
+    Args:
+      model: What cleans: a run's workdir, a hub folder, PyTorch weights or an ONNX file.
+      data: The folder of LFW's train.rec and lfw_dev.bin.
+      seeds: Plantings, each with a training seed of its own.
+      output: Folder of sets and runs; rerun the same command to resume.
+      write: Replace the table of docs/cleaning.md.
+    """
+    from benchmarks import retraining  # needs torch for the page's writer
+
+    begin = time.perf_counter()
+    with errors.reported():
+        runs = retraining.measure(open_path(model), data, output, seeds=seeds, write=write)
+    seconds = round(time.perf_counter() - begin, 1)
+    result = {"runs": [run._asdict() for run in runs]}
     print("RESULT " + json.dumps({**result, "seconds": seconds, "files": []}))
 
 
