@@ -192,7 +192,7 @@ def _kernel_gradient_by_chunks(
 
     On XLA's CPU backend its own form, a convolution whose window is the whole image, takes more
     than half of a training step. A few images at a time, the patches fit into the cache, and the
-    product is 2 to 18 times faster (docs/benchmarks.md).
+    product is 2 to 18 times faster (docs/benchmarks_appendix.md).
 
     Args:
       x: (B, H, W, channels in), the convolution's input.
