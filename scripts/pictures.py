@@ -222,7 +222,7 @@ def packages(theme: Theme) -> str:
         across = left + (number + 0.5) * cell
         svg.text(across + 4, top - 8, shown, anchor="start", size=13, turned=-50)
         svg.dot(across, middle, 3, fill=theme.line)
-        for other in imported[name]:
+        for other in sorted(imported[name]):
             svg.dot(left + (names.index(other) + 0.5) * cell, middle, 6.5, fill=theme.accent)
     return svg.close()
 

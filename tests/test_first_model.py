@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pages
 import pytest
 
 from arcface_jax import config as configs
@@ -33,13 +34,8 @@ def find(image):
 """
 
 
-def commands() -> list[str]:
-    lines = PAGE.read_text().splitlines()
-    return [line.strip() for line in lines if line.startswith("    ")]
-
-
 def test_the_page_goes_from_photographs_to_a_verdict():
-    text = "\n".join(commands())
+    text = "\n".join(pages.lines(PAGE))
     steps = (
         "align, inspect, split, pairs, import, train small_own, evaluate, calibrate, export onnx"
     )
@@ -85,7 +81,7 @@ def test_the_commands_run_as_they_stand(tmp_path: Path):
         "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
     }
     shell = f'set -e\narcface-jax() {{ "{sys.executable}" -m arcface_jax "$@"; }}\n'
-    for command in commands():
+    for command in pages.lines(PAGE):
         if not command.startswith("export "):
             shell += f"echo '>>>' '{command}'\n{command}\n"
     done = subprocess.run(
@@ -99,7 +95,7 @@ def test_the_commands_run_as_they_stand(tmp_path: Path):
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
     results = re.findall(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
-    assert len(results) == sum(not c.startswith("export ") for c in commands())
+    assert len(results) == sum(not c.startswith("export ") for c in pages.lines(PAGE))
     assert f"{PEOPLE * IMAGES} faces in runs/faces, 1 rejected" in done.stdout
     for page in ("runs/faces/align.html", "runs/inspect/index.html", "runs/report/index.html"):
         assert "<svg" in (tmp_path / page).read_text(), page
