@@ -30,7 +30,7 @@ def open_source(data: DataConfig, *, seed: int) -> Source:
 
     Args:
       data: whose path is one training set, or several with commas between them.
-      seed: of drawn faces and noise.
+      seed: of synthetic faces and noise.
 
     Raises:
       DataError: nothing is there, or nothing that is known.
