@@ -228,3 +228,23 @@ def test_the_parser_of_the_pages_sees_what_is_wrong():
         with pytest.raises((SystemExit, AssertionError, ConfigError)):
             check(shlex.split(line))
     assert loading.read_recipe("demo")  # and the recipe itself is fine
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_the_python_of_the_page_compiles(page: Path):
+    for text in pages.blocks(page, "python"):
+        compile(text, page.name, "exec")
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=page_id)
+def test_every_link_leads_somewhere(page: Path):
+    """Of the files that mkdocs does not check."""
+    text = page.read_text()
+    targets = re.findall(r'(?:\]\(|src="|srcset=")([^)"\s]+)', text)
+    for target in targets:
+        file, _, anchor = target.partition("#")
+        assert (page.parent / file).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings]
+            assert anchor in slugs, target

@@ -195,7 +195,7 @@ def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) ->
     check_both_kinds(same)
     for far in fars:
         if not 0 < far < 1:
-            raise DataError(f"a FAR of {far} is no target: give one between 0 and 1, as 1e-3")
+            raise DataError(f"a FAR target must be between 0 and 1, such as 1e-3, got {far}")
     genuine, impostor = score[same], score[~same]
     begin = len(impostor) - 1 - max((allowed(far, len(impostor)) for far in fars), default=0)
     top = np.sort(np.partition(impostor, begin)[begin:])

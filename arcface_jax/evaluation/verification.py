@@ -93,7 +93,7 @@ class Verification(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """The numbers, as `eval/NAME/accuracy` and so on, or `eval/MODEL/NAME/accuracy`.
 
-        `tar@far=1e-3` and its like are there as far as the set has pairs enough, and
+        `tar@far=1e-3` and so on are there if the set has enough pairs, and
         `fold_tar@far=1e-3` where `tar@far=1e-3` is.
         """
         values = {name: getattr(self, name) for name in METRICS}

@@ -114,7 +114,7 @@ class Embedder:
         """
         parts = list(self.stream(faces, points=points, normalized=normalized))
         if not parts:
-            raise DataError("there are no faces to embed: give one at least")
+            raise DataError("no faces given: pass at least one")
         return np.concatenate(parts)
 
     def stream(
@@ -155,8 +155,8 @@ class Embedder:
         if not self._warned_of_colors and colors.looks_bgr(images):
             self._warned_of_colors = True
             warnings.warn(
-                f"of {len(images)} faces nearly all have more blue than red in the middle, as if "
-                "they were BGR; RGB was expected: OpenCV's cv2.imread gives BGR, turn it with "
+                f"input looks like BGR (nearly all of {len(images)} faces are bluer than red), and RGB "
+                "is expected: OpenCV's cv2.imread gives BGR, convert it with "
                 "cv2.cvtColor(image, cv2.COLOR_BGR2RGB) or image[..., ::-1]",
                 stacklevel=4,
             )
@@ -187,7 +187,7 @@ class Embedder:
         if between == "all":
             return first @ second.T
         if len(first) != len(second):
-            raise DataError(f"{len(first)} faces and {len(second)} make no pairs: give as many")
+            raise DataError(f"pairs need equal lengths, got {len(first)} and {len(second)} faces")
         return np.einsum("nd,nd->n", first, second)
 
     def verify(self, a: Faces, b: Faces, *, threshold: float | str | Path | Calibration) -> Verdict:
