@@ -155,8 +155,8 @@ class Embedder:
         if not self._warned_of_colors and colors.looks_bgr(images):
             self._warned_of_colors = True
             warnings.warn(
-                f"input looks like BGR (nearly all of {len(images)} faces are bluer than red), and RGB "
-                "is expected: OpenCV's cv2.imread gives BGR, convert it with "
+                f"input looks like BGR (nearly all of {len(images)} faces are bluer than red), and "
+                "RGB is expected: OpenCV's cv2.imread gives BGR, convert it with "
                 "cv2.cvtColor(image, cv2.COLOR_BGR2RGB) or image[..., ::-1]",
                 stacklevel=4,
             )
