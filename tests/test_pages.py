@@ -18,6 +18,7 @@ import pytest
 import tyro
 from pages import PAGES, ROOT
 
+import arcface_jax
 from arcface_jax import cli
 from arcface_jax import config as configs
 from arcface_jax.config import Config, command_line, loading
@@ -248,3 +249,16 @@ def test_every_link_leads_somewhere(page: Path):
             headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings]
             assert anchor in slugs, target
+
+
+def test_the_release_has_one_number():
+    version = arcface_jax.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version} (" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_workflow_runs_every_python_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    promised = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    assert re.findall(r'python: "(3\.\d+)", jax', workflow) == promised
