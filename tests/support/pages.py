@@ -1,8 +1,11 @@
 """The README and the pages of docs/: their blocks of code, and the commands in them."""
 
+import os
 import re
 import shlex
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,3 +67,31 @@ def inline(page: Path) -> list[str]:
     """The code spans in running text."""
     text = _BLOCK.sub("", page.read_text())
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
+
+
+def script(lines: Iterable[str]) -> str:
+    """A bash script of commands; each is echoed behind `>>>`, and the first that fails ends it."""
+    begin = f'set -e\narcface-jax() {{ "{sys.executable}" -m arcface_jax "$@"; }}\n'
+    return begin + "".join(f"echo '>>>' '{line}'\n{line}\n" for line in lines)
+
+
+def run(lines: Iterable[str], folder: Path, **variables: str) -> str:
+    """Runs commands in a folder, on CPUs; returns what they print.
+
+    Args:
+      lines: as they stand on a page.
+      folder: where; modules in it can be imported.
+      **variables: of the environment.
+    """
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", **variables}
+    done = subprocess.run(
+        ["bash", "-c", script(lines)],
+        cwd=folder,
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    return done.stdout

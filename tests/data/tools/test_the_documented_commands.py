@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -48,19 +47,14 @@ def test_the_page_has_commands_of_every_tool():
 @pytest.mark.skipif(not LFW, reason="set ARCFACE_JAX_LFW to the folder of train.rec")
 def test_the_commands_run_as_they_stand(tmp_path: Path):
     (tmp_path / "detector.py").write_text(DETECTOR)
-    shell = f'set -e\narcface-jax() {{ "{sys.executable}" -m arcface_jax "$@"; }}\n'
-    for command in pages.lines(PAGE):
-        if "lmdb" in command and importlib.util.find_spec("lmdb") is None:
+    (tmp_path / "their_own.py").write_text(THEIR_OWN)
+    lines = []
+    for line in pages.lines(PAGE):
+        if "lmdb" in line and importlib.util.find_spec("lmdb") is None:
             continue
-        if "pairs.txt:" in command:
-            shell += "arcface-jax data pack runs/data/eval runs/eval_faces --format folder\n"
-            shell += f"python - <<'END'\n{THEIR_OWN}END\n"
-        shell += f"echo '>>>' '{command}'\n{command}\n"
+        if "pairs.txt:" in line:
+            lines.append("arcface-jax data pack runs/data/eval runs/eval_faces --format folder")
+            lines.append("python their_own.py")
+        lines.append(line)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    own = {"LFW": LFW, "DETECTOR": "detector:find", "PATH": path, "JAX_PLATFORMS": "cpu"}
-    environment = os.environ | own | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
-    done = subprocess.run(
-        ["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    pages.run(lines, tmp_path, LFW=LFW, DETECTOR="detector:find", PATH=path)
