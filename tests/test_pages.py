@@ -262,3 +262,7 @@ def test_the_workflow_runs_every_python_of_the_package():
     promised = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
     assert re.findall(r'python: "(3\.\d+)", jax', workflow) == promised
+    shown = re.findall(r"^ *(arcface-jax demo .*|make [\w-]+)$", workflow, re.MULTILINE)
+    for line in shown:
+        check(shlex.split(line))
+    assert shown
