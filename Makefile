@@ -1,4 +1,4 @@
-# make demo, make test, make check: each sets up .venv first and needs nothing but Python 3.11 to 3.13.
+# make demo, make test, make check, make docs: each sets up what it needs and asks for nothing but Python 3.11 to 3.13.
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 LFW ?= $(abspath ../shared/data/lfw)
 
-.PHONY: demo test slow gpu-program notebooks check format clean
+.PHONY: demo test slow gpu-program notebooks docs check format clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/train.py configs/demo.py --workdir runs/demo
@@ -26,6 +26,10 @@ notebooks: .venv/installed
 	[ -d "$${ARCFACE_JAX_WORKDIR:-runs/demo}" ] || $(MAKE) demo
 	$(BIN)/python scripts/notebooks.py
 
+# The site, in site/index.html.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,8 +42,9 @@ format: .venv/installed
 
 EXTRAS_.venv := jax2onnx,lmdb,onnx,parquet,tfds,test
 EXTRAS_.venv-gpu := gpu-plan-cuda12,test
+EXTRAS_.venv-docs := docs
 
-.venv/installed .venv-gpu/installed: pyproject.toml constraints.txt
+.venv/installed .venv-gpu/installed .venv-docs/installed: pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && apt-get install -y -qq python3 python3-venv; fi
 	@[ -n "$(PYTHON)" ] || python3 -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -51,4 +56,4 @@ EXTRAS_.venv-gpu := gpu-plan-cuda12,test
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-gpu runs
+	rm -rf .venv .venv-gpu .venv-docs runs site

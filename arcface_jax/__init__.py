@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from arcface_jax.train import train
 
 __all__ = ["Config", "Embedder", "__version__", "train"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> object:

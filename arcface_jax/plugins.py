@@ -147,6 +147,10 @@ def settings(given: Options, /, **defaults: float) -> dict[str, float]:
 
     Raises:
       ConfigError: an option has a name that the part does not know.
+
+    Examples:
+      >>> settings((("t", 0.3),), t=0.2, low=0.0)
+      {'t': 0.3, 'low': 0.0}
     """
     unknown = [name for name, _ in given if name not in defaults]
     if unknown:

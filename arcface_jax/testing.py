@@ -588,7 +588,7 @@ def check_detector(name: str, image: np.ndarray | None = None) -> None:
 
     Args:
       name: as `--detector`: `package.module:name`, or an ONNX file.
-      image: (H, W, 3) uint8 RGB; a drawn face, 180 pixels high and 160 wide, when not given.
+      image: (H, W, 3) uint8 RGB; a synthetic face, 180 pixels high and 160 wide, when not given.
 
     Raises:
       AssertionError: points are not finite or lie outside the image, the image is changed, or

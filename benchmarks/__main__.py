@@ -432,7 +432,7 @@ def run_gpu_table(
     most: int | None = None,
     output: Path = Path("runs/gpu_table"),
 ) -> None:
-    """Memory, traffic and modelled speed on GPUs that are not there (docs/benchmarks.md).
+    """Memory, traffic and modelled speed on GPUs that are not there (docs/benchmarks_appendix.md).
 
     Needs a CUDA plugin and no GPU. The same command resumes.
 

@@ -40,7 +40,7 @@ class Arguments:
     network: Annotated[str, tyro.conf.Positional]
     """Which one."""
     faces: Path | None = None
-    """A verification set whose first images are used; drawn faces when not given."""
+    """A verification set whose first images are used; synthetic faces when not given."""
 
 
 def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
     del twin, params, batch_stats
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        to_onnx.export(embedder, path)  # which compares drawn faces
+        to_onnx.export(embedder, path)  # which compares synthetic faces
         theirs = onnx_embedder(path, batch_size=len(faces))(faces)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     return {

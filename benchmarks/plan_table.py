@@ -1,4 +1,4 @@
-"""What runs need on GPUs that are not there: docs/benchmarks.md's tables, compiled.
+"""What runs need on GPUs that are not there: docs/benchmarks_appendix.md's tables, compiled.
 
 Each row is the real train step compiled for one kind of GPU, a JSON file of its own: a table that
 was interrupted goes on where it stopped, and rows of another version of the program are made again.
@@ -193,7 +193,7 @@ def _compile(process: Compiler, job: Job) -> Row:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The tables, as docs/benchmarks.md has them."""
+    """The tables, as docs/benchmarks_appendix.md has them."""
     blocks = []
     for table, title in _TITLES.items():
         chosen = [row for row in rows if row.table == table]

@@ -1,7 +1,7 @@
 """The conversion commands of a checkout: `python -m convert.to_torch` and its neighbors.
 
 The code is in `arcface_jax.convert`. Importing a module from here still works, with a warning, and
-stops working in the release after 0.1.
+stops working in the release after 0.2.
 """
 
 import importlib
@@ -29,7 +29,7 @@ def moved(name: str) -> ModuleType:
     new = _ELSEWHERE.get(name, f"arcface_jax.convert.{name}")
     module = importlib.import_module(new)
     warnings.warn(
-        f"convert.{name} is now {new}; the old name goes with the release after 0.1",
+        f"convert.{name} is now {new}; the old name goes with the release after 0.2",
         DeprecationWarning,
         stacklevel=2,
     )

@@ -27,7 +27,7 @@ class Arguments:
     networks: tuple[str, ...] = registry.NETWORKS
     """Which to measure, each in a process of its own; all when not given."""
     faces: Path | None = None
-    """A verification set (.bin) whose first 16 images are used; drawn faces when not given."""
+    """A verification set (.bin) whose first 16 images are used; synthetic faces when not given."""
     forms: bool = False
     """Measure the other table: weights written to each form and read back."""
     page: Path = Path("docs/modelzoo.md")

@@ -1,14 +1,12 @@
 """Every command of docs/first_model.md, typed as it stands there."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pages
 import pytest
 
 from arcface_jax import config as configs
@@ -33,13 +31,8 @@ def find(image):
 """
 
 
-def commands() -> list[str]:
-    lines = PAGE.read_text().splitlines()
-    return [line.strip() for line in lines if line.startswith("    ")]
-
-
 def test_the_page_goes_from_photographs_to_a_verdict():
-    text = "\n".join(commands())
+    text = "\n".join(pages.lines(PAGE))
     steps = (
         "align, inspect, split, pairs, import, train small_own, evaluate, calibrate, export onnx"
     )
@@ -74,33 +67,20 @@ def test_the_commands_run_as_they_stand(tmp_path: Path):
     weights(tmp_path)
     (tmp_path / "detector.py").write_text(DETECTOR)
     assert TEMPLATE.shape == (5, 2)
-    own = {
-        "PHOTOS": "photographs",
-        "WEIGHTS": "weights.onnx",
-        "NETWORK": "--model.network r_tiny",
-        "DETECTOR": "detector:find",
-        "FIRST": "runs/faces/person 0/0.jpg",
-        "SECOND": "runs/faces/person 0/1.jpg",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
-    }
-    shell = f'set -e\narcface-jax() {{ "{sys.executable}" -m arcface_jax "$@"; }}\n'
-    for command in commands():
-        if not command.startswith("export "):
-            shell += f"echo '>>>' '{command}'\n{command}\n"
-    done = subprocess.run(
-        ["bash", "-c", shell],
-        cwd=tmp_path,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        check=False,
+    shown = [line for line in pages.lines(PAGE) if not line.startswith("export ")]
+    printed = pages.run(
+        shown,
+        tmp_path,
+        PHOTOS="photographs",
+        WEIGHTS="weights.onnx",
+        NETWORK="--model.network r_tiny",
+        DETECTOR="detector:find",
+        FIRST="runs/faces/person 0/0.jpg",
+        SECOND="runs/faces/person 0/1.jpg",
     )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
-    results = re.findall(r"^RESULT (.*)$", done.stdout, re.MULTILINE)
-    assert len(results) == sum(not c.startswith("export ") for c in commands())
-    assert f"{PEOPLE * IMAGES} faces in runs/faces, 1 rejected" in done.stdout
+    results = re.findall(r"^RESULT (.*)$", printed, re.MULTILINE)
+    assert len(results) == len(shown)
+    assert f"{PEOPLE * IMAGES} faces in runs/faces, 1 rejected" in printed
     for page in ("runs/faces/align.html", "runs/inspect/index.html", "runs/report/index.html"):
         assert "<svg" in (tmp_path / page).read_text(), page
     assert (tmp_path / "runs/own/backbone.pth").exists()

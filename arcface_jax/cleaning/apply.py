@@ -6,7 +6,6 @@ Beside the new set lie `applied.csv`, a line for each image or identity that was
 
 import csv
 import json
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +16,9 @@ from arcface_jax.cleaning import files
 from arcface_jax.cleaning.identities import groups_of
 from arcface_jax.config.choices import Bad
 from arcface_jax.data import fingerprint, label_map
-from arcface_jax.data.files import FilesSource
 from arcface_jax.data.lists import SUFFIXES
 from arcface_jax.data.source import Source
-from arcface_jax.data.tools import packing
+from arcface_jax.data.tools import list_writing, packing
 from arcface_jax.data.tools.packing import Selection
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime import sealed
@@ -112,7 +110,7 @@ def apply(
     is_list = output.suffix.lower() in SUFFIXES
     folder = output.parent if is_list else output
     if is_list:
-        packed = _write_list(source, selection, output)
+        packed = list_writing.write(source, selection, output)
     else:
         packed = packing.pack(source, selection, output, bad=bad, threads=threads)
     final = [
@@ -320,26 +318,3 @@ def _write_changes(folder: Path, changes: list[Change]) -> Path:
         writer.writerow(Change._fields)
         writer.writerows(changes)
     return folder / APPLIED
-
-
-def _write_list(source: Source, selection: Selection, path: Path) -> packing.Packed:
-    """A list of path,label; the files stay where they are."""
-    if not isinstance(source, FilesSource):
-        raise UserError(
-            f"{path} is a list, and this training set is not of image files: name a folder, to "
-            "which a record file is written"
-        )
-    if path.exists():
-        raise UserError(f"{path} exists: name a new list")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = packing.names_of(source, selection)
-    with atomic(path, newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("path", "label"))
-        for number, label in zip(
-            selection.numbers.tolist(), selection.labels.tolist(), strict=True
-        ):
-            image = os.path.relpath(source.where(number), path.parent)
-            writer.writerow((image, label if source.names is None else table[label]))
-    images = len(selection.numbers)
-    return packing.Packed([path], images, selection.num_classes, [])

@@ -116,7 +116,9 @@ def inspect(
 def pack(
     path: TrainingSet,
     output: Output,
-    format: Literal["recordio", "folder", "webdataset", "lmdb"] = "recordio",
+    format: Literal[
+        "recordio", "folder", "list", "parquet", "arrow", "webdataset", "lmdb"
+    ] = "recordio",
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
@@ -126,21 +128,33 @@ def pack(
 
     Args:
       path: A training set, as --data.path of `train` takes it.
-      output: Folder to write to; rerun the same command to resume.
-      format: train.rec, train.idx and property; one folder for each identity; WebDataset tars; or
-        an LMDB of (image, label) as MessagePack.
+      output: Folder to write to, or the .csv file of a list; rerun the same command to resume.
+      format: train.rec, train.idx and property; one folder for each identity; a list of path,label
+        (of image files, which stay where they are); train.parquet; an Arrow file in a folder as
+        Hugging Face's save_to_disk makes it; WebDataset tars; or an LMDB of (image, label) as
+        MessagePack.
       renumber: Number the identities that have images from 0, without gaps.
       bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
       threads: 0 for one per processor.
       reading: What the set's form does not tell.
     """
-    from arcface_jax.data.tools import lmdb_writing, packing, splitting, webdataset_writing
+    from arcface_jax.data.tools import (
+        list_writing,
+        lmdb_writing,
+        packing,
+        splitting,
+        table_writing,
+        webdataset_writing,
+    )
 
     source = _open(path, reading)
     selection = packing.select(source, renumber=renumber)
     write = {
         "recordio": packing.pack,
         "folder": splitting.write_folder,
+        "list": list_writing.write,
+        "parquet": table_writing.write_parquet,
+        "arrow": table_writing.write_arrow,
         "webdataset": webdataset_writing.write,
         "lmdb": lmdb_writing.write,
     }[format]

@@ -49,7 +49,7 @@ class OnnxOptions:
     mean: float | None = None
     """--onnx takes (x - mean) / scale of 0 .. 255; 0 where it normalizes inside."""
     scale: float | None = None
-    """See --mean; 1 where it normalizes inside."""
+    """The divisor after --mean is subtracted; 1 where it normalizes inside."""
     output_name: str | None = None
     """The output of --onnx that is the embedding; by default the widest (N, D)."""
 

@@ -544,6 +544,11 @@ def replace(config: Config, **changes: Any) -> Config:
 
     Raises:
       ConfigError: a field is unknown, or a value has the wrong type or is out of range.
+
+    Examples:
+      >>> config = replace(Config(), data__path="faces", seed=1)
+      >>> config.data.path, config.seed
+      ('faces', 1)
     """
     for name, value in changes.items():
         head, _, rest = name.partition("__")

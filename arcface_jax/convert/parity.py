@@ -68,7 +68,7 @@ def drawn_faces(count: int = _FACES) -> np.ndarray:
 
 
 def check(model: Network, state: StateDict, *, network: str) -> float:
-    """Loads a state_dict strictly into the torch twin and compares the embeddings of drawn faces.
+    """Loads a state_dict strictly into the torch twin and compares embeddings of synthetic faces.
 
     Returns:
       The largest relative error.

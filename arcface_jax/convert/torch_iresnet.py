@@ -54,7 +54,7 @@ class TorchIResNet(nn.Module):
         self.features.bias.requires_grad_(architecture.last_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Maps (n, 3, 112, 112) float32 images to (n, D) embeddings, not normalized."""
         x = self.prelu(self.bn1(self.conv1(x)))
         for number in range(1, 5):
             x = self.get_submodule(f"layer{number}")(x)

@@ -49,7 +49,7 @@ class DepthWise(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Maps (n, C, H, W) to (n, C', H', W')."""
         return x + self.layers(x) if self.residual else self.layers(x)
 
 
@@ -64,7 +64,7 @@ class Residual(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Maps (n, C, H, W) to (n, C', H', W')."""
         return self.layers(x)
 
 
@@ -110,7 +110,7 @@ class TorchMobileFaceNet(nn.Module):
         self.features = Features(embedding_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Maps (n, 3, 112, 112) float32 images to (n, D) embeddings, not normalized."""
         for layer in self.layers:
             x = layer(x)
         return self.features(self.conv_sep(x))

@@ -86,7 +86,7 @@ class TorchVisionTransformer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Maps (n, 3, 112, 112) float32 images to (n, D) embeddings, not normalized."""
         x = self.patch_embed(x) + self.pos_embed
         for block in self.blocks:
             x = block(x)

@@ -1,4 +1,4 @@
-"""Where images come from: record files, drawn faces, pairs; and the batches made of them."""
+"""Where images come from: record files, synthetic faces, pairs; and the batches made of them."""
 
 import os
 import sys

@@ -86,6 +86,13 @@ def number(labels: Sequence[str], *, where: Callable[[int], str]) -> Numbered:
 
     Raises:
       ImageError: naming the line of a label that is blank, no identity, or far beyond the others.
+
+    Examples:
+      >>> number(["3", "0", "0"], where=str).labels.tolist()
+      [3, 0, 0]
+      >>> named = number(["grace", "ada", "ada"], where=str)
+      >>> named.labels.tolist(), list(named.names or ())
+      ([1, 0, 0], ['ada', 'grace'])
     """
     different = dict.fromkeys(labels)
     if "" in different:

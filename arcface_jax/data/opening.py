@@ -30,7 +30,7 @@ def open_source(data: DataConfig, *, seed: int) -> Source:
 
     Args:
       data: whose path is one training set, or several with commas between them.
-      seed: of drawn faces and noise.
+      seed: of synthetic faces and noise.
 
     Raises:
       DataError: nothing is there, or nothing that is known.
@@ -79,7 +79,7 @@ def _open_one(path: str, data: DataConfig, *, seed: int) -> Source:
     if not (folder.is_file() or folder.is_dir()):
         raise DataError(f"data.path {folder} is neither a file nor a folder ({_KNOWN})")
     if folder.is_file():
-        raise DataError(f"data.path {path} is a file of no kind that can be trained on ({_KNOWN})")
+        raise DataError(f"data.path {path} is not a supported training set ({_KNOWN})")
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
     raise DataError(
         f"data.path {folder} holds no training set (it holds: {found}): set --data.path to {_KNOWN}"

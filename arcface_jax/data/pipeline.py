@@ -231,7 +231,7 @@ class BadImages:
             raise DataError(
                 f"{len(self._known)} of {self._num_images} training images cannot be read, more "
                 f"than data.max_bad_share {self._max_share} allows; the last: {last.where}: "
-                f"{last.problem}. {self._path} lists them: mend or remove them, or allow more with "
+                f"{last.problem}. {self._path} lists them: fix or remove them, or allow more with "
                 "--data.max-bad-share"
             )
         return new

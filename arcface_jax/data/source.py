@@ -1,4 +1,4 @@
-"""What every training set offers: how many identities, and labeled images by number."""
+"""The `Source` protocol of training sets: random access to labeled images."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -93,7 +93,7 @@ class Verification(NamedTuple):
     def metrics(self) -> dict[str, float]:
         """The numbers, as `eval/NAME/accuracy` and so on, or `eval/MODEL/NAME/accuracy`.
 
-        `tar@far=1e-3` and its like are there as far as the set has pairs enough, and
+        `tar@far=1e-3` and so on are there if the set has enough pairs, and
         `fold_tar@far=1e-3` where `tar@far=1e-3` is.
         """
         values = {name: getattr(self, name) for name in METRICS}
@@ -231,6 +231,12 @@ def ten_fold(distance: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.nda
 
     Raises:
       DataError: fewer than ten pairs, or as `roc.checked`.
+
+    Examples:
+      >>> distance = np.tile([0.4, 1.6], 50)
+      >>> accuracies, thresholds = ten_fold(distance, distance < 1)
+      >>> float(accuracies.mean()), round(float(thresholds[0]), 2)
+      (1.0, 0.41)
     """
     distance, same = roc.checked(distance, same)
     fold = _folds(len(same))

@@ -1,4 +1,4 @@
-"""The two visits of a device to its classes, block by block; see `margin_softmax`.
+"""The forward and the backward pass of `margin_softmax` over the local classes, in blocks.
 
 Where the batch is large, a block is multiplied with a tile of it at a time.
 """

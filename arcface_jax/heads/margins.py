@@ -99,6 +99,11 @@ def cosface(margin: float) -> Margin:
     """z_y - m.
 
     Source: Wang et al., "CosFace: Large Margin Cosine Loss for Deep Face Recognition" (CVPR 2018).
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> [round(float(z), 3) for z in cosface(0.4).target(jnp.array([0.9, 0.5]), jnp.ones(2), {})]
+      [0.5, 0.1]
     """
     return Margin(lambda cosine, norm, state: cosine - margin)
 

@@ -1,4 +1,4 @@
-"""Inference as a library: faces in, embeddings, similarities and decisions out."""
+"""Embed, compare and search faces with a trained network."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ Points = np.ndarray | Iterable[np.ndarray | None]
 
 
 class Verdict(NamedTuple):
-    """Whether pairs of faces show one person each."""
+    """Whether each pair of faces shows one person."""
 
     same: np.ndarray
     """(n,) bool: score >= threshold."""
@@ -35,9 +35,9 @@ class Verdict(NamedTuple):
     """(n,) float32 cosines."""
     threshold: float
     verdict: np.ndarray
-    """(n,) strings: same; check, from `threshold_check` to `threshold`; or other."""
+    """(n,) strings: same; check, where the score lies between the thresholds; or other."""
     threshold_check: float | None = None
-    """None where there is one threshold, and no pair is to be checked."""
+    """The lower threshold; None if there is only one."""
 
 
 class Embedder:
@@ -114,13 +114,18 @@ class Embedder:
         """
         parts = list(self.stream(faces, points=points, normalized=normalized))
         if not parts:
-            raise DataError("there are no faces to embed: give one at least")
+            raise DataError("no faces given: pass at least one")
         return np.concatenate(parts)
 
     def stream(
         self, faces: Faces, *, points: Points | None = None, normalized: bool = True
     ) -> Iterator[np.ndarray]:
-        """As the call, batch by batch: at most `batch_size` images and embeddings in memory.
+        """Embeds faces batch by batch, with at most `batch_size` of them in memory.
+
+        Args:
+          faces: as the call takes them.
+          points: as the call takes them.
+          normalized: as the call takes it.
 
         Yields:
           (b, D) float32, b at most `batch_size`.
@@ -151,12 +156,23 @@ class Embedder:
         return self._aligner.settings()
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
-        """The same for (n, 112, 112, 3) uint8 RGB only, n at least 1."""
+        """Embeds faces that are aligned already, and skips `prepare`.
+
+        Args:
+          images: (n, 112, 112, 3) uint8 RGB, n at least 1.
+          normalized: whether the embeddings are of length 1, or as the network gives them.
+
+        Returns:
+          (n, D) float32.
+
+        Raises:
+          DataError: an embedding is not finite.
+        """
         if not self._warned_of_colors and colors.looks_bgr(images):
             self._warned_of_colors = True
             warnings.warn(
-                f"of {len(images)} faces nearly all have more blue than red in the middle, as if "
-                "they were BGR; RGB was expected: OpenCV's cv2.imread gives BGR, turn it with "
+                f"input looks like BGR (nearly all of {len(images)} faces are bluer than red), and "
+                "RGB is expected: OpenCV's cv2.imread gives BGR, convert it with "
                 "cv2.cvtColor(image, cv2.COLOR_BGR2RGB) or image[..., ::-1]",
                 stacklevel=4,
             )
@@ -187,7 +203,7 @@ class Embedder:
         if between == "all":
             return first @ second.T
         if len(first) != len(second):
-            raise DataError(f"{len(first)} faces and {len(second)} make no pairs: give as many")
+            raise DataError(f"pairs need equal lengths, got {len(first)} and {len(second)} faces")
         return np.einsum("nd,nd->n", first, second)
 
     def verify(self, a: Faces, b: Faces, *, threshold: float | str | Path | Calibration) -> Verdict:
@@ -244,12 +260,15 @@ class Embedder:
         )
 
     def search(self, saved: str | Path | Gallery, faces: Faces, *, k: int = 5) -> Matches:
-        """The k most similar faces of a gallery for each face, exactly (see `gallery`).
+        """Finds the k most similar faces of a gallery for each face; the search is exact.
 
         Args:
           saved: a gallery, or its folder.
           faces: m faces, as the call takes them, or embeddings (m, D) float.
           k: how many.
+
+        Returns:
+          Names, cosines and rows, each (m, k), the most similar first.
 
         Raises:
           UserError: the gallery is of another model, or of faces embedded in another way.
@@ -268,7 +287,22 @@ class Embedder:
         points: Mapping[str, np.ndarray] | None = None,
         normalized: bool = True,
     ) -> bulk.Summary:
-        """Embeds every image below a folder into shards of files, see `bulk.embed_folder`."""
+        """Embeds every image below a folder into shards of files; rerun to resume.
+
+        Args:
+          folder: of images.
+          output: folder for the shards, which `bulk.read` joins.
+          shard_size: images per shard.
+          points: (5, 2) by the image's path below the folder, for images that are not aligned.
+          normalized: whether the embeddings are of length 1, or as the network gives them.
+
+        Returns:
+          Counts of embedded images and of shards, and the reason of each skipped image.
+
+        Raises:
+          DataError: there is no such folder, or no image in it.
+          UserError: the output was made with other settings, or cannot be written.
+        """
         return bulk.embed_folder(
             self,
             Path(folder),

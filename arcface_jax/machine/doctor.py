@@ -61,7 +61,7 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
         yield Check("devices", "fails", str(error))
         return
     first = mesh.devices.flat[0]
-    words = f"{mesh.size} x {first.device_kind} ({first.platform}); the recipe can be split so"
+    words = f"{mesh.size} x {first.device_kind} ({first.platform}): OK for this recipe"
     yield Check("devices", "ok", words, {"devices": mesh.size})
     milliseconds: dict[str, float] = {}
     if config.data.path:

@@ -49,7 +49,7 @@ class RandomInitializer:
         return (self._rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
 
     def rngs(self) -> nnx.Rngs:
-        """See `Initializer`; one set of streams, which every call continues."""
+        """Random streams for Flax's own layers: one set, which every call continues."""
         if self._rngs is None:  # not before: making keys starts JAX's backend
             self._rngs = nnx.Rngs(self._seed)
         return self._rngs
@@ -59,15 +59,15 @@ class ShapeInitializer:
     """Draws nothing: for building a network whose weights come from elsewhere."""
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
-        """See `Initializer`; a view of one zero."""
+        """A view of one zero in that shape, float32."""
         return np.broadcast_to(np.float32(0), shape)
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
-        """See `Initializer`; a view of one zero."""
+        """A view of one zero in that shape, float32."""
         return np.broadcast_to(np.float32(0), shape)
 
     def rngs(self) -> nnx.Rngs:
-        """See `Initializer`; Flax's layers draw, and what they draw is not used."""
+        """Streams for Flax's layers, whose values are not used."""
         return nnx.Rngs(0)
 
 
@@ -192,7 +192,7 @@ def _kernel_gradient_by_chunks(
 
     On XLA's CPU backend its own form, a convolution whose window is the whole image, takes more
     than half of a training step. A few images at a time, the patches fit into the cache, and the
-    product is 2 to 18 times faster (docs/benchmarks.md).
+    product is 2 to 18 times faster (docs/benchmarks_appendix.md).
 
     Args:
       x: (B, H, W, channels in), the convolution's input.

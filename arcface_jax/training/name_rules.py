@@ -20,6 +20,10 @@ def select(patterns: Iterable[str], names: Sequence[str], *, field: str) -> set[
 
     Raises:
       ConfigError: naming every pattern that matches none.
+
+    Examples:
+      >>> sorted(select(["conv1.*"], ["conv1.kernel", "layer1.0.conv1.kernel"], field="frozen"))
+      ['conv1.kernel']
     """
     fitting = {p: {name for name in names if fnmatchcase(name, p)} for p in patterns}
     unfit = [_explain(p, names) for p, found in fitting.items() if not found]
@@ -35,6 +39,10 @@ def factors(
 
     Raises:
       ConfigError: as `select`.
+
+    Examples:
+      >>> factors([("*", 0.1), ("fc.*", 1.0)], ["bn1.scale", "fc.kernel"], field="rates")
+      {'bn1.scale': 0.1, 'fc.kernel': 1.0}
     """
     chosen = dict.fromkeys(names, 1.0)
     select((pattern for pattern, _ in rates), names, field=field)

@@ -36,6 +36,14 @@ def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch
 
     Returns:
       A function from the step, () int32 beginning with 0, to the rate, () float32.
+
+    Examples:
+      >>> from arcface_jax.config import ScheduleConfig
+      >>> rate = make_schedule(
+      ...     ScheduleConfig(epochs=10, warmup_epochs=2), base_rate=0.1, steps_per_epoch=5
+      ... )
+      >>> [round(float(rate(step)), 3) for step in (0, 5, 10, 50)]
+      [0.0, 0.05, 0.1, 0.0]
     """
     total = schedule.epochs * steps_per_epoch
     warmup = schedule.warmup_steps or round(schedule.warmup_epochs * steps_per_epoch)

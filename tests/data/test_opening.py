@@ -299,7 +299,7 @@ def test_a_missing_path_an_empty_folder_and_a_file_are_told_apart(tmp_path: Path
         (tmp_path / name).touch()
     with pytest.raises(DataError, match=r"it holds: lfw\.bin, property\): set --data\.path"):
         opened(str(tmp_path))
-    with pytest.raises(DataError, match=r"property is a file of no kind that can be trained on"):
+    with pytest.raises(DataError, match=r"property is not a supported training set"):
         opened(str(tmp_path / "property"))
     (tmp_path / "train.idx").write_text("1\t0\n")
     with pytest.raises(DataError, match=r"train\.rec is missing \(train\.idx is there"):

@@ -1,4 +1,4 @@
-"""Procedurally drawn face identities: training and verification images without a download.
+"""Procedurally synthetic face identities: training and verification images without a download.
 
 An identity fixes what a person keeps (geometry, skin, hair, brows, glasses, beard); a view fixes
 what changes from picture to picture (pose, expression, light, color cast, blur, noise, occlusion).

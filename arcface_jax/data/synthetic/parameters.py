@@ -1,4 +1,4 @@
-"""What a drawn face is made from: the numbers of a person and of a picture.
+"""What a synthetic face is made from: the numbers of a person and of a picture.
 
 Face coordinates: x to the right, y down, the origin between nose and eyes, the unit is half the
 height of the head. z points at the viewer; features lie on an ellipsoid, so yaw and pitch move them

@@ -1,4 +1,4 @@
-"""The colored polygons of a drawn face, from the parameters of a person and of a picture."""
+"""The colored polygons of a synthetic face, from the parameters of a person and of a picture."""
 
 from functools import lru_cache
 from typing import NamedTuple

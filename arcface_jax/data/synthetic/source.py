@@ -1,4 +1,4 @@
-"""Training sets without files: drawn faces, and noise for dry runs of large heads."""
+"""Training sets without files: synthetic faces, and noise for dry runs of large heads."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ from arcface_jax.data.synthetic import faces
 
 
 class SyntheticSource(Source):
-    """Drawn faces: `images_per_identity` of each of the identities 0 .. identities - 1."""
+    """Synthetic faces: `images_per_identity` of each of the identities 0 .. identities - 1."""
 
     generated = True
 

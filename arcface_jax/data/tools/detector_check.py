@@ -15,7 +15,7 @@ DRAWN = 12
 """Synthetic faces that a detector is tried on."""
 _CANVAS = (480, 640, 3)
 _CORNERS = ((40, 60), (180, 260), (300, 420))  # of the pasted face, y and x
-_TOLERANCE = 0.25  # of the distance of the eyes: a drawn face is not a photograph
+_TOLERANCE = 0.25  # of the distance of the eyes: a synthetic face is not a photograph
 
 
 class Known(NamedTuple):
@@ -82,7 +82,7 @@ def check(path: Path, *, photograph: Path | None = None, size: int = 0) -> Check
 
 
 def _finds(detect: Detector, number: int) -> bool:
-    """Whether a drawn face's points are found, in the order of `faces.POINT_NAMES`."""
+    """Whether a synthetic face's points are found, in the order of `faces.POINT_NAMES`."""
     y, x = _CORNERS[number % len(_CORNERS)]
     picture = np.full(_CANVAS, 128, np.uint8)
     picture[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = draw_face(seed=0, identity=number, index=0)

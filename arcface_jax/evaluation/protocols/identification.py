@@ -179,8 +179,8 @@ def standard_rule(searches: Sequence[Search], *, fpirs: Sequence[float] = FPIRS)
     for number, found in enumerate(searches, start=1):
         if not found.mated.any():
             raise DataError(
-                f"gallery {number} has no person of the probes: rank and TPIR need some; look at "
-                "the csv files of galleries and probes"
+                f"no probe has a mate in gallery {number}, and rank and TPIR need some: check the "
+                "csv files of galleries and probes"
             )
     ranks = {rank: float(np.mean([s.accuracy(rank) for s in searches])) for rank in RANKS}
     tpirs = []

@@ -2,16 +2,22 @@
 
 import importlib.util
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import pages
 import pytest
 
 ROOT = Path(__file__).parents[3]
 LFW = os.environ.get("ARCFACE_JAX_LFW", "")
 PAGE = ROOT / "docs" / "data.md"
+# Photographs of the page are faces already.
+DETECTOR = """
+from arcface_jax.data.faces import TEMPLATE
+
+def find(image):
+    return TEMPLATE[None]
+"""
 # The page's reader brings these two: faces by name, and a list of pairs of them.
 THEIR_OWN = """
 import pathlib, shutil
@@ -31,35 +37,24 @@ pathlib.Path("pairs.txt").write_text("\\n".join(lines) + "\\n")
 """
 
 
-def commands() -> list[str]:
-    lines = PAGE.read_text().splitlines()
-    return [line.strip() for line in lines if line.startswith("    ")]
-
-
 def test_the_page_has_commands_of_every_tool():
-    text = "\n".join(commands())
+    text = "\n".join(pages.lines(PAGE))
     for tool in ("inspect", "pack", "to-tfds", "split", "pairs", "align", "merge", "bench"):
-        assert f"scripts/data.py {tool} " in text, tool
+        assert f"arcface-jax data {tool} " in text, tool
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LFW, reason="set ARCFACE_JAX_LFW to the folder of train.rec")
 def test_the_commands_run_as_they_stand(tmp_path: Path):
-    for name in ("arcface_jax", "configs", "convert", "scripts"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    shell = "set -e\n"
-    for command in commands():
-        if "lmdb" in command and importlib.util.find_spec("lmdb") is None:
+    (tmp_path / "detector.py").write_text(DETECTOR)
+    (tmp_path / "their_own.py").write_text(THEIR_OWN)
+    lines = []
+    for line in pages.lines(PAGE):
+        if "lmdb" in line and importlib.util.find_spec("lmdb") is None:
             continue
-        if "pairs.txt:" in command:
-            shell += "python scripts/data.py pack runs/data/eval runs/eval_faces --format folder\n"
-            shell += f"python - <<'END'\n{THEIR_OWN}END\n"
-        shell += f"echo '>>>' {command.split(' -c ')[0]!r}\n{command}\n"
+        if "pairs.txt:" in line:
+            lines.append("arcface-jax data pack runs/data/eval runs/eval_faces --format folder")
+            lines.append("python their_own.py")
+        lines.append(line)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"LFW": LFW, "PATH": path, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        ["bash", "-c", shell], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-3000:]
+    pages.run(lines, tmp_path, LFW=LFW, DETECTOR="detector:find", PATH=path)

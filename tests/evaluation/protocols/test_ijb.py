@@ -216,5 +216,5 @@ def test_probes_without_exactly_one_mate_are_named():
         identification.insightface_rule(**_arrays(vectors, {3: 1, 4: 7}, {0: 1, 1: 2}))
     with pytest.raises(DataError, match="subject 1 of the probes has 2 templates"):
         identification.insightface_rule(**_arrays(vectors, {3: 1}, {0: 1, 1: 1}))
-    with pytest.raises(DataError, match="gallery 1 has no person of the probes"):
+    with pytest.raises(DataError, match="no probe has a mate in gallery 1"):
         identification.standard_rule([_search(vectors, {3: 9}, {0: 1, 1: 2})])

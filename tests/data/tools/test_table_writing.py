@@ -1,0 +1,62 @@
+"""A training set as a list, as Parquet and as Arrow holds the same bytes, labels and names."""
+
+from pathlib import Path
+
+import commands
+import numpy as np
+import pytest
+
+from arcface_jax.config import DataConfig
+from arcface_jax.data.opening import open_source
+from arcface_jax.data.synthetic.faces import draw_face
+
+PEOPLE = {"ada": 3, "grace": 2, "Zoë": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each person."""
+    import cv2
+
+    folder = tmp_path_factory.mktemp("faces")
+    for identity, (name, images) in enumerate(PEOPLE.items()):
+        (folder / name).mkdir()
+        for index in range(images):
+            face = draw_face(seed=1, identity=identity, index=index)
+            (folder / name / f"{index}.png").write_bytes(cv2.imencode(".png", face)[1].tobytes())
+    return folder
+
+
+def pack(*words: str | Path) -> int:
+    return commands.script("data").main(["pack", *map(str, words)])
+
+
+@pytest.mark.parametrize("form", ["list", "parquet", "arrow"])
+def test_what_is_packed_is_read_back(folder: Path, tmp_path: Path, form: str):
+    if form != "list":
+        pytest.importorskip("pyarrow")
+    output = tmp_path / ("faces.csv" if form == "list" else form)
+    assert pack(folder, output, "--format", form) == 0
+    before, after = (open_source(DataConfig(path=str(path)), seed=0) for path in (folder, output))
+    assert len(after) == sum(PEOPLE.values()) and after.num_classes == len(PEOPLE)
+    assert before.names is not None and after.names is not None
+    np.testing.assert_array_equal(after.labels(), before.labels())
+    for index in range(len(before)):
+        one, other = before.read(index), after.read(index)
+        assert one.data == other.data
+        assert before.names[one.label] == after.names[other.label]
+
+
+def test_a_finished_set_is_not_written_over(folder: Path, tmp_path: Path, capsys):
+    pytest.importorskip("pyarrow")
+    assert pack(folder, tmp_path / "set", "--format", "parquet") == 0
+    with pytest.raises(SystemExit):
+        pack(folder, tmp_path / "set", "--format", "parquet")
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_list_is_of_image_files(folder: Path, tmp_path: Path, capsys):
+    assert pack(folder, tmp_path / "records") == 0
+    with pytest.raises(SystemExit):
+        pack(tmp_path / "records", tmp_path / "all.csv", "--format", "list")
+    assert "not of image files" in capsys.readouterr().err
