@@ -32,6 +32,15 @@ def find(network: str) -> Twin | None:
     return getattr(plugins.load(network, field="model.network"), "torch_twin", None)
 
 
+def has_layer_sequence(network: str) -> bool:
+    """Whether `torch_layers` can tell the network's layers, by which ONNX files are recognized.
+
+    An EdgeFace's cannot be told: it multiplies and joins branches, and its ONNX file holds the
+    positions after their projection, not the projection's weights.
+    """
+    return network not in edgeface.ARCHITECTURES and find(network) is not None
+
+
 def sign(network: str) -> str | None:
     """The name of an array that tells a built-in network's family; None for a plug-in."""
     return next((name for networks, _, name in _FAMILIES if network in networks), None)

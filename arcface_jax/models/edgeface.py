@@ -349,7 +349,7 @@ def _conv_options(settings: _Settings) -> dict[str, Any]:
 
 def _channelwise(width: int, settings: _Settings, *, kernel: int) -> Conv:
     """A convolution of each channel by itself."""
-    options = _conv_options(settings) | {"padded": True}
+    options: dict[str, Any] = _conv_options(settings) | {"padded": True}
     return Conv(width, width, kernel=kernel, groups=width, **options)
 
 
