@@ -105,14 +105,15 @@ class _LowRank(nnx.Module):
 
 
 class _Mlp(nnx.Module):
-    """Two layers with GELU between them."""
+    """Two layers with GELU, computed in float32, between them."""
 
     def __init__(self, width: int, settings: _Settings):
         self.fc1 = _LowRank(width, _MLP_RATIO * width, settings)
         self.fc2 = _LowRank(_MLP_RATIO * width, width, settings)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        hidden = self.fc1(x).astype(jnp.float32)
+        return self.fc2(jax.nn.gelu(hidden, approximate=False))
 
 
 class _ChannelAttention(nnx.Module):
