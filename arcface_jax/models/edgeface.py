@@ -119,8 +119,7 @@ class _Mlp(nnx.Module):
 class _ChannelAttention(nnx.Module):
     """Attention in which the channels of a head look at each other: its scores are width x width.
 
-    Products take operands of the compute type and add up in float32; lengths and softmax are
-    float32.
+    Products take operands of the compute type; scores, lengths and softmax are float32.
     """
 
     def __init__(self, width: int, settings: _Settings):
@@ -151,11 +150,11 @@ def attend_to_channels(qkv: jax.Array, temperature: jax.Array) -> jax.Array:
       (B, tokens, heads, channels) in the type of qkv.
     """
     query, key, value = (qkv[:, :, part] for part in range(3))
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("bnhc,bnhd->bhcd", query, key) * temperature[None]
+    scores = jnp.einsum("bnhc,bnhd->bhcd", query, key, preferred_element_type=jnp.float32)
+    scores = scores * temperature[None]
     scores = scores * _inverse_lengths(query)[:, :, :, None] * _inverse_lengths(key)[:, :, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(qkv.dtype)
-    return product("bhcd,bnhd->bnhc", weights, value).astype(qkv.dtype)
+    return jnp.einsum("bhcd,bnhd->bnhc", weights, value)
 
 
 def _inverse_lengths(x: jax.Array) -> jax.Array:
