@@ -18,6 +18,7 @@ from arcface_jax.errors import ConfigError
 _IRESNET = "arcface_jax.models.iresnet:make"
 _MOBILEFACENET = "arcface_jax.models.mobilefacenet:make"
 _VIT = "arcface_jax.models.vit:make"
+_EDGEFACE = "arcface_jax.models.edgeface:make"
 
 # Field of the configuration -> name -> where it is. Strings, so that a name can be checked without
 # importing what it stands for.
@@ -44,6 +45,8 @@ BUILT_IN: Mapping[str, Mapping[str, str]] = {
         "mbf": _MOBILEFACENET,
         "mbf_large": _MOBILEFACENET,
         "mobilefacenet_y1": _MOBILEFACENET,
+        "edgeface_xs": _EDGEFACE,
+        "edgeface_s": _EDGEFACE,
         "vit_t": _VIT,
         "vit_t_dp005_mask0": _VIT,
         "vit_s": _VIT,

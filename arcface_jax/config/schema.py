@@ -216,8 +216,9 @@ class ModelConfig:
     """The backbone."""
 
     network: Network = "r50"
-    """Backbone architecture: r18 .. r2060, mbf, vit_t .. (docs/backbones.md),
-    or your own, package.module:name (docs/extending.md)."""
+    """Backbone architecture: r18 .. r2060, mbf, edgeface_xs, vit_t ..
+    (docs/backbones.md), or your own, package.module:name
+    (docs/extending.md)."""
     options: tuple[tuple[str, float], ...] = ()
     """Settings of a network of your own: NAME VALUE NAME VALUE."""
     embedding_size: PositiveInt = 512

@@ -81,6 +81,11 @@ def load(path: Path, network: str | None = None, *, options: OnnxOptions | None 
       UserError: the packages for ONNX are missing, the graph is no network of the registry (with
         the first layer that differs), it wants pixels of another mean, or the embeddings differ.
     """
+    if network in registry.NETWORKS and not twins.has_layer_sequence(network):
+        raise UnknownGraph(
+            f"{network} cannot be read from ONNX, where parts of its weights are multiplied with "
+            f"constants: import the .pth or safetensors file that {path} was made from"
+        )
     found = onnx_layers.read(path)
     chosen = _choose(path, found.layers, [network] if network else _networks(found.layers))
     model = onnx_embedder(path, options=options or OnnxOptions())
@@ -126,11 +131,11 @@ def convert(
 
 
 def _networks(layers: list[Layer]) -> list[str]:
-    """Networks to compare with: those that have a twin.
+    """Networks to compare with.
 
     r2060 has 4,000 layers and takes longer to trace than all others, so short files skip it.
     """
-    found = [name for name in registry.NETWORKS if twins.find(name)]
+    found = [name for name in registry.NETWORKS if twins.has_layer_sequence(name)]
     return [name for name in found if name != "r2060" or len(layers) > _LAYERS_OF_OTHERS]
 
 

@@ -168,8 +168,8 @@ class _Reader:
             return self._graph.layer(layer, first)
         if len(set(reads)) > 1 and kind != "Add":
             raise self._unknown(
-                f"joins branches by {kind} at node {node.name or node.output[0]}; of the networks "
-                "of this project none does"
+                f"joins branches by {kind} at node {node.name or node.output[0]}, which no network "
+                "that can be read from ONNX does. If it is an EdgeFace, import its .pth file"
             )
         return self._graph.addition(reads)
 

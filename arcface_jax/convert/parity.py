@@ -15,6 +15,7 @@ from arcface_jax.training.network import Network
 
 TOLERANCE = 1e-4
 _FACES = 16
+_FACTORS = ("gamma", "gamma_xca", "temperature")
 
 
 def torch_embeddings(module: torch.nn.Module, images: np.ndarray) -> np.ndarray:
@@ -36,7 +37,8 @@ def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, 
     """Fresh weights of a network, with the BatchNorm statistics of one training pass over faces.
 
     The initial statistics, and running ones that are a tenth of the way there, let networks of a
-    hundred layers overflow.
+    hundred layers overflow. Factors on branches, which begin so close to 0 that an embedding would
+    not show what the branches compute, are drawn from [0.5, 1.5).
 
     Args:
       network: a name in `arcface_jax.models.registry.NETWORKS`.
@@ -48,6 +50,10 @@ def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, 
     """
     backbone = registry.build(network)
     params, batch_stats = backbone.init(seed)
+    drawn = np.random.default_rng(seed)
+    for name, array in params.items():
+        if name.rpartition(".")[2] in _FACTORS:
+            params[name] = drawn.uniform(0.5, 1.5, array.shape).astype(np.float32)
     keys = jax.random.split(jax.random.key(seed), len(faces))
 
     @jax.jit

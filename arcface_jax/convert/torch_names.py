@@ -22,6 +22,9 @@ _LAST_WORD = {
     "var": "running_var",
     "pos_embed": "pos_embed",
     "mask_token": "mask_token",
+    "gamma": "gamma",
+    "gamma_xca": "gamma_xca",
+    "temperature": "temperature",
 }
 # torch's BatchNorm counts its batches; nothing reads the number where momentum is given.
 COUNTER = "num_batches_tracked"

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 
 from arcface_jax import plugins
-from arcface_jax.convert import torch_iresnet, torch_mobilefacenet, torch_vit
+from arcface_jax.convert import torch_edgeface, torch_iresnet, torch_mobilefacenet, torch_vit
 from arcface_jax.errors import UserError
-from arcface_jax.models import iresnet, mobilefacenet, registry, vit
+from arcface_jax.models import edgeface, iresnet, mobilefacenet, registry, vit
 
 Twin = Callable[..., torch.nn.Module]
 
@@ -16,6 +16,7 @@ _FAMILIES = (
     (iresnet.ARCHITECTURES, torch_iresnet.build, "layer1.0.conv1.weight"),
     (mobilefacenet.ARCHITECTURES, torch_mobilefacenet.build, "features.layers.3.bias"),
     (vit.ARCHITECTURES, torch_vit.build, "patch_embed.proj.weight"),
+    (edgeface.ARCHITECTURES, torch_edgeface.build, "model.head.fc.linear2.bias"),
 )
 
 
@@ -29,6 +30,15 @@ def find(network: str) -> Twin | None:
         if network in architectures:
             return build_family
     return getattr(plugins.load(network, field="model.network"), "torch_twin", None)
+
+
+def has_layer_sequence(network: str) -> bool:
+    """Whether `torch_layers` can tell the network's layers, by which ONNX files are recognized.
+
+    An EdgeFace's cannot be told: it multiplies and joins branches, and its ONNX file holds the
+    positions after their projection, not the projection's weights.
+    """
+    return network not in edgeface.ARCHITECTURES and find(network) is not None
 
 
 def sign(network: str) -> str | None:

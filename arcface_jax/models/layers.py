@@ -72,7 +72,7 @@ class ShapeInitializer:
 
 
 class Conv(nnx.Module):
-    """A convolution without bias, padded by half its kernel as torch's `padding=kernel//2`.
+    """A convolution, padded by half its kernel as torch's `padding=kernel//2`.
 
     Args:
       in_channels: of the input.
@@ -82,6 +82,7 @@ class Conv(nnx.Module):
       groups: the channels are cut into as many slices, each convolved by itself.
       padded: whether there is any padding.
       std: of the initial weights; 0.1 is IResNet's.
+      bias: whether there is a bias, 0 at first.
       dtype: compute type.
       init: where the initial weights come from.
     """
@@ -96,11 +97,13 @@ class Conv(nnx.Module):
         groups: int = 1,
         padded: bool = True,
         std: float = 0.1,
+        bias: bool = False,
         dtype: jnp.dtype,
         init: Initializer,
     ):
         shape = (kernel, kernel, in_channels // groups, out_channels)
         self.kernel = nnx.Param(init.normal(shape, std=std))
+        self.bias = nnx.Param(np.zeros((out_channels,), np.float32)) if bias else None
         self.dtype = dtype
         if groups > 1 or not padded:
             self.convolve = partial(
@@ -110,7 +113,8 @@ class Conv(nnx.Module):
             self.convolve = partial(_conv, stride)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        y = self.convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return y if self.bias is None else y + _per_channel(self.bias[...].astype(self.dtype), y)
 
 
 def _plain_conv(
@@ -500,9 +504,8 @@ class Linear(nnx.Module):
 class LayerNorm(nnx.Module):
     """Normalizes the last axis in float32, as torch does; the output has the input's type."""
 
-    epsilon = 1e-5
-
-    def __init__(self, features: int):
+    def __init__(self, features: int, *, epsilon: float = 1e-5):
+        self.epsilon = epsilon
         self.scale = nnx.Param(np.ones((features,), np.float32))
         self.bias = nnx.Param(np.zeros((features,), np.float32))
 

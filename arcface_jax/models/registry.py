@@ -144,8 +144,11 @@ class MakeNetwork(Protocol):
 
 NETWORKS = tuple(plugins.BUILT_IN["model.network"])
 
-# What each family calls the bias of the BatchNorm whose output is the embedding.
-_LAST_BIASES = ("features.bias", "features.layers.3.bias", "feature.3.bias", "fc.bias")
+# What each family calls the bias of the layer whose output is the embedding.
+_LAST_BIASES = (
+    *("features.bias", "features.layers.3.bias", "feature.3.bias", "fc.bias"),
+    "model.head.fc.linear2.bias",
+)
 
 
 def embedding_size(arrays: Mapping[str, Any]) -> int | None:

@@ -25,7 +25,11 @@ def relative(ours: np.ndarray, exact: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(
-    "network", ["r_tiny", pytest.param("mbf", marks=pytest.mark.slow), "vit_t"]
+    "network",
+    [
+        *("r_tiny", "vit_t"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mbf", "edgeface_xs")),
+    ],
 )
 def test_embeddings_in_training_are_near_those_of_float32(network):
     images = preprocess.normalize(jnp.asarray(faces(8)))
@@ -47,7 +51,7 @@ def test_embeddings_in_training_are_near_those_of_float32(network):
 
 
 @pytest.mark.slow  # quick are the embeddings above, and steps in float16 in test_skipping.py
-@pytest.mark.parametrize("network", ["r_tiny", "mbf", "vit_t"])
+@pytest.mark.parametrize("network", ["r_tiny", "mbf", "vit_t", "edgeface_xs"])
 def test_gradients_are_nearer_to_those_of_float32_than_those_of_bfloat16(network):
     target = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
     images = preprocess.normalize(jnp.asarray(faces(8)))
@@ -103,6 +107,11 @@ def test_what_stays_float32():
     expected = ["float32", *half, *["float32"] * 2, *half * 3, *["float32"] * 2]
     assert dtypes("vit_t", "dot_general") == expected
     assert dtypes("vit_t", "exp") == ["float32"]
+    # EdgeFace: what the positions go through, and the last linear layer, which is two of low rank.
+    assert sorted(dtypes("edgeface_xs", "conv_general_dilated")) == ["float16"] * 25 + ["float32"]
+    products = dtypes("edgeface_xs", "dot_general")
+    assert products[-2:] == ["float32"] * 2 and set(products[:-2]) == {"float16"}
+    assert dtypes("edgeface_xs", "exp") == ["float32"] * 3
 
 
 def test_statistics_of_large_values_do_not_overflow():

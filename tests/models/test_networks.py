@@ -32,6 +32,9 @@ PUBLISHED = {
     "r200": (118.83, 23.4),
     "r2060": (1122.30, 238.9),
     "mbf": (2.06, 0.44),
+    # EdgeFace's own table counts 154.00 and 306.12 million additions and multiplications.
+    "edgeface_xs": (1.77, 0.077),
+    "edgeface_s": (3.65, 0.153),
     "vit_t": (19.14, 1.5),
     "vit_t_dp005_mask0": (19.14, 1.5),
     "vit_s": (76.02, 5.7),
