@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arcface_jax.errors import CheckpointError, UserError
-from arcface_jax.runtime import damaged
+from arcface_jax.runtime import damaged, foreign
 from arcface_jax.runtime.files import complete_steps, unfinished_steps, write_atomic
 
 _FOLDER = "checksums"
@@ -327,7 +327,7 @@ def _unlistable(path: Path) -> list[str]:
 def _is_other_json(path: Path) -> bool:
     """Whether a file is valid JSON, but no object; Orbax ignores metadata that is no JSON."""
     with contextlib.suppress(OSError, ValueError):
-        return not isinstance(json.loads(path.read_bytes()), dict)
+        return not isinstance(foreign.parse_json(foreign.read(path)), dict)
     return False
 
 
@@ -359,7 +359,7 @@ def _read_with_hash(path: Path) -> dict[str, Any]:
       _Unreadable: the file is not as it was written.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = foreign.parse_json(foreign.read(path))
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
@@ -412,8 +412,9 @@ def _hashes(path: Path, item: str = "") -> dict[str, str]:
 def _handlers(metadata: Path) -> bytes:
     """What of Orbax's metadata stays: how the items are read."""
     try:
-        return json.dumps(json.loads(metadata.read_bytes())["item_handlers"]).encode()
-    except (ValueError, TypeError, KeyError):
+        content = foreign.parse_json(foreign.read(metadata))
+        return json.dumps(content["item_handlers"]).encode()
+    except (OSError, ValueError, TypeError, KeyError):
         return b"damaged"
 
 

@@ -66,7 +66,7 @@ def _tiff(width: int, height: int) -> bytes:
 
 def _encoded(suffix: str, old: bytes, new: bytes) -> bytes:
     """An image whose size, written as `old`, is replaced."""
-    lossy = [cv2.IMWRITE_WEBP_QUALITY, 80]
+    lossy = [cv2.IMWRITE_WEBP_QUALITY, 80] if suffix == ".webp" else []
     data = cv2.imencode(suffix, np.zeros((113, 119, 3), np.uint8), lossy)[1].tobytes()
     assert old in data[:64], suffix
     return data.replace(old, new, 1)
@@ -80,15 +80,15 @@ def bombs() -> dict[str, bytes]:
         "PNG": _png(side, side),
         "TIFF": _tiff(side, side),
         "BMP": _encoded(".bmp", struct.pack("<ii", 119, 113), struct.pack("<ii", side, side)),
-        "GIF": b"GIF89a" + struct.pack("<HHBBB", side, side, 0x80, 0, 0) + bytes(6) + b","
-        + struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\x02\x02\x44\x01\x00;",
-        "WebP": _encoded(
-            ".webp", struct.pack("<HH", 119, 113), struct.pack("<HH", 16383, 16383)
-        ),
+        "GIF": b"GIF89a"
+        + struct.pack("<HHBBB", side, side, 0x80, 0, 0)
+        + bytes(6)
+        + b","
+        + struct.pack("<HHHHB", 0, 0, side, side, 0)
+        + b"\x02\x02\x44\x01\x00;",
+        "WebP": _encoded(".webp", struct.pack("<HH", 119, 113), struct.pack("<HH", 16383, 16383)),
         "PNM": b"P6\n%d %d\n255\n" % (side, side) + bytes(64),
-        "JPEG 2000": _encoded(
-            ".jp2", struct.pack(">II", 113, 119), struct.pack(">II", side, side)
-        ),
+        "JPEG 2000": _encoded(".jp2", struct.pack(">II", 113, 119), struct.pack(">II", side, side)),
         "Sun raster": struct.pack(">8I", 0x59A66A95, side, side, 24, 0, 1, 0, 0) + bytes(64),
         "HDR": b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y %d +X %d\n" % (side, side) + bytes(64),
     }
@@ -141,17 +141,16 @@ def arrow(path: Path, table: Any, **options: Any) -> Path:
 
 
 def _tfds_with(path: Path, data: bytes) -> Path:
-    """Another image of the same form in a set: the folder that it is made of has it."""
-    from arcface_jax.data.files import open_folder
-    from arcface_jax.data.tools import packing, tfds_writing
+    """Another image in the first shard."""
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
 
-    folder = path.parents[1] / "set"
-    source = open_folder(folder)
-    shutil.rmtree(path)
-    (folder / "p0" / "0.jpg").write_bytes(data)
-    tfds_writing.write(
-        source, packing.select(source), path.parents[1], name="faces", shard_images=4
-    )
+    features = tfds.features.FeatureConnector.from_config(str(path))
+    (shard, *_) = sorted(path.glob("*.array_record*"))
+    writer = ArrayRecordWriter(str(shard), "group_size:1")
+    for image in [data, *IMAGES[1:4]]:
+        writer.write(features.serialize_example({"image": image, "label": 0}))
+    writer.close()
     return path
 
 
@@ -287,7 +286,9 @@ def _sparse() -> Any:
 def _quantized() -> Any:
     import torch
 
-    return _state(**{"fc.weight": torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.quint8)})
+    return _state(
+        **{"fc.weight": torch.quantize_per_tensor(torch.ones(4, 4), 0.1, 0, torch.quint8)}
+    )
 
 
 def _meta() -> Any:
@@ -407,14 +408,19 @@ def _outside() -> Any:
     return model
 
 
-def _onnx_deep() -> Any:
-    from onnx import helper
+def _onnx_deep() -> bytes:
+    """Graphs in the attributes of graphs, which protobuf's own writer refuses."""
 
-    graph = helper.make_graph([], "g", [], [])
-    for _ in range(300):
-        node = helper.make_node("If", ["c"], [], then_branch=graph)
-        graph = helper.make_graph([node], "g", [], [])
-    return helper.make_model(graph)
+    def message(number: int, content: bytes) -> bytes:
+        size, length = len(content), b""
+        while size > 127:
+            length, size = length + bytes([size & 127 | 128]), size >> 7
+        return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+    graph = b""
+    for _ in range(3000):
+        graph = message(1, message(4, b"If") + message(5, message(6, graph)))
+    return b"\x08\x08" + message(7, graph)
 
 
 def _run_json(**changed: Any) -> Attack:
@@ -480,7 +486,12 @@ for _format, _put in {
 
 @_of("TFDS", "code")
 def _() -> Iterator[Attack]:
-    for name in ("this.Foo", "this", "antigravity.x", "tensorflow_datasets.core.features.os.system"):
+    for name in (
+        "this.Foo",
+        "this",
+        "antigravity.x",
+        "tensorflow_datasets.core.features.os.system",
+    ):
         yield _tfds_json(pythonClassName=name)
         yield _tfds_json(**{f"{_LABEL}__pythonClassName": name})
         yield _inside("dataset_info.json", lambda file, n=name: _json(file, moduleName=n))
@@ -527,9 +538,7 @@ def _() -> Iterator[Attack]:
 @_of("Parquet", "code")
 def _() -> Iterator[Attack]:
     named = {"huggingface": json.dumps({"info": {"features": {"label": {"_type": "this.Foo"}}}})}
-    yield lambda path: parquet(
-        path, samples.columns(IMAGES, LABELS).replace_schema_metadata(named)
-    )
+    yield lambda path: parquet(path, samples.columns(IMAGES, LABELS).replace_schema_metadata(named))
 
 
 @_of("list", "claims")
@@ -621,9 +630,7 @@ def _wide(path: Path) -> Path:
 @_of("Parquet", "claims")
 def _() -> Iterator[Attack]:
     for label in (HUGE, 20_000_000, 2**62):
-        yield lambda path, label=label: parquet(
-            path, samples.columns(IMAGES, _label_row(label))
-        )
+        yield lambda path, label=label: parquet(path, samples.columns(IMAGES, _label_row(label)))
     yield lambda path: _duplicate_columns(path)
 
 
@@ -807,8 +814,9 @@ def _() -> Iterator[Attack]:
 
 @_of("class centers", "claims")
 def _() -> Iterator[Attack]:
-    for content in (_sparse, _quantized, _meta, _integer_keys, _empty_and_huge):
+    for content in (_sparse, _quantized, _meta, _empty_and_huge):
         yield _torch(lambda make=content: {"weight": make()["fc.weight"]}, "softmax_fc_gpu_0.pt")
+    yield _torch(_integer_keys, "softmax_fc_gpu_0.pt")
 
     def array(path: Path, shape: tuple[int, ...]) -> Path:
         (path / "centers.npy").write_bytes(_npy_claiming(shape))
@@ -860,7 +868,7 @@ def _() -> Iterator[Attack]:
 
 @_of("ONNX", "nesting")
 def _() -> Iterator[Attack]:
-    yield _model(_onnx_deep)
+    yield _bytes(_onnx_deep())
 
 
 @_of("workdir", "claims")
@@ -968,9 +976,7 @@ def _() -> Iterator[Attack]:
 @_of("Parquet", "nesting")
 def _() -> Iterator[Attack]:
     deep = {"huggingface": NESTED_JSON}
-    yield lambda path: parquet(
-        path, samples.columns(IMAGES, LABELS).replace_schema_metadata(deep)
-    )
+    yield lambda path: parquet(path, samples.columns(IMAGES, LABELS).replace_schema_metadata(deep))
 
 
 @_of("Arrow", "nesting")
@@ -994,6 +1000,23 @@ def _nested_folders(path: Path, *, name: str, depth: int) -> Path:
 def _() -> Iterator[Attack]:
     yield lambda path: _nested_folders(path, name="d", depth=1800)
     yield lambda path: _nested_folders(path, name="d" * 9, depth=700)
+
+
+@_of("folder", "expansion")
+@_of("photos", "expansion")
+def _() -> Iterator[Attack]:
+    def links(path: Path) -> Path:
+        """Folders each with two links to the next: 2^40 ways to the last."""
+        for number in range(40):
+            inner = path / f"p0/l{number}"
+            inner.mkdir()
+            (inner / "0.jpg").write_bytes(IMAGES[0])
+            for name in ("a", "b"):
+                (inner / name).symlink_to(path / f"p0/l{number + 1}")
+        (path / "p0/l40").mkdir()
+        return path
+
+    yield links
 
 
 LONG_NAME = "n" * 5000
@@ -1089,7 +1112,10 @@ def _files(path: Path) -> list[Path]:
     """The example's files, relative to the folder that it lies in; of many alike the first."""
     top = path.parent
     found = sorted(file for file in top.rglob("*") if file.is_file())
-    kinds = {(file.parent.name if file.parent.name == "d" else "", file.suffix, file.name[:9]): file for file in found}
+    kinds = {
+        (file.parent.name if file.parent.name == "d" else "", file.suffix, file.name[:9]): file
+        for file in found
+    }
     images = [file for file in kinds.values() if file.suffix == ".jpg"][:1]
     return [file for file in kinds.values() if file.suffix != ".jpg"] + images
 

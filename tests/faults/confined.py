@@ -1,6 +1,7 @@
 """Run a function in a child process that is watched: its memory, its processor time, its end."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from arcface_jax.errors import UserError
+from arcface_jax.errors import reported
 
 SECONDS = 5.0
 """Of processor time, so that a busy machine changes nothing."""
@@ -48,7 +49,7 @@ def run(work: Callable[[], str], *, seconds: float = SECONDS, memory: int = MEMO
     """Runs a function in a fork of this process, and ends it where it takes too much.
 
     Args:
-      work: what it returns is the outcome's text; a UserError makes the outcome `refused`.
+      work: what it returns is the outcome's text; what ends a command with a line is `refused`.
       seconds: of processor time.
       memory: bytes above those at the start.
     """
@@ -67,10 +68,12 @@ def _work(work: Callable[[], str], result: Path) -> None:
         output = os.open(os.devnull, os.O_WRONLY)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        said = io.StringIO()
         try:
-            kind, text = "read", work()
-        except UserError as error:
-            kind, text = "refused", str(error)
+            with contextlib.redirect_stderr(said), reported():  # as every command does
+                kind, text = "read", work()
+        except SystemExit:
+            kind, text = "refused", said.getvalue().partition("error: ")[2].removesuffix("\n")
         except BaseException:
             kind, text = "TRACEBACK", traceback.format_exc()
         result.write_text(f"{kind}\n{text}", errors="backslashreplace")

@@ -99,10 +99,10 @@ def database(path: Path, entries: list[tuple[bytes, bytes]]) -> Path:
     """An LMDB of some entries."""
     import lmdb
 
-    with lmdb.open(str(path), subdir=False, map_size=1 << 22, lock=False) as environment:
-        with environment.begin(write=True) as transaction:
-            for key, value in entries:
-                transaction.put(key, value)
+    environment = lmdb.open(str(path), subdir=False, map_size=1 << 22, lock=False)
+    with environment, environment.begin(write=True) as transaction:
+        for key, value in entries:
+            transaction.put(key, value)
     return path
 
 
@@ -127,7 +127,10 @@ def tar(path: Path, files: list[tuple[str, bytes]]) -> Path:
 def _webdataset(folder: Path) -> Path:
     files = []
     for number, (data, label) in enumerate(zip(IMAGES, LABELS, strict=True)):
-        files += [(f"{number}.jpg", data), (f"{number}.json", json.dumps({"label": label}).encode())]
+        files += [
+            (f"{number}.jpg", data),
+            (f"{number}.json", json.dumps({"label": label}).encode()),
+        ]
     return tar(folder / "train.tar", files)
 
 
