@@ -308,6 +308,13 @@ def _wrong(path: Path, item: str = "") -> list[str]:
     return [name for name, value in of_item.items() if found.get(name) != value]
 
 
+def _special(path: Path) -> list[str]:
+    """Pipes and devices of a checkpoint, which a reader would wait for."""
+    found = (file for file in sorted(path.rglob("*")) if file.exists())
+    other = (file for file in found if not (file.is_file() or file.is_dir()))
+    return [file.relative_to(path).as_posix() for file in other]
+
+
 def _strays(path: Path, item: str = "*") -> list[Path]:
     """Files in folders that Orbax reads whole, and which are none of the checkpoint."""
     try:
@@ -321,6 +328,7 @@ def _strays(path: Path, item: str = "*") -> list[Path]:
 def _unlistable(path: Path) -> list[str]:
     """Damaged files among those that Orbax reads of every checkpoint to list them."""
     wrong = _wrong(path, "metrics") if (path / "metrics").is_dir() else []
+    wrong += [name for name in _special(path) if name not in wrong]
     return wrong + [n for n in (_METADATA, "metrics/metrics") if _is_other_json(path / n)]
 
 
