@@ -166,13 +166,13 @@ def _read_cvlface(folder: Path) -> Loaded:
     yaml = require("yaml")
     try:
         config = _CvlfaceConfig.model_validate(yaml.safe_load(_text(path)))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise DataError(f"{path} is no YAML file: download the folder again") from error
     except pydantic.ValidationError as error:
         raise DataError(
             f"{path} cannot be used ({_first(error)}): expected CVLface's configuration of a model "
             "for images of [3, 112, 112], RGB or BGR"
         ) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise DataError(f"{path} is no YAML file: download the folder again") from error
     found = next((folder / name for name in _CVLFACE_WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise DataError(

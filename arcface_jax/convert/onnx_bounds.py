@@ -19,7 +19,8 @@ LARGEST_FIXED_BATCH = 1024
 """Of a graph that takes only batches of one size, which are filled up to it."""
 
 _LOOPS = frozenset((b"Loop", b"Scan", b"SequenceMap"))
-_LARGEST = 1 << 27  # numbers in an array that is made of one image; the widest layers have 2^22
+# Numbers in an array, at least and for each image; the widest layers make 2^20 of an image.
+_LARGEST, _LARGEST_OF_IMAGE = 1 << 27, 1 << 21
 _SMALL = 1 << 12  # bytes of a weight that shapes may be computed from
 _DEEPEST = 16
 # Field numbers of onnx.proto: where nodes and graphs are found.
@@ -44,7 +45,8 @@ def check(path: Path) -> None:
         raise UserError(f"no model at {path} ({error.strerror}): name an .onnx file") from error
     except (IndexError, ValueError) as error:
         raise UserError(
-            f"{path} is not an ONNX file that can be read ({error}): fetch or export it again"
+            f"{path} is not an ONNX file that can be read, and not a model that ONNX Runtime opens: "
+            f"{error}; fetch or export it again"
         ) from error
     if loops := sorted(found & _LOOPS):
         raise UserError(
@@ -134,19 +136,24 @@ def _check_sizes(path: Path) -> None:
     try:
         model = onnx.load(str(path), load_external_data=False)
         _empty_weights(model.graph)
-        _set_input(model.graph)
+        batch = _set_input(model.graph)
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     except Exception:  # of many types; the runtime reports what is wrong with the file
         return
-    graph = inferred.graph
+    if batch > LARGEST_FIXED_BATCH:
+        raise UserError(
+            f"{path} takes batches of {batch:,} images only; at most {LARGEST_FIXED_BATCH:,} are "
+            "filled up: export it with a free batch axis"
+        )
+    most, graph = max(_LARGEST, _LARGEST_OF_IMAGE * batch), inferred.graph
     for value in (*graph.value_info, *graph.output):
         count = 1
         for dim in value.type.tensor_type.shape.dim:
             count *= dim.dim_value if dim.dim_value > 0 else 1
-        if count > _LARGEST:
+        if count > most:
             raise UserError(
-                f"{path} makes an array of {count:,} numbers ({value.name[:60]}) of one image, at "
-                f"most {_LARGEST:,} are computed: it is no network for faces"
+                f"{path} makes an array of {count:,} numbers ({value.name[:60]}) of a batch of "
+                f"{batch}, at most {most:,} are computed: it is no network for faces"
             )
 
 
@@ -157,8 +164,9 @@ def _empty_weights(graph: Any) -> None:
             tensor.ClearField("raw_data")
 
 
-def _set_input(graph: Any) -> None:
-    """Gives free axes of the input the size of one face."""
+def _set_input(graph: Any) -> int:
+    """Gives free axes of the input the size of one face; returns the batch."""
+    batch = 1
     weights = {tensor.name for tensor in graph.initializer}
     for value in graph.input:
         if value.name in weights:
@@ -166,3 +174,5 @@ def _set_input(graph: Any) -> None:
         for place, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_value <= 0:
                 dim.dim_value = 1 if place == 0 else IMAGE_SIZE
+            batch = dim.dim_value if place == 0 else batch
+    return batch

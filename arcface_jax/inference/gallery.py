@@ -148,7 +148,13 @@ class Gallery:
         for start in range(0, len(unit), _QUERIES):
             part = unit[start : start + _QUERIES]
             for i, rows in enumerate(self._candidates(part, k), start):
-                score[i], found[i] = self._best(rows, unit[i], k)
+                best, at = self._best(rows, unit[i], k)
+                if len(best) < k:
+                    raise DataError(
+                        f"{self.folder} has embeddings or scales that are no finite numbers: build "
+                        "the gallery again"
+                    )
+                score[i], found[i] = best, at
         names = self.names
         return Matches(score, found, [[names[j] for j in rows] for rows in found])
 

@@ -7,7 +7,7 @@ import pytest
 from commands import ROOT, result, run_process
 
 # Formats whose readers import nothing large; an attack of each kind that has been successful.
-QUICK = ("list", "pairs .bin", "five points", "calibration", "gallery")
+QUICK = ("list", "pairs .bin", "calibration")
 ATTACKS = ("code", "claims", "expansion", "nesting", "pipe", "device")
 FUZZED = ("list", "RecordIO", "LMDB", "WebDataset", "pairs .bin", "embeddings", "gallery")
 
@@ -16,7 +16,7 @@ def test_hostile_files_end_in_a_line():
     done = run_process(["-m", "tests.faults.hostile", "--formats", *QUICK, "--attacks", *ATTACKS])
     assert done.returncode == 0, done.stdout + done.stderr
     found = result(done.stdout)
-    assert found["bad"] == 0 and found["files"] > 60
+    assert found["bad"] == 0 and found["files"] > 40
     assert found["memory_mib"] < 1024
 
 
