@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import importlib.util
 import os
 import select
@@ -35,6 +36,7 @@ class ImageError(DataError):
     """
 
     def __init__(self, where: str, problem: str, kind: str = "damaged"):
+        where = where.replace("\n", "\\n")  # which a file may have in its name
         super().__init__(where, problem, kind)  # all, or it could not be unpickled
         self.where = where
         self.problem = problem
@@ -52,7 +54,8 @@ class CheckpointError(UserError):
 def reported() -> Iterator[None]:
     """Turns what ends a command, other than a bug, into one message and an exit code.
 
-    A UserError is reported on stderr with exit code 2, Ctrl-C with 130. A reader of stdout that has
+    A UserError is reported on stderr with exit code 2, and so is a path that is longer than any
+    file's; Ctrl-C with 130. A reader of stdout that has
     gone, as in `| head`, ends the command with 1. Anything else passes.
     """
     try:
@@ -67,6 +70,16 @@ def reported() -> Iterator[None]:
         if not _stdout_is_closed():
             raise
         raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        print(
+            f"error: {name[:60]}... is a path of {len(name):,} characters, longer than this "
+            "system's files have: name an existing file or folder",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
 
 
 def _stdout_is_closed() -> bool:

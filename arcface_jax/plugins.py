@@ -6,9 +6,12 @@ The built-in parts are named here and nowhere else. A new one is its own file an
 
 import difflib
 import importlib
+import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,6 +167,56 @@ def settings(given: Options, /, **defaults: float) -> dict[str, float]:
             f"{', '.join(defaults) or 'none'}{meant}"
         )
     return {**defaults, **dict(given)}
+
+
+TRUSTED = "ARCFACE_JAX_PLUGINS"
+"""The environment variable with packages, commas between them, whose parts any run may name."""
+
+
+def require_own(named: Iterable[tuple[str, str]], *, source: Path) -> None:
+    """Refuse parts that a file names, unless their code is the user's own.
+
+    A run's config.json may come from anybody, and importing a module or calling what is in it runs
+    code. What a user writes on the command line or in a recipe is not checked.
+
+    Args:
+      named: fields, and the `package.module:name` that each has.
+      source: the file, for the message.
+
+    Raises:
+      ConfigError: a part is of the standard library, of a package that knows nothing of this one,
+        or lies beside the file.
+    """
+    trusted = [name.strip() for name in os.environ.get(TRUSTED, "").split(",")]
+    for field, name in named:
+        top = name.partition(":")[0].partition(".")[0]
+        problem = None if top in trusted else _why_foreign(top, source.parent)
+        if problem:
+            raise ConfigError(
+                f"{source} names {name} for {field}, which is {problem}, and is not imported: if "
+                f"you trust it, set {TRUSTED}={top}"
+            )
+
+
+def _why_foreign(package: str, folder: Path) -> str | None:
+    """What a package is that is not the user's own; nothing is imported."""
+    if package in sys.stdlib_module_names or package == __name__.partition(".")[0]:
+        return "no part that was made for runs"
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None  # `load` reports it
+    places = [*(spec.submodule_search_locations or ()), *([spec.origin] if spec.origin else [])]
+    if any(Path(place).resolve().is_relative_to(folder.resolve()) for place in places):
+        return "code in the folder of the run"
+    installed = {Path(sysconfig.get_path(kind)).resolve() for kind in ("purelib", "platlib")}
+    inside = [Path(place).resolve() for place in places]
+    if not any(place.is_relative_to(base) for place in inside for base in installed):
+        return None
+    for distribution in importlib.metadata.packages_distributions().get(package, ()):
+        needs = importlib.metadata.requires(distribution) or ()
+        if any(re.match(r"arcface[-_.]jax\b", need, re.IGNORECASE) for need in needs):
+            return None
+    return "of an installed package that was not made for this one"
 
 
 _FORM = "expected package.module:name, for instance mypkg.parts:make"

@@ -117,7 +117,7 @@ class SyntheticConfig:
     """Identities to train on; the evaluation pairs show others."""
     images_per_identity: PositiveInt = 30
     """Training images of each identity."""
-    pairs: PositiveInt = 600
+    pairs: Annotated[int, Field(gt=0, le=20_000), Hint("1 to 20,000")] = 600
     """Verification pairs of unseen identities, a multiple of 20."""
     pair_identities: PositiveInt = 120
     """Unseen identities in those pairs."""
@@ -221,7 +221,7 @@ class ModelConfig:
     (docs/extending.md)."""
     options: tuple[tuple[str, float], ...] = ()
     """Settings of a network of your own: NAME VALUE NAME VALUE."""
-    embedding_size: PositiveInt = 512
+    embedding_size: Annotated[int, Field(gt=0, le=65_536), Hint("1 to 65,536")] = 512
     """Length of the embedding."""
     dtype: Dtype = "bfloat16"
     """Compute type of the convolutions; parameters, statistics and the last

@@ -12,6 +12,7 @@ from arcface_jax.config.choices import CenterLayout
 from arcface_jax.convert import weight_files
 from arcface_jax.convert.torch_files import Entry
 from arcface_jax.errors import UserError
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import atomic, atomic_files
 from arcface_jax.training import checkpoint, saved_runs
 
@@ -22,6 +23,8 @@ _NAMES: dict[str, str] = {
     "2022": "softmax_fc_gpu_{}.pt",
     "head": "checkpoint_gpu_{}.pt",
 }
+_SHOWN = 8
+_RANK = 6  # digits of a GPU's number, at most
 _MOMENTUM = "rank_{}_softmax_weight_mom.pt"
 _HEAD_KEY = "state_dict_softmax_fc"
 
@@ -107,12 +110,13 @@ def _ranges(classes: int, ranks: int) -> list[slice]:
 
 
 def _read_array(path: Path) -> np.ndarray:
-    if not path.is_file():
+    if not foreign.is_file(path):
         raise UserError(f"there is no {path}")
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a .npy file of numbers: {error}") from error
+        rows = foreign.load_array(path)
+    except (ValueError, OSError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise UserError(f"{path} is not a .npy file of numbers: {reason}") from error
     if rows.ndim != 2 or rows.dtype.kind != "f":
         raise UserError(f"{path} holds {rows.dtype} {rows.shape}, not class centers (C, D)")
     return rows.astype(np.float32)
@@ -147,14 +151,16 @@ def _read_folder(folder: Path) -> Centers:
 
 
 def _ranks(folder: Path, name: str) -> list[int]:
-    pattern = re.compile(re.escape(name).replace(r"\{\}", r"(\d+)"))
+    pattern = re.compile(re.escape(name).replace(r"\{\}", rf"(\d{{1,{_RANK}}})"))
     found = [pattern.fullmatch(p.name) for p in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for match in found if match)
 
 
 def _join(folder: Path, name: str, ranks: list[int]) -> np.ndarray:
-    missing = sorted({*range(ranks[-1])} - {*ranks})
-    if missing:
+    if ranks != list(range(len(ranks))):
+        expected = itertools.count()
+        missing = list(itertools.islice((n for n in expected if n not in ranks), _SHOWN))
+        missing = [rank for rank in missing if rank < ranks[-1]]
         names = ", ".join(name.format(rank) for rank in missing)
         raise UserError(f"{folder} lacks {names}: the files of all GPUs are needed")
     parts = [_read_rank(folder / name.format(rank)) for rank in ranks]
@@ -175,6 +181,9 @@ def _read_rank(path: Path) -> np.ndarray:
     for key in (_HEAD_KEY, "weight"):
         if isinstance(content, dict):
             content = content.get(key, content)
-    if not isinstance(content, Entry) or len(content.shape) != 2:
+    if not isinstance(content, Entry) or len(content.shape) != 2 or not content.nbytes:
         raise UserError(f"{path} holds no class centers (rows, D)")
-    return content.read().float().numpy()
+    if not content.dtype.is_floating_point:
+        kind = str(content.dtype).removeprefix("torch.")
+        raise UserError(f"{path} holds centers of {kind}; expected floating-point numbers")
+    return weight_files.read_entry(content, source=str(path)).float().numpy()

@@ -4,6 +4,7 @@ Needs no PyTorch, so commands use it to choose a reader before anything heavy is
 """
 
 import re
+import struct
 import zipfile
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
 # How torch.save began a file before PyTorch 1.6: its magic number as a pickle.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
+_CUT = (EOFError, struct.error)
 _ZIP_START = b"PK\x03\x04"
 _HEAD = 4096
 
@@ -127,7 +129,14 @@ def _refuse_other_archives(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+        OSError,
+        EOFError,
+        struct.error,
+    ) as error:
         size = path.stat().st_size
         raise UserError(
             f"{path} is cut short or damaged ({size:,} bytes, and no table of contents at its "

@@ -11,6 +11,7 @@ weights are pretrained_model/model.pt or model.safetensors, and the Python files
 not opened. Both are read offline.
 """
 
+import errno
 import json
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.model_input import ColorOrder, ModelInput
 from arcface_jax.models import registry
 from arcface_jax.models.registry import Arrays
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import atomic_folder, write_atomic
 from arcface_jax.training import manifest
 from arcface_jax.training.network import Network, weights_digest
@@ -164,13 +166,13 @@ def _read_cvlface(folder: Path) -> Loaded:
     yaml = require("yaml")
     try:
         config = _CvlfaceConfig.model_validate(yaml.safe_load(_text(path)))
-    except yaml.YAMLError as error:
-        raise DataError(f"{path} is no YAML file: download the folder again") from error
     except pydantic.ValidationError as error:
         raise DataError(
             f"{path} cannot be used ({_first(error)}): expected CVLface's configuration of a model "
             "for images of [3, 112, 112], RGB or BGR"
         ) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise DataError(f"{path} is no YAML file: download the folder again") from error
     found = next((folder / name for name in _CVLFACE_WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise DataError(
@@ -193,10 +195,12 @@ def _text(path: Path) -> str:
       DataError: there is none, or it is no such file.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise DataError(f"{path} has more than 1 MiB: it is no description of a model")
-        return path.read_text(encoding="utf-8")
+        return foreign.read(path, most=_MOST_BYTES).decode()
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise DataError(
+                f"{path} has more than 1 MiB: it is no description of a model"
+            ) from None
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text file: download the folder again") from error

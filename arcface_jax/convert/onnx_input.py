@@ -104,7 +104,11 @@ def load_graph(path: Path) -> Any:
             f"{path} carries no metadata on its input, and reading its first nodes needs the "
             f"package onnx: {_INSTALL}"
         ) from error
-    return onnx.load(str(path), load_external_data=False).graph
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:  # protobuf's and onnx's exceptions have no base class in common
+        reason = (str(error) or repr(error)).partition("\n")[0][:200]
+        raise UserError(f"{path} is not an ONNX file that can be read: {reason}") from error
 
 
 def graph_input(graph: Any) -> str:

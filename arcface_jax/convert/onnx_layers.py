@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from arcface_jax.convert import onnx_bounds
 from arcface_jax.convert.layer_sequence import INPUT, Layer, LayerGraph, Place
 from arcface_jax.errors import UserError, install
 
@@ -78,6 +79,7 @@ def _load(path: Path) -> Any:
         raise UserError(f"reading {path} needs the package onnx: {install('onnx')}") from error
     if not path.is_file():
         raise UserError(f"no model at {path}: name an existing .onnx file")
+    onnx_bounds.check(path)
     try:
         model = onnx.load(str(path))
         return onnx.inliner.inline_local_functions(model) if model.functions else model

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from arcface_jax.config.choices import ColorOrder, OnnxOptions
-from arcface_jax.convert import onnx_input
+from arcface_jax.convert import onnx_bounds, onnx_input
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import UserError, install
 from arcface_jax.evaluation import model_input
@@ -44,6 +44,12 @@ class OnnxModel:
         """How the file is read where it does not tell, for people; empty where it tells all."""
         first = self._entry.shape[0]
         self._fixed = isinstance(first, int) and first > 0
+        if self._fixed and first > onnx_bounds.LARGEST_FIXED_BATCH:
+            raise UserError(
+                f"{path} takes batches of {first:,} images only; at most "
+                f"{onnx_bounds.LARGEST_FIXED_BATCH:,} are filled up: export it with a free batch "
+                "axis"
+            )
         self._batch_size: int = first if self._fixed else batch_size
         metadata = self._session.get_modelmeta().custom_metadata_map
         if model_input.METADATA_KEY in metadata:
@@ -158,7 +164,7 @@ class OnnxModel:
         try:
             arrays = dict(zip(names, self._outputs(names, images[:1]), strict=True))
         except Exception as error:  # the runtime's exceptions have no base class of their own
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0][:200]
             raise UserError(
                 f"{self._path} does not run on a face of {IMAGE_SIZE} x {IMAGE_SIZE}: {reason}; "
                 "export it again for such faces"
@@ -202,8 +208,20 @@ class OnnxModel:
         return bool((np.linalg.norm(both - expected, axis=1) <= bound).all())
 
     def _run(self, part: np.ndarray) -> np.ndarray:
-        (out,) = self._outputs([self.input.output], part)
-        return _rows(out)[: len(part)].astype(np.float32)
+        try:
+            (out,) = self._outputs([self.input.output], part)
+        except Exception as error:  # the runtime's exceptions have no base class of their own
+            reason = str(error).partition("\n")[0][:200]
+            raise UserError(
+                f"{self._path} does not run on {len(part)} faces: {reason}; export it again"
+            ) from error
+        rows = _rows(out)
+        if rows.ndim != 2 or len(rows) < len(part):
+            raise UserError(
+                f"{self._path} gives {out.shape} for {len(part)} faces; expected (N, D): export it "
+                "again"
+            )
+        return rows[: len(part)].astype(np.float32)
 
     def _outputs(self, names: list[str], part: np.ndarray) -> list[np.ndarray]:
         missing = self._batch_size - len(part) if self._fixed else 0
@@ -275,6 +293,7 @@ def _session(path: Path) -> Any:
     """An onnxruntime.InferenceSession on a file."""
     if not path.is_file():
         raise UserError(f"no model at {path}: name an existing .onnx file with --onnx")
+    onnx_bounds.check(path)
     try:
         import onnxruntime
     except ImportError as error:
@@ -287,5 +306,5 @@ def _session(path: Path) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=wanted)
     except Exception as error:
         # The runtime's exceptions have no base class of their own.
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0][:200]
         raise UserError(f"{path} is not a model that ONNX Runtime opens: {reason}") from error

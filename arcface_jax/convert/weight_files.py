@@ -120,10 +120,20 @@ def tensors(entries: dict[str, Entry | Unusable], held: Contents, *, source: str
             f"{source}: its tensors claim {claimed:,} bytes of a file of {held.nbytes:,}; they "
             "share storage in a way that no weights do"
         )
+    return {name: read_entry(entry, source=source) for name, entry in usable.items()}
+
+
+def read_entry(entry: Entry, *, source: str) -> torch.Tensor:
+    """Read one tensor.
+
+    Raises:
+      UserError: it is damaged.
+    """
     try:
-        return {name: entry.read() for name, entry in usable.items()}
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"{source} is damaged ({error}): copy it again") from error
+        return entry.read()
+    except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+        reason = (str(error) or repr(error)).partition("\n")[0][:200]
+        raise UserError(f"{source} is damaged ({reason}): copy it again") from error
 
 
 def read_torch(path: Path) -> object:
@@ -165,8 +175,8 @@ def _dicts(
     """Walks containers, each once; pickled modules are dicts of what they hold."""
     if len(at) > _DEEPEST or id(value) in seen:
         return
+    seen.add(id(value))  # of what the file holds; the dicts made below are gone after a moment
     if isinstance(value, Skipped):
-        seen.add(id(value))
         if _is_module(value):
             yield Stored(".".join(at), _of_module(value))
             return
@@ -177,7 +187,6 @@ def _dicts(
         value = {str(number): item for number, item in enumerate(value)}
     if not isinstance(value, dict):
         return
-    seen.add(id(value))
     named = {name: item for name, item in value.items() if isinstance(name, str)}
     found = {n: item for n, item in named.items() if isinstance(item, Entry | Unusable)}
     if found:
@@ -216,7 +225,11 @@ def _of_module(module: Skipped) -> dict[str, Entry | Unusable]:
 
 def _read_safetensors(path: Path) -> StateDict:
     files = require("safetensors.torch")
+    damaged = (require("safetensors").SafetensorError, OSError, KeyError, ValueError, RuntimeError)
     try:
         return files.load_file(path)
-    except (require("safetensors").SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is a damaged safetensors file ({error}): copy it again") from error
+    except (*damaged, TypeError, AttributeError) as error:
+        reason = (str(error) or repr(error)).partition("\n")[0][:200]
+        raise UserError(
+            f"{path} is a damaged safetensors file ({reason}): copy it again"
+        ) from error

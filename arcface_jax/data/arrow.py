@@ -1,6 +1,5 @@
 """Arrow files with image bytes and labels, as `save_to_disk` of Hugging Face's datasets writes."""
 
-import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from arcface_jax.data import columnar
+from arcface_jax.data import arrow_messages, columnar
 from arcface_jax.data.indexed import files_of
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.sealed import array_digest
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
@@ -55,11 +55,17 @@ def arrow_files(place: Path, *, split: str = "") -> list[Path]:
             f"{place} selects rows by indices: save it again with "
             "dataset.flatten_indices().save_to_disk(FOLDER)"
         )
-    return [place / file["filename"] for file in state.get("_data_files", [])]
+    files = state.get("_data_files", [])
+    names = [file.get("filename") for file in files] if _are(dict, files) else [None]
+    if not _are(str, names):
+        raise DataError(f"{place / _STATE} does not name the set's files: copy it again")
+    return [place / name for name in names]
 
 
 def _chosen(place: Path, split: str) -> str:
     splits = _read(place / _SPLITS).get("splits", [])
+    if not _are(str, splits):
+        raise DataError(f"{place / _SPLITS} does not name the splits: copy the data set again")
     if (split or "train") in splits:
         return split or "train"
     if len(splits) == 1 and not split:
@@ -72,12 +78,17 @@ def _chosen(place: Path, split: str) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = foreign.parse_json(foreign.read(path))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}): copy the data set again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} is not what save_to_disk writes: copy the data set again")
     return content
+
+
+def _are(kind: type, values: object) -> bool:
+    """Whether it is a list of values of a type."""
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 class ArrowSource(Source):
@@ -102,6 +113,7 @@ class ArrowSource(Source):
         labels, lengths = [], []
         for path, table in zip(self._files, tables, strict=True):
             found = columnar.find_columns(path, table.schema, columns=columns)
+            _validate(path, table, found)
             labels.append(table[found.label])
             lengths.append(len(table))
         self._ends = np.cumsum(lengths, dtype=np.int64)
@@ -182,10 +194,32 @@ def _mapped(path: Path) -> Any:
     """
     pyarrow = columnar.import_pyarrow()
     try:
+        foreign.require_regular(path)
         with pyarrow.memory_map(str(path)) as file:
             whole = file.read(len(_FILE_FORMAT)) == _FILE_FORMAT
             file.seek(0)
+            expanded = arrow_messages.expanded(file, whole=whole)
+            columnar.check_expansion(expanded, path.stat().st_size, where=str(path))
+            file.seek(0)
             reader = pyarrow.ipc.open_file(file) if whole else pyarrow.ipc.open_stream(file)
-            return reader.read_all()
-    except (OSError, ValueError) as error:  # pyarrow's errors are among these
-        raise DataError(f"{path} is not an Arrow file that can be read: {error}") from error
+            table = reader.read_all()
+            columnar.check_rows(len(table), path.stat().st_size, where=str(path))
+            return table
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        # pyarrow's errors are among these.
+        problem = (str(error) or repr(error)).partition("\n")[0][:300]
+        raise DataError(f"{path} is not an Arrow file that can be read: {problem}") from error
+
+
+def _validate(path: Path, table: Any, found: columnar.Columns) -> None:
+    """Checks that the columns' offsets stay inside of the file, which readers rely on.
+
+    Raises:
+      DataError: they do not.
+    """
+    try:
+        for name in (found.image, found.label):
+            table[name].validate(full=True)
+    except (ValueError, OSError) as error:
+        problem = str(error).partition("\n")[0][:300]
+        raise DataError(f"{path} is damaged ({problem}): copy the data set again") from error

@@ -4,7 +4,6 @@ Columns are found by type and name. Images are bytes, or Hugging Face's struct o
 labels are whole numbers, text, a dictionary, or a ClassLabel, whose names the schema carries.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +14,10 @@ from arcface_jax.data import lists, names
 from arcface_jax.data.images import read_file
 from arcface_jax.data.names import Names
 from arcface_jax.errors import DataError, ImageError, UserError, install
+from arcface_jax.runtime import foreign
+
+_ROWS_A_BYTE = 4
+_LARGE, _EXPANSION = 1 << 28, 100  # bytes that any file may expand to; times its size
 
 
 class Columns(NamedTuple):
@@ -24,6 +27,8 @@ class Columns(NamedTuple):
     label: str
     class_names: list[str] | None
     """Of a ClassLabel; None where the labels are something else, or the names are numbers."""
+    leaf: str
+    """The column of the images' bytes, `image.bytes` where they are in a struct."""
 
 
 def import_pyarrow() -> Any:
@@ -53,8 +58,11 @@ def find_columns(path: Path, schema: Any, *, columns: str) -> Columns:
     Raises:
       DataError: it is not clear which they are.
     """
+    from pyarrow import types
+
     image, label = _find(path, schema, lists.parse_columns(columns))
-    return Columns(image, label, _class_names(schema, label))
+    leaf = f"{image}.bytes" if types.is_struct(schema.field(image).type) else image
+    return Columns(image, label, _class_names(schema, label), leaf)
 
 
 def number(
@@ -74,6 +82,42 @@ def number(
     if table is not None and found.num_classes <= len(table) and found.names is None:
         return names.Numbered(found.labels, len(table), Names(table))
     return found
+
+
+def check_rows(rows: int, size: int, *, where: str) -> None:
+    """Refuses more rows than a file of images can have.
+
+    Args:
+      rows: that the file announces.
+      size: of the file, in bytes.
+      where: the file, for the message.
+
+    Raises:
+      DataError: there are more than four a byte.
+    """
+    if rows > _ROWS_A_BYTE * size + 10_000:
+        raise DataError(
+            f"{where} announces {rows:,} rows in {size:,} bytes, more than images or their paths "
+            "can take: it is damaged, or made to fill the memory; write it again"
+        )
+
+
+def check_expansion(expanded: int, size: int, *, where: str) -> None:
+    """Refuses a file that expands beyond what compressed images and labels do.
+
+    Args:
+      expanded: bytes that the file has to become in memory at once.
+      size: of the file, in bytes.
+      where: the file and the place in it, for the message.
+
+    Raises:
+      DataError: it expands more than a hundredfold, and to more than 256 MiB.
+    """
+    if expanded > max(_LARGE, _EXPANSION * size):
+        raise DataError(
+            f"{where} expands to {expanded:,} bytes from a file of {size:,}: encoded images hardly "
+            "compress, so this is no training set; write it again with encoded images"
+        )
 
 
 def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
@@ -122,7 +166,7 @@ def _numbered(labels: Sequence[Any], where: Callable[[int], str]) -> names.Numbe
 def _class_names(schema: Any, label: str) -> list[str] | None:
     """The names of a ClassLabel, which the library `datasets` leaves in the schema's metadata."""
     try:
-        info = json.loads((schema.metadata or {})[b"huggingface"])
+        info = foreign.parse_json((schema.metadata or {})[b"huggingface"])
         table = info["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):
         return None
@@ -156,6 +200,11 @@ def _holds_labels(kind: Any) -> bool:
 def _find(path: Path, schema: Any, chosen: Mapping[str, str]) -> tuple[str, str]:
     """The columns of images and labels: those asked for, else by their type and then their name."""
     kinds = {field.name: field.type for field in schema}
+    if twice := sorted(name for name in kinds if len(schema.get_all_field_indices(name)) > 1):
+        raise DataError(
+            f"{path} has several columns of one name ({', '.join(twice)[:200]}): write it with a "
+            "name for each"
+        )
     found = []
     for what, fits, usual in (
         ("path", _holds_images, ("image", "img", "jpg", "face")),

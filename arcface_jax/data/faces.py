@@ -12,6 +12,7 @@ import numpy as np
 from arcface_jax.data import images
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
 from arcface_jax.errors import DataError
+from arcface_jax.runtime import foreign
 
 
 class Picture(Protocol):
@@ -192,7 +193,7 @@ def read(path: str | Path) -> np.ndarray:
       DataError: there is no such file, or it is no image.
     """
     try:
-        data = Path(path).read_bytes()
+        data = foreign.read(path)
     except OSError as error:
         raise DataError(f"no image at {path} ({error.strerror}): name an existing file") from error
     return decode_any_size(data, where=str(path))

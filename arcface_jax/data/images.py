@@ -1,10 +1,8 @@
 """Image files: which files are images, and the one place that decodes, encodes and resizes."""
 
-import errno
 import glob
 import importlib
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 
 from arcface_jax.data import OPENCV_IS_LIMITED, formats
 from arcface_jax.errors import DataError, ImageError, install
+from arcface_jax.runtime import foreign
 
 IMAGE_SIZE = 112
 """Side of an aligned face in pixels, the input of every backbone."""
@@ -41,6 +40,8 @@ _SYSTEM = frozenset(
 )
 HIDDEN, SPECIAL = "hidden", "special files"
 """Kinds of entries that are never opened: hidden or of a system; pipes, sockets and devices."""
+_DEEPEST = 64
+_VISITS, _MORE_VISITS = 10, 1000  # of each folder below links, at most
 _ALIKE = 256  # files of an unknown suffix, all images or none, that stand for the others
 
 
@@ -62,6 +63,8 @@ class Walk:
         self._top = os.fspath(folder)
         self._alike: dict[str, tuple[bool, int]] = {}
         self._at: list[str] = []  # real paths of the folders that are being walked
+        self._below_link = False
+        self._by_links: Counter[str] = Counter()  # how often a folder was walked below a link
 
     def files(self) -> Iterator[str]:
         """Paths of images relative to the folder, in no order; it is walked while they are read."""
@@ -86,19 +89,43 @@ class Walk:
                 self.ignored["broken links" if entry.is_symlink() else SPECIAL] += 1
         if not folders:
             return
+        if len(self._at) >= _DEEPEST:
+            self.ignored[f"folders more than {_DEEPEST} deep"] += len(folders)
+            return
         self._at.append(os.path.realpath(path))
         for entry in folders:
             if entry.is_symlink() and os.path.realpath(entry.path) in self._at:
                 self.ignored["links to a folder above"] += 1
             else:
-                yield from self._files(entry.path, f"{prefix}{entry.name}/")
+                yield from self._linked(entry, prefix)
         self._at.pop()
+
+    def _linked(self, entry: os.DirEntry, prefix: str) -> Iterator[str]:
+        """The files of a sub-folder.
+
+        Raises:
+          DataError: links multiply the folders.
+        """
+        if entry.is_symlink() or self._below_link:
+            self._by_links[os.path.realpath(entry.path)] += 1
+            visits, different = self._by_links.total(), len(self._by_links)
+            if visits > _VISITS * different + _MORE_VISITS:
+                raise DataError(
+                    f"{self._top}: links lead to the same {different:,} folders {visits:,} times: "
+                    "remove links to folders that are in the set already"
+                )
+        below, self._below_link = self._below_link, self._below_link or entry.is_symlink()
+        yield from self._files(entry.path, f"{prefix}{entry.name}/")
+        self._below_link = below
 
     def _entries(self, path: str) -> list[os.DirEntry]:
         try:
             with os.scandir(path) as entries:
                 return list(entries)
-        except PermissionError:
+        except OSError as error:
+            if path == self._top and not isinstance(error, PermissionError):
+                raise
+            # A path beyond the system's longest one is among these.
             self.ignored["folders that cannot be opened"] += 1
             return []
 
@@ -156,13 +183,7 @@ def read_file(path: str | Path, *, fix: str = "restore the file, or take it off 
       ImageError: it cannot be read.
     """
     try:
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
-        with open(number, "rb", buffering=0) as file:
-            kind = os.fstat(number).st_mode
-            if not stat.S_ISREG(kind):
-                known = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
-                raise OSError(known, "Is a folder" if stat.S_ISDIR(kind) else "Not a regular file")
-            return file.read()
+        return foreign.read(path)
     except OSError as error:
         raise ImageError(
             str(path), f"cannot be read ({error.strerror}): {fix}", kind="missing"
@@ -172,7 +193,7 @@ def read_file(path: str | Path, *, fix: str = "restore the file, or take it off 
 def find_named(stem: Path) -> Path | None:
     """The image file of a name without its suffix, FOLDER/NAME.jpg for FOLDER/NAME."""
     usual = (stem.with_name(stem.name + suffix) for suffix in IMAGE_SUFFIXES)
-    if found := next((path for path in usual if path.is_file()), None):
+    if found := next((path for path in usual if foreign.is_file(path)), None):
         return found
     others = sorted(stem.parent.glob(f"{glob.escape(stem.name)}.*"))
     return next((path for path in others if path.stem == stem.name and is_image(path)), None)

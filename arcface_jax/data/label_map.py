@@ -1,12 +1,14 @@
 """`label_map.csv` beside a training set that was made from another: old labels to new ones."""
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
 
 from arcface_jax.data.names import Names
 from arcface_jax.errors import DataError
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import atomic
 
 FILE = "label_map.csv"
@@ -37,13 +39,12 @@ def read(folder: Path) -> np.ndarray | None:
     """
     path = folder / FILE
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(foreign.read(path).decode(), newline="")))
         old = [int(row["old_label"]) for row in rows]
         new = [int(row["new_label"] or -1) for row in rows]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, csv.Error) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(f"cannot read {path} ({error!r}): run `data apply` again") from error
     if old != list(range(len(old))):
         raise DataError(f"{path}: old labels are not 0 .. {len(old) - 1}; run `data apply` again")

@@ -143,7 +143,7 @@ class LmdbSource(IndexedSource):
 
 
 def _shown(key: bytes) -> str:
-    return key.decode("utf-8", "backslashreplace")
+    return key.decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
 # ---- Access -----------------------------------------------------------------------------------
@@ -268,7 +268,8 @@ def _index(path: Path, beside: Sequence[Path], columns: str) -> dict[str, np.nda
 
 def _numbered(labels: Sequence[int | str | None], where: Any) -> names.Numbered:
     if all(isinstance(label, int) for label in labels):
-        return names.number_integers(np.array(labels, np.int64), where=where)
+        fit = [label if isinstance(label, int) and 0 <= label < 2**62 else -1 for label in labels]
+        return names.number_integers(np.array(fit, np.int64), where=where)
     return names.number(["" if label is None else str(label) for label in labels], where=where)
 
 

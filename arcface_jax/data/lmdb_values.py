@@ -58,7 +58,7 @@ def parse_fact(data: bytes, *, where: str) -> Any:
       DataError: a pickle asks for what these do not need.
     """
     if data.isdigit():
-        return int(data)
+        return int(data) if len(data) < _DIGITS else None
     for decode in _FORMS:
         try:
             found = decode(data)
@@ -90,6 +90,7 @@ def _image_and_label(content: Any) -> tuple[bytes, int | str | None] | None:
     return images[0], labels[0] if labels else None
 
 
+_DIGITS = 19  # of numbers below 10^18; LMDB counts no more entries
 _LABELS = ("label", "target", "identity", "id", "class", "cls", "y")
 
 

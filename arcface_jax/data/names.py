@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import write_atomic
 
 FILE = "identities.txt"
@@ -29,6 +30,7 @@ _PLAIN = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.I)
 _LEADING_ZEROS = re.compile(r"0[0-9]+")
 _SPARSE, _SLACK = 2, 10  # the largest label is below _SPARSE x (different labels) + _SLACK
+_DIGITS = 19  # of a number below 2^63
 _FEW = 0.2  # share of labels that, far beyond the others, are mistakes and not names
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -105,7 +107,10 @@ def number(labels: Sequence[str], *, where: Callable[[int], str]) -> Numbered:
             where(labels.index(wrong)),
             f"label {float(wrong)} is not an identity: labels are whole numbers from 0, or names",
         )
-    value = {label: int(label.partition(".")[0]) for label in different}
+    digits = {label: label.partition(".")[0] for label in different}
+    if max(map(len, digits.values())) > _DIGITS:
+        return _named(labels, sorted(different, key=lambda label: (len(digits[label]), label)))
+    value = {label: int(text) for label, text in digits.items()}
     if max(value.values()) >= 2**62 or not _dense(value.values(), labels, value, where):
         return _named(labels, sorted(different, key=value.__getitem__))
     numbers = np.fromiter(map(value.__getitem__, labels), np.int64, len(labels))
@@ -248,14 +253,14 @@ def with_table(found: Numbered, folder: Path) -> Numbered:
 def read_sparse(folder: Path) -> dict[int, str]:
     """The table beside a set, by number; empty where there is none, or it is something else."""
     try:
-        text = (folder / FILE).read_bytes().decode("utf-8", "surrogateescape")
+        text = foreign.read(folder / FILE).decode("utf-8", "surrogateescape")
     except OSError:
         return {}
     back = {escaped[1]: plain for plain, escaped in _ESCAPES.items()}
     table = {}
     for line in text.removesuffix("\n").split("\n"):
         number, tab, name = line.partition("\t")
-        if not (tab and _PLAIN.fullmatch(number)):
+        if not (tab and _PLAIN.fullmatch(number) and len(number) <= _DIGITS):
             return {}
         table[int(number)] = re.sub(r"\\(.)", lambda found: back.get(found[1], found[1]), name)
     return table

@@ -1,8 +1,9 @@
 """Parquet files with image bytes and labels, as Hugging Face stores them."""
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from arcface_jax.data import columnar
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.sealed import array_digest
 
 _GROUPS_KEPT = 8  # row groups that stay in memory
@@ -60,24 +62,23 @@ class ParquetSource(Source):
         groups, labels, found = [], [], None
         self._sizes = np.zeros(len(files), np.int64)
         for number, path in enumerate(self._files):
-            try:
-                with columnar.import_pyarrow().parquet.ParquetFile(path) as file:
-                    schema, meta = file.schema_arrow, file.metadata
-                    self._sizes[number] = path.stat().st_size
-                    found = columnar.find_columns(path, schema, columns=columns)
-                    groups += [
-                        (number, i, meta.row_group(i).num_rows) for i in range(meta.num_row_groups)
-                    ]
-                    labels.append(file.read(columns=[found.label])[found.label])
-            except (OSError, ValueError) as error:  # pyarrow's errors are among these
-                raise DataError(
-                    f"{path} is not a Parquet file that can be read: {error}"
-                ) from error
+            with _reporting(path), _opened(path) as file:
+                schema, meta = file.schema_arrow, file.metadata
+                self._sizes[number] = path.stat().st_size
+                found = columnar.find_columns(path, schema, columns=columns)
+                groups += [
+                    (number, i, meta.row_group(i).num_rows) for i in range(meta.num_row_groups)
+                ]
+                rows = sum(size for at, _, size in groups if at == number)
+                columnar.check_rows(rows, path.stat().st_size, where=str(path))
+                for group in range(meta.num_row_groups):
+                    _check_group(path, meta, group, found.label)
+                labels.append(file.read(columns=[found.label])[found.label])
         self._groups = np.array(groups, np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
         if found is None or not sum(map(len, labels)):
             raise DataError(f"{self._files}: no row in the Parquet files")
-        self._column = found.image
+        self._column, self._leaf = found.image, found.leaf
         numbered = columnar.number(labels, found.class_names, where=self.where)
         self._labels, self.num_classes, self.names = numbered
         self._prepare()
@@ -140,16 +141,74 @@ class ParquetSource(Source):
                 self._kept.move_to_end(group)
                 return self._kept[group]
         file, number, _ = self._groups[group].tolist()
+        path = self._files[file]
         try:
             # Opened for each group: nothing stays open, and threads do not share a reader.
-            with columnar.import_pyarrow().parquet.ParquetFile(self._files[file]) as opened:
+            with _opened(path, repeated=self._leaf) as opened:
+                _check_group(path, opened.metadata, number, self._column)
                 images = opened.read_row_group(number, columns=[self._column])[self._column]
-        except (OSError, ValueError) as error:
-            raise ImageError(
-                f"{self._files[file]}, group {number}", f"cannot be read: {error}"
-            ) from error
+        except (OSError, ValueError, DataError) as error:
+            problem = _first_line(error).removeprefix(f"{path}, group {number} ")
+            raise ImageError(f"{path}, group {number}", f"cannot be read: {problem}") from error
         with self._lock:
             self._kept[group] = images
             while len(self._kept) > _GROUPS_KEPT:
                 self._kept.popitem(last=False)
         return images
+
+
+def _opened(path: Path, *, repeated: str = "") -> Any:
+    """A reader of a file.
+
+    Args:
+      path: of the file.
+      repeated: a leaf column of bytes, of which a value that many rows share is kept once.
+
+    Raises:
+      OSError: it is no regular file.
+      ValueError: it is no Parquet file.
+    """
+    foreign.require_regular(path)
+    kept = [repeated] if repeated else None
+    return columnar.import_pyarrow().parquet.ParquetFile(path, read_dictionary=kept)
+
+
+@contextlib.contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Turns what pyarrow raises on a file that it cannot read into one line.
+
+    Raises:
+      DataError: it cannot be read.
+    """
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        NotImplementedError,
+    ) as error:  # pyarrow's are among these
+        raise DataError(
+            f"{path} is not a Parquet file that can be read: {_first_line(error)}"
+        ) from error
+
+
+def _check_group(path: Path, meta: Any, number: int, column: str) -> None:
+    """Refuses a row group whose column expands beyond what images or labels do.
+
+    Raises:
+      DataError: it does.
+    """
+    group = meta.row_group(number)
+    of_column = [group.column(i) for i in range(group.num_columns)]
+    expanded = sum(
+        part.total_uncompressed_size
+        for part in of_column
+        if part.path_in_schema.partition(".")[0] == column
+    )
+    where = f"{path}, group {number}"
+    columnar.check_expansion(expanded, path.stat().st_size, where=where)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).partition("\n")[0][:300]

@@ -7,7 +7,6 @@
 In lines, what follows the ten numbers is ignored unless the reader asks for it.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +16,7 @@ import numpy as np
 from arcface_jax.data import tables
 from arcface_jax.data.faces import POINT_NAMES, TEMPLATE
 from arcface_jax.errors import DataError
+from arcface_jax.runtime import foreign
 
 _NUMBERS = TEMPLATE.size
 
@@ -40,7 +40,7 @@ def rows(path: Path) -> Iterator[Row]:
     Raises:
       DataError: there is no such file, or it is not text or JSON.
     """
-    if not path.is_file():
+    if not foreign.is_file(path):
         raise DataError(f"no list of points at {path}: name an existing file")
     try:
         text = tables.read_text(path) if path.suffix == ".json" else ""
@@ -89,16 +89,16 @@ def parse(words: Sequence[object]) -> np.ndarray:
     """
     try:
         return np.array(words, np.float64).reshape(TEMPLATE.shape)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise DataError(
-            f"{' '.join(map(str, words))[:80]!r} are not five points, the ten numbers x1 y1 x2 y2 "
-            f"x3 y3 x4 y4 x5 y5: {', '.join(POINT_NAMES)}"
+            f"{' '.join(map(_short, words))[:80]!r} are not five points, the ten numbers x1 y1 x2 "
+            f"y2 x3 y3 x4 y4 x5 y5: {', '.join(POINT_NAMES)}"
         ) from error
 
 
 def _json(path: Path, text: str) -> Iterator[Row]:
     try:
-        content = json.loads(text)
+        content = foreign.parse_json(text)
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
@@ -106,6 +106,14 @@ def _json(path: Path, text: str) -> Iterator[Row]:
     for number, (name, points) in enumerate(content.items(), start=1):
         words = points if isinstance(points, list) else [points]
         yield Row(number, f"{path}, entry {number}", name, words)
+
+
+def _short(word: object) -> str:
+    return "a number of thousands of digits" if _is_long(word) else str(word)[:80]
+
+
+def _is_long(word: object) -> bool:
+    return isinstance(word, int) and word.bit_length() > 1000
 
 
 def _real(word: str) -> bool:

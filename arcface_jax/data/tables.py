@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from arcface_jax.errors import DataError
+from arcface_jax.runtime import foreign
 
 _SAMPLE = 50  # rows by which a table's form is judged
 _MARKS = (
@@ -47,7 +48,7 @@ def read_text(path: Path) -> str:
       DataError: it cannot be read, or is not text.
     """
     try:
-        data = path.read_bytes()
+        data = foreign.read(path)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror})") from error
     try:

@@ -1,5 +1,6 @@
 """TensorFlow Datasets stored as ArrayRecord, read without TensorFlow."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from arcface_jax.data import names
 from arcface_jax.data.images import encode
 from arcface_jax.data.names import Names
 from arcface_jax.data.source import Sample, Source, whole_label
 from arcface_jax.errors import DataError, ImageError, UserError, install
-from arcface_jax.runtime import sealed
+from arcface_jax.runtime import foreign, sealed
 
 PREFIX = "tfds:"
 
@@ -46,6 +48,7 @@ class TfdsSource(Source):
     """
 
     unit = "examples"
+    num_classes = 0  # until it is known
 
     def __init__(self, path: str):
         self._path = path
@@ -57,7 +60,10 @@ class TfdsSource(Source):
                 "and 'label'"
             )
         known = getattr(features["label"], "num_classes", None)
-        self.num_classes = int(known or self.labels().max() + 1)
+        self.num_classes = int(known or self.labels().max(initial=-1) + 1)
+        if self.num_classes < 1:
+            raise DataError(f"{path} has no example with a label: write the data set again")
+        names.check_count(self.num_classes, len(self), where=path)
         words: list[str] = getattr(features["label"], "names", None) or []
         numbers = all(word == str(label) for label, word in enumerate(words))
         self.names = None if numbers else Names(words)
@@ -65,6 +71,8 @@ class TfdsSource(Source):
     def _open(self) -> None:
         tfds = import_tfds()
         where, split = without_split(self._path)
+        for folder in _folders(where):
+            _check_folder(folder)
         options = {
             "split": split or "train",
             "decoders": {"image": tfds.decode.SkipDecoding()},
@@ -104,20 +112,36 @@ class TfdsSource(Source):
         try:
             example = self._data[index]
         except Exception as error:  # array_record raises what its C++ does
-            raise ImageError(self.where(index), f"cannot be read: {error}") from error
-        label = whole_label(float(example["label"]), where=self.where(index))
-        if label >= self.num_classes:
+            problem = (str(error) or repr(error)).partition("\n")[0][:200]
+            raise ImageError(self.where(index), f"cannot be read: {problem}") from error
+        label = whole_label(self._label(example, index), where=self.where(index))
+        if 0 < self.num_classes <= label:
             raise ImageError(
                 self.where(index),
                 f"label {label} is outside the {self.num_classes} classes of "
                 "features.json; recreate the data set",
             )
         image = example["image"]
-        return Sample(image if isinstance(image, bytes) else encode(np.asarray(image)), label)
+        if isinstance(image, bytes):
+            return Sample(image, label)
+        values = np.asarray(image)
+        if values.ndim != 3 or values.dtype != np.uint8:
+            raise ImageError(self.where(index), f"its image is {values.shape} {values.dtype}")
+        return Sample(encode(values), label)
+
+    def _label(self, example: Mapping[str, Any], index: int) -> float:
+        try:
+            return float(example["label"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ImageError(self.where(index), "has no label", kind="no label") from error
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; every example is read for it, which takes a while."""
-        return np.array([self._data[i]["label"] for i in range(len(self))], np.int32)
+        """(len,) int32; every example is read for it, which takes a while. -1 for none."""
+        found = np.full(len(self), -1, np.int32)
+        for index in range(len(self)):
+            with contextlib.suppress(ImageError):
+                found[index] = self.read(index).label
+        return found
 
     def where(self, index: int) -> str:
         """The data set and the example's number."""
@@ -131,6 +155,65 @@ class TfdsSource(Source):
         }
         shards = sealed.digest(json.dumps(splits, sort_keys=True).encode())
         return {"form": "TFDS", "split": without_split(self._path)[1] or "train", "shards": shards}
+
+
+# The features that TFDS has itself; a data set that names another one wants its module imported.
+_FEATURES = re.compile(
+    r"tensorflow_datasets\.core\.features\."
+    r"(audio_feature|bounding_boxes|class_label_feature|dataset_feature|features_dict|"
+    r"image_feature|labeled_image|scalar|sequence_feature|tensor_feature|text_feature|"
+    r"translation_feature|video_feature)\.[A-Z][A-Za-z]*"
+)
+_CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # the last until 2022
+_MOST_JSON = 1 << 28  # bytes
+
+
+def _folders(where: str) -> list[Path]:
+    """The folders with a `features.json` of a data set, or of all versions of a named one."""
+    if not where.startswith(PREFIX):
+        return [Path(where)]
+    name, _, folder = where.removeprefix(PREFIX).partition("@")
+    top = Path(os.path.expanduser(folder or "~/tensorflow_datasets")) / re.split("[/:]", name)[0]
+    return [file.parent for file in top.rglob("features.json")] if folder or top.is_dir() else []
+
+
+def _check_folder(folder: Path) -> None:
+    """Checks what TFDS would do by the files of a data set: import what they name, wait for pipes.
+
+    Raises:
+      DataError: a file is no regular one, or names code.
+    """
+    try:
+        for path in sorted(folder.iterdir()):
+            if not path.is_dir():
+                foreign.require_regular(path)
+            if path.suffix == ".json":
+                content = foreign.parse_json(foreign.read(path, most=_MOST_JSON))
+                if path.name == "features.json":
+                    _check_features(path, content)
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{error.filename} cannot be read ({error.strerror}): copy the data set again"
+        ) from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): copy the data set again") from error
+
+
+def _check_features(path: Path, content: Any) -> None:
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        waiting += value if isinstance(value, list) else []
+        for name, item in value.items() if isinstance(value, dict) else ():
+            waiting.append(item)
+            named = isinstance(item, str) and (name != "type" or "." in item)
+            if name in _CLASS_NAMES and named and not _FEATURES.fullmatch(item):
+                raise DataError(
+                    f"{path} names the class {item[:80]!r}, which is none of TFDS's features: it "
+                    "is not imported; write the data set with features of TFDS"
+                )
 
 
 def without_split(path: str) -> tuple[str, str]:

@@ -4,7 +4,6 @@ Images are read by offset with the operating system's `pread`, from any thread a
 where each lies is kept beside the tars (`sidecar`). Plain tars of an image folder are read too.
 """
 
-import json
 import os
 import re
 import tarfile
@@ -21,6 +20,7 @@ from arcface_jax.data.images import HIDDEN, is_image
 from arcface_jax.data.indexed import IndexedSource, described, files_of, of_folders
 from arcface_jax.data.source import Sample
 from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime import foreign
 
 _LAYOUT = 1  # of the kept arrays
 _BLOCK = 512
@@ -223,7 +223,7 @@ def _numbered(
 
     def where(place: int) -> str:
         shard = int(np.searchsorted(ends, place, side="right"))
-        return f"{shards[shard]}, {images[place].name}"
+        return f"{shards[shard]}, {images[place].name}".replace("\n", "\\n")
 
     labels = [image.label for image in images]
     if all(label is None for label in labels):
@@ -336,7 +336,7 @@ def _label(content: bytes, suffix: str, field: str, *, where: str) -> str | None
     """
     try:
         text = content.decode().strip()
-        value: Any = json.loads(text) if suffix == "json" else text
+        value: Any = foreign.parse_json(text) if suffix == "json" else text
     except ValueError as error:
         raise DataError(f"{where} is not {suffix.upper()} text: {error}") from error
     if isinstance(value, dict):

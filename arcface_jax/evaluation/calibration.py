@@ -14,12 +14,14 @@ from arcface_jax.data import fingerprint
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation import roc, verification
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import write_atomic
 
 ENOUGH_ERRORS = 30
 """The rule of 30: 30 errors or more put the true rate within 30 % of the measured one, with 90 %
 confidence (G. Doddington et al., "The NIST speaker recognition evaluation", 2000)."""
 _DECIMALS = 6
+_MOST_BYTES = 1 << 20  # of a calibration's file, which has one kilobyte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,13 +202,14 @@ def read(path: Path) -> Calibration:
     Raises:
       DataError: there is no such file, or it is no calibration.
     """
-    if not path.is_file():
+    if not foreign.is_file(path):
         raise DataError(f"no calibration at {path}: make one with `arcface-jax calibrate`")
     try:
-        return _ADAPTER.validate_json(path.read_text(), strict=True)
-    except (pydantic.ValidationError, UnicodeDecodeError) as error:
+        return _ADAPTER.validate_json(foreign.read(path, most=_MOST_BYTES), strict=True)
+    except (pydantic.ValidationError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
         raise DataError(
-            f"{path} is no calibration written by `arcface-jax calibrate`: {error}"
+            f"{path} is no calibration written by `arcface-jax calibrate` ({reason}): make one"
         ) from error
 
 

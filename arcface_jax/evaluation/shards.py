@@ -24,7 +24,7 @@ from arcface_jax.data import faces
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.embed import Embed
-from arcface_jax.runtime import sealed
+from arcface_jax.runtime import foreign, sealed
 from arcface_jax.runtime.files import PART, write_atomic
 from arcface_jax.runtime.sealed import DamagedError
 
@@ -206,6 +206,8 @@ class Store(NamedTuple):
             stored = sealed.read(path, unsealed=True)
             if _DIGESTS in stored:  # or the file has lost its digest
                 stored = sealed.read(path)
+                if not isinstance(stored[_DIGESTS], dict):
+                    raise DamagedError(f"{path} has no digests")
         except DamagedError as error:
             raise DataError(
                 f"{error}, so the settings of the embeddings in {self.folder} are unknown: remove "
@@ -288,7 +290,7 @@ def read_bytes(path: Path) -> bytes:
       DataError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        return foreign.read(path)
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}): the list of images names it; unpack the "

@@ -5,7 +5,6 @@ Shard i is `embeddings-0000i.npy`, (n, D) float32, and `ids-0000i.json`, whose `
 in the order of the rows and whose `skipped` are the files without a row, with the reason.
 """
 
-import json
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.shards import Store
+from arcface_jax.runtime import foreign
 
 _BATCHES_AHEAD = 2
 Decoded = np.ndarray | DataError
@@ -122,13 +122,27 @@ def read(output: Path) -> tuple[list[str], np.ndarray]:
         raise DataError(f"{output} holds no embeddings-*.npy: name the output of a bulk run")
     _store(output).require_whole()
     try:
-        ids = [name for path in paths for name in _ids(path)["ids"]]
-        return ids, np.concatenate([np.load(path) for path in paths])
-    except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+        ids = [str(name) for path in paths for name in _ids(path)["ids"]]
+        return ids, _joined(paths, len(ids))
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{output} holds damaged embeddings ({error}): run the same command that embedded the "
             "images again"
         ) from None
+
+
+def _joined(paths: Sequence[Path], count: int) -> np.ndarray:
+    """The rows of all shards.
+
+    Raises:
+      OSError, ValueError: one is damaged, or there are not as many rows as ids.
+    """
+    parts = [foreign.load_array(path) for path in paths]
+    if any(part.ndim != 2 or part.dtype != np.float32 for part in parts):
+        raise ValueError("a shard that is not (n, D) float32")
+    if sum(map(len, parts)) != count:
+        raise ValueError(f"{sum(map(len, parts))} rows for {count} ids")
+    return np.concatenate(parts)
 
 
 def settings(output: Path) -> dict[str, Any]:
@@ -222,7 +236,7 @@ def _write_shard(
 def _content(path: Path) -> bytes:
     """A file's bytes; none if it cannot be read, for such files are skipped."""
     try:
-        return path.read_bytes()
+        return foreign.read(path)
     except OSError:
         return b""
 
@@ -232,4 +246,4 @@ def _ids_path(shard: Path) -> Path:
 
 
 def _ids(shard: Path) -> dict:
-    return json.loads(_ids_path(shard).read_text())
+    return foreign.parse_json(foreign.read(_ids_path(shard)))

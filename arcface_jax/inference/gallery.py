@@ -35,6 +35,7 @@ import pydantic
 
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.embeddings import lengths, normalize
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import atomic_folder, write_atomic
 
 Form = Literal["float32", "int8"]
@@ -69,12 +70,13 @@ class _About:
 
     model: str
     flip: bool
-    rows: int
-    embedding_size: int
+    rows: pydantic.PositiveInt
+    embedding_size: pydantic.PositiveInt
     form: Form
 
 
 _ADAPTER = pydantic.TypeAdapter(_About)
+_MOST_BYTES = 1 << 20  # of gallery.json
 
 
 class Gallery:
@@ -112,10 +114,11 @@ class Gallery:
         if self._names is None:
             path = self.folder / _NAMES
             try:
-                names = json.loads(path.read_bytes())
+                names = foreign.parse_json(foreign.read(path))
             except (OSError, ValueError) as error:
                 raise DataError(f"cannot read {path} ({error}): build the gallery again") from error
-            if not isinstance(names, list) or len(names) != len(self):
+            right = isinstance(names, list) and len(names) == len(self)
+            if not right or not all(isinstance(name, str) for name in names):
                 raise DataError(f"{path} has no {len(self):,} names: build the gallery again")
             self._names = names
         return self._names
@@ -145,7 +148,13 @@ class Gallery:
         for start in range(0, len(unit), _QUERIES):
             part = unit[start : start + _QUERIES]
             for i, rows in enumerate(self._candidates(part, k), start):
-                score[i], found[i] = self._best(rows, unit[i], k)
+                best, at = self._best(rows, unit[i], k)
+                if len(best) < k:
+                    raise DataError(
+                        f"{self.folder} has embeddings or scales that are no finite numbers: build "
+                        "the gallery again"
+                    )
+                score[i], found[i] = best, at
         names = self.names
         return Matches(score, found, [[names[j] for j in rows] for rows in found])
 
@@ -206,7 +215,7 @@ class Gallery:
     def _read_about(self) -> _About:
         path = self.folder / _ABOUT
         try:
-            return _ADAPTER.validate_json(path.read_bytes())
+            return _ADAPTER.validate_json(foreign.read(path, most=_MOST_BYTES))
         except OSError as error:
             raise DataError(
                 f"{self.folder} is no gallery ({_ABOUT}: {error.strerror}): make one with "
@@ -219,8 +228,8 @@ class Gallery:
         path = self.folder / name
         try:
             # A plain array over the mapping: slices of np.memmap cost microseconds more.
-            found = np.load(path, mmap_mode="r").view(np.ndarray)
-        except (OSError, ValueError, EOFError) as error:
+            found = foreign.load_array(path).view(np.ndarray)
+        except (OSError, ValueError) as error:
             raise DataError(f"cannot read {path} ({error}): build the gallery again") from error
         if found.shape != shape or found.dtype != dtype:
             raise DataError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from arcface_jax.errors import CheckpointError, UserError
-from arcface_jax.runtime import damaged
+from arcface_jax.runtime import damaged, foreign
 from arcface_jax.runtime.files import complete_steps, unfinished_steps, write_atomic
 
 _FOLDER = "checksums"
@@ -308,6 +308,13 @@ def _wrong(path: Path, item: str = "") -> list[str]:
     return [name for name, value in of_item.items() if found.get(name) != value]
 
 
+def _special(path: Path) -> list[str]:
+    """Pipes and devices of a checkpoint, which a reader would wait for."""
+    found = (file for file in sorted(path.rglob("*")) if file.exists())
+    other = (file for file in found if not (file.is_file() or file.is_dir()))
+    return [file.relative_to(path).as_posix() for file in other]
+
+
 def _strays(path: Path, item: str = "*") -> list[Path]:
     """Files in folders that Orbax reads whole, and which are none of the checkpoint."""
     try:
@@ -321,13 +328,14 @@ def _strays(path: Path, item: str = "*") -> list[Path]:
 def _unlistable(path: Path) -> list[str]:
     """Damaged files among those that Orbax reads of every checkpoint to list them."""
     wrong = _wrong(path, "metrics") if (path / "metrics").is_dir() else []
+    wrong += [name for name in _special(path) if name not in wrong]
     return wrong + [n for n in (_METADATA, "metrics/metrics") if _is_other_json(path / n)]
 
 
 def _is_other_json(path: Path) -> bool:
     """Whether a file is valid JSON, but no object; Orbax ignores metadata that is no JSON."""
     with contextlib.suppress(OSError, ValueError):
-        return not isinstance(json.loads(path.read_bytes()), dict)
+        return not isinstance(foreign.parse_json(foreign.read(path)), dict)
     return False
 
 
@@ -359,7 +367,7 @@ def _read_with_hash(path: Path) -> dict[str, Any]:
       _Unreadable: the file is not as it was written.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = foreign.parse_json(foreign.read(path))
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):
@@ -412,8 +420,9 @@ def _hashes(path: Path, item: str = "") -> dict[str, str]:
 def _handlers(metadata: Path) -> bytes:
     """What of Orbax's metadata stays: how the items are read."""
     try:
-        return json.dumps(json.loads(metadata.read_bytes())["item_handlers"]).encode()
-    except (ValueError, TypeError, KeyError):
+        content = foreign.parse_json(foreign.read(metadata))
+        return json.dumps(content["item_handlers"]).encode()
+    except (OSError, ValueError, TypeError, KeyError):
         return b"damaged"
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from arcface_jax.runtime import foreign
+
 _SEAL = "digest"
 _CHUNK = 1 << 24  # bytes of an array that are hashed together
 _THREADS = 4  # hashing leaves the interpreter lock to others
@@ -38,14 +40,14 @@ def read(path: Path, *, unsealed: bool = False) -> dict[str, Any]:
       DamagedError: it is unreadable, no JSON object, or not what was written.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = foreign.parse_json(foreign.read(path))
     except FileNotFoundError:
         if path.is_symlink():
             raise DamagedError(f"{path} is a symbolic link to nothing") from None
         raise
     except OSError as error:
         raise DamagedError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise DamagedError(f"{path} is not JSON") from None
     if not isinstance(content, dict):
         raise DamagedError(f"{path} holds no JSON object")
@@ -83,6 +85,7 @@ def file_digest(path: Path) -> str:
     Raises:
       OSError: it cannot be read.
     """
+    foreign.require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

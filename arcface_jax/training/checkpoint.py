@@ -6,7 +6,6 @@ if the recipe asks for running means of the weights, `ema`, which inference then
 of imported weights has no `training`: only `backbone`, or also `centers` and `dataset`.
 """
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -19,12 +18,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from arcface_jax import plugins
 from arcface_jax.config import CheckpointConfig, Config, DataConfig, loading
 from arcface_jax.data import fingerprint
 from arcface_jax.data.source import Source
 from arcface_jax.errors import CheckpointError
 from arcface_jax.models import registry
-from arcface_jax.runtime import checksums, damaged, launch, locks
+from arcface_jax.runtime import checksums, damaged, foreign, launch, locks
 from arcface_jax.runtime.files import (
     complete_steps,
     quiet_orbax,
@@ -44,6 +44,7 @@ EXTENDABLE = ("schedule.epochs:", "schedule.decay_epochs:")
 """How the differences begin that `schedule.extend` allows."""
 
 BACKBONE_FIELDS = ("params", "batch_stats")
+_MOST_BYTES = 1 << 26  # of config.json, which has a few thousand
 
 
 def describe(source: Source, data: DataConfig) -> Dataset:
@@ -168,7 +169,22 @@ def read_config(workdir: Path) -> Config:
     if text is None:
         raise CheckpointError(f"{workdir} holds no {CONFIG}: name the --workdir of a training run")
     damaged.warn([problem] if problem else [])
-    return _parse_config(workdir, text)
+    config = _parse_config(workdir, text)
+    plugins.require_own(_plugins_of(config), source=workdir / CONFIG)
+    return config
+
+
+def _plugins_of(config: Config) -> list[tuple[str, str]]:
+    """Fields of a configuration, and the parts from outside the package that they name."""
+    named = [
+        ("model.network", config.model.network),
+        ("head.loss", config.head.loss),
+        ("optimizer.kind", config.optimizer.kind),
+        *(("data.path", part.strip()) for part in config.data.path.split(",")),
+        *(("evaluation.targets", target) for target in config.evaluation.targets),
+    ]
+    found = [(field, plugins.parse(name)) for field, name in named]
+    return [(field, reference.name) for field, reference in found if reference is not None]
 
 
 def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
@@ -178,7 +194,7 @@ def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
     """
     path = workdir / CONFIG
     try:
-        text = path.read_bytes().decode()
+        text = foreign.read(path, most=_MOST_BYTES).decode()
     except (OSError, ValueError):
         text = None
     try:
@@ -197,8 +213,8 @@ def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
 def _parse_config(workdir: Path, text: str) -> Config:
     path = workdir / CONFIG
     try:
-        json.loads(text)
-    except json.JSONDecodeError as error:
+        foreign.parse_json(text)
+    except ValueError as error:
         raise CheckpointError(
             f"{path} is damaged ({error}) and has no copy: restore it from backup; "
             f"{workdir / 'environment.json'} lists the configuration of each start"

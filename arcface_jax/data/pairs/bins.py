@@ -7,9 +7,12 @@ import numpy as np
 
 from arcface_jax.data import plain_pickle
 from arcface_jax.data.aligner import Aligner
-from arcface_jax.data.images import decode_any_size, square
+from arcface_jax.data.images import IMAGE_SIZE, decode_any_size, square
 from arcface_jax.data.pairs import flags
 from arcface_jax.errors import DataError, meant
+from arcface_jax.runtime import foreign
+
+_LARGE, _EXPANSION = 3 << 28, 200  # bytes that any set may take; times its encoded images
 
 
 class Listing(NamedTuple):
@@ -67,14 +70,14 @@ def read_bin(path: Path, *, aligner: Aligner | None = None) -> PairSet:
     Raises:
       DataError: there is no such file, or it is not of that form.
     """
-    if not path.is_file():
+    if not foreign.is_file(path):
         there = sorted(p.name for p in path.parent.glob("*.bin"))
         raise DataError(
             f"no verification set at {path} (in that folder: {', '.join(there) or 'no .bin file'})"
             f": {meant(path.name, there)}name an existing set with --evaluation.targets"
         )
     try:
-        data = path.read_bytes()
+        data = foreign.read(path)
         encoded, same = plain_pickle.load(data, what="verification set")
         encoded = [_encoded(item) for item in encoded]
         same = np.array(
@@ -85,22 +88,48 @@ def read_bin(path: Path, *, aligner: Aligner | None = None) -> PairSet:
     except Exception as error:
         # pickle raises nearly any exception on damaged input.
         raise DataError(
-            f"{path} is not a verification set, a pickle of (images, is-same list): {error!r}"
+            f"{path} is not a verification set, a pickle of (images, is-same list): "
+            f"{repr(error)[:200]}"
         ) from error
     if len(encoded) != 2 * len(same) or not len(same):
         raise DataError(
             f"{path}: {len(encoded)} images for {len(same)} pairs; there should be two images a "
             "pair, and a pair at least: recreate the set, or fetch it again"
         )
-    images = []
+    different = {id(data): len(data) for data in encoded}
+    check_reuse(len(encoded), len(different), size=sum(different.values()), where=str(path))
+    decoded: dict[int, np.ndarray] = {}
     for number, data in enumerate(encoded):
-        where = f"{path}, image {number}"
-        if aligner is not None and aligner.detects:
-            image = aligner(decode_any_size(data, where=where), where=where)
-        else:
-            image = square(data, where=where)
-        images.append(image)
-    return PairSet(path.stem, np.stack(images), same)
+        if id(data) not in decoded:
+            decoded[id(data)] = _decoded(data, f"{path}, image {number}", aligner)
+    return PairSet(path.stem, np.stack([decoded[id(data)] for data in encoded]), same)
+
+
+def _decoded(data: bytes, where: str, aligner: Aligner | None) -> np.ndarray:
+    if aligner is not None and aligner.detects:
+        return aligner(decode_any_size(data, where=where), where=where)
+    return square(data, where=where)
+
+
+def check_reuse(count: int, different: int, *, size: int, where: str) -> None:
+    """Refuses a set whose pairs take far more memory than its images justify.
+
+    Args:
+      count: images of all pairs.
+      different: of these.
+      size: bytes of the different ones, encoded.
+      where: the set, for the message.
+
+    Raises:
+      DataError: they take 200 times that, and more than 768 MiB.
+    """
+    memory = count * IMAGE_SIZE * IMAGE_SIZE * 3
+    if memory > max(_LARGE, _EXPANSION * size):
+        raise DataError(
+            f"{where}: {count:,} images of pairs, of which {different:,} are different, take "
+            f"{memory / 2**30:.1f} GiB in memory, and {size:,} bytes in files: split the pairs "
+            "into sets of 10,000, or compare all images by `arcface-jax evaluate-protocol`"
+        )
 
 
 def _encoded(item: Any) -> bytes:

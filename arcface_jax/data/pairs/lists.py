@@ -1,5 +1,7 @@
 """Pairs of images in a folder, named by a list: LFW's `pairs.txt`, or lines of two paths."""
 
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,13 +11,15 @@ import numpy as np
 from arcface_jax.data import images, tables
 from arcface_jax.data.aligner import Aligner
 from arcface_jax.data.pairs import flags
-from arcface_jax.data.pairs.bins import Listing, PairSet
+from arcface_jax.data.pairs.bins import Listing, PairSet, check_reuse
 from arcface_jax.data.source import by_kind
 from arcface_jax.data.tables import Row
 from arcface_jax.errors import DataError
+from arcface_jax.runtime import foreign
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".lst")
 _SHOWN = 5
+_DIGITS = 10  # of a number of images or pairs; larger ones are words
 _FOLDS = 10
 
 
@@ -138,8 +142,11 @@ def read(path: Path, folder: Path, *, aligner: Aligner | None = None) -> PairSet
       DataError: as `listed` and `Aligner`, or naming an image that cannot be read.
     """
     found = listed(path, folder)
+    files = found.files()
+    size = sum(file.stat().st_size for file in files)
+    check_reuse(2 * len(found.pairs), len(files), size=size, where=str(path))
     align = aligner or Aligner()
-    faces = {file: align(file, in_identity_folder=file.parent != folder) for file in found.files()}
+    faces = {file: align(file, in_identity_folder=file.parent != folder) for file in files}
     return PairSet(
         path.stem,
         np.stack([faces[file] for pair in found.pairs for file in (pair.left, pair.right)]),
@@ -179,8 +186,12 @@ def _pairs(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
 def _is_lfw(row: Row) -> bool:
     cells = row.cells
     if len(cells) == 3:
-        return cells[1].isdecimal() and cells[2].isdecimal() and not images.is_image(cells[0])
-    return len(cells) == 4 and cells[1].isdecimal() and cells[3].isdecimal()
+        return _counts(cells[1]) and _counts(cells[2]) and not images.is_image(cells[0])
+    return len(cells) == 4 and _counts(cells[1]) and _counts(cells[3])
+
+
+def _counts(word: str) -> bool:
+    return word.isdecimal() and len(word) < _DIGITS
 
 
 def _lfw(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
@@ -208,9 +219,9 @@ def _lfw(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
 
 def _announced(words: list[str]) -> int | None:
     """Pairs of either kind by LFW's first line, `folds n` or `n`; None where it is none."""
-    if len(words) > 2 or not all(word.isdecimal() for word in words):
+    if len(words) > 2 or not all(word.isdecimal() and len(word) < _DIGITS for word in words):
         return None
-    return int(np.prod([int(word) for word in words]))
+    return math.prod(map(int, words))
 
 
 def _image(folder: Path, name: str, number: str) -> Path:
@@ -228,7 +239,7 @@ def _two_lines(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
     halves = rows[heading:]
     place = 0 if images.is_image(halves[0].cells[0]) else 1
     for row in halves:
-        if not _is_half(row) or not row.cells[1 - place].lstrip("+-").isdecimal():
+        if not _is_half(row) or not _counts(row.cells[1 - place].lstrip("+-")):
             raise _not_a_pair(path, row)
     if len(halves) % 2:
         raise DataError(
@@ -236,8 +247,9 @@ def _two_lines(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
             "pair, and the last has no other: it was cut short"
         )
     pairs = []
+    below = functools.cache(functools.partial(_below, folder))
     for first, second in zip(halves[::2], halves[1::2], strict=True):
-        left, right = (_below(folder, row.cells[place]) for row in (first, second))
+        left, right = (below(row.cells[place]) for row in (first, second))
         same, other = (int(row.cells[1 - place]) > 0 for row in (first, second))
         if same != other:
             raise DataError(
@@ -274,7 +286,7 @@ def _files_of(row: Row, folder: Path) -> tuple[Path, Path] | None:
     if any(flags.parse(name) is not None for name, _ in named):
         return None
     found = [
-        next((file for file in (folder / name / at, folder / at) if file.is_file()), None)
+        next((file for file in (folder / name / at, folder / at) if foreign.is_file(file)), None)
         for name, at in ((name, tables.native(at)) for name, at in named)
     ]
     return None if found[0] is None or found[1] is None else (found[0], found[1])
@@ -304,12 +316,13 @@ def _paths(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
         if len(rows) == 1 and not any(_means_something(word) for word in words):
             return  # a heading, and no pair
         raise _not_a_pair(path, rows[0])
+    below = functools.cache(functools.partial(_below, folder))  # images come in many pairs
     for row in rows[heading:]:
         cells = row.cells
         same = flags.parse(cells[layout.same]) if len(cells) > max(layout) else None
         if same is None or not all(cells[place] for place in layout):
             raise _not_a_pair(path, row)
-        left, right = (_below(folder, cells[place]) for place in (layout.left, layout.right))
+        left, right = (below(cells[place]) for place in (layout.left, layout.right))
         yield Pair(row.line, left, right, same)
 
 
@@ -374,12 +387,12 @@ _HEADINGS = ("same", "issame", "is_same", "label", "match", "is_match", "y", "ta
 
 def _looks_like_a_path(folder: Path, cell: str) -> bool:
     # A folder that has a number for its name is no image.
-    return images.is_image(cell) or (bool(cell) and _below(folder, cell).is_file())
+    return images.is_image(cell) or (bool(cell) and foreign.is_file(_below(folder, cell)))
 
 
 def _below(folder: Path, name: str) -> Path:
     path = folder / name
-    return path if "\\" not in name or path.is_file() else folder / tables.native(name)
+    return path if "\\" not in name or foreign.is_file(path) else folder / tables.native(name)
 
 
 def _not_a_pair(path: Path, row: Row) -> DataError:
@@ -390,7 +403,7 @@ def _not_a_pair(path: Path, row: Row) -> DataError:
 
 
 def _check_files(files: Sequence[Path], pairs: list[Pair], path: Path) -> None:
-    missing = {file for file in files if not file.is_file()}
+    missing = {file for file in files if not foreign.is_file(file)}
     if not missing:
         return
     named = [

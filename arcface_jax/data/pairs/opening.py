@@ -55,7 +55,7 @@ def open_for_runs(
         sets = [
             _open_target(t, config.data, seed=config.seed, aligner=aligner)
             for config in configs
-            for t in _files(config.evaluation.targets)
+            for t in dict.fromkeys(_files(config.evaluation.targets))
         ]
         return _with_different_names(_without_copies(sets))
     homes = [_home(target, configs) for target in targets]
@@ -99,12 +99,15 @@ def _open_target(
 ) -> PairSet:
     if target == opening.SYNTHETIC:
         drawn = data.synthetic
-        images, same = faces.verification_pairs(
-            seed=seed,
-            first_identity=drawn.identities,  # the first that is not trained on
-            identities=drawn.pair_identities,
-            pairs=drawn.pairs,
-        )
+        try:
+            images, same = faces.verification_pairs(
+                seed=seed,
+                first_identity=drawn.identities,  # the first that is not trained on
+                identities=drawn.pair_identities,
+                pairs=drawn.pairs,
+            )
+        except ValueError as error:
+            raise ConfigError(f"data.synthetic: {error}") from error
         return PairSet(opening.SYNTHETIC, images, same)
     name, _, _ = target.partition(":")
     return open_file(target, base=opening.folder_with(data.path, name), aligner=aligner)

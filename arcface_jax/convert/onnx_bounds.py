@@ -1,0 +1,178 @@
+"""What an ONNX file may cost, looked at before a runtime opens it: no loops, and no giant arrays.
+
+A graph is a program: a loop in it need not end, and one small node makes an array of any size.
+Networks that embed faces have neither. Operators are found without the package onnx; the sizes of
+arrays, where it is installed, by its shape inference for one image.
+"""
+
+import importlib.util
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.errors import UserError
+from arcface_jax.runtime import foreign
+
+LARGEST_FIXED_BATCH = 1024
+"""Of a graph that takes only batches of one size, which are filled up to it."""
+
+_LOOPS = frozenset((b"Loop", b"Scan", b"SequenceMap"))
+# Numbers in an array, at least and for each image; the widest layers make 2^20 of an image.
+_LARGEST, _LARGEST_OF_IMAGE = 1 << 27, 1 << 21
+_SMALL = 1 << 12  # bytes of a weight that shapes may be computed from
+_DEEPEST = 16
+# Field numbers of onnx.proto: where nodes and graphs are found.
+_MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
+_GRAPH_NODE, _FUNCTION_NODE = 1, 7
+_NODE_KIND, _NODE_ATTRIBUTE = 4, 5
+_ATTRIBUTE_GRAPHS = (6, 11)
+
+
+def check(path: Path) -> None:
+    """Refuses a file whose graph loops, or makes arrays far beyond a network's.
+
+    Raises:
+      UserError: it does, or is no ONNX file.
+    """
+    try:
+        foreign.require_regular(path)
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        found = _operators(memoryview(data))
+    except OSError as error:
+        raise UserError(f"no model at {path} ({error.strerror}): name an .onnx file") from error
+    except (IndexError, ValueError) as error:
+        raise UserError(
+            f"{path} is not an ONNX file that can be read, and not a model that ONNX Runtime opens: "
+            f"{error}; fetch or export it again"
+        ) from error
+    if loops := sorted(found & _LOOPS):
+        raise UserError(
+            f"{path} has a {loops[0].decode()}, which need not end and no network for faces has: "
+            "export the model without it"
+        )
+    if importlib.util.find_spec("onnx") is not None:
+        _check_sizes(path)
+
+
+class _Field(NamedTuple):
+    """A field of a protobuf message that has a length."""
+
+    number: int
+    content: memoryview
+
+
+def _operators(data: memoryview) -> set[bytes]:
+    """The operators of a model, of its functions and of the graphs in attributes."""
+    found: set[bytes] = set()
+    waiting: list[tuple[memoryview, int]] = []
+    for field in _fields(data):
+        if field.number == _MODEL_GRAPH:
+            waiting += [(node, 0) for node in _all(field.content, _GRAPH_NODE)]
+        elif field.number == _MODEL_FUNCTIONS:
+            waiting += [(node, 0) for node in _all(field.content, _FUNCTION_NODE)]
+    while waiting:
+        node, depth = waiting.pop()
+        for field in _fields(node):
+            if field.number == _NODE_KIND:
+                found.add(bytes(field.content[:64]))
+            elif field.number == _NODE_ATTRIBUTE:
+                graphs = [
+                    x.content for x in _fields(field.content) if x.number in _ATTRIBUTE_GRAPHS
+                ]
+                if graphs and depth >= _DEEPEST:
+                    raise ValueError(f"graphs in graphs, more than {_DEEPEST} deep")
+                waiting += [(n, depth + 1) for graph in graphs for n in _all(graph, _GRAPH_NODE)]
+    return found
+
+
+def _all(message: memoryview, number: int) -> list[memoryview]:
+    return [field.content for field in _fields(message) if field.number == number]
+
+
+def _fields(message: memoryview) -> Iterator[_Field]:
+    """The fields of a message that are messages, text or bytes; numbers are passed over."""
+    at, size = 0, len(message)
+    while at < size:
+        tag, at = _varint(message, at)
+        kind = tag & 7
+        if kind == 0:
+            _, at = _varint(message, at)
+        elif kind in (1, 5):
+            at += 8 if kind == 1 else 4
+        elif kind == 2:
+            length, at = _varint(message, at)
+            if at + length > size:
+                raise ValueError("cut short")
+            yield _Field(tag >> 3, message[at : at + length])
+            at += length
+        else:
+            raise ValueError("no protobuf message")
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            raise ValueError("cut short")
+        value |= (data[at] & 0x7F) << shift
+        at += 1
+        if data[at - 1] < 0x80:
+            return value, at
+    raise ValueError("no protobuf message")
+
+
+def _check_sizes(path: Path) -> None:
+    """By shape inference for one image; what is computed at run time stays unknown.
+
+    Raises:
+      UserError: an array is too large.
+    """
+    import onnx
+    import onnx.shape_inference
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        _empty_weights(model.graph)
+        batch = _set_input(model.graph)
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # of many types; the runtime reports what is wrong with the file
+        return
+    if batch > LARGEST_FIXED_BATCH:
+        raise UserError(
+            f"{path} takes batches of {batch:,} images only; at most {LARGEST_FIXED_BATCH:,} are "
+            "filled up: export it with a free batch axis"
+        )
+    most, graph = max(_LARGEST, _LARGEST_OF_IMAGE * batch), inferred.graph
+    for value in (*graph.value_info, *graph.output):
+        count = 1
+        for dim in value.type.tensor_type.shape.dim:
+            count *= dim.dim_value if dim.dim_value > 0 else 1
+        if count > most:
+            raise UserError(
+                f"{path} makes an array of {count:,} numbers ({value.name[:60]}) of a batch of "
+                f"{batch}, at most {most:,} are computed: it is no network for faces"
+            )
+
+
+def _empty_weights(graph: Any) -> None:
+    """Drops the values of large weights, whose shapes are enough."""
+    for tensor in graph.initializer:
+        if len(tensor.raw_data) > _SMALL:
+            tensor.ClearField("raw_data")
+
+
+def _set_input(graph: Any) -> int:
+    """Gives free axes of the input the size of one face; returns the batch."""
+    batch = 1
+    weights = {tensor.name for tensor in graph.initializer}
+    for value in graph.input:
+        if value.name in weights:
+            continue
+        for place, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_value <= 0:
+                dim.dim_value = 1 if place == 0 else IMAGE_SIZE
+            batch = dim.dim_value if place == 0 else batch
+    return batch
