@@ -319,7 +319,7 @@ def measure_step(config: Config, *, num_classes: int, mesh: Mesh, repeats: int =
     run = step.make_train_step(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     batch = {
         name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-        for name, x in plan.abstract_batch(config.data.global_batch_size, mesh).items()
+        for name, x in plan.batch_of(config, mesh).items()
     }
     seconds = []
     for _ in range(2 + repeats):
