@@ -40,9 +40,9 @@ from arcface_jax.training.network import Network
 
 FILE = "teacher.json"
 """Which teacher a run has; in WORKDIR."""
-SHARD = 8192
+SHARD = 2048
 """Images in a shard; what an interrupted run had of one is lost."""
-_PIECE = 1024  # images that are read and embedded together: 39 MB, of which two are in memory
+_PIECE = 512  # images that are read and embedded together: 19 MB, of which two are in memory
 _BYTES = 2  # of a float16
 _SAMPLE = 65536  # images whose embeddings give the principal components
 _SEED = 20260101  # of the lift and of that sample; any number, but always the same
