@@ -44,6 +44,7 @@ from arcface_jax.training import (
     saved_runs,
     step,
     teacher,
+    teacher_record,
     validation,
 )
 from arcface_jax.training.run import Batch, Batches, Run, Steps, plan_steps
@@ -442,7 +443,7 @@ def _open_teacher(
             between=launch.raise_if_stopped_at_start,
         )
         projection = opened.projection
-    teacher.agree(workdir, teacher.record(model, projection, distill=settings))
+    teacher_record.agree(workdir, teacher.record(model, projection, distill=settings))
     return opened
 
 

@@ -2,8 +2,7 @@
 
 The cache is a `Store` of arcface_jax.evaluation.shards: CACHE/settings.json states teacher, set and
 views, and shard i is `teacher-0000i.npy`, (rows, V, Dt) float16 unit vectors of `SHARD` images. A
-row of zeros stands for an image that cannot be read. WORKDIR/teacher.json states which teacher a
-run has, so that it resumes with the same one.
+row of zeros stands for an image that cannot be read.
 """
 
 import shutil
@@ -25,7 +24,7 @@ from rich.progress import Progress
 from arcface_jax.config import DataConfig, DistillConfig
 from arcface_jax.data import fingerprint, order, pipeline
 from arcface_jax.data.source import Source
-from arcface_jax.errors import CheckpointError, ConfigError, DataError, UserError
+from arcface_jax.errors import ConfigError, DataError, UserError
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.evaluation.shards import Store, of_first_host
@@ -33,13 +32,12 @@ from arcface_jax.heads.centers import INIT_STD
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import launch, sealed
-from arcface_jax.runtime.files import atomic, write_atomic
+from arcface_jax.runtime.files import atomic
 from arcface_jax.training import step
 from arcface_jax.training.distill import unit
 from arcface_jax.training.network import Network
+from arcface_jax.training.teacher_record import Record
 
-FILE = "teacher.json"
-"""Which teacher a run has; in WORKDIR."""
 SHARD = 2048
 """Images in a shard; what an interrupted run had of one is lost."""
 _PIECE = 512  # images that are read and embedded together: 19 MB, of which two are in memory
@@ -370,63 +368,12 @@ def make_online(model: Model, *, views: str, embedding_size: int, mesh: Mesh) ->
     return Online(partial(jitted, model.params, model.batch_stats))
 
 
-class Record(NamedTuple):
-    """Which teacher a run has."""
-
-    digest: str
-    """Of its `Model.input`: the same for a run and its exports."""
-    embedding_size: int
-    views: str
-    projection: str
-    """SHA-256 of what its embeddings are multiplied with; empty where the sizes are equal."""
-    compatible: bool
-    """Whether the run's embeddings can be compared with the teacher's."""
-
-
 def record(model: Model, projection: np.ndarray | None, *, distill: DistillConfig) -> Record:
     """What a run notes of its teacher."""
     digest = "" if projection is None else sealed.array_digest(projection)
     return Record(
         model.input.digest, model.input.embedding_size, distill.views, digest, distill.compatible
     )
-
-
-def agree(workdir: Path, found: Record) -> None:
-    """Notes the teacher in a new run's workdir; refuses another one in a run that resumes.
-
-    Raises:
-      CheckpointError: the stored run has another teacher.
-    """
-    with launch.first_process_first():
-        stored = read_record(workdir)
-        if stored is None:
-            if launch.is_first():
-                write_atomic(workdir / FILE, sealed.seal(found._asdict(), indent=2))
-            return
-    if stored != found:
-        different = [
-            name for name, a, b in zip(found._fields, stored, found, strict=True) if a != b
-        ]
-        raise CheckpointError(
-            f"{workdir} was trained with another teacher ({', '.join(different)} differ): name "
-            "that one with --distill.teacher, or use a new --workdir"
-        )
-
-
-def read_record(workdir: Path) -> Record | None:
-    """The teacher of a run; None without one.
-
-    Raises:
-      CheckpointError: the file is damaged.
-    """
-    try:
-        return Record(**sealed.read(workdir / FILE))
-    except FileNotFoundError:
-        return None
-    except (sealed.DamagedError, TypeError) as error:
-        raise CheckpointError(
-            f"{error}: restore {workdir / FILE} from backup, or use another --workdir"
-        ) from error
 
 
 def check_compatible(model: Model, *, embedding_size: int) -> None:
