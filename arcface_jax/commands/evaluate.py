@@ -44,8 +44,8 @@ class Arguments:
     leave_out: Path | None = None
     """overlap.csv of `data overlap`: print each set also without the pairs that it flags."""
     against: Path | None = None
-    """The model of an existing gallery, such as the teacher of --distill.compatible: also verify it,
-    and each network's faces (the second of a pair) against its (the first)."""
+    """The model of an existing gallery, such as the teacher of --distill.compatible: verify it too,
+    and each network's embeddings (second face of a pair) against its own (first face)."""
     check_input: bool = False
     """Verify with both color orders, ONNX files with three normalizations, and name the best."""
 

@@ -80,7 +80,7 @@ class Network:
             batch_stats,
             embedding_size=model.embedding_size,
             options=model.options,
-            compatible_with=taught.digest if taught and taught.compatible else "",
+            compatible_with=taught.model if taught and taught.compatible else "",
             **options,
         )
 

@@ -13,8 +13,8 @@ FILE = "teacher.json"
 class Record(NamedTuple):
     """The teacher of a run."""
 
-    digest: str
-    """Of its `Model.input`: the same for a run and its exports."""
+    model: str
+    """`digest` of its `Model.input`: the same for a run and its exports."""
     embedding_size: int
     views: str
     projection: str

@@ -194,7 +194,7 @@ def test_a_run_resumes_with_the_teacher_that_it_began_with(tmp_path):
     teacher_record.agree(tmp_path, teacher.record(Model(), None, distill=section))
     teacher_record.agree(tmp_path, teacher.record(Model(), None, distill=section))
     other = teacher.record(Model("b"), None, distill=section)
-    with pytest.raises(CheckpointError, match=r"other digest.*--distill\.teacher"):
+    with pytest.raises(CheckpointError, match=r"other model.*--distill\.teacher"):
         teacher_record.agree(tmp_path, other)
     (tmp_path / teacher_record.FILE).write_text("{}")
     with pytest.raises(CheckpointError, match="backup"):
