@@ -422,11 +422,14 @@ def _open_teacher(
     if not settings.teacher:
         return None
     own = jax.process_count() > 1 and not settings.online
-    model = open_path(
-        settings.teacher,
-        batch_size=config.evaluation.batch_size,
-        devices="own" if own else config.devices,
-    )
+    try:
+        model = open_path(
+            settings.teacher,
+            batch_size=config.evaluation.batch_size,
+            devices="own" if own else config.devices,
+        )
+    except UserError as error:
+        raise ConfigError(f"distill.teacher {settings.teacher}: {error}") from error
     if settings.compatible:
         teacher.check_compatible(model, embedding_size=size)
     if settings.online:

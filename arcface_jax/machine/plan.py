@@ -281,6 +281,26 @@ def batch_of(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     return abstract_batch(config.data.global_batch_size, mesh, taught=taught)
 
 
+def teacher_disk(config: Config) -> tuple[int, str]:
+    """Bytes of the teacher's cache, and a line about it; 0 and nothing where a run has none.
+
+    The teacher is not opened: its embedding size is taken to be the recipe's.
+
+    Raises:
+      UserError: there is no training set at data.path.
+    """
+    settings, size = config.distill, config.model.embedding_size
+    if not settings.teacher or settings.online:
+        return 0, ""
+    count = len(opening.open_source(config.data, seed=config.seed))
+    needed = teacher.bytes_needed(count, embedding_size=size, views=settings.views)
+    views = teacher.VIEWS[settings.views]
+    return needed, (
+        f"teacher's cache: {needed / 1e9:.3g} GB of disk for {count:,} images ({views} x {size} "
+        "float16 each, if the teacher has as many numbers)"
+    )
+
+
 def temporary_bytes(
     config: Config, batch: int, state: step.TrainState, *, num_classes: int, mesh: Mesh
 ) -> int:

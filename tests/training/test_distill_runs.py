@@ -12,7 +12,7 @@ import pytest
 from commands import HANG, ROOT, result, script, wait_until
 
 from arcface_jax.commands import calibrate, evaluate
-from arcface_jax.config import Config, DataConfig, DistillConfig, SyntheticConfig
+from arcface_jax.config import DataConfig, DistillConfig, SyntheticConfig
 from arcface_jax.data.opening import open_source
 from arcface_jax.data.synthetic import faces
 from arcface_jax.errors import UserError
@@ -95,7 +95,7 @@ def test_a_teacher_of_every_step_equals_the_cache(tiny_recipe, taught_by, tmp_pa
     assert script("train").main(arguments(tiny_recipe, tmp_path / "run", *more)) == 0
     assert not (tmp_path / "run" / "teacher").exists()
     assert losses(tmp_path / "run")[3][1] > 0
-    with pytest.raises(UserError, match="--model.embedding-size 32"):
+    with pytest.raises(UserError, match=r"--model\.embedding-size 32"):
         teacher.make_online(model, views="mean", embedding_size=16, mesh=mesh)
 
 
