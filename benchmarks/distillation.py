@@ -90,10 +90,10 @@ def train(case: Case, *, data: Path, teacher: Path, output: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "arcface_jax", "train", *options], check=False)
     if done.returncode:
         raise UserError(f"the run {workdir} ended with code {done.returncode}: see its output")
-    result = {"mixed": None}
+    mixed = None
     if case.kind == "compatible":
-        result["mixed"] = _mixed_accuracy(workdir, data=data, teacher=teacher)
-    (workdir / _RESULT).write_text(json.dumps(result) + "\n")
+        mixed = _mixed_accuracy(workdir, data=data, teacher=teacher)
+    (workdir / _RESULT).write_text(json.dumps({"mixed": mixed}) + "\n")
 
 
 def _mixed_accuracy(workdir: Path, *, data: Path, teacher: Path) -> float:

@@ -67,9 +67,10 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     given = any(word.partition("=")[0] in ("--flip", "--no-flip") for word in words)
     flip = arguments.flip if given else model.input.flip
     embed: Embed = Embedder(model, flip=flip, batch_size=arguments.batch_size)
-    enrolled = None
+    against = None
     if arguments.against is not None:
         enrolled = open_path(arguments.against, batch_size=arguments.batch_size)
+        against = enrolled.input.digest
         other = Embedder(enrolled, flip=flip, batch_size=arguments.batch_size)
         embed = verification.across(embed, enrolled=other)
     found = calibration.calibrate(
@@ -79,7 +80,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
         far_check=arguments.far_check,
         flip=flip,
         model=model.input.digest,
-        against=enrolled and enrolled.input.digest,
+        against=against,
     )
     calibration.write(found, arguments.output)
     print(calibration.in_words(found))

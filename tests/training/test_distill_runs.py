@@ -1,15 +1,12 @@
 """Runs with a teacher through the real commands: killed, online, without labels, compatible."""
 
 import json
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from commands import HANG, ROOT, result, script, wait_until
+from commands import result, script
 
 from arcface_jax.commands import calibrate, evaluate
 from arcface_jax.config import DataConfig, DistillConfig, SyntheticConfig
@@ -20,7 +17,7 @@ from arcface_jax.evaluation.verification import across
 from arcface_jax.inference.embedder import Embedder
 from arcface_jax.inference.open_model import open_path
 from arcface_jax.runtime import devices as meshes
-from arcface_jax.training import saved_runs, teacher, teacher_record
+from arcface_jax.training import saved_runs, step, teacher, teacher_record
 
 PLAIN = ("--evaluation.targets", "--evaluation.baselines", "False", "--devices", "1")
 
@@ -48,24 +45,25 @@ def taught_by(tiny_recipe, tmp_path_factory) -> Path:
     return workdir
 
 
-def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, taught_by, tmp_path):
-    """SIGKILL after an epoch; the cache and the weight of each step are as they were."""
+class Killed(BaseException):
+    """Nobody catches it."""
+
+
+def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, taught_by, tmp_path, monkeypatch):
+    """In its second epoch, without a save; cache and weight are then as they were."""
     options = (
         *("--distill.teacher", str(taught_by), "--distill.loss", "cosine", "relational"),
         *("--distill.warmup-epochs", "1", "--distill.decay", "linear", "--schedule.epochs", "5"),
     )
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen(
-        [sys.executable, "scripts/train.py", *arguments(tiny_recipe, killed, *options)],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    wait_until(lambda: (killed / "checkpoints" / "3").is_dir(), process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=HANG)
-    assert script("train").main(arguments(tiny_recipe, killed, *options)) == 0
     assert script("train").main(arguments(tiny_recipe, whole, *options)) == 0
+    make = step.make_train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "make_train_step", lambda *a, **k: killing(make(*a, **k), after=4))
+        with pytest.raises(Killed):
+            script("train").main(arguments(tiny_recipe, killed, *options))
+    assert max(losses(killed)) == 4
+    assert script("train").main(arguments(tiny_recipe, killed, *options)) == 0
     assert losses(killed) == losses(whole)
     weights = [values[2] for values in losses(whole).values()]
     np.testing.assert_allclose(weights[:4], 32 * np.array([0, 1, 2, 3]) / 3, rtol=1e-6)
@@ -73,6 +71,18 @@ def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, taught_by, tmp_path):
     ours, theirs = (saved_runs.restore_backbone(workdir) for workdir in (killed, whole))
     for name, array in theirs[1].items():
         np.testing.assert_array_equal(ours[1][name], array)
+
+
+def killing(run, *, after: int):
+    """A train step that takes `after` steps."""
+    left = iter(range(after))
+
+    def stepping(state, batch):
+        if next(left, None) is None:
+            raise Killed
+        return run(state, batch)
+
+    return stepping
 
 
 def test_a_teacher_of_every_step_equals_the_cache(tiny_recipe, taught_by, tmp_path, capsys):
