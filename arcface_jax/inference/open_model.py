@@ -176,7 +176,13 @@ def _open(
     for note in found.notes:
         print(f"{path}: {note}", file=sys.stderr)
     arrays = (found.params, found.batch_stats)
-    return Network(found.network, *arrays, batch_size=batch_size, devices=devices)
+    return Network(
+        found.network,
+        *arrays,
+        batch_size=batch_size,
+        devices=devices,
+        compatible_with=found.compatible_with,
+    )
 
 
 def config_of(choice: ModelChoice) -> Config:

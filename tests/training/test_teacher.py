@@ -1,11 +1,16 @@
 """The teacher's cache: what it holds, how it resumes, and what it refuses."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from commands import HANG, ROOT
 
 from arcface_jax.config import DataConfig, DistillConfig
 from arcface_jax.data.pipeline import batches
@@ -125,6 +130,33 @@ def test_an_interrupted_cache_resumes_where_it_was(tmp_path):
     (tmp_path / "teacher-00001.npy").write_bytes(b"damaged")
     opened(tmp_path, again)
     assert again.seen == 16
+
+
+@pytest.mark.slow
+def test_two_hosts_share_the_work_and_one_writes(tmp_path):
+    """Each embeds half of every shard, of whatever length; both map the same cache."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = Path(__file__).parent / "teacher_in_processes.py"
+    places = [ROOT, ROOT / "tests" / "support", ROOT / "tests" / "training"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(program), address, str(number), str(tmp_path / "shared")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    problems = [process.communicate(timeout=HANG)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(problems)
+    alone = opened(tmp_path / "alone")(np.arange(IMAGES))
+    for number in range(2):
+        stored = np.load(tmp_path / f"shared-{number}.npz")
+        np.testing.assert_array_equal(stored["found"], alone)
+        assert stored["seen"] == 2 * (4 + 4 + 4 + 3)  # halves of 8, 8, 8 and 6 images, two views
 
 
 def test_another_teacher_or_rule_is_refused(tmp_path):
