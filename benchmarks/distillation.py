@@ -23,6 +23,7 @@ BEGIN = "<!-- begin: python -m benchmarks distillation -->"
 DOCS = Path(__file__).parents[1] / "docs"
 EPOCHS = 5
 _RESULT = "result.json"
+_PICTURE = "![Accuracy after each epoch; dashed: ten epochs](images/distillation.png)"
 _METRICS = ("accuracy", "tar@far=1e-2")
 
 
@@ -208,6 +209,6 @@ def measure(
         runs = [run for each in planned if (run := read(each, output))]
         if write:
             draw(runs, DOCS / "images" / "distillation.png")
-            write_page(DOCS / "distillation.md", table(runs), begin=BEGIN)
+            write_page(DOCS / "distillation.md", f"{table(runs)}\n\n{_PICTURE}", begin=BEGIN)
         print(table(runs), gains(runs), sep="\n", flush=True)
     return gains([run for each in planned if (run := read(each, output))])

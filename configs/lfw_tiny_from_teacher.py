@@ -3,8 +3,8 @@
     python scripts/train.py configs/lfw_tiny_from_teacher.py --data.path FOLDER \\
         --distill.teacher mobilefacenet_y1.onnx --workdir runs/lfw_tiny_from_teacher
 
-The teacher is a workdir, a .pth or an ONNX file. Measured on two cores of an AMD EPYC with
-insightface's MobileFaceNet y1, as docs/distillation.md has it.
+The teacher is a workdir, a .pth or an ONNX file, here insightface's MobileFaceNet y1. For two CPU
+cores. No published figures; `python -m benchmarks distillation` measures it (docs/distillation.md).
 """
 
 import dataclasses
