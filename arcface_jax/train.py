@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from arcface_jax.config import Config, DataConfig, loading
+from arcface_jax.config import Config, DataConfig, DistillConfig, loading
 from arcface_jax.data import opening, order, pipeline
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.pairs.opening import open_targets
@@ -22,6 +22,7 @@ from arcface_jax.data.pipeline import BadImage, BadImages
 from arcface_jax.data.source import Source, account
 from arcface_jax.errors import ConfigError, DataError, UserError, install
 from arcface_jax.evaluation import verification
+from arcface_jax.inference.open_model import open_path
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import launch, signals
 from arcface_jax.runtime.console import Terminal
@@ -31,6 +32,7 @@ from arcface_jax.runtime.profiling import Clock, Trace
 from arcface_jax.training import (
     checkpoint,
     diagnostics,
+    distill,
     evaluators,
     extension,
     finetune,
@@ -41,6 +43,8 @@ from arcface_jax.training import (
     room,
     saved_runs,
     step,
+    teacher,
+    teacher_record,
     validation,
 )
 from arcface_jax.training.run import Batch, Batches, Run, Steps, plan_steps
@@ -92,7 +96,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         validation.validate(config, num_devices=mesh.size)
         lock.enter_context(launch.holding(workdir))
         source = opening.open_source(config.data, seed=config.seed)
-        validation.validate_data(source, config.data.path)
+        validation.validate_data(source, config.data.path, head=config.distill.head)
         targets = _open_targets(config)
         images = order.make(len(source), config.data, seed=config.seed)
         dataset = checkpoint.describe(source, config.data)
@@ -109,6 +113,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         stored_schedule = extension.stored_schedule(config)
         manager = checkpoint.open_workdir(config)
         checkpoint.check_data(manager, dataset, config.data)
+        taught = _open_teacher(config, source, mesh)
         with room.reporting_exhaustion():
             state = jax.block_until_ready(
                 step.init_state(
@@ -137,6 +142,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             centers = finetune.centers(config, state, source, mesh=mesh)
             state = dataclasses.replace(state, centers=centers)
             pretrained = evaluate(state, launch.raise_if_stopped_at_start)
+        state = _with_teacher_centers(state, taught, config.distill, source, mesh)
         launch.raise_if_stopped_at_start()
         if manager.latest_step() is not None:
             for array in jax.tree.leaves(state):
@@ -164,9 +170,16 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             base_rate=config.optimizer.learning_rate,
             steps_per_epoch=steps.per_epoch,
         )
+        weight = distill.make_weight(
+            config.distill, config.schedule, steps_per_epoch=steps.per_epoch
+        )
         packing = step.make_packing(config, mesh)
         train_step = step.make_train_step(
-            config, num_classes=source.num_classes, schedule=schedule, mesh=mesh
+            config,
+            num_classes=source.num_classes,
+            schedule=schedule,
+            mesh=mesh,
+            distill_weight=weight,
         )
 
         # ---- Logging -----------------------------------------------------------------------------
@@ -181,13 +194,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         before = _log_start(
             log, terminal, step=steps.start, baselines=baselines, pretrained=pretrained
         )
-        chance_loss = diagnostics.chance_loss(
-            config.head,
-            num_classes=source.num_classes,
-            embedding_size=config.model.embedding_size,
-            global_batch_size=config.data.global_batch_size,
-            num_devices=mesh.size,
-        )
+        chance_loss = _chance_loss(config, num_classes=source.num_classes, num_devices=mesh.size)
         if steps.start == 0:
             log.write(0, {"train/chance_loss": chance_loss})
 
@@ -199,12 +206,18 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             packing=packing,
             evaluate=evaluate,
             failure=partial(
-                _failure, config=config, source=source, images=images, schedule=schedule, mesh=mesh
+                _failure,
+                config=config,
+                source=source,
+                images=images,
+                schedule=schedule,
+                mesh=mesh,
+                distill_weight=weight,
             ),
             manager=manager,
             dataset=dataset,
             batches=_batches_on_devices(
-                source, config.data, seed=config.seed, mesh=mesh, steps=steps
+                source, config.data, seed=config.seed, mesh=mesh, steps=steps, taught=taught
             ),
             bad_images=BadImages(
                 workdir / launch.per_process_name("bad_images.jsonl"),
@@ -346,6 +359,19 @@ def _read_weights(path: Path, network: str) -> finetune.Weights:
     return found.params, found.batch_stats
 
 
+def _chance_loss(config: Config, *, num_classes: int, num_devices: int) -> float:
+    """Expected loss at initialization: the head's, or the teacher's, whose cosines are near 0."""
+    if config.distill.head == "off":
+        return config.distill.weight
+    return diagnostics.chance_loss(
+        config.head,
+        num_classes=num_classes,
+        embedding_size=config.model.embedding_size,
+        global_batch_size=config.data.global_batch_size,
+        num_devices=num_devices,
+    )
+
+
 def _open_log(config: Config, *, start: int) -> MetricsFile:
     return MetricsFile(
         Path(config.workdir),
@@ -383,8 +409,70 @@ def _log_start(
     return before
 
 
+def _open_teacher(
+    config: Config, source: Source, mesh: Mesh
+) -> teacher.Cache | teacher.Online | None:
+    """The teacher's embeddings, computed as far as the cache lacks them; None without a teacher.
+
+    Raises:
+      UserError: the teacher cannot be read, does not fit the recipe, or is not the one that the run
+        began with; or its cache cannot be made.
+    """
+    settings, size, workdir = config.distill, config.model.embedding_size, Path(config.workdir)
+    if not settings.teacher:
+        return None
+    own = jax.process_count() > 1 and not settings.online
+    try:
+        model = open_path(
+            settings.teacher,
+            batch_size=config.evaluation.batch_size,
+            devices="own" if own else config.devices,
+        )
+    except UserError as error:
+        raise ConfigError(f"distill.teacher {settings.teacher}: {error}") from error
+    if settings.compatible:
+        teacher.check_compatible(model, embedding_size=size)
+    if settings.online:
+        opened = teacher.make_online(model, views=settings.views, embedding_size=size, mesh=mesh)
+        projection = None
+    else:
+        opened = teacher.open_cache(
+            model,
+            source,
+            distill=settings,
+            data=config.data,
+            folder=teacher.folder_of(settings, workdir),
+            embedding_size=size,
+            between=launch.raise_if_stopped_at_start,
+        )
+        projection = opened.projection
+    teacher_record.agree(workdir, teacher.record(model, projection, distill=settings))
+    return opened
+
+
+def _with_teacher_centers(
+    state: TrainState,
+    taught: teacher.Cache | teacher.Online | None,
+    settings: DistillConfig,
+    source: Source,
+    mesh: Mesh,
+) -> TrainState:
+    """The state before the first step, with the teacher's class means where they are asked for."""
+    wanted = settings.compatible or distill.CENTERS in settings.loss
+    if settings.head == "off" or not wanted or not isinstance(taught, teacher.Cache):
+        return state
+    given = teacher.centers(taught, source, state.centers, mesh=mesh)
+    return dataclasses.replace(state, centers=given)
+
+
 def _batches_on_devices(
-    source: Source, data: DataConfig, *, seed: int, mesh: Mesh, steps: Steps
+    source: Source,
+    data: DataConfig,
+    *,
+    seed: int,
+    mesh: Mesh,
+    steps: Steps,
+    taught: teacher.Cache | teacher.Online | None,
 ) -> Batches:
     """The batches of the remaining steps, and the unreadable images of each."""
     batches = pipeline.batches(
@@ -399,7 +487,12 @@ def _batches_on_devices(
 
     def send(batch: pipeline.Batch) -> tuple[Batch, tuple[BadImage, ...]]:
         parts = {"image": batch.images, "label": batch.labels}
-        return meshes.to_devices(parts, mesh), batch.bad
+        if isinstance(taught, teacher.Cache):
+            parts["teacher"] = taught(batch.numbers)
+        on_devices = meshes.to_devices(parts, mesh)
+        if isinstance(taught, teacher.Online):
+            on_devices["teacher"] = taught.run(on_devices["image"])
+        return on_devices, batch.bad
 
     with closing(batches):
         yield from meshes.ahead(batches, send, count=_BATCHES_AHEAD)
@@ -415,11 +508,16 @@ def _failure(
     images: order.Order,
     schedule: optim.Schedule,
     mesh: Mesh,
+    distill_weight: optim.Schedule,
 ) -> UserError:
     """Report a run whose steps are no longer finite, and return the error to raise."""
     done = int(state.step)
     gradient_norms = step.make_gradient_norms(
-        config, num_classes=source.num_classes, schedule=schedule, mesh=mesh
+        config,
+        num_classes=source.num_classes,
+        schedule=schedule,
+        mesh=mesh,
+        distill_weight=distill_weight,
     )
     norms = gradient_norms(dataclasses.replace(state, step=state.step - 1), batch)
     report = diagnostics.write_failure(

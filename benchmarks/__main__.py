@@ -8,6 +8,7 @@ python -m benchmarks gallery [--rows 1000000] [--queries 1 16]
 python -m benchmarks neighbours [--size 100000] [--projections 0 128]
 python -m benchmarks cleaning MODEL --data LFW --pairs LFW/lfw_dev.bin
 python -m benchmarks retraining MODEL --data LFW [--seeds 3]
+python -m benchmarks distillation --teacher MODEL --data LFW [--write]
 python -m benchmarks step [--network r50] [--batch 128] [--against torch] [--table]
 python -m benchmarks gpu-program [--only r50 head]
 python -m benchmarks gpu-scale
@@ -38,6 +39,7 @@ from arcface_jax.runtime import tables
 from benchmarks import (
     blocks,
     cleaning,
+    distillation,
     evaluation,
     galleries,
     gpu,
@@ -46,6 +48,7 @@ from benchmarks import (
     plan_table,
     program,
     report,
+    retraining,
     scale,
     step_command,
 )
@@ -354,14 +357,38 @@ def run_retraining(
       output: Folder of sets and runs; rerun the same command to resume.
       write: Replace the table of docs/cleaning.md.
     """
-    from benchmarks import retraining  # needs torch for the page's writer
-
     begin = time.perf_counter()
     with errors.reported():
         runs = retraining.measure(open_path(model), data, output, seeds=seeds, write=write)
     seconds = round(time.perf_counter() - begin, 1)
     result = {"runs": [run._asdict() for run in runs]}
     print("RESULT " + json.dumps({**result, "seconds": seconds, "files": []}))
+
+
+@app.command(name="distillation")
+def run_distillation(
+    teacher: Path,
+    data: Path,
+    output: Path = Path("runs/benchmark_distillation"),
+    seeds: int = 3,
+    write: bool = False,
+) -> None:
+    """Trains lfw_tiny with and without a teacher (docs/distillation.md); hours on CPU cores.
+
+    Args:
+      teacher: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
+      data: The folder of LFW's train.rec and lfw_dev.bin.
+      output: Folder for the runs; rerun the same command to resume.
+      seeds: Runs of each kind.
+      write: Write table and picture of docs/distillation.md.
+    """
+    begin = time.perf_counter()
+    with errors.reported():
+        gains = distillation.measure(
+            data=data, teacher=teacher, output=output, seeds=seeds, write=write
+        )
+    seconds = round(time.perf_counter() - begin, 1)
+    print("RESULT " + json.dumps({**gains, "seconds": seconds, "files": []}))
 
 
 @app.command(name="step")

@@ -30,7 +30,7 @@ from arcface_jax.models import preprocess, registry
 from arcface_jax.training.network import Network
 
 _FACES = 16
-BEGIN, _END = "<!-- begin: scripts/modelzoo.py -->", "<!-- end -->"
+BEGIN = "<!-- begin: scripts/modelzoo.py -->"
 
 
 @dataclass(frozen=True)
@@ -133,19 +133,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
-
-
-def write_page(page: Path, text: str, *, begin: str = BEGIN) -> None:
-    """Replaces what stands between two marks of the page by a table.
-
-    Raises:
-      UserError: the page lacks the marks.
-    """
-    before, found, rest = page.read_text().partition(begin)
-    _, end, after = rest.partition(_END)
-    if not found or not end:
-        raise UserError(f"{page} has no lines {begin} and {_END} to put the table between")
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
 
 
 def main(

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from arcface_jax.config import Config, Network
 from arcface_jax.machine import gpu, hlo, roofline
 from arcface_jax.machine.gpu import Program
+from benchmarks import pages
 from benchmarks.step import Case, make_config
 
 DOCS = Path(__file__).parents[1] / "docs"
-RECORD = DOCS / "gpu.json"
+RECORD, PAGE = DOCS / "gpu.json", DOCS / "gpu.md"
 _BEGIN, _END = "<!-- begin: python -m benchmarks gpu-program -->", "<!-- end program -->"
 GPU = "h100"
 
@@ -144,16 +145,9 @@ def measure(names: Sequence[str] = ()) -> dict[str, Any]:
         kept["jaxlib"] = metadata.version("jaxlib")
         print(f"{name}: {_cell(Figures(*(kept['programs'][name][f] for f in Figures._fields)))}")
     RECORD.write_text(json.dumps(kept, indent=1) + "\n")
-    replace_block(table(kept), begin=_BEGIN, end=_END)
+    pages.replace(PAGE, table(kept), begin=_BEGIN, end=_END)
     draw(kept, DOCS / "images" / "gpu_traffic.png")
     return kept
-
-
-def replace_block(text: str, *, begin: str, end: str) -> None:
-    """Put text between two marks of docs/gpu.md."""
-    page = DOCS / "gpu.md"
-    before, rest = page.read_text().split(begin)
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}")
 
 
 def table(kept: dict[str, Any]) -> str:

@@ -23,8 +23,7 @@ from arcface_jax.data.source import Source
 from arcface_jax.data.tools import packing
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation.embed import Model
-from benchmarks import cleaning
-from benchmarks.modelzoo import write_page
+from benchmarks import cleaning, pages
 
 BEGIN = "<!-- begin: python -m benchmarks retraining -->"
 PAGE = Path(__file__).parents[1] / "docs" / "cleaning.md"
@@ -78,7 +77,7 @@ def measure(model: Model, data: Path, output: Path, *, seeds: int, write: bool) 
             _train(folders[name], data / "lfw_dev.bin", workdir, seed=seed)
             runs.append(_read(name, seed, folders[name], workdir))
         if write:
-            write_page(PAGE, table(runs), begin=BEGIN)
+            pages.replace(PAGE, table(runs), begin=BEGIN)
         print(table(runs), flush=True)
     return runs
 

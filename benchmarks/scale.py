@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from arcface_jax.machine import gpu, roofline
 from arcface_jax.machine.hlo import Module
-from benchmarks import program
+from benchmarks import pages, program
 from benchmarks.step import Case, make_config
 
 DEVICES = (8, 64, 256, 1024)
@@ -59,7 +59,7 @@ def measure() -> list[Row]:
         rows.append(_row(devices))
         print(f"{devices} GPUs: {rows[-1].images_per_second:,.0f} images/s a GPU, modelled")
     _RECORD.write_text(json.dumps([_as_json(row) for row in rows], indent=1) + "\n")
-    program.replace_block(tables(rows), begin=_BEGIN, end=_END)
+    pages.replace(program.PAGE, tables(rows), begin=_BEGIN, end=_END)
     return rows
 
 

@@ -17,7 +17,7 @@ from arcface_jax import errors
 from arcface_jax.commands import Result, command
 from arcface_jax.config import command_line
 from arcface_jax.models import registry
-from benchmarks import modelzoo, weight_forms
+from benchmarks import modelzoo, pages, weight_forms
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def main(words: Sequence[str], *, prog: str = "modelzoo.py") -> Result:
         rows.append(row)
         # At once: the next may need more memory than there is.
         text = kind.table(modelzoo.merge(data, [row]))
-        modelzoo.write_page(arguments.page, text, begin=kind.BEGIN)
+        pages.replace(arguments.page, text, begin=kind.BEGIN)
     return Result({row["network"]: row for row in rows}, [arguments.page, data])
 
 

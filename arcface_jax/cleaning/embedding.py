@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 from arcface_jax.cleaning.identities import Identities
-from arcface_jax.data import fingerprint
-from arcface_jax.data.images import IMAGE_SIZE
+from arcface_jax.data import fingerprint, pipeline
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.data.source import Source
 from arcface_jax.errors import DataError, UserError
@@ -24,7 +23,6 @@ from arcface_jax.runtime.sealed import array_digest
 
 SHARD = 2048
 """Images that are embedded together; what an interrupted call had of a shard is lost."""
-_PIECE = 64  # images that a thread reads
 _THREADS = 4
 Read = Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
 """(n,) image numbers to (n, 112, 112, 3) uint8 RGB, and what is wrong with some, by place."""
@@ -63,24 +61,9 @@ def of_source(source: Source, *, chosen: np.ndarray | None = None) -> Images:
     """
     numbers = np.arange(len(source)) if chosen is None else chosen
 
-    def piece(part: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        images = np.zeros((len(part), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
-        labels = np.zeros(len(part), np.int32)
-        failed = dict(source.load(part, np.arange(len(part)), images, labels))
-        for row in failed:
-            images[row] = 0
-        return images, {row: str(error) for row, error in failed.items()}
-
     def read(places: np.ndarray) -> tuple[np.ndarray, dict[int, str]]:
-        starts = range(0, len(places), _PIECE)
-        with ThreadPoolExecutor(_THREADS) as pool:
-            parts = list(pool.map(lambda s: piece(numbers[places[s : s + _PIECE]]), starts))
-        wrong = {
-            s + row: text
-            for s, (_, some) in zip(starts, parts, strict=True)
-            for row, text in some.items()
-        }
-        return np.concatenate([images for images, _ in parts]), wrong
+        images, failed = pipeline.read_images(source, numbers[places], threads=_THREADS)
+        return images, {row: str(error) for row, error in failed.items()}
 
     facts = {"data": fingerprint.digest(fingerprint.of_source(source))}
     if chosen is not None:

@@ -3,6 +3,7 @@
 arcface-jax calibrate --workdir WORKDIR --pairs pairs.bin --far 1e-2 --output c.json
 arcface-jax calibrate --weight backbone.pth --pairs pairs.bin --output c.json
 arcface-jax calibrate --onnx model.onnx --pairs pairs.bin --output c.json
+arcface-jax calibrate --workdir WORKDIR --against TEACHER --pairs pairs.bin --output c.json
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from tyro.conf import OmitArgPrefixes
 from arcface_jax.commands import Result, command, own_options
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import AlignOptions
-from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
+from arcface_jax.inference.open_model import ModelChoice, config_of, open_model, open_path
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Arguments:
     Without --flip and --no-flip the description stored with the model decides."""
     batch_size: int = 256
     """Images per forward pass."""
+    against: Path | None = None
+    """The model of an existing gallery (a workdir, hub folder, .pth, .safetensors or .onnx): the
+    threshold is then for a face of the network against an embedding of that model."""
 
 
 @command
@@ -48,6 +52,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     from arcface_jax.data import aligner
     from arcface_jax.data.pairs.opening import open_for_runs
     from arcface_jax.evaluation import calibration, verification
+    from arcface_jax.evaluation.embed import Embed
     from arcface_jax.inference.embedder import Embedder
 
     config = config_of(arguments.model)
@@ -61,14 +66,21 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     # tyro cannot tell an option that was left out from its default.
     given = any(word.partition("=")[0] in ("--flip", "--no-flip") for word in words)
     flip = arguments.flip if given else model.input.flip
-    embedder = Embedder(model, flip=flip, batch_size=arguments.batch_size)
+    embed: Embed = Embedder(model, flip=flip, batch_size=arguments.batch_size)
+    against = None
+    if arguments.against is not None:
+        enrolled = open_path(arguments.against, batch_size=arguments.batch_size)
+        against = enrolled.input.digest
+        other = Embedder(enrolled, flip=flip, batch_size=arguments.batch_size)
+        embed = verification.across(embed, enrolled=other)
     found = calibration.calibrate(
-        embedder(pair_set.images),
+        embed(pair_set.images),
         pair_set,
         far=arguments.far,
         far_check=arguments.far_check,
         flip=flip,
         model=model.input.digest,
+        against=against,
     )
     calibration.write(found, arguments.output)
     print(calibration.in_words(found))

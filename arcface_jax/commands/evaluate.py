@@ -6,6 +6,7 @@ arcface-jax evaluate --workdir WORKDIR --onnx model.onnx --targets a.bin --repor
 arcface-jax evaluate --workdir WORKDIR --targets pairs.txt:PHOTOGRAPHS --detector yunet.onnx
 arcface-jax evaluate --workdir WORKDIR --targets a.bin --leave-out runs/overlap/overlap.csv
 arcface-jax evaluate --onnx other.onnx --targets a.bin --check-input
+arcface-jax evaluate --workdir WORKDIR --targets a.bin --against TEACHER
 """
 
 from collections.abc import Sequence
@@ -20,11 +21,11 @@ from arcface_jax import errors
 from arcface_jax.commands import Result, command, console, own_options
 from arcface_jax.config import Config, command_line
 from arcface_jax.config.choices import AlignOptions
-from arcface_jax.inference.open_model import ModelChoices, open_models
+from arcface_jax.inference.open_model import ModelChoices, open_models, open_path
 
 if TYPE_CHECKING:
     from arcface_jax.data.pairs.bins import PairSet
-    from arcface_jax.evaluation.embed import Model
+    from arcface_jax.evaluation.embed import Embed, Model
     from arcface_jax.evaluation.report.document import Evaluated
 
 
@@ -42,6 +43,9 @@ class Arguments:
     """Folder for a page of tables, plots and the hardest pairs (index.html)."""
     leave_out: Path | None = None
     """overlap.csv of `data overlap`: print each set also without the pairs that it flags."""
+    against: Path | None = None
+    """The model of an existing gallery, such as the teacher of --distill.compatible: verify it too,
+    and each network's embeddings (second face of a pair) against its own (first face)."""
     check_input: bool = False
     """Verify with both color orders, ONNX files with three normalizations, and name the best."""
 
@@ -91,13 +95,32 @@ def evaluate(arguments: Arguments) -> "list[Evaluated]":
     from arcface_jax.evaluation.report.document import Evaluated
 
     models, sets = _open(arguments)
+    embeds: dict[str, Embed] = dict(models)
+    if arguments.against is not None:
+        embeds = _with_enrolled(models, arguments.against, batch_size=arguments.batch_size)
     for one in sets:
         print(one.account())
     return [
-        Evaluated(name, one, verification.verify(model, one, model=name if len(models) > 1 else ""))
+        Evaluated(name, one, verification.verify(embed, one, model=name if len(embeds) > 1 else ""))
         for one in sets
-        for name, model in models.items()
+        for name, embed in embeds.items()
     ]
+
+
+def _with_enrolled(
+    models: "dict[str, Model]", path: Path, *, batch_size: int
+) -> "dict[str, Embed]":
+    """The networks, each against the enrolled one, and that one itself."""
+    from arcface_jax.evaluation import verification
+
+    enrolled = open_path(path, batch_size=batch_size)
+    own = path.resolve().name if path.is_dir() else path.stem
+    own = f"{own}-enrolled" if own in models else own
+    embeds: dict[str, Embed] = {}
+    for name, model in models.items():
+        embeds[name] = model
+        embeds[f"{name}-against-{own}"] = verification.across(model, enrolled=enrolled)
+    return embeds | {own: enrolled}
 
 
 @command

@@ -89,8 +89,12 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax plan") -> Result:
         if planned.collectives:
             console().print(_collectives_table(planned))
     lines = plan.in_words(planned, config.model, num_classes=num_classes)
+    values = planned.results()
+    if config.data.path and (found := plan.teacher_disk(config))[0]:
+        values["disk/teacher"] = found[0]
+        lines = [*lines, found[1]]
     print(*lines, *notes, sep="\n")
-    return Result(planned.results(), files=_write(planned, arguments.output))
+    return Result(values, files=_write(planned, arguments.output))
 
 
 def _make(

@@ -87,6 +87,12 @@ def _margins(values: tuple[float, float, float]) -> tuple[float, float, float]:
     return values
 
 
+def _all_different(values: tuple[str, ...]) -> tuple[str, ...]:
+    if not values or len(set(values)) < len(values):
+        raise ValueError("must name at least one, each once")
+    return values
+
+
 def _first_and_last(steps: tuple[int, int]) -> tuple[int, int]:
     if steps != (0, 0) and not 1 <= steps[0] <= steps[1]:
         raise ValueError("must be the first and the last step to trace, counted from 1")
@@ -179,6 +185,9 @@ class DataConfig:
     identity_level: NonNegativeInt = 0
     """Image folders: how many folders down the identities are, from 1; 0
     finds out, and asks where it is not clear."""
+    unlabeled: bool = False
+    """Image folders: take every image at any depth, and no identities, for
+    --distill.head off."""
     order: Literal["shuffled", "shards"] = "shuffled"
     """Shuffle all images, or, for slow disks, read long runs of images and
     shuffle a few of these shards together."""
@@ -399,6 +408,45 @@ class FineTuneConfig:
 
 
 @section
+class DistillConfig:
+    """A teacher whose embeddings the network learns to reproduce (docs/distillation.md)."""
+
+    teacher: str = ""
+    """The teacher: the workdir of a run, a hub folder, a .pth, .safetensors
+    or .onnx file; empty trains without one."""
+    cache: str = ""
+    """Folder of the teacher's embeddings of the training set, which are
+    computed once; by default WORKDIR/teacher."""
+    online: bool = False
+    """Run the teacher at every step instead, on the augmented images; it has
+    to be a network of this project."""
+    views: Literal["mean", "both"] = "mean"
+    """What the teacher gives for an image: the mean of its embeddings of the
+    image and of its mirror image, or the one of the two that the network
+    is shown."""
+    loss: Annotated[
+        tuple[Literal["cosine", "relational", "centers"], ...], AfterValidator(_all_different)
+    ] = ("cosine",)
+    """cosine: 1 - the cosine to the teacher's embedding; relational: squared
+    differences of the batch's pairwise cosines; centers: the head's class
+    centers are the teacher's class means, and fixed. Several are added."""
+    weight: NonNegativeFloat = 32.0
+    """Factor on the gradient of cosine and relational. The head's is about
+    head.scale times as large as that of cosine; the sum is clipped to
+    optimizer.clip_norm, so a weight far beyond it changes only the direction."""
+    warmup_epochs: NonNegativeFloat = 0.0
+    """Epochs in which the weight rises linearly from zero."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """What the weight does after warm-up: stay, or fall to zero at the end of the run."""
+    head: Literal["on", "off"] = "on"
+    """off trains on the teacher only: labels, margin and class centers are not used."""
+    compatible: bool = False
+    """Keep the teacher's space, so that embeddings can be compared with a
+    gallery that the teacher made: requires the teacher's embedding size and
+    the cosine loss, and starts the class centers from the teacher's class means."""
+
+
+@section
 class EvaluationConfig:
     """Verification during and after training."""
 
@@ -500,6 +548,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     finetune: FineTuneConfig = FineTuneConfig()
+    distill: DistillConfig = DistillConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -527,6 +576,8 @@ MAY_DIFFER_ON_RESUME = (
     "optimizer.micro_batches",
     "optimizer.stop_after_skipped",
     "schedule.extend",
+    "distill.teacher",
+    "distill.cache",
     "evaluation.",
     "checkpoint.",
     "logging.",

@@ -158,7 +158,7 @@ def _read_own(folder: Path) -> Loaded:
             f"{folder / WEIGHTS} does not hold the weights that {CONFIG} was written for: download "
             "or export the folder again"
         )
-    return model._replace(notes=())
+    return model._replace(notes=(), compatible_with=config.input.compatible_with)
 
 
 def _read_cvlface(folder: Path) -> Loaded:

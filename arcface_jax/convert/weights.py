@@ -22,6 +22,8 @@ class Loaded(NamedTuple):
     batch_stats: Arrays
     notes: tuple[str, ...]
     """How it was found in the file and what was ignored, one sentence each."""
+    compatible_with: str = ""
+    """As `ModelInput.compatible_with`, of a file that has such a description."""
 
 
 def to_state_dict(params: Arrays, batch_stats: Arrays) -> StateDict:

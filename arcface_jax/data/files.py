@@ -146,6 +146,16 @@ def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
     )
 
 
+def open_unlabeled(folder: Path) -> FilesSource | None:
+    """Every image below a folder, at any depth, all of one class; None where there is no image."""
+    walk = Walk(folder)
+    files = sorted(walk.files())
+    if not files:
+        return None
+    labels = np.zeros(len(files), np.int64)
+    return FilesSource(folder, files, labels, num_classes=1, ignored=dict(walk.ignored))
+
+
 def _walk(folder: Path) -> _Found:
     walk = Walk(folder)
     people: dict[str, list[str]] = {}

@@ -11,7 +11,7 @@ from arcface_jax import plugins
 from arcface_jax.config import DataConfig
 from arcface_jax.data import arrow, lists, names, parquet, tfds, webdataset
 from arcface_jax.data.arrow import ArrowSource
-from arcface_jax.data.files import try_folder
+from arcface_jax.data.files import open_unlabeled, try_folder
 from arcface_jax.data.lmdb import LmdbSource, find_lmdb
 from arcface_jax.data.parquet import ParquetSource
 from arcface_jax.data.recordio.source import RecordSource
@@ -166,7 +166,11 @@ def _list(path: str, data: DataConfig, *, seed: int) -> Source | None:
 
 def _identity_folders(path: str, data: DataConfig, *, seed: int) -> Source | None:
     place = _folder(path)
-    return try_folder(place, level=data.identity_level) if place.is_dir() else None
+    if not place.is_dir():
+        return None
+    if data.unlabeled:
+        return open_unlabeled(place)
+    return try_folder(place, level=data.identity_level)
 
 
 # In this order; each returns None for what is not its own. A new kind of training set is a

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,8 @@ from arcface_jax.runtime.files import write_atomic
 _TRIES = 100
 # More than this many fight for Python's lock.
 _MOST_THREADS = 8
+# Images that a thread of `read_images` reads at a time.
+_PIECE = 64
 
 
 class BadImage(NamedTuple):
@@ -49,6 +52,8 @@ class Batch(NamedTuple):
     """(b, 112, 112, 3) uint8 RGB."""
     labels: np.ndarray
     """(b,) int32."""
+    numbers: np.ndarray
+    """(b,) int64: which images of the training set these are, stand-ins included."""
     bad: tuple[BadImage, ...]
     """Damaged images that others stand in for."""
 
@@ -160,24 +165,54 @@ class _BatchReader:
         bad: list[BadImage] = []
         for row, error in self._source.load(numbers, np.arange(len(numbers)), images, labels):
             bad.append(BadImage(int(numbers[row]), error.where, error.problem))
-            images[row], labels[row] = self._instead(epoch, int(places[row]), error)
+            numbers[row], image, labels[row] = self._instead(epoch, int(places[row]), error)
+            images[row] = image
         if self._augment is not None:
             self._augment(images, step=int(step), batch_size=self._batch_size, part=self._part)
-        return Batch(images, labels, tuple(bad))
+        return Batch(images, labels, numbers, tuple(bad))
 
-    def _instead(self, epoch: int, place: int, error: ImageError) -> tuple[np.ndarray, int]:
-        """The first whole image from half an epoch away, so that no batch shows one twice."""
+    def _instead(self, epoch: int, place: int, error: ImageError) -> tuple[int, np.ndarray, int]:
+        """Number, image and label of the first whole image from half an epoch away.
+
+        So no batch shows one twice.
+        """
         total = self._order.num_images
         others = (place + total // 2 + np.arange(min(_TRIES, total))) % total
         for number in self._order.images(epoch, others).tolist():
             try:
-                return self._source[number]
+                return number, *self._source[number]
             except ImageError:
                 continue
         raise DataError(
             f"{error}; neither could any of {len(others)} other images be read in its place: the "
             "training set is damaged as a whole; fetch it again"
         )
+
+
+def read_images(
+    source: Source, numbers: np.ndarray, *, threads: int
+) -> tuple[np.ndarray, dict[int, ImageError]]:
+    """Reads images in threads, once and without augmentation.
+
+    Args:
+      source: the training set.
+      numbers: (n,) int64, of the images.
+      threads: that read and decode.
+
+    Returns:
+      (n, 112, 112, 3) uint8 RGB, black where an image cannot be read; and why, by row.
+    """
+    images = np.zeros((len(numbers), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    labels = np.zeros(len(numbers), np.int32)
+
+    def read(rows: np.ndarray) -> list[tuple[int, ImageError]]:
+        return source.load(numbers[rows], rows, images, labels)
+
+    pieces = np.split(np.arange(len(numbers)), range(_PIECE, len(numbers), _PIECE))
+    with ThreadPoolExecutor(threads) as pool:
+        failed = {row: error for part in pool.map(read, pieces) for row, error in part}
+    images[list(failed)] = 0
+    return images, failed
 
 
 class BadImages:

@@ -62,6 +62,8 @@ class Calibration:
     """Share of the different pairs from `threshold_check` on."""
     tar_check: float | None = None
     """Share of the same pairs from there on."""
+    against: str | None = None
+    """`digest` of the `Model.input` that embedded the first face of each pair; None for `model`."""
 
 
 _ADAPTER = pydantic.TypeAdapter(Calibration)
@@ -83,6 +85,7 @@ def calibrate(
     flip: bool,
     model: str,
     far_check: float | None = None,
+    against: str | None = None,
 ) -> Calibration:
     """Finds the lowest threshold with a FAR of at most the target.
 
@@ -97,6 +100,7 @@ def calibrate(
       flip: whether the mirrored faces' embeddings are added.
       model: digest of the network they are from.
       far_check: the target of a second, lower threshold: pairs between the two are to be checked.
+      against: digest of the network that embedded the first face of each pair, where it is another.
 
     Raises:
       DataError: there are fewer than 1 / far different pairs, or no threshold gives such a FAR, or
@@ -134,6 +138,7 @@ def calibrate(
         far_check_target=far_check,
         far_check=check and check.far,
         tar_check=check and check.tar,
+        against=against,
     )
 
 
@@ -161,6 +166,8 @@ def _operating_point(score: np.ndarray, pairs: PairSet, far: float) -> _Point:
 def in_words(found: Calibration) -> str:
     """The result for a terminal."""
     form = "f(image) + f(mirrored image)" if found.flip else "single embeddings"
+    if found.against:
+        form += f", compared with those of the model {found.against[:12]}..."
     lines = [
         f"threshold: cosine {found.threshold_cosine:.4f}, squared distance "
         f"{found.threshold_squared_distance:.4f}, for {form}",

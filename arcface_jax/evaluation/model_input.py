@@ -44,6 +44,8 @@ class ModelInput:
     digest: str
     """SHA-256 of the weights of the run that it was exported from, so that a calibration of the
     run holds for its exact exports; of the file for a model of unknown origin."""
+    compatible_with: str = ""
+    """`digest` of the teacher whose embeddings its own can be compared with; empty for none."""
 
     def to_json(self) -> str:
         """One line of JSON."""

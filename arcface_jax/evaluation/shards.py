@@ -335,7 +335,7 @@ def extract(
     store = Store(folder)
     views = _agreed_views(store, {**settings, "images": count}, flip=flip, write=first_host)
     starts = range(0, count, ROWS)
-    missing = _of_first_host(store.missing(len(starts), report=first_host), len(starts))
+    missing = of_first_host(store.missing(len(starts), report=first_host), len(starts))
     progress(count - sum(min(ROWS, count - starts[number]) for number in missing))
     with ThreadPoolExecutor(threads) as pool:
 
@@ -395,7 +395,7 @@ def _agreed_views(store: Store, settings: dict[str, Any], *, flip: bool, write: 
     return stored["views"]
 
 
-def _of_first_host(missing: list[int], shards: int) -> list[int]:
+def of_first_host(missing: list[int], shards: int) -> list[int]:
     """The first host's view of what is missing: hosts that disagreed would wait for ever."""
     if jax.process_count() == 1:
         return missing

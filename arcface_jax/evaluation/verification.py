@@ -202,6 +202,31 @@ def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
     )
 
 
+def across(embed: Embed, *, enrolled: Embed) -> Embed:
+    """Embeds the first image of each pair with one network, and the second with another.
+
+    What `verify` then measures is a gallery of one network searched with faces of the other.
+
+    Args:
+      embed: the network of the second images.
+      enrolled: the network of the first ones, as those of a gallery.
+
+    Raises:
+      ConfigError: while embedding, their embeddings differ in size.
+    """
+
+    def run(images: np.ndarray) -> np.ndarray:
+        first, second = enrolled(images[0::2]), embed(images[1::2])
+        if first.shape[1] != second.shape[1]:
+            raise ConfigError(
+                f"embeddings of {second.shape[1]} and of {first.shape[1]} numbers cannot be "
+                "compared: train with --distill.compatible and the enrolled model as teacher"
+            )
+        return np.stack([first, second], axis=1).reshape(len(images), -1)
+
+    return run
+
+
 def raw_pixel_accuracy(pairs: PairSet) -> float:
     """Accuracy of gray pixels less their mean: the score of a model that learned nothing."""
     gray = pairs.images.mean(axis=3).reshape(len(pairs.images), -1)

@@ -222,7 +222,7 @@ class Embedder:
             threshold = calibration.read(Path(threshold))
         check = None
         if isinstance(threshold, Calibration):
-            self._check(threshold)
+            self._check(threshold, has_embeddings=_are_embeddings(a) or _are_embeddings(b))
             check, threshold = threshold.threshold_check, threshold.threshold_cosine
         score = self.similarity(a, b, between="pairs")
         same = score >= threshold
@@ -251,7 +251,7 @@ class Embedder:
           DataError: as the call, or there are not as many faces as names.
           UserError: the folder is not empty, or cannot be written.
         """
-        if isinstance(faces, np.ndarray) and faces.ndim == 2:
+        if isinstance(faces, np.ndarray) and _are_embeddings(faces):
             embeddings = faces
         else:
             embeddings = self.stream(faces, points=points)
@@ -275,7 +275,13 @@ class Embedder:
           DataError: as the call, or the gallery is damaged.
         """
         found = saved if isinstance(saved, Gallery) else Gallery(saved)
-        self._require(found.model, found.flip, what="gallery", made="`arcface-jax gallery build`")
+        self._require(
+            found.model,
+            found.flip,
+            what="gallery",
+            made="`arcface-jax gallery build`",
+            also=self.model.input.compatible_with,
+        )
         return found.search(self._embeddings(faces), k)
 
     def embed_folder(
@@ -313,18 +319,23 @@ class Embedder:
         )
 
     def _embeddings(self, faces: Faces) -> np.ndarray:
-        if isinstance(faces, np.ndarray) and faces.ndim == 2:
+        if isinstance(faces, np.ndarray) and _are_embeddings(faces):
             return normalize(faces)
         return self(faces)
 
-    def _check(self, threshold: Calibration) -> None:
+    def _check(self, threshold: Calibration, *, has_embeddings: bool) -> None:
+        if threshold.against and not has_embeddings:
+            raise UserError(
+                "the calibration is for a face against an embedding of another model (SHA-256 "
+                f"{threshold.against[:12]}...): give that embedding, or calibrate without --against"
+            )
         self._require(
             threshold.model, threshold.flip, what="calibration", made="`arcface-jax calibrate`"
         )
 
-    def _require(self, model: str, flip: bool, *, what: str, made: str) -> None:
-        """Refuses what was made with other weights, or with other settings."""
-        digests = (self.model.digest(), self.model.input.digest)
+    def _require(self, model: str, flip: bool, *, what: str, made: str, also: str = "") -> None:
+        """Refuses what was made with other weights, but for `also`, or with other settings."""
+        digests = (self.model.digest(), self.model.input.digest, *([also] if also else []))
         if model not in digests:
             raise UserError(
                 f"the {what} is of another model (SHA-256 {model[:12]}..., this one is "
@@ -336,3 +347,8 @@ class Embedder:
                 f"the {what} was made with flip={flip}, these embeddings with flip={self.flip}: "
                 "use one for both"
             )
+
+
+def _are_embeddings(faces: Faces) -> bool:
+    """Whether these are (n, D) embeddings rather than faces."""
+    return isinstance(faces, np.ndarray) and faces.ndim == 2

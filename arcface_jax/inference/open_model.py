@@ -88,7 +88,7 @@ def open_path(
     step: Which = "latest",
     onnx_options: OnnxOptions | None = None,
     batch_size: int = 64,
-    devices: int | None = None,
+    devices: int | Literal["own"] | None = None,
 ) -> "Model":
     """Opens whatever holds a network; what it is, is found by its content.
 
@@ -149,7 +149,7 @@ def _open(
     step: Which,
     onnx_options: OnnxOptions | None,
     batch_size: int,
-    devices: int | None,
+    devices: int | Literal["own"] | None,
 ) -> "Model":
     if kind == "onnx":
         from arcface_jax.convert.onnx_runner import onnx_embedder
@@ -176,7 +176,13 @@ def _open(
     for note in found.notes:
         print(f"{path}: {note}", file=sys.stderr)
     arrays = (found.params, found.batch_stats)
-    return Network(found.network, *arrays, batch_size=batch_size, devices=devices)
+    return Network(
+        found.network,
+        *arrays,
+        batch_size=batch_size,
+        devices=devices,
+        compatible_with=found.compatible_with,
+    )
 
 
 def config_of(choice: ModelChoice) -> Config:

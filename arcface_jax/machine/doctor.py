@@ -26,7 +26,7 @@ from arcface_jax.machine import collectives, gpu, plan, roofline, timing
 from arcface_jax.machine import input as data_benchmark
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import memory
-from arcface_jax.training import manifest, optim, step, validation
+from arcface_jax.training import manifest, optim, step, teacher, validation
 
 _SAMPLE = 64 * 2**20  # bytes written to the workdir's disk
 _PRODUCT = {"cpu": 1024}  # side of the matrices that are multiplied; 4096 elsewhere
@@ -81,6 +81,8 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
     yield check_memory(state, mesh)
     if config.workdir:
         yield check_disk(Path(config.workdir), config.checkpoint, state, mesh)
+    if config.workdir and config.data.path and config.distill.teacher:
+        yield check_teacher(config)
     compute = check_compute(
         config.model,
         config.head,
@@ -187,6 +189,21 @@ def check_disk(
         words = words.replace(" fit into", " do not fit into") + f": {fix}"
         return Check("disk", "fails", words, values)
     return Check("disk", "ok", words, values)
+
+
+def check_teacher(config: Config) -> Check:
+    """Room for the teacher's cache, less what is there already."""
+    needed, words = plan.teacher_disk(config)
+    if not needed:
+        return Check("teacher", "ok", "runs at every step: no cache")
+    folder = teacher.folder_of(config.distill, Path(config.workdir))
+    there = sum(path.stat().st_size for path in folder.glob("teacher-*.npy"))
+    free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.is_dir())).free
+    words = f"{words}; {_gib(there)} are there, {_gib(free)} free"
+    values = {"teacher_bytes": needed, "teacher_disk_free": free}
+    if needed - there > free:
+        return Check("teacher", "fails", f"{words}: name another --distill.cache", values)
+    return Check("teacher", "ok", words, values)
 
 
 def _disk_speed(folder: Path) -> tuple[float, float]:
@@ -319,7 +336,7 @@ def measure_step(config: Config, *, num_classes: int, mesh: Mesh, repeats: int =
     run = step.make_train_step(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     batch = {
         name: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
-        for name, x in plan.abstract_batch(config.data.global_batch_size, mesh).items()
+        for name, x in plan.batch_of(config, mesh).items()
     }
     seconds = []
     for _ in range(2 + repeats):

@@ -82,7 +82,7 @@ def _answer(request: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 def _lower_step(config: Config, *, num_classes: int, mesh: Mesh) -> tuple[Any, dict[str, int]]:
     """The train step as training calls it, and the bytes of its arguments."""
-    batch = plan.abstract_batch(config.data.global_batch_size, mesh)
+    batch = plan.batch_of(config, mesh)
     state = step.abstract_state(config, num_classes=num_classes, mesh=mesh)
     # How many steps an epoch has changes constants of the program and nothing else.
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)

@@ -25,7 +25,7 @@ from arcface_jax.heads import partial_fc
 from arcface_jax.machine import cost
 from arcface_jax.machine.roofline import Roofline
 from arcface_jax.runtime import devices as meshes
-from arcface_jax.training import optim, step, validation
+from arcface_jax.training import optim, step, teacher, validation
 from arcface_jax.training.manifest import device_bytes, state_bytes
 
 GIB = 2**30
@@ -207,7 +207,7 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
     slope = (temporary[1] - temporary[0]) / (measured[1] - measured[0])
     needed = {
         **state_bytes(state),
-        "batch": device_bytes(abstract_batch(batch, mesh)),
+        "batch": device_bytes(batch_of(config, mesh)),
         "activations": temporary[0],
     }
     share = memory_share()
@@ -260,10 +260,45 @@ def work(config: Config, *, num_classes: int, num_devices: int) -> dict[str, Any
     }
 
 
-def abstract_batch(size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The train step's second argument for a global batch of `size` images."""
+def abstract_batch(
+    size: int, mesh: Mesh, *, taught: tuple[int, int] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The train step's second argument for a global batch of `size` images.
+
+    Args:
+      size: B.
+      mesh: the devices.
+      taught: `teacher.shape` of the run.
+    """
     array = partial(jax.ShapeDtypeStruct, sharding=meshes.split(mesh))
-    return {"image": array((size, *_IMAGE), jnp.uint8), "label": array((size,), jnp.int32)}
+    batch = {"image": array((size, *_IMAGE), jnp.uint8), "label": array((size,), jnp.int32)}
+    return batch | ({"teacher": array((size, *taught), jnp.float16)} if taught else {})
+
+
+def batch_of(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """`abstract_batch` of a run."""
+    taught = teacher.shape(config.distill, embedding_size=config.model.embedding_size)
+    return abstract_batch(config.data.global_batch_size, mesh, taught=taught)
+
+
+def teacher_disk(config: Config) -> tuple[int, str]:
+    """Bytes of the teacher's cache, and a line about it; 0 and nothing where a run has none.
+
+    The teacher is not opened: its embedding size is taken to be the recipe's.
+
+    Raises:
+      UserError: there is no training set at data.path.
+    """
+    settings, size = config.distill, config.model.embedding_size
+    if not settings.teacher or settings.online:
+        return 0, ""
+    count = len(opening.open_source(config.data, seed=config.seed))
+    needed = teacher.bytes_needed(count, embedding_size=size, views=settings.views)
+    views = teacher.VIEWS[settings.views]
+    return needed, (
+        f"teacher's cache: {needed / 1e9:.3g} GB of disk for {count:,} images ({views} x {size} "
+        "float16 each, if the teacher has as many numbers)"
+    )
 
 
 def temporary_bytes(
@@ -276,7 +311,7 @@ def temporary_bytes(
     train_step: Any = step.make_train_step(
         config, num_classes=num_classes, schedule=schedule, mesh=mesh
     )
-    lowered = train_step.lower(state, abstract_batch(batch, mesh))
+    lowered = train_step.lower(state, batch_of(config, mesh))
     return lowered.compile(compiler_options=_COMPILER_OPTIONS).memory_analysis().temp_size_in_bytes
 
 

@@ -16,7 +16,11 @@ def normalize(images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) - MEAN) / SCALE
 
 
-def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Mirrors each image (B, H, W, 3) left to right with probability one half."""
-    mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+def draw_mirrored(count: int, key: jax.Array) -> jax.Array:
+    """(B,) bool, each true with probability one half: which images of a batch to mirror."""
+    return jax.random.bernoulli(key, 0.5, (count,))
+
+
+def mirror(images: jax.Array, mirrored: jax.Array) -> jax.Array:
+    """Mirrors left to right those images (B, H, W, 3) for which `mirrored` (B,) is true."""
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)

@@ -1,5 +1,6 @@
 """Progress of a run on the terminal: a bar, or plain lines where stderr is not a terminal."""
 
+import math
 import sys
 
 from rich.console import Console
@@ -37,7 +38,12 @@ class Terminal:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Show the metrics of a log step."""
-        status = [f"loss {values['train/loss']:.3f}", f"acc {train_accuracy(values):.3f}"]
+        status = [f"loss {values['train/loss']:.3f}"]
+        accuracy = train_accuracy(values)
+        if not math.isnan(accuracy):
+            status.append(f"acc {accuracy:.3f}")
+        if "train/teacher_cosine" in values:
+            status.append(f"teacher {values['train/teacher_cosine']:.3f}")
         if "perf/images_per_sec" in values:
             status.append(f"{values['perf/images_per_sec']:.0f} img/s")
             status.append(f"data wait {values['perf/data_wait_share']:.0%}")

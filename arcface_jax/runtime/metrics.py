@@ -172,9 +172,12 @@ def _null_as_nan(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_accuracy(values: Mapping[str, float]) -> float:
-    """The accuracy of a log step, among all classes or among those that Partial FC sampled."""
+    """The accuracy of a log step, among all classes or among those that Partial FC sampled.
+
+    NaN where a run has no head.
+    """
     name = "train/accuracy"
-    return values[name] if name in values else values[f"{name}_sampled"]
+    return values[name] if name in values else values.get(f"{name}_sampled", math.nan)
 
 
 class Writer(Protocol):

@@ -254,7 +254,7 @@ def write_failure(
     """
     report: dict[str, Any] = {
         "step": step,
-        "largest_logit": _json_number(scale * metrics["train/largest_cosine"]),
+        "largest_logit": _json_number(scale * metrics.get("train/largest_cosine", 0.0)),
         "metrics": {name: _json_number(value) for name, value in metrics.items()},
         "gradient_norms": {name: _json_number(value) for name, value in gradient_norms.items()},
         "not_finite": [name for name, x in gradient_norms.items() if not math.isfinite(x)],

@@ -19,10 +19,14 @@ def headline(
     kind = devices.devices.flat[0].device_kind
     begin = f"resuming at step {start} of {total}" if start else f"{total} steps"
     batch = config.data.global_batch_size
+    margin = f"{config.head.loss} {config.head.margin}"
+    if config.distill.teacher:
+        losses = f"{' + '.join(config.distill.loss)} to {config.distill.teacher}"
+        margin = losses if config.distill.head == "off" else f"{margin} and {losses}"
     return (
         f"{config.model.network} ({config.model.dtype}) on {devices.size} x {kind}: "
         f"{dataset['num_images']} images of {dataset['num_classes']} identities, "
-        f"{config.head.loss} {config.head.margin}, batch {batch}, {begin}; writing to "
+        f"{margin}, batch {batch}, {begin}; writing to "
         f"{config.workdir}\n{_scaling_rule(config.optimizer, batch)}"
     )
 

@@ -15,7 +15,7 @@ from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.models import registry
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
-from arcface_jax.training import saved_runs, step
+from arcface_jax.training import saved_runs, step, teacher_record
 
 
 class Network:
@@ -34,6 +34,7 @@ class Network:
       options: as `model.options`.
       devices: how many devices share a batch; by default all of them, and "own" is those of this
         process only.
+      compatible_with: as `ModelInput.compatible_with`.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Network:
         embedding_size: int | None = None,
         options: plugins.Options = (),
         devices: int | Literal["own"] | None = None,
+        compatible_with: str = "",
     ):
         self.network = network
+        self._compatible_with = compatible_with
         self._input: ModelInput | None = None
         device_mesh = self._mesh = meshes.make(devices)
         self.params, self.batch_stats = jax.device_put(
@@ -70,13 +73,14 @@ class Network:
           CheckpointError: the folder holds none.
         """
         config, params, batch_stats, _ = saved_runs.restore_backbone(Path(workdir), which)
-        model = config.model
+        model, taught = config.model, teacher_record.read(Path(workdir))
         return cls(
             model.network,
             params,
             batch_stats,
             embedding_size=model.embedding_size,
             options=model.options,
+            compatible_with=taught.model if taught and taught.compatible else "",
             **options,
         )
 
@@ -102,7 +106,9 @@ class Network:
         """RGB, (x - 127.5) / 127.5, as every network of the registry; hashes the weights once."""
         if self._input is None:
             size = self.embedding_size
-            self._input = ModelInput(embedding_size=size, digest=self.digest())
+            self._input = ModelInput(
+                embedding_size=size, digest=self.digest(), compatible_with=self._compatible_with
+            )
         return self._input
 
     def digest(self) -> str:

@@ -21,7 +21,8 @@ from arcface_jax.models import preprocess, registry
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime.devices import AXIS
-from arcface_jax.training import microbatch, name_rules, optim, packing
+from arcface_jax.training import distill, microbatch, name_rules, optim, packing
+from arcface_jax.training.distill import Taught
 from arcface_jax.training.packing import Packing
 
 Metrics = dict[str, jax.Array]
@@ -218,6 +219,8 @@ def make_packing(config: Config, mesh: Mesh) -> Packing:
 class TrainStep(Protocol):
     """(state, {"image": (B, 112, 112, 3) uint8, "label": (B,) int32}) -> (state, metrics).
 
+    With a teacher the batch has its embeddings too, "teacher": (B, V, D), see `distill.shown`.
+
     The given state is donated. Metrics are () float32 on the devices, named as in metrics.jsonl.
     """
 
@@ -250,20 +253,41 @@ class _PackedStep(NamedTuple):
 
 
 def make_train_step(
-    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+    config: Config,
+    *,
+    num_classes: int,
+    schedule: optim.Schedule,
+    mesh: Mesh,
+    distill_weight: optim.Schedule | None = None,
 ) -> TrainStep:
-    """The train step of a configuration, compiled at its first call."""
+    """The train step of a configuration, compiled at its first call.
+
+    Args:
+      config: the run.
+      num_classes: C.
+      schedule: the learning rate of each step.
+      mesh: the devices.
+      distill_weight: the weight of the teacher's losses at each step; by default
+        `distill.weight` at all of them.
+    """
     form = make_packing(config, mesh)
-    gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
+    gradients = _make_gradients(
+        config,
+        num_classes=num_classes,
+        schedule=schedule,
+        mesh=mesh,
+        distill_weight=distill_weight,
+    )
     optimizer = optim.make_optimizer(config.optimizer)
     factors = packing.by_buffer(form.params, trained(config.finetune, backbone(config).shapes[0]))
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         found = gradients(state, batch)
         head, rate, norm = found.head, found.rate, optax.tree.norm(found.params)
+        taught = found.taught.metrics if found.taught else {}
         # The centers were updated inside the head, by its own check: an overflow in the backbone's
         # gradient does not make theirs wrong.
-        finite = jnp.isfinite(norm) & jnp.isfinite(head.loss)
+        finite = jnp.isfinite(norm) & jnp.isfinite(found.loss)
         moving = _pick(state.params, factors)
         updates: Any
         updates, opt_state = optimizer.update(found.params, state.opt_state, moving)
@@ -287,11 +311,12 @@ def make_train_step(
             "skipped_steps": state.counters["skipped_steps"] + ~finite,
             "skipped_in_row": jnp.where(finite, 0, state.counters["skipped_in_row"] + 1),
         }
-        if config.head.sample_rate < 1:  # accuracy among the sampled classes only
+        if config.head.sample_rate < 1 and "accuracy" in head.metrics:  # of the sampled classes
             head.metrics["accuracy_sampled"] = head.metrics.pop("accuracy")
         metrics: Any = {
-            "train/loss": head.loss,
+            "train/loss": found.loss,
             **{f"train/{name}": value for name, value in head.metrics.items()},
+            **{f"train/{name}": value for name, value in taught.items()},
             "train/gradient_norm": norm,
             "train/lr": rate,
             **{f"train/{name}": count for name, count in counters.items()},
@@ -321,6 +346,10 @@ class _Gradients(NamedTuple):
     """Result of forward and backward pass, before any update."""
 
     head: HeadOutput
+    taught: Taught | None
+    """Of the teacher's losses; None without a teacher."""
+    loss: jax.Array
+    """() float32: the head's, or, where the head is off, the teacher's."""
     params: Arrays
     """Gradient of the trained backbone parameters, float32."""
     batch_stats: Arrays
@@ -330,20 +359,28 @@ class _Gradients(NamedTuple):
 
 
 def _make_gradients(
-    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+    config: Config,
+    *,
+    num_classes: int,
+    schedule: optim.Schedule,
+    mesh: Mesh,
+    distill_weight: optim.Schedule | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array]], _Gradients]:
     """Forward pass, head, and backward pass of a batch; the state is packed."""
     form, gpu = make_packing(config, mesh), meshes.compute_capability(mesh)
     network = form.backbone(backbone(config, num_devices=mesh.size, gpu=gpu))
     moving_names = list(packing.by_buffer(form.params, trained(config.finetune, network.shapes[0])))
+    weight = distill_weight or (lambda step: jnp.float32(config.distill.weight))
 
     def gradients(state: TrainState, batch: dict[str, jax.Array]) -> _Gradients:
         rate = schedule(state.step)
         images = batch["image"]
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         flip_key, network_key, head_key = jax.random.split(key, 3)
+        mirrored = None
         if config.data.flip:
-            images = preprocess.random_flip(images, flip_key)
+            mirrored = preprocess.draw_mirrored(len(images), flip_key)
+            images = preprocess.mirror(images, mirrored)
         moving = _pick(state.params, moving_names)
         forward = microbatch.forward(
             network,
@@ -357,39 +394,93 @@ def _make_gradients(
             mesh=mesh,
             order=moving_names if form.packs and mesh.size > 1 else (),
         )
-        head = margin_softmax.apply(
+        head = _apply_head(
+            config,
+            state,
             forward.embeddings,
             batch["label"],
-            Centers(state.centers, state.centers_opt, state.head_state),
-            learning_rate=rate,
-            step=state.step,
             key=head_key,
+            rate=rate,
             num_classes=num_classes,
-            head=config.head,
-            optimizer=config.optimizer,
             mesh=mesh,
         )
+        loss, d_embeddings, taught = head.loss, head.d_embeddings, None
+        if config.distill.teacher:
+            taught = distill.apply(
+                forward.embeddings,
+                distill.shown(batch["teacher"], mirrored),
+                weight=weight(state.step),
+                distill=config.distill,
+            )
+            loss = loss if config.distill.head == "on" else taught.loss
+            d_embeddings = d_embeddings + taught.d_embeddings
         factor = state.loss_scale.get("factor", 1.0)
-        found = forward.vjp(head.d_embeddings * factor)
+        found = forward.vjp(d_embeddings * factor)
         found = jax.tree.map(lambda gradient: gradient / factor, found)
-        return _Gradients(head, found, forward.batch_stats, rate)
+        return _Gradients(head, taught, loss, found, forward.batch_stats, rate)
 
     return gradients
 
 
+def _apply_head(
+    config: Config,
+    state: TrainState,
+    embeddings: jax.Array,
+    labels: jax.Array,
+    *,
+    key: jax.Array,
+    rate: jax.Array,
+    num_classes: int,
+    mesh: Mesh,
+) -> HeadOutput:
+    """The head's part of a step: none at all where it is off; centers of a teacher stay fixed."""
+    centers = Centers(state.centers, state.centers_opt, state.head_state)
+    if config.distill.head == "off":
+        nothing = jnp.zeros((), jnp.float32)
+        counted = {"invalid_labels": jnp.zeros((), jnp.int32)}
+        return HeadOutput(nothing, jnp.zeros_like(embeddings), centers, counted)
+    return margin_softmax.apply(
+        embeddings,
+        labels,
+        centers,
+        learning_rate=jnp.zeros_like(rate) if distill.CENTERS in config.distill.loss else rate,
+        step=state.step,
+        key=key,
+        num_classes=num_classes,
+        head=config.head,
+        optimizer=config.optimizer,
+        mesh=mesh,
+    )
+
+
 def make_gradient_norms(
-    config: Config, *, num_classes: int, schedule: optim.Schedule, mesh: Mesh
+    config: Config,
+    *,
+    num_classes: int,
+    schedule: optim.Schedule,
+    mesh: Mesh,
+    distill_weight: optim.Schedule | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array]], dict[str, jax.Array]]:
-    """(state, batch) -> the norm of each array's gradient, for failure reports."""
+    """(state, batch) -> the norm of each array's gradient, for failure reports.
+
+    `(embeddings)` is the head's gradient of the embeddings, `(teacher)` the teacher's.
+    """
     form = make_packing(config, mesh)
-    gradients = _make_gradients(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
+    gradients = _make_gradients(
+        config,
+        num_classes=num_classes,
+        schedule=schedule,
+        mesh=mesh,
+        distill_weight=distill_weight,
+    )
 
     def norms(state: TrainState, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         found = gradients(form.pack(state), batch)
         named = packing.unpack(form.params, found.params)
-        return {"(embeddings)": jnp.linalg.norm(found.head.d_embeddings)} | {
-            name: jnp.linalg.norm(gradient) for name, gradient in named.items()
-        }
+        parts = {"(embeddings)": found.head.d_embeddings}
+        if found.taught:
+            parts["(teacher)"] = found.taught.d_embeddings
+        return {name: jnp.linalg.norm(gradient) for name, gradient in (parts | named).items()}
 
     return jax.jit(norms, out_shardings=meshes.replicated(mesh))
 

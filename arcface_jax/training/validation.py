@@ -1,6 +1,7 @@
 """Check what depends on several fields, or on the devices; each field's range is in the schema."""
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from arcface_jax.data.source import Source
 from arcface_jax.errors import ConfigError, DataError, ImageError
 from arcface_jax.heads import margin_softmax, margins
 from arcface_jax.training import step
+from arcface_jax.training.distill import CENTERS
 
 # float32 overflows in exp() above this; the head sums exp(logit) without a shift
 # (heads/block_passes.py).
@@ -17,7 +19,7 @@ _MAX_EXPONENT = 88.0
 # Below this scale all logits are nearly equal, and the loss stays at the logarithm of the classes.
 _SMALLEST_SCALE = 1.0
 # The sections whose numbers the step computes with, in float32.
-_COMPUTED = ("head.", "optimizer.", "schedule.", "finetune.rates")
+_COMPUTED = ("head.", "optimizer.", "schedule.", "finetune.rates", "distill.")
 
 
 def validate(config: Config, *, num_devices: int) -> None:
@@ -60,16 +62,22 @@ def validate(config: Config, *, num_devices: int) -> None:
     _check_float32(config)
     _check_head(config.head)
     _check_finetune(config)
+    _check_distill(config)
 
 
-def validate_data(source: Source, path: str) -> None:
+def validate_data(source: Source, path: str, *, head: Literal["on", "off"] = "on") -> None:
     """Check that a training set can teach anything.
+
+    Args:
+      source: the training set.
+      path: `data.path`, for the message.
+      head: `distill.head`; off, a single class is enough.
 
     Raises:
       DataError: it has one class, so that its loss would be 0 whatever the weights, or its images
         are not aligned.
     """
-    if source.num_classes < 2:
+    if source.num_classes < 2 and head == "on":
         raise DataError(
             f"data.path {path} has {source.num_classes} class(es), and a softmax needs at least 2: "
             "its loss would be 0 at every step. Use a training set with several identities"
@@ -131,6 +139,73 @@ def _check_finetune(config: Config) -> None:
         )
     if finetune.frozen or finetune.frozen_statistics or finetune.rates:
         step.trained(finetune, step.backbone(config).shapes[0])
+
+
+def _check_distill(config: Config) -> None:
+    distill, head_is_off = config.distill, config.distill.head == "off"
+    if config.data.unlabeled and not head_is_off:
+        raise ConfigError(
+            "data.unlabeled gives no identities, and the head needs them: set --distill.head off "
+            "with a --distill.teacher"
+        )
+    if not distill.teacher:
+        asked = {
+            "--distill.head off": head_is_off,
+            "--distill.compatible": distill.compatible,
+            "--distill.online": distill.online,
+            "--distill.loss centers": CENTERS in distill.loss,
+        }
+        if options := [option for option, given in asked.items() if given]:
+            raise ConfigError(
+                f"{options[0]} needs a teacher: name a run, weights or an ONNX file with "
+                "--distill.teacher"
+            )
+        return
+    if config.data.augment.sets and not distill.online:
+        raise ConfigError(
+            f"data.augment.sets {' '.join(config.data.augment.sets)} changes the images, and the "
+            "teacher's cache has embeddings of the images as stored: train without augmentation "
+            "(--data.augment.sets), or run the teacher at every step with --distill.online"
+        )
+    if distill.warmup_epochs >= config.schedule.epochs:
+        raise ConfigError(
+            f"distill.warmup_epochs {distill.warmup_epochs} must be below schedule.epochs "
+            f"{config.schedule.epochs}"
+        )
+    if distill.compatible and "cosine" not in distill.loss:
+        raise ConfigError(
+            f"distill.compatible needs the cosine loss, and distill.loss is "
+            f"{' '.join(distill.loss)}: add cosine to --distill.loss"
+        )
+    if head_is_off and set(distill.loss) == {CENTERS}:
+        raise ConfigError(
+            "distill.loss centers is the head's loss, and distill.head is off: use --distill.loss "
+            "cosine"
+        )
+    _check_teacher_centers(config)
+
+
+def _check_teacher_centers(config: Config) -> None:
+    """Class centers that are the teacher's class means exclude other ways to set them."""
+    distill = config.distill
+    if distill.head == "off" or not (distill.compatible or CENTERS in distill.loss):
+        return
+    reason = "distill.compatible" if distill.compatible else "distill.loss centers"
+    if distill.online:
+        raise ConfigError(
+            f"{reason} starts from the teacher's class means, for which every image is embedded: "
+            "use the cache (--distill.no-online)"
+        )
+    if config.head.subcenters > 1:
+        raise ConfigError(
+            f"{reason} gives each class one center, and head.subcenters is "
+            f"{config.head.subcenters}: use --head.subcenters 1"
+        )
+    if config.finetune.centers != "random":
+        raise ConfigError(
+            f"{reason} sets the class centers, and finetune.centers is {config.finetune.centers}: "
+            "use --finetune.centers random"
+        )
 
 
 def _check_head(head: HeadConfig) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from arcface_jax.convert import parity
 from arcface_jax.errors import UserError
-from benchmarks import modelzoo, weight_forms
+from benchmarks import modelzoo, pages, weight_forms
 
 
 def test_a_network_is_measured_and_its_row_put_into_the_page(tmp_path):
@@ -17,14 +17,14 @@ def test_a_network_is_measured_and_its_row_put_into_the_page(tmp_path):
     page, data = tmp_path / "page.md", tmp_path / "page.json"
     page.write_text("before\n<!-- begin: scripts/modelzoo.py -->\nold\n<!-- end -->\nafter\n")
     data.write_text(json.dumps([row | {"network": "r50"}]))
-    modelzoo.write_page(page, modelzoo.table(modelzoo.merge(data, [row])))
+    pages.replace(page, modelzoo.table(modelzoo.merge(data, [row])), begin=modelzoo.BEGIN)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.index("| `r_tiny` | 5.51 |") < text.index("| `r50` |")
     assert [kept["network"] for kept in json.loads(data.read_text())] == ["r_tiny", "r50"]
     page.write_text("no marks")
     with pytest.raises(UserError, match=r"begin: scripts/modelzoo\.py"):
-        modelzoo.write_page(page, modelzoo.table([row]))
+        pages.replace(page, modelzoo.table([row]), begin=modelzoo.BEGIN)
 
 
 @pytest.mark.slow

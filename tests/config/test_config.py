@@ -183,12 +183,14 @@ def changed_everywhere() -> Config:
     choices |= {"straight_through": "exact", "polynomial": "step", "": "x"}
     choices |= {"sgd": "adamw", "untouched": "decayed", "random": "kept", "float32": "bfloat16"}
     choices |= {"refuse": "accept", "automatic": "unit"}
+    choices |= {"mean": "both", "constant": "linear", "on": "off"}
     choices |= {"drop": "pad", "shuffled": "shards", "~/.cache/arcface_jax": "x"}
     lists = {"schedule.decay_epochs": (3, 5), "evaluation.targets": ("a.bin", "b.bin")}
     lists |= {"finetune.frozen": ("fc.*",), "finetune.frozen_statistics": ("*",)}
     lists |= {
         "finetune.rates": (("*", 0.5), ("fc.*", 2.0)),
         "data.augment.sets": ("dali", "erasing"),
+        "distill.loss": ("relational", "centers"),
         "distributed.local_devices": (1, 2),
     }
     lists["data.columns"] = "path=file"
@@ -265,6 +267,8 @@ def test_differences_are_those_that_change_what_is_computed():
         "optimizer.micro_batches",
         "optimizer.stop_after_skipped",
         "schedule.extend",
+        "distill.teacher",
+        "distill.cache",
         "evaluation",
         "checkpoint",
         "deterministic",

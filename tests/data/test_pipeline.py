@@ -245,7 +245,12 @@ def test_workers_restarts_and_hosts_change_nothing_of_a_batch_of_real_faces():
         for host in range(2)
     ]
     joined = [
-        Batch(np.concatenate([a.images, b.images]), np.concatenate([a.labels, b.labels]), ())
+        Batch(
+            np.concatenate([a.images, b.images]),
+            np.concatenate([a.labels, b.labels]),
+            np.concatenate([a.numbers, b.numbers]),
+            (),
+        )
         for a, b in zip(*halves, strict=True)
     ]
     same(joined, whole[3:5])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from commands import result, script
 
+from arcface_jax import config as configs
 from arcface_jax.config import Config, loading
 from arcface_jax.errors import UserError
-from arcface_jax.machine import collectives, doctor, gpu
+from arcface_jax.machine import collectives, doctor, gpu, plan
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import manifest
 
@@ -140,6 +141,32 @@ def test_a_measured_step_stands_beside_the_compiled_one(monkeypatch):
     assert "measured 10.00 ms, peak memory 8.00 GiB" in check.words
     other = doctor.check_step(Config(), num_classes=9, mesh=a_mesh("NVIDIA L4"))
     assert "no model of NVIDIA L4" in other.words and "compiled_bytes" not in other.values
+
+
+def test_the_teachers_cache_is_counted_less_what_is_there(tmp_path, monkeypatch):
+    config = configs.replace(
+        Config(workdir=str(tmp_path)),
+        data__path="synthetic",
+        data__synthetic__identities=10,
+        data__synthetic__images_per_identity=3,
+        model__embedding_size=8,
+        distill__teacher="any.onnx",
+        distill__views="both",
+    )
+    needed, words = plan.teacher_disk(config)
+    assert needed == 30 * 2 * 8 * 2 and "30 images" in words
+    usage = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    check = doctor.check_teacher(config)
+    assert check.verdict == "fails" and "--distill.cache" in check.words
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "teacher-00000.npy").write_bytes(b"x")
+    assert doctor.check_teacher(config).verdict == "ok"
+    online = configs.replace(config, distill__online=True)
+    assert plan.teacher_disk(online) == (0, "")
+    assert doctor.check_teacher(online).verdict == "ok"
+    batch = plan.batch_of(config, meshes.make(1))
+    assert batch["teacher"].shape == (128, 2, 8)
 
 
 def test_a_step_without_a_plugin_or_without_room(monkeypatch):

@@ -1,0 +1,134 @@
+"""Losses that pull the embeddings toward a teacher's, and the weight they have at each step.
+
+They enter the step between head and backward pass, as a gradient of the embeddings that is added
+to the head's. Micro-batches, float16 scaling and the sum over the devices follow it, and need
+nothing of their own.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from arcface_jax.config import DistillConfig, ScheduleConfig
+from arcface_jax.training.optim import Schedule
+
+CENTERS = "centers"
+"""The loss that is no term of its own: the head's, with the teacher's class means as centers."""
+_SHORTEST = 1e-12
+
+
+class Taught(NamedTuple):
+    """What the teacher adds to a step."""
+
+    loss: jax.Array
+    """() float32: the weighted sum of the losses."""
+    d_embeddings: jax.Array
+    """(B, D) float32: its gradient."""
+    metrics: dict[str, jax.Array]
+    """() float32 by name: `distill_loss`, weighted; `distill_weight`; `teacher_cosine`, the mean
+    cosine between embedding and teacher."""
+
+
+def make_weight(
+    distill: DistillConfig, schedule: ScheduleConfig, *, steps_per_epoch: int
+) -> Schedule:
+    """The weight of the teacher's losses at each step.
+
+    Warm-up gives step k of w the weight weight * k / w. With decay it then falls from step w to the
+    last one, linearly or as half a cosine, to zero.
+
+    Args:
+      distill: the recipe's section.
+      schedule: the length of the run.
+      steps_per_epoch: optimizer steps.
+
+    Returns:
+      A function from the step, () int32 beginning with 0, to the weight, () float32.
+    """
+    total = schedule.epochs * steps_per_epoch
+    warmup = round(distill.warmup_epochs * steps_per_epoch)
+    rest = max(total - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(distill.weight),
+        "linear": optax.linear_schedule(distill.weight, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(distill.weight, rest),
+    }[distill.decay]
+    warm = optax.linear_schedule(0.0, distill.weight, max(warmup, 1))
+    joined = optax.join_schedules([warm, after], [warmup])
+    return lambda step: jnp.asarray(joined(step), jnp.float32)
+
+
+def shown(teacher: jax.Array, mirrored: jax.Array | None) -> jax.Array:
+    """(B, D) float32: the teacher's embedding of each image as the network is shown it.
+
+    Args:
+      teacher: (B, V, D), one view, or those of the image and of its mirror image.
+      mirrored: (B,) bool, which images are mirrored; None for none.
+    """
+    teacher = teacher.astype(jnp.float32)
+    if teacher.shape[1] == 1 or mirrored is None:
+        return teacher[:, 0]
+    return jnp.where(mirrored[:, None], teacher[:, 1], teacher[:, 0])
+
+
+def apply(
+    embeddings: jax.Array, teacher: jax.Array, *, weight: jax.Array, distill: DistillConfig
+) -> Taught:
+    """The teacher's losses of a batch, and their gradient.
+
+    Images for which the teacher has no embedding, a row of zeros, count in no mean.
+
+    Args:
+      embeddings: (B, D) float32, not normalized.
+      teacher: (B, D) float32, of length 1 or zeros.
+      weight: () float32.
+      distill: which losses.
+    """
+    known = (jnp.sum(jnp.square(teacher), axis=1) > 0).astype(jnp.float32)
+    terms = {"cosine": _cosine, "relational": _relational}
+    chosen = [terms[name] for name in distill.loss if name != CENTERS]
+
+    def weighted(embeddings: jax.Array) -> jax.Array:
+        x = unit(embeddings)
+        zero = jnp.zeros((), jnp.float32)
+        return weight * sum((term(x, unit(teacher), known) for term in chosen), start=zero)
+
+    loss, gradient = jax.value_and_grad(weighted)(embeddings)
+    metrics = {
+        "distill_loss": loss,
+        "distill_weight": weight,
+        "teacher_cosine": 1 - _cosine(unit(embeddings), unit(teacher), known),
+    }
+    return Taught(loss, gradient, metrics)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """(n, D) scaled to length 1; rows of zeros stay zeros, with a gradient of zero."""
+    # Not the norm, whose gradient at zero is NaN.
+    square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
+    return x * lax.rsqrt(jnp.maximum(square, _SHORTEST**2))
+
+
+def _cosine(x: jax.Array, teacher: jax.Array, known: jax.Array) -> jax.Array:
+    """Mean over the known of 1 - cos(x_i, t_i); unit vectors (B, D)."""
+    distances = 1 - jnp.sum(x * teacher, axis=1)
+    return jnp.sum(known * distances) / jnp.maximum(jnp.sum(known), 1)
+
+
+def _relational(x: jax.Array, teacher: jax.Array, known: jax.Array) -> jax.Array:
+    """Sum over all pairs of (cos(x_i, x_j) - cos(t_i, t_j))^2 / (2 n); unit vectors (B, D).
+
+    The pairwise form of relational distillation (Park et al., "Relational Knowledge Distillation",
+    CVPR 2019), with cosines. Both roles of an embedding have the same gradient, so one is held
+    fixed and the other counted twice: each device then needs only the rows of its own images.
+    """
+    fixed = lax.stop_gradient(x)
+    highest = lax.Precision.HIGHEST
+    ours = jnp.matmul(x, fixed.T, precision=highest)
+    theirs = jnp.matmul(teacher, teacher.T, precision=highest)
+    squares = jnp.square(ours - theirs) * (known[:, None] * known[None, :])
+    once = jnp.sum(squares) / jnp.maximum(jnp.sum(known), 1)
+    return once - lax.stop_gradient(once) / 2  # the value is half of it, the gradient all

@@ -1,0 +1,26 @@
+"""Tables of the documentation, made by benchmarks and put between two marks of a page."""
+
+from pathlib import Path
+
+from arcface_jax.errors import UserError
+
+END = "<!-- end -->"
+
+
+def replace(page: Path, text: str, *, begin: str, end: str = END) -> None:
+    """Replaces what stands between the marks.
+
+    Args:
+      page: a Markdown file.
+      text: goes between the marks.
+      begin: the mark before it.
+      end: the next mark after it.
+
+    Raises:
+      UserError: the page lacks a mark.
+    """
+    before, found, rest = page.read_text().partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise UserError(f"{page} has no lines {begin} and {end} to put the table between")
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
