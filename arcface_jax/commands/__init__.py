@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from arcface_jax import errors
 from arcface_jax.config import command_line
-from arcface_jax.runtime import streams, strict_json
+from arcface_jax.runtime import homes, streams, strict_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,6 +42,7 @@ def command(body: Callable[Words, Result]) -> Callable[Words, int]:
     def run(*words: Words.args, **options: Words.kwargs) -> int:
         begin = time.perf_counter()
         with streams.escaping(), errors.reported():
+            homes.find_temporary()
             result = body(*words, **options)
             if result.reported:
                 seconds = round(time.perf_counter() - begin, 1)

@@ -76,9 +76,8 @@ def atomic(
     Raises:
       OSError: it cannot be written; the old content stays and no part is left.
     """
-    coded = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
     if path.exists() and not path.is_file():
-        with path.open(mode, newline=newline, **coded) as file:
+        with _open(path, mode, newline) as file:
             yield file
         return
     path = path if _leads_out(path) else path.resolve() if path.is_symlink() else path
@@ -86,7 +85,7 @@ def atomic(
         _remove_stale(path)
     part = part_of(path)
     try:
-        with part.open(mode, newline=newline, **coded) as file:
+        with _open(part, mode, newline) as file:
             yield file
             if durable:
                 file.flush()
@@ -120,8 +119,14 @@ def open_own(path: Path, mode: str, *, newline: str | None = None) -> IO[Any]:
                 shutil.copyfileobj(source, copy)
         else:
             path.unlink()
-    coded = {} if "b" in mode else {"encoding": "utf-8", "errors": "surrogateescape"}
-    return path.open(mode, newline=newline, **coded)
+    return _open(path, mode, newline)
+
+
+def _open(path: Path, mode: str, newline: str | None) -> IO[Any]:
+    """As `open`, with text in UTF-8 and the other bytes that names have."""
+    if "b" in mode:
+        return path.open(mode)
+    return path.open(mode, encoding="utf-8", errors="surrogateescape", newline=newline)
 
 
 def below(folder: Path, name: str) -> Path:
@@ -138,8 +143,8 @@ def below(folder: Path, name: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(
-            f"{path.parent} leads out of {folder} by a symbolic link, and nothing is written there: "
-            "remove the link, or name another folder"
+            f"{path.parent} leads out of {folder} by a symbolic link, through which nothing is "
+            "written: remove the link, or name another folder"
         )
     return path
 

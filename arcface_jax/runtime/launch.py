@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from arcface_jax.config import DistributedConfig
 from arcface_jax.errors import CheckpointError, ConfigError
-from arcface_jax.runtime import locks, signals
+from arcface_jax.runtime import homes, locks, signals
 from arcface_jax.runtime.signals import Stop
 
 Cluster = Literal["slurm", "ompi", "k8s"]
@@ -226,6 +226,11 @@ def start(distributed: DistributedConfig, *, deterministic: bool, compilation_ca
     if deterministic and _DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
     if compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        folder = homes.writable(
+            compilation_cache,
+            what="compiled programs",
+            fix="--compilation-cache FOLDER names another, and '' turns this off",
+        )
+        if folder is not None:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
     join_processes(distributed)

@@ -273,7 +273,7 @@ class RecordWriter:
         offsets = _whole_records(path, index)[: resume + 1] if resume else [0]
         self.written = len(offsets) - 1
         """Records that are there already."""
-        self._rec: BinaryIO = open_own(path, "r+b" if self.written else "wb")
+        self._rec = open_own(path, "r+b" if self.written else "wb")
         self._rec.seek(offsets[-1])
         self._rec.truncate()
         self._idx = open_own(index, "r+" if self.written else "w")
