@@ -26,7 +26,7 @@ class _Escaping:
 
     def __init__(self, stream: TextIO, *, colors: bool = False):
         self.plain = stream
-        self._colors = colors
+        self._colors = colors or stream.isatty()  # the help of commands has colors there
 
     def write(self, text: str) -> int:
         # Progress bars of libraries begin with a carriage return.
