@@ -139,12 +139,15 @@ def gather_text(text: str) -> list[str]:
     """A text of every process, in the order of the processes; a collective operation."""
     if jax.process_count() == 1:
         return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
+    own = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(own)], np.int32)).reshape(-1)
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(own)] = own
     everyone = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
-    return [bytes(row[:n]).decode() for row, n in zip(everyone, lengths.tolist(), strict=True)]
+    return [
+        bytes(row[:n]).decode(errors="surrogateescape")
+        for row, n in zip(everyone, lengths.tolist(), strict=True)
+    ]
 
 
 def host_name() -> str:
@@ -196,7 +199,7 @@ def holding(workdir: Path) -> Iterator[None]:
             try:
                 stack.enter_context(locks.held(workdir))
             except CheckpointError as error:
-                text = str(error).encode()[:_MESSAGE_BYTES]
+                text = str(error).encode(errors="backslashreplace")[:_MESSAGE_BYTES]
                 message[: len(text)] = np.frombuffer(text, np.uint8)
         message = np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes()
         if text := message.rstrip(b"\0").decode(errors="replace"):

@@ -1,0 +1,8 @@
+#!/bin/bash
+# mpirun's own signals: it passes SIGTERM on to all processes, and waits for them.
+# docs/schedulers/mpirun.sh hosts.txt configs/glint360k_r100.py --workdir /shared/runs/r100 ...
+# hosts.txt has a line `HOST slots=1` for each host.
+hosts=$1
+shift
+exec mpirun --hostfile "$hosts" --map-by node --bind-to none \
+    .venv/bin/python scripts/train.py "$@"
