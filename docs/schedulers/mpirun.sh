@@ -1,5 +1,5 @@
 #!/bin/bash
-# mpirun's own signals: it passes SIGTERM on to all processes, and waits for them.
+# Trains in one process on each host; mpirun passes SIGTERM on to all of them.
 # docs/schedulers/mpirun.sh hosts.txt configs/glint360k_r100.py --workdir /shared/runs/r100 ...
 # hosts.txt has a line `HOST slots=1` for each host.
 hosts=$1

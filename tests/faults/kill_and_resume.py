@@ -224,12 +224,13 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=0, help="of five steps; 0: 20 + 2 x kills")
     parser.add_argument("--grace", type=float, default=120.0)
     parser.add_argument("--folder", default="")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(argv)
     begin = time.perf_counter()
-    epochs = 20 + 2 * asked.kills
+    epochs = asked.epochs or 20 + 2 * asked.kills
     with chosen_folder(asked.folder) as folder:
         recipe = folder / "recipe.py"
         text = RECIPE.replace("EPOCHS", str(epochs)).replace("CACHE", str(folder / "cache"))
