@@ -23,6 +23,7 @@ from arcface_jax.data.tools.packing import Selection
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime import sealed
 from arcface_jax.runtime.files import atomic, write_atomic
+from arcface_jax.runtime.text import cells
 
 APPLIED = "applied.csv"
 ABOUT = "cleaned.json"
@@ -316,5 +317,5 @@ def _write_changes(folder: Path, changes: list[Change]) -> Path:
     with atomic(folder / APPLIED, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Change._fields)
-        writer.writerows(changes)
+        writer.writerows(map(cells, changes))
     return folder / APPLIED

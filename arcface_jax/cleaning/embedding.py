@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from arcface_jax.cleaning.identities import Identities
@@ -19,7 +20,9 @@ from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.evaluation.shards import Store
+from arcface_jax.runtime import streams
 from arcface_jax.runtime.sealed import array_digest
+from arcface_jax.runtime.text import shown
 
 SHARD = 2048
 """Images that are embedded together; what an interrupted call had of a shard is lost."""
@@ -119,7 +122,11 @@ def _shards(
         return
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(begin, missing[0])
-        places = track(range(len(missing)), f"embedding {name}", console=Console(stderr=True))
+        places = track(
+            range(len(missing)),
+            f"embedding {escape(shown(name))}",
+            console=Console(file=streams.plain(sys.stderr)),
+        )
         for place in places:
             pixels, wrong = ahead.result()
             if place + 1 < len(missing):

@@ -12,6 +12,7 @@ from typing import Any
 from arcface_jax.errors import DataError
 from arcface_jax.runtime import sealed
 from arcface_jax.runtime.files import atomic, write_atomic
+from arcface_jax.runtime.text import cells
 
 DUPLICATES = "duplicates.csv"
 MIXED = "mixed.csv"
@@ -58,7 +59,7 @@ def write(folder: Path, name: str, rows: Iterable[Sequence[object]]) -> Path:
     with atomic(folder / name, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS[name])
-        writer.writerows([_cell(value) for value in row] for row in rows)
+        writer.writerows(cells(map(_cell, row)) for row in rows)
     return folder / name
 
 

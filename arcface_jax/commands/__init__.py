@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec
 
 from arcface_jax import errors
 from arcface_jax.config import command_line
-from arcface_jax.runtime import strict_json
+from arcface_jax.runtime import homes, streams, strict_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,8 @@ def command(body: Callable[Words, Result]) -> Callable[Words, int]:
     @functools.wraps(body)
     def run(*words: Words.args, **options: Words.kwargs) -> int:
         begin = time.perf_counter()
-        with errors.reported():
+        with streams.escaping(), errors.reported():
+            homes.find_temporary()
             result = body(*words, **options)
             if result.reported:
                 seconds = round(time.perf_counter() - begin, 1)
@@ -87,7 +88,9 @@ def console() -> "Console":
     """A console for tables: as wide as the terminal, or 100 columns where output is redirected."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=100)
+    width = None if sys.stdout.isatty() else 100
+    # Names may hold what looks like markup or emoji: [red], :smile:.
+    return Console(file=streams.colored(sys.stdout), width=width, markup=False, emoji=False)
 
 
 def dispatch(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arcface_jax import errors
-from arcface_jax.commands import Result, command
+from arcface_jax.commands import Result, command, console
 from arcface_jax.config import command_line, loading
 
 
@@ -36,8 +36,6 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax doctor") -> Result:
             f"--seconds {arguments.seconds:g} and --num-classes {arguments.num_classes} must "
             "be above 0"
         )
-    from rich.console import Console
-
     from arcface_jax.machine import doctor
     from arcface_jax.runtime import tables
 
@@ -48,7 +46,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax doctor") -> Result:
     table.show_lines = True
     for check in found:
         table.add_row(check.name, check.verdict, check.words)
-    Console(markup=False).print(table)
+    console().print(table)
     failing = [check.name for check in found if check.verdict == "fails"]
     values = {name: value for check in found for name, value in check.values.items()}
     values |= {

@@ -20,6 +20,7 @@ from arcface_jax import errors
 from arcface_jax.commands import Result, command, console
 from arcface_jax.config import Config, command_line, loading
 from arcface_jax.machine.gpu import GpuName
+from arcface_jax.runtime.files import atomic_files, write_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -186,7 +187,7 @@ def _write(planned: "Plan", folder: Path | None) -> list[Path]:
     files = [folder / "plan.json"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files[0].write_text(json.dumps(planned.results(), indent=2) + "\n")
+        write_atomic(files[0], json.dumps(planned.results(), indent=2) + "\n")
         if planned.program is not None:
             files.append(_draw(planned, planned.program, folder / "plan.png"))
     except OSError as error:
@@ -221,7 +222,8 @@ def _draw(planned: "Plan", found: "Roofline", path: Path) -> Path:
     _bar(lower, time, unit="ms")
     lower.set_title("modelled time of a step, ms")
     figure.suptitle(f"global batch {planned.measured[0]}, {planned.backend}", fontsize=11)
-    figure.savefig(path, dpi=120)
+    with atomic_files(path) as part:
+        figure.savefig(part, dpi=120)
     return path
 
 

@@ -87,7 +87,7 @@ def digest(found: Fingerprint) -> str:
 
 def of_names(names: Sequence[str], *arrays: np.ndarray) -> str:
     """SHA-256 of a list of names and of arrays: which images of a list, and how they are cut."""
-    total = hashlib.sha256("\n".join(names).encode())
+    total = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
     for array in arrays:
         total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()
@@ -111,7 +111,8 @@ def of_folder(folder: Path, names: Sequence[str], points: Mapping[str, np.ndarra
     """
     total = hashlib.sha256()
     for name in names:
-        total.update(f"{name}\0{(folder / name).stat().st_size}\0".encode())
+        line = f"{name}\0{(folder / name).stat().st_size}\0"
+        total.update(line.encode("utf-8", "surrogateescape"))
         if points is not None and name in points:
             total.update(np.asarray(points[name], np.float64).tobytes())
     return total.hexdigest()
@@ -127,7 +128,7 @@ def of_files(paths: Sequence[Path], *, read: Callable[[Path], bytes]) -> str:
     numbers = sample_of(len(paths)).tolist()
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = pool.map(lambda number: _short(read(paths[number])), numbers)
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def sample_of(count: int) -> np.ndarray:

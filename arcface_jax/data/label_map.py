@@ -10,6 +10,7 @@ from arcface_jax.data.names import Names
 from arcface_jax.errors import DataError
 from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import atomic
+from arcface_jax.runtime.text import cell
 
 FILE = "label_map.csv"
 _COLUMNS = ("old_label", "new_label", "name")
@@ -27,7 +28,7 @@ def write(folder: Path, new: np.ndarray, names: Names) -> Path:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for old, label in enumerate(new.tolist()):
-            writer.writerow((old, label, names[label]) if label >= 0 else (old, "", ""))
+            writer.writerow((old, label, cell(names[label])) if label >= 0 else (old, "", ""))
     return folder / FILE
 
 

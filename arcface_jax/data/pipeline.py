@@ -8,9 +8,12 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +27,8 @@ from arcface_jax.data import augment, order
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Source
 from arcface_jax.errors import CheckpointError, DataError, ImageError, UserError
-from arcface_jax.runtime import metrics
-from arcface_jax.runtime.files import write_atomic
+from arcface_jax.runtime import metrics, processes, shared_memory
+from arcface_jax.runtime.files import open_own, write_atomic
 
 # Images tried in place of a damaged one before the whole set is taken to be damaged.
 _TRIES = 100
@@ -33,6 +36,8 @@ _TRIES = 100
 _MOST_THREADS = 8
 # Images that a thread of `read_images` reads at a time.
 _PIECE = 64
+# Seconds between two looks at the workers; one that both find suspended is reported.
+_LOOK_SECONDS = 10.0
 
 
 class BadImage(NamedTuple):
@@ -87,6 +92,7 @@ def batches(
         found to stand in for a damaged one.
       UserError: while iterating, a worker process died.
     """
+    shared_memory.remove_leftovers()
     read = _BatchReader(source, data, seed=seed, host=host, hosts=hosts)
     return _iterate(read, data, start=start, stop=stop)
 
@@ -96,12 +102,15 @@ def _iterate(read: "_BatchReader", data: DataConfig, *, start: int, stop: int) -
     if data.workers:
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts a process
             flags.FLAGS.mark_as_parsed()
+        shared_memory.name_semaphores()
         # Each worker keeps data.prefetch_batches of its own as well.
         workers = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
-        steps = steps.mp_prefetch(workers, worker_init_fn=_prepare_worker)
+        owner = shared_memory.name_of_owner(os.getpid())
+        steps = steps.mp_prefetch(workers, worker_init_fn=partial(_prepare_worker, owner))
     iterator = iter(steps)
     try:
-        yield from iterator
+        with _watched_workers() if data.workers else nullcontext():
+            yield from iterator
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
@@ -127,7 +136,41 @@ def read_options(data: DataConfig) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
 
 
-def _prepare_worker(*_: int) -> None:
+@contextmanager
+def _watched_workers() -> Iterator[None]:
+    """Report workers that are suspended, for which this process would wait without a word."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        before: set[int] = set()
+        reported: set[int] = set()
+        while not ended.wait(_LOOK_SECONDS):
+            pids = [child.pid for child in multiprocessing.active_children() if child.pid]
+            stopped = set(filter(processes.is_stopped, pids))
+            for pid in sorted((stopped & before) - reported):
+                _report_stopped(pid)
+                reported.add(pid)
+            before, reported = stopped, reported & stopped
+
+    watcher = threading.Thread(target=watch, name="workers", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _report_stopped(pid: int) -> None:
+    print(
+        f"warning: process {pid}, which reads images, is suspended (SIGSTOP or a debugger), and "
+        f"training waits for it: kill -CONT {pid} resumes it",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _prepare_worker(owner: str, *_: int) -> None:
     """Workers end with the process that started them, and not before it.
 
     A signal that is sent to all processes is for the first of them to answer: it saves what was
@@ -135,6 +178,7 @@ def _prepare_worker(*_: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    shared_memory.name_blocks(owner)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -255,7 +299,7 @@ class BadImages:
         new = list(unknown.values())
         if not new:
             return new
-        with self._path.open("a") as file:
+        with open_own(self._path, "a") as file:
             for image in new:
                 line = {"step": step, "index": image.number}
                 line |= {"where": image.where, "problem": image.problem}

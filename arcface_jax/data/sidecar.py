@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from arcface_jax.runtime import sealed
+from arcface_jax.runtime import homes, sealed
 from arcface_jax.runtime.files import atomic_folder
 from arcface_jax.runtime.sealed import DamagedError
 
@@ -114,11 +114,11 @@ def _mapped(folder: Path, stamp: object, data: Path, *, check: bool) -> Arrays |
     )
 
 
-def folders(data: Path, beside: Path) -> tuple[Path, Path]:
-    """Where arrays may be kept: beside the data, and in the user's cache."""
+def folders(data: Path, beside: Path) -> tuple[Path, ...]:
+    """Where arrays may be kept: beside the data, and in the user's cache if there is one."""
     name = hashlib.sha256(str(data.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return beside, cache / "arcface_jax" / name
+    cache = homes.user_cache()
+    return (beside,) if cache is None else (beside, cache / "arcface_jax" / name)
 
 
 def is_settled(files: Iterable[Path]) -> bool:
@@ -180,7 +180,7 @@ def print_damaged(error: DamagedError, remedy: str) -> None:
 
 
 def keep(
-    places: tuple[Path, Path], arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]
+    places: tuple[Path, ...], arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]
 ) -> Path | None:
     """Writes arrays and their stamp to the first folder that takes them.
 
@@ -192,16 +192,16 @@ def keep(
     Returns:
       The folder; None where neither can be written.
     """
-    beside, cache = places
+    beside = places[0]
     for folder in places:
         # The superuser may write anywhere; a folder that nobody should write to is left as it is.
         if folder is beside and not folder.parent.stat().st_mode & 0o222:
             continue
         with contextlib.suppress(OSError):
             _write(folder, arrays, content)
-            if folder is cache:
+            if folder is not beside:
                 print(
-                    f"{beside.parent} is read-only: its index is kept in {cache}", file=sys.stderr
+                    f"{beside.parent} is read-only: its index is kept in {folder}", file=sys.stderr
                 )
             return folder
     return None

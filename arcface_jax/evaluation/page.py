@@ -16,6 +16,7 @@ from arcface_jax.data.images import encode_jpeg
 from arcface_jax.errors import UserError
 from arcface_jax.runtime.files import write_atomic
 from arcface_jax.runtime.tables import share
+from arcface_jax.runtime.text import shown
 
 COLORS = 6
 """Of lines and areas, as the classes `line-0` to `line-5` and so on; a seventh begins again."""
@@ -43,7 +44,7 @@ def write(path: Path, template: str, **values: Any) -> None:
     page = environment.get_template(template).render(colors=COLORS, **values)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, page)
+        write_atomic(path, shown(page))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

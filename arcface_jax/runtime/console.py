@@ -6,15 +6,16 @@ import sys
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from arcface_jax.runtime import launch
+from arcface_jax.runtime import launch, streams
 from arcface_jax.runtime.metrics import train_accuracy
+from arcface_jax.runtime.text import shown
 
 
 class Terminal:
     """A progress bar, or plain lines where the output is not a terminal."""
 
     def __init__(self, *, total_steps: int, start: int):
-        self._console = Console(file=sys.stderr, quiet=not launch.is_first())
+        self._console = Console(file=streams.plain(sys.stderr), quiet=not launch.is_first())
         self._total = total_steps
         self._bar: Progress | None = None
         if self._console.is_terminal:
@@ -58,7 +59,7 @@ class Terminal:
 
     def print(self, text: str) -> None:
         """Print a line above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(shown(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def print_all(self, *texts: str | None) -> None:
         """Print a line for each text that is not None."""

@@ -65,9 +65,9 @@ def atomic(
     """Opens a file for writing that takes the place of `path` when the block ends without error.
 
     Args:
-      path: of the file; its folder must exist. A device or pipe is written to directly, and a
-        symbolic link is followed.
-      mode: "w" (UTF-8) or "wb".
+      path: of the file; its folder must exist. A device or pipe is written to directly. A symbolic
+        link is followed to files in or below its folder; one that leads elsewhere is replaced.
+      mode: "w" (UTF-8; bytes of names that are no UTF-8 stay as they are) or "wb".
       newline: as in `open`.
       durable: sync the file before the move and its folder after it, so that a power failure
         leaves the old content or the new one, and remove what killed processes left of it. Turn
@@ -76,17 +76,16 @@ def atomic(
     Raises:
       OSError: it cannot be written; the old content stays and no part is left.
     """
-    encoding = None if "b" in mode else "utf-8"
     if path.exists() and not path.is_file():
-        with path.open(mode, encoding=encoding, newline=newline) as file:
+        with _open(path, mode, newline) as file:
             yield file
         return
-    path = path.resolve() if path.is_symlink() else path
+    path = path if _leads_out(path) else path.resolve() if path.is_symlink() else path
     if durable:
         _remove_stale(path)
     part = part_of(path)
     try:
-        with part.open(mode, encoding=encoding, newline=newline) as file:
+        with _open(part, mode, newline) as file:
             yield file
             if durable:
                 file.flush()
@@ -98,6 +97,68 @@ def atomic(
         with contextlib.suppress(OSError):  # the first error is the one to report
             part.unlink(missing_ok=True)
         raise
+
+
+def open_own(path: Path, mode: str, *, newline: str | None = None) -> IO[Any]:
+    """Opens a file for appending, updating or writing anew, without leaving its folder.
+
+    A symbolic link that leads out of the folder is replaced by a copy of what it points to, so that
+    a link which somebody else left there has no other file overwritten.
+
+    Args:
+      path: of the file.
+      mode: as in `open`; text is UTF-8, as in `atomic`.
+      newline: as in `open`.
+
+    Raises:
+      OSError: it cannot be opened.
+    """
+    if _leads_out(path):
+        if path.is_file() and not mode.startswith("w"):
+            with path.open("rb") as source, atomic(path, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+        else:
+            path.unlink()
+    return _open(path, mode, newline)
+
+
+def _open(path: Path, mode: str, newline: str | None) -> IO[Any]:
+    """As `open`, with text in UTF-8 and the other bytes that names have."""
+    if "b" in mode:
+        return path.open(mode)
+    return path.open(mode, encoding="utf-8", errors="surrogateescape", newline=newline)
+
+
+def below(folder: Path, name: str) -> Path:
+    """The path of a file to write below an output folder; missing folders are made.
+
+    Args:
+      folder: of the output.
+      name: relative, with forward slashes, as the input's folders have it.
+
+    Raises:
+      CheckpointError: a symbolic link among the folders leads out of the output.
+    """
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{path.parent} leads out of {folder} by a symbolic link, through which nothing is "
+            "written: remove the link, or name another folder"
+        )
+    return path
+
+
+def _leads_out(path: Path) -> bool:
+    """Whether a path is a symbolic link to something outside of its folder.
+
+    Those of the system, such as /dev/stdout, do not count.
+    """
+    if not path.is_symlink():
+        return False
+    home = path.parent.resolve()
+    system = home.parts[1:2] in (("dev",), ("proc",))
+    return not system and not path.resolve().is_relative_to(home)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from arcface_jax.config import DistributedConfig
 from arcface_jax.errors import CheckpointError, ConfigError
-from arcface_jax.runtime import locks, signals
+from arcface_jax.runtime import homes, locks, signals
 from arcface_jax.runtime.signals import Stop
 
 Cluster = Literal["slurm", "ompi", "k8s"]
@@ -139,12 +139,15 @@ def gather_text(text: str) -> list[str]:
     """A text of every process, in the order of the processes; a collective operation."""
     if jax.process_count() == 1:
         return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
+    own = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(own)], np.int32)).reshape(-1)
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(own)] = own
     everyone = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
-    return [bytes(row[:n]).decode() for row, n in zip(everyone, lengths.tolist(), strict=True)]
+    return [
+        bytes(row[:n]).decode(errors="surrogateescape")
+        for row, n in zip(everyone, lengths.tolist(), strict=True)
+    ]
 
 
 def host_name() -> str:
@@ -196,7 +199,7 @@ def holding(workdir: Path) -> Iterator[None]:
             try:
                 stack.enter_context(locks.held(workdir))
             except CheckpointError as error:
-                text = str(error).encode()[:_MESSAGE_BYTES]
+                text = str(error).encode(errors="backslashreplace")[:_MESSAGE_BYTES]
                 message[: len(text)] = np.frombuffer(text, np.uint8)
         message = np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes()
         if text := message.rstrip(b"\0").decode(errors="replace"):
@@ -226,6 +229,11 @@ def start(distributed: DistributedConfig, *, deterministic: bool, compilation_ca
     if deterministic and _DETERMINISTIC not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
     if compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = Path(compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        folder = homes.writable(
+            compilation_cache,
+            what="compiled programs",
+            fix="--compilation-cache FOLDER names another, and '' turns this off",
+        )
+        if folder is not None:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
     join_processes(distributed)

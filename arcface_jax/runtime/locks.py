@@ -30,6 +30,7 @@ from pathlib import Path
 
 from arcface_jax.errors import CheckpointError
 from arcface_jax.runtime.files import PART, is_running
+from arcface_jax.runtime.processes import start_of
 
 LOCK = "run.lock"
 HEARTBEAT_SECONDS = 10.0
@@ -361,7 +362,7 @@ def _this_process() -> Holder:
         host=platform.node(),
         pid=os.getpid(),
         machine=_machine(),
-        started=_start_of(os.getpid()) or "",
+        started=start_of(os.getpid()) or "",
         since=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         token=uuid.uuid4().hex,
     )
@@ -378,7 +379,7 @@ def _runs(holder: Holder) -> bool | None:
         return None
     if not is_running(holder.pid):
         return False
-    started = _start_of(holder.pid)
+    started = start_of(holder.pid)
     return started is None or started == holder.started
 
 
@@ -388,13 +389,3 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process started, in clock ticks; "" for one that has ended, None where unknown."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return "" if fields[0] in "ZX" else fields[19]

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 from arcface_jax.errors import ConfigError, install
 from arcface_jax.runtime import checksums, damaged, launch, strict_json
-from arcface_jax.runtime.files import atomic, reporting_disk_errors, write_atomic
+from arcface_jax.runtime.files import atomic, open_own, reporting_disk_errors, write_atomic
+from arcface_jax.runtime.text import shown
 
 METRICS = "metrics.jsonl"
 # TensorBoard events are flushed to disk this often.
@@ -68,7 +69,7 @@ class MetricsFile:
                 self._writers.append(Csv(workdir, kept=self._kept))
             if first and wandb:
                 self._writers.append(Wandb(workdir, project=wandb, settings=settings or {}))
-            self._file = (path if first else Path(os.devnull)).open("a")
+            self._file = open_own(path if first else Path(os.devnull), "a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line; it is on disk when this returns. NaN and infinity become null.
@@ -219,7 +220,7 @@ class TensorBoard:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write one scalar for each value."""
         for name, value in values.items():
-            self._add(step, summary=self._scalar(name, value))
+            self._add(step, summary=self._scalar(shown(name), value))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._events.flush()
             self._flushed = time.monotonic()
@@ -252,7 +253,7 @@ class Csv:
         line = {"step": step, **values}
         if self._add_columns([line]):
             self._file.close()
-            with self.path.open(newline="") as file:
+            with open_own(self.path, "r", newline="") as file:
                 self._rewrite(list(csv.DictReader(file)))
         self._lines.writerow(line)
         self._file.flush()
@@ -273,7 +274,7 @@ class Csv:
             whole = csv.DictWriter(file, self._names)
             whole.writeheader()
             whole.writerows(lines)
-        self._file = self.path.open("a", newline="")
+        self._file = open_own(self.path, "a", newline="")
         self._lines = csv.DictWriter(self._file, self._names)
 
 

@@ -1,12 +1,80 @@
-"""Standard output and error that may lose their reader: `| head`, a closed ssh connection."""
+"""Standard output and error: text that is safe to show, and readers that leave.
 
+Readers leave with `| head` or a closed ssh connection.
+"""
+
+import contextlib
 import errno
 import io
 import os
 import sys
-from typing import TextIO
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
+
+from arcface_jax.runtime.text import shown
 
 _READER_GONE = (errno.EPIPE, errno.EIO)
+
+
+class _Escaping:
+    """A text stream that escapes what a terminal would obey, and what it cannot encode.
+
+    Args:
+      stream: to write to.
+      colors: let the codes of colors pass.
+    """
+
+    def __init__(self, stream: TextIO, *, colors: bool = False):
+        self.plain = stream
+        self._colors = colors or stream.isatty()  # the help of commands has colors there
+
+    def write(self, text: str) -> int:
+        # Progress bars of libraries begin with a carriage return.
+        start, rest = ("\r", text[1:]) if text[:1] == "\r" else ("", text)
+        safe = start + shown(rest, colors=self._colors)
+        try:
+            self.plain.write(safe)
+        except UnicodeEncodeError:
+            encoding = self.plain.encoding or "ascii"
+            self.plain.write(safe.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plain, name)
+
+
+@contextlib.contextmanager
+def escaping() -> Iterator[None]:
+    """Let what is printed in the block reach the terminal escaped by `text.shown`.
+
+    What writes codes of its own, such as a progress bar, goes to `plain` and escapes names itself.
+    """
+    if isinstance(sys.stdout, _Escaping):
+        yield
+        return
+    before = sys.stdout, sys.stderr
+    if sys.stdout is not None:
+        sys.stdout = cast(TextIO, _Escaping(sys.stdout))
+    if sys.stderr is not None:
+        sys.stderr = cast(TextIO, _Escaping(sys.stderr))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def plain(stream: TextIO) -> TextIO:
+    """The stream under one that escapes, for progress bars."""
+    return stream.plain if isinstance(stream, _Escaping) else stream
+
+
+def colored(stream: TextIO) -> TextIO:
+    """The stream for tables: as one that escapes, but colors pass."""
+    return cast(TextIO, _Escaping(plain(stream), colors=True))
 
 
 class _Raw(io.FileIO):

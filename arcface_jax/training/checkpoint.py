@@ -461,10 +461,10 @@ def _holds_files(workdir: Path) -> bool:
 
 
 def _refuse_imported_weights(workdir: Path) -> None:
-    # Checksums have shown that nothing is missing from the checkpoints of a run.
-    if any(
-        not (folder_of(workdir) / str(n) / "training").is_dir() for n in complete_steps(workdir)
-    ):
+    # Checksums have shown that nothing is missing from the newest checkpoint of a run; of an older
+    # one parts may be, where the run was killed while it was being removed.
+    steps = complete_steps(workdir)
+    if steps and not (folder_of(workdir) / str(steps[-1]) / "training").is_dir():
         raise CheckpointError(
             f"--workdir {workdir} contains imported weights only and cannot be resumed; use a new "
             f"--workdir with --init-from {workdir}"

@@ -162,3 +162,17 @@ def test_damaged_output_is_refused_by_readers_and_made_again(
     assert summary.kept == summary.shards - 1
     assert f"{name} missing or damaged" in capsys.readouterr().err
     check(output, expected)
+
+
+def test_one_odd_name_does_not_end_a_run(folder: Path, tmp_path: Path):
+    odd = [b"[red]\xff.png", b"\x1b[2J.png", b"=cmd().png", b"1\n2.png", b"\xe9/a$b_{.png"]
+    names = [os.fsdecode(name) for name in odd]
+    for name in names:
+        (tmp_path / "odd" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "odd" / name).write_bytes((folder / "00.png").read_bytes())
+    (tmp_path / "odd" / os.fsdecode(b"\xe8.png")).write_bytes(b"no image")
+    embedder = Embedder(Model(), batch_size=4)
+    for _ in range(2):  # the second resumes
+        done = embedder.embed_folder(tmp_path / "odd", tmp_path / "out", shard_size=2)
+        assert done.embedded == len(names) and list(done.skipped) == [os.fsdecode(b"\xe8.png")]
+    assert sorted(bulk.read(tmp_path / "out")[0]) == sorted(names)

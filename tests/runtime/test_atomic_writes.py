@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from arcface_jax.errors import CheckpointError
 from arcface_jax.runtime import files
 from arcface_jax.runtime.files import atomic, atomic_files, atomic_folder, write_atomic
 
@@ -198,3 +199,60 @@ def test_a_disk_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", only_files)
     write_atomic(tmp_path / "target", "new")
     assert (tmp_path / "target").read_text() == "new"
+
+
+# ---- Symbolic links ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A file that nothing may write to."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("not ours\n")
+    return tmp_path / "elsewhere" / "file"
+
+
+def test_a_link_out_of_the_folder_is_replaced(tmp_path: Path, elsewhere: Path):
+    link = tmp_path / "out" / "file"
+    for opened in (lambda: atomic(link), lambda: files.open_own(link, "w")):
+        link.symlink_to(elsewhere)
+        with opened() as file:
+            file.write("new\n")
+        assert link.read_text() == "new\n" and not link.is_symlink()
+        assert elsewhere.read_text() == "not ours\n"
+        link.unlink()
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("a", "not ours\nnew\n"), ("r+", "new\nours\n")])
+def test_what_is_continued_through_a_link_becomes_a_copy(
+    tmp_path: Path, elsewhere: Path, mode: str, expected: str
+):
+    link = tmp_path / "out" / "file"
+    link.symlink_to(elsewhere)
+    with files.open_own(link, mode) as file:
+        file.write("new\n")
+    assert link.read_text() == expected and elsewhere.read_text() == "not ours\n"
+    link.unlink()
+    link.symlink_to(tmp_path / "gone")
+    with files.open_own(link, "a") as file:
+        file.write("new\n")
+    assert link.read_text() == "new\n" and not (tmp_path / "gone").exists()
+
+
+def test_folders_that_lead_out_are_refused(tmp_path: Path, elsewhere: Path):
+    out = tmp_path / "out"
+    assert files.below(out, "ada/more/1.jpg").parent.is_dir()
+    (out / "bob").symlink_to(elsewhere.parent)
+    (out / "eve").symlink_to(out / "ada")
+    assert files.below(out, "eve/1.jpg") == out / "eve" / "1.jpg"
+    with pytest.raises(CheckpointError, match=r"bob leads out of .*out by a symbolic link"):
+        files.below(out, "bob/1.jpg")
+
+
+def test_standard_output_is_not_replaced(tmp_path: Path):
+    code = "from pathlib import Path; from arcface_jax.runtime.files import write_atomic;"
+    code += "write_atomic(Path('/dev/stdout'), 'x')"
+    with (tmp_path / "redirected").open("w") as output:
+        subprocess.run([sys.executable, "-c", code], stdout=output, check=True)
+    assert (tmp_path / "redirected").read_text() == "x" and Path("/dev/stdout").is_symlink()

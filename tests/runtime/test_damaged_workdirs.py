@@ -11,6 +11,7 @@ from arcface_jax.data.pipeline import BadImages
 from arcface_jax.errors import CheckpointError
 from arcface_jax.runtime import checksums, files
 from arcface_jax.runtime.metrics import MetricsFile
+from arcface_jax.training import checkpoint
 
 
 @pytest.fixture
@@ -175,3 +176,13 @@ def test_a_damaged_list_of_bad_images_is_refused_and_a_cut_one_goes_on(tmp_path)
     path.write_text("7\n" + whole)
     with pytest.raises(CheckpointError, match=r"damaged at line 1: remove it"):
         BadImages(path, num_images=9, max_share=0.5)
+
+
+def test_an_old_checkpoint_that_a_kill_left_half_removed_is_no_import(workdir):
+    for item in ("backbone", "training"):
+        shutil.rmtree(workdir / "checkpoints" / "2" / item)
+    assert checksums.set_aside_damaged(workdir / "checkpoints") == []
+    checkpoint._refuse_imported_weights(workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4" / "training")
+    with pytest.raises(CheckpointError, match="imported weights only"):
+        checkpoint._refuse_imported_weights(workdir)

@@ -133,7 +133,7 @@ def _stamp(rec: Path) -> dict:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()} | {"version": 2}
 
 
-def _folders(rec: Path) -> tuple[Path, Path]:
+def _folders(rec: Path) -> tuple[Path, ...]:
     """Beside the data, and in the user's cache."""
     return sidecar.folders(rec, rec.with_suffix(sidecar.SUFFIX))
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from arcface_jax.data.recordio.index import (
     WHOLE,
 )
 from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime.files import open_own
 
 # Seconds for a header that show that a disk was waited for. Asking the system to read ahead costs
 # as much as all else that is done for an image, and so is done only for some time after that.
@@ -272,10 +273,10 @@ class RecordWriter:
         offsets = _whole_records(path, index)[: resume + 1] if resume else [0]
         self.written = len(offsets) - 1
         """Records that are there already."""
-        self._rec: BinaryIO = path.open("r+b" if self.written else "wb")
+        self._rec = open_own(path, "r+b" if self.written else "wb")
         self._rec.seek(offsets[-1])
         self._rec.truncate()
-        self._idx = index.open("r+" if self.written else "w")
+        self._idx = open_own(index, "r+" if self.written else "w")
         lines = [self._idx.readline() for _ in range(self.written)]
         self._idx.seek(sum(map(len, lines)))
         self._idx.truncate()

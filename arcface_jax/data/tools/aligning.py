@@ -34,7 +34,8 @@ from arcface_jax.data.images import (
 )
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError
-from arcface_jax.runtime.files import atomic, write_atomic
+from arcface_jax.runtime.files import atomic, below, open_own, write_atomic
+from arcface_jax.runtime.text import cells
 
 PointsOf = Callable[[str, np.ndarray], Faces]
 """The faces of an image, of which the path relative to the folder is given too."""
@@ -125,8 +126,7 @@ class _Job(NamedTuple):
             face = align(image, points)
         except DataError as error:
             raise ImageError(name, str(error)) from error
-        target = self.output / face_name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = below(self.output, face_name)
         png = self.format == "png"
         encoded = encode(face) if png else encode_jpeg(face, quality=self.quality)
         write_atomic(target, encoded, durable=False)
@@ -212,9 +212,14 @@ def align_folder(
 
 
 def read_rows(output: Path) -> list[dict[str, str]]:
-    """The lines of `faces.csv` by column, one for each face."""
-    with (output / FACES).open(newline="") as file:
-        return list(csv.DictReader(file))
+    """The lines of `faces.csv` by column, one for each face, with the names as they are."""
+    lines = (output / JOURNAL).read_text(encoding="utf-8").splitlines()[1:]
+    columns = ("path", "face", *_MEASURES)
+    return [
+        dict(zip(columns, map(str, (one.path, one.face, *one.measures)), strict=True))
+        for line in lines
+        if (one := _parsed(line))
+    ]
 
 
 def detected(detector: Detector) -> PointsOf:
@@ -325,7 +330,7 @@ def _journal(
 ) -> Iterator[Callable[[_Done], None]]:
     """Starts the journal with what is done already; yields what adds a photograph to it."""
     _write_journal(output, settings, before)
-    with (output / JOURNAL).open("a", encoding="utf-8") as file:
+    with open_own(output / JOURNAL, "a") as file:
 
         def note(done: _Done) -> None:
             file.write(json.dumps(done) + "\n")
@@ -360,9 +365,9 @@ def _write_lists(
     output = job.output
     with atomic(output / FACES, newline="") as file:
         rows = ((one.path, one.face, *one.measures) for one in faces)
-        csv.writer(file).writerows([("path", "face", *_MEASURES), *rows])
+        csv.writer(file).writerows([("path", "face", *_MEASURES), *map(cells, rows)])
     with atomic(output / REJECTS, newline="") as file:
-        csv.writer(file).writerows([("path", "reason"), *rejected.items()])
+        csv.writer(file).writerows([("path", "reason"), *map(cells, rejected.items())])
     people = {one.path.partition("/")[0] for one in faces if "/" in one.path}
     if people:
         identities.write(output, names_of(job.folder, sorted(people)))

@@ -11,7 +11,7 @@ import numpy as np
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size, encode
 from arcface_jax.data.source import Source
 from arcface_jax.errors import ImageError
-from arcface_jax.runtime.files import write_atomic
+from arcface_jax.runtime.files import atomic_files, write_atomic
 
 _ROWS, _COLUMNS = 8, 8
 _SINGLE, _BINS = 31, 20  # numbers of images up to which each is a bin; bins beyond
@@ -100,7 +100,8 @@ def histogram(per_identity: np.ndarray, path: Path) -> Path:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    figure.savefig(path, dpi=120)
+    with atomic_files(path) as part:
+        figure.savefig(part, dpi=120)
     return path
 
 

@@ -1,6 +1,7 @@
 """Reading a whole training set: in order, by threads, with a progress bar."""
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from rich.progress import (
 )
 
 from arcface_jax.errors import ImageError
+from arcface_jax.runtime import streams
 
 T = TypeVar("T")
 _AHEAD = 64  # images in flight for each thread
@@ -69,7 +71,7 @@ def _progress() -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=Console(file=streams.plain(sys.stderr)))
 
 
 def _result(number: int, future: Future) -> tuple[int, T | ImageError]:

@@ -10,7 +10,7 @@ from arcface_jax.data.source import Source
 from arcface_jax.data.tools import packing, reading
 from arcface_jax.data.tools.packing import Packed, Selection
 from arcface_jax.errors import ImageError, UserError
-from arcface_jax.runtime.files import write_atomic
+from arcface_jax.runtime.files import below, write_atomic
 
 
 def divide(
@@ -86,7 +86,7 @@ def write_folder(
     places = {number: place for place, number in enumerate(selection.numbers.tolist())}
     skipped = []
     for label in np.unique(selection.labels).tolist():
-        (folder / f"{label:07d}").mkdir(parents=True, exist_ok=True)
+        below(folder, f"{label:07d}/image")
 
     def copy(number: int) -> None:
         place = places[number]

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.runtime import metrics
 from arcface_jax.runtime.files import atomic_files
+from arcface_jax.runtime.text import drawn
 
 
 def training_curves(workdir: Path) -> Path | None:
@@ -30,7 +31,7 @@ def training_curves(workdir: Path) -> Path | None:
     verified = sorted(name for name in names if name.endswith("/accuracy"))
     for number, name in enumerate(verified, start=1):
         evaluated = [line for line in lines if name in line]
-        label = name.removeprefix("eval/").removesuffix("/accuracy")
+        label = drawn(name.removeprefix("eval/").removesuffix("/accuracy"))
         accuracy.plot(
             [line["step"] for line in evaluated],
             [line[name] for line in evaluated],

@@ -7,6 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from arcface_jax.evaluation.roc import Roc
+from arcface_jax.runtime.files import atomic_files
+from arcface_jax.runtime.text import drawn
 
 
 def draw(curves: Mapping[str, Roc], *, title: str, path: Path | None = None) -> Figure:
@@ -22,17 +24,18 @@ def draw(curves: Mapping[str, Roc], *, title: str, path: Path | None = None) -> 
     lowest = min(1 / curve.false_accepts[-1] for curve in curves.values())
     for name, curve in curves.items():
         far = np.maximum(curve.far, lowest / 10)  # a FAR of 0 has no place on a log axis
-        axis.step(far, curve.tar, where="post", label=name)
+        axis.step(far, curve.tar, where="post", label=drawn(name))
     axis.set_xscale("log")
     axis.set_xlim(lowest, 1)
     axis.set_ylim(min(curve.tar[curve.far <= lowest].max() for curve in curves.values()) - 0.05, 1)
     axis.set_ylim(max(0.0, axis.get_ylim()[0]), 1.005)
     axis.set_xlabel("FAR: different people accepted")
     axis.set_ylabel("TAR: one person accepted")
-    axis.set_title(title)
+    axis.set_title(drawn(title))
     axis.grid(alpha=0.3, which="both")
     axis.legend(loc="lower right")
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        with atomic_files(path) as part:
+            figure.savefig(part, dpi=110)
     return figure

@@ -473,3 +473,31 @@ def test_what_is_no_detector_is_refused(tmp_path: Path):
     detect = detectors.load(str(scrfd_graph(tmp_path / "o.onnx", other)), size=SIZE)
     with pytest.raises(UserError, match="outputs have the shapes"):
         detect(np.zeros((SIZE, SIZE, 3), np.uint8))
+
+
+ODD = (b"[red]\xff/\x1b[2J.png", b"=cmd()/a$b_{.png", b"-1+2/\xe9\r.png", b"<b>/1\n2.png")
+
+
+def test_a_bad_name_does_not_end_a_run(tmp_path: Path, capsys):
+    folder, points = tmp_path / "photos", {}
+    for name in (*map(os.fsdecode, ODD), "ada/rejected\x1b.png"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(encode(photo(PLACES["ada/1.png"]), "PNG"))
+        points[name] = PLACES["ada/1.png"].tolist()
+    points["ada/rejected\x1b.png"] = (CROP / 40).tolist()
+    (tmp_path / "p.json").write_text(json.dumps(points))
+    command = ["align", str(folder), str(tmp_path / "out"), "--format", "png"]
+    command += ["--points", str(tmp_path / "p.json"), "--min-eyes", "9"]
+    assert data_command(command, prog="data.py") == 0
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err
+    assert all((tmp_path / "out" / os.fsdecode(name)).is_file() for name in ODD)
+    table = (tmp_path / "out" / "faces.csv").read_text()  # in UTF-8
+    assert "\x1b" not in table and r"[red]\xff/\x1b[2J.png" in table
+    assert "'=cmd()/" in table and "'-1+2/" in table
+    page = (tmp_path / "out" / "align.html").read_text()
+    assert "\x1b" not in page and "<b>/" not in page and r"[red]\xff" in page
+    rejects = (tmp_path / "out" / "rejects.csv").read_text()
+    assert r"ada/rejected\x1b.png" in rejects
+    assert data_command(["inspect", str(tmp_path / "out")], prog="data.py") == 0
+    assert "\x1b" not in capsys.readouterr().out

@@ -216,6 +216,19 @@ def test_a_job_does_not_resume_on_other_images_of_the_same_names(tmp_path: Path)
         packing.pack(opened(path), selection, tmp_path / "part")
 
 
+def test_pack_writes_nothing_through_links(tmp_path: Path):
+    source = opened(listed(tmp_path / "in", [i % 4 for i in range(12)]))
+    selection = interrupted(tmp_path / "part", source)
+    before = {}
+    for name in ("packing.rec", "packing.idx"):
+        symlink_away(tmp_path / "part" / name)
+        before[name] = (tmp_path / "part" / name).read_bytes()
+    packing.pack(source, selection, tmp_path / "part")
+    check_packed(tmp_path / "part")
+    for name, content in before.items():
+        assert (tmp_path / f"part.{name}.moved").read_bytes() == content
+
+
 def test_bad_images_stop_the_job_or_are_left_out(tmp_path: Path):
     path = listed(tmp_path / "in", [0, 1, 1, 2])
     (tmp_path / "in" / "1.jpg").write_bytes(b"no image")

@@ -1,0 +1,78 @@
+"""Where a process may write beside its output: the folders of caches and of temporary files.
+
+In a container that runs under any user number there may be no home, no cache and no /tmp. Each
+command calls `find_temporary` first; caches are left out, with a note, where there is no room.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from arcface_jax.errors import UserError
+
+# Tried where none of Python's own (TMPDIR, /tmp, /var/tmp, the current folder) can be written.
+_OTHER_TEMPORARY = ("XDG_RUNTIME_DIR", "/dev/shm")
+
+
+def find_temporary() -> None:
+    """Make sure that there is a folder for temporary files, for this process and its children.
+
+    Raises:
+      UserError: no folder can be written.
+    """
+    try:
+        tempfile.gettempdir()
+        return
+    except FileNotFoundError:
+        pass
+    for place in _OTHER_TEMPORARY:
+        folder = place if place.startswith("/") else os.environ.get(place, "")
+        if folder and os.access(folder, os.W_OK | os.X_OK):
+            os.environ["TMPDIR"] = tempfile.tempdir = folder
+            print(
+                f"note: neither TMPDIR nor /tmp can be written: temporary files go to {folder}",
+                file=sys.stderr,
+            )
+            return
+    raise UserError(
+        "no folder for temporary files can be written (TMPDIR, /tmp, /var/tmp, /dev/shm, the "
+        "current folder): set TMPDIR to one"
+    )
+
+
+def user_cache() -> Path | None:
+    """The folder of the user's caches; None for a user without a home."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    home = expanded("~")
+    return home and home / ".cache"
+
+
+def expanded(folder: str) -> Path | None:
+    """The folder with `~` replaced by the home; None for a user without one."""
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        return None
+
+
+def writable(folder: str, *, what: str, fix: str) -> Path | None:
+    """The folder, made where it is missing; None, with a note, where it cannot be written.
+
+    Args:
+      folder: may begin with `~`.
+      what: would be kept there.
+      fix: how to name another.
+    """
+    path = expanded(folder)
+    try:
+        if path is not None:
+            path.mkdir(parents=True, exist_ok=True)
+            if os.access(path, os.W_OK | os.X_OK):
+                return path
+    except OSError:
+        pass
+    reason = "there is no home folder" if path is None else f"{path} cannot be written"
+    print(f"note: {what} are not kept, because {reason}; {fix}", file=sys.stderr)
+    return None
