@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 LFW ?= $(abspath ../shared/data/lfw)
 
-.PHONY: demo test slow gpu-program notebooks docs check format clean
+.PHONY: demo test slow gpu-program notebooks docs check format sbom audit clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/train.py configs/demo.py --workdir runs/demo
@@ -40,6 +40,22 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# What the wheel brings into an environment, as CycloneDX, from an environment that has nothing else.
+sbom: .venv-tools/installed
+	rm -rf .venv-sbom && $(or $(PYTHON),python3) -m venv .venv-sbom
+	.venv-sbom/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt .
+	.venv-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --of JSON -o sbom.json .venv-sbom/bin/python
+	rm -rf .venv-sbom
+
+# Known vulnerabilities of the versions in constraints.txt; asks pypi.org.
+audit: .venv-tools/installed
+	.venv-tools/bin/pip-audit --disable-pip --no-deps -r constraints.txt
+
+.venv-tools/installed:
+	$(or $(PYTHON),python3) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	@touch $@
+
 EXTRAS_.venv := jax2onnx,lmdb,onnx,parquet,tfds,test
 EXTRAS_.venv-gpu := gpu-plan-cuda12,test
 EXTRAS_.venv-docs := docs
@@ -56,4 +72,4 @@ EXTRAS_.venv-docs := docs
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-gpu .venv-docs runs site
+	rm -rf .venv .venv-gpu .venv-docs .venv-tools .venv-sbom sbom.json runs site

@@ -31,6 +31,8 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parents[2]
 STEPS_PER_EPOCH = 5
+LONGEST = 10_000
+"""Epochs: no killed run gets that far. The rate is constant, so both runs can be cut short."""
 RECIPE = """
 from arcface_jax import config as c
 
@@ -48,7 +50,7 @@ def get_config():
         optimizer=c.OptimizerConfig(
             kind="adamw", learning_rate=0.001, weight_decay=0.05, micro_batches=2, ema=0.99
         ),
-        schedule=c.ScheduleConfig(epochs=EPOCHS),
+        schedule=c.ScheduleConfig(kind="step", epochs=EPOCHS),
         evaluation=c.EvaluationConfig(batch_size=8, every_epochs=0),
         checkpoint=c.CheckpointConfig(every_epochs=0.2),
         logging=c.LoggingConfig(every_steps=1, tensorboard=False),
@@ -67,9 +69,9 @@ class Kill(NamedTuple):
     """How the others ended: `by themselves`, `killed`, or `none` where there are no others."""
 
 
-def start(recipe: Path, workdir: Path, *, processes: int) -> list[subprocess.Popen]:
+def start(recipe: Path, workdir: Path, *options: str, processes: int) -> list[subprocess.Popen]:
     """The real command in so many processes, each with one CPU device."""
-    command = [sys.executable, "scripts/train.py", str(recipe), "--workdir", str(workdir)]
+    command = [sys.executable, "scripts/train.py", str(recipe), "--workdir", str(workdir), *options]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -224,20 +226,22 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=0, help="of five steps; 0: 20 + 2 x kills")
     parser.add_argument("--grace", type=float, default=120.0)
     parser.add_argument("--folder", default="")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(argv)
     begin = time.perf_counter()
-    epochs = asked.epochs or 20 + 2 * asked.kills
     with chosen_folder(asked.folder) as folder:
         recipe = folder / "recipe.py"
-        text = RECIPE.replace("EPOCHS", str(epochs)).replace("CACHE", str(folder / "cache"))
+        text = RECIPE.replace("EPOCHS", str(LONGEST)).replace("CACHE", str(folder / "cache"))
         recipe.write_text(text)
         kills = kill_repeatedly(asked, folder, recipe)
-        for run in ("killed", "undisturbed"):
-            finish(start(recipe, folder / run, processes=asked.processes), folder / run)
+        # A few steps after the last kill, both end.
+        epochs = max(map(int, complete(folder / "killed")), default=0) // STEPS_PER_EPOCH + 1
+        last = ("--schedule.epochs", str(epochs))
+        for run, more in (("killed", ("--schedule.extend",)), ("undisturbed", ())):
+            running = start(recipe, folder / run, *last, *more, processes=asked.processes)
+            finish(running, folder / run)
         killed_weights, expected = (weights(folder / run) for run in ("killed", "undisturbed"))
         same = killed_weights.keys() == expected.keys() and all(
             np.array_equal(expected[name], killed_weights[name], equal_nan=True)

@@ -1,4 +1,4 @@
-"""Two processes under a real Slurm and a real Open MPI, by the files that the documentation shows."""
+"""Two processes under a real Slurm and Open MPI, by the files that the documentation shows."""
 
 import importlib.util
 import json
