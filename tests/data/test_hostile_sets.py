@@ -1,4 +1,4 @@
-"""Training and verification sets that were made to run code, or to cost far more than their size."""
+"""Training and verification sets made to run code, or to cost far more than their size."""
 
 import json
 import pickle
@@ -62,17 +62,16 @@ def test_parquet_that_expands_is_refused_and_one_image_of_many_rows_is_kept_once
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     many = samples.columns(IMAGES[:1] * 50, [0] * 50)
-    pyarrow.parquet.write_table(many, tmp_path / "many.parquet")
+    parquet.write_table(many, tmp_path / "many.parquet")
     source = opened(tmp_path / "many.parquet")
     assert source.read(49).data == IMAGES[0]
     assert source._images(0).nbytes < 3 * len(IMAGES[0])  # type: ignore[attr-defined]
     monkeypatch.setattr(columnar, "_LARGE", 1 << 20)
     giant = pyarrow.table({"image": [bytes(1 << 22)], "label": [0]})
     for options in ({"compression": "zstd"}, {"compression": "gzip", "use_dictionary": False}):
-        pyarrow.parquet.write_table(giant, tmp_path / "a.parquet", **options)
+        parquet.write_table(giant, tmp_path / "a.parquet", **options)
         with pytest.raises(ImageError, match="expands to 4,") as error:
             opened(tmp_path / "a.parquet").read(0)
         one_line(error)
@@ -85,15 +84,14 @@ def test_parquet_that_expands_is_refused_and_one_image_of_many_rows_is_kept_once
 @pytest.mark.parametrize("form", ["Parquet", "Arrow"])
 def test_columns_of_one_name_are_named(tmp_path: Path, form: str):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     columns = [pyarrow.array(IMAGES), pyarrow.array(LABELS), pyarrow.array(LABELS)]
     table = pyarrow.Table.from_arrays(columns, names=["image", "label", "label"])
     path = tmp_path / "a.parquet"
     if form == "Arrow":
         path = samples.saved_to_disk(tmp_path, table)
     else:
-        pyarrow.parquet.write_table(table, path)
+        parquet.write_table(table, path)
     with pytest.raises(DataError, match=r"several columns of one name \(label\)"):
         opened(path)
 
