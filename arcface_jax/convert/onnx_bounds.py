@@ -45,8 +45,8 @@ def check(path: Path) -> None:
         raise UserError(f"no model at {path} ({error.strerror}): name an .onnx file") from error
     except (IndexError, ValueError) as error:
         raise UserError(
-            f"{path} is not an ONNX file that can be read, and not a model that ONNX Runtime opens: "
-            f"{error}; fetch or export it again"
+            f"{path} is not an ONNX file that can be read, so not a model that ONNX Runtime opens "
+            f"({error}): fetch or export it again"
         ) from error
     if loops := sorted(found & _LOOPS):
         raise UserError(

@@ -62,9 +62,11 @@ class Walk:
         """Entries that are no images, by kind: a suffix, or what keeps them from being opened."""
         self._top = os.fspath(folder)
         self._alike: dict[str, tuple[bool, int]] = {}
-        self._at: list[str] = []  # real paths of the folders that are being walked
+        self._at: list[tuple[int, int]] = []  # the folders that are being walked
         self._below_link = False
-        self._by_links: Counter[str] = Counter()  # how often a folder was walked below a link
+        self._by_links: Counter[tuple[int, int]] = (
+            Counter()
+        )  # how often a folder was walked below a link
 
     def files(self) -> Iterator[str]:
         """Paths of images relative to the folder, in no order; it is walked while they are read."""
@@ -92,9 +94,9 @@ class Walk:
         if len(self._at) >= _DEEPEST:
             self.ignored[f"folders more than {_DEEPEST} deep"] += len(folders)
             return
-        self._at.append(os.path.realpath(path))
+        self._at.append(_identity(path))
         for entry in folders:
-            if entry.is_symlink() and os.path.realpath(entry.path) in self._at:
+            if entry.is_symlink() and _identity(entry.path) in self._at:
                 self.ignored["links to a folder above"] += 1
             else:
                 yield from self._linked(entry, prefix)
@@ -107,7 +109,7 @@ class Walk:
           DataError: links multiply the folders.
         """
         if entry.is_symlink() or self._below_link:
-            self._by_links[os.path.realpath(entry.path)] += 1
+            self._by_links[_identity(entry.path)] += 1
             visits, different = self._by_links.total(), len(self._by_links)
             if visits > _VISITS * different + _MORE_VISITS:
                 raise DataError(
@@ -139,6 +141,12 @@ class Walk:
         found = is_image_by_content(path)
         self._alike[suffix] = (found, count + 1 if found == alike else 1)
         return found
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    """The same for all paths to a folder."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def is_image_by_content(path: str | Path) -> bool:

@@ -128,7 +128,7 @@ def check_reuse(count: int, different: int, *, size: int, where: str) -> None:
         raise DataError(
             f"{where}: {count:,} images of pairs, of which {different:,} are different, take "
             f"{memory / 2**30:.1f} GiB in memory, and {size:,} bytes in files: split the pairs "
-            "into sets of 10,000, or compare all images by `arcface-jax evaluate-protocol`"
+            "into sets of 10,000, or compare all images by `arcface-jax protocol all-to-all`"
         )
 
 
