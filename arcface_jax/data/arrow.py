@@ -56,8 +56,8 @@ def arrow_files(place: Path, *, split: str = "") -> list[Path]:
             "dataset.flatten_indices().save_to_disk(FOLDER)"
         )
     files = state.get("_data_files", [])
-    names = [file.get("filename") for file in files] if _are(dict, files) else [None]
-    if not _are(str, names):
+    names = [str(file.get("filename", "")) for file in files] if _are(dict, files) else [""]
+    if not all(names):
         raise DataError(f"{place / _STATE} does not name the set's files: copy it again")
     return [place / name for name in names]
 

@@ -183,6 +183,7 @@ def _check_folder(folder: Path) -> None:
     Raises:
       DataError: a file is no regular one, or names code.
     """
+    path = folder
     try:
         for path in sorted(folder.iterdir()):
             if not path.is_dir():
