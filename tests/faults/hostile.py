@@ -26,7 +26,7 @@ from tests.faults.confined import Outcome
 
 BEGIN, END = "<!-- made by python -m tests.faults.hostile -->\n", "<!-- end of hostile -->"
 _MAKING = 600.0  # seconds, of a file
-_NONE = {"image bomb": "no images", "expansion": "stores nothing packed", "claims": "no counts"}
+_NONE = {"image bomb": "no images", "expansion": "not tried", "claims": "no counts"}
 _MARK = "CODE_RAN"  # which code of a file would leave
 _IMPORTED = "this"  # a module that a file names, which prints and does nothing else
 
