@@ -121,6 +121,7 @@ class Gallery:
             if not right or not all(isinstance(name, str) for name in names):
                 raise DataError(f"{path} has no {len(self):,} names: build the gallery again")
             self._names = names
+            return names
         return self._names
 
     def search(self, queries: np.ndarray, k: int = 5) -> Matches:
