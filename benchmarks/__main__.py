@@ -5,7 +5,7 @@ python -m benchmarks blocks [--batch 8] [--dtype bfloat16]
 python -m benchmarks evaluation [--pairs 6000] [--scores 15000000]
 python -m benchmarks bulk [--networks mbf r50] [--images 512]
 python -m benchmarks gallery [--rows 1000000] [--queries 1 16]
-python -m benchmarks neighbours [--size 100000] [--projections 0 128]
+python -m benchmarks neighbors [--size 100000] [--projections 0 128]
 python -m benchmarks cleaning MODEL --data LFW --pairs LFW/lfw_dev.bin
 python -m benchmarks retraining MODEL --data LFW [--seeds 3]
 python -m benchmarks distillation --teacher MODEL --data LFW [--write]
@@ -44,7 +44,7 @@ from benchmarks import (
     galleries,
     gpu,
     head,
-    neighbours,
+    neighbors,
     plan_table,
     program,
     report,
@@ -263,8 +263,8 @@ def run_gallery(
     print("RESULT " + json.dumps({"measured": measured, "seconds": seconds, "files": []}))
 
 
-@app.command(name="neighbours")
-def run_neighbours(
+@app.command(name="neighbors")
+def run_neighbors(
     size: int = 100_000, dimensions: int = 512, projections: tuple[int, ...] = (0, 128)
 ) -> None:
     """Exact search for near pairs of unit vectors, extrapolated to a million (docs/cleaning.md).
@@ -276,7 +276,7 @@ def run_neighbours(
     """
     begin = time.perf_counter()
     with errors.reported():
-        found = neighbours.measure(rows=size, size=dimensions, projections=projections)
+        found = neighbors.measure(rows=size, size=dimensions, projections=projections)
     heads = ["s", "CPU s", "pairs", "recall", "peak GiB", "1 M x 1 M, idle cores (extrapolated)"]
     table = tables.new(None, heads, names=["compared in"])
     for row in found:

@@ -15,7 +15,7 @@ from arcface_jax.models.iresnet import Block
 from arcface_jax.models.layers import RandomInitializer
 
 _SIZE, _CHANNELS = 14, 256
-METHODS = ("unrolled", "scanned", "rematerialised")
+METHODS = ("unrolled", "scanned", "rematerialized")
 
 
 class Measurement(NamedTuple):
@@ -37,7 +37,7 @@ def measure(*, batch: int, blocks: int, dtype: Dtype, repeats: int) -> list[Meas
       repeats: counted runs of each method.
 
     Returns:
-      A measurement for each of `METHODS`; rematerialised blocks run forward twice.
+      A measurement for each of `METHODS`; rematerialized blocks run forward twice.
     """
     one: Any = partial(
         *(Block, _CHANNELS, _CHANNELS),
@@ -66,7 +66,7 @@ def measure(*, batch: int, blocks: int, dtype: Dtype, repeats: int) -> list[Meas
             module,
             x,
             lambda block, x, _: block(x, train=True),
-            remat=method == "rematerialised",
+            remat=method == "rematerialized",
         )
         return x.astype(jnp.float32).sum(), nnx.state(module, nnx.BatchStat)
 

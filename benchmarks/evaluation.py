@@ -46,7 +46,7 @@ def measure(*, pairs: int, embedding_size: int, scores: int, repeats: int) -> li
         f"TAR over ten folds, {set_of}": lambda: verification.ten_fold_tar(
             distance, same, far=verification.FOLD_FAR
         ),
-        f"flip sum, normalisation, distances, {set_of}, D = {embedding_size}": flip_sum,
+        f"flip sum, normalization, distances, {set_of}, D = {embedding_size}": flip_sum,
         f"TAR at {len(verification.FARS)} FARs, {long}": lambda: (
             roc.tar_at_far(many, many_same, fars=verification.FARS) and None
         ),

@@ -1,6 +1,6 @@
 """Identities that are one person under two labels.
 
-Every identity's nearest neighbours are candidates: by class centers of a run, or by centroids. A
+Every identity's nearest neighbors are candidates: by class centers of a run, or by centroids. A
 candidate is verified by the cosine of the two centroids. Class centers only propose, because
 softmax pushes two centers of one person apart.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arcface_jax.cleaning import neighbours, thresholds
+from arcface_jax.cleaning import neighbors, thresholds
 from arcface_jax.cleaning.identities import Identities, groups_of
 from arcface_jax.cleaning.thresholds import Threshold
 from arcface_jax.evaluation.embeddings import normalize
@@ -57,7 +57,7 @@ def find(images: Identities, *, seed: int, candidates: np.ndarray | None = None)
     if candidates is None:
         # A pair of which neither is the other's nearest is no candidate.
         most = _PER_IDENTITY * images.num_classes
-        found = neighbours.similar_pairs(centroids, threshold=_LOWEST, most=most)
+        found = neighbors.similar_pairs(centroids, threshold=_LOWEST, most=most)
         pairs, score = np.stack([found.first, found.second], axis=1), found.score
     else:
         pairs = np.unique(np.sort(candidates, axis=1), axis=0)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arcface_jax.cleaning import neighbours, thresholds
+from arcface_jax.cleaning import neighbors, thresholds
 from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
 
@@ -74,7 +74,7 @@ def compare(images: Identities, *, groups: np.ndarray) -> tuple[np.ndarray, ...]
     """
     usable = np.where(images.counts() >= 2, groups, -1)
     query_groups = np.where(images.labels >= 0, groups[images.labels], -2)
-    found = neighbours.best_other(images.embeddings, query_groups, images.centroids(), usable)
+    found = neighbors.best_other(images.embeddings, query_groups, images.centroids(), usable)
     return images.own(), found.score, found.row
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arcface_jax.cleaning import duplicates, neighbours, outliers, thresholds
+from arcface_jax.cleaning import duplicates, neighbors, outliers, thresholds
 from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
 
@@ -44,7 +44,7 @@ def find(train: Identities, others: np.ndarray, *, seed: int) -> Overlap:
     """
     centroids, counts = train.centroids(), train.counts()
     present = np.where(counts > 0, np.arange(train.num_classes), -1)
-    best = neighbours.best_other(others, np.full(len(others), -2), centroids, present)
+    best = neighbors.best_other(others, np.full(len(others), -2), centroids, present)
     threshold = _threshold(train, best.score, seed=seed)
     index = np.flatnonzero((best.score >= threshold.threshold) & others.any(axis=1))
     index = index[np.argsort(-best.score[index], kind="stable")]
@@ -110,8 +110,8 @@ def shared(first: Identities, second: Identities, *, seed: int) -> Shared:
     a, b = first.centroids(), second.centroids()
     in_a = np.where(first.counts() > 0, 0, -1)
     in_b = np.where(second.counts() > 0, 0, -1)
-    from_b = neighbours.best_other(b, np.full(len(b), -2), a, in_a)
-    from_a = neighbours.best_other(a, np.full(len(a), -2), b, in_b)
+    from_b = neighbors.best_other(b, np.full(len(b), -2), a, in_a)
+    from_a = neighbors.best_other(a, np.full(len(a), -2), b, in_b)
     label = np.flatnonzero((from_b.row >= 0) & (in_b == 0))
     pairs = np.stack([from_b.row[label], label], axis=1)
     mutual = from_a.row[pairs[:, 0]] == label

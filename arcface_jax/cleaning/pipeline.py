@@ -16,7 +16,7 @@ from arcface_jax.cleaning import (
     embedding,
     files,
     mixed,
-    neighbours,
+    neighbors,
     outliers,
     photos,
     review,
@@ -152,7 +152,7 @@ def nearest_centers(centers: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     present = np.unique(labels[labels >= 0])
     unit = normalize(centers)[present]
-    rows, _ = neighbours.nearest(unit, 1)
+    rows, _ = neighbors.nearest(unit, 1)
     return np.stack([present, present[rows[:, 0]]], axis=1)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from arcface_jax.cleaning import neighbours
+from arcface_jax.cleaning import neighbors
 from arcface_jax.cleaning.duplicates import halves
 from arcface_jax.cleaning.identities import Identities
 
@@ -31,5 +31,5 @@ def rank_one(images: Identities, *, seed: int) -> float | None:
         return None
     every = np.arange(images.num_classes)
     groups = np.where(images.counts() > 0, every, -1)
-    other = neighbours.best_other(first, labels, images.centroids(), groups).score
+    other = neighbors.best_other(first, labels, images.centroids(), groups).score
     return float(np.mean(np.einsum("nd,nd->n", first, second) > other))

@@ -13,7 +13,7 @@ _DEPTHS = np.array([0.0, 0.0, 18.0, 4.0, 4.0])
 def blur(face: np.ndarray) -> float:
     """Returns how blurred an image is: 0 is as sharp as noise, 1 is without any detail.
 
-    Blurring a sharp image again removes most of the difference between neighbouring pixels;
+    Blurring a sharp image again removes most of the difference between neighboring pixels;
     blurring a blurred one removes little. The measure is the share of the differences that is left,
     in the worse of the two directions (F. Crete et al., "The blur effect: perception and estimation
     with a new no-reference perceptual blur metric", 2007).

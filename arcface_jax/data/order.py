@@ -13,7 +13,7 @@ from arcface_jax.permutation import ROUNDS, Permutation, grid
 class Shards(NamedTuple):
     """An order of training, shuffled as far as runs on disk allow.
 
-    A shard is a run of neighbouring images. Every epoch takes the shards in a new order, and
+    A shard is a run of neighboring images. Every epoch takes the shards in a new order, and
     shuffles the images of `window` shards at a time among themselves. Computed window by window,
     so it may be entered anywhere, and depends on nothing but these four numbers.
     """

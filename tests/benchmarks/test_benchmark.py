@@ -96,7 +96,7 @@ def test_blocks_are_timed_in_every_form(capsys):
     benchmark("blocks", "--batch", "1", "--count", "2", "--repeats", "1")
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert outcome["unrolled"]["ratio"] == 1
-    for method in ("scanned", "rematerialised"):
+    for method in ("scanned", "rematerialized"):
         row = outcome[method]
         assert row["ratio"] == pytest.approx(row["seconds"] / outcome["unrolled"]["seconds"])
 

@@ -158,7 +158,7 @@ def test_a_recipe_that_is_no_recipe_is_named(tmp_path: Path, text: str):
         loading.read_recipe(path)
 
 
-def test_a_missing_recipe_names_its_neighbours(tmp_path: Path):
+def test_a_missing_recipe_names_its_neighbors(tmp_path: Path):
     (tmp_path / "ms1mv3_r50.py").touch()
     with pytest.raises(ConfigError, match=r"no recipe at .*ms1mv3_r5\.py.*recipes in.*ms1mv3_r50"):
         loading.load([str(tmp_path / "ms1mv3_r5.py")])

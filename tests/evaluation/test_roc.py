@@ -30,7 +30,7 @@ def scores(number: int) -> tuple[np.ndarray, np.ndarray]:
         score[:] = 0.25
     elif kind == 4:  # perfect, or perfectly wrong
         score = np.where(same == (number % 12 == 4), 0.9, 0.1) + rng.integers(0, 3, count) / 100
-    elif kind == 5:  # neighbouring floating-point numbers, and both zeros
+    elif kind == 5:  # neighboring floating-point numbers, and both zeros
         score = rng.choice([0.0, -0.0, 5e-324, 0.3, np.nextafter(0.3, 1), 0.1 + 0.2], count)
     return score.astype(np.float32 if number // 12 % 2 else np.float64), same
 

@@ -70,7 +70,7 @@ def distances(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("statistic", [drawn_rows, pairs_of_bins, distances])
 def test_rows_pairs_and_distances_are_uniform(statistic):
-    # Neighbours as they are drawn, and a slot of another row and column of the grid.
+    # Neighbors as they are drawn, and a slot of another row and column of the grid.
     slots = np.array([0, 1, 2, 3, 100, 101, 500])
     values = permuted(SIZE, slots)
     values = values[:, :4] if statistic is distances else values

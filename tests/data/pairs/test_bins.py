@@ -333,7 +333,7 @@ def test_an_image_that_cannot_be_decoded_is_named_by_its_number(bin_file):
         read_bin(path)
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path: Path):
+def test_a_missing_file_names_its_neighbors(tmp_path: Path):
     with pytest.raises(DataError, match=r"no verification set at .*lfw\.bin \(.*: no \.bin file\)"):
         read_bin(tmp_path / "lfw.bin")
     for name in ("cfp_fp.bin", "agedb_30.bin", "train.rec"):

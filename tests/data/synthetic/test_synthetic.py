@@ -48,7 +48,7 @@ def test_an_image_depends_on_its_numbers_alone():
 
 
 def test_no_stream_is_shared_between_identities_and_views():
-    # Neighbouring numbers must not swap roles: image 1 of person 0 is not image 0 of person 1.
+    # Neighboring numbers must not swap roles: image 1 of person 0 is not image 0 of person 1.
     images = [draw_face(seed=s, identity=i, index=k) for s, i, k in np.ndindex(3, 3, 3)]
     assert len({image.tobytes() for image in images}) == 27
 

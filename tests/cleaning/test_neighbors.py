@@ -1,10 +1,10 @@
-"""Neighbours by blocks, against all cosines at once."""
+"""Neighbors by blocks, against all cosines at once."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcface_jax.cleaning import neighbours, thresholds
+from arcface_jax.cleaning import neighbors, thresholds
 from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.runtime import devices as meshes
 
@@ -26,9 +26,7 @@ def dense_pairs(vectors: np.ndarray, threshold: float) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize(("devices", "block"), [(1, 64), (8, 16), (3, 37)])
 def test_pairs_are_those_of_all_cosines(vectors, devices, block):
-    found = neighbours.similar_pairs(
-        vectors, threshold=0.45, block=block, mesh=meshes.make(devices)
-    )
+    found = neighbors.similar_pairs(vectors, threshold=0.45, block=block, mesh=meshes.make(devices))
     pairs = list(zip(found.first.tolist(), found.second.tolist(), strict=True))
     assert len(pairs) == len(set(pairs)) and set(pairs) == dense_pairs(vectors, 0.45)
     assert (np.diff(found.score) <= 0).all()
@@ -40,23 +38,23 @@ def test_pairs_are_those_of_all_cosines(vectors, devices, block):
 def test_bfloat16_proposals_miss_nothing(vectors, monkeypatch, hits):
     """As on a GPU: hits are compacted on the device, and a block with more is looked at whole."""
     monkeypatch.setattr(meshes, "is_gpu", lambda mesh: True)
-    monkeypatch.setattr(neighbours, "_HITS", hits)
-    neighbours._hits_of.cache_clear()
-    found = neighbours.similar_pairs(vectors, threshold=0.4, block=32, mesh=meshes.make(2))
-    neighbours._hits_of.cache_clear()
+    monkeypatch.setattr(neighbors, "_HITS", hits)
+    neighbors._hits_of.cache_clear()
+    found = neighbors.similar_pairs(vectors, threshold=0.4, block=32, mesh=meshes.make(2))
+    neighbors._hits_of.cache_clear()
     pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
     assert pairs == dense_pairs(vectors, 0.4)
 
 
 def test_a_cap_keeps_the_most_similar(vectors):
-    every = neighbours.similar_pairs(vectors, threshold=0.2, block=32)
-    some = neighbours.similar_pairs(vectors, threshold=0.2, block=32, most=25)
+    every = neighbors.similar_pairs(vectors, threshold=0.2, block=32)
+    some = neighbors.similar_pairs(vectors, threshold=0.2, block=32, most=25)
     for a, b in zip(every, some, strict=True):
         np.testing.assert_array_equal(a[:25], b)
 
 
 def test_projected_search_finds_near_pairs(vectors):
-    found = neighbours.similar_pairs(vectors, threshold=0.8, block=64, projected=12)
+    found = neighbors.similar_pairs(vectors, threshold=0.8, block=64, projected=12)
     pairs = set(zip(found.first.tolist(), found.second.tolist(), strict=True))
     expected = dense_pairs(vectors, 0.8)
     assert pairs <= expected and len(pairs) >= 0.9 * len(expected)
@@ -64,7 +62,7 @@ def test_projected_search_finds_near_pairs(vectors):
 
 def test_nearest_rows(vectors):
     unit = np.delete(vectors, 100, axis=0)
-    rows, scores = neighbours.nearest(unit, 3, block=64)
+    rows, scores = neighbors.nearest(unit, 3, block=64)
     cosine = unit @ unit.T
     np.fill_diagonal(cosine, -2)
     expected = np.argsort(-cosine, axis=1)[:, :3]
@@ -75,7 +73,7 @@ def test_nearest_rows(vectors):
 def test_the_best_of_another_group(vectors):
     groups = np.arange(300) % 7
     groups[5] = -1
-    found = neighbours.best_other(vectors[:50], groups[:50], vectors, groups, block=64)
+    found = neighbors.best_other(vectors[:50], groups[:50], vectors, groups, block=64)
     cosine = vectors[:50] @ vectors.T
     cosine[(groups[:50, None] == groups) | (groups == -1)] = -2
     np.testing.assert_array_equal(found.row, cosine.argmax(axis=1))

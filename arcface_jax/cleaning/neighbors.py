@@ -1,4 +1,4 @@
-"""Exact neighbours among millions of unit vectors, block by block.
+"""Exact neighbors among millions of unit vectors, block by block.
 
 Cosines are computed in blocks of the upper triangle and compared with a threshold where they are;
 only the few that reach it leave the device. Two argmax per block would cost as much as the product.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from arcface_jax.cleaning import neighbours
+from arcface_jax.cleaning import neighbors
 from arcface_jax.evaluation.embeddings import normalize
 
 _PLANTED = 0.02  # share of the rows that are near another one
@@ -49,9 +49,9 @@ def measure(*, rows: int, size: int, projections: tuple[int, ...]) -> list[Row]:
     some = vectors[:2000]
     found = []
     for projected in projections:
-        neighbours.similar_pairs(some, threshold=THRESHOLD, projected=projected)  # compiles
+        neighbors.similar_pairs(some, threshold=THRESHOLD, projected=projected)  # compiles
         wall, cpu = time.perf_counter(), time.process_time()
-        pairs = neighbours.similar_pairs(vectors, threshold=THRESHOLD, projected=projected)
+        pairs = neighbors.similar_pairs(vectors, threshold=THRESHOLD, projected=projected)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         recall = float(np.isin(wanted, pairs.first * rows + pairs.second).mean())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
