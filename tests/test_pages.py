@@ -27,7 +27,7 @@ from arcface_jax.training import validation
 
 RECIPES = sorted((ROOT / "configs").glob("*.py"))
 # Shell words that need no check of ours.
-SHELL = {"export", "cd", "trap", "wait", "exit", "[", "scontrol", "xprof", "echo"}
+SHELL = {"export", "cd", "trap", "wait", "exit", "[", "scontrol", "xprof", "echo", "shift"}
 NAMED_FILE = re.compile(r"(tests|scripts|configs|arcface_jax)/[\w./]+$")
 PLACEHOLDERS = {"RECIPE": "demo", "my_recipe.py": "demo"}
 

@@ -1,10 +1,20 @@
-"""What `data clean`, `overlap` and `apply` do with sets and models that are open."""
+"""`data clean`, `data overlap` and `data apply`."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from arcface_jax.config.choices import OnnxOptions, Which
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from arcface_jax.commands.training_sets import (
+    AS_FOUND,
+    How,
+    Output,
+    TrainingSet,
+    Values,
+    open_set,
+)
+from arcface_jax.config.choices import Bad, OnnxOptions, Which
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -13,11 +23,12 @@ if TYPE_CHECKING:
     from arcface_jax.data.source import Source
     from arcface_jax.evaluation.embed import Model
 
-Values = dict[str, Any]
+ModelFile = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
 Level = Literal["images", "centers"]
+_OF_ITSELF = OnnxOptions()  # what an ONNX file tells
 
 
-class Opening(NamedTuple):
+class _Opening(NamedTuple):
     """What opens a model."""
 
     path: Path
@@ -40,26 +51,134 @@ class Opening(NamedTuple):
 
 
 def clean(
-    model: Opening,
-    source: "Source",
-    output: Path,
-    *,
-    level: Level,
-    kinds: Sequence[Literal["duplicates", "mixed", "outliers"]],
-    seed: int,
+    model: ModelFile,
+    data: str,
+    output: Path = Path("runs/clean"),
+    level: Level = "images",
+    find: tuple[Literal["duplicates", "mixed", "outliers"], ...] = (
+        *("duplicates", "mixed", "outliers"),
+    ),
+    network: str | None = None,
+    step: Which = "latest",
+    onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
+    batch_size: int = 64,
+    seed: int = 0,
+    reading: How = AS_FOUND,
 ) -> Values:
-    """Looks for label errors, and prints what was found and what is expected of it."""
+    """Finds people under two labels, labels with two people, and images under a wrong label.
+
+    Args:
+      model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
+      data: A training set, as --data.path of `train` takes it.
+      output: Folder for the embeddings, duplicates.csv, mixed.csv, images.csv, clean.json, and
+        report.html to review them on; rerun the same command to resume.
+      level: Embed all images; or look for duplicates among the class centers of a run, and embed 5
+        images of each candidate.
+      find: What to look for.
+      network: The network of PyTorch weights; by default found by names and shapes.
+      step: Which checkpoint of a run.
+      onnx_options: What an ONNX file does not tell of itself.
+      batch_size: Images per forward pass, over all devices.
+      seed: Of the random halves of identities.
+      reading: What the set's form does not tell.
+    """
     from arcface_jax.cleaning import pipeline, review
 
+    opening = _Opening(model, network, step, onnx_options, batch_size)
+    source = open_set(data, reading)
     if level == "images":
-        options = {"kinds": kinds, "seed": seed}
-        findings, files = pipeline.by_images(model.open(), source, output, **options)
+        options = {"kinds": find, "seed": seed}
+        findings, files = pipeline.by_images(opening.open(), source, output, **options)
     else:
-        centers = _centers(model.path, source)
-        findings, files = pipeline.by_centers(model.open(), centers, source, output, seed=seed)
+        centers = _centers(opening.path, source)
+        findings, files = pipeline.by_centers(opening.open(), centers, source, output, seed=seed)
     print(*_lines(findings), sep="\n")
     print(f"review them on {output / review.PAGE}")
     return {**_values(findings), "files": files}
+
+
+def overlap(
+    first: Annotated[Positional[str], tyro.conf.arg(metavar="A")],
+    second: Annotated[Positional[str], tyro.conf.arg(metavar="B")],
+    model: Path,
+    output: Path = Path("runs/overlap"),
+    network: str | None = None,
+    step: Which = "latest",
+    onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
+    batch_size: int = 64,
+    seed: int = 0,
+    reading: How = AS_FOUND,
+) -> Values:
+    """Finds people of a training set in another set, and photographs that are in both.
+
+    Args:
+      first: A training set, as --data.path of `train` takes it.
+      second: Another training set, a .bin file, or a list of pairs: LIST:FOLDER.
+      model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
+      output: Folder for the embeddings and overlap.csv; and merge.csv of two training sets.
+      network: The network of PyTorch weights; by default found by names and shapes.
+      step: Which checkpoint of a run.
+      onnx_options: What an ONNX file does not tell of itself.
+      batch_size: Images per forward pass, over all devices.
+      seed: Of the random halves of identities.
+      reading: What the sets' form does not tell.
+    """
+    from arcface_jax.cleaning import leaks
+
+    opening = _Opening(model, network, step, onnx_options, batch_size)
+    training_set = open_set(first, reading)
+    if second.endswith(".bin") or ":" in second:
+        found = leaks.in_pairs(opening.open(), training_set, second, output, seed=seed)
+    else:
+        other = open_set(second, reading)
+        found = leaks.in_set(opening.open(), training_set, other, output, seed=seed)
+    print(
+        f"{found.images:,} images of {found.people:,} people of the training set, "
+        f"{found.photos:,} of them the same photograph; " + found.threshold.text()
+    )
+    if found.weak:
+        print("warning: the model is too weak for this set, so these findings are unreliable")
+    return {
+        "images": found.images,
+        "people": found.people,
+        "same_photo": found.photos,
+        "weak": found.weak,
+        "files": found.files,
+    }
+
+
+def apply(
+    path: TrainingSet,
+    findings: Annotated[Positional[Path], tyro.conf.arg(metavar="FINDINGS")],
+    output: Output,
+    merge: bool = False,
+    drop: bool = False,
+    relabel: bool = False,
+    force: bool = False,
+    bad: Bad = "stop",
+    threads: int = 0,
+    reading: How = AS_FOUND,
+) -> Values:
+    """Writes a training set again with the decisions of `clean` applied; the old one stays.
+
+    Args:
+      path: The training set that was cleaned.
+      findings: Output of `clean`, with the column `decision` reviewed.
+      output: New folder for a record file; or a new list (.csv), of sets of image files.
+      merge: Apply the decisions to merge identities.
+      drop: Apply the decisions to drop images and identities.
+      relabel: Apply the decisions to relabel images.
+      force: Apply findings of a model that is too weak for the set.
+      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      threads: 0 for one per processor.
+      reading: What the set's form does not tell.
+    """
+    from arcface_jax.cleaning import apply as applying
+
+    actions = applying.Actions(merge, drop, relabel)
+    options = {"actions": actions, "force": force, "bad": bad, "threads": threads}
+    done = applying.apply(open_set(path, reading), findings, output, **options)
+    return _report(done, output)
 
 
 def _centers(path: Path, source: "Source"):
@@ -122,33 +241,7 @@ def _values(found: "Findings") -> Values:
     return values
 
 
-def overlap(
-    model: Opening, first: "Source", second: "Source | str", output: Path, *, seed: int
-) -> Values:
-    """Looks for people of a training set in another set; the second is a source or a pair set."""
-    from arcface_jax.cleaning import leaks
-
-    opened = model.open()
-    if isinstance(second, str):
-        found = leaks.in_pairs(opened, first, second, output, seed=seed)
-    else:
-        found = leaks.in_set(opened, first, second, output, seed=seed)
-    print(
-        f"{found.images:,} images of {found.people:,} people of the training set, "
-        f"{found.photos:,} of them the same photograph; " + found.threshold.text()
-    )
-    if found.weak:
-        print("warning: the model is too weak for this set, so these findings are unreliable")
-    return {
-        "images": found.images,
-        "people": found.people,
-        "same_photo": found.photos,
-        "weak": found.weak,
-        "files": found.files,
-    }
-
-
-def report(done: "Applied", output: Path) -> Values:
+def _report(done: "Applied", output: Path) -> Values:
     """Prints and returns what `data apply` did."""
     for text in done.skipped:
         print(f"left out: {text}")

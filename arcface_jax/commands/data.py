@@ -7,17 +7,27 @@ arcface-jax data COMMAND --help
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional
 
-from arcface_jax.commands import Result, cleaning, command, console, own_names, own_options
+from arcface_jax.commands import Result, cleaning, command, console, own_options
+from arcface_jax.commands.training_sets import (
+    AS_FOUND,
+    OPTIONS,
+    How,
+    Output,
+    TrainingSet,
+    Values,
+    notes,
+    open_set,
+)
 from arcface_jax.config import AugmentConfig, DataConfig, command_line
-from arcface_jax.config.choices import Bad, FaceChoice, OnnxOptions, Which
+from arcface_jax.config.choices import Bad, FaceChoice
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,35 +35,7 @@ if TYPE_CHECKING:
     from arcface_jax.data.tools.aligning import Aligned
     from arcface_jax.data.tools.packing import Packed
 
-TrainingSet = Annotated[Positional[str], tyro.conf.arg(metavar="PATH")]
 Photographs = Annotated[Positional[Path], tyro.conf.arg(metavar="PATH")]
-ModelFile = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
-Output = Annotated[Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
-Values = dict[str, Any]
-"""Of the RESULT line, `files` among them."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a training set's form does not tell."""
-
-    columns: str = ""
-    """Lists and tables: path=COLUMN,label=COLUMN, names or numbers from 1; by default found."""
-    label_index: int = 0
-    """Records with several labels: which of them is the identity, from 0."""
-    identity_level: int = 0
-    """Image folders: how many folders down the identities are, from 1; 0 finds out."""
-
-
-How = OmitArgPrefixes[Reading]
-# What the tools call the options that errors and notes name as `train` does.
-_OPTIONS = {
-    "data.path": "PATH",
-    "data.columns": "--columns",
-    "data.label-index": "--label-index",
-    "data.identity-level": "--identity-level",
-}
-_OF_ITSELF = OnnxOptions()  # what an ONNX file tells
 
 
 @command
@@ -68,12 +50,12 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax data") -> Result:
         "pairs": pairs,
         "align": align,
         "detector": detector,
-        "clean": clean,
-        "overlap": overlap,
-        "apply": apply,
+        "clean": cleaning.clean,
+        "overlap": cleaning.overlap,
+        "apply": cleaning.apply,
         "bench": bench,
     }
-    with own_options(_OPTIONS):
+    with own_options(OPTIONS):
         values = command_line.call_subcommand(tools, words, prog=prog, description=__doc__ or "")
     files = values.pop("files")
     return Result(values, files)
@@ -85,7 +67,7 @@ def inspect(
     most: int = 0,
     seed: int = 0,
     threads: int = 0,
-    reading: How = Reading(),
+    reading: How = AS_FOUND,
 ) -> Values:
     """Looks at every image: counts, sizes, copies, damage, and a sheet of samples.
 
@@ -101,9 +83,9 @@ def inspect(
     from arcface_jax.data.tools import inspection
     from arcface_jax.evaluation.report import sets
 
-    source = _open(path, reading, quiet=True)
+    source = open_set(path, reading, quiet=True)
     report = inspection.inspect(source, most=most, seed=seed, threads=threads)
-    print(account(source, unreadable=report.unreadable_kinds), *_notes(source), sep="\n")
+    print(account(source, unreadable=report.unreadable_kinds), *notes(source), sep="\n")
     print(*inspection.in_words(report), sep="\n")
     files = inspection.write(report, source, output, seed=seed)
     title, made = Path(path).name or path, datetime.now()
@@ -122,7 +104,7 @@ def pack(
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
-    reading: How = Reading(),
+    reading: How = AS_FOUND,
 ) -> Values:
     """Writes a training set as train.rec for insightface, or in another form.
 
@@ -147,7 +129,7 @@ def pack(
         webdataset_writing,
     )
 
-    source = _open(path, reading)
+    source = open_set(path, reading)
     selection = packing.select(source, renumber=renumber)
     write = {
         "recordio": packing.pack,
@@ -170,7 +152,7 @@ def to_tfds(
     renumber: bool = False,
     bad: Bad = "stop",
     threads: int = 0,
-    reading: How = Reading(),
+    reading: How = AS_FOUND,
 ) -> Values:
     """Writes a training set as ArrayRecord files; tfds.data_source(NAME, data_dir=OUTPUT) opens it.
 
@@ -186,7 +168,7 @@ def to_tfds(
     """
     from arcface_jax.data.tools import packing, tfds_writing
 
-    source = _open(path, reading)
+    source = open_set(path, reading)
     selection = packing.select(source, renumber=renumber)
     options = {"name": name, "shard_images": shard_images, "bad": bad, "threads": threads}
     done = tfds_writing.write(source, selection, output, **options)
@@ -199,7 +181,7 @@ def merge(
     same: Path | None = None,
     bad: Bad = "stop",
     threads: int = 0,
-    reading: How = Reading(),
+    reading: How = AS_FOUND,
 ) -> Values:
     """Writes several training sets as one record file; no two share an identity but by --same.
 
@@ -216,7 +198,7 @@ def merge(
     from arcface_jax.data import opening
     from arcface_jax.data.tools import packing
 
-    parts = [_open(path, reading) for path in paths]
+    parts = [open_set(path, reading) for path in paths]
     source = opening.JoinedSource(parts)
     selection = packing.select(source)
     if same is not None:
@@ -236,7 +218,7 @@ def split(
     seed: int = 0,
     bad: Bad = "stop",
     threads: int = 0,
-    reading: How = Reading(),
+    reading: How = AS_FOUND,
 ) -> Values:
     """Divides the identities into record files to train and to evaluate on, numbered from 0.
 
@@ -253,7 +235,7 @@ def split(
     """
     from arcface_jax.data.tools import packing, splitting
 
-    source = _open(path, reading)
+    source = open_set(path, reading)
     groups = None
     if same is not None:
         from arcface_jax.cleaning.apply import groups_in
@@ -277,7 +259,7 @@ def pairs(
     pairs: int = 0,
     disjoint: bool = False,
     seed: int = 0,
-    reading: How = Reading(),
+    reading: How = AS_FOUND,
 ) -> Values:
     """Writes a verification set (.bin) that insightface reads.
 
@@ -312,7 +294,7 @@ def pairs(
         same = np.array([pair.same for pair in listed])
         images = len({file for pair in listed for file in (pair.left, pair.right)})
     else:
-        source = _open(path, reading)
+        source = open_set(path, reading)
         ignored = dict(source.ignored)
         options = {"pairs": pairs or 6000, "seed": seed, "disjoint": disjoint}
         chosen, same = pair_sets.draw(source.labels(), **options)
@@ -450,109 +432,6 @@ def detector(check: Path, img: Path | None = None, detector_size: int = 0) -> Va
     }
 
 
-def clean(
-    model: ModelFile,
-    data: str,
-    output: Path = Path("runs/clean"),
-    level: cleaning.Level = "images",
-    find: tuple[Literal["duplicates", "mixed", "outliers"], ...] = (
-        *("duplicates", "mixed", "outliers"),
-    ),
-    network: str | None = None,
-    step: Which = "latest",
-    onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
-    batch_size: int = 64,
-    seed: int = 0,
-    reading: How = Reading(),
-) -> Values:
-    """Finds people under two labels, labels with two people, and images under a wrong label.
-
-    Args:
-      model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
-      data: A training set, as --data.path of `train` takes it.
-      output: Folder for the embeddings, duplicates.csv, mixed.csv, images.csv, clean.json, and
-        report.html to review them on; rerun the same command to resume.
-      level: Embed all images; or look for duplicates among the class centers of a run, and embed 5
-        images of each candidate.
-      find: What to look for.
-      network: The network of PyTorch weights; by default found by names and shapes.
-      step: Which checkpoint of a run.
-      onnx_options: What an ONNX file does not tell of itself.
-      batch_size: Images per forward pass, over all devices.
-      seed: Of the random halves of identities.
-      reading: What the set's form does not tell.
-    """
-    opening = cleaning.Opening(model, network, step, onnx_options, batch_size)
-    source = _open(data, reading)
-    return cleaning.clean(opening, source, output, level=level, kinds=find, seed=seed)
-
-
-def overlap(
-    first: Annotated[Positional[str], tyro.conf.arg(metavar="A")],
-    second: Annotated[Positional[str], tyro.conf.arg(metavar="B")],
-    model: Path,
-    output: Path = Path("runs/overlap"),
-    network: str | None = None,
-    step: Which = "latest",
-    onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
-    batch_size: int = 64,
-    seed: int = 0,
-    reading: How = Reading(),
-) -> Values:
-    """Finds people of a training set in another set, and photographs that are in both.
-
-    Args:
-      first: A training set, as --data.path of `train` takes it.
-      second: Another training set, a .bin file, or a list of pairs: LIST:FOLDER.
-      model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
-      output: Folder for the embeddings and overlap.csv; and merge.csv of two training sets.
-      network: The network of PyTorch weights; by default found by names and shapes.
-      step: Which checkpoint of a run.
-      onnx_options: What an ONNX file does not tell of itself.
-      batch_size: Images per forward pass, over all devices.
-      seed: Of the random halves of identities.
-      reading: What the sets' form does not tell.
-    """
-    opening = cleaning.Opening(model, network, step, onnx_options, batch_size)
-    is_pairs = second.endswith(".bin") or ":" in second
-    other = second if is_pairs else _open(second, reading)
-    return cleaning.overlap(opening, _open(first, reading), other, output, seed=seed)
-
-
-def apply(
-    path: TrainingSet,
-    findings: Annotated[Positional[Path], tyro.conf.arg(metavar="FINDINGS")],
-    output: Output,
-    merge: bool = False,
-    drop: bool = False,
-    relabel: bool = False,
-    force: bool = False,
-    bad: Bad = "stop",
-    threads: int = 0,
-    reading: How = Reading(),
-) -> Values:
-    """Writes a training set again with the decisions of `clean` applied; the old one stays.
-
-    Args:
-      path: The training set that was cleaned.
-      findings: Output of `clean`, with the column `decision` reviewed.
-      output: New folder for a record file; or a new list (.csv), of sets of image files.
-      merge: Apply the decisions to merge identities.
-      drop: Apply the decisions to drop images and identities.
-      relabel: Apply the decisions to relabel images.
-      force: Apply findings of a model that is too weak for the set.
-      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
-      threads: 0 for one per processor.
-      reading: What the set's form does not tell.
-    """
-    from arcface_jax.cleaning import apply as applying
-
-    actions = applying.Actions(merge, drop, relabel)
-    options = {"actions": actions, "force": force, "bad": bad, "threads": threads}
-    done = applying.apply(_open(path, reading), findings, output, **options)
-    return cleaning.report(done, output)
-
-
 def bench(
     path: TrainingSet,
     workers: tuple[int, ...] = (0, 1, 2),
@@ -561,7 +440,7 @@ def bench(
     augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
     rounds: int = 5,
     seconds: float = 2.0,
-    reading: How = Reading(),
+    reading: How = AS_FOUND,
 ) -> Values:
     """Measures images per second, stage by stage, beside two bare decode loops.
 
@@ -597,21 +476,6 @@ def bench(
     print(bottleneck)
     print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
     return {"rates": [rate._asdict() for rate in rates], "bottleneck": bottleneck, "files": []}
-
-
-def _open(path: str, reading: Reading, *, quiet: bool = False) -> "Source":
-    """Opens a training set, and prints what became of all that it holds."""
-    from arcface_jax.data import opening
-    from arcface_jax.data.source import account
-
-    source = opening.open_source(DataConfig(path=path, **asdict(reading)), seed=0)
-    if not quiet:
-        print(account(source), *_notes(source), sep="\n")
-    return source
-
-
-def _notes(source: "Source") -> list[str]:
-    return [own_names(note, _OPTIONS) for note in source.notes]
 
 
 def _ignored(source: "Source") -> Values:

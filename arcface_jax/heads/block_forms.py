@@ -77,7 +77,7 @@ class Weights(NamedTuple):
     them tile by tile."""
 
 
-class Pull(NamedTuple):
+class CentersGradient(NamedTuple):
     """What the samples contribute to the gradient of a block's centers, over s / samples."""
 
     centers: jax.Array
@@ -119,9 +119,9 @@ class Form(Protocol):
         (T, t) gradients of the target cosines."""
         ...
 
-    def pull(
+    def vjp(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
-    ) -> tuple[jax.Array, Pull]:
+    ) -> tuple[jax.Array, CentersGradient]:
         """(t, D) float32 gradient of the embeddings, before `finish`, and the centers' gradient."""
         ...
 
@@ -129,7 +129,7 @@ class Form(Protocol):
         """The gradient of the embeddings, once all blocks are added up."""
         ...
 
-    def d_rows(self, block: Block, pull: Pull, factor: jax.Array) -> jax.Array:
+    def d_rows(self, block: Block, gradient: CentersGradient, factor: jax.Array) -> jax.Array:
         """(n * K, D) float32 gradient of the centers as stored."""
         ...
 
@@ -182,9 +182,9 @@ class Cosines(NamedTuple):
             d_target = jnp.clip(d_target, limits.min, limits.max)
         return Weights(jnp.log(unit) - log_sum, d_target, None)
 
-    def pull(
+    def vjp(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
-    ) -> tuple[jax.Array, Pull]:
+    ) -> tuple[jax.Array, CentersGradient]:
         by_center = self.cosines(problem, samples, block)
         cosine = by_center.max(axis=2)
         value, vjp = cosine, None
@@ -204,16 +204,16 @@ class Cosines(NamedTuple):
             d *= block.length[:, 0][None]
         d = d.astype(samples.x.dtype)
         d_x = product(d, block.operand, contract=(1, 0))
-        return d_x, Pull(product(d, samples.x, contract=(0, 0)), along)
+        return d_x, CentersGradient(product(d, samples.x, contract=(0, 0)), along)
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
         return d_x
 
-    def d_rows(self, block: Block, pull: Pull, factor: jax.Array) -> jax.Array:
-        if pull.along is None:
-            return normalize_vjp(factor * pull.centers, block.rows, block.length)
-        along = pull.along[:, None] * jnp.square(block.length)
-        return factor * (pull.centers - block.rows * along)
+    def d_rows(self, block: Block, gradient: CentersGradient, factor: jax.Array) -> jax.Array:
+        if gradient.along is None:
+            return normalize_vjp(factor * gradient.centers, block.rows, block.length)
+        along = gradient.along[:, None] * jnp.square(block.length)
+        return factor * (gradient.centers - block.rows * along)
 
 
 class Powers(NamedTuple):
@@ -259,9 +259,9 @@ class Powers(NamedTuple):
         one_tile = len(own) == 1  # of several, the weighted would be a second copy of the batch
         return Weights(weight, own, _weighted(samples.x, weight) if one_tile else None)
 
-    def pull(
+    def vjp(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
-    ) -> tuple[jax.Array, Pull]:
+    ) -> tuple[jax.Array, CentersGradient]:
         operand = jnp.where(block.present[:, None], block.operand, 0)
         d = self._powers(problem, samples, block._replace(operand=operand))
         place = samples.target_slot - block.slots[0]
@@ -271,15 +271,15 @@ class Powers(NamedTuple):
         )
         d_x = product(d, operand, contract=(1, 0))
         x = _weighted(samples.x, weights.others) if weights.x is None else weights.x
-        return d_x, Pull(product(d, x, contract=(0, 0)), None)
+        return d_x, CentersGradient(product(d, x, contract=(0, 0)), None)
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
         return d_x * weights.others[:, None]
 
-    def d_rows(self, block: Block, pull: Pull, factor: jax.Array) -> jax.Array:
-        along = jnp.sum(pull.centers * block.rows, axis=1, keepdims=True)
+    def d_rows(self, block: Block, gradient: CentersGradient, factor: jax.Array) -> jax.Array:
+        along = jnp.sum(gradient.centers * block.rows, axis=1, keepdims=True)
         along *= jnp.square(block.length)
-        return factor * block.length * (pull.centers - block.rows * along)
+        return factor * block.length * (gradient.centers - block.rows * along)
 
 
 def _weighted(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -13,9 +13,9 @@ from jax import lax
 
 from arcface_jax.heads.block_forms import (
     Block,
+    CentersGradient,
     Form,
     Problem,
-    Pull,
     Samples,
     Sums,
     Weights,
@@ -181,8 +181,8 @@ def _visit_again(
     def add(index, d_x, moments, rows):
         stored = visit.walk.read(rows, index)
         block = visit.block(stored, index, written=move_centers)
-        d_x, pull = _pull(visit, weights, block, d_x)
-        d_rows = visit.form.d_rows(block, pull, factor)
+        d_x, gradient = _block_vjp(visit, weights, block, d_x)
+        d_rows = visit.form.d_rows(block, gradient, factor)
         if move_centers:
             stored = block.rows  # the copy: nothing may read the array that is written
         return d_x, _accumulate(visit, update.rule, index, moments, stored, d_rows), stored
@@ -212,36 +212,36 @@ def _d_x(visit: Visit, samples: Samples, weights: Weights) -> jax.Array:
 
     def add(index, d_x):
         block = visit.block(visit.walk.read(visit.rows, index), index)
-        return d_x + visit.form.pull(visit.problem, samples, weights, block)[0]
+        return d_x + visit.form.vjp(visit.problem, samples, weights, block)[0]
 
     return lax.fori_loop(0, visit.walk.num_blocks, add, jnp.zeros(samples.x.shape, jnp.float32))
 
 
-def _pull(
+def _block_vjp(
     visit: Visit, weights: Weights, block: Block, d_x: jax.Array | None
-) -> tuple[jax.Array | None, Pull]:
+) -> tuple[jax.Array | None, CentersGradient]:
     """The (T, t, D) gradient of the embeddings plus a block's part, and its centers' gradient."""
 
     def tile(index):
         return jax.tree.map(lambda a: a[index], (visit.samples, weights))
 
-    def pull(index):
+    def vjp(index):
         samples, weights = tile(index)
-        return visit.form.pull(visit.problem, samples, weights, block)
+        return visit.form.vjp(visit.problem, samples, weights, block)
 
     if visit.tiles == 1:
-        part, total = pull(0)
+        part, total = vjp(0)
         return (None if d_x is None else d_x + part[None]), total
 
     def add(index, carry):
         d_x, total = carry
-        part, more = pull(index)
+        part, more = vjp(index)
         return (
             None if d_x is None else d_x.at[index].add(part),
             jax.tree.map(jnp.add, total, more),
         )
 
-    like = jax.eval_shape(lambda: pull(0)[1])
+    like = jax.eval_shape(lambda: vjp(0)[1])
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
     return lax.fori_loop(0, visit.tiles, add, (d_x, zeros))
 

@@ -57,19 +57,19 @@ def evaluate(softmax: Softmax, batch: Batch, margin: Margin, *, scale: float) ->
     def target(cosine, norms):
         return margin.target(cosine, norms, softmax.state)
 
-    value, pull = jax.vjp(target, softmax.z_target, batch.norms)
+    value, vjp = jax.vjp(target, softmax.z_target, batch.norms)
     # How far the others lie above the target. Loss and gradient follow from the difference: taken
     # from the log-sum-exp, a trained network's small loss would be lost in rounding.
     excess = softmax.log_others - scale * value
     losses = jax.nn.softplus(excess)
-    d_target, d_norms = pull(jnp.where(batch.valid, -jax.nn.sigmoid(excess), 0))
+    d_target, d_norms = vjp(jnp.where(batch.valid, -jax.nn.sigmoid(excess), 0))
     log_sum = jnp.where(batch.valid, scale * value + losses, jnp.inf)
     weight = batch.valid / batch.num_valid
     d_norms *= scale / batch.num_valid
     if margin.extra_loss is not None:
-        extra, pull = jax.vjp(margin.extra_loss, batch.norms)
+        extra, vjp = jax.vjp(margin.extra_loss, batch.norms)
         losses += extra
-        d_norms += pull(weight)[0]
+        d_norms += vjp(weight)[0]
     return Loss(jnp.sum(weight * losses), value, log_sum, d_target, d_norms)
 
 

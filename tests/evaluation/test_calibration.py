@@ -73,7 +73,7 @@ def test_says_whether_the_pairs_suffice():
         calibrate(cosine, same, 1e-3)
     with pytest.raises(DataError, match="most alike pairs are of different people"):
         calibrate(np.where(same, 0.1, 0.9), same, 0.1)
-    with pytest.raises(DataError, match="no target"):
+    with pytest.raises(DataError, match="a FAR target must be between 0 and 1"):
         calibrate(cosine, same, 1.5)
 
 

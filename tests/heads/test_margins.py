@@ -17,12 +17,12 @@ M = 0.5
 def value_and_slopes(margin, cosine=COSINES, norm=NORMS):
     """The target's value, and its derivatives in the cosine and the norm."""
     state = {name: jnp.float32(STATE[name]) for name in margin.initial_state}
-    value, pull = jax.vjp(
+    value, vjp = jax.vjp(
         lambda z, n: margin.target(z, n, state),
         jnp.asarray(cosine, jnp.float32),
         jnp.asarray(norm, jnp.float32),
     )
-    return tuple(np.asarray(a) for a in (value, *pull(jnp.ones_like(value))))
+    return tuple(np.asarray(a) for a in (value, *vjp(jnp.ones_like(value))))
 
 
 def adaface(cosine, norm):

@@ -272,7 +272,7 @@ def test_similarity_and_verdict(embedder, expected):
     assert verdict.same.sum() == 1
     assert verdict.threshold == middle
     close(verdict.score, pairs)
-    with pytest.raises(DataError, match="3 faces and 2"):
+    with pytest.raises(DataError, match="got 3 and 2 faces"):
         embedder.verify(FACES[:3], FACES[3:5], threshold=0.5)
 
 

@@ -50,6 +50,7 @@ def commands(page: Path) -> list[Command]:
 
 
 def _filled(line: str, variables: Mapping[str, str]) -> str:
+    line = line.replace('"$@"', "configs/ms1mv3_r50.py")  # a launcher's own arguments are a run's
     return re.sub(r"\$(\w+)", lambda name: variables.get(name[1], "given"), line)
 
 
