@@ -251,6 +251,16 @@ def test_every_link_leads_somewhere(page: Path):
             assert anchor in slugs, target
 
 
+def test_the_site_has_every_page_and_links_stay_in_it():
+    """What `mkdocs build --strict` refuses first."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        assert f"{page.relative_to(ROOT / 'docs')}\n" in navigation, f"{page} is not in mkdocs.yml"
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            inside = (page.parent / target).resolve().is_relative_to(ROOT / "docs")
+            assert inside or "://" in target, f"{page}: {target} is not part of the site"
+
+
 def test_the_release_has_one_number():
     version = arcface_jax.__version__
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
