@@ -133,6 +133,7 @@ def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Re
     for note in made.notes:
         print(f"{arguments.weight}: {note}")
     print(f"{arguments.output}: embeddings equal torch's to {made.error:.1e} (relative)")
+    print(_next(arguments.output))
     return Result({"parity": made.error, "network": made.network}, [arguments.output])
 
 
@@ -152,8 +153,18 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax import onnx") -> Resu
     for note in made.notes:
         print(f"{arguments.onnx}: {note}")
     print(f"{arguments.output}: embeddings equal ONNX Runtime's to {made.error:.1e} (relative)")
+    print(_next(arguments.output))
     values = {"parity": made.error, "network": made.network, "folded": made.folded}
     return Result(values, [arguments.output])
+
+
+def _next(workdir: Path) -> str:
+    """How to train from a workdir of weights."""
+    from arcface_jax.training import checkpoint
+
+    model = checkpoint.read_config(workdir).model
+    size = "" if model.embedding_size == 512 else f" --model.embedding-size {model.embedding_size}"
+    return f"to train from it: --init-from {workdir} --model.network {model.network}{size}"
 
 
 @command
