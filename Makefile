@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 LFW ?= $(abspath ../shared/data/lfw)
 
-.PHONY: demo test slow gpu-program notebooks docs check format sbom audit clean
+.PHONY: demo test slow gpu-program notebooks docs check format lock sbom audit clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/train.py configs/demo.py --workdir runs/demo
@@ -40,6 +40,20 @@ format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Hashes of the releases in constraints.txt, for every environment below. Without torch, whose build for CPUs
+# or CUDA is the choice of whoever installs it.
+lock: .venv-tools/installed
+	mkdir -p locks
+	$(call lock,.venv)
+	$(call lock,.venv-gpu)
+	$(call lock,.venv-docs)
+
+comma := ,
+lock = printf 'hatchling\neditables\n' | .venv-tools/bin/uv pip compile --quiet --universal --python-version 3.11.5 \
+	--generate-hashes --no-annotate --no-header --constraints constraints.txt \
+	--overrides <(echo "torch; python_version < '3'") \
+	$(addprefix --extra ,$(subst $(comma), ,$(EXTRAS_$1))) pyproject.toml - -o locks/$(LOCK_$1)
+
 # What the wheel brings into an environment, as CycloneDX, from an environment that has nothing else.
 sbom: .venv-tools/installed
 	rm -rf .venv-sbom && $(or $(PYTHON),python3) -m venv .venv-sbom
@@ -49,16 +63,19 @@ sbom: .venv-tools/installed
 
 # Known vulnerabilities of the versions in constraints.txt; asks pypi.org.
 audit: .venv-tools/installed
-	.venv-tools/bin/pip-audit --disable-pip --no-deps -r constraints.txt
+	.venv-tools/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 .venv-tools/installed:
 	$(or $(PYTHON),python3) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-audit==2.10.1 uv==0.13.9
 	@touch $@
 
 EXTRAS_.venv := jax2onnx,lmdb,onnx,parquet,tfds,test
 EXTRAS_.venv-gpu := gpu-plan-cuda12,test
 EXTRAS_.venv-docs := docs
+LOCK_.venv := test.txt
+LOCK_.venv-gpu := gpu-plan.txt
+LOCK_.venv-docs := docs.txt
 
 .venv/installed .venv-gpu/installed .venv-docs/installed: pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ] && command -v apt-get >/dev/null; then \
@@ -68,7 +85,9 @@ EXTRAS_.venv-docs := docs
 	@$(or $(PYTHON),python3) -c 'import ensurepip' 2>/dev/null || apt-get install -y -qq python3-venv \
 		|| { echo "error: Python lacks its venv module; on Debian: apt-get install python3-venv"; exit 2; }
 	$(or $(PYTHON),python3) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$(@D))]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r locks/$(LOCK_$(@D))
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt \
+		-e '.[$(EXTRAS_$(@D))]'
 	@touch $@
 
 clean:
