@@ -163,8 +163,8 @@ def settings(given: Options, /, **defaults: float) -> dict[str, float]:
         near = difflib.get_close_matches(unknown[0], defaults, n=1)
         meant = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"unknown options {', '.join(map(repr, unknown))}: this part takes "
-            f"{', '.join(defaults) or 'none'}{meant}"
+            f"unknown options {', '.join(map(repr, unknown))} in --head.options, --model.options "
+            f"or --optimizer.options: this part takes {', '.join(defaults) or 'none'}{meant}"
         )
     return {**defaults, **dict(given)}
 

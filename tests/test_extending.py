@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from arcface_jax.convert import to_onnx, to_torch
 from arcface_jax.convert.onnx_graph import Form
 from arcface_jax.data.synthetic.faces import draw_face
 from arcface_jax.errors import UserError
+from arcface_jax.heads import margins
 from arcface_jax.train import train
 from arcface_jax.training.network import Network
 
@@ -77,11 +79,24 @@ def run(config):
 
 def test_the_guide_has_a_file_for_each_kind_of_part(folder):
     files = sorted(path.stem for path in (folder / "mypkg").iterdir() if path.suffix)
-    assert files == ["data", "evals", "faces", "losses", "nets", "opt"]
+    assert files == ["data", "elastic", "evals", "faces", "losses", "nets", "opt"]
 
 
 def test_the_loss_passes_its_checker():
     testing.check_loss("mypkg.losses:mv_softmax", HeadConfig(margin=0.2, scale=16.0))
+
+
+def test_the_random_loss_passes_its_checker_and_draws_in_each_step():
+    head = HeadConfig(loss="mypkg.elastic:elastic_arcface", margin=0.4, options=(("std", 0.1),))
+    testing.check_loss(head.loss, head)
+    target = margins.make(head).target
+    first, second = (
+        np.arccos(target(jnp.zeros(5000), jnp.ones(5000), {"step": jnp.float32(step)}))
+        for step in (1, 2)
+    )
+    for drawn in (first - np.pi / 2, second - np.pi / 2):
+        assert abs(drawn.mean() - 0.4) < 0.006 and abs(drawn.std() - 0.1) < 0.006
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.06
 
 
 def test_the_network_passes_its_checker():

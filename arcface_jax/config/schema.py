@@ -541,7 +541,7 @@ class Config:
     ] = None
     """How many devices to use; None uses all."""
     init_from: str = ""
-    """Initial weights: the workdir of a run, a .pth or a .safetensors; random if empty."""
+    """Initial weights: the workdir of a run, a .pth, .safetensors or .onnx; random if empty."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()

@@ -12,19 +12,13 @@ import numpy as np
 from arcface_jax.models import stacks
 from arcface_jax.models.registry import Arrays
 
-# Our last word: torch's. A kernel's axes are turned too, see `turn`.
+# Last components that torch names otherwise. A kernel's axes are transposed too, by `turn`.
 _LAST_WORD = {
     "kernel": "weight",
     "scale": "weight",
     "slope": "weight",
-    "bias": "bias",
     "mean": "running_mean",
     "var": "running_var",
-    "pos_embed": "pos_embed",
-    "mask_token": "mask_token",
-    "gamma": "gamma",
-    "gamma_xca": "gamma_xca",
-    "temperature": "temperature",
 }
 # torch's BatchNorm counts its batches; nothing reads the number where momentum is given.
 COUNTER = "num_batches_tracked"
@@ -41,7 +35,7 @@ def torch_arrays(arrays: Arrays) -> dict[str, np.ndarray]:
 def torch_name(name: str) -> str:
     """insightface's name of an array that is no stack."""
     stem, dot, last = name.rpartition(".")
-    return f"{stem}{dot}{_LAST_WORD[last]}"
+    return f"{stem}{dot}{_LAST_WORD.get(last, last)}"
 
 
 def turn(array: np.ndarray, *, inverse: bool) -> np.ndarray:

@@ -23,13 +23,19 @@ _SMALLEST_SINE = 1e-6
 
 
 class Margin(NamedTuple):
-    """What a margin does to the cosines of a batch."""
+    """What a margin does to the cosines of a batch.
+
+    Once per step: `update`, with the cosines before the margin; then `negatives`, by every device
+    on blocks of its own classes, in both passes; and `target`, by every device for the whole batch.
+    All are traced by JAX. B is the global batch, t and n a tile of samples and a block of classes.
+    """
 
     target: Callable[[jax.Array, jax.Array, State], jax.Array]
-    """((B,) cosines with the own class, (B,) lengths of the embeddings, state) -> (B,)."""
+    """((B,) cosines with the own class, (B,) lengths of the embeddings, state) -> (B,), float32. A
+    sample's value may depend on its place in the batch, not on other samples."""
     negatives: Callable[[jax.Array, jax.Array, State], jax.Array] | None = None
-    """((B, n) cosines with other classes, (B, 1) with the own one, state) -> (B, n); None leaves
-    them as they are."""
+    """((t, n) cosines of t samples with n other classes, (t, 1) with the own one, state) -> (t, n);
+    None leaves them as they are. No gradient passes through the (t, 1) cosines."""
     negatives_need_target: bool = False
     """Whether `negatives` looks at the cosines with the own classes."""
     negatives_bound: float = 1.0

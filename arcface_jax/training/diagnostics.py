@@ -199,7 +199,8 @@ def explain_chance_accuracy(result: Verification, *, loss: float, chance_loss: f
         return None
     return (
         f"{result.name}: accuracy {result.accuracy:.3f} is no better than chance ({chance:.3f}), "
-        f"although the loss fell from about {chance_loss:.1f} to {loss:.1f}. {_cause(result)}"
+        f"although the training loss is {loss:.1f} (chance level: {chance_loss:.1f}). "
+        f"{_cause(result)}"
     )
 
 
