@@ -99,6 +99,7 @@ def test_the_commands_of_the_recipes_parse():
 def check(words: Sequence[str], *, is_plugin: bool = False) -> None:
     """Hands words to the program that they name, which parses them and runs nothing."""
     program, *rest = [PLACEHOLDERS.get(word, word) for word in words]
+    program = program.rpartition("/")[2]
     if program.endswith("python"):
         return check_python(rest)
     if rest[:1] == ["import"] and rest[1] not in ("torch", "onnx", "centers"):
