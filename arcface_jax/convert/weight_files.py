@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -51,6 +52,8 @@ class Contents(NamedTuple):
     """Size of the file, which its tensors together cannot exceed."""
     folder: Path | None = None
     """Where the file lies, with what describes it."""
+    metadata: Mapping[str, str] = MappingProxyType({})
+    """Of a safetensors file, such as the description of the model's input."""
 
 
 def is_averaged(name: str) -> bool:
@@ -69,8 +72,9 @@ def contents(path: Path) -> Contents:
         raise UserError(f"{path} is an ONNX file: name it with --onnx, or import it")
     nbytes = path.stat().st_size
     if kind == "safetensors":
-        entries = {n: torch_files.entry_of(t) for n, t in _read_safetensors(path).items()}
-        return Contents([Stored("", dict(entries))], (), nbytes, path.parent)
+        state, metadata = _read_safetensors(path)
+        entries = {name: torch_files.entry_of(tensor) for name, tensor in state.items()}
+        return Contents([Stored("", dict(entries))], (), nbytes, path.parent, metadata)
     skipped: Counter[str] = Counter()
     dicts = list(_dicts(torch_files.read(path), (), set(), skipped))
     names = tuple(f"{name} ({n})" if n > 1 else name for name, n in skipped.most_common())
@@ -223,11 +227,14 @@ def _of_module(module: Skipped) -> dict[str, Entry | Unusable]:
     return found
 
 
-def _read_safetensors(path: Path) -> StateDict:
-    files = require("safetensors.torch")
-    damaged = (require("safetensors").SafetensorError, OSError, KeyError, ValueError, RuntimeError)
+def _read_safetensors(path: Path) -> tuple[StateDict, Mapping[str, str]]:
+    """The tensors, and the texts in the header."""
+    files = require("safetensors")
+    damaged = (files.SafetensorError, OSError, KeyError, ValueError, RuntimeError)
     try:
-        return files.load_file(path)
+        with files.safe_open(path, framework="pt") as opened:
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return state, opened.metadata() or {}
     except (*damaged, TypeError, AttributeError) as error:
         reason = (str(error) or repr(error)).partition("\n")[0][:200]
         raise UserError(

@@ -9,9 +9,11 @@ import torch
 from arcface_jax.convert import state_dicts, torch_names, weight_files
 from arcface_jax.convert.state_dicts import Where
 from arcface_jax.convert.weight_files import StateDict
+from arcface_jax.evaluation import model_input
 from arcface_jax.evaluation.model_input import ColorOrder
 from arcface_jax.models import registry, stacks
 from arcface_jax.models.registry import Arrays
+from arcface_jax.training.network import weights_digest
 
 
 class Loaded(NamedTuple):
@@ -78,10 +80,19 @@ def load(
 
     Raises:
       UserError: there is no such file, it is no file of weights, or it holds no known network.
+      DataError: the description in a safetensors file is damaged.
     """
     where = Where(network=network, prefix=prefix, key=key, color_order=color_order)
-    found = state_dicts.find(weight_files.contents(path), where, source=str(path))
-    return Loaded(found.network, *arrays_of(found), found.notes)
+    contents = weight_files.contents(path)
+    found = state_dicts.find(contents, where, source=str(path))
+    loaded = Loaded(found.network, *arrays_of(found), found.notes)
+    text = contents.metadata.get(model_input.METADATA_KEY)
+    if text is None:
+        return loaded
+    described = model_input.from_json(text, source=str(path))
+    if described.digest != weights_digest(loaded.network, loaded.params, loaded.batch_stats):
+        return loaded  # the weights were changed after this project wrote the description
+    return loaded._replace(compatible_with=described.compatible_with)
 
 
 def arrays_of(found: state_dicts.Found) -> tuple[Arrays, Arrays]:

@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from arcface_jax import config as configs
-from arcface_jax.convert import parity, to_torch, torch_iresnet, weights
+from arcface_jax.convert import parity, to_torch, torch_iresnet, weight_files, weights
 from arcface_jax.errors import UserError
+from arcface_jax.evaluation import model_input
+from arcface_jax.inference.open_model import open_path
 from arcface_jax.models import registry
 from arcface_jax.training import checkpoint
 from arcface_jax.training.network import Network
@@ -112,3 +114,16 @@ def test_weights_that_are_not_finite_are_not_exported(arrays, tmp_path):
     with pytest.raises(UserError, match=r"1 of \d+ weight arrays .* fc\.bias: nothing was written"):
         to_torch.export(tmp_path / "run", tmp_path / "backbone.pth")
     assert not (tmp_path / "backbone.pth").exists()
+
+
+def test_a_safetensors_file_names_the_teacher_of_its_own_weights_only(arrays, state, tmp_path):
+    pytest.importorskip("safetensors.torch")
+    teacher = "ab" * 32
+    model = Network("r_tiny", *arrays, devices=1, compatible_with=teacher)
+    metadata = {model_input.METADATA_KEY: model.input.to_json()}
+    path, other = tmp_path / "student.safetensors", tmp_path / "other.safetensors"
+    weight_files.write(path, state, metadata=metadata)
+    assert weights.load(path).compatible_with == teacher
+    assert open_path(path).input == model.input
+    weight_files.write(other, {**state, "fc.bias": state["fc.bias"] + 1}, metadata=metadata)
+    assert weights.load(other).compatible_with == ""
