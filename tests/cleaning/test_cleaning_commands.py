@@ -215,11 +215,14 @@ def test_leaks_into_a_verification_set(model, faces, tmp_path, capsys):
     assert set(found) == {8, 9, 31} and values["people"] == 2 and values["same_photo"] == 1
     assert found[31]["same_photo"] == "1" and found[31]["path_a"].endswith("8_3.png")
     options = ["--targets", target, "--leave-out", output / "overlap.csv"]
-    words = ["--onnx", str(model), *map(str, options)]
+    report = tmp_path / "report"
+    words = ["--onnx", str(model), *map(str, options), "--report", str(report)]
     assert script("evaluate").main(words) == 0
     out = capsys.readouterr().out
     assert "2 of 20 pairs are flagged" in out
     assert {"eval/pairs/accuracy", "eval/pairs_without_overlap/accuracy"} <= result(out).keys()
+    page = (report / "index.html").read_text()
+    assert re.search(r"\bpairs\b.*\b20\b", page) and "pairs_without_overlap" in page
 
 
 def test_two_sets_are_merged_by_their_people(model, faces, tmp_path, capsys):
