@@ -113,7 +113,7 @@ def require(package: str, extra: str) -> None:
 
 
 def unknown(word: str, known: Iterable[str], *, prog: str) -> str:
-    """The message for a missing or misspelled name of a command."""
+    """Returns the message for a missing or misspelled name of a command."""
     known = list(known)
     if not word:
         return f"{prog} expects one of {', '.join(known)}; {prog} --help describes them"

@@ -35,11 +35,11 @@ class Permutation(NamedTuple):
     """Rows and columns of the cells that the rounds permute."""
 
     def forward(self, index: jax.Array) -> jax.Array:
-        """Where each of (n,) int32, all below `size`, goes to."""
+        """Returns where each of (n,) int32, all below `size`, goes to."""
         return self._walk(self.encrypt, index)
 
     def inverse(self, index: jax.Array) -> jax.Array:
-        """Where each of (n,) int32, all below `size`, comes from."""
+        """Returns where each of (n,) int32, all below `size`, comes from."""
         return self._walk(self._decrypt, index)
 
     def _walk(self, step: Callable[[jax.Array], jax.Array], index: jax.Array) -> jax.Array:

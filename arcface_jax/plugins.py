@@ -91,7 +91,7 @@ class Reference(NamedTuple):
 
 
 def parse(text: str) -> Reference | None:
-    """Read `package.module:name` or `package.module:name:ARGUMENT`; None for anything else."""
+    """Reads `package.module:name` or `package.module:name:ARGUMENT`; None for anything else."""
     found = _REFERENCE.fullmatch(text)
     if found is None:
         return None
@@ -102,7 +102,7 @@ def parse(text: str) -> Reference | None:
 
 
 def expectation(name: str, *, field: str) -> str | None:
-    """Return what a field expects instead of `name`; None if it names a part by its form.
+    """Returns what a field expects instead of `name`; None if it names a part by its form.
 
     Nothing is imported, so `package.module:name` may still turn out not to exist.
     """
@@ -119,7 +119,7 @@ def expectation(name: str, *, field: str) -> str | None:
 
 
 def load(name: str, *, field: str, options: Options = ()) -> Any:
-    """Import a part.
+    """Imports a part.
 
     The current directory is searched after everything else on the path, so that a file beside the
     recipe works with the installed command too.
@@ -147,7 +147,7 @@ def load(name: str, *, field: str, options: Options = ()) -> Any:
 
 
 def settings(given: Options, /, **defaults: float) -> dict[str, float]:
-    """Return the options of a plug-in, by name, with defaults for those not given.
+    """Returns the options of a plug-in, by name, with defaults for those not given.
 
     `settings(head.options, low=0.1, high=0.5)` refuses any other name.
 
@@ -174,7 +174,7 @@ TRUSTED = "ARCFACE_JAX_PLUGINS"
 
 
 def require_own(named: Iterable[tuple[str, str]], *, source: Path) -> None:
-    """Refuse parts that a file names, unless their code is the user's own.
+    """Refuses parts that a file names, unless their code is the user's own.
 
     A run's config.json may come from anybody, and importing a module or calling what is in it runs
     code. What a user writes on the command line or in a recipe is not checked.

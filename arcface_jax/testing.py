@@ -40,7 +40,7 @@ _THREADS = 8
 
 
 def check_loss(name: str, head: HeadConfig | None = None) -> None:
-    """Check a loss: its functions by themselves, then inside the real head beside dense autodiff.
+    """Checks a loss: its functions by themselves, then inside the real head beside dense autodiff.
 
     Args:
       name: as `head.loss`.
@@ -236,7 +236,7 @@ def _initial(margin: Margin) -> State:
 
 
 def check_network(name: str, model: ModelConfig | None = None) -> None:
-    """Check a network: its arrays, both modes, and its gradient, on four images.
+    """Checks a network: its arrays, both modes, and its gradient, on four images.
 
     Args:
       name: as `model.network`.
@@ -346,7 +346,7 @@ def _check_groups(
 
 
 def check_optimizer(name: str, optimizer: OptimizerConfig | None = None) -> None:
-    """Check an optimizer: the backbone's part and the centers'.
+    """Checks an optimizer: the backbone's part and the centers'.
 
     Args:
       name: as `optimizer.kind`.
@@ -445,7 +445,7 @@ def _check_centers_rule(optimizer: OptimizerConfig, still: OptimizerConfig) -> N
 
 
 def check_source(path: str, data: DataConfig | None = None, *, images: int = 32) -> None:
-    """Check a training set by reading images spread over it.
+    """Checks a training set by reading images spread over it.
 
     Args:
       path: as `data.path`.
@@ -536,7 +536,7 @@ class _Stop(BaseException):
 
 
 def check_evaluator(target: str, *, embedding_size: int = 32) -> None:
-    """Check an evaluator on a fixed random projection of the pixels.
+    """Checks an evaluator on a fixed random projection of the pixels.
 
     Args:
       target: as in `evaluation.targets`.
@@ -584,7 +584,7 @@ def check_evaluator(target: str, *, embedding_size: int = 32) -> None:
 
 
 def check_detector(name: str, image: np.ndarray | None = None) -> None:
-    """Check a face detector on one image and on a black one.
+    """Checks a face detector on one image and on a black one.
 
     Args:
       name: as `--detector`: `package.module:name`, or an ONNX file.

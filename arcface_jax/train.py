@@ -275,7 +275,7 @@ def _counts(source: Source, bad: BadImages) -> dict[str, int]:
 
 
 def _loop(run: Run, stop: signals.Stop) -> None:
-    """Train up to the last step, or until a signal comes.
+    """Trains up to the last step, or until a signal comes.
 
     Raises:
       Interrupted: a signal came during an evaluation.
@@ -347,7 +347,7 @@ def _initial_weights(config: Config, init: finetune.Weights | None) -> finetune.
 
 
 def _read_weights(path: Path, network: str) -> finetune.Weights:
-    """Read the weights of a file; nothing else in training needs PyTorch, or ONNX."""
+    """Reads the weights of a file; nothing else in training needs PyTorch, or ONNX."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"init_from {path}: reading it needs PyTorch: {install('torch')}")
     from arcface_jax.convert import file_kinds, from_onnx, weights
@@ -391,7 +391,7 @@ def _log_start(
     baselines: dict[str, float],
     pretrained: list[evaluators.Result],
 ) -> dict[str, float]:
-    """Log the baselines and how well the initial weights do.
+    """Logs the baselines and how well the initial weights do.
 
     Returns:
       `before/NAME/accuracy` and so on, also for a resumed run.
@@ -510,7 +510,7 @@ def _failure(
     mesh: Mesh,
     distill_weight: optim.Schedule,
 ) -> UserError:
-    """Report a run whose steps are no longer finite, and return the error to raise."""
+    """Reports a run whose steps are no longer finite, and return the error to raise."""
     done = int(state.step)
     gradient_norms = step.make_gradient_norms(
         config,

@@ -93,7 +93,7 @@ def reference(arguments: Head, case: Case) -> list[Measurement]:
 
 
 def measure(arguments: Head) -> list[Measurement]:
-    """All cases, each with all methods."""
+    """Returns all cases, each with all methods."""
     rows: list[Measurement] = []
     for classes in arguments.classes:
         for batch in arguments.batches:

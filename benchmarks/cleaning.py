@@ -154,7 +154,7 @@ def measure(model: Model, source: Source, pairs: bins.PairSet, output: Path, *, 
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The chance that a positive scores higher than a negative, by ranks."""
+    """Returns the chance that a positive scores higher than a negative, by ranks."""
     ranks = np.empty(len(scores))
     ranks[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
     count = int(positive.sum())

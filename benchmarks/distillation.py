@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 
 def cases(seeds: int) -> list[Case]:
-    """The runs, those that tell most first."""
+    """Returns the runs, those that tell most first."""
     first = [Case("taught", 0), Case("alone", 0), Case("compatible", 0)]
     others = [Case(kind, seed) for seed in range(1, seeds) for kind in ("taught", "alone")]
     longer = [Case(kind, 0, 2 * EPOCHS) for kind in ("taught", "alone")]
@@ -103,7 +103,7 @@ def _mixed_accuracy(workdir: Path, *, data: Path, teacher: Path) -> float:
 
 
 def read(case: Case, output: Path) -> Run | None:
-    """A run's measurements; None where it is not complete."""
+    """Returns a run's measurements; None where it is not complete."""
     workdir = output / case.name
     if not (workdir / _RESULT).is_file():
         return None
@@ -120,7 +120,7 @@ def read(case: Case, output: Path) -> Run | None:
 
 
 def table(runs: list[Run]) -> str:
-    """The Markdown table: a line for each kind and length, means and single seeds."""
+    """Returns the Markdown table: a line for each kind and length, means and single seeds."""
     lines = [
         "| training | epochs | seeds | accuracy | TAR at FAR 1e-2 | accuracy against the teacher |",
         "|---|---|---|---|---|---|",

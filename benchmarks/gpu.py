@@ -94,7 +94,7 @@ _REAL = (
 
 
 def items(sizes: Literal["real", "toy"]) -> list[Item]:
-    """The questions in their order; as toys the first of each kind, as small as it gets."""
+    """Returns the questions in their order; as toys the first of each kind, as small as it gets."""
     if sizes == "real":
         return list(_REAL)
     first = {item.kind: item for item in reversed(_REAL) if item.devices == 1}
@@ -208,7 +208,7 @@ def _process(
     xla_flags: str = "",
     last_line: Callable[[str], dict[str, Any]] = json.loads,
 ) -> dict[str, Any] | str:
-    """Run Python; what its last line has, or in a line why there is none."""
+    """Runs Python; what its last line has, or in a line why there is none."""
     root = Path(__file__).parents[1]
     environment = {
         **os.environ,

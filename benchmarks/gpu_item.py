@@ -133,7 +133,7 @@ def _kernels(profile: Any) -> list[tuple[str, float]]:
 
 
 def kind(name: str) -> str:
-    """Which kind of kernel a name stands for."""
+    """Returns which kind of kernel a name stands for."""
     for label, pattern in _KINDS.items():
         if re.search(pattern, name, re.IGNORECASE):
             return label

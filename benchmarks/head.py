@@ -109,7 +109,7 @@ def dense_flops(case: Case) -> int:
 
 
 def beside_dense(rows: list[Measurement]) -> list[Measurement]:
-    """The measurements of one case, with their ratios to the best dense one among them."""
+    """Returns the measurements of one case, with their ratios to the best dense one among them."""
     dense = [row for row in rows if row.method in DENSE]
     if not dense:
         return rows
@@ -138,7 +138,7 @@ def check(methods: tuple[str, ...], batches: tuple[int, ...], devices: tuple[int
 
 
 def stepper(name: str, compiled: Compiled, case: Case) -> Callable[[], object]:
-    """A function that does one step of a method, on random embeddings and centers."""
+    """Returns a function that does one step of a method, on random embeddings and centers."""
     return _steppers({name: compiled}, case)[name]
 
 

@@ -121,7 +121,7 @@ def merge(data: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Returns the rows as Markdown."""
     lines = [
         "| network | M parameters | GMAC | JAX-torch | JAX-ONNX | ONNX, MB | compile, s | faces |",
         "|---|--:|--:|--:|--:|--:|--:|---|",

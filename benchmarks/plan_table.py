@@ -90,7 +90,7 @@ class Job(NamedTuple):
 
 
 def jobs(gpus: Sequence[GpuName] = GPUS) -> list[Job]:
-    """All rows, those of one kind and number of GPUs after one another."""
+    """Returns all rows, those of one kind and number of GPUs after one another."""
     found = []
     for name in gpus:
         for (network, classes, batch), published in SPEED_TABLE.items():
@@ -113,7 +113,7 @@ def _process(job: Job) -> tuple[str, int]:
 
 
 def measure(wanted: Iterable[Job], folder: Path, *, say: Callable[[str], None]) -> list[Row]:
-    """All rows: read from their files, or compiled and written.
+    """Returns all rows: read from their files, or compiled and written.
 
     Args:
       wanted: in the order of `jobs`.
@@ -193,7 +193,7 @@ def _compile(process: Compiler, job: Job) -> Row:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The tables, as docs/benchmarks_appendix.md has them."""
+    """Returns the tables, as docs/benchmarks_appendix.md has them."""
     blocks = []
     for table, title in _TITLES.items():
         chosen = [row for row in rows if row.table == table]

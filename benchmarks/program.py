@@ -48,7 +48,7 @@ class Subject(NamedTuple):
     bar: Figures
 
     def config(self) -> Config:
-        """The run; its block size and forms are the automatic ones."""
+        """Returns the run; its block size and forms are the automatic ones."""
         return make_config(self.case)
 
     @property
@@ -84,7 +84,7 @@ SUBJECTS = {
 
 
 def compile_one(subject: Subject) -> Program:
-    """The program as XLA compiles it for an H100.
+    """Returns the program as XLA compiles it for an H100.
 
     Raises:
       UserError: no CUDA plugin is installed.
@@ -129,7 +129,7 @@ def first_gradient_sum(module: hlo.Module) -> float | None:
 
 
 def measure(names: Sequence[str] = ()) -> dict[str, Any]:
-    """Compile the named subjects, all by default, and write record, table and picture.
+    """Compiles the named subjects, all by default, and write record, table and picture.
 
     Raises:
       UserError: no CUDA plugin is installed.

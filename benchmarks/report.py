@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def tables(rows: list[Measurement]) -> list[Table]:
-    """A table for each case, a line for each method."""
+    """Returns a table for each case, a line for each method."""
     return [_table(case, [row for row in rows if _case(row) == case]) for case in _cases(rows)]
 
 

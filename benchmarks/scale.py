@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 def measure() -> list[Row]:
-    """Compile every size, and write docs/gpu_scale.json and the tables of docs/gpu.md.
+    """Compiles every size, and write docs/gpu_scale.json and the tables of docs/gpu.md.
 
     Raises:
       UserError: no CUDA plugin is installed.

@@ -71,7 +71,7 @@ class Measurement(NamedTuple):
 
 
 def make_config(case: Case) -> Config:
-    """The run whose step is measured: CosFace, SGD, BatchNorm statistics for each device.
+    """Returns the run whose step is measured: CosFace, SGD, BatchNorm statistics for each device.
 
     Raises:
       ConfigError: there can be no such run.
@@ -104,7 +104,7 @@ def draw_batch(case: Case) -> dict[str, np.ndarray]:
 
 
 def compile_parts(case: Case) -> dict[str, Program]:
-    """Each of `PARTS` of this project, compiled, with a state of its own."""
+    """Returns each of `PARTS` of this project, compiled, with a state of its own."""
     config, mesh = make_config(case), meshes.make(case.devices)
     batch = meshes.to_devices(draw_batch(case), mesh)
     packing = step.make_packing(config, mesh)
@@ -204,7 +204,7 @@ def row(
 
 
 def beside_ours(rows: list[Measurement]) -> list[Measurement]:
-    """The measurements with their speed beside this project's."""
+    """Returns the measurements with their speed beside this project's."""
     ours = {row.part: row.seconds for row in rows if row.implementation == OURS}
     return [
         row if row.implementation == OURS else row._replace(ratio=ours[row.part] / row.seconds)

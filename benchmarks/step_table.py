@@ -63,7 +63,7 @@ class Row(NamedTuple):
 def measure(
     *, cases: tuple[tuple[Network, int, int], ...] = CASES, say: Callable[[str], None]
 ) -> list[Row]:
-    """All rows of the table.
+    """Returns all rows of the table.
 
     Args:
       cases: network, classes and global batch.

@@ -64,7 +64,7 @@ def make(case: Case, *, forms: tuple[str, ...]) -> Twin:
 
 
 def precision() -> str:
-    """How float32 products are taken: torch's defaults."""
+    """Returns how float32 products are taken: torch's defaults."""
     convolutions = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
     products = torch.get_float32_matmul_precision()
     return f"float32 products {products}, float32 convolutions on a GPU {convolutions}"

@@ -74,7 +74,7 @@ def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Returns the rows as Markdown."""
     titles = [title for title, _ in _FORMS.values()]
     lines = [f"| network | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
     for row in rows:

@@ -21,7 +21,7 @@ _ELSEWHERE = {
 
 
 def moved(name: str) -> ModuleType:
-    """The module that `convert.NAME` is today, with a warning.
+    """Returns the module that `convert.NAME` is today, with a warning.
 
     Raises:
       ModuleNotFoundError: there never was one.

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run in its own folder."""
+    """Returns the notebook with the outputs of a run in its own folder."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
     # Without the cells' times, which would change at each run.

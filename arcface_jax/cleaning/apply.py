@@ -190,7 +190,7 @@ def make_plan(source: Source, clean: Path, actions: Actions) -> Plan:
 
 
 def select(source: Source, plan: Plan) -> tuple[Selection, np.ndarray]:
-    """The images of the new set, and where each old label went.
+    """Returns the images of the new set, and where each old label went.
 
     Returns:
       The selection, which renumbers the identities that still have images in their old order; and
@@ -228,7 +228,7 @@ def groups_in(path: Path, *, num_classes: int) -> np.ndarray:
 
 
 def select_merged(source: Source, path: Path, *, counts: Sequence[int]) -> Selection:
-    """All images of joined sets, with identities of the first two merged by a merge.csv.
+    """Returns all images of joined sets, with identities of the first two merged by a merge.csv.
 
     Args:
       source: the joined sets.

@@ -41,7 +41,7 @@ class Duplicates(NamedTuple):
     threshold: Threshold
 
     def groups(self, num_classes: int) -> np.ndarray:
-        """(C,) int64: the smallest label of each identity's group."""
+        """Returns (C,) int64: the smallest label of each identity's group."""
         return groups_of(num_classes, self.pairs[self.merge])
 
 
@@ -92,7 +92,7 @@ def _false_pairs(highest: np.ndarray) -> Callable[[float], float]:
 def nearest_of(
     pairs: np.ndarray, score: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each label's partner in its first pair.
+    """Returns each label's partner in its first pair.
 
     Args:
       pairs: (p, 2) int, the most similar first.
@@ -110,7 +110,7 @@ def nearest_of(
 
 
 def half_cosines(images: Identities, *, seed: int, splits: int = _SPLITS) -> np.ndarray:
-    """(k,) float64: cosines of the centroids of two random halves of one identity.
+    """Returns (k,) float64: cosines of the centroids of two random halves of one identity.
 
     Identities of at least four images are split, several times: this is how two labels of one
     person look in this set.

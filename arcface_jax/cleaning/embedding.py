@@ -56,7 +56,7 @@ class Embedded(NamedTuple):
 
 
 def of_source(source: Source, *, chosen: np.ndarray | None = None) -> Images:
-    """The images of a training set.
+    """Returns the images of a training set.
 
     Args:
       source: the training set.
@@ -75,7 +75,7 @@ def of_source(source: Source, *, chosen: np.ndarray | None = None) -> Images:
 
 
 def of_pairs(pairs: PairSet) -> Images:
-    """The images of a verification set."""
+    """Returns the images of a verification set."""
     facts = {"data": fingerprint.of_arrays(pairs.images)}
     return Images(len(pairs.images), lambda places: (pairs.images[places], {}), facts)
 

@@ -70,7 +70,7 @@ def _cell(value: object) -> object:
 
 
 def read(path: Path, name: str) -> list[Row]:
-    """The lines of a CSV, by column.
+    """Returns the lines of a CSV, by column.
 
     Args:
       path: of the file, under whatever name.
@@ -104,7 +104,7 @@ def read(path: Path, name: str) -> list[Row]:
 
 
 def number(path: Path, row: Row, column: str, *, below: int) -> int:
-    """A cell that is a label or an image number.
+    """Returns a cell that is a label or an image number.
 
     Args:
       path: of the file, for the message.

@@ -20,12 +20,12 @@ class Identities(NamedTuple):
     num_classes: int
 
     def counts(self) -> np.ndarray:
-        """(C,) int64: readable images of each identity."""
+        """Returns (C,) int64: readable images of each identity."""
         known = self.labels[self.labels >= 0]
         return np.bincount(known, minlength=self.num_classes)
 
     def sums(self) -> np.ndarray:
-        """(C, D) float32: the sum of each identity's embeddings."""
+        """Returns (C, D) float32: the sum of each identity's embeddings."""
         sums = np.zeros((self.num_classes, self.embeddings.shape[1]), np.float32)
         order, starts = self.sorted()
         filled = np.flatnonzero(np.diff(starts))

@@ -54,7 +54,7 @@ def similar_pairs(
     projected: int = 0,
     mesh: Mesh | None = None,
 ) -> Pairs:
-    """All pairs of rows with a cosine of at least `threshold`.
+    """Returns all pairs of rows with a cosine of at least `threshold`.
 
     Args:
       vectors: (n, D) float32 of length 1; rows of zeros are in no pair.
@@ -91,7 +91,7 @@ def similar_pairs(
 def nearest(
     vectors: np.ndarray, k: int, *, block: int = BLOCK, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other rows of each row, exactly.
+    """Returns the k nearest other rows of each row, exactly.
 
     Args:
       vectors: (n, D) float32 of length 1.
@@ -143,7 +143,7 @@ def best_other(
     *,
     block: int = BLOCK,
 ) -> Best:
-    """The nearest vector outside a query's own group.
+    """Returns the nearest vector outside a query's own group.
 
     Args:
       queries: (q, D) float32 of length 1.

@@ -66,7 +66,7 @@ def find(images: Identities, *, groups: np.ndarray, mixed: np.ndarray, seed: int
 
 
 def compare(images: Identities, *, groups: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Each image's cosine with its own and with the best other identity.
+    """Returns each image's cosine with its own and with the best other identity.
 
     Returns:
       own (n,) float32, NaN where there is no other image; other (n,) float32; the other identity's

@@ -10,7 +10,7 @@ _SHIFTS = (-1, 0, 1)  # pixels of the small images by which crops of one photogr
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """The highest correlation of two gray thumbnails, also mirrored and shifted by a pixel.
+    """Returns the highest correlation of two gray thumbnails, also mirrored and shifted by a pixel.
 
     Recompressed, rescaled and slightly moved copies correlate at 0.95 and more; two photographs of
     one person stay well below.

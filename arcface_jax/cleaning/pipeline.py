@@ -144,7 +144,7 @@ def by_centers(
 
 
 def nearest_centers(centers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(p, 2) int64: each class with its nearest other class, of those that have images.
+    """Returns (p, 2) int64: each class with its nearest other class, of those that have images.
 
     Args:
       centers: (C, D) float32.
@@ -224,7 +224,7 @@ def _write_duplicates(found: Duplicates, source: Source, images: Identities, out
 def same_photo(
     source: Source, embeddings: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> bool:
-    """Whether the most similar images of two identities are one photograph.
+    """Returns whether the most similar images of two identities are one photograph.
 
     Args:
       source: the training set.

@@ -106,7 +106,7 @@ class Strips:
         self._found: dict[tuple[int, ...], int] = {}
 
     def rows(self, label: int) -> np.ndarray:
-        """(n,) image numbers of an identity."""
+        """Returns (n,) image numbers of an identity."""
         return self._order[self._starts[label] : self._starts[label + 1]][:_LOOKED_AT]
 
     def typical(self, rows: np.ndarray) -> np.ndarray:
@@ -115,18 +115,18 @@ class Strips:
         return rows[np.argsort(-(some @ normalize(some.sum(0)[None])[0]), kind="stable")]
 
     def closest(self, first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
-        """The two most similar images of two identities."""
+        """Returns the two most similar images of two identities."""
         cosine = self._images.embeddings[first] @ self._images.embeddings[second].T
         a, b = np.unravel_index(int(np.argmax(cosine)), cosine.shape)
         return int(first[a]), int(second[b])
 
     def add(self, numbers: np.ndarray) -> int:
-        """The number of the strip with these images, or -1 for no images."""
+        """Returns the number of the strip with these images, or -1 for no images."""
         key = tuple(numbers[:FACES].tolist())
         return self._found.setdefault(key, len(self._found)) if key else -1
 
     def lengths(self) -> list[int]:
-        """How many images each strip has."""
+        """Returns how many images each strip has."""
         return [len(key) for key in self._found]
 
     def write(self, folder: Path, source: Source) -> None:

@@ -52,7 +52,7 @@ def choose(
     least: float = 0.0,
     false: Callable[[float], float] = lambda threshold: 0.0,
 ) -> Threshold:
-    """The lowest threshold with an expected precision.
+    """Returns the lowest threshold with an expected precision.
 
     Args:
       scores: (m,) of all candidates, higher for findings.
@@ -86,7 +86,7 @@ def choose(
 
 
 def worth_a_look(scores: np.ndarray, *, found: int, lowest: float) -> int:
-    """How many candidates a reviewer gets: those found, and some below the threshold.
+    """Returns how many candidates a reviewer gets: those found, and some below the threshold.
 
     Args:
       scores: (m,) of the candidates, the highest first.
@@ -98,7 +98,7 @@ def worth_a_look(scores: np.ndarray, *, found: int, lowest: float) -> int:
 
 
 def gumbel_tail(highest: np.ndarray) -> Callable[[float], float]:
-    """The chance that the highest of many impostor scores reaches a threshold.
+    """Returns the chance that the highest of many impostor scores reaches a threshold.
 
     Maxima follow a Gumbel distribution, here fitted to the 20 % to 60 % quantiles, which a few true
     findings among the scores do not move: P(t) = 1 - exp(-exp(-(t - m) / b)).

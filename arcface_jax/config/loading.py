@@ -49,7 +49,7 @@ def load(words: Sequence[str], *, prog: str = "arcface-jax train", description: 
 
 
 def override(recipe: Config, options: Sequence[str], *, prog: str, description: str = "") -> Config:
-    """A recipe with the options `--section.field value ...` applied.
+    """Returns a recipe with the options `--section.field value ...` applied.
 
     Raises:
       SystemExit: as `load`.
@@ -79,14 +79,14 @@ def recipe_files() -> dict[str, Path]:
 
 
 def shipped(folder: str) -> Path:
-    """A folder that a wheel has inside the package, and a checkout beside it."""
+    """Returns a folder that a wheel has inside the package, and a checkout beside it."""
     package = Path(__file__).parents[1]
     inside = package / folder
     return inside if inside.is_dir() else package.parent / folder
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe.
+    """Returns the file of a recipe.
 
     Args:
       name: a path, or the name of a recipe of the project, `ms1mv3_r50`.
@@ -137,7 +137,7 @@ def read_recipe(name: str | Path) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """The whole configuration as indented JSON."""
+    """Returns the whole configuration as indented JSON."""
     return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
 
 
@@ -162,7 +162,7 @@ def from_json(text: str, *, source: str) -> Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """All fields by dotted name, values as in JSON."""
+    """Returns all fields by dotted name, values as in JSON."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
@@ -177,7 +177,7 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def changed_settings(config: Config) -> dict[str, tuple[Any, Any]]:
-    """(value, default) of the fields that differ from their default, by dotted name."""
+    """Returns (value, default) of the fields that differ from their default, by dotted name."""
     default = flatten(Config())
     return {name: (x, default[name]) for name, x in flatten(config).items() if x != default[name]}
 

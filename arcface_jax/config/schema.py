@@ -28,7 +28,7 @@ from arcface_jax.errors import ConfigError
 
 
 def _part(field: str) -> pydantic.AfterValidator:
-    """Accept the name of a built-in part, or `package.module:name`; nothing is imported."""
+    """Accepts the name of a built-in part, or `package.module:name`; nothing is imported."""
 
     def check(name: str) -> str:
         if expected := plugins.expectation(name, field=field):
@@ -585,12 +585,12 @@ MAY_DIFFER_ON_RESUME = (
 
 
 def batch_norm_groups(config: Config) -> int:
-    """The number of equal slices into which BatchNorm divides the global batch."""
+    """Returns the number of equal slices into which BatchNorm divides the global batch."""
     return max(1, config.data.global_batch_size // config.model.bn_batch_size)
 
 
 def replace(config: Config, **changes: Any) -> Config:
-    """A copy with fields changed, named by section and field joined with two underscores.
+    """Returns a copy with fields changed, named by section and field joined with two underscores.
 
     `replace(config, data__path="faces", seed=1)` sets `data.path` and `seed`.
 

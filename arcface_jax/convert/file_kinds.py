@@ -39,7 +39,7 @@ _HEAD = 4096
 
 
 def recognize(path: Path) -> Kind:
-    """Find out how a file of weights is read.
+    """Finds out how a file of weights is read.
 
     Raises:
       UserError: it does not exist, or is something else: an empty file, a web page, a Git LFS

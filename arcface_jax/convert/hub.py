@@ -59,7 +59,7 @@ class _CvlfaceConfig(pydantic.BaseModel):
 
 
 def is_cvlface(folder: Path) -> bool:
-    """Whether a folder has CVLface's layout."""
+    """Returns whether a folder has CVLface's layout."""
     return (folder / _CVLFACE_YAML).is_file()
 
 
@@ -108,7 +108,7 @@ def export(model: Network, output: Path, *, card: model_card.Card) -> float:
 
 
 def read(folder: str | Path) -> Loaded:
-    """The network and weights of a folder.
+    """Returns the network and weights of a folder.
 
     Raises:
       UserError: it has neither layout, is damaged, or wants code or an input that this project
@@ -119,7 +119,7 @@ def read(folder: str | Path) -> Loaded:
 
 
 def load_torch(folder: str | Path) -> torch.nn.Module:
-    """The torch module of a folder, in evaluation mode.
+    """Returns the torch module of a folder, in evaluation mode.
 
     It takes (B, 3, 112, 112) float32, (x - 127.5) / 127.5, RGB, and gives (B, D), not normalized.
 

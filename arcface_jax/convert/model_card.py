@@ -86,7 +86,7 @@ def of_run(workdir: Path, which: Which = "latest") -> Run:
 
 
 def render(card: Card, *, network: str, described: ModelInput, parameters: int) -> str:
-    """The text of README.md.
+    """Returns the text of README.md.
 
     Args:
       card: of the model.

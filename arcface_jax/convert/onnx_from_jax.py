@@ -23,7 +23,7 @@ OPSET = 23
 
 
 def write(path: Path, model: Network, *, inside: bool, names: tuple[str, str, str]) -> None:
-    """Write the float32 graph of a network.
+    """Writes the float32 graph of a network.
 
     Args:
       path: the file to write.

@@ -61,7 +61,7 @@ class Form:
         return self.input == "uint8-nhwc" or self.normalization == "inside"
 
     def check(self) -> None:
-        """Refuse what does not go together, or does not exist.
+        """Refuses what does not go together, or does not exist.
 
         Raises:
           UserError: with the values that do.

@@ -92,7 +92,7 @@ def layout(graph: Any) -> Layout:
 
 
 def load_graph(path: Path) -> Any:
-    """The `onnx.GraphProto` of a file, without weights that lie in another.
+    """Returns the `onnx.GraphProto` of a file, without weights that lie in another.
 
     Raises:
       UserError: the package onnx is not installed.
@@ -112,7 +112,7 @@ def load_graph(path: Path) -> Any:
 
 
 def graph_input(graph: Any) -> str:
-    """The name of the first input that is no weight."""
+    """Returns the name of the first input that is no weight."""
     weights = {tensor.name for tensor in graph.initializer}
     return next(value.name for value in graph.input if value.name not in weights)
 
@@ -164,7 +164,7 @@ def _color_order(lean: float, why: str) -> tuple[ColorOrder, tuple[str, ...]]:
 
 
 def _walk(graph: Any) -> _Walked:
-    """Follow the input through operations with constants, to the first one with weights."""
+    """Follows the input through operations with constants, to the first one with weights."""
     constants = _Constants(graph)
     name, nodes = graph_input(graph), []
     factor, offset = np.ones(3), np.zeros(3)
@@ -225,7 +225,7 @@ class _Constants:
                         self._tensors[node.output[0]] = attribute.t
 
     def of(self, name: str) -> np.ndarray | None:
-        """(3,) float64, or None where it is no constant of one or three numbers."""
+        """Returns (3,) float64, or None where it is no constant of one or three numbers."""
         tensor = self._tensors.get(name)
         if tensor is None or tensor.data_location or math.prod(tensor.dims) not in (1, 3):
             return None

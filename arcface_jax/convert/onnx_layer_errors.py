@@ -24,7 +24,7 @@ class LayerError(NamedTuple):
 
 
 def weighted(graph: Any) -> list[Any]:
-    """The nodes with weights, from the input to the output."""
+    """Returns the nodes with weights, from the input to the output."""
     weights = {tensor.name for tensor in graph.initializer}
     return [
         node for node in graph.node if node.op_type in WEIGHTED and weights.intersection(node.input)

@@ -55,7 +55,7 @@ class UnknownGraph(UserError):
 
 
 def read(path: Path) -> OnnxLayers:
-    """The layers of a file.
+    """Returns the layers of a file.
 
     Raises:
       UserError: it is no ONNX file, it is quantized, or an operation of it has no place in a

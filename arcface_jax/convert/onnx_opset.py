@@ -30,12 +30,12 @@ Nodes = list[Any]
 
 
 def newest() -> int:
-    """The newest version that the installed onnx package has."""
+    """Returns the newest version that the installed onnx package has."""
     return require("onnx").defs.onnx_opset_version()
 
 
 def check(opset: int, ir_version: int) -> None:
-    """Refuse versions that no export has.
+    """Refuses versions that no export has.
 
     Raises:
       UserError: with the range of each.
@@ -48,7 +48,7 @@ def check(opset: int, ir_version: int) -> None:
 
 
 def convert(model: Any, opset: int) -> None:
-    """Change the version of a model's operators, in place.
+    """Changes the version of a model's operators, in place.
 
     Args:
       model: an `onnx.ModelProto` without control flow.

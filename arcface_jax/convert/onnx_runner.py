@@ -70,7 +70,7 @@ class OnnxModel:
         return self._batch_size
 
     def digest(self) -> str:
-        """A SHA-256 of the file."""
+        """Returns a SHA-256 of the file."""
         with self._path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -229,7 +229,7 @@ class OnnxModel:
         return self._session.run(names, {self._entry.name: x}, _run_options())
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB as the graph takes them."""
+        """Returns (n, 112, 112, 3) uint8 RGB as the graph takes them."""
         x, wants = images, self.input
         if wants.color_order == "BGR":
             x = x[..., ::-1]

@@ -7,7 +7,7 @@ from arcface_jax.errors import UserError, install
 
 
 def require(name: str, *, extra: str = "onnx") -> Any:
-    """Import a module of a package that an extra installs.
+    """Imports a module of a package that an extra installs.
 
     Raises:
       UserError: it is not installed.

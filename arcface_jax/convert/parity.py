@@ -69,7 +69,7 @@ def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, 
 
 
 def drawn_faces(count: int = _FACES) -> np.ndarray:
-    """(count, 112, 112, 3) uint8 RGB, each of another drawn person."""
+    """Returns (count, 112, 112, 3) uint8 RGB, each of another drawn person."""
     return np.stack([draw_face(seed=1, identity=i, index=0) for i in range(count)])
 
 
@@ -90,7 +90,7 @@ def check(model: Network, state: StateDict, *, network: str) -> float:
 
 
 def require_finite(model: Network) -> None:
-    """Check that a network's weights are numbers, before they are written for other programs.
+    """Checks that a network's weights are numbers, before they are written for other programs.
 
     Raises:
       UserError: with the number of arrays that are not, and the first of them.
@@ -108,7 +108,7 @@ def require_finite(model: Network) -> None:
 def require_equal(
     embeddings: np.ndarray, reference: np.ndarray, *, what: str, bound: float
 ) -> float:
-    """The largest relative error of embeddings beside the JAX network's.
+    """Returns the largest relative error of embeddings beside the JAX network's.
 
     Raises:
       UserError: it exceeds the bound.

@@ -41,7 +41,7 @@ Make = Callable[[str, tuple[Any, ...]], object]
 
 
 def skip_all(name: str, arguments: tuple[Any, ...]) -> object:
-    """A `Make` that builds nothing."""
+    """Returns a `Make` that builds nothing."""
     del name, arguments
     return NotImplemented
 
@@ -52,7 +52,7 @@ def load(
     make: Make = skip_all,
     persistent: Callable[[object], object] | None = None,
 ) -> Any:
-    """Read one pickle, from the file's position to just after it.
+    """Reads one pickle, from the file's position to just after it.
 
     Args:
       file: opened for reading in binary.
@@ -113,14 +113,14 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def pop(self) -> Any:
-        """The uppermost object; a mark is none."""
+        """Returns the uppermost object; a mark is none."""
         top = self._stack.pop()
         if top is _MARK:
             raise DamagedPickleError("a mark where an object is expected")
         return top
 
     def run(self, name: str, argument: Any) -> None:
-        """Carry out one operation."""
+        """Carries out one operation."""
         if name in _CONSTANTS:
             self._stack.append(argument)
         elif name in _VALUES:

@@ -81,7 +81,7 @@ class _Fit:
 
 
 def find(held: Contents, where: Where, *, source: str) -> Found:
-    """Find a backbone among the arrays of a file and read it.
+    """Finds a backbone among the arrays of a file and read it.
 
     Of several that fit, averaged weights (`state_dict_ema`) come before the others, then the usual
     keys in their order, then the shorter prefix. Networks that differ in training only, as `vit_t`
@@ -192,7 +192,7 @@ def _may_hold(entries: Mapping[str, object], endings: Mapping[str, object], netw
 
 
 def _compare(stored: Stored, network: str, shapes: Shapes, prefix: str) -> _Fit:
-    """Compare a network with the arrays whose names begin with a prefix."""
+    """Compares a network with the arrays whose names begin with a prefix."""
     inner = {
         name.removeprefix(prefix): entry
         for name, entry in stored.entries.items()

@@ -112,7 +112,7 @@ def check(path: Path, model: Network, faces: np.ndarray, *, bound: float) -> flo
 
 
 def calibration_images(path: str) -> np.ndarray:
-    """(n, 112, 112, 3) uint8 RGB: images from all parts of a training set."""
+    """Returns (n, 112, 112, 3) uint8 RGB: images from all parts of a training set."""
     source = opening.open_source(config.DataConfig(path=path), seed=0)
     numbers = np.unique(np.linspace(0, len(source) - 1, _CALIBRATION_IMAGES).astype(int))
     return np.stack([source[int(number)][0] for number in numbers])

@@ -38,7 +38,7 @@ class Mlp(nn.Module):
         self.fc2 = LowRank(4 * width, width, ratio)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) to the same."""
+        """Returns (..., width) to the same."""
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
@@ -53,7 +53,7 @@ class ChannelAttention(nn.Module):
         self.proj = LowRank(width, width, ratio)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) to the same."""
+        """Returns (B, tokens, width) to the same."""
         parts = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 4, 1)
         queries, keys, values = parts.unbind(0)
         queries, keys = (nn.functional.normalize(part, dim=-1) for part in (queries, keys))
@@ -73,7 +73,7 @@ class ConvBlock(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, width, H, W) to the same."""
+        """Returns (B, width, H, W) to the same."""
         y = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1)))
         return x + (self.gamma * y).permute(0, 3, 1, 2)
 
@@ -87,7 +87,7 @@ class Positions(nn.Module):
         self.side = side
 
     def forward(self, like: torch.Tensor) -> torch.Tensor:
-        """(1, width, side, side) on the device and of the type of `like`."""
+        """Returns (1, width, side, side) on the device and of the type of `like`."""
         table = torch.as_tensor(positions(self.side).transpose(2, 0, 1)[None].copy())
         return self.token_projection(table.to(like))
 
@@ -112,7 +112,7 @@ class AttentionBlock(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, width, H, W) to the same."""
+        """Returns (B, width, H, W) to the same."""
         slices = x.split(self.widths, 1)
         mixed: list[torch.Tensor] = []
         for number, conv in enumerate(self.convs):

@@ -48,13 +48,13 @@ class Unusable:
 
 
 def entry_of(tensor: torch.Tensor) -> Entry:
-    """An entry for a tensor that is in memory."""
+    """Returns an entry for a tensor that is in memory."""
     tensor = tensor.detach()
     return Entry(tuple(tensor.shape), tensor.dtype, (id(tensor),), tensor.contiguous)
 
 
 def read(path: Path) -> object:
-    """Read a file's containers; its tensors become `Entry`, other objects `safe_pickle.Skipped`.
+    """Reads a file's containers; its tensors become `Entry`, other objects `safe_pickle.Skipped`.
 
     Args:
       path: of a file that `file_kinds.recognize` calls "zip" or "legacy".
@@ -114,7 +114,7 @@ class _Storage:
     """Raises where the bytes are not what was written."""
 
     def bytes_between(self, start: int, stop: int) -> np.ndarray:
-        """A copy, aligned for every type."""
+        """Returns a copy, aligned for every type."""
         if self.check is not None:
             self.check()
             self.check = None

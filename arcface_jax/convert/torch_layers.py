@@ -17,7 +17,7 @@ class BatchNormName(NamedTuple):
 
 
 def layers(module: nn.Module) -> list[Layer]:
-    """The layers in the order of `layer_sequence`, with the names of their arrays.
+    """Returns the layers in the order of `layer_sequence`, with the names of their arrays.
 
     Args:
       module: a network of `arcface_jax.convert.twins`, on any device.
@@ -70,6 +70,6 @@ def _layer(name: str, module: nn.Module) -> Layer | None:
 
 
 def build_on_meta(twin: Any, network: str, *, embedding_size: int) -> nn.Module:
-    """The module of a network without memory for its weights."""
+    """Returns the module of a network without memory for its weights."""
     with torch.device("meta"):
         return twin(network, embedding_size=embedding_size)

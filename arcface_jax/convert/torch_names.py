@@ -52,7 +52,7 @@ def turn(array: np.ndarray, *, inverse: bool) -> np.ndarray:
 
 
 def counters(names: Mapping[str, object]) -> set[str]:
-    """The batch counters that belong to the BatchNorms among the names."""
+    """Returns the batch counters that belong to the BatchNorms among the names."""
     stems = (n.removesuffix("running_var") for n in names if n.endswith(".running_var"))
     return {f"{stem}{COUNTER}" for stem in stems}
 
@@ -89,7 +89,7 @@ class Renamed(NamedTuple):
 
 
 def from_adaface(entries: Mapping[str, Any]) -> Renamed | None:
-    """Rename the arrays of an IR network of AdaFace or CVLface.
+    """Renames the arrays of an IR network of AdaFace or CVLface.
 
     A stage begins where the number of channels changes. Names outside the network stay as they are.
 

@@ -19,7 +19,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) to the same."""
+        """Returns (B, tokens, width) to the same."""
         shape = x.shape
         parts = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # Named, because `torch.fx` (convert/torch_layers.py) does not trace `*parts`.
@@ -37,7 +37,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) to the same."""
+        """Returns (B, tokens, width) to the same."""
         return self.fc2(nn.functional.relu6(self.fc1(x)))
 
 
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(width), Mlp(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) to the same."""
+        """Returns (B, tokens, width) to the same."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 

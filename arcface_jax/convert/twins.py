@@ -21,7 +21,7 @@ _FAMILIES = (
 
 
 def find(network: str) -> Twin | None:
-    """Return what makes a network's twin, given its name and `embedding_size`; None without one.
+    """Returns what makes a network's twin, given its name and `embedding_size`; None without one.
 
     A network from outside the package may have one as the attribute `torch_twin` of the function
     that makes it.
@@ -42,7 +42,7 @@ def has_layer_sequence(network: str) -> bool:
 
 
 def sign(network: str) -> str | None:
-    """The name of an array that tells a built-in network's family; None for a plug-in."""
+    """Returns the name of an array that tells a built-in network's family; None for a plug-in."""
     return next((name for networks, _, name in _FAMILIES if network in networks), None)
 
 
@@ -63,7 +63,7 @@ def require(network: str) -> Twin:
 
 
 def build(network: str, *, embedding_size: int = 512) -> torch.nn.Module:
-    """Make the twin of `arcface_jax.models.registry.build(network)`, its weights yet to be loaded.
+    """Makes the twin of `arcface_jax.models.registry.build(network)`, its weights yet to be loaded.
 
     Its `state_dict` has insightface's names.
 
@@ -76,7 +76,7 @@ def build(network: str, *, embedding_size: int = 512) -> torch.nn.Module:
 def load(
     network: str, state: dict[str, torch.Tensor], *, embedding_size: int | None = None
 ) -> torch.nn.Module:
-    """Make the twin that holds these tensors themselves: r2060 has 4.5 GB of them.
+    """Makes the twin that holds these tensors themselves: r2060 has 4.5 GB of them.
 
     Args:
       network: as `model.network`.

@@ -54,12 +54,12 @@ class Contents(NamedTuple):
 
 
 def is_averaged(name: str) -> bool:
-    """Whether a key or prefix names a running mean of the weights: `state_dict_ema`."""
+    """Returns whether a key or prefix names a running mean of the weights: `state_dict_ema`."""
     return "ema" in name.lower().replace(".", "_").split("_")
 
 
 def contents(path: Path) -> Contents:
-    """Find every dict of tensors in a file; no tensor is read yet.
+    """Finds every dict of tensors in a file; no tensor is read yet.
 
     Raises:
       UserError: there is no such file, or it is no file of weights, and what it is instead.
@@ -96,13 +96,13 @@ def read(path: Path) -> StateDict:
 
 
 def no_tensors(found: Contents, source: str) -> str:
-    """The message for a file without any dict of tensors."""
+    """Returns the message for a file without any dict of tensors."""
     held = f": it holds {', '.join(found.skipped[:5])}" if found.skipped else ""
     return f"{source} holds no dict of tensors by name{held}; expected a state_dict, at any depth"
 
 
 def tensors(entries: dict[str, Entry | Unusable], held: Contents, *, source: str) -> StateDict:
-    """Read tensors, each as a copy of its own.
+    """Reads tensors, each as a copy of its own.
 
     Raises:
       UserError: one is of a kind that cannot be used, or together they are more than the file.
@@ -124,7 +124,7 @@ def tensors(entries: dict[str, Entry | Unusable], held: Contents, *, source: str
 
 
 def read_entry(entry: Entry, *, source: str) -> torch.Tensor:
-    """Read one tensor.
+    """Reads one tensor.
 
     Raises:
       UserError: it is damaged.

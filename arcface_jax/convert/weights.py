@@ -66,7 +66,7 @@ def load(
     key: str | None = None,
     color_order: ColorOrder | None = None,
 ) -> Loaded:
-    """Read the backbone in a file of torch or safetensors, in the form that this project trains.
+    """Reads the backbone in a file of torch or safetensors, in the form that this project trains.
 
     Args:
       path: the file; what it is, is found by its content.

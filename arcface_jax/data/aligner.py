@@ -116,5 +116,5 @@ _CHOICES = {
 
 
 def in_words(choice: FaceChoice) -> str:
-    """Which face of several is taken, for the terminal."""
+    """Returns which face of several is taken, for the terminal."""
     return f"faces chosen by --choose {choice}: {_CHOICES[choice]}"

@@ -19,14 +19,14 @@ _FILE_FORMAT = b"ARROW1"  # which has a footer; datasets writes streams
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder holds Arrow files, as `save_to_disk` and the hub's cache do."""
+    """Returns whether a folder holds Arrow files, as `save_to_disk` and the hub's cache do."""
     if (folder / _STATE).is_file():
         return True
     return folder.is_dir() and bool(files_of(folder, (".arrow",)))
 
 
 def arrow_files(place: Path, *, split: str = "") -> list[Path]:
-    """The Arrow files of a data set, in their order.
+    """Returns the Arrow files of a data set, in their order.
 
     Args:
       place: the folder of `save_to_disk`, of one split or of several, a folder of the hub's cache,
@@ -139,7 +139,7 @@ class ArrowSource(Source):
         return len(self._labels)
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
           ImageError: they cannot be read, or are missing.
@@ -155,11 +155,11 @@ class ArrowSource(Source):
         return Sample(columnar.image_bytes(value, folder, where=lambda: self.where(index)), label)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where it is no whole number from 0."""
+        """Returns (len,) int32; -1 where it is no whole number from 0."""
         return self._labels
 
     def where(self, index: int) -> str:
-        """The file and the row in it."""
+        """Returns the file and the row in it."""
         file, row = self._place(index)
         return f"{self._files[file]}, row {row}"
 

@@ -86,7 +86,7 @@ class Augment:
 
 
 def make(config: AugmentConfig, *, seed: int) -> Augment | None:
-    """The augmentation of a configuration; None where there is none."""
+    """Returns the augmentation of a configuration; None where there is none."""
     names = tuple(name for name in OPERATIONS if name.split("_")[0] in config.sets)
     if not names:
         return None
@@ -115,7 +115,7 @@ def _dali_blur(image: Image, draws: Draws) -> Image:
 
 
 def color_matrix(*, hue: float, saturation: float) -> np.ndarray:
-    """(3, 3) float32 matrix on RGB columns: turns the chroma of YIQ, and scales it.
+    """Returns (3, 3) float32 matrix on RGB columns: turns the chroma of YIQ, and scales it.
 
     Args:
       hue: degrees.

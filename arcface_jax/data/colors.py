@@ -10,7 +10,7 @@ _ROUNDING = 2  # of 255: what JPEG leaves of equal channels that are stored as c
 
 
 def color_lean(images: np.ndarray) -> np.ndarray:
-    """(R - B) / (R + B) of the middle of each aligned face; skin of any tone is above 0.
+    """Returns (R - B) / (R + B) of the middle of each aligned face; skin of any tone is above 0.
 
     Args:
       images: (n, 112, 112, 3) uint8, believed to be RGB.
@@ -35,7 +35,7 @@ def looks_bgr(images: np.ndarray) -> bool:
 
 
 def lean_is_bgr(lean: np.ndarray) -> bool:
-    """Whether aligned faces lean to blue, as BGR does.
+    """Returns whether aligned faces lean to blue, as BGR does.
 
     An image counts where its lean is beyond 0.05 to either side, which gray and noise are not.
     True where at least eight images and half of all count, and four in five of them lean to blue.
@@ -49,7 +49,7 @@ def lean_is_bgr(lean: np.ndarray) -> bool:
 
 
 def is_gray(image: np.ndarray) -> bool:
-    """Whether the three channels of an image are equal, up to the rounding of a color JPEG.
+    """Returns whether the three channels of an image are equal, up to the rounding of a color JPEG.
 
     Args:
       image: (H, W, 3) uint8.

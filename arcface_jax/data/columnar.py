@@ -32,7 +32,7 @@ class Columns(NamedTuple):
 
 
 def import_pyarrow() -> Any:
-    """The module `pyarrow`, with `pyarrow.parquet`.
+    """Returns the module `pyarrow`, with `pyarrow.parquet`.
 
     Raises:
       UserError: it is not installed.
@@ -48,7 +48,7 @@ def import_pyarrow() -> Any:
 
 
 def find_columns(path: Path, schema: Any, *, columns: str) -> Columns:
-    """The columns of images and labels of a file.
+    """Returns the columns of images and labels of a file.
 
     Args:
       path: of the file, for messages.
@@ -121,7 +121,7 @@ def check_expansion(expanded: int, size: int, *, where: str) -> None:
 
 
 def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
-    """The encoded image of a cell: its bytes, or else the file that its path names.
+    """Returns the encoded image of a cell: its bytes, or else the file that its path names.
 
     Args:
       value: bytes, or a mapping with `bytes` and `path`.
@@ -142,7 +142,7 @@ def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
 
 
 def no_label(where: str) -> ImageError:
-    """The error of a row whose label is none."""
+    """Returns the error of a row whose label is none."""
     problem = "has no label that is a whole number from 0: write the file with them"
     return ImageError(where, problem, kind="no label")
 

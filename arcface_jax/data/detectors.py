@@ -117,7 +117,7 @@ def choose(
 
 
 def identity(detector: "str | Path | Detector") -> str:
-    """A detector's identity: a file's SHA-256, or the name of a function."""
+    """Returns a detector's identity: a file's SHA-256, or the name of a function."""
     if not isinstance(detector, str | Path):
         kind = detector if hasattr(detector, "__qualname__") else type(detector)
         return f"{kind.__module__}:{kind.__qualname__}"

@@ -24,7 +24,7 @@ class Picture(Protocol):
         ...
 
     def convert(self, mode: str, /) -> Any:
-        """A picture of another mode."""
+        """Returns a picture of another mode."""
         ...
 
 
@@ -43,7 +43,7 @@ _ALIGNED = (IMAGE_SIZE, IMAGE_SIZE, 3)
 def with_points(
     faces: Faces, points: np.ndarray | Iterable | None
 ) -> Iterator[tuple[Face, np.ndarray | None]]:
-    """Each face with its points, None for one without.
+    """Returns each face with its points, None for one without.
 
     Faces that come out of an iterator are taken one by one; of a list or an array, the number of
     points is checked first.
@@ -187,7 +187,7 @@ def _from_picture(picture: Picture) -> np.ndarray:
 
 
 def read(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB.
+    """Returns an image file as (H, W, 3) uint8 RGB.
 
     Raises:
       DataError: there is no such file, or it is no image.
@@ -200,7 +200,7 @@ def read(path: str | Path) -> np.ndarray:
 
 
 def find(folder: Path) -> list[str]:
-    """The image files below a folder, as paths from there, sorted.
+    """Returns the image files below a folder, as paths from there, sorted.
 
     Raises:
       DataError: there is no such folder, or no image in it.

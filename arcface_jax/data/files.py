@@ -54,7 +54,7 @@ class FilesSource(Source):
         return len(self._labels)
 
     def read(self, index: int) -> Sample:
-        """The file's bytes and its label.
+        """Returns the file's bytes and its label.
 
         Raises:
           ImageError: the file cannot be read.
@@ -62,11 +62,11 @@ class FilesSource(Source):
         return Sample(read_file(self._path(index)), int(self._labels[index]))
 
     def labels(self) -> np.ndarray:
-        """(len,) int32."""
+        """Returns (len,) int32."""
         return self._labels
 
     def where(self, index: int) -> str:
-        """The file's path."""
+        """Returns the file's path."""
         return str(self._path(index))
 
     def facts(self) -> Mapping[str, int | str]:

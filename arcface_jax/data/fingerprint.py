@@ -37,7 +37,7 @@ _UNREADABLE = "unreadable"
 
 
 def of_source(source: Source) -> Fingerprint:
-    """The fingerprint of a training set, for which at most `SAMPLE` images are read.
+    """Returns the fingerprint of a training set, for which at most `SAMPLE` images are read.
 
     Raises:
       DataError: the set cannot be read.
@@ -53,7 +53,7 @@ def of_source(source: Source) -> Fingerprint:
 
 
 def agreed(source: Source, *, name: str) -> Fingerprint:
-    """The fingerprint of the training set that all processes of this run read.
+    """Returns the fingerprint of the training set that all processes of this run read.
 
     A collective operation.
 
@@ -132,7 +132,7 @@ def of_files(paths: Sequence[Path], *, read: Callable[[Path], bytes]) -> str:
 
 
 def sample_of(count: int) -> np.ndarray:
-    """(n,) int64 ascending numbers of the images that stand for `count` of them."""
+    """Returns (n,) int64 ascending numbers of the images that stand for `count` of them."""
     if count <= SAMPLE:
         return np.arange(count)
     return np.sort(Order(count, 1, count, _KEY).images(0, np.arange(SAMPLE)))
@@ -169,7 +169,7 @@ def differences(
 
 
 def comparable(stored: object) -> TypeGuard[Fingerprint]:
-    """Whether what a run has stored is a fingerprint that this version can compare."""
+    """Returns whether what a run has stored is a fingerprint that this version can compare."""
     return isinstance(stored, dict) and stored.get("version") == _VERSION
 
 

@@ -46,7 +46,7 @@ _ALIKE = 256  # files of an unknown suffix, all images or none, that stand for t
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file has an image's name."""
+    """Returns whether a file has an image's name."""
     return os.path.splitext(path)[1].lower() in _IMAGES
 
 
@@ -150,7 +150,7 @@ def _identity(folder: str) -> tuple[int, int]:
 
 
 def is_image_by_content(path: str | Path) -> bool:
-    """Whether a regular file begins as an image does."""
+    """Returns whether a regular file begins as an image does."""
     try:
         with open(path, "rb") as file:
             return formats.sniff(file.read(formats.HEAD)) is not None
@@ -159,7 +159,7 @@ def is_image_by_content(path: str | Path) -> bool:
 
 
 def find_below(folder: Path, *, ignored: Counter[str] | None = None) -> list[Path]:
-    """The image files of a folder and its sub-folders, sorted.
+    """Returns the image files of a folder and its sub-folders, sorted.
 
     Args:
       folder: to look in.
@@ -181,7 +181,7 @@ def find_below(folder: Path, *, ignored: Counter[str] | None = None) -> list[Pat
 
 
 def read_file(path: str | Path, *, fix: str = "restore the file, or take it off the list") -> bytes:
-    """The bytes of a regular file; a pipe or a device is not waited for.
+    """Returns the bytes of a regular file; a pipe or a device is not waited for.
 
     Args:
       path: of the file.
@@ -199,7 +199,7 @@ def read_file(path: str | Path, *, fix: str = "restore the file, or take it off 
 
 
 def find_named(stem: Path) -> Path | None:
-    """The image file of a name without its suffix, FOLDER/NAME.jpg for FOLDER/NAME."""
+    """Returns the image file of a name without its suffix, FOLDER/NAME.jpg for FOLDER/NAME."""
     usual = (stem.with_name(stem.name + suffix) for suffix in IMAGE_SUFFIXES)
     if found := next((path for path in usual if foreign.is_file(path)), None):
         return found
@@ -208,7 +208,7 @@ def find_named(stem: Path) -> Path | None:
 
 
 def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
-    """An encoded image as (112, 112, 3) uint8 RGB.
+    """Returns an encoded image as (112, 112, 3) uint8 RGB.
 
     Args:
       data: JPEG, PNG, or what else OpenCV reads.
@@ -232,7 +232,7 @@ def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
 
 
 def decode_any_size(data: bytes, *, where: str) -> np.ndarray:
-    """An encoded image as (H, W, 3) uint8 RGB.
+    """Returns an encoded image as (H, W, 3) uint8 RGB.
 
     Raises:
       ImageError: it cannot be decoded.
@@ -319,7 +319,7 @@ def _not_an_image(data: bytes, where: str) -> ImageError:
 
 
 def square(data: bytes, *, where: str) -> np.ndarray:
-    """An encoded image of any size as (112, 112, 3) uint8 RGB: its middle square, resized.
+    """Returns an encoded image of any size as (112, 112, 3) uint8 RGB: its middle square, resized.
 
     Args:
       data: JPEG, PNG, or what else OpenCV reads.
@@ -343,11 +343,11 @@ def resize(image: np.ndarray) -> np.ndarray:
 
 
 def encode(image: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 RGB as a PNG, which loses nothing."""
+    """Returns (H, W, 3) uint8 RGB as a PNG, which loses nothing."""
     return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def encode_jpeg(image: np.ndarray, *, quality: int) -> bytes:
-    """(H, W, 3) uint8 RGB as a JPEG of a quality from 0 to 100."""
+    """Returns (H, W, 3) uint8 RGB as a JPEG of a quality from 0 to 100."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()

@@ -59,7 +59,7 @@ class IndexedSource(Source):
         return len(self._labels)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where an image has none."""
+        """Returns (len,) int32; -1 where an image has none."""
         return self._labels
 
 
@@ -79,7 +79,7 @@ def described(
 
 
 def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The visible entries of a folder with one of some suffixes, sorted.
+    """Returns the visible entries of a folder with one of some suffixes, sorted.
 
     Empty where it has folders, too: these are the identities then, and not an archive beside them.
 
@@ -100,7 +100,7 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def of_folders(folders: Sequence[str]) -> list[str]:
-    """The identities of images by their folders, without the part that all folders share.
+    """Returns the identities of images by their folders, without the part that all folders share.
 
     Args:
       folders: of each image, none of them empty.

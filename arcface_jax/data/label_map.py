@@ -33,7 +33,7 @@ def write(folder: Path, new: np.ndarray, names: Names) -> Path:
 
 
 def read(folder: Path) -> np.ndarray | None:
-    """(C,) int64: the new label of each old one, -1 for none; None where there is no map.
+    """Returns (C,) int64: the new label of each old one, -1 for none; None where there is no map.
 
     Raises:
       DataError: the file is damaged.

@@ -64,7 +64,7 @@ class Listed(NamedTuple):
 
 
 def open_list(path: Path, *, columns: str = "") -> FilesSource:
-    """A text file with the path and the identity of each image.
+    """Returns a text file with the path and the identity of each image.
 
     Separators, encodings, quotes and comments: as `tables.read`. Paths are relative to the
     list's folder, with slashes or backslashes. Labels are numbers or names by the rule of
@@ -93,7 +93,7 @@ def open_list(path: Path, *, columns: str = "") -> FilesSource:
 
 
 def read_list(path: Path, *, columns: str, exists: Callable[[str], bool]) -> Listed:
-    """The rows of a list of images and identities, as `open_list` reads it.
+    """Returns the rows of a list of images and identities, as `open_list` reads it.
 
     Args:
       path: of the list.

@@ -98,7 +98,7 @@ class LmdbSource(IndexedSource):
         return {name: x for name, x in super().__getstate__().items() if name != "_environment"}
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
           ImageError: they cannot be read, or the label is none.
@@ -122,7 +122,7 @@ class LmdbSource(IndexedSource):
         return Sample(found.image, label)
 
     def where(self, index: int) -> str:
-        """The database and the entry's key."""
+        """Returns the database and the entry's key."""
         return f"{self._path}, key {_shown(self._key(index))}"
 
     def facts(self) -> Mapping[str, int | str]:
@@ -150,7 +150,7 @@ def _shown(key: bytes) -> str:
 
 
 def import_lmdb() -> Any:
-    """The package `lmdb`.
+    """Returns the package `lmdb`.
 
     Raises:
       UserError: it is not installed.

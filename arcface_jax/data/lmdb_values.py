@@ -26,7 +26,7 @@ class Value(NamedTuple):
 
 
 def parse(value: Any, *, where: str) -> Value | None:
-    """The image of a value and its label; None where it is of no known form.
+    """Returns the image of a value and its label; None where it is of no known form.
 
     Args:
       value: bytes or a view of them.
@@ -52,7 +52,7 @@ def parse(value: Any, *, where: str) -> Value | None:
 
 
 def parse_fact(data: bytes, *, where: str) -> Any:
-    """A number or a list of keys that a writer stored; None where it is of no known form.
+    """Returns a number or a list of keys that a writer stored; None where it is of no known form.
 
     Raises:
       DataError: a pickle asks for what these do not need.

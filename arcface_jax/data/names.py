@@ -48,13 +48,13 @@ class Names:
 
     @classmethod
     def from_arrays(cls, text: np.ndarray, ends: np.ndarray) -> "Names":
-        """The names that `arrays` returned."""
+        """Returns the names that `arrays` returned."""
         names = cls(())
         names._bytes, names._ends = text.tobytes(), np.asarray(ends)
         return names
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """All names in a row as uint8, and where each ends, (n,) int64."""
+        """Returns all names in a row as uint8, and where each ends, (n,) int64."""
         return np.frombuffer(self._bytes, np.uint8), self._ends
 
     def __len__(self) -> int:
@@ -176,7 +176,7 @@ def _named(labels: Sequence[str], names: list[str]) -> Numbered:
 
 
 def name_of(names: Names | None, label: int) -> str:
-    """An identity's name; its number where it has none."""
+    """Returns an identity's name; its number where it has none."""
     return str(label) if names is None else names[label]
 
 
@@ -214,7 +214,7 @@ def write(folder: Path, names: Iterable[str] | Mapping[int, str]) -> Path:
 
 
 def read(folder: Path, *, count: int) -> Names | None:
-    """The table beside a set; None where there is none, or it only repeats the numbers.
+    """Returns the table beside a set; None where there is none, or it only repeats the numbers.
 
     A file of this name that is no such table is not used, with a note on stderr.
 

@@ -56,7 +56,7 @@ class OpenSource(Protocol):
     """What `data.path` names as `package.module:name[:ARGUMENT]`: opens a training set."""
 
     def __call__(self, argument: str, data: DataConfig, *, seed: int) -> Source:
-        """Open the training set.
+        """Opens the training set.
 
         Args:
           argument: what follows the second colon of `data.path`; "" without one.
@@ -224,7 +224,7 @@ class JoinedSource(Source):
         return image, label + self._offsets[part]
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label."""
+        """Returns the image's bytes and its label."""
         part, inside = self._locate(index)
         data, label = self._parts[part].read(inside)
         return Sample(data, label + self._offsets[part])
@@ -232,7 +232,7 @@ class JoinedSource(Source):
     def load(
         self, numbers: np.ndarray, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> list[tuple[int, ImageError]]:
-        """Each part loads its own."""
+        """Returns each part loads its own."""
         of = np.searchsorted(self._ends, numbers, side="right")
         failed: list[tuple[int, ImageError]] = []
         for number in np.unique(of).tolist():
@@ -243,7 +243,7 @@ class JoinedSource(Source):
         return failed
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where it cannot be read."""
+        """Returns (len,) int32; -1 where it cannot be read."""
         each = [part.labels() for part in self._parts]
         moved = [
             np.where(x < 0, x, x + np.int32(offset))

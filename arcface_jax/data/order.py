@@ -76,7 +76,7 @@ class Order(NamedTuple):
     shards: Shards | None = None
 
     def places(self, step: int) -> tuple[int, np.ndarray]:
-        """The epoch of a step, and its (B,) int64 places in the order of that epoch.
+        """Returns the epoch of a step, and its (B,) int64 places in the order of that epoch.
 
         Where the last batch is padded, its places after the end begin again at the first.
         """
@@ -102,7 +102,7 @@ class Order(NamedTuple):
 
 
 def make(num_images: int, data: DataConfig, *, seed: int) -> Order:
-    """The order of a training set.
+    """Returns the order of a training set.
 
     Args:
       num_images: in the set.

@@ -19,7 +19,7 @@ _GROUPS_KEPT = 8  # row groups that stay in memory
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The Parquet files of a folder, of the training split where that is named.
+    """Returns the Parquet files of a folder, of the training split where that is named.
 
     They lie in the folder, in its `data`, or, as on the hub's Parquet branch, in CONFIG/train.
 
@@ -99,7 +99,7 @@ class ParquetSource(Source):
         return len(self._labels)
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
           ImageError: they cannot be read, or are missing.
@@ -116,11 +116,11 @@ class ParquetSource(Source):
         return Sample(columnar.image_bytes(value, folder, where=lambda: self.where(index)), label)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where it is no whole number from 0."""
+        """Returns (len,) int32; -1 where it is no whole number from 0."""
         return self._labels
 
     def where(self, index: int) -> str:
-        """The file, the row group and the row in it."""
+        """Returns the file, the row group and the row in it."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         file, number, rows = self._groups[group].tolist()
         return f"{self._files[file]}, group {number}, row {index - int(self._ends[group]) + rows}"

@@ -73,7 +73,7 @@ def batches(
     host: int = 0,
     hosts: int = 1,
 ) -> Generator[Batch]:
-    """The batches of steps start .. stop - 1, read ahead by threads or worker processes.
+    """Returns the batches of steps start .. stop - 1, read ahead by threads or worker processes.
 
     Args:
       source: the training set; it is sent to the worker processes.
@@ -130,7 +130,7 @@ def num_threads(data: DataConfig) -> int:
 
 
 def read_options(data: DataConfig) -> grain.ReadOptions:
-    """How many threads read, and how far ahead."""
+    """Returns how many threads read, and how far ahead."""
     threads = num_threads(data)
     ahead = max(data.prefetch_batches, threads)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
@@ -138,7 +138,7 @@ def read_options(data: DataConfig) -> grain.ReadOptions:
 
 @contextmanager
 def _watched_workers() -> Iterator[None]:
-    """Report workers that are suspended, for which this process would wait without a word."""
+    """Reports workers that are suspended, for which this process would wait without a word."""
     ended = threading.Event()
 
     def watch() -> None:

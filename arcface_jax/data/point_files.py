@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """The faces of a file, before their numbers are parsed.
+    """Yields the faces of a file, before their numbers are parsed.
 
     Raises:
       DataError: there is no such file, or it is not text or JSON.
@@ -58,7 +58,7 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def by_name(path: Path) -> dict[str, np.ndarray]:
-    """(n, 5, 2) float64 by image: the faces of each, in the order of the file.
+    """Returns (n, 5, 2) float64 by image: the faces of each, in the order of the file.
 
     Raises:
       DataError: the file is none of the forms; the message names the line.
@@ -73,7 +73,7 @@ def by_name(path: Path) -> dict[str, np.ndarray]:
 
 
 def one_by_name(path: Path) -> dict[str, np.ndarray]:
-    """(5, 2) float64 by image, for files that list one face an image; of several, the last.
+    """Returns (5, 2) float64 by image, for files that list one face an image; of several, the last.
 
     Raises:
       DataError: as `by_name`.
@@ -82,7 +82,7 @@ def one_by_name(path: Path) -> dict[str, np.ndarray]:
 
 
 def parse(words: Sequence[object]) -> np.ndarray:
-    """(5, 2) float64 of ten numbers x1 y1 ... x5 y5, or of five pairs.
+    """Returns (5, 2) float64 of ten numbers x1 y1 ... x5 y5, or of five pairs.
 
     Raises:
       DataError: they are not ten numbers.

@@ -66,7 +66,7 @@ def open_arrays(
     options: str,
     check: bool = True,
 ) -> Arrays:
-    """The arrays kept for some data, or those that `make` returns, which are kept then.
+    """Returns the arrays kept for some data, or those that `make` returns, which are kept then.
 
     Args:
       data: the folder or file that the arrays are kept beside, as NAME.arcface_index.
@@ -122,7 +122,7 @@ def folders(data: Path, beside: Path) -> tuple[Path, ...]:
 
 
 def is_settled(files: Iterable[Path]) -> bool:
-    """Whether no file has changed for a moment; otherwise it may still be being written."""
+    """Returns whether no file has changed for a moment; otherwise it may still be being written."""
     return time.time() - max(path.stat().st_mtime for path in files) > SETTLED
 
 

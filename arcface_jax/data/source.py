@@ -56,7 +56,7 @@ class Source(Protocol):
         return decode(data, where=partial(self.where, index)), label
 
     def read(self, index: int) -> Sample:
-        """The image's bytes, not decoded, and its label.
+        """Returns the image's bytes, not decoded, and its label.
 
         Raises:
           ImageError: they cannot be read, or the label is out of range.
@@ -86,11 +86,11 @@ class Source(Protocol):
         return failed
 
     def labels(self) -> np.ndarray:
-        """(len,) int32: the label of every image; -1 where it cannot be read."""
+        """Returns (len,) int32: the label of every image; -1 where it cannot be read."""
         ...
 
     def where(self, index: int) -> str:
-        """The file and the place in it, for messages."""
+        """Returns the file and the place in it, for messages."""
         ...
 
     def facts(self) -> Mapping[str, int | str]:
@@ -154,7 +154,7 @@ def by_kind(counts: Mapping[str, int]) -> str:
 
 
 def whole_label(label: float, *, where: str) -> int:
-    """A label read from a file as the number of an identity.
+    """Returns a label read from a file as the number of an identity.
 
     Raises:
       ImageError: it is not a whole number from 0, or too large for int32.

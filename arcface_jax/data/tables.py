@@ -42,7 +42,7 @@ class Table(NamedTuple):
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8 or UTF-16, with byte order mark or without, or in Latin-1.
+    """Returns a text file in UTF-8 or UTF-16, with byte order mark or without, or in Latin-1.
 
     Raises:
       DataError: it cannot be read, or is not text.
@@ -92,7 +92,7 @@ def _decodes(data: bytes, encoding: str) -> bool:
 
 
 def read(path: Path) -> Table:
-    """The rows of a file, cells without blanks around them.
+    """Returns the rows of a file, cells without blanks around them.
 
     Separated by tabs, commas, semicolons or blanks, whichever the first lines agree on. Cells may
     be quoted. Blank lines, comments (#) and empty columns at the end of all rows are left out. A
@@ -180,5 +180,5 @@ def sample(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def native(path: str) -> str:
-    """A path with the separators of this system: Windows' backslashes become slashes."""
+    """Returns a path with the separators of this system: Windows' backslashes become slashes."""
     return path.replace("\\", "/")

@@ -21,7 +21,7 @@ PREFIX = "tfds:"
 
 
 def import_tfds() -> Any:
-    """The module `tensorflow_datasets`.
+    """Returns the module `tensorflow_datasets`.
 
     Raises:
       UserError: it is not installed.
@@ -102,7 +102,7 @@ class TfdsSource(Source):
         return len(self._data)
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
           ImageError: the example cannot be read, or its label is out of range.
@@ -136,7 +136,7 @@ class TfdsSource(Source):
             raise ImageError(self.where(index), "has no label", kind="no label") from error
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; every example is read for it, which takes a while. -1 for none."""
+        """Returns (len,) int32; every example is read for it, which takes a while. -1 for none."""
         found = np.full(len(self), -1, np.int32)
         for index in range(len(self)):
             with contextlib.suppress(ImageError):
@@ -144,11 +144,11 @@ class TfdsSource(Source):
         return found
 
     def where(self, index: int) -> str:
-        """The data set and the example's number."""
+        """Returns the data set and the example's number."""
         return f"{self._path}, example {index}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """The split, and a digest of the sizes of all splits and shards."""
+        """Returns the split, and a digest of the sizes of all splits and shards."""
         splits = {
             name: [split.num_bytes, list(split.shard_lengths)]
             for name, split in self._data.dataset_info.splits.items()
@@ -227,5 +227,5 @@ def without_split(path: str) -> tuple[str, str]:
 
 
 def is_builder(folder: Path) -> bool:
-    """Whether a folder is a data set that TFDS wrote."""
+    """Returns whether a folder is a data set that TFDS wrote."""
     return (folder / "dataset_info.json").is_file()

@@ -109,7 +109,7 @@ class WebDatasetSource(IndexedSource):
         return {name: x for name, x in super().__getstate__().items() if name not in own}
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
           ImageError: they cannot be read, or the label is none.
@@ -131,7 +131,7 @@ class WebDatasetSource(IndexedSource):
         return Sample(data, label)
 
     def where(self, index: int) -> str:
-        """The tar and the image's place in it, its name where that can be read."""
+        """Returns the tar and the image's place in it, its name where that can be read."""
         shard, offset, _ = self._place(index)
         try:
             header = self._file(shard).read(_BLOCK, offset - _BLOCK)
@@ -141,7 +141,7 @@ class WebDatasetSource(IndexedSource):
         return f"{self._shards[shard]}, {name}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """The sizes of the tars, and digests of where images lie and of their labels."""
+        """Returns the sizes of the tars, and digests of where images lie and of their labels."""
         found = self._arrays
         return {
             "form": "WebDataset",

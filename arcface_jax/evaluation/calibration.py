@@ -164,7 +164,7 @@ def _operating_point(score: np.ndarray, pairs: PairSet, far: float) -> _Point:
 
 
 def in_words(found: Calibration) -> str:
-    """The result for a terminal."""
+    """Returns the result for a terminal."""
     form = "f(image) + f(mirrored image)" if found.flip else "single embeddings"
     if found.against:
         form += f", compared with those of the model {found.against[:12]}..."

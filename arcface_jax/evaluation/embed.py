@@ -25,7 +25,7 @@ class Model(Protocol):
         ...
 
     def digest(self) -> str:
-        """A SHA-256 of exactly these weights; an export has another than its run."""
+        """Returns a SHA-256 of exactly these weights; an export has another than its run."""
         ...
 
 
@@ -34,7 +34,7 @@ class ShardedModel(Model, Protocol):
     """A model whose devices are spread over several hosts, each of which reads its own images."""
 
     def rows_of_this_host(self, count: int, /) -> np.ndarray:
-        """(count,) bool: which images of a call this host reads."""
+        """Returns (count,) bool: which images of a call this host reads."""
         ...
 
 
@@ -91,7 +91,7 @@ def batched(
 
 
 def rows_of_this_host(count: int, *, batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Which of `count` images `batched` reads on this host; the others may be left black.
+    """Returns which of `count` images `batched` reads on this host; the others may be left black.
 
     Returns:
       (count,) bool, all true where there is one host.

@@ -50,5 +50,5 @@ def write(path: Path, template: str, **values: Any) -> None:
 
 
 def picture(image: np.ndarray) -> str:
-    """(H, W, 3) uint8 RGB as the address of a JPEG inside the page, for `<img src>`."""
+    """Returns (H, W, 3) uint8 RGB as the address of a JPEG inside the page, for `<img src>`."""
     return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image, quality=88)).decode()

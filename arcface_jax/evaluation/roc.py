@@ -130,7 +130,7 @@ def roc(score: np.ndarray, same: np.ndarray) -> Roc:
 
 
 def auc(curve: Roc) -> float:
-    """The area under the curve: the chance that a same pair scores above a different one.
+    """Returns the area under the curve: the chance that a same pair scores above a different one.
 
     Ties count half. Counted in integers, so that the result is the nearest float64.
     """
@@ -218,7 +218,7 @@ def _tar_at_far(far: float, genuine: np.ndarray, top: np.ndarray, *, different: 
 
 
 def allowed(far: float, count: int) -> int:
-    """The largest k with k / count <= far, all as float64 rounds."""
+    """Returns the largest k with k / count <= far, all as float64 rounds."""
     k = int(far * count)
     if (k + 1) / count <= far:
         return k + 1
@@ -226,13 +226,13 @@ def allowed(far: float, count: int) -> int:
 
 
 def pairs_needed(far: float) -> int:
-    """The smallest n with 1 / n <= far, as float64 rounds."""
+    """Returns the smallest n with 1 / n <= far, as float64 rounds."""
     near = round(1 / far)
     return near if 1 / near <= far else near + 1
 
 
 def wilson(rate: float, trials: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a rate, Wilson's score interval.
+    """Returns the 95 % confidence interval of a rate, Wilson's score interval.
 
     With z = 1.96, the 97.5 % quantile of the normal distribution, and n trials,
 

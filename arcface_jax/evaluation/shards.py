@@ -105,19 +105,19 @@ class Store(NamedTuple):
             raise DataError(f"{self.folder} holds no {SETTINGS}: use another folder") from None
 
     def path(self, number: int) -> Path:
-        """Where a shard is, once it is complete."""
+        """Returns where a shard is, once it is complete."""
         return self.folder / self.pattern.format(number)
 
     def path_beside(self, number: int) -> Path:
-        """Where the JSON of a shard is."""
+        """Returns where the JSON of a shard is."""
         return self.folder / self.beside.format(number)
 
     def present(self) -> list[Path]:
-        """The shards that have files, in order."""
+        """Returns the shards that have files, in order."""
         return [self.path(number) for number in self._numbers()]
 
     def missing(self, count: int, *, report: bool = True) -> list[int]:
-        """Which of the first `count` shards have yet to be made, or made again.
+        """Returns which of the first `count` shards have yet to be made, or made again.
 
         Args:
           count: of the shards.
@@ -262,7 +262,7 @@ class Features(NamedTuple):
     num_images: int
 
     def read(self, *, flip: bool) -> np.ndarray:
-        """(n, D) float32: f(image), or f(image) + f(flipped image)."""
+        """Returns (n, D) float32: f(image), or f(image) + f(flipped image)."""
         out: np.ndarray | None = None
         for number, start in enumerate(range(0, self.num_images, ROWS)):
             shard = np.load(self.store.path(number), mmap_mode="r")
@@ -284,7 +284,7 @@ def aligned_image(path: Path, landmarks: np.ndarray) -> np.ndarray:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file that a list of images names.
+    """Returns a file that a list of images names.
 
     Raises:
       DataError: it cannot be read.

@@ -91,7 +91,7 @@ class Verification(NamedTuple):
         return f"eval/{self.model}/{self.name}" if self.model else f"eval/{self.name}"
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, as `eval/NAME/accuracy` and so on, or `eval/MODEL/NAME/accuracy`.
+        """Returns the numbers, as `eval/NAME/accuracy` and so on, or `eval/MODEL/NAME/accuracy`.
 
         `tar@far=1e-3` and so on are there if the set has enough pairs, and
         `fold_tar@far=1e-3` where `tar@far=1e-3` is.

@@ -24,7 +24,7 @@ _TILE_BYTES = 64 * 2**20
 
 
 def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
-    """Replace `automatic` settings by what they stand for.
+    """Replaces `automatic` settings by what they stand for.
 
     Args:
       head: as configured.

@@ -33,7 +33,7 @@ class Samples(NamedTuple):
     """(t,) float32 cosines with the own classes, for margins that compare with them."""
 
     def is_target(self, slots: jax.Array) -> jax.Array:
-        """(t, n) bool."""
+        """Returns (t, n) bool."""
         return slots[None] == self.target_slot[:, None]
 
 
@@ -111,7 +111,7 @@ class Form(Protocol):
         ...
 
     def add(self, problem: Problem, samples: Samples, block: Block, sums: Sums) -> Sums:
-        """The sums with a block's classes added."""
+        """Returns the sums with a block's classes added."""
         ...
 
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
@@ -126,11 +126,11 @@ class Form(Protocol):
         ...
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
-        """The gradient of the embeddings, once all blocks are added up."""
+        """Returns the gradient of the embeddings, once all blocks are added up."""
         ...
 
     def d_rows(self, block: Block, gradient: CentersGradient, factor: jax.Array) -> jax.Array:
-        """(n * K, D) float32 gradient of the centers as stored."""
+        """Returns (n * K, D) float32 gradient of the centers as stored."""
         ...
 
 
@@ -152,7 +152,7 @@ class Cosines(NamedTuple):
         return unit, norm, unit.astype(dtype)
 
     def cosines(self, problem: Problem, samples: Samples, block: Block) -> jax.Array:
-        """(t, n, K) float32."""
+        """Returns (t, n, K) float32."""
         cosine = product(samples.x, block.operand, contract=(1, 1))
         if self.scale_after:
             cosine *= block.length[:, 0][None]
@@ -311,7 +311,7 @@ def normalize_vjp(d_unit: jax.Array, unit: jax.Array, norm: jax.Array) -> jax.Ar
 
 
 def product(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """A matrix product over one dimension of each, accumulated and returned in float32."""
+    """Returns a matrix product over one dimension of each, accumulated and returned in float32."""
     return lax.dot_general(
         a,
         b,

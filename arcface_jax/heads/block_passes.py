@@ -65,7 +65,7 @@ class Update(NamedTuple):
 
 
 def target_cosine(visit: Visit, target: jax.Array) -> jax.Array:
-    """(B,) float32 cosines with the own classes, 0 where these are on another device.
+    """Returns (B,) float32 cosines with the own classes, 0 where these are on another device.
 
     Args:
       visit: the embeddings and centers.
@@ -86,7 +86,7 @@ def target_cosine(visit: Visit, target: jax.Array) -> jax.Array:
 
 
 def sum_over_others(visit: Visit, *, shifted: bool) -> Sums:
-    """The first visit.
+    """Returns the first visit.
 
     Args:
       visit: what to look at.

@@ -29,11 +29,11 @@ class Walk(Protocol):
         ...
 
     def read(self, array: jax.Array, index: jax.Array) -> jax.Array:
-        """The block's rows of an array (rows, D): (size * subcenters, D)."""
+        """Returns the block's rows of an array (rows, D): (size * subcenters, D)."""
         ...
 
     def write(self, array: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-        """The array with the block's rows replaced, where they are to be visited."""
+        """Returns the array with the block's rows replaced, where they are to be visited."""
         ...
 
     def only_if(self, condition: jax.Array) -> "Walk":

@@ -27,7 +27,7 @@ def padded_classes(num_classes: int, num_devices: int) -> int:
 
 
 def init(key: jax.Array, *, classes: int, subcenters: int, embedding_size: int) -> jax.Array:
-    """(classes * subcenters, D) float32, normal(0, 0.01), insightface's initialization.
+    """Returns (classes * subcenters, D) float32, normal(0, 0.01), insightface's initialization.
 
     Class c has the rows c * subcenters .. (c + 1) * subcenters - 1. A row's values do not depend
     on how many rows follow it, and so not on the number of devices.
@@ -49,7 +49,7 @@ class Rule(NamedTuple):
 
 
 def make_rule(optimizer: OptimizerConfig) -> Rule:
-    """Make the centers' part of the optimizer that a configuration names, `optimizer.kind`.
+    """Makes the centers' part of the optimizer that a configuration names, `optimizer.kind`.
 
     Raises:
       ConfigError: it is neither built in nor importable.

@@ -46,7 +46,7 @@ class Margin(NamedTuple):
 
 
 def make(config: HeadConfig) -> Margin:
-    """Make the margin that a configuration names, `head.loss`.
+    """Makes the margin that a configuration names, `head.loss`.
 
     Raises:
       ConfigError: it is neither built in nor importable, or does not return a Margin.
@@ -230,7 +230,7 @@ def curricularface(margin: float, *, ema: float) -> Margin:
 
 
 def filter_negatives(margin: Margin, *, threshold: float) -> Margin:
-    """The margin, with cosines of other classes above the threshold counted as 0.
+    """Returns the margin, with cosines of other classes above the threshold counted as 0.
 
     For data in which two classes may be one person: arcface_torch's
     `interclass_filtering_threshold`.

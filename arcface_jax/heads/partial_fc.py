@@ -35,7 +35,7 @@ def sample_sizes(num_classes: int, num_devices: int, sample_rate: float) -> np.n
 
 
 def classes_by_device(num_classes: int, num_devices: int) -> np.ndarray:
-    """(N,) int32: how many of the classes stored on each device are not padding."""
+    """Returns (N,) int32: how many of the classes stored on each device are not padding."""
     stored = -(-num_classes // num_devices)
     return np.clip(num_classes - stored * np.arange(num_devices), 0, stored).astype(np.int32)
 

@@ -52,7 +52,7 @@ class Loss(NamedTuple):
 
 
 def evaluate(softmax: Softmax, batch: Batch, margin: Margin, *, scale: float) -> Loss:
-    """The loss of a batch; where the margin has a loss of its own, with it."""
+    """Returns the loss of a batch; where the margin has a loss of its own, with it."""
 
     def target(cosine, norms):
         return margin.target(cosine, norms, softmax.state)

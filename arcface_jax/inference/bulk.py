@@ -36,7 +36,7 @@ class FaceEmbedder(Protocol):
     def prepare(
         self, face: Face, points: np.ndarray | None = None, *, in_identity_folder: bool = False
     ) -> np.ndarray:
-        """A face as (112, 112, 3) uint8 RGB; called from threads."""
+        """Returns a face as (112, 112, 3) uint8 RGB; called from threads."""
         ...
 
     def alignment(self) -> Mapping[str, str]:
@@ -107,12 +107,12 @@ def embed_folder(
 
 
 def shards(output: Path) -> list[Path]:
-    """The embeddings' files, in order."""
+    """Returns the embeddings' files, in order."""
     return _store(output).present()
 
 
 def read(output: Path) -> tuple[list[str], np.ndarray]:
-    """The ids and embeddings (n, D) of all shards of an output folder, in memory.
+    """Returns the ids and embeddings (n, D) of all shards of an output folder, in memory.
 
     Raises:
       DataError: the folder holds none, or damaged ones.

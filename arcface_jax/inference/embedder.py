@@ -207,7 +207,7 @@ class Embedder:
         return np.einsum("nd,nd->n", first, second)
 
     def verify(self, a: Faces, b: Faces, *, threshold: float | str | Path | Calibration) -> Verdict:
-        """Whether the i-th face of a and the i-th of b show one person.
+        """Returns whether the i-th face of a and the i-th of b show one person.
 
         Args:
           a: n faces or embeddings, as `similarity` takes them.

@@ -125,7 +125,7 @@ class Gallery:
         return self._names
 
     def search(self, queries: np.ndarray, k: int = 5) -> Matches:
-        """The k rows with the largest cosines, exactly (see the module).
+        """Returns the k rows with the largest cosines, exactly (see the module).
 
         Args:
           queries: (m, D) float, of any length.
@@ -268,7 +268,7 @@ class _Kept:
 
     @staticmethod
     def together(parts: Sequence["_Kept"]) -> np.ndarray:
-        """The rows that can be among the k best of all parts of a gallery, in order."""
+        """Returns the rows that can be among the k best of all parts of a gallery, in order."""
         least = -np.inf
         best = np.sort(np.concatenate([part._best for part in parts]))[::-1]
         if len(best) >= parts[0]._k:

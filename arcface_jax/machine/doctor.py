@@ -44,7 +44,7 @@ class Check(NamedTuple):
 
 
 def examine(config: Config, *, num_classes: int | None, seconds: float) -> Iterator[Check]:
-    """All checks, one after the other as they are done.
+    """Yields all checks, one after the other as they are done.
 
     Args:
       config: the run; its data and workdir are looked at where they are stated.
@@ -149,7 +149,7 @@ def check_data(data: DataConfig, source: Source, *, seconds: float) -> Check:
 
 
 def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
-    """The state beside what is free; on CPUs all devices share the machine's."""
+    """Returns the state beside what is free; on CPUs all devices share the machine's."""
     free = timing.free_memory() / (1 if _is_cpu(mesh) else len(jax.local_devices()))
     needed = sum(state.values()) * (len(mesh.local_devices) if _is_cpu(mesh) else 1)
     host = memory.free_on_host()
@@ -228,7 +228,7 @@ def _disk_speed(folder: Path) -> tuple[float, float]:
 def check_compute(
     model: ModelConfig, head: HeadConfig, *, batch: int, num_classes: int, mesh: Mesh
 ) -> Check:
-    """The step's floating-point operations at the speed of one large product a device."""
+    """Returns the step's floating-point operations at the speed of one large product a device."""
     platform = mesh.devices.flat[0].platform
     rates = {
         dtype: timing.matmul_flops_per_second(dtype, size=_PRODUCT.get(platform, 4096))
@@ -349,7 +349,7 @@ def measure_step(config: Config, *, num_classes: int, mesh: Mesh, repeats: int =
 
 
 def bottleneck(milliseconds: Mapping[str, float], batch: int) -> Check:
-    """Which part of a step takes longest, of those measured."""
+    """Returns which part of a step takes longest, of those measured."""
     slowest = max(milliseconds, key=lambda name: milliseconds[name])
     longest = milliseconds[slowest]
     parts = ", ".join(f"{name} {ms:.3g} ms" for name, ms in milliseconds.items())

@@ -88,7 +88,7 @@ class Compiler:
         self._count = 0
 
     def compile(self, config: Config, *, num_classes: int, part: Part = "step") -> Program:
-        """The program of a run's train step, or of its head for embeddings that are given.
+        """Returns the program of a run's train step, or of its head for embeddings that are given.
 
         Args:
           config: the run; workdir and data.path may be empty, `devices` is the compiler's.
@@ -188,7 +188,7 @@ def compile_step(
 
 
 def target(name: str) -> Target:
-    """The facts of a GPU that time and memory depend on.
+    """Returns the facts of a GPU that time and memory depend on.
 
     Raises:
       ConfigError: there is no description of it.
@@ -272,7 +272,7 @@ def release(version: str) -> list[str]:
 
 
 def install_command(cuda: str) -> str:
-    """How to install what compiles, at versions that fit this environment's jaxlib."""
+    """Returns how to install what compiles, at versions that fit this environment's jaxlib."""
     wanted = ".".join([*release(metadata.version("jaxlib")), "*"])
     nvcc = "nvidia-cuda-nvcc-cu12" if cuda == "12" else "'nvidia-cuda-nvcc<14' 'nvidia-nvvm<14'"
     return (

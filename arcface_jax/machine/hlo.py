@@ -91,7 +91,7 @@ class Instruction(NamedTuple):
         return sum(shape.bytes for shape in self.shapes)
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a pattern in the attributes."""
+        """Returns the first group of a pattern in the attributes."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
@@ -323,7 +323,7 @@ def _closing(text: str, begin: int) -> int:
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
-    """All arrays of a type as HLO prints it."""
+    """Returns all arrays of a type as HLO prints it."""
     return tuple(
         Shape(dtype, tuple(int(n) for n in dims.split(",") if n), layout)
         for dtype, dims, layout in _SHAPE.findall(text)
@@ -663,7 +663,7 @@ def _collective(kernel: Kernel, position: float, finished: float) -> Collective:
 
 
 def count_collectives(collectives: Sequence[Collective]) -> dict[str, tuple[int, int]]:
-    """(number, bytes) in one call of the program, by kind."""
+    """Returns (number, bytes) in one call of the program, by kind."""
     number: Counter[str] = Counter()
     size: Counter[str] = Counter()
     for found in collectives:

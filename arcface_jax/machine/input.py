@@ -41,7 +41,7 @@ class Rate(NamedTuple):
 def measure(
     data: DataConfig, *, workers: tuple[int, ...], rounds: int = 5, seconds: float = 2.0
 ) -> list[Rate]:
-    """All stages in turn, round after round, so that all see the same machine.
+    """Returns all stages in turn, round after round, so that all see the same machine.
 
     Args:
       data: path, batch size, threads, augmentation; its workers are not looked at.
@@ -80,7 +80,7 @@ def measure(
 
 
 def bottleneck(rates: list[Rate]) -> str:
-    """A sentence naming the slowest stage."""
+    """Returns a sentence naming the slowest stage."""
     best = max((r for r in rates if r.stage == "pipeline"), key=lambda r: r.images_per_second)
     sent = max((r for r in rates if r.stage == "to device"), key=lambda r: r.images_per_second)
     read, decode = (next(r for r in rates if r.stage == name) for name in ("read", "decode"))

@@ -85,12 +85,12 @@ class Plan(NamedTuple):
         return int(self.share * self.memory)
 
     def fits(self, share: float) -> bool:
-        """Whether the run fits where JAX takes this share of the memory."""
+        """Returns whether the run fits where JAX takes this share of the memory."""
         beside = sum(self.outside.values())
         return self.total <= int(share * self.memory) <= self.memory - beside
 
     def results(self) -> dict[str, Any]:
-        """The keys of RESULT."""
+        """Returns the keys of RESULT."""
         return {
             **{f"bytes/{name}": size for name, size in self.needed.items()},
             "bytes/total": self.total,
@@ -158,7 +158,7 @@ def use_cpu_devices(count: int | None) -> None:
 
 
 def count_classes(data: DataConfig, given: int | None, *, seed: int) -> tuple[int, str]:
-    """The number of classes to plan for, and where it comes from.
+    """Returns the number of classes to plan for, and where it comes from.
 
     Args:
       data: opened when no number is given.
@@ -263,7 +263,7 @@ def work(config: Config, *, num_classes: int, num_devices: int) -> dict[str, Any
 def abstract_batch(
     size: int, mesh: Mesh, *, taught: tuple[int, int] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The train step's second argument for a global batch of `size` images.
+    """Returns the train step's second argument for a global batch of `size` images.
 
     Args:
       size: B.
@@ -347,7 +347,7 @@ def head_flops(
 
 
 def second_batch(batch: int, bn_batch: int, *, num_devices: int) -> int:
-    """A valid global batch other than the recipe's, at least twice as large."""
+    """Returns a valid global batch other than the recipe's, at least twice as large."""
     twice = 2 * batch
     unit = num_devices * bn_batch
     return twice if twice <= bn_batch else -(-twice // unit) * unit
@@ -380,7 +380,7 @@ def largest_classes(
 
 
 def in_words(plan: Plan, model: ModelConfig, *, num_classes: int) -> list[str]:
-    """A line for each thing that the bytes do not show."""
+    """Returns a line for each thing that the bytes do not show."""
     batch = plan.measured[0]
     compiled = " and ".join(str(size) for size in plan.measured[:2])
     if plan.program is None:

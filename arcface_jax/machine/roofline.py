@@ -85,7 +85,7 @@ class Roofline(NamedTuple):
 
 
 def assume(name: str, *, devices: int) -> Assumptions:
-    """The assumptions for a GPU.
+    """Returns the assumptions for a GPU.
 
     Raises:
       UserError: the GPU's peak is not known.
@@ -99,7 +99,7 @@ def assume(name: str, *, devices: int) -> Assumptions:
 
 
 def estimate(module: hlo.Module, assumptions: Assumptions, *, devices: int) -> Roofline:
-    """The modelled time of one call of a program on each of `devices` GPUs."""
+    """Returns the modelled time of one call of a program on each of `devices` GPUs."""
     parts = {}
     for part in hlo.PARTS:
         kernels = [k for k in module.kernels if k.part == part and k.kind != "collective"]

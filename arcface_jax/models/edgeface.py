@@ -300,7 +300,7 @@ class _EdgeNeXt(nnx.Module):
 
 
 def make(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> "EdgeFace":
-    """Make the network that `model.network` names; it has no BatchNorm for `bn_groups`."""
+    """Makes the network that `model.network` names; it has no BatchNorm for `bn_groups`."""
     return EdgeFace(
         ARCHITECTURES[model.network],
         embedding_size=model.embedding_size,

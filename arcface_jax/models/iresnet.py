@@ -123,7 +123,7 @@ def make(
     stacked: bool = True,
     gpu: float = 0,
 ) -> "IResNet":
-    """Make the network that `model.network` names.
+    """Makes the network that `model.network` names.
 
     Not `stacked`, each block has its own arrays. On GPUs stacks are applied block by block.
     """

@@ -59,11 +59,11 @@ class ShapeInitializer:
     """Draws nothing: for building a network whose weights come from elsewhere."""
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
-        """A view of one zero in that shape, float32."""
+        """Returns a view of one zero in that shape, float32."""
         return np.broadcast_to(np.float32(0), shape)
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
-        """A view of one zero in that shape, float32."""
+        """Returns a view of one zero in that shape, float32."""
         return np.broadcast_to(np.float32(0), shape)
 
     def rngs(self) -> nnx.Rngs:
@@ -423,7 +423,7 @@ class BatchNorm(nnx.Module):
     def __call__(
         self, x: jax.Array, *, train: bool, activation: "PReLU | None" = None
     ) -> jax.Array:
-        """Normalize x (B, ..., channels), and apply the activation, if given, in float32 too."""
+        """Normalizes x (B, ..., channels), and apply the activation, if given, in float32 too."""
         slope = activation.slope[...] if activation else None
         if self.frozen or not train:
             factor = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)

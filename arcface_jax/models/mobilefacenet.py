@@ -164,7 +164,7 @@ class _Features(nnx.Module):
 
 
 def make(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> "MobileFaceNet":
-    """Make the network that `model.network` names."""
+    """Makes the network that `model.network` names."""
     return MobileFaceNet(
         ARCHITECTURES[model.network],
         embedding_size=model.embedding_size,

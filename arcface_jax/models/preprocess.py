@@ -17,7 +17,7 @@ def normalize(images: jax.Array) -> jax.Array:
 
 
 def draw_mirrored(count: int, key: jax.Array) -> jax.Array:
-    """(B,) bool, each true with probability one half: which images of a batch to mirror."""
+    """Returns (B,) bool, each true with probability one half: which images of a batch to mirror."""
     return jax.random.bernoulli(key, 0.5, (count,))
 
 

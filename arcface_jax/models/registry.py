@@ -47,7 +47,7 @@ def build(
     frozen_statistics: Collection[str] = (),
     measured: bool = False,
 ) -> Backbone:
-    """Make a backbone.
+    """Makes a backbone.
 
     Args:
       network: a name in `NETWORKS`, or `package.module:name` of a `MakeNetwork`.
@@ -127,7 +127,7 @@ class MakeNetwork(Protocol):
     def __call__(
         self, model: ModelConfig, *, bn_groups: int | str, init: layers.Initializer
     ) -> nnx.Module:
-        """Make the module.
+        """Makes the module.
 
         Args:
           model: the section of the recipe: `embedding_size`, `dtype`, `options`.

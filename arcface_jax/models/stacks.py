@@ -150,7 +150,7 @@ def names_of_members(name: str) -> list[str] | None:
 
 
 def leading_axes(name: str, array: Any) -> int:
-    """How many axes of an array go over the modules of a stack: none, one, or two."""
+    """Returns how many axes of an array go over the modules of a stack: none, one, or two."""
     members = names_of_members(name)
     if members is None:
         return 0
@@ -158,7 +158,7 @@ def leading_axes(name: str, array: Any) -> int:
 
 
 def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The NumPy arrays of every module under its own name, as views."""
+    """Returns the NumPy arrays of every module under its own name, as views."""
     unstacked = {}
     for name, given in arrays.items():
         array, members = np.asarray(given), names_of_members(name)

@@ -109,7 +109,7 @@ def attend_fused(qkv: jax.Array, *, implementation: Literal["cudnn", "xla"] = "c
 
 
 def can_fuse(width: int, *, dtype: jnp.dtype, gpu: float) -> bool:
-    """Whether cuDNN has this attention for GPUs of that compute capability."""
+    """Returns whether cuDNN has this attention for GPUs of that compute capability."""
     head = width // _HEADS
     return gpu >= 8 and dtype.itemsize == 2 and head <= 128 and head % 8 == 0
 
@@ -175,7 +175,7 @@ class _PatchEmbed(nnx.Module):
 def make(
     model: ModelConfig, *, bn_groups: int | str, init: Initializer, gpu: float = 0
 ) -> "VisionTransformer":
-    """Make the network that `model.network` names; on GPUs its attention is fused."""
+    """Makes the network that `model.network` names; on GPUs its attention is fused."""
     return VisionTransformer(
         ARCHITECTURES[model.network],
         embedding_size=model.embedding_size,

@@ -46,7 +46,7 @@ class _Unreadable(Exception):
 
 
 def note(checkpoints: Path, history: Path) -> None:
-    """Write WORKDIR/checksums/STEP.json of the checkpoint that is about to be renamed into place.
+    """Writes WORKDIR/checksums/STEP.json of the checkpoint that is about to be renamed into place.
 
     So every complete checkpoint has checksums. Those of removed checkpoints are removed.
 
@@ -84,7 +84,7 @@ def _length_up_to(content: bytes, step: int) -> int:
 
 
 def keep_config(workdir: Path, text: str) -> None:
-    """Keep a copy of the configuration, from which a damaged config.json is restored."""
+    """Keeps a copy of the configuration, from which a damaged config.json is restored."""
     folder = workdir / _FOLDER
     folder.mkdir(exist_ok=True)
     _write_with_hash(folder / _CONFIG, {"config": text})
@@ -94,7 +94,7 @@ def keep_config(workdir: Path, text: str) -> None:
 
 
 def set_aside_damaged(checkpoints: Path) -> list[str]:
-    """Move to WORKDIR/damaged what is no checkpoint, and the newest checkpoints that are corrupt.
+    """Moves to WORKDIR/damaged what is no checkpoint, and the newest checkpoints that are corrupt.
 
     Returns:
       A message about each, about checkpoints that are missing, and if the newest remaining
@@ -199,7 +199,7 @@ def _gone(steps: list[int], workdir: Path) -> str:
 
 
 def config_copy(workdir: Path) -> str | None:
-    """The configuration as `keep_config` kept it.
+    """Returns the configuration as `keep_config` kept it.
 
     Raises:
       ValueError: the copy is damaged.
@@ -228,7 +228,7 @@ def history(workdir: Path, step: int) -> tuple[int, str] | None:
 
 
 def require_listable(workdir: Path) -> None:
-    """Verify what Orbax reads of all checkpoints to list them.
+    """Verifies what Orbax reads of all checkpoints to list them.
 
     Raises:
       CheckpointError: one is corrupt.
@@ -243,7 +243,7 @@ def require_listable(workdir: Path) -> None:
 
 
 def require_whole(checkpoint: Path, item: str) -> None:
-    """Verify the files of one item of a checkpoint before it is read.
+    """Verifies the files of one item of a checkpoint before it is read.
 
     Where that is impossible, a line on stderr tells why.
 
@@ -265,7 +265,7 @@ def require_whole(checkpoint: Path, item: str) -> None:
 
 @contextlib.contextmanager
 def reporting_unreadable(checkpoint: Path) -> Iterator[None]:
-    """Turn whatever the block raises on a checkpoint that cannot be verified into one line.
+    """Turns whatever the block raises on a checkpoint that cannot be verified into one line.
 
     Raises:
       CheckpointError: it cannot be read.

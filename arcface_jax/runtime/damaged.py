@@ -14,27 +14,27 @@ _FOLDERS = ("checkpoints", "checksums", "eval", "profile", "tensorboard")
 
 
 def warn(messages: Iterable[str]) -> None:
-    """Print a line about each to stderr."""
+    """Prints a line about each to stderr."""
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
 
 
 def set_aside(path: Path, workdir: Path) -> Path:
-    """Move a file, folder or link to WORKDIR/damaged; returns where it is now."""
+    """Moves a file, folder or link to WORKDIR/damaged; returns where it is now."""
     target = _free_name(workdir, path)
     path.rename(target)
     return target
 
 
 def keep_copy(path: Path, workdir: Path) -> Path:
-    """Copy a file to WORKDIR/damaged before it is shortened; returns the copy's path."""
+    """Copies a file to WORKDIR/damaged before it is shortened; returns the copy's path."""
     target = _free_name(workdir, path)
     shutil.copyfile(path, target)
     return target
 
 
 def set_aside_wrong_kinds(workdir: Path) -> list[str]:
-    """Move folders in the place of a run's files, files in the place of its folders, dead links.
+    """Moves folders in the place of a run's files, files in the place of its folders, dead links.
 
     A link to a file or folder of the right kind is used like the file or folder.
 
@@ -49,7 +49,7 @@ def set_aside_wrong_kinds(workdir: Path) -> list[str]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has this name; a dead link counts."""
+    """Returns whether anything has this name; a dead link counts."""
     return path.exists() or path.is_symlink()
 
 

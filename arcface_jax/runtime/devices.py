@@ -48,7 +48,7 @@ def is_gpu(mesh: Mesh) -> bool:
 
 
 def ask_for_cpu_devices(count: int) -> None:
-    """Make the CPU count as at least `count` devices, if JAX has not initialized it yet."""
+    """Makes the CPU count as at least `count` devices, if JAX has not initialized it yet."""
     now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # set by JAX
     if count > now:
         with contextlib.suppress(RuntimeError):  # it has
@@ -71,7 +71,7 @@ def split(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device: the backbone."""
+    """Returns the whole array on every device: the backbone."""
     return NamedSharding(mesh, P())
 
 
@@ -91,7 +91,7 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
 
 
 def ahead(items: Iterator[_In], send: Callable[[_In], _Out], *, count: int) -> Generator[_Out]:
-    """Apply `send` to each item in a thread, while earlier results are in use.
+    """Applies `send` to each item in a thread, while earlier results are in use.
 
     Args:
       items: for instance batches; read only by the thread.

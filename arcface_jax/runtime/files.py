@@ -130,7 +130,7 @@ def _open(path: Path, mode: str, newline: str | None) -> IO[Any]:
 
 
 def below(folder: Path, name: str) -> Path:
-    """The path of a file to write below an output folder; missing folders are made.
+    """Returns the path of a file to write below an output folder; missing folders are made.
 
     Args:
       folder: of the output.
@@ -208,7 +208,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def part_of(path: Path) -> Path:
-    """Where this process writes a file or folder before it is moved into its place."""
+    """Returns where this process writes a file or folder before it is moved into its place."""
     return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}{PART}")
 
 
@@ -252,7 +252,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this number exists on this machine."""
+    """Returns whether a process of this number exists on this machine."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -263,7 +263,7 @@ def is_running(pid: int) -> bool:
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """The steps of the complete checkpoints, ascending."""
+    """Returns the steps of the complete checkpoints, ascending."""
     # Not isdigit(), which a superscript two is too; nor 007, which Orbax does not take for a 7.
     found = (workdir / "checkpoints").glob("[0-9]*")
     return sorted(int(p.name) for p in found if _STEP.fullmatch(p.name) and p.is_dir())
@@ -276,7 +276,7 @@ def unfinished_steps(workdir: Path) -> list[int]:
 
 
 def remove_unfinished(workdir: Path) -> None:
-    """Remove checkpoints that an earlier process left half-written: they take disk space."""
+    """Removes checkpoints that an earlier process left half-written: they take disk space."""
     for path in (workdir / "checkpoints").glob(_UNFINISHED):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -286,7 +286,7 @@ def remove_unfinished(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def reporting_disk_errors(workdir: Path, writing: Path | None = None) -> Iterator[None]:
-    """Turn a write error of the system into a CheckpointError that names the step to resume from.
+    """Turns a write error of the system into a CheckpointError that names the step to resume from.
 
     Args:
       workdir: of the run.
@@ -314,7 +314,7 @@ def resume_point(workdir: Path) -> str:
 
 @functools.cache
 def quiet_orbax() -> None:
-    """Suppress what Orbax prints about a failed save or read in addition to raising it.
+    """Suppresses what Orbax prints about a failed save or read in addition to raising it.
 
     For the rest of the process: parts of it may fail after the error is raised, as late as at exit.
     """
@@ -362,7 +362,7 @@ def _message(workdir: Path, error: OSError, writing: Path | None) -> str:
 
 
 def _release_frames(error: BaseException | None) -> None:
-    """Destroy now, rather than at exit, the objects that an exception's frames keep alive."""
+    """Destroys now, rather than at exit, the objects that an exception's frames keep alive."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None

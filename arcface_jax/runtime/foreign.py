@@ -15,7 +15,7 @@ import numpy as np
 
 
 def read(path: str | Path, *, most: int | None = None) -> bytes:
-    """The bytes of a regular file.
+    """Returns the bytes of a regular file.
 
     Args:
       path: of the file.
@@ -55,7 +55,7 @@ def _require_regular(found: os.stat_result, path: str | Path) -> None:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is a regular file; False for a name that no file can have, too."""
+    """Returns whether there is a regular file; False for a name that no file can have, too."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -63,7 +63,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of JSON text.
+    """Returns the value of JSON text.
 
     Raises:
       ValueError: it is no JSON, or is nested too deep.
@@ -75,7 +75,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def load_array(path: str | Path) -> np.ndarray:
-    """The array of a `.npy` file, mapped: its header cannot claim more than the file has.
+    """Returns the array of a `.npy` file, mapped: its header cannot claim more than the file has.
 
     Raises:
       OSError: it cannot be read.

@@ -16,7 +16,7 @@ _OTHER_TEMPORARY = ("XDG_RUNTIME_DIR", "/dev/shm")
 
 
 def find_temporary() -> None:
-    """Make sure that there is a folder for temporary files, for this process and its children.
+    """Makes sure that there is a folder for temporary files, for this process and its children.
 
     Raises:
       UserError: no folder can be written.
@@ -42,7 +42,7 @@ def find_temporary() -> None:
 
 
 def user_cache() -> Path | None:
-    """The folder of the user's caches; None for a user without a home."""
+    """Returns the folder of the user's caches; None for a user without a home."""
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
     home = expanded("~")
@@ -50,7 +50,7 @@ def user_cache() -> Path | None:
 
 
 def expanded(folder: str) -> Path | None:
-    """The folder with `~` replaced by the home; None for a user without one."""
+    """Returns the folder with `~` replaced by the home; None for a user without one."""
     try:
         return Path(folder).expanduser()
     except RuntimeError:
@@ -58,7 +58,7 @@ def expanded(folder: str) -> Path | None:
 
 
 def writable(folder: str, *, what: str, fix: str) -> Path | None:
-    """The folder, made where it is missing; None, with a note, where it cannot be written.
+    """Returns the folder, made where it is missing; None, with a note, where it cannot be written.
 
     Args:
       folder: may begin with `~`.

@@ -31,7 +31,7 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def join_processes(config: DistributedConfig) -> None:
-    """Connect the processes of the run, before anything asks JAX for its devices.
+    """Connects the processes of the run, before anything asks JAX for its devices.
 
     Does nothing for a single process without a launcher and without options.
 
@@ -87,7 +87,7 @@ def _by_options(config: DistributedConfig) -> bool:
 
 
 def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
-    """The launcher that started this process as one of several, by JAX's name for it.
+    """Returns the launcher that started this process as one of several, by JAX's name for it.
 
     Reads the same variables as JAX's own detection; a job with one task is a single process.
     """
@@ -127,7 +127,7 @@ def is_first() -> bool:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Run the block in the first process, then in all others."""
+    """Runs the block in the first process, then in all others."""
     if not is_first():
         multihost_utils.sync_global_devices("first")
     yield
@@ -136,7 +136,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def gather_text(text: str) -> list[str]:
-    """A text of every process, in the order of the processes; a collective operation."""
+    """Returns a text of every process, in the order of the processes; a collective operation."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
@@ -151,12 +151,12 @@ def gather_text(text: str) -> list[str]:
 
 
 def host_name() -> str:
-    """The name of this machine, for messages."""
+    """Returns the name of this machine, for messages."""
     return platform.node() or "an unnamed host"
 
 
 def should_stop(stop: Stop, step: int) -> bool:
-    """Whether the run stops before this step, in all its processes, because of a signal.
+    """Returns whether the run stops before this step, in all its processes, because of a signal.
 
     Args:
       stop: the signals of this process. With several processes JAX watches for SIGTERM, as which
@@ -170,7 +170,7 @@ def should_stop(stop: Stop, step: int) -> bool:
 
 
 def raise_if_stopped_at_start() -> None:
-    """End the start of a run after a signal; call it where that is safe.
+    """Ends the start of a run after a signal; call it where that is safe.
 
     Does nothing with several processes: the others would wait for this one.
 
@@ -183,7 +183,7 @@ def raise_if_stopped_at_start() -> None:
 
 @contextmanager
 def holding(workdir: Path) -> Iterator[None]:
-    """Hold WORKDIR for this run: its first process does, and all of them fail where that fails.
+    """Holds WORKDIR for this run: its first process does, and all of them fail where that fails.
 
     Raises:
       CheckpointError: another run holds it, or it cannot be written.
@@ -214,7 +214,7 @@ def per_process_name(name: str) -> str:
 
 
 def start(distributed: DistributedConfig, *, deterministic: bool, compilation_cache: str) -> None:
-    """Configure JAX and connect the processes; called before JAX looks at its devices.
+    """Configures JAX and connect the processes; called before JAX looks at its devices.
 
     Args:
       distributed: the processes of the run.

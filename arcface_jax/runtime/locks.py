@@ -84,12 +84,12 @@ _holds: dict[Path, _Hold] = {}
 
 
 def _nothing() -> None:
-    """Allow the wait for a heartbeat to continue."""
+    """Allows the wait for a heartbeat to continue."""
 
 
 @contextlib.contextmanager
 def held(workdir: Path, *, between: Callable[[], None] = _nothing) -> Iterator[None]:
-    """Hold WORKDIR, which is created where missing, until the block ends.
+    """Holds WORKDIR, which is created where missing, until the block ends.
 
     A process that already holds it may hold it again.
 
@@ -160,12 +160,12 @@ def find(workdir: Path) -> tuple[Holder, bool] | None:
 
 
 def is_lock_file(path: Path) -> bool:
-    """Whether a file in a workdir belongs to its lock."""
+    """Returns whether a file in a workdir belongs to its lock."""
     return path.name == LOCK or path.name.startswith(f"{LOCK}.")
 
 
 def _take_workdir(workdir: Path, path: Path, between: Callable[[], None]) -> Holder:
-    """Take the lock file, and report whose it was."""
+    """Takes the lock file, and report whose it was."""
     me = _this_process()
     try:
         before = _take(path, me, between)
@@ -187,7 +187,7 @@ def _take_workdir(workdir: Path, path: Path, between: Callable[[], None]) -> Hol
 
 
 def _remove_litter(path: Path) -> None:
-    """Remove what processes left that were killed while they took the lock."""
+    """Removes what processes left that were killed while they took the lock."""
     with contextlib.suppress(OSError):
         now = path.stat().st_mtime
         for file in path.parent.glob(f"{LOCK}.*"):
@@ -196,7 +196,7 @@ def _remove_litter(path: Path) -> None:
 
 
 def _take(path: Path, me: Holder, between: Callable[[], None]) -> Holder | None:
-    """Create the lock file, or replace a stale one, whose holder is returned.
+    """Creates the lock file, or replace a stale one, whose holder is returned.
 
     Raises:
       _HeldError: its holder runs.
@@ -230,7 +230,7 @@ def _take(path: Path, me: Holder, between: Callable[[], None]) -> Holder | None:
 
 
 def _create(path: Path, me: Holder) -> bool:
-    """Create the file with all its content, unless it exists."""
+    """Creates the file with all its content, unless it exists."""
     with _written(path, me) as part:
         try:
             os.link(part, path)
@@ -297,7 +297,7 @@ def _is_stale(path: Path, there: Holder, me: Holder, between: Callable[[], None]
 
 
 def _heart_stopped(path: Path, there: Holder, me: Holder, between: Callable[[], None]) -> bool:
-    """Watch the heartbeat of a holder on another machine until it moves, or is stale."""
+    """Watches the heartbeat of a holder on another machine until it moves, or is stale."""
     beat = _modified(path)
     if beat is None:
         return True
@@ -330,7 +330,7 @@ def _modified(path: Path) -> float | None:
 
 
 def _beat(path: Path, hold: _Hold) -> None:
-    """Touch the lock file as long as it is held, and find out if it was taken over."""
+    """Touches the lock file as long as it is held, and find out if it was taken over."""
     while not hold.ended.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
             there = _read(path)
@@ -351,7 +351,7 @@ def _release(path: Path, me: Holder) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders that were created for a run which wrote nothing."""
+    """Removes the folders that were created for a run which wrote nothing."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()

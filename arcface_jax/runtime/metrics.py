@@ -72,7 +72,7 @@ class MetricsFile:
             self._file = open_own(path if first else Path(os.devnull), "a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line; it is on disk when this returns. NaN and infinity become null.
+        """Appends one line; it is on disk when this returns. NaN and infinity become null.
 
         Raises:
           CheckpointError: it cannot be written.
@@ -101,7 +101,7 @@ class MetricsFile:
         )
 
     def close(self) -> None:
-        """Flush and close all writers, even if one of them fails."""
+        """Flushes and close all writers, even if one of them fails."""
         with ExitStack() as writers:
             for writer in self._writers:
                 writers.enter_context(reporting_disk_errors(self._workdir, writer.path))
@@ -164,7 +164,7 @@ def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to the first that is damaged or was cut off."""
+    """Returns the lines of a metrics.jsonl up to the first that is damaged or was cut off."""
     return whole_lines(path.read_bytes())[0]
 
 
@@ -173,7 +173,7 @@ def _null_as_nan(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_accuracy(values: Mapping[str, float]) -> float:
-    """The accuracy of a log step, among all classes or among those that Partial FC sampled.
+    """Returns the accuracy of a log step, among all classes or among those that Partial FC sampled.
 
     NaN where a run has no head.
     """
@@ -188,11 +188,11 @@ class Writer(Protocol):
     """The file or folder that is written."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of one step; several calls may name the same step."""
+        """Writes the values of one step; several calls may name the same step."""
         ...
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flushes and close."""
         ...
 
 
@@ -218,7 +218,7 @@ class TensorBoard:
         self._add(start + 1, session_log=begin)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one scalar for each value."""
+        """Writes one scalar for each value."""
         for name, value in values.items():
             self._add(step, summary=self._scalar(shown(name), value))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
@@ -226,7 +226,7 @@ class TensorBoard:
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._events.close()
 
     def _add(self, step: int, **what: Any) -> None:
@@ -249,7 +249,7 @@ class Csv:
         self._rewrite(kept)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line; new names rewrite the file with their columns added."""
+        """Appends a line; new names rewrite the file with their columns added."""
         line = {"step": step, **values}
         if self._add_columns([line]):
             self._file.close()
@@ -259,7 +259,7 @@ class Csv:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file.close()
 
     def _add_columns(self, lines: list[dict[str, float]]) -> bool:
@@ -318,9 +318,9 @@ class Wandb:
             ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log at this step; W&B keeps what it already has of later steps."""
+        """Logs at this step; W&B keeps what it already has of later steps."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Finish the W&B run once everything is uploaded."""
+        """Finishes the W&B run once everything is uploaded."""
         self._run.finish()

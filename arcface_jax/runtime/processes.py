@@ -12,7 +12,7 @@ def start_of(pid: int) -> str | None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is suspended, by SIGSTOP or a debugger."""
+    """Returns whether a process is suspended, by SIGSTOP or a debugger."""
     fields = _fields(pid)
     return fields is not None and fields[0] in "Tt"
 

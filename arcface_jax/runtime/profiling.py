@@ -17,7 +17,7 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Discard what was measured so far."""
+        """Discards what was measured so far."""
         self._start, self._steps = time.perf_counter(), 0
         self._waited = self._blocked = self._paused = 0.0
 
@@ -43,11 +43,11 @@ class Clock:
         self._paused += time.perf_counter() - start
 
     def count_step(self) -> None:
-        """Count one training step."""
+        """Counts one training step."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """The `perf/...` metrics since the last call; empty if no step was counted."""
+        """Returns the `perf/...` metrics since the last call; empty if no step was counted."""
         seconds = time.perf_counter() - self._start - self._paused
         steps, waited, blocked = self._steps, self._waited, self._blocked
         self.restart()
@@ -76,13 +76,13 @@ class Trace:
         self._open = False
 
     def before(self, step: int) -> None:
-        """Start the trace if this step is among the traced ones."""
+        """Starts the trace if this step is among the traced ones."""
         if self._first <= step <= self._last and not self._open:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._open = True
 
     def after(self, step: int, metrics: Any) -> str | None:
-        """Stop the trace after its last step, and return how to open it."""
+        """Stops the trace after its last step, and return how to open it."""
         if not self._open or step < self._last:
             return None
         jax.block_until_ready(metrics)
@@ -94,7 +94,7 @@ class Trace:
         )
 
     def close(self) -> None:
-        """Stop and write the trace if it is running."""
+        """Stops and write the trace if it is running."""
         if self._open:
             self._open = False
             jax.profiler.stop_trace()

@@ -29,7 +29,7 @@ def seal(content: Mapping[str, Any], *, indent: int | None = None) -> str:
 
 
 def read(path: Path, *, unsealed: bool = False) -> dict[str, Any]:
-    """The object that `seal` wrote.
+    """Returns the object that `seal` wrote.
 
     Args:
       path: of the file.

@@ -26,13 +26,13 @@ _MIB = 2**20
 
 
 def name_of_owner(pid: int) -> str:
-    """How the names of a process's objects begin; "" on a system without /proc."""
+    """Returns how the names of a process's objects begin; "" on a system without /proc."""
     started, namespace = start_of(pid), _namespace()
     return f"{_PREFIX}-{namespace}-{pid}-{started}" if started and namespace else ""
 
 
 def name_semaphores() -> None:
-    """Name the semaphores that this process will share with workers after it."""
+    """Names the semaphores that this process will share with workers after it."""
     if owner := name_of_owner(os.getpid()):
         # No public way: multiprocessing.synchronize reads the prefix from here.
         settings = getattr(process.current_process(), "_config", None)
@@ -69,7 +69,7 @@ def _class_for(owner: str) -> type[shared_memory.SharedMemory]:
 
 
 def _reserve(name: str, size: int) -> None:
-    """Take the memory now: where it is missing, the first write would end the process by SIGBUS.
+    """Takes the memory now: where it is missing, the first write would end the process by SIGBUS.
 
     Raises:
       UserError: there is not enough.
@@ -96,7 +96,7 @@ def _reserve(name: str, size: int) -> None:
 
 
 def remove_leftovers(folder: Path = FOLDER) -> tuple[int, int]:
-    """Remove the objects of owners that no longer run, and report them on stderr.
+    """Removes the objects of owners that no longer run, and report them on stderr.
 
     Args:
       folder: of shared memory.

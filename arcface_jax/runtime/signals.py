@@ -45,14 +45,14 @@ class StoppedAtStart(Exception):
 
 
 def remember() -> None:
-    """Note stop signals for the rest of the process; the second signal of a kind ends it."""
+    """Notes stop signals for the rest of the process; the second signal of a kind ends it."""
     for s in _not_ignored():
         signal.signal(s, _remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see hold_back
 
 
 def hold_back() -> None:
-    """Keep signals waiting until the program that replaces this one calls `remember`.
+    """Keeps signals waiting until the program that replaces this one calls `remember`.
 
     Raises:
       StoppedAtStart: one has come already.
@@ -62,12 +62,12 @@ def hold_back() -> None:
 
 
 def remembered() -> signal.Signals | None:
-    """The first signal that came since `remember`."""
+    """Returns the first signal that came since `remember`."""
     return _remembered[0] if _remembered else None
 
 
 def raise_if_remembered() -> None:
-    """End the start of a run after a signal; call it where that is safe.
+    """Ends the start of a run after a signal; call it where that is safe.
 
     Raises:
       StoppedAtStart: a signal has come since `remember`.
@@ -108,7 +108,7 @@ class Stop:
         return bool(self.signals)
 
     def raise_if_stopped(self) -> None:
-        """Abandon the current work if a signal has come; call it where that is safe.
+        """Abandons the current work if a signal has come; call it where that is safe.
 
         Does nothing with several processes: they would all have to stop at the same place.
 
@@ -119,7 +119,7 @@ class Stop:
             raise Interrupted
 
     def start_deadline(self, number: int) -> None:
-        """Start the shutdown deadline at the first signal; when it is over the process exits.
+        """Starts the shutdown deadline at the first signal; when it is over the process exits.
 
         Not thread-safe: call it from one thread only.
         """
@@ -131,7 +131,7 @@ class Stop:
             self._deadline.start()
 
     def close(self) -> None:
-        """Cancel the deadline: everything is saved."""
+        """Cancels the deadline: everything is saved."""
         if self._deadline is not None:
             self._deadline.cancel()
 
@@ -152,7 +152,7 @@ class Stop:
 
 
 def exit_code(config: "CheckpointConfig", by: signal.Signals) -> int:
-    """Exit code of a stopped run: 128 + signal, or for SIGTERM the requeue code if set."""
+    """Exits code of a stopped run: 128 + signal, or for SIGTERM the requeue code if set."""
     if by is signal.SIGTERM and config.requeue_exit_code:
         return config.requeue_exit_code
     return 128 + by
@@ -160,7 +160,7 @@ def exit_code(config: "CheckpointConfig", by: signal.Signals) -> int:
 
 @contextmanager
 def watched(checkpoint: "CheckpointConfig", *, workdir: Path) -> Iterator[Stop]:
-    """Collect stop signals in a `Stop`, those remembered included.
+    """Collects stop signals in a `Stop`, those remembered included.
 
     The second signal of a kind acts as usual.
     """
@@ -203,7 +203,7 @@ def watched(checkpoint: "CheckpointConfig", *, workdir: Path) -> Iterator[Stop]:
 
 @contextmanager
 def _deadline_thread(stop: Stop) -> Iterator[None]:
-    """Start the deadline even while Python's handler waits for a call that never returns."""
+    """Starts the deadline even while Python's handler waits for a call that never returns."""
     read, write = socket.socketpair()
     write.setblocking(False)
     before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)

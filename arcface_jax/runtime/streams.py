@@ -49,7 +49,7 @@ class _Escaping:
 
 @contextlib.contextmanager
 def escaping() -> Iterator[None]:
-    """Let what is printed in the block reach the terminal escaped by `text.shown`.
+    """Lets what is printed in the block reach the terminal escaped by `text.shown`.
 
     What writes codes of its own, such as a progress bar, goes to `plain` and escapes names itself.
     """
@@ -68,12 +68,12 @@ def escaping() -> Iterator[None]:
 
 
 def plain(stream: TextIO) -> TextIO:
-    """The stream under one that escapes, for progress bars."""
+    """Returns the stream under one that escapes, for progress bars."""
     return stream.plain if isinstance(stream, _Escaping) else stream
 
 
 def colored(stream: TextIO) -> TextIO:
-    """The stream for tables: as one that escapes, but colors pass."""
+    """Returns the stream for tables: as one that escapes, but colors pass."""
     return cast(TextIO, _Escaping(plain(stream), colors=True))
 
 
@@ -91,7 +91,7 @@ class _Raw(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let this process print for the rest of its life, whether or not anybody reads it."""
+    """Lets this process print for the rest of its life, whether or not anybody reads it."""
     _open_missing()
     for number, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)

@@ -13,7 +13,7 @@ def new(
     names: Sequence[str] = (),
     name_width: int | None = None,
 ) -> Table:
-    """An empty table; `add_row` takes a cell for each name, then one for each number.
+    """Returns an empty table; `add_row` takes a cell for each name, then one for each number.
 
     Args:
       title: above it.
@@ -30,5 +30,5 @@ def new(
 
 
 def share(value: float | None, *, missing: str = "-") -> str:
-    """A number between 0 and 1 with four decimals."""
+    """Returns a number between 0 and 1 with four decimals."""
     return missing if value is None else f"{value:.4f}"

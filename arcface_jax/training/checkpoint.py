@@ -61,7 +61,7 @@ def describe(source: Source, data: DataConfig) -> Dataset:
 
 
 def open_workdir(config: Config) -> ocp.CheckpointManager:
-    """Create WORKDIR with its config.json, or check that the run in it can be resumed.
+    """Creates WORKDIR with its config.json, or check that the run in it can be resumed.
 
     Raises:
       CheckpointError: the folder holds another run (every difference is named), or cannot be
@@ -121,19 +121,19 @@ def _prepare(config: Config) -> None:
 
 
 def holds_config(workdir: Path) -> bool:
-    """Whether a run has begun in the workdir: it has a config.json, or the copy of one."""
+    """Returns whether a run has begun in the workdir: it has a config.json, or the copy of one."""
     return _stored_config(workdir)[0] is not None
 
 
 def replace_config(workdir: Path, config: Config) -> None:
-    """Write config.json again, with its copy; a run that is killed in between uses the new one."""
+    """Writes config.json again, with its copy; a run that is killed in between uses the new one."""
     text = loading.to_json(config)
     checksums.keep_config(workdir, text)
     write_atomic(workdir / CONFIG, text)
 
 
 def _manager_options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
-    """Keep the newest checkpoints, and with `best_metric` the best ones; of equals the later."""
+    """Keeps the newest checkpoints, and with `best_metric` the best ones; of equals the later."""
     name = config.best_metric
     if not name:
         return ocp.CheckpointManagerOptions(max_to_keep=config.keep)
@@ -223,7 +223,7 @@ def _parse_config(workdir: Path, text: str) -> Config:
 
 
 def _write_config(workdir: Path, text: str, *, repaired: bool) -> None:
-    """Write config.json and its copy where they are missing, or both where one was damaged."""
+    """Writes config.json and its copy where they are missing, or both where one was damaged."""
     path = workdir / CONFIG
     if (
         repaired
@@ -243,7 +243,7 @@ def save(
     dataset: Dataset,
     score: dict[str, float] | None = None,
 ) -> None:
-    """Start saving in the background; the next step may donate the state at once.
+    """Starts saving in the background; the next step may donate the state at once.
 
     Does nothing if this step is already saved.
 
@@ -270,7 +270,7 @@ def save(
 
 
 def check(manager: ocp.CheckpointManager) -> None:
-    """Check whether a background save has failed, without waiting.
+    """Checks whether a background save has failed, without waiting.
 
     Orbax itself reports it in the next save, which may be hours later.
 
@@ -284,7 +284,7 @@ def check(manager: ocp.CheckpointManager) -> None:
 
 
 def close(manager: ocp.CheckpointManager) -> None:
-    """Wait for a background save to finish.
+    """Waits for a background save to finish.
 
     Raises:
       CheckpointError: it has failed.
@@ -299,7 +299,7 @@ def _reporting(manager: ocp.CheckpointManager) -> AbstractContextManager[None]:
 
 
 def check_data(manager: ocp.CheckpointManager, dataset: Dataset, data: DataConfig) -> None:
-    """Compare the training set with the one of the newest checkpoint, if there is one.
+    """Compares the training set with the one of the newest checkpoint, if there is one.
 
     A change that `data.changed` accepts is printed.
 
@@ -354,7 +354,7 @@ def _require_classes(manager: ocp.CheckpointManager, stored: Dataset, found: Dat
 def restore(
     manager: ocp.CheckpointManager, fresh: TrainState, dataset: Dataset
 ) -> TrainState | None:
-    """The newest state, placed as `fresh` on however many devices.
+    """Returns the newest state, placed as `fresh` on however many devices.
 
     Args:
       manager: of the workdir.
@@ -408,7 +408,7 @@ def save_weights(
     *,
     centers: np.ndarray | None = None,
 ) -> None:
-    """Write a WORKDIR with weights only: it can be read like any other, but not resumed.
+    """Writes a WORKDIR with weights only: it can be read like any other, but not resumed.
 
     Args:
       config: names the workdir, the network and the embedding size; the rest has no meaning for
@@ -450,7 +450,7 @@ def _write_weights(
 
 
 def require_empty(workdir: Path) -> None:
-    """Raise CheckpointError if the path is anything but an empty or missing folder."""
+    """Raises CheckpointError if the path is anything but an empty or missing folder."""
     if workdir.exists() and (not workdir.is_dir() or _holds_files(workdir)):
         raise CheckpointError(f"{workdir} exists and is not an empty folder: name a new one")
 
@@ -472,7 +472,7 @@ def _refuse_imported_weights(workdir: Path) -> None:
 
 
 def folder_of(workdir: Path) -> Path:
-    """The folder of a run's checkpoints, as an absolute path, which Orbax requires."""
+    """Returns the folder of a run's checkpoints, as an absolute path, which Orbax requires."""
     return workdir.absolute() / "checkpoints"
 
 

@@ -14,7 +14,7 @@ Backbone = dict[str, Arrays]
 
 
 def stored(manager: ocp.CheckpointManager, number: int) -> Backbone:
-    """The names and shapes of the backbone in a checkpoint."""
+    """Returns the names and shapes of the backbone in a checkpoint."""
     # The manager's own metadata is empty until it has saved or restored something.
     folder = manager.directory / str(number) / "backbone"
     metadata: Any = ocp.PyTreeCheckpointHandler().metadata(folder)
@@ -22,7 +22,7 @@ def stored(manager: ocp.CheckpointManager, number: int) -> Backbone:
 
 
 def as_stored(tree: Any, backbone: Backbone, stored: Backbone) -> Any:
-    """The shapes of arrays to be restored, in their stored form.
+    """Returns the shapes of arrays to be restored, in their stored form.
 
     Args:
       tree: holds dicts with the names of `backbone`: itself, and the optimizer's moments.
@@ -57,7 +57,7 @@ def as_wanted(tree: Any, stored: Backbone, backbone: Backbone) -> Any:
 def _change(
     tree: Any, old: Backbone, new: Backbone, change: Callable[[Arrays, Arrays], Arrays]
 ) -> Any:
-    """Convert each dict with the names of a part of `old` to one with the names of `new`."""
+    """Converts each dict with the names of a part of `old` to one with the names of `new`."""
     for part, arrays in old.items():
         names = arrays.keys()
         if names == new[part].keys():

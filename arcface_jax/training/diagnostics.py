@@ -108,7 +108,7 @@ class HealthMonitor:
         self._reported: set[str] = set()
 
     def few_labels(self, labels: np.ndarray) -> str | None:
-        """Warn if a batch's (b,) labels have few identities: BatchNorm would learn only these."""
+        """Warns if a batch's (b,) labels have few identities: BatchNorm would learn only these."""
         expected = self._num_classes * -np.expm1(
             len(labels) * np.log1p(-1 / max(self._num_classes, 2))
         )
@@ -122,7 +122,7 @@ class HealthMonitor:
         )
 
     def empty_images(self, images: np.ndarray) -> str | None:
-        """Warn if a batch's (b, h, w, 3) images show nothing, or all show the same."""
+        """Warns if a batch's (b, h, w, 3) images show nothing, or all show the same."""
         pixels = images.reshape(len(images), -1, images.shape[-1])
         if (pixels == pixels[:, :1]).all():
             found = "black" if not images.any() else "of a single color"
@@ -136,7 +136,7 @@ class HealthMonitor:
         )
 
     def skipped_steps(self, step: int, values: Mapping[str, float]) -> str | None:
-        """Report the non-finite steps since the last log step."""
+        """Reports the non-finite steps since the last log step."""
         before, self._skipped = self._skipped, values["train/skipped_steps"]
         new = int(self._skipped - before)
         if new <= 0:
@@ -146,7 +146,7 @@ class HealthMonitor:
         return f"step {step}: skipped {new} non-finite step(s){reason}; {self._skipped:.0f} total"
 
     def plateau(self, step: int, loss: float) -> str | None:
-        """Warn if the loss has stopped moving."""
+        """Warns if the loss has stopped moving."""
         self._losses.append((step, loss))
         while self._losses[0][0] <= step - self._plateau_steps:
             self._losses.popleft()
@@ -165,7 +165,7 @@ class HealthMonitor:
         return f"warning: loss plateaued at {late:.2f} for {self._plateau_steps} steps; {meaning}"
 
     def slow_input(self, values: Mapping[str, float], data: DataConfig) -> str | None:
-        """Warn if the devices wait for images."""
+        """Warns if the devices wait for images."""
         share = values.get("perf/data_wait_share", 0.0)
         if share <= _MAX_WAIT_SHARE or not self._first_time("input"):
             return None
@@ -183,7 +183,7 @@ class HealthMonitor:
 
 
 def explain_chance_accuracy(result: Verification, *, loss: float, chance_loss: float) -> str | None:
-    """Explain why verification stays at chance level although the training loss has fallen.
+    """Explains why verification stays at chance level although the training loss has fallen.
 
     Args:
       result: accuracy on one set, and how its embeddings are spread.
@@ -239,7 +239,7 @@ def write_failure(
     gradient_norms: Mapping[str, float],
     scale: float,
 ) -> Path:
-    """Write WORKDIR/failure_STEP.json, where the search for the cause of a failed run starts.
+    """Writes WORKDIR/failure_STEP.json, where the search for the cause of a failed run starts.
 
     Args:
       workdir: of the run.
@@ -280,7 +280,7 @@ def failure_error(
     optimizer: OptimizerConfig,
     dtype: str,
 ) -> UserError:
-    """The error that ends a run after too many non-finite steps in a row.
+    """Returns the error that ends a run after too many non-finite steps in a row.
 
     Args:
       step: the failed step.
@@ -301,7 +301,7 @@ def failure_error(
 
 
 def untrained_error(skipped: int, *, optimizer: OptimizerConfig, dtype: str) -> UserError:
-    """The error of a complete run in which all steps were skipped.
+    """Returns the error of a complete run in which all steps were skipped.
 
     Args:
       skipped: steps without a finite gradient.
@@ -330,7 +330,7 @@ def _failure_fix(loss: float, optimizer: OptimizerConfig, dtype: str) -> str:
 
 
 def slowest_host(own_ms: float) -> tuple[dict[str, float], str | None]:
-    """Find the slowest host. A collective operation: all hosts call it at the same step.
+    """Finds the slowest host. A collective operation: all hosts call it at the same step.
 
     Args:
       own_ms: this host's time per step that it did not spend waiting for its devices. A step takes
@@ -360,7 +360,7 @@ def compare_hosts(times: np.ndarray) -> tuple[dict[str, float], str | None]:
 
 
 def arm_watchdog(logging: LoggingConfig) -> None:
-    """Dump all stacks to stderr unless the step ends within `logging.watchdog_seconds`.
+    """Dumps all stacks to stderr unless the step ends within `logging.watchdog_seconds`.
 
     The standard library's own thread waits and writes. It does not need the GIL, so it works even
     while a call into the devices or the network holds it.
@@ -372,5 +372,5 @@ def arm_watchdog(logging: LoggingConfig) -> None:
 
 
 def disarm_watchdog() -> None:
-    """Stop the countdown: evaluating and saving may take long."""
+    """Stops the countdown: evaluating and saving may take long."""
     faulthandler.cancel_dump_traceback_later()

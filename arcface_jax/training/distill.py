@@ -35,7 +35,7 @@ class Taught(NamedTuple):
 def make_weight(
     distill: DistillConfig, schedule: ScheduleConfig, *, steps_per_epoch: int
 ) -> Schedule:
-    """The weight of the teacher's losses at each step.
+    """Returns the weight of the teacher's losses at each step.
 
     Warm-up gives step k of w the weight weight * k / w. With decay it then falls from step w to the
     last one, linearly or as half a cosine, to zero.
@@ -62,7 +62,7 @@ def make_weight(
 
 
 def shown(teacher: jax.Array, mirrored: jax.Array | None) -> jax.Array:
-    """(B, D) float32: the teacher's embedding of each image as the network is shown it.
+    """Returns (B, D) float32: the teacher's embedding of each image as the network is shown it.
 
     Args:
       teacher: (B, V, D), one view, or those of the image and of its mirror image.
@@ -77,7 +77,7 @@ def shown(teacher: jax.Array, mirrored: jax.Array | None) -> jax.Array:
 def apply(
     embeddings: jax.Array, teacher: jax.Array, *, weight: jax.Array, distill: DistillConfig
 ) -> Taught:
-    """The teacher's losses of a batch, and their gradient.
+    """Returns the teacher's losses of a batch, and their gradient.
 
     Images for which the teacher has no embedding, a row of zeros, count in no mean.
 
@@ -106,7 +106,7 @@ def apply(
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """(n, D) scaled to length 1; rows of zeros stay zeros, with a gradient of zero."""
+    """Returns (n, D) scaled to length 1; rows of zeros stay zeros, with a gradient of zero."""
     # Not the norm, whose gradient at zero is NaN.
     square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
     return x * lax.rsqrt(jnp.maximum(square, _SHORTEST**2))

@@ -22,7 +22,7 @@ class Evaluator(Protocol):
     """What `evaluation.targets` names as `package.module:name[:ARGUMENT]`: measures a network."""
 
     def __call__(self, embed: Embed, argument: str, /) -> Mapping[str, float]:
-        """Measure the network.
+        """Measures the network.
 
         Args:
           embed: (n, 112, 112, 3) uint8 RGB, any n, to (n, D) float32, not normalized. Of several
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
     values: dict[str, float]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, as `eval/NAME/...`."""
+        """Returns the numbers, as `eval/NAME/...`."""
         return {f"eval/{self.name}/{key}": value for key, value in self.values.items()}
 
 
@@ -71,7 +71,7 @@ def make(
     batch_size: int,
     mesh: Mesh,
 ) -> Evaluate:
-    """The evaluation of a run.
+    """Returns the evaluation of a run.
 
     Args:
       targets: verification sets.
@@ -107,7 +107,7 @@ def make(
 
 
 def load(names: Sequence[str], sets: list[PairSet], *, best_metric: str) -> list[Measure]:
-    """Load the evaluators among `evaluation.targets`.
+    """Loads the evaluators among `evaluation.targets`.
 
     Args:
       names: the targets; those that are verification sets are passed over.
@@ -156,7 +156,7 @@ def _measure(
 
 
 def check_metric(name: str, targets: Sequence[str], sets: list[PairSet]) -> None:
-    """Refuse a `checkpoint.best_metric` that no set and no evaluator of the run measures.
+    """Refuses a `checkpoint.best_metric` that no set and no evaluator of the run measures.
 
     Args:
       name: the metric.
@@ -173,7 +173,7 @@ def check_metric(name: str, targets: Sequence[str], sets: list[PairSet]) -> None
 
 
 def verifications(results: Sequence[Result]) -> list[Verification]:
-    """The results on verification sets, without evaluators'."""
+    """Returns the results on verification sets, without evaluators'."""
     return [result for result in results if isinstance(result, Verification)]
 
 
@@ -202,7 +202,7 @@ def baselines(
 
 
 def metrics(results: Sequence[Result], prefix: str = "eval") -> dict[str, float]:
-    """All metrics of an evaluation by name, `eval/NAME/accuracy` and so on."""
+    """Returns all metrics of an evaluation by name, `eval/NAME/accuracy` and so on."""
     return {
         f"{prefix}/{name.removeprefix('eval/')}": value
         for result in results
@@ -211,7 +211,7 @@ def metrics(results: Sequence[Result], prefix: str = "eval") -> dict[str, float]
 
 
 def draw(workdir: Path, targets: list[PairSet], results: Sequence[Result]) -> list[Path]:
-    """Plot the run's training curves and a sheet of pairs for each verification set."""
+    """Plots the run's training curves and a sheet of pairs for each verification set."""
     files = [plots.training_curves(workdir)]
     for target, result in zip(
         targets, verifications(results), strict=False

@@ -15,7 +15,7 @@ _JUMP = 0.01
 
 
 def stored_schedule(config: Config) -> ScheduleConfig | None:
-    """The schedule of the run in the workdir, if `schedule.extend` asks for another.
+    """Returns the schedule of the run in the workdir, if `schedule.extend` asks for another.
 
     Several processes all read it before the first one replaces it.
     """
@@ -31,7 +31,7 @@ def stored_schedule(config: Config) -> ScheduleConfig | None:
 
 
 def extend(config: Config, stored: ScheduleConfig, *, start: int, per_epoch: int) -> list[str]:
-    """Record the new schedule in config.json; environment.json keeps every start's.
+    """Records the new schedule in config.json; environment.json keeps every start's.
 
     Args:
       config: the run with its new schedule.

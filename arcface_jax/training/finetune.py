@@ -70,7 +70,7 @@ def weights(source: Path | Weights, model: ModelConfig, *, name: str) -> Weights
 
 
 def centers(config: Config, state: TrainState, source: Source, *, mesh: Mesh) -> jax.Array:
-    """The first class centers by `finetune.centers`, placed like the state's.
+    """Returns the first class centers by `finetune.centers`, placed like the state's.
 
     Args:
       config: the run.
@@ -140,7 +140,7 @@ def _class_means(
 
 
 def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array) -> jax.Array:
-    """Add the batch's normalized embeddings to the rows of this device's classes."""
+    """Adds the batch's normalized embeddings to the rows of this device's classes."""
     unit = lax.all_gather(normalize(embeddings)[0], AXIS, tiled=True)
     row = lax.all_gather(labels, AXIS, tiled=True) - lax.axis_index(AXIS) * len(sums)
     here = (row >= 0) & (row < len(sums))

@@ -27,7 +27,7 @@ _DECIMALS = 6
 
 
 def folded(batch_stats: Arrays) -> list[str]:
-    """The names of the BatchNorms whose statistics are an identity's."""
+    """Returns the names of the BatchNorms whose statistics are an identity's."""
     layers = [name.removesuffix(".mean") for name in batch_stats if name.endswith(".mean")]
     return [name for name in layers if _is_identity(batch_stats, name)]
 
@@ -38,7 +38,7 @@ def _is_identity(batch_stats: Arrays, layer: str) -> bool:
 
 
 def complete(weights: Weights, config: Config, source: Source) -> tuple[Weights, list[str]]:
-    """Give statistics to the BatchNorms that lack them; those that are frozen stay as they are.
+    """Gives statistics to the BatchNorms that lack them; those that are frozen stay as they are.
 
     Args:
       weights: that the run starts from.

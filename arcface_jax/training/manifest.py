@@ -162,7 +162,7 @@ def _version_lines() -> list[str]:
 
 
 def mesh_lines(devices: Mesh) -> list[str]:
-    """The axis, and where its devices are."""
+    """Returns the axis, and where its devices are."""
     flat = devices.devices.flat
     axes = ", ".join(f"{name} {size}" for name, size in devices.shape.items())
     return [
@@ -206,7 +206,7 @@ def _automatic_lines(config: Config, devices: Mesh) -> list[str]:
 
 
 def parameter_lines(params: Arrays) -> list[str]:
-    """Every array with its shape and count, under its stage with the stage's sum.
+    """Returns every array with its shape and count, under its stage with the stage's sum.
 
     A stage is the first part of the dotted name.
     """

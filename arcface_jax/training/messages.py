@@ -45,7 +45,7 @@ def _scaling_rule(optimizer: OptimizerConfig, batch: int) -> str:
 
 
 def initial_loss(loss: float, chance_loss: float, *, pretrained: bool) -> str:
-    """The first loss beside its chance level."""
+    """Returns the first loss beside its chance level."""
     level = "chance level with random centers" if pretrained else "chance level"
     return f"initial loss {loss:.2f} ({level}: {chance_loss:.2f})"
 
@@ -64,12 +64,12 @@ def _result(result: Result) -> str:
 
 
 def bad_image(image: BadImage) -> str:
-    """An image that cannot be read, for which the batch holds another."""
+    """Returns an image that cannot be read, for which the batch holds another."""
     return f"skipped unreadable image {image.where}: {image.problem} (substituted)"
 
 
 def invalid_labels(count: float, step: int, dataset: Mapping[str, Any]) -> DataError:
-    """The error of a run whose labels are not all classes."""
+    """Returns the error of a run whose labels are not all classes."""
     last = dataset["num_classes"] - 1
     return DataError(
         f"{count:.0f} images up to step {step} have labels outside [0, {last}]; they were excluded "

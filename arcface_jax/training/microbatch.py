@@ -50,7 +50,7 @@ def forward(
     mesh: Mesh,
     order: Sequence[str] = (),
 ) -> Forward:
-    """Run the backbone on a batch, and keep what the backward pass needs.
+    """Runs the backbone on a batch, and keep what the backward pass needs.
 
     Args:
       network: made for the images of one slice on one device.

@@ -11,7 +11,7 @@ _SHOWN = 5
 
 
 def select(patterns: Iterable[str], names: Sequence[str], *, field: str) -> set[str]:
-    """The names that match at least one of the patterns.
+    """Returns the names that match at least one of the patterns.
 
     Args:
       patterns: names with `*` for any characters, including dots, and `?` for one.
@@ -35,7 +35,7 @@ def select(patterns: Iterable[str], names: Sequence[str], *, field: str) -> set[
 def factors(
     rates: Iterable[tuple[str, float]], names: Sequence[str], *, field: str
 ) -> dict[str, float]:
-    """The factor on the learning rate by name, from the last pattern that matches, or 1.
+    """Returns the factor on the learning rate by name, from the last pattern that matches, or 1.
 
     Raises:
       ConfigError: as `select`.

@@ -67,7 +67,7 @@ class Network:
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, *, which: Which = "latest", **options) -> "Network":
-        """Load a checkpoint of a run, by default the newest; options as in the class.
+        """Loads a checkpoint of a run, by default the newest; options as in the class.
 
         Raises:
           CheckpointError: the folder holds none.
@@ -117,7 +117,7 @@ class Network:
 
 
 def weights_digest(network: str, params: Arrays, batch_stats: Arrays) -> str:
-    """A SHA-256 of a network's name and weights, whatever file they are from."""
+    """Returns a SHA-256 of a network's name and weights, whatever file they are from."""
     total = hashlib.sha256(network.encode())
     for arrays in (params, batch_stats):
         for name in sorted(arrays):

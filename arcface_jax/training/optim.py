@@ -22,7 +22,7 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch: int) -> Schedule:
-    """The learning rate of each optimizer step.
+    """Returns the learning rate of each optimizer step.
 
     Warm-up gives step k of w the rate base * k / w, so the first update has rate 0;
     arcface_torch's first update has the full base rate, a bug that is not repeated here.
@@ -78,7 +78,7 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip the backbone's gradient, then apply the rule that `optimizer.kind` names.
+    """Clips the backbone's gradient, then apply the rule that `optimizer.kind` names.
 
     What it returns is subtracted, times the learning rate.
 
@@ -90,7 +90,7 @@ def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def is_elementwise(optimizer: OptimizerConfig) -> bool:
-    """Whether the rule treats every element by itself, see `Optimizer.elementwise`.
+    """Returns whether the rule treats every element by itself, see `Optimizer.elementwise`.
 
     Raises:
       ConfigError: as `make_optimizer`.
@@ -169,7 +169,7 @@ def _adam(optimizer: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _by_norm(trust: float) -> optax.GradientTransformation:
-    """Scale each matrix's update to `trust` times the matrix's norm."""
+    """Scales each matrix's update to `trust` times the matrix's norm."""
     ratio = optax.scale_by_trust_ratio(trust_coefficient=trust)
 
     def one(update: Any, param: Any) -> Any:
@@ -197,14 +197,14 @@ def _matrices(params: Any) -> dict[str, bool]:
 
 
 def first_scale(optimizer: OptimizerConfig, dtype: str) -> Arrays:
-    """The initial loss scale and the steps since it changed, for float16; else empty."""
+    """Returns the initial loss scale and the steps since it changed, for float16; else empty."""
     if dtype != "float16":
         return {}
     return {"factor": jnp.float32(optimizer.loss_scale), "steps": jnp.int32(0)}
 
 
 def next_scale(scale: Arrays, finite: jax.Array, optimizer: OptimizerConfig) -> Arrays:
-    """Halve the loss scale after an overflow, double it after enough steps without one.
+    """Halves the loss scale after an overflow, double it after enough steps without one.
 
     (Micikevicius et al., "Mixed Precision Training", ICLR 2018.)
     """
@@ -217,7 +217,7 @@ def next_scale(scale: Arrays, finite: jax.Array, optimizer: OptimizerConfig) -> 
 
 
 def update_ema(ema: Arrays, weights: Arrays, *, ema_decay: float, steps: jax.Array) -> Arrays:
-    """Update the running mean of the weights: ema_decay * ema + (1 - ema_decay) * weights.
+    """Updates the running mean of the weights: ema_decay * ema + (1 - ema_decay) * weights.
 
     Early in a run the decay is only (1 + steps) / (10 + steps), so that the initial weights fade
     quickly.

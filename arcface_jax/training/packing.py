@@ -50,7 +50,7 @@ Layout = tuple[Buffer, ...]
 
 
 def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout:
-    """Which arrays lie in which buffer.
+    """Returns which arrays lie in which buffer.
 
     Vectors and the kernels of convolutions, which a network has by the hundred, share buffers,
     those of the last layers, whose gradients are ready first, the first ones. Stacks of them do so
@@ -99,7 +99,7 @@ def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout
 
 
 def separate(shapes: Arrays) -> Layout:
-    """The layout in which every array stays as it is."""
+    """Returns the layout in which every array stays as it is."""
     return tuple(Buffer(name, ((name, tuple(a.shape)),)) for name, a in shapes.items())
 
 
@@ -169,7 +169,7 @@ class Packing(NamedTuple):
         return any(buffer.is_flat for layout in self for buffer in layout)
 
     def backbone(self, network: Backbone) -> Backbone:
-        """The network as functions of buffers."""
+        """Returns the network as functions of buffers."""
 
         def apply(params, batch_stats, images, *, train: bool, keys=None):
             named = unpack(self.params, params), unpack(self.batch_stats, batch_stats)
@@ -179,11 +179,11 @@ class Packing(NamedTuple):
         return network._replace(apply=apply)
 
     def holds(self, params: Arrays) -> bool:
-        """Whether the parameters are packed already."""
+        """Returns whether the parameters are packed already."""
         return params.keys() == {buffer.name for buffer in self.params}
 
     def pack(self, tree: _Tree) -> _Tree:
-        """A state, or part of one, as the step holds it; what is packed stays as it is.
+        """Returns a state, or part of one, as the step holds it; what is packed stays as it is.
 
         Every dict of the backbone's arrays becomes one of buffers: the parameters, and what the
         optimizer and the running means keep of them.
@@ -191,7 +191,7 @@ class Packing(NamedTuple):
         return self._change(tree, pack, lambda buffer: [member for member, _ in buffer.members])
 
     def unpack(self, tree: _Tree) -> _Tree:
-        """A state, or part of one, with every array by its dotted name again."""
+        """Returns a state, or part of one, with every array by its dotted name again."""
         return self._change(tree, unpack, lambda buffer: [buffer.name])
 
     def _change(
@@ -216,7 +216,7 @@ class Packing(NamedTuple):
 
 
 def _run(change: Callable[[Layout, Arrays], Arrays], layout: Layout, arrays: Arrays) -> Arrays:
-    """Apply a change to arrays on the devices, or to shapes; the result is placed as they are."""
+    """Applies a change to arrays on the devices, or to shapes; the result is placed as they are."""
     first: Any = next(iter(arrays.values()))
     if not isinstance(first, jax.ShapeDtypeStruct):
         # Compiled once for a layout: `change` and `layout` are the same objects at every call.
@@ -226,6 +226,6 @@ def _run(change: Callable[[Layout, Arrays], Arrays], layout: Layout, arrays: Arr
 
 
 def by_buffer(layout: Layout, values: Mapping[str, _Value]) -> dict[str, _Value]:
-    """The values of arrays by name as values of their buffers; of those that have one."""
+    """Returns the values of arrays by name as values of their buffers; of those that have one."""
     firsts = {buffer.name: buffer.members[0][0] for buffer in layout}
     return {name: values[first] for name, first in firsts.items() if first in values}

@@ -20,7 +20,7 @@ _FIX = "`arcface-jax plan RECIPE --devices N` shows what each device needs, acti
 
 
 def require(state: TrainState, program: jax.stages.Compiled, *, mesh: Mesh) -> None:
-    """Check that a state fits into the memory of every process's devices while it is made.
+    """Checks that a state fits into the memory of every process's devices while it is made.
 
     A collective operation: all processes raise, or none.
 
@@ -78,7 +78,7 @@ def _most_lacking(needed: int, free: int) -> tuple[int, int, int] | None:
 
 
 def require_to_read(arrays: Any, workdir: Path, device: Any = None) -> None:
-    """Check that stored arrays fit into this process's memory before they are read.
+    """Checks that stored arrays fit into this process's memory before they are read.
 
     Args:
       arrays: anything with shapes and types.
@@ -102,7 +102,7 @@ def require_to_read(arrays: Any, workdir: Path, device: Any = None) -> None:
 
 @contextlib.contextmanager
 def reporting_exhaustion() -> Iterator[None]:
-    """Turn JAX's report that an allocation failed into one line.
+    """Turns JAX's report that an allocation failed into one line.
 
     Raises:
       ConfigError: memory ran out in the block.

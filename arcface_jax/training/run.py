@@ -106,7 +106,7 @@ class Run:
         return self.packing.unpack(self.held)
 
     def next_batch(self) -> Batch:
-        """Wait for the next batch, on the devices, and report its unreadable images.
+        """Waits for the next batch, on the devices, and report its unreadable images.
 
         Raises:
           UserError: too many images cannot be read. What was trained so far is saved.
@@ -124,7 +124,7 @@ class Run:
         return batch
 
     def finish_first_step(self, batch: Batch, metrics: Metrics) -> None:
-        """Wait for the first step, whose compilation does not count as training time."""
+        """Waits for the first step, whose compilation does not count as training time."""
         jax.block_until_ready(metrics)
         self.terminal.print_all(
             self.health.few_labels(meshes.own_part(batch["label"])),
@@ -138,14 +138,14 @@ class Run:
         self.clock.restart()
 
     def limit_steps_ahead(self, metrics: Metrics) -> None:
-        """Wait for an earlier step if too many are in flight."""
+        """Waits for an earlier step if too many are in flight."""
         self.in_flight.append(metrics)
         if len(self.in_flight) > _STEPS_AHEAD:
             with self.clock.blocked():
                 jax.block_until_ready(self.in_flight.popleft())
 
     def log_step(self, metrics: Metrics) -> dict[str, float]:
-        """Log and show the metrics of a step, with warnings about them; returns the values."""
+        """Logs and show the metrics of a step, with warnings about them; returns the values."""
         with self.clock.blocked():
             values = {name: float(value) for name, value in metrics.items()}
         values |= self.clock.read()
@@ -167,7 +167,7 @@ class Run:
         return values
 
     def raise_if_failing(self, batch: Batch, values: dict[str, float]) -> None:
-        """End the run, with a checkpoint, after too many non-finite steps or for invalid labels.
+        """Ends the run, with a checkpoint, after too many non-finite steps or for invalid labels.
 
         Too many are `optimizer.stop_after_skipped`, or all steps of a shorter run.
         """
@@ -180,7 +180,7 @@ class Run:
             raise messages.invalid_labels(values["train/invalid_labels"], self.done, self.dataset)
 
     def raise_if_untrained(self) -> None:
-        """Refuse the outcome of a run that is complete and never changed its weights."""
+        """Refuses the outcome of a run that is complete and never changed its weights."""
         skipped = int(self.state.counters["skipped_steps"])
         if 0 < self.done <= skipped:
             raise diagnostics.untrained_error(
@@ -188,13 +188,13 @@ class Run:
             )
 
     def evaluate_if_missing(self, stop: signals.Stop) -> None:
-        """Make up for an evaluation that a signal interrupted before this run resumed."""
+        """Makes up for an evaluation that a signal interrupted before this run resumed."""
         missing = self.done in self.steps.evaluate_at and not self.log.has(self.done, "eval/")
         if missing and self.config.evaluation.targets:
             self.evaluate_and_log(stop)
 
     def evaluate_and_log(self, stop: signals.Stop) -> None:
-        """Evaluate the state on all verification sets.
+        """Evaluates the state on all verification sets.
 
         Raises:
           Interrupted: a signal came.
@@ -207,7 +207,7 @@ class Run:
         )
 
     def explain(self, metrics: Metrics) -> None:
-        """Explain why sets are still verified at chance level, if any is."""
+        """Explains why sets are still verified at chance level, if any is."""
         loss = float(metrics["train/loss"])
         self.terminal.print_all(
             *(
@@ -224,12 +224,12 @@ class Run:
         return {name: evaluators.metrics(self.results)[name]}
 
     def save(self, score: dict[str, float] | None = None) -> None:
-        """Save the state; `score` is what this step's evaluation gave, see `score`."""
+        """Saves the state; `score` is what this step's evaluation gave, see `score`."""
         checkpoint.save(self.manager, self.state, self.dataset, score)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close everything that the run holds open, however the block ends."""
+        """Closes everything that the run holds open, however the block ends."""
         try:
             yield
         finally:

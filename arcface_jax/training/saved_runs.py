@@ -184,7 +184,7 @@ def _mapped(old: np.ndarray, label_map: np.ndarray, *, like: jax.Array) -> jax.A
 
 
 def is_begun(workdir: Path) -> bool:
-    """Whether the workdir holds a checkpoint to resume from."""
+    """Returns whether the workdir holds a checkpoint to resume from."""
     return bool(complete_steps(workdir))
 
 

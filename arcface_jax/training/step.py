@@ -75,7 +75,7 @@ class TrainState:
 def backbone(
     config: Config, *, num_devices: int = 1, one_group: bool = False, gpu: float = 0
 ) -> registry.Backbone:
-    """The backbone of a configuration, for one slice of the batch on one of the devices.
+    """Returns the backbone of a configuration, for one slice of the batch on one of the devices.
 
     Args:
       config: the run.
@@ -103,7 +103,7 @@ def backbone(
 
 
 def trained(finetune: FineTuneConfig, params: Arrays) -> dict[str, float]:
-    """The parameters that are trained: each one's factor on the learning rate, by name.
+    """Returns the parameters that are trained: each one's factor on the learning rate, by name.
 
     Raises:
       ConfigError: a pattern of `finetune.frozen` or `finetune.rates` fits none.
@@ -115,7 +115,7 @@ def trained(finetune: FineTuneConfig, params: Arrays) -> dict[str, float]:
 
 
 def shardings(mesh: Mesh) -> TrainState:
-    """How each part of the state lies on the devices: a prefix of the state's tree."""
+    """Returns how each part of the state lies on the devices: a prefix of the state's tree."""
     names = [field.name for field in dataclasses.fields(TrainState)]
     placed: dict[str, Any] = dict.fromkeys(names, meshes.replicated(mesh))
     placed["centers"] = placed["centers_opt"] = meshes.split(mesh)
@@ -141,7 +141,7 @@ def init_state(
     weights: tuple[Arrays, Arrays] | None = None,
     program: jax.stages.Compiled | None = None,
 ) -> TrainState:
-    """The state before the first step, on the devices.
+    """Returns the state before the first step, on the devices.
 
     The same seed gives the same weights and centers on any number of devices. `weights`, params
     and batch_stats, replace the random ones. `program` is what `compile_init` returned, if it was
@@ -160,7 +160,7 @@ def _copied(weights: tuple[Arrays, Arrays], like: tuple[Arrays, Arrays]) -> tupl
 
 
 def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
-    """The shapes, types and placements of `init_state`, without allocating anything."""
+    """Returns the shapes, types and placements of `init_state`, without allocating anything."""
     start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
     state = jax.eval_shape(start, *backbone(config).shapes)
 
@@ -227,11 +227,11 @@ class TrainStep(Protocol):
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array], /
     ) -> tuple[TrainState, Metrics]:
-        """Take a state, packed or by name; the one returned is packed, by `make_packing`."""
+        """Takes a state, packed or by name; the one returned is packed, by `make_packing`."""
         ...
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> jax.stages.Lowered:
-        """Trace the step for abstract arguments, to compile it without running it."""
+        """Traces the step for abstract arguments, to compile it without running it."""
         ...
 
 
@@ -260,7 +260,7 @@ def make_train_step(
     mesh: Mesh,
     distill_weight: optim.Schedule | None = None,
 ) -> TrainStep:
-    """The train step of a configuration, compiled at its first call.
+    """Returns the train step of a configuration, compiled at its first call.
 
     Args:
       config: the run.

@@ -53,12 +53,12 @@ def bytes_needed(images: int, *, embedding_size: int, views: str) -> int:
 
 
 def shape(distill: DistillConfig, *, embedding_size: int) -> tuple[int, int] | None:
-    """(V, D) of what a batch holds for an image; None without a teacher."""
+    """Returns (V, D) of what a batch holds for an image; None without a teacher."""
     return (VIEWS[distill.views], embedding_size) if distill.teacher else None
 
 
 def folder_of(distill: DistillConfig, workdir: Path) -> Path:
-    """Where the cache of a run is."""
+    """Returns where the cache of a run is."""
     return Path(distill.cache) if distill.cache else workdir / "teacher"
 
 
@@ -274,7 +274,7 @@ def _map(store: Store, count: int, *, embedding_size: int) -> Cache:
 
 
 def lift(size: int, larger: int) -> np.ndarray:
-    """(Dt, D) float32 with orthonormal rows, D above Dt: x @ lift keeps all cosines."""
+    """Returns (Dt, D) float32 with orthonormal rows, D above Dt: x @ lift keeps all cosines."""
     random = np.random.default_rng(_SEED).standard_normal((larger, size))
     return np.linalg.qr(random)[0].T.astype(np.float32)
 

@@ -45,7 +45,7 @@ def agree(workdir: Path, found: Record) -> None:
 
 
 def read(workdir: Path) -> Record | None:
-    """The teacher of a run; None without one.
+    """Returns the teacher of a run; None without one.
 
     Raises:
       CheckpointError: the file is damaged.

@@ -66,7 +66,7 @@ def validate(config: Config, *, num_devices: int) -> None:
 
 
 def validate_data(source: Source, path: str, *, head: Literal["on", "off"] = "on") -> None:
-    """Check that a training set can teach anything.
+    """Checks that a training set can teach anything.
 
     Args:
       source: the training set.
@@ -111,7 +111,7 @@ def _check_aligned(source: Source, path: str) -> None:
 
 
 def _check_float32(config: Config) -> None:
-    """Refuse numbers that become 0 or infinite in the arithmetic of the step."""
+    """Refuses numbers that become 0 or infinite in the arithmetic of the step."""
     smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     for name, value in loading.flatten(config).items():
         if not name.startswith(_COMPUTED) or name.endswith(".options"):

@@ -49,7 +49,7 @@ class PairSet(NamedTuple):
         )
 
     def counts(self) -> dict[str, int]:
-        """The account's numbers, as `eval/NAME/images` and `eval/NAME/ignored`."""
+        """Returns the account's numbers, as `eval/NAME/images` and `eval/NAME/ignored`."""
         images, ignored = len(self.images), 0
         if self.listing:
             images, ignored = self.listing.images, sum(self.listing.ignored.values())

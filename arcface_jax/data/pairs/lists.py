@@ -48,7 +48,7 @@ class Listed(NamedTuple):
         return {kind: count for kind, count in kinds.items() if count}
 
     def files(self) -> list[Path]:
-        """The images, each once, in the order of the list."""
+        """Returns the images, each once, in the order of the list."""
         return list(dict.fromkeys(file for x in self.pairs for file in (x.left, x.right)))
 
     def account(self, name: str) -> str:
@@ -62,7 +62,7 @@ class Listed(NamedTuple):
 
 
 def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
-    """The list and the folder of `LIST:FOLDER` or `LIST`; None where it is no list.
+    """Returns the list and the folder of `LIST:FOLDER` or `LIST`; None where it is no list.
 
     Args:
       target: a `.txt`, `.csv`, `.tsv` or `.lst` file; without a folder its images lie beside it.

@@ -72,7 +72,7 @@ class RecordIndex:
 
 
 def open_index(rec: Path) -> RecordIndex:
-    """The index of a record file, from the kept arrays where they are still right.
+    """Returns the index of a record file, from the kept arrays where they are still right.
 
     Raises:
       DataError: the `.idx` is not an index, or not of this record file.

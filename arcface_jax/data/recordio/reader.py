@@ -96,7 +96,7 @@ class RecordReader:
         self._open()
 
     def read(self, key: int) -> Record:
-        """The record of a key of the index.
+        """Returns the record of a key of the index.
 
         Raises:
           DataError: there is no such key.
@@ -105,7 +105,7 @@ class RecordReader:
         return self.read_at(self.position(key))
 
     def read_at(self, position: int) -> Record:
-        """The record at a position of the ascending keys.
+        """Returns the record at a position of the ascending keys.
 
         Raises:
           ImageError: the bytes at its place are not a whole record.
@@ -155,7 +155,7 @@ class RecordReader:
         return [self._data[begin:end] for begin, end in spans], labels
 
     def labels(self, *, which: int = 0) -> np.ndarray:
-        """(n,) int32: a label of each record, in the order of the keys, scanned once.
+        """Returns (n,) int32: a label of each record, in the order of the keys, scanned once.
 
         -1 stands for one that is no identity, and for a record that is damaged.
 
@@ -169,7 +169,7 @@ class RecordReader:
         return self._index.facts()
 
     def position(self, key: int) -> int:
-        """Which of the ascending keys it is.
+        """Returns which of the ascending keys it is.
 
         Raises:
           DataError: there is no such key.
@@ -182,7 +182,7 @@ class RecordReader:
         return position
 
     def below(self, key: int) -> int:
-        """How many keys are smaller."""
+        """Returns how many keys are smaller."""
         keys = self._index.keys
         if isinstance(keys, range):  # of which NumPy would make an array
             return min(max(key - keys.start, 0), len(keys))

@@ -126,7 +126,7 @@ class RecordSource(Source):
         return self._count
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
           ImageError: the record is damaged, or its label out of range.
@@ -168,16 +168,16 @@ class RecordSource(Source):
         return super().load(numbers[~usual], rows[~usual], images, labels)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where a record is damaged, or its label out of range."""
+        """Returns (len,) int32; -1 where a record is damaged, or its label out of range."""
         labels = self._image_labels()
         return labels if labels.max() < self.num_classes else _inside(labels, self.num_classes)
 
     def where(self, index: int) -> str:
-        """The file and the record's key."""
+        """Returns the file and the record's key."""
         return f"{self._reader.path}, record {self._key(index)}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """The size of the record file, and digests of its index."""
+        """Returns the size of the record file, and digests of its index."""
         which = {"label index": self._which} if self._which else {}
         return {"form": "record file", **which, **self._reader.facts()}
 

@@ -121,7 +121,7 @@ class View:
 
 
 def blob(x: float, y: float, rx: float, ry: float, *, power: float = 1.0, step: int = 1) -> Polygon:
-    """(32 / step,) superellipse; power 1 is an ellipse, below it approaches a rectangle."""
+    """Returns (32 / step,) superellipse; power 1 is an ellipse, below it approaches a rectangle."""
     circle = _CIRCLE[::step]
     if power == 1.0:
         return circle.real * rx + circle.imag * (1j * ry) + complex(x, y)
@@ -142,7 +142,7 @@ def _draw_rules(kind: type[Identity] | type[View]) -> list[tuple[str, Callable[[
 
 
 def draw_identity(seed: int, identity: int) -> Identity:
-    """The person of a number, in the population of a seed."""
+    """Returns the person of a number, in the population of a seed."""
     rng = np.random.default_rng([seed, identity, 0])
     tone = rng.random() * (len(_SKINS) - 1)
     lighter, darker = np.array(_SKINS[int(tone) : int(tone) + 2], float)
@@ -160,7 +160,7 @@ def draw_identity(seed: int, identity: int) -> Identity:
 
 
 def draw_view(seed: int, identity: int, index: int) -> View:
-    """How the picture of a number shows a person."""
+    """Returns how the picture of a number shows a person."""
     # The last number keeps this stream apart from `draw_identity`'s, also at index 0.
     rng = np.random.default_rng([seed, identity, index, 1])
     rows, columns = rng.integers(2, 9, 2).tolist()

@@ -182,7 +182,7 @@ def _mouth(p: Identity, v: View) -> list[Part]:
 
 
 def features(p: Identity, v: View) -> list[Part]:
-    """The parts that expression moves: mouth, eyes, brows."""
+    """Returns the parts that expression moves: mouth, eyes, brows."""
     return [*_mouth(p, v), *_eyes(p, v), *_brows(p, v)]
 
 

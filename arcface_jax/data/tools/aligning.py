@@ -212,7 +212,7 @@ def align_folder(
 
 
 def read_rows(output: Path) -> list[dict[str, str]]:
-    """The lines of `faces.csv` by column, one for each face, with the names as they are."""
+    """Returns the lines of `faces.csv` by column, one for each face, with the names as they are."""
     lines = (output / JOURNAL).read_text(encoding="utf-8").splitlines()[1:]
     columns = ("path", "face", *_MEASURES)
     return [

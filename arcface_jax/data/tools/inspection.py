@@ -65,7 +65,7 @@ class Report:
     """Whether the aligned faces seem to have red and blue exchanged."""
 
     def summary(self) -> dict[str, Any]:
-        """The keys of RESULT."""
+        """Returns the keys of RESULT."""
         counts = self.per_identity
         present = counts[counts > 0]
         return {
@@ -157,7 +157,7 @@ def _add_copies(
 
 
 def in_words(report: Report) -> list[str]:
-    """The report as lines of text, warnings last."""
+    """Returns the report as lines of text, warnings last."""
     facts = report.summary()
     sizes = ", ".join(f"{w} x {h}: {n:,}" for (w, h), n in report.sizes.most_common(4))
     lines = [
@@ -247,7 +247,7 @@ def _some(places: list[str]) -> str:
 
 
 def write(report: Report, source: Source, folder: Path, *, seed: int = 0) -> list[Path]:
-    """The report as JSON, the histogram and a sheet of samples as pictures.
+    """Returns the report as JSON, the histogram and a sheet of samples as pictures.
 
     Returns:
       The files.

@@ -125,7 +125,7 @@ def pack(
 
 
 def checked(source: Source, number: int) -> Sample:
-    """An image as it is stored, which decodes and has the right size.
+    """Returns an image as it is stored, which decodes and has the right size.
 
     Raises:
       ImageError: it does not, or has not.
@@ -187,7 +187,7 @@ class Journal:
         self._save()
 
     def has(self, path: Path) -> bool:
-        """Whether a file is complete and as it was written."""
+        """Returns whether a file is complete and as it was written."""
         try:
             return self.finished.get(path.name) == sealed.file_digest(path)
         except OSError:
@@ -200,7 +200,7 @@ class Journal:
 
 
 def fingerprint(source: Source, selection: Selection, *options: object) -> str:
-    """A digest of which images of a source are to be written, and how."""
+    """Returns a digest of which images of a source are to be written, and how."""
     counts = (len(source), source.num_classes, selection.num_classes)
     digest = hashlib.sha256(repr((*counts, *options)).encode())
     for values in (selection.numbers, selection.labels):
@@ -211,7 +211,7 @@ def fingerprint(source: Source, selection: Selection, *options: object) -> str:
 def images(
     source: Source, selection: Selection, journal: Journal, *, places: range, bad: Bad, threads: int
 ) -> Iterator[tuple[int, Sample]]:
-    """The good images at places of the selection, under their new labels.
+    """Yields the good images at places of the selection, under their new labels.
 
     Yields:
       The place, and the image.

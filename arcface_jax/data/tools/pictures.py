@@ -62,7 +62,7 @@ def bins(per_identity: np.ndarray) -> list[Bin]:
 
 
 def needs_log(counts: Sequence[int]) -> bool:
-    """Whether bars of these heights can only be compared on a logarithmic axis."""
+    """Returns whether bars of these heights can only be compared on a logarithmic axis."""
     found = [count for count in counts if count]
     return bool(found) and max(found) > _LOG_ABOVE * min(found)
 
@@ -106,7 +106,7 @@ def histogram(per_identity: np.ndarray, path: Path) -> Path:
 
 
 def title(per_identity: np.ndarray) -> str:
-    """The sizes of a set in a line."""
+    """Returns the sizes of a set in a line."""
     if not per_identity.size:
         return "no identities"
     low, high = per_identity.min(), per_identity.max()
@@ -186,7 +186,7 @@ def _captions(words: Sequence[str]) -> np.ndarray:
 
 
 def thumbnail(source: Source, number: int) -> np.ndarray:
-    """(112, 112, 3) uint8 RGB: an image of a set.
+    """Returns (112, 112, 3) uint8 RGB: an image of a set.
 
     Raises:
       ImageError: it cannot be read.
@@ -196,7 +196,7 @@ def thumbnail(source: Source, number: int) -> np.ndarray:
 
 
 def fitted(image: np.ndarray) -> np.ndarray:
-    """(112, 112, 3) uint8: an image of any size, scaled to fit, on gray."""
+    """Returns (112, 112, 3) uint8: an image of any size, scaled to fit, on gray."""
     height, width = image.shape[:2]
     scale = IMAGE_SIZE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -24,7 +24,7 @@ Block = tuple[np.ndarray, np.ndarray | bool]
 
 
 def pairs_of(features: np.ndarray, labels: np.ndarray) -> Callable[[], Iterator[Block]]:
-    """The cosines of all n (n - 1) / 2 pairs of images, in blocks.
+    """Yields the cosines of all n (n - 1) / 2 pairs of images, in blocks.
 
     Args:
       features: (n, D) float, not normalized.

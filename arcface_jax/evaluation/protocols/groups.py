@@ -111,7 +111,7 @@ def remark(found: Bias) -> str:
 
 
 def metrics(results: Sequence[Verification], found: Bias) -> dict[str, Any]:
-    """Each group's own, and `eval/groups/mean`, `std` and `skewed_error_ratio`."""
+    """Returns each group's own, and `eval/groups/mean`, `std` and `skewed_error_ratio`."""
     values: dict[str, Any] = {}
     for result in results:
         values |= result.metrics()

@@ -40,7 +40,7 @@ class Search(NamedTuple):
         return self.rank > 0
 
     def accuracy(self, rank: int) -> float:
-        """The share of the mated probes whose mate is among the first `rank`."""
+        """Returns the share of the mated probes whose mate is among the first `rank`."""
         return float(np.mean(self.rank[self.mated] <= rank))
 
 

@@ -155,7 +155,7 @@ def embed_images(
 
 
 def evaluate(ijb_set: IjbSet, extracted: Features, options: Options) -> IjbResult:
-    """Both protocols, from the features of all images.
+    """Returns both protocols, from the features of all images.
 
     Raises:
       DataError: the pairs are all of one kind, or a rule cannot be applied.

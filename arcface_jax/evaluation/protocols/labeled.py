@@ -105,7 +105,7 @@ def read(
 
 
 def face(path: Path) -> np.ndarray:
-    """An image as (112, 112, 3) uint8 RGB; one of another size is stretched to this one.
+    """Returns an image as (112, 112, 3) uint8 RGB; one of another size is stretched to this one.
 
     Raises:
       DataError: it cannot be read.

@@ -66,5 +66,5 @@ def retrieve(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None =
 
 
 def accuracies(rank: np.ndarray, ranks: Sequence[int]) -> dict[int, float]:
-    """The share of the probes that are found at each rank or before it."""
+    """Returns the share of the probes that are found at each rank or before it."""
     return {k: float(np.mean(rank <= k)) for k in ranks}

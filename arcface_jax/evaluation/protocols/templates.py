@@ -26,14 +26,14 @@ class Templates:
         self.vectors = vectors
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of `vectors` with these numbers, each of which must be there."""
+        """Returns the rows of `vectors` with these numbers, each of which must be there."""
         row = np.minimum(np.searchsorted(self.numbers, numbers), len(self.numbers) - 1)
         if not np.array_equal(self.numbers[row], numbers):
             raise DataError("a template is asked for that no image belongs to")
         return row
 
     def scores(self, first: np.ndarray, second: np.ndarray, *, threads: int = 2) -> np.ndarray:
-        """(p,) float64: the dot product of the vectors of each pair of template numbers."""
+        """Returns (p,) float64: the dot product of the vectors of each pair of template numbers."""
         one, other = self.rows(first), self.rows(second)
         score = np.empty(len(one))
 

@@ -80,7 +80,7 @@ def roc_chart(curves: Sequence[Curve], *, alt: str) -> Markup:
 def histogram(
     series: Sequence[Series], *, x_label: str, alt: str, mark: tuple[float, str] | None = None
 ) -> Markup:
-    """How values are spread, each series in percent of its own count.
+    """Returns how values are spread, each series in percent of its own count.
 
     Args:
       series: drawn over one another.

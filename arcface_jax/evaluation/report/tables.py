@@ -59,7 +59,7 @@ def remarks(results: Sequence[Verification]) -> list[str]:
 
 
 def forms(results: Sequence[Verification]) -> list[str]:
-    """The ten-fold threshold of each set for either form of embedding, which is named."""
+    """Returns the ten-fold threshold of each set for either form of embedding, which is named."""
     lines = []
     for result in results:
         whose = f"{result.name}, {result.model}" if result.model else result.name
