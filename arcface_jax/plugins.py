@@ -125,7 +125,7 @@ def load(name: str, *, field: str, options: Options = ()) -> Any:
     recipe works with the installed command too.
 
     Args:
-      name: of a built-in part of that field, or `package.module:name`.
+      name: name of a built-in part of that field, or `package.module:name`.
       field: what the name was given for: "head.loss", "data.path", "--detector".
       options: what the recipe gives the part; built-in parts take none.
 

@@ -50,7 +50,7 @@ def plant(images: Identities, *, seed: int, divided: int, joined: int, share: fl
 
     Args:
       images: the training set.
-      seed: of the choices.
+      seed: random seed of the choices.
       divided: people who become two labels.
       joined: labels that get two people.
       share: of the images of the others, which get another label.
@@ -104,7 +104,7 @@ def leaks(images: Identities, others: np.ndarray, *, seed: int, people: int) -> 
     Args:
       images: the training set.
       others: (m, D) embeddings of the verification set.
-      seed: of the choice of people.
+      seed: random seed of the choice of people.
       people: how many.
 
     Returns:

@@ -23,9 +23,9 @@ def measure(*, pairs: int, embedding_size: int, scores: int, repeats: int) -> li
     """Times each part on random numbers that look like scores.
 
     Args:
-      pairs: of a verification set, half of them of one person.
+      pairs: pairs of a verification set, half of them of one person.
       embedding_size: D.
-      scores: of the long ROC curve, half of them of one person.
+      scores: scores of the long ROC curve, half of them of one person.
       repeats: counted rounds.
     """
     rng = np.random.default_rng(0)

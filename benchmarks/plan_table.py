@@ -117,7 +117,7 @@ def measure(wanted: Iterable[Job], folder: Path, *, say: Callable[[str], None]) 
 
     Args:
       wanted: in the order of `jobs`.
-      folder: of the files.
+      folder: folder of the files.
       say: told about each row when it is there.
 
     Raises:

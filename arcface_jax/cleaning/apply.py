@@ -213,7 +213,7 @@ def groups_in(path: Path, *, num_classes: int) -> np.ndarray:
     Pairs to merge or to review count, for a split must not depend on what is undecided.
 
     Args:
-      path: of the file.
+      path: path of the file.
       num_classes: C.
 
     Raises:
@@ -232,7 +232,7 @@ def select_merged(source: Source, path: Path, *, counts: Sequence[int]) -> Selec
 
     Args:
       source: the joined sets.
-      path: of merge.csv.
+      path: path of merge.csv.
       counts: identities of the first and of the second set.
 
     Raises:

@@ -50,7 +50,7 @@ def find(images: Identities, *, seed: int, candidates: np.ndarray | None = None)
 
     Args:
       images: the training set; with `candidates`, the images that verify them.
-      seed: of the split halves.
+      seed: random seed of the split halves.
       candidates: (p, 2) int labels from class centers; by default all centroids are compared.
     """
     centroids = images.centroids()

@@ -86,8 +86,8 @@ def embed(model: Model, images: Images, folder: Path, *, name: str) -> Embedded:
     Args:
       model: the network.
       images: what to embed.
-      folder: of the shards; made where it is missing.
-      name: of the images, for the progress bar.
+      folder: folder of the shards; made where it is missing.
+      name: name of the images, for the progress bar.
 
     Raises:
       DataError: the folder holds embeddings of another model or other images, or an embedding is

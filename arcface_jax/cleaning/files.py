@@ -53,7 +53,7 @@ def write(folder: Path, name: str, rows: Iterable[Sequence[object]]) -> Path:
 
     Args:
       folder: where to.
-      name: of the file.
+      name: name of the file.
       rows: the cells of each line.
     """
     with atomic(folder / name, newline="") as file:
@@ -73,7 +73,7 @@ def read(path: Path, name: str) -> list[Row]:
     """Returns the lines of a CSV, by column.
 
     Args:
-      path: of the file, under whatever name.
+      path: path of the file, under whatever name.
       name: which of `COLUMNS` it has.
 
     Raises:
@@ -107,9 +107,9 @@ def number(path: Path, row: Row, column: str, *, below: int) -> int:
     """Returns a cell that is a label or an image number.
 
     Args:
-      path: of the file, for the message.
+      path: path of the file, for the message.
       row: the line.
-      column: of the cell.
+      column: column of the cell.
       below: how many labels or images there are.
 
     Raises:

@@ -39,7 +39,7 @@ def in_pairs(model: Model, train: Source, target: str, output: Path, *, seed: in
       train: the training set.
       target: a `.bin` file, or a list of pairs with the folder of its images.
       output: folder for the embeddings and overlap.csv.
-      seed: of the search for the training set's own duplicates.
+      seed: random seed of the search for the training set's own duplicates.
     """
     pairs = open_file(target)
     images = embedding.of_pairs(pairs)
@@ -64,7 +64,7 @@ def in_set(model: Model, train: Source, other: Source, output: Path, *, seed: in
       train: the training set.
       other: another one.
       output: folder for the embeddings, overlap.csv and merge.csv.
-      seed: of the split halves.
+      seed: random seed of the split halves.
     """
     first = _embedded(model, train, output / "embeddings-a", name="the first set")
     second = _embedded(model, other, output / "embeddings-b", name="the second set")
@@ -83,8 +83,8 @@ def left_out(path: Path, *, name: str, images: int) -> np.ndarray:
     """Image numbers of a verification set that overlap.csv flags; those with `keep` are not.
 
     Args:
-      path: of overlap.csv.
-      name: of the verification set.
+      path: path of overlap.csv.
+      name: name of the verification set.
       images: how many it has.
 
     Raises:

@@ -61,7 +61,7 @@ def find(images: Identities, *, seed: int) -> Mixed:
 
     Args:
       images: the training set.
-      seed: of the identities that are joined for the threshold.
+      seed: random seed of the identities that are joined for the threshold.
     """
     compact = _COMPACT * float(np.median(within_cosines(images)[1]))
     joined = _joined(images, compact=compact, seed=seed)

@@ -46,7 +46,7 @@ def find(images: Identities, *, groups: np.ndarray, mixed: np.ndarray, seed: int
       images: the training set.
       groups: (C,) int of identities that are one person.
       mixed: labels of identities that hold two people.
-      seed: of the sample from which the threshold is found.
+      seed: random seed of the sample from which the threshold is found.
     """
     own, other, row = compare(images, groups=groups)
     looked_at = ~np.isnan(own) & (row >= 0) & ~np.isin(images.labels, mixed)

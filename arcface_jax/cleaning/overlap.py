@@ -105,7 +105,7 @@ def shared(first: Identities, second: Identities, *, seed: int) -> Shared:
     Args:
       first: a training set.
       second: another.
-      seed: of the split halves.
+      seed: random seed of the split halves.
     """
     a, b = first.centroids(), second.centroids()
     in_a = np.where(first.counts() > 0, 0, -1)

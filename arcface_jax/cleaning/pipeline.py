@@ -67,7 +67,7 @@ def find(
     Args:
       images: the training set.
       kinds: which detectors to report; duplicates are always looked for, the others need them.
-      seed: of the split halves and samples.
+      seed: random seed of the split halves and samples.
       candidates: as `duplicates.find`.
     """
     same = duplicates.find(images, seed=seed, candidates=candidates)
@@ -100,7 +100,7 @@ def by_images(
       source: the training set.
       output: folder for the embeddings and the findings.
       kinds: which detectors.
-      seed: of the split halves and samples.
+      seed: random seed of the split halves and samples.
 
     Returns:
       The findings, and the files.
@@ -122,7 +122,7 @@ def by_centers(
       centers: (C, D) float32 class centers of its run.
       source: the training set of that run.
       output: folder for the embeddings and the findings.
-      seed: of the split halves.
+      seed: random seed of the split halves.
 
     Returns:
       The findings, and the files.

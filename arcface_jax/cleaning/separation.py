@@ -19,7 +19,7 @@ def rank_one(images: Identities, *, seed: int) -> float | None:
 
     Args:
       images: the training set.
-      seed: of the halves.
+      seed: random seed of the halves.
 
     Returns:
       0 .. 1; None where no identity has four images.

@@ -59,7 +59,7 @@ def of_run(workdir: Path, which: Which = "latest") -> Run:
     """What a run has recorded of itself.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       which: the checkpoint.
 
     Raises:
@@ -89,7 +89,7 @@ def render(card: Card, *, network: str, described: ModelInput, parameters: int) 
     """Returns the text of README.md.
 
     Args:
-      card: of the model.
+      card: card of the model.
       network: its name.
       described: its input.
       parameters: how many it has.

@@ -61,7 +61,7 @@ class Form:
         return self.input == "uint8-nhwc" or self.normalization == "inside"
 
     def check(self) -> None:
-        """Refuses what does not go together, or does not exist.
+        """Refuses parts of a graph that contradict each other or refer to something missing.
 
         Raises:
           UserError: with the values that do.
@@ -79,7 +79,7 @@ def write(path: Path, model: Network, form: Form) -> None:
     Args:
       path: the file to write.
       model: to export.
-      form: of the graph.
+      form: form of the graph.
 
     Raises:
       UserError: packages are missing, or a network without a torch twin has an operation that

@@ -43,7 +43,7 @@ def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, 
     Args:
       network: a name in `arcface_jax.models.registry.NETWORKS`.
       faces: (n, 112, 112, 3) uint8 RGB.
-      seed: of the weights.
+      seed: random seed of the weights.
 
     Returns:
       params, batch_stats.

@@ -81,7 +81,7 @@ class _Fit:
 
 
 def find(held: Contents, where: Where, *, source: str) -> Found:
-    """Finds a backbone among the arrays of a file and read it.
+    """Finds a backbone among the arrays of a file and reads it.
 
     Of several that fit, averaged weights (`state_dict_ema`) come before the others, then the usual
     keys in their order, then the shorter prefix. Networks that differ in training only, as `vit_t`

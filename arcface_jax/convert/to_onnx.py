@@ -51,8 +51,8 @@ def export(
     Args:
       model: to export.
       output: the file.
-      form: of the graph.
-      precision: of the weights and of most arithmetic.
+      form: form of the graph.
+      precision: precision of the weights and of most arithmetic.
       calibration: (n, 112, 112, 3) uint8 RGB, for int8.
 
     Raises:

@@ -54,10 +54,10 @@ def entry_of(tensor: torch.Tensor) -> Entry:
 
 
 def read(path: Path) -> object:
-    """Reads a file's containers; its tensors become `Entry`, other objects `safe_pickle.Skipped`.
+    """Reads a file's containers: tensors become `Entry`, other objects `safe_pickle.Skipped`.
 
     Args:
-      path: of a file that `file_kinds.recognize` calls "zip" or "legacy".
+      path: path of a file that `file_kinds.recognize` calls "zip" or "legacy".
 
     Raises:
       UserError: it is damaged, or claims more than it holds.

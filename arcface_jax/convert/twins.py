@@ -21,7 +21,7 @@ _FAMILIES = (
 
 
 def find(network: str) -> Twin | None:
-    """Returns what makes a network's twin, given its name and `embedding_size`; None without one.
+    """Returns the function that makes a network's twin; None for a network without one.
 
     A network from outside the package may have one as the attribute `torch_twin` of the function
     that makes it.

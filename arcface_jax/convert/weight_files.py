@@ -151,9 +151,9 @@ def write(path: Path, state: StateDict, *, metadata: Mapping[str, str] | None = 
     """Writes a state dict in the format that the suffix names; never half a file.
 
     Args:
-      path: of the file.
+      path: path of the file.
       state: the tensors.
-      metadata: of a safetensors file; a torch file has no place for it.
+      metadata: metadata of a safetensors file; a torch file has no place for it.
 
     Raises:
       UserError: the file cannot be written.

@@ -105,8 +105,8 @@ def of_folder(folder: Path, names: Sequence[str], points: Mapping[str, np.ndarra
     """SHA-256 of files' names and sizes, and of the points by which they are aligned, if any.
 
     Args:
-      folder: of the files.
-      names: of the files, from there.
+      folder: folder of the files.
+      names: names of the files, from there.
       points: (5, 2) by name.
     """
     total = hashlib.sha256()
@@ -122,7 +122,7 @@ def of_files(paths: Sequence[Path], *, read: Callable[[Path], bytes]) -> str:
     """SHA-256 of the bytes of a keyed sample of files.
 
     Args:
-      paths: of the files.
+      paths: paths of the files.
       read: gives a file's bytes; called from threads, and what it raises passes.
     """
     numbers = sample_of(len(paths)).tolist()

@@ -184,7 +184,7 @@ def read_file(path: str | Path, *, fix: str = "restore the file, or take it off 
     """Returns the bytes of a regular file; a pipe or a device is not waited for.
 
     Args:
-      path: of the file.
+      path: path of the file.
       fix: what to do where it cannot be read, for the message.
 
     Raises:

@@ -103,7 +103,7 @@ def of_folders(folders: Sequence[str]) -> list[str]:
     """Returns the identities of images by their folders, without the part that all folders share.
 
     Args:
-      folders: of each image, none of them empty.
+      folders: folders of each image, none of them empty.
     """
     shared = os.path.commonpath(set(folders))
     if shared in folders:  # of one identity, or images lie at two depths

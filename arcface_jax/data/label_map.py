@@ -20,9 +20,9 @@ def write(folder: Path, new: np.ndarray, names: Names) -> Path:
     """Writes the map beside a set; returns the file.
 
     Args:
-      folder: of the new set.
+      folder: folder of the new set.
       new: (C,) int: the new label of each old one, -1 where it has no images any more.
-      names: of the new identities.
+      names: names of the new identities.
     """
     with atomic(folder / FILE, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

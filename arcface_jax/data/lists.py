@@ -55,7 +55,7 @@ class Listed(NamedTuple):
         """Identities of the labels.
 
         Args:
-          path: of the list, for messages.
+          path: path of the list, for messages.
 
         Raises:
           ImageError: naming the line of a label that is none.
@@ -71,7 +71,7 @@ def open_list(path: Path, *, columns: str = "") -> FilesSource:
     `names`. A first line whose path is none is a header.
 
     Args:
-      path: of the list.
+      path: path of the list.
       columns: "path=COLUMN,label=COLUMN", each a name of the header or a number from 1; those
         that are not given are found by content.
 
@@ -96,7 +96,7 @@ def read_list(path: Path, *, columns: str, exists: Callable[[str], bool]) -> Lis
     """Returns the rows of a list of images and identities, as `open_list` reads it.
 
     Args:
-      path: of the list.
+      path: path of the list.
       columns: as in `open_list`.
       exists: whether a cell names an image.
 

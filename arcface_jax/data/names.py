@@ -201,8 +201,8 @@ def write(folder: Path, names: Iterable[str] | Mapping[int, str]) -> Path:
     """Writes the table beside a set; returns the file.
 
     Args:
-      folder: of the set.
-      names: of identities 0, 1, ..., or by number.
+      folder: folder of the set.
+      names: names of identities 0, 1, ..., or by number.
     """
     table = str.maketrans(_ESCAPES)
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
@@ -219,8 +219,8 @@ def read(folder: Path, *, count: int) -> Names | None:
     A file of this name that is no such table is not used, with a note on stderr.
 
     Args:
-      folder: of the set.
-      count: of its identities.
+      folder: folder of the set.
+      count: count of its identities.
     """
     path = folder / FILE
     if not path.is_file():
@@ -242,7 +242,7 @@ def with_table(found: Numbered, folder: Path) -> Numbered:
 
     Args:
       found: identities without names.
-      folder: of the set.
+      folder: folder of the set.
     """
     count = max(found.num_classes, len(read_sparse(folder)))
     if table := read(folder, count=count):

@@ -30,7 +30,7 @@ def open_source(data: DataConfig, *, seed: int) -> Source:
 
     Args:
       data: whose path is one training set, or several with commas between them.
-      seed: of synthetic faces and noise.
+      seed: random seed of synthetic faces and noise.
 
     Raises:
       DataError: nothing is there, or nothing that is known.
@@ -61,7 +61,7 @@ class OpenSource(Protocol):
         Args:
           argument: what follows the second colon of `data.path`; "" without one.
           data: the section of the recipe.
-          seed: of the run.
+          seed: random seed of the run.
         """
         ...
 

@@ -107,7 +107,7 @@ def make(num_images: int, data: DataConfig, *, seed: int) -> Order:
     Args:
       num_images: in the set.
       data: batch size, and what becomes of the images that do not fill a batch.
-      seed: of the permutations.
+      seed: random seed of the permutations.
 
     Raises:
       DataError: there is not one batch.

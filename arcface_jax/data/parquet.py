@@ -49,7 +49,7 @@ class ParquetSource(Source):
     group is read for nearly every image. `data.order shards` reads each once; so does packing.
 
     Args:
-      files: of one set, in their order.
+      files: files of one set, in their order.
       columns: as `data.columns`; path is the column of images.
 
     Raises (the constructor): DataError where a file is damaged, or has other columns.
@@ -161,7 +161,7 @@ def _opened(path: Path, *, repeated: str = "") -> Any:
     """A reader of a file.
 
     Args:
-      path: of the file.
+      path: path of the file.
       repeated: a leaf column of bytes, of which a value that many rows share is kept once.
 
     Raises:

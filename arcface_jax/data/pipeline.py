@@ -78,7 +78,7 @@ def batches(
     Args:
       source: the training set; it is sent to the worker processes.
       data: batch size, augmentation, workers, threads, how far to read ahead.
-      seed: of the order and of the augmentation.
+      seed: random seed of the order and of the augmentation.
       start: the first step wanted; a resumed run names where it stopped.
       stop: the step after the last.
       host: which part of each batch is wanted.
@@ -263,7 +263,7 @@ class BadImages:
     """Those that a run has met, one line each in WORKDIR/bad_images.jsonl; a resumed run appends.
 
     Args:
-      path: of the file; it is made when there is a first line for it.
+      path: path of the file; it is made when there is a first line for it.
       num_images: in the training set.
       max_share: of them that may be damaged.
     """

@@ -36,7 +36,7 @@ class Arrays:
     Args:
       values: by name.
       folder: they are mapped from; None in memory.
-      digests: of the mapped ones.
+      digests: SHA-256 of the mapped ones.
     """
 
     def __init__(
@@ -154,9 +154,9 @@ def load(
 
     Args:
       folder: it is kept in.
-      name: of its file.
-      digests: of the folder's arrays, by file name.
-      count: of its values, if that is known.
+      name: name of its file.
+      digests: SHA-256 of the folder's arrays, by file name.
+      count: count of its values, if that is known.
       check: whether its digest is compared.
 
     Raises:
@@ -187,7 +187,7 @@ def keep(
     Args:
       places: of `folders`.
       arrays: (n,) each, by file name.
-      content: of the stamp, to which the digests are added.
+      content: content of the stamp, to which the digests are added.
 
     Returns:
       The folder; None where neither can be written.

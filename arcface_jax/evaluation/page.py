@@ -26,7 +26,7 @@ def write(path: Path, template: str, **values: Any) -> None:
     """Renders a page into a file; its folder is made where it is missing.
 
     Args:
-      path: of the page.
+      path: path of the page.
       template: its path from this file's folder, with forward slashes.
       values: for the template; the filter `share` formats a number between 0 and 1.
 

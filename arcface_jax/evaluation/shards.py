@@ -120,7 +120,7 @@ class Store(NamedTuple):
         """Returns which of the first `count` shards have yet to be made, or made again.
 
         Args:
-          count: of the shards.
+          count: count of the shards.
           report: whether to print which ones are damaged.
 
         Raises:
@@ -158,7 +158,7 @@ class Store(NamedTuple):
         """Writes a shard, which appears when all of it is on disk.
 
         Args:
-          number: of the shard.
+          number: number of the shard.
           shard: the embeddings.
           beside: plain JSON that belongs to it.
         """
@@ -318,8 +318,8 @@ def extract(
     Args:
       embed: (n, 112, 112, 3) uint8 to (n, D) float32.
       load: gives image i.
-      names: of the n images, for errors.
-      folder: of the shards; made where it is missing.
+      names: names of the n images, for errors.
+      folder: folder of the shards; made where it is missing.
       settings: what the embeddings depend on: network and list of images; plain JSON.
       flip: whether f(flipped image) is wanted too.
       threads: that read images.

@@ -28,7 +28,7 @@ def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
 
     Args:
       head: as configured.
-      platform: of the mesh's devices, which need not be in this machine.
+      platform: platform of the mesh's devices, which need not be in this machine.
       batch: embeddings over all devices.
 
     Raises:

@@ -130,7 +130,7 @@ def gradients(
 
     Args:
       visit: what to look at; classes that are not visited keep their moments.
-      moments: of the centers.
+      moments: moments of the centers.
       log_sum: (B,) float32 log-sum-exp of all logits, inf for samples that do not count.
       d_target: (B,) float32 gradient of the target cosine, over `factor`.
       factor: () float32, s / number of samples that count.

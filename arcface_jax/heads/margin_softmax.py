@@ -115,10 +115,10 @@ def apply(
       centers: what the head keeps.
       learning_rate: () float32.
       step: () int32, steps done before this one.
-      key: of the step; which classes are drawn depends on it and the device.
+      key: random key of the step; which classes are drawn depends on it and the device.
       num_classes: C; classes from C on are padding.
       head: margin, scale, sampling, operand type, block size and form.
-      optimizer: of the centers; its clip_norm applies to the backbone only.
+      optimizer: optimizer of the centers; its clip_norm applies to the backbone only.
       mesh: the devices.
     """
     head = automatic.resolve(head, platform=mesh.devices.flat[0].platform, batch=len(embeddings))
@@ -282,7 +282,7 @@ def _second_visit(
     Args:
       visit: what to look at.
       centers: before the update.
-      loss: of the first visit.
+      loss: loss of the first visit.
       finite: () bool, whether to change the centers and their moments at all.
       factor: () float32, s / number of samples that count.
       update: the optimizer of the centers.

@@ -57,7 +57,7 @@ def draw(
     """Draws the classes of a step, on one device.
 
     Args:
-      key: of the step and the device.
+      key: random key of the step and the device.
       target: (B,) int32 class of each sample on this device; -1 where it is on another.
       used: () int32, classes on this device.
       wanted: () int32, k: how many to draw in total, at most `used`. Where the batch has more

@@ -296,7 +296,7 @@ class Embedder:
         """Embeds every image below a folder into shards of files; rerun to resume.
 
         Args:
-          folder: of images.
+          folder: folder of images.
           output: folder for the shards, which `bulk.read` joins.
           shard_size: images per shard.
           points: (5, 2) by the image's path below the folder, for images that are not aligned.

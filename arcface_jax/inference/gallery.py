@@ -83,7 +83,7 @@ class Gallery:
     """A saved gallery, open for search; made by `build`.
 
     Args:
-      folder: of the gallery.
+      folder: folder of the gallery.
 
     Raises:
       DataError: there is none, or it is damaged.

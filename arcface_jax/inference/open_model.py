@@ -95,7 +95,7 @@ def open_path(
     Args:
       path: a workdir, a hub folder (`arcface_jax.convert.hub`), a file of torch weights or
         safetensors, or an ONNX file.
-      network: of a file of weights; found by its names and shapes when not given.
+      network: network of a file of weights; found by its names and shapes when not given.
       step: which checkpoint of a workdir.
       onnx_options: what an ONNX file does not tell of itself.
       batch_size: images per forward pass, over all devices.

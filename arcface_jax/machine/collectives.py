@@ -47,7 +47,7 @@ def measure(
       mesh: two devices at least.
       batch: B of all devices.
       size: D of an embedding.
-      parameters: of the backbone, whose gradient is summed.
+      parameters: parameters of the backbone, whose gradient is summed.
       head_dtype: in which the head gathers embeddings.
       head_reduce_dtype: in which their gradient is summed.
       reduce_dtype: of the summed gradient.

@@ -42,7 +42,7 @@ def make(config: Config, *, num_classes: int, name: str, memory: int | None) -> 
     Args:
       config: the run; `devices` is stated, workdir and data.path may be empty.
       num_classes: C.
-      name: of the GPU, one of `gpu.NAMES`.
+      name: name of the GPU, one of `gpu.NAMES`.
       memory: bytes of a device; None for all that the GPU has.
 
     Raises:

@@ -163,7 +163,7 @@ def count_classes(data: DataConfig, given: int | None, *, seed: int) -> tuple[in
     Args:
       data: opened when no number is given.
       given: --num-classes.
-      seed: of the run.
+      seed: random seed of the run.
 
     Raises:
       UserError: the number is impossible, or neither it nor data is there.

@@ -78,7 +78,7 @@ def positions(side: int) -> np.ndarray:
     """Sines and cosines of the place of each token, first of its row, then of its column.
 
     Args:
-      side: of the square of tokens.
+      side: side of the square of tokens.
 
     Returns:
       (side, side, 64) float32.

@@ -47,7 +47,7 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
     """Replaces a file in one move: if that fails, its old content stays.
 
     Args:
-      path: of the file; its folder must exist.
+      path: path of the file; its folder must exist.
       content: text, written as UTF-8, or bytes.
       durable: as in `atomic`.
 
@@ -106,7 +106,7 @@ def open_own(path: Path, mode: str, *, newline: str | None = None) -> IO[Any]:
     a link which somebody else left there has no other file overwritten.
 
     Args:
-      path: of the file.
+      path: path of the file.
       mode: as in `open`; text is UTF-8, as in `atomic`.
       newline: as in `open`.
 
@@ -133,7 +133,7 @@ def below(folder: Path, name: str) -> Path:
     """Returns the path of a file to write below an output folder; missing folders are made.
 
     Args:
-      folder: of the output.
+      folder: folder of the output.
       name: relative, with forward slashes, as the input's folders have it.
 
     Raises:
@@ -289,7 +289,7 @@ def reporting_disk_errors(workdir: Path, writing: Path | None = None) -> Iterato
     """Turns a write error of the system into a CheckpointError that names the step to resume from.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       writing: the path that the block writes. With it every OSError counts, without it only those
         that can come from nothing but writing.
     """

@@ -18,7 +18,7 @@ def read(path: str | Path, *, most: int | None = None) -> bytes:
     """Returns the bytes of a regular file.
 
     Args:
-      path: of the file.
+      path: path of the file.
       most: bytes that it may have; any number by default.
 
     Raises:

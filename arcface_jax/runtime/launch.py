@@ -183,7 +183,7 @@ def raise_if_stopped_at_start() -> None:
 
 @contextmanager
 def holding(workdir: Path) -> Iterator[None]:
-    """Holds WORKDIR for this run: its first process does, and all of them fail where that fails.
+    """Locks WORKDIR for this run in its first process; if that fails, all processes fail.
 
     Raises:
       CheckpointError: another run holds it, or it cannot be written.
@@ -214,7 +214,7 @@ def per_process_name(name: str) -> str:
 
 
 def start(distributed: DistributedConfig, *, deterministic: bool, compilation_cache: str) -> None:
-    """Configures JAX and connect the processes; called before JAX looks at its devices.
+    """Configures JAX and connects the processes; call it before JAX looks at its devices.
 
     Args:
       distributed: the processes of the run.

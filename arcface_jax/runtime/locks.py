@@ -94,7 +94,7 @@ def held(workdir: Path, *, between: Callable[[], None] = _nothing) -> Iterator[N
     A process that already holds it may hold it again.
 
     Args:
-      workdir: of a run.
+      workdir: workdir of a run.
       between: called every second while the lock of another machine is watched; what it raises
         ends the wait.
 
@@ -165,7 +165,7 @@ def is_lock_file(path: Path) -> bool:
 
 
 def _take_workdir(workdir: Path, path: Path, between: Callable[[], None]) -> Holder:
-    """Takes the lock file, and report whose it was."""
+    """Takes the lock file and reports whose it was."""
     me = _this_process()
     try:
         before = _take(path, me, between)
@@ -196,7 +196,7 @@ def _remove_litter(path: Path) -> None:
 
 
 def _take(path: Path, me: Holder, between: Callable[[], None]) -> Holder | None:
-    """Creates the lock file, or replace a stale one, whose holder is returned.
+    """Creates the lock file, or replaces a stale one and returns its holder.
 
     Raises:
       _HeldError: its holder runs.
@@ -330,7 +330,7 @@ def _modified(path: Path) -> float | None:
 
 
 def _beat(path: Path, hold: _Hold) -> None:
-    """Touches the lock file as long as it is held, and find out if it was taken over."""
+    """Touches the lock file while it is held, and detects whether another run has taken it."""
     while not hold.ended.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
             there = _read(path)

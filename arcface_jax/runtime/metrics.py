@@ -27,13 +27,13 @@ class MetricsFile:
     """WORKDIR/metrics.jsonl, one line for each log step and evaluation, and further writers.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       start: the step that the run resumes from; later lines, of steps that are trained again, are
         dropped.
       tensorboard: whether to write TensorBoard events too.
       csv: whether to write metrics.csv too.
       wandb: project of Weights & Biases to write to; none if empty.
-      settings: of the run, for W&B.
+      settings: settings of the run, for W&B.
 
     Only the first process of a run writes.
     """
@@ -101,7 +101,7 @@ class MetricsFile:
         )
 
     def close(self) -> None:
-        """Flushes and close all writers, even if one of them fails."""
+        """Flushes and closes all writers, even if one of them fails."""
         with ExitStack() as writers:
             for writer in self._writers:
                 writers.enter_context(reporting_disk_errors(self._workdir, writer.path))
@@ -116,7 +116,7 @@ def _history(
     """The lines of a metrics.jsonl up to the first damaged one, and what is wrong with the file.
 
     Args:
-      path: of the file; it may be missing.
+      path: path of the file; it may be missing.
       noted: the bytes and BLAKE2b hash of what the file held up to step `start`, if known.
       start: the step that the run resumes from.
     """
@@ -238,7 +238,7 @@ class Csv:
     """WORKDIR/metrics.csv: a line for each line of metrics.jsonl, a column for each name.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       kept: the lines of metrics.jsonl that a resumed run keeps; the file begins with them.
     """
 
@@ -282,7 +282,7 @@ class Wandb:
     """A run of Weights & Biases, resumed together with the workdir's run.
 
     Args:
-      workdir: of the run; wandb_id in it holds W&B's id of the run.
+      workdir: workdir of the run; wandb_id in it holds W&B's id of the run.
       project: of W&B.
       settings: the configuration by dotted name, shown beside the curves.
 

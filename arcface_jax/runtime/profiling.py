@@ -66,7 +66,7 @@ class Trace:
     """Profiles some steps into WORKDIR/profile.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       steps: the first and the last step to trace; (0, 0) traces none.
     """
 
@@ -82,7 +82,7 @@ class Trace:
             self._open = True
 
     def after(self, step: int, metrics: Any) -> str | None:
-        """Stops the trace after its last step, and return how to open it."""
+        """Stops the trace after its last step, and returns how to open it."""
         if not self._open or step < self._last:
             return None
         jax.block_until_ready(metrics)
@@ -94,7 +94,7 @@ class Trace:
         )
 
     def close(self) -> None:
-        """Stops and write the trace if it is running."""
+        """Stops and writes the trace if it is running."""
         if self._open:
             self._open = False
             jax.profiler.stop_trace()

@@ -32,7 +32,7 @@ def read(path: Path, *, unsealed: bool = False) -> dict[str, Any]:
     """Returns the object that `seal` wrote.
 
     Args:
-      path: of the file.
+      path: path of the file.
       unsealed: accept an object without a digest, as earlier versions wrote it.
 
     Raises:

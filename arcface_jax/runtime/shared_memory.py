@@ -96,10 +96,10 @@ def _reserve(name: str, size: int) -> None:
 
 
 def remove_leftovers(folder: Path = FOLDER) -> tuple[int, int]:
-    """Removes the objects of owners that no longer run, and report them on stderr.
+    """Removes the objects of owners that no longer run, and reports them on stderr.
 
     Args:
-      folder: of shared memory.
+      folder: folder of shared memory.
 
     Returns:
       How many were removed, and their bytes.

@@ -91,7 +91,7 @@ class Stop:
 
     Args:
       checkpoint: the shutdown deadline and the exit code.
-      workdir: of the run.
+      workdir: workdir of the run.
       several: whether the run has several processes, which stop together.
     """
 

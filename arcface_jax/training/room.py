@@ -82,7 +82,7 @@ def require_to_read(arrays: Any, workdir: Path, device: Any = None) -> None:
 
     Args:
       arrays: anything with shapes and types.
-      workdir: of the run that stored them.
+      workdir: workdir of the run that stored them.
       device: of JAX, that they are read to; None is the host.
 
     Raises:

@@ -133,7 +133,7 @@ def restore_kept_centers(
     """The class centers of another run of the same classes, or of classes that a map relates.
 
     Args:
-      workdir: of that run.
+      workdir: workdir of that run.
       like: an array of the shape and placement they are to have.
       num_classes: C of the new run.
       subcenters: per class, of the new run.

@@ -124,7 +124,7 @@ def open_cache(
       source: the training set.
       distill: which views of an image are wanted.
       data: its threads.
-      folder: of the cache.
+      folder: folder of the cache.
       embedding_size: D, the network's; the teacher's is brought to it.
       between: called between batches; what it raises ends the work.
 

@@ -21,7 +21,7 @@ def open_targets(targets: Sequence[str], data: DataConfig, *, seed: int) -> list
     Args:
       targets: `evaluation.targets`.
       data: whose path relative targets may be under; its synthetic identities are not in the pairs.
-      seed: of synthetic faces.
+      seed: random seed of synthetic faces.
 
     Raises:
       ConfigError: two sets have one name.

@@ -102,7 +102,7 @@ def open_labels(index: RecordIndex, *, which: int = 0) -> np.ndarray:
     reports what is wrong with it.
 
     Args:
-      index: of the record file.
+      index: index of the record file.
       which: of several labels, from 0.
     """
     folder = index.folder

@@ -150,7 +150,7 @@ def align_folder(
     """Aligns every image under a folder, and keeps the folders' structure.
 
     Args:
-      folder: of photographs, in sub-folders or not.
+      folder: folder of photographs, in sub-folders or not.
       output: where the faces go, with `faces.csv`, `rejects.csv` and the names of the folders that
         have faces, which are the identities. The same call into it resumes.
       points_of: the five points of the faces of an image.
@@ -160,7 +160,7 @@ def align_folder(
         folders of their identities.
       min_eyes: smallest distance of the eyes in pixels of the photograph; below, it is rejected.
       quality: of JPEG files.
-      format: of the faces' files.
+      format: format of the faces' files.
       threads: 0 for as many as there are processors.
 
     Raises:

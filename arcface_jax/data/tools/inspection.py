@@ -92,7 +92,7 @@ def inspect(source: Source, *, most: int = 0, seed: int = 0, threads: int = 0) -
     Args:
       source: the training set.
       most: look at so many images, chosen at random, where not 0; labels are counted in full.
-      seed: of this choice.
+      seed: random seed of this choice.
       threads: 0 for as many as there are processors.
     """
     labels = source.labels()

@@ -139,7 +139,7 @@ class Journal:
     """What an unfinished job has to remember: what it makes, and the images that it left out.
 
     Args:
-      path: of the file.
+      path: path of the file.
       job: a digest of the selection and the options.
       data: the source's fingerprint.
 

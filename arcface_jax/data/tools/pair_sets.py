@@ -24,7 +24,7 @@ def draw(
     Args:
       labels: (n,) identity of each image; those below 0 take no part.
       pairs: how many, a multiple of 20.
-      seed: of the choice.
+      seed: random seed of the choice.
       disjoint: whether an identity may be in one fold only, so that folds are independent.
 
     Returns:
@@ -58,7 +58,7 @@ def choose(same: np.ndarray, *, pairs: int, seed: int) -> np.ndarray:
     Args:
       same: (n,) bool: whether the listed pairs show one person.
       pairs: how many to choose, a multiple of 20.
-      seed: of the choice.
+      seed: random seed of the choice.
 
     Returns:
       (pairs,) int64 numbers of listed pairs. Each fold has its same pairs first.

@@ -72,7 +72,7 @@ def histogram(per_identity: np.ndarray, path: Path) -> Path:
 
     Args:
       per_identity: (identities,) images of each.
-      path: of the picture.
+      path: path of the picture.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -128,7 +128,7 @@ def sample(source: Source, *, seed: int) -> list[Row]:
 
     Args:
       source: the training set.
-      seed: of the choice.
+      seed: random seed of the choice.
     """
     rng = np.random.default_rng(seed)
     labels = source.labels()
@@ -149,8 +149,8 @@ def sheet(source: Source, path: Path, *, seed: int) -> Path:
 
     Args:
       source: the training set.
-      path: of the picture.
-      seed: of the choice.
+      path: path of the picture.
+      seed: random seed of the choice.
     """
     rows = sample(source, seed=seed)
     canvas = np.full((_ROWS * IMAGE_SIZE, _COLUMNS * IMAGE_SIZE, 3), 255, np.uint8)

@@ -36,7 +36,7 @@ def in_order(
     """Applies a function to image numbers in parallel and yields the results in their order.
 
     Args:
-      numbers: of the images.
+      numbers: numbers of the images.
       look: reads one; it should spend its time outside the GIL, as reading and decoding do.
       what: what is done, for the progress bar on stderr.
       threads: 0 for as many as there are processors.

@@ -25,8 +25,8 @@ def divide(
 
     Args:
       labels: (n,) identity of each image.
-      fraction: of the identities that go to evaluation, in (0, 1).
-      seed: of the choice.
+      fraction: fraction of the identities that go to evaluation, in (0, 1).
+      seed: random seed of the choice.
       min_images: identities with fewer are left out of both.
       groups: (C,) int; identities of one group stay on one side. By default each is its own.
 

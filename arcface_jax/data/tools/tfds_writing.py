@@ -44,7 +44,7 @@ def write(
       source: the training set.
       selection: which of its images, in which order, under which labels.
       folder: data directory of TFDS.
-      name: of the data set.
+      name: name of the data set.
       shard_images: images of a shard.
       bad: whether an image that cannot be read, or is not 112 x 112, stops it.
       threads: that read and check images; 0 for as many as there are processors.

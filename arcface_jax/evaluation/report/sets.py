@@ -42,11 +42,11 @@ def inspected(
 
     Args:
       folder: made where it is missing.
-      report: of the set.
+      report: report of the set.
       source: the set.
-      name: of the set, as its title.
+      name: name of the set, as its title.
       made: when, as shown on the page.
-      seed: of the samples.
+      seed: random seed of the samples.
 
     Returns:
       The page.
@@ -101,7 +101,7 @@ def aligned(
     """Writes FOLDER/align.html: the faces that were cut out, and the photographs without one.
 
     Args:
-      folder: of the faces.
+      folder: folder of the faces.
       photographs: the folder that they come from.
       rows: a line of faces.csv for each face: `face` is its file below the folder, `path` the
         photograph; the measures among the other columns are drawn.
