@@ -52,7 +52,7 @@ def write(folder: Path, name: str, rows: Iterable[Sequence[object]]) -> Path:
     """Writes a CSV of `COLUMNS`; floats get four decimals.
 
     Args:
-      folder: where to.
+      folder: output folder.
       name: name of the file.
       rows: the cells of each line.
     """
@@ -128,7 +128,7 @@ def write_about(folder: Path, content: Mapping[str, Any], *, files: Sequence[Pat
     """Writes clean.json with the checksum of each file as it was found.
 
     Args:
-      folder: where to.
+      folder: output folder.
       content: plain JSON.
       files: the CSVs.
     """

@@ -57,7 +57,7 @@ class Aligner:
 
         Args:
           face: the image; one of 112 x 112 without points counts as aligned.
-          points: (5, 2), where they are known.
+          points: (5, 2), if known.
           where: the image's name for errors; by default its file.
           in_identity_folder: as `detectors.choose`.
 

@@ -1,6 +1,4 @@
-"""Arrow files with image bytes and labels, as written by `save_to_disk` of Hugging Face
-datasets.
-"""
+"""Arrow files with image bytes and labels, as Hugging Face's `save_to_disk` writes them."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -144,7 +142,7 @@ class ArrowSource(Source):
         """Returns the image's bytes and its label.
 
         Raises:
-          ImageError: they cannot be read, or are missing.
+          ImageError: image or label cannot be read, or is missing.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")

@@ -69,9 +69,9 @@ class Augment:
 
         Args:
           images: (b, H, W, 3) uint8 RGB, changed in place.
-          step: which batch it is.
-          batch_size: B, images of the global batch.
-          part: which of them these are.
+          step: number of the batch.
+          batch_size: B, images in the global batch.
+          part: which of them these images are.
         """
         columns = sum(1 + operation.draws for operation in self._operations)
         stream = np.random.default_rng((self._seed, step, _STREAM))

@@ -52,7 +52,7 @@ def find_columns(path: Path, schema: Any, *, columns: str) -> Columns:
 
     Args:
       path: path of the file, for messages.
-      schema: pyarrow's.
+      schema: the file's schema in pyarrow's form.
       columns: as `data.columns`.
 
     Raises:

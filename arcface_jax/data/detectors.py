@@ -158,7 +158,9 @@ def _session(name: str) -> Any:
     try:
         return onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime does not export its exception types
-        raise UserError(f"--detector {name} is not an ONNX file that can be run: {error}") from error
+        raise UserError(
+            f"--detector {name} is not an ONNX file that can be run: {error}"
+        ) from error
 
 
 def _scrfd_side(session: Any, size: int) -> int:

@@ -78,7 +78,9 @@ def _paired(flat: Iterator[Face], points: Iterable) -> Iterator[tuple[Face, np.n
         except StopIteration:
             return
         except ValueError as error:
-            raise DataError(_unequal("the numbers of faces and of sets of points differ")) from error
+            raise DataError(
+                _unequal("the numbers of faces and of sets of points differ")
+            ) from error
         yield face, None if five is None else np.asarray(five, np.float64)
 
 

@@ -19,7 +19,7 @@ class FilesSource(Source):
     """Image files with labels.
 
     Args:
-      folder: what the names are relative to.
+      folder: base of the relative paths.
       files: path of each image.
       labels: (n,) identities.
       num_classes: number of identities.

@@ -58,8 +58,7 @@ class Evaluate(Protocol):
     def __call__(
         self, state: step.TrainState, between: Callable[[], None] = ..., /
     ) -> list[Result]:
-        """Evaluates; `between` is called before each batch, and may raise to end the evaluation.
-        """
+        """Evaluates; `between` is called before each batch, and may raise to end the evaluation."""
         ...
 
 

@@ -23,7 +23,7 @@ class SyntheticSource(Source):
         return self.num_classes * self._each
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(112, 112, 3) uint8 RGB and its label."""
+        """Returns an image, (112, 112, 3) uint8 RGB, and its label."""
         identity, image = divmod(index, self._each)
         return faces.draw_face(seed=self._seed, identity=identity, index=image), identity
 
@@ -37,7 +37,7 @@ class SyntheticSource(Source):
         return np.repeat(np.arange(self.num_classes, dtype=np.int32), self._each)
 
     def where(self, index: int) -> str:
-        """Returns the identity and the image of it."""
+        """Returns the identity and the number of its image."""
         return "drawn identity {}, image {}".format(*divmod(index, self._each))
 
     def facts(self) -> Mapping[str, int | str]:
@@ -59,7 +59,7 @@ class NoiseSource(Source):
         return self._images
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(112, 112, 3) uint8 and its label."""
+        """Returns an image, (112, 112, 3) uint8, and its label."""
         shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
         pixels = np.random.default_rng([self._seed, index]).bytes(IMAGE_SIZE * IMAGE_SIZE * 3)
         return np.frombuffer(pixels, np.uint8).reshape(shape), index % self.num_classes
