@@ -106,7 +106,7 @@ def of_folders(folders: Sequence[str]) -> list[str]:
     """Derives the identities of images from their folders, without the common part of the paths.
 
     Args:
-      folders: folders of each image, none of them empty.
+      folders: folder of each image, none of them empty.
     """
     shared = os.path.commonpath(set(folders))
     if shared in folders:  # a single identity, or images at two depths

@@ -34,8 +34,8 @@ class Arrays:
     """Arrays by name, mapped from a folder, or in memory.
 
     Args:
-      values: by name.
-      folder: they are mapped from; None in memory.
+      values: arrays by name.
+      folder: the folder that they are mapped from; None in memory.
       digests: SHA-256 of the mapped ones.
     """
 
@@ -69,11 +69,11 @@ def open_arrays(
     """Returns the arrays cached for some data, or makes and caches them.
 
     Args:
-      data: the folder or file that the arrays are kept beside, as NAME.arcface_index.
-      files: that the arrays are made from; a change of any makes them again.
+      data: folder or file of the data; the arrays are cached next to it, as NAME.arcface_index.
+      files: the files that the arrays are made from; a change of any rebuilds them.
       make: reads the files and returns (n,) arrays by name.
-      options: what else the arrays depend on, the version of their layout included.
-      check: whether the digests of kept arrays are compared; once a process tree is enough.
+      options: what else the arrays depend on, including the version of their layout.
+      check: whether to compare the digests of cached arrays; once per process tree is enough.
     """
     files = list(files)
     stamp = {"files": _digest_of(files, data), "options": options}
@@ -122,9 +122,7 @@ def folders(data: Path, beside: Path) -> tuple[Path, ...]:
 
 
 def is_settled(files: Iterable[Path]) -> bool:
-    """Returns whether no file has changed for a moment; otherwise one may still be being
-    written.
-    """
+    """Returns whether no file has changed for a moment; if one has, it may be incomplete."""
     return time.time() - max(path.stat().st_mtime for path in files) > SETTLED
 
 
@@ -155,7 +153,7 @@ def load(
     """Maps an array.
 
     Args:
-      folder: it is kept in.
+      folder: its folder.
       name: name of its file.
       digests: SHA-256 of the folder's arrays, by file name.
       count: count of its values, if that is known.

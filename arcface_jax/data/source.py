@@ -69,8 +69,8 @@ class Source(Protocol):
         """Reads and decodes many images.
 
         Args:
-          numbers: (n,) int64, of the images.
-          rows: (n,) int64: where each of them goes.
+          numbers: (n,) int64 image numbers.
+          rows: (n,) int64 destination row of each image.
           images: (b, 112, 112, 3) uint8 RGB, written to.
           labels: (b,) int32, written to.
 
@@ -131,8 +131,8 @@ def account_of(
 
     Args:
       unit: what there is, in the plural.
-      images: that were found, the unreadable ones included.
-      identities: of them.
+      images: number found, including unreadable ones.
+      identities: their number of identities.
       ignored: entries that are not used, by kind.
       unreadable: images that cannot be read, by kind; None if not all were read.
     """

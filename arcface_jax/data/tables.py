@@ -160,9 +160,9 @@ def blank_separated(rows: Sequence[Row], most: int, *, from_right: bool) -> list
     """Divides rows of a single cell at blanks.
 
     Args:
-      rows: of `read`, where the table is not separated.
-      most: divisions, from one of the ends; -1 for all.
-      from_right: which end.
+      rows: rows from `read`, if the table is not separated.
+      most: largest number of divisions, counted from one end; -1 for all.
+      from_right: whether to count from the right.
     """
     return [
         Row(

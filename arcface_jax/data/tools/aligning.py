@@ -153,13 +153,13 @@ def align_folder(
       folder: folder of photographs, in sub-folders or not.
       output: folder for the faces, `faces.csv`, `rejects.csv` and the names of the identities,
         which are the folders that have faces. The same call resumes.
-      points_of: the five points of the faces of an image.
-      points: what identifies `points_of`, such as a digest of the file it reads; another one does
-        not resume.
+      points_of: finds the five points of an image's faces.
+      points: identifies `points_of`, such as a digest of the file it reads; must match to resume.
       choose: which face to take if there are several; `auto` assumes that sub-folders are
         identities.
-      min_eyes: smallest distance of the eyes in pixels of the photograph; below, it is rejected.
-      quality: of JPEG files.
+      min_eyes: smallest distance of the eyes in pixels of the photograph; smaller faces are
+          rejected.
+      quality: quality of JPEG files.
       format: format of the faces' files.
       threads: 0 for one per processor.
 
@@ -253,7 +253,7 @@ def _targets(names: list[str], format: Format) -> dict[str, str]:
 
     def target(name: str) -> str:
         stem = os.path.splitext(name)[0]
-        return f"{stem if stems[stem] == 1 else name}{suffix}"  # do not overwrite the face of a.jpg by that of a.png
+        return f"{stem if stems[stem] == 1 else name}{suffix}"  # a.png must not overwrite a.jpg
 
     return {name: target(name) for name in names}
 

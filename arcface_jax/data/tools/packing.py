@@ -1,5 +1,4 @@
-"""`data.py pack`, `split` and `merge`: write any training set as a record file that insightface
-reads.
+"""`data.py pack`, `split` and `merge`: write training sets as record files for insightface.
 
 The images' bytes are unchanged. They are ordered by identity, as the format's identity records
 require. An interrupted pack resumes where it stopped.

@@ -22,8 +22,8 @@ def draw(
     """Chooses distinct pairs: ten folds, each half same and half different.
 
     Args:
-      labels: (n,) identity of each image; those below 0 take no part.
-      pairs: how many, a multiple of 20.
+      labels: (n,) identity of each image; those below 0 are skipped.
+      pairs: number of pairs, a multiple of 20.
       seed: random seed of the choice.
       disjoint: whether an identity may be in one fold only, so that folds are independent.
 

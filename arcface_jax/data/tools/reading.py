@@ -37,8 +37,8 @@ def in_order(
 
     Args:
       numbers: numbers of the images.
-      look: reads one; it should spend its time outside the GIL, as reading and decoding do.
-      what: what is done, for the progress bar on stderr.
+      look: processes one; it should mostly release the GIL, as reading and decoding do.
+      what: label of the progress bar on stderr.
       threads: 0 for one per processor.
       done: numbers of the whole job that earlier calls have done.
       total: numbers of the whole job, where this call does a part of it.

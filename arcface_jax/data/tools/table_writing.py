@@ -1,5 +1,4 @@
-"""`data pack --format parquet` and `--format arrow`: write any training set in Hugging Face's
-formats.
+"""`data pack --format parquet` and `--format arrow`: write training sets for Hugging Face.
 
 Both have a column `image`, a struct of bytes and path, and a column `label`, a ClassLabel with the
 identities' names. An interrupted job starts over.
