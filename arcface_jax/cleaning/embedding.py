@@ -86,7 +86,7 @@ def embed(model: Model, images: Images, folder: Path, *, name: str) -> Embedded:
     Args:
       model: the network.
       images: what to embed.
-      folder: folder of the shards; made where it is missing.
+      folder: folder of the shards; created if missing.
       name: name of the images, for the progress bar.
 
     Raises:

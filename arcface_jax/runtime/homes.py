@@ -58,7 +58,7 @@ def expanded(folder: str) -> Path | None:
 
 
 def writable(folder: str, *, what: str, fix: str) -> Path | None:
-    """Returns the folder, made where it is missing; None, with a note, where it cannot be written.
+    """Returns the folder, created if missing; None, with a note, where it cannot be written.
 
     Args:
       folder: may begin with `~`.

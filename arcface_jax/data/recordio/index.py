@@ -269,8 +269,8 @@ def headers(words: np.ndarray, offsets: np.ndarray, *, which: int = 0) -> tuple[
 
     Returns:
       Five arrays of (r,): whether there is a frame (bool), the number of the record's part, the
-      length of its data, how many labels its header announces (int64), and one of its labels
-      (float32), NaN where it has fewer. Without a frame, the other values are undefined.
+      length of its data, the number of labels in its header (int64), and one of its labels
+      (float32), NaN if it has fewer. Without a frame, the other values are undefined.
     """
     base = offsets >> 2
     magic, size, count, label = (words.take(base + k, mode="clip") for k in range(4))

@@ -162,8 +162,8 @@ def in_words(report: Report) -> list[str]:
     sizes = ", ".join(f"{w} x {h}: {n:,}" for (w, h), n in report.sizes.most_common(4))
     lines = [
         f"{report.images:,} images of {report.identities:,} identities, "
-        f"{facts['images_per_identity_mean']} each on the average, "
-        f"{facts['images_per_identity_median']:g} in the middle",
+        f"{facts['images_per_identity_mean']} each on average, "
+        f"{facts['images_per_identity_median']:g} median",
         f"looked at {report.looked_at:,}, {report.bytes_stored / 2**20:,.1f} MiB; sizes {sizes}",
         *_histogram(report.per_identity),
     ]

@@ -42,7 +42,7 @@ def bins(per_identity: np.ndarray) -> list[Bin]:
       per_identity: (identities,) number of images.
 
     Returns:
-      Bins that touch, from the least number to the largest; more than 31 numbers share about 20
+      Adjacent bins, from the smallest number to the largest; more than 31 numbers share about 20
       bins, of one width or, where they spread over more than a factor of 5, with ends that grow by
       a factor. 0 then has a bin of its own.
     """

@@ -58,7 +58,7 @@ def divide(
     evaluated = np.isin(groups[identities], groups[order[:held_out]])
     if evaluated.all():
         raise UserError(
-            f"--fraction {fraction} leaves no identity to train on, for groups of identities stay "
+            f"--fraction {fraction} leaves no identity to train on, because groups stay "
             "on one side: choose a smaller fraction"
         )
     return identities[~evaluated], identities[evaluated]
