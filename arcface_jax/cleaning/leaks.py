@@ -1,4 +1,4 @@
-"""Write which images of another set show people of a training set (`overlap`)."""
+"""List the images of another set that show people of a training set (`overlap`)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from arcface_jax.evaluation.embed import Model
 
 
 class Leaks(NamedTuple):
-    """What was found and written."""
+    """Summary of an overlap and its file."""
 
     images: int
     """Images of the other set that show a person of the training set."""
@@ -27,7 +27,7 @@ class Leaks(NamedTuple):
     """Images that are the same photograph as one of the training set."""
     threshold: Threshold
     weak: bool
-    """Whether the model is too weak, see `separation`."""
+    """Whether the model is too weak, as judged by `separation`."""
     files: list[Path]
 
 
@@ -80,15 +80,15 @@ def in_set(model: Model, train: Source, other: Source, output: Path, *, seed: in
 
 
 def left_out(path: Path, *, name: str, images: int) -> np.ndarray:
-    """Image numbers of a verification set that overlap.csv flags; those with `keep` are not.
+    """Returns the image numbers of a verification set that overlap.csv flags, except `keep`.
 
     Args:
       path: path of overlap.csv.
       name: name of the verification set.
-      images: how many it has.
+      images: its number of images.
 
     Raises:
-      DataError: it is no such file, or of another set.
+      DataError: it is not such a file, or is of another set.
     """
     rows = [row for row in files.read(path, files.OVERLAP) if row["set"] == name]
     kept = [row for row in rows if row["decision"] != "keep"]

@@ -1,4 +1,4 @@
-"""Whether a model tells the people of a set apart well enough to correct its labels."""
+"""Decide whether a model separates the people of a set well enough to correct its labels."""
 
 import numpy as np
 

@@ -99,8 +99,7 @@ def check_both_kinds(same: np.ndarray) -> None:
 
 
 def roc(score: np.ndarray, same: np.ndarray) -> Roc:
-    """Computes the whole curve, with each distinct score as a threshold: ties are accepted
-    together.
+    """Computes the whole curve; each distinct score is a threshold, so ties are accepted together.
 
     The same points as scikit-learn's `roc_curve(same, score, drop_intermediate=False)`. Scores are
     sorted without their labels, which is several times faster than sorting an index.

@@ -99,8 +99,8 @@ class Embedder:
 
         Args:
           faces: one image (H, W, 3), several (n, H, W, 3), uint8 RGB; a file; a PIL image; or an
-            iterable of these, such as a generator, whose images are taken batch by batch.
-          points: five points a face, by which it is aligned.
+            iterable of these, such as a generator, which is consumed batch by batch.
+          points: five points per face, to align it by.
           normalized: whether to scale the embeddings to length 1.
 
         Returns:
@@ -123,9 +123,9 @@ class Embedder:
         """Embeds faces batch by batch, with at most `batch_size` of them in memory.
 
         Args:
-          faces: as the call takes them.
-          points: as the call takes them.
-          normalized: as the call takes it.
+          faces: as in `__call__`.
+          points: as in `__call__`.
+          normalized: as in `__call__`.
 
         Yields:
           (b, D) float32, b at most `batch_size`.
@@ -212,8 +212,8 @@ class Embedder:
         """Decides whether the i-th face of a and the i-th of b show one person.
 
         Args:
-          a: n faces or embeddings, as `similarity` takes them.
-          b: as many.
+          a: n faces or embeddings, as in `similarity`.
+          b: n faces or embeddings.
           threshold: lowest cosine of the same person; or a calibration, or its JSON file.
 
         Raises:
@@ -244,9 +244,9 @@ class Embedder:
 
         Args:
           folder: the folder to make; new or empty.
-          faces: n faces, as the call takes them, or embeddings (n, D) float.
-          names: n names; several faces may have one.
-          points: as the call.
+          faces: n faces as in `__call__`, or embeddings (n, D) float.
+          names: n names; several faces may share one.
+          points: as in `__call__`.
           form: as `gallery.build`.
 
         Raises:
@@ -266,8 +266,8 @@ class Embedder:
 
         Args:
           saved: a gallery, or its folder.
-          faces: m faces, as the call takes them, or embeddings (m, D) float.
-          k: how many.
+          faces: m faces as in `__call__`, or embeddings (m, D) float.
+          k: number of matches per face.
 
         Returns:
           Names, cosines and rows, each (m, k), the most similar first.

@@ -173,7 +173,7 @@ class _ConvBlock(nnx.Module):
         self.gamma = _layer_scale(width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (B, H, W, width) float32."""
+        """Applies the block to x, (B, H, W, width) float32."""
         return x + _scaled(self.gamma, self.mlp(self.norm(self.conv_dw(x))))
 
 
@@ -216,7 +216,7 @@ class _AttentionBlock(nnx.Module):
         self.gamma = _layer_scale(width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (B, H, W, width) float32."""
+        """Applies the block to x, (B, H, W, width) float32."""
         batch, height, _, width = x.shape
         y = self._mix_neighbors(x)
         if self.pos_embd is not None:
@@ -317,7 +317,7 @@ class EdgeFace(nnx.Module):
       embedding_size: D.
       dtype: compute type of convolutions, linear layers and the products of the attention; the sum
         that runs through the blocks, LayerNorm, softmax and the head are float32.
-      init: where the initial weights come from.
+      init: source of the initial weights.
     """
 
     def __init__(
@@ -332,7 +332,7 @@ class EdgeFace(nnx.Module):
         self.model = _EdgeNeXt(architecture, embedding_size, settings)
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
+        """Maps (B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; deterministic."""
         return self.model(x)
 
 

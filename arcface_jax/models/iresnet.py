@@ -146,11 +146,11 @@ class IResNet(nnx.Module):
     Args:
       architecture: blocks, widths and strides.
       embedding_size: D.
-      bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
+      bn_groups: slices of a training batch with separate BatchNorm statistics.
       dtype: compute type of the convolutional part; the last two layers are float32.
       unrolled: whether stacks that are not rematerialized are applied block by block, for GPUs: as
         a loop, which compiles in a third of the time, they take more than twice the memory there.
-      init: where the initial weights come from.
+      init: source of the initial weights.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class IResNet(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
+        """Maps (B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; deterministic."""
         x = self.conv1(x.astype(self.dtype))
         x = self.bn1(x, train=train, activation=self.prelu)
         for name, blocks in zip(_STAGES, self.architecture.blocks, strict=True):

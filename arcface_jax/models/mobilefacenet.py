@@ -180,9 +180,9 @@ class MobileFaceNet(nnx.Module):
     Args:
       architecture: blocks and width.
       embedding_size: D.
-      bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
+      bn_groups: slices of a training batch with separate BatchNorm statistics.
       dtype: compute type up to the last 1x1 convolution, which is float32 like everything after it.
-      init: where the initial weights come from.
+      init: source of the initial weights.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class MobileFaceNet(nnx.Module):
         self.features = _Features(embedding_size, last)
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
+        """Maps (B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; deterministic."""
         x = x.astype(self.dtype)
         for layer in self.layers:
             x = layer(x, train=train)

@@ -192,12 +192,12 @@ class VisionTransformer(nnx.Module):
     Args:
       architecture: width, depth, and what training leaves out.
       embedding_size: D.
-      bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
+      bn_groups: slices of a training batch with separate BatchNorm statistics.
       dtype: compute type of the blocks' linear layers. The attention, unless fused, and all outside
         the blocks is float32, and so are the tokens between two blocks; but on GPUs, where kernels
         of a block wait for memory, bfloat16 blocks exchange bfloat16 tokens.
       gpu: compute capability of the NVIDIA GPUs that apply it, or 0.
-      init: where the initial weights come from.
+      init: source of the initial weights.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ def roc_chart(curves: Sequence[Curve], *, alt: str) -> Markup:
     """Draws TAR over FAR on a log axis, each curve with its confidence band.
 
     Args:
-      curves: one a model, colored in this order.
+      curves: one per model, colored in this order.
       alt: what the chart shows, for those who do not see it.
     """
     first = math.floor(math.log10(min(curve.far[0] for curve in curves)) + 1e-9)

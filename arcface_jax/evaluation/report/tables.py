@@ -78,9 +78,7 @@ def _folds(results: Sequence[Verification]) -> Table:
     with_tar = _any_measured(results, at)
     if with_tar:
         heads.append(f"TAR at\n{results[0].tars[at].label}")
-    several = (
-        len(_names(results[0])) > 1
-    )  # with several models there is no room for the number of pairs
+    several = len(_names(results[0])) > 1  # no room for the number of pairs
     counts = [] if several else ["same +\ndifferent"]
     table = _named("ten folds, as insightface", [*counts, *heads], _columns(results))
     table.columns[1].no_wrap = False
