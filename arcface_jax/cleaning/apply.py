@@ -93,8 +93,8 @@ def apply(
 
     Args:
       source: the training set that was cleaned.
-      clean: the output folder of `data clean`.
-      output: a new folder for a record file; or a new list (.csv), of sets of image files.
+      clean: output folder of `data clean`.
+      output: a new folder for a record file, or a new list (.csv) for sets of image files.
       actions: which decisions to apply.
       force: apply findings even if the model is too weak.
       bad: as `packing.pack`.

@@ -73,8 +73,8 @@ def read(path: Path, name: str) -> list[Row]:
     """Reads the rows of a CSV, by column.
 
     Args:
-      path: path of the file, under whatever name.
-      name: which of `COLUMNS` it has.
+      path: path of the file, which may have any name.
+      name: its key in `COLUMNS`.
 
     Raises:
       DataError: the file does not exist, a column is missing, or a decision is unknown.

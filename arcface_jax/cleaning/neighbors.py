@@ -61,9 +61,9 @@ def similar_pairs(
       threshold: above 0.
       most: number of pairs to keep, with the highest cosines; the threshold rises accordingly.
       block: rows of a block.
-      projected: where not 0, search in so many random dimensions; about 99 % of the pairs are found
-        then, and each is verified in all dimensions.
-      mesh: the devices that share the columns; all of this process when not given.
+      projected: if not 0, search in this many random dimensions; finds about 99 % of the pairs, and
+        verifies each in all dimensions.
+      mesh: the devices that share the columns; by default all of this process.
     """
     mesh = meshes.make("own") if mesh is None else mesh
     block = min(block, max(_SMALLEST, -(-len(vectors) // mesh.size)))

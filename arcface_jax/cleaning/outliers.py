@@ -44,8 +44,8 @@ def find(images: Identities, *, groups: np.ndarray, mixed: np.ndarray, seed: int
 
     Args:
       images: the training set.
-      groups: (C,) int of identities that are one person.
-      mixed: labels of identities that hold two people.
+      groups: (C,) int: groups of identities that are one person.
+      mixed: labels of identities that contain two people.
       seed: random seed of the sample that sets the threshold.
     """
     own, other, row = compare(images, groups=groups)

@@ -12,7 +12,7 @@ _MOST = 4096
 
 
 def rank_one(images: Identities, *, seed: int) -> float | None:
-    """Share of halves of identities whose nearest other identity is their other half.
+    """Returns the share of half identities whose nearest other identity is their other half.
 
     Identities of at least four images are split in halves at random; each first half is compared
     with the second half and with the centroids of all other identities.
@@ -22,7 +22,7 @@ def rank_one(images: Identities, *, seed: int) -> float | None:
       seed: random seed of the halves.
 
     Returns:
-      0 .. 1; None where no identity has four images.
+      0 .. 1; None if no identity has four images.
     """
     first, second = halves(images, seed=seed, splits=1)
     labels = np.flatnonzero(images.counts() >= 4)[:_MOST]

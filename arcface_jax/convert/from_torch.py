@@ -28,7 +28,7 @@ def convert(weight: Path, where: Where, output: Path, *, centers: Path | None = 
     Args:
       weight: a file of torch or safetensors.
       where: known properties of the file; the others are detected.
-      output: the workdir, a new or an empty folder.
+      output: the workdir, a new or empty folder.
       centers: class centers to keep with it.
 
     Raises:

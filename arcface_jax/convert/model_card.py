@@ -91,8 +91,8 @@ def render(card: Card, *, network: str, described: ModelInput, parameters: int) 
     Args:
       card: card of the model.
       network: its name.
-      described: its input.
-      parameters: how many it has.
+      described: description of its input.
+      parameters: number of parameters.
     """
     sections = {
         "Model": _model(card, network, described, parameters),

@@ -78,7 +78,7 @@ def write(path: Path, model: Network, form: Form) -> None:
 
     Args:
       path: the file to write.
-      model: to export.
+      model: the network to export.
       form: form of the graph.
 
     Raises:
@@ -184,9 +184,7 @@ def finish(path: Path, metadata: dict[str, str]) -> None:
         if not any(node.name in NORMALIZERS for node in nodes):
             for name in NORMALIZERS:  # the first of their kind, at most after a transposition
                 next(node for node in nodes if node.op_type == name).name = name
-        first = _with_ancestors(
-            nodes, NORMALIZERS
-        )  # because quantization may have put others first
+        first = _with_ancestors(nodes, NORMALIZERS)  # quantization may have put others first
         nodes.sort(key=lambda node: node.name not in first)
     for number, node in enumerate(nodes):
         if node.name not in NORMALIZERS or known["normalization"] == "outside":

@@ -1,11 +1,11 @@
 """Find how an ONNX file expects its input: from its metadata, otherwise from its graph.
 
 In this order:
-- `model_input`, the JSON that this project's exports carry, or the older keys `mean`, `scale` and
-  `color_order`: what the caller does outside the graph (0, 1 and RGB where the graph does it all);
+- `model_input`, the JSON in this project's exports, or the older keys `mean`, `scale` and
+  `color_order`: what the caller does outside the graph (0, 1 and RGB if the graph does it all);
 - the values of the first operations: a subtraction of about 127.5 (or of the pixels' means) is for
   0 .. 255, one of about 0.5 for 0 .. 1, whatever the nodes are called;
-- where these cannot be read, the names of the first eight nodes, as insightface's Python package
+- if these cannot be read, the names of the first eight nodes, as insightface's Python package
   reads them: Sub or _minus and Mul or _mul normalize inside;
 - otherwise (x - 127.5) / 127.5, RGB.
 """
@@ -153,8 +153,8 @@ def _color_order(lean: float, why: str) -> tuple[ColorOrder, tuple[str, ...]]:
     """Infers the order from the first and last channel's means: photographs are redder than blue.
 
     Args:
-      lean: how much more of the first channel is subtracted, as a share of the range.
-      why: the reason for mean and scale, which comes before that for the order.
+      lean: how much more is subtracted from the first channel, as a share of the range.
+      why: the reason for mean and scale; precedes the reason for the order.
     """
     if abs(lean) < _COLOR_LEAN:
         return "RGB", (why, _RGB)

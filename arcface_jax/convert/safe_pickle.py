@@ -64,9 +64,7 @@ def load(
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # pickletools warns about damaged text
+            warnings.simplefilter("ignore", DeprecationWarning)  # pickletools, on damaged text
             return _run(_Machine(make, persistent), file)
     except DamagedPickleError:
         raise

@@ -88,8 +88,8 @@ def find(held: Contents, where: Where, *, source: str) -> Found:
     `vit_t_dp005_mask0`, have the same arrays: the first of the registry is taken.
 
     Args:
-      held: what the file holds.
-      where: what the caller knows.
+      held: contents of the file.
+      where: what the caller knows about it.
       source: where the weights come from, for messages.
 
     Raises:

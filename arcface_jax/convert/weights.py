@@ -70,11 +70,11 @@ def load(
 
     Args:
       path: the file; its format is detected by content.
-      network: its network; by default found by names and shapes.
-      prefix: what stands before the backbone's names; by default found.
-      key: keys to the state dict, joined with dots; by default found.
-      color_order: of the images that the weights want; by default as their project has it. BGR is
-        turned to RGB in the first convolution.
+      network: its network; by default detected by names and shapes.
+      prefix: prefix of the backbone's names; by default detected.
+      key: keys to the state dict, joined with dots; by default detected.
+      color_order: channel order that the weights expect; by default their project's. BGR is turned
+        to RGB in the first convolution.
 
     Raises:
       UserError: the file does not exist, is not a file of weights, or has no known network.

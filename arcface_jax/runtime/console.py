@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal: a bar, or plain lines where stderr is not a terminal."""
+"""Progress of a run on the terminal: a bar, or plain lines if stderr is not a terminal."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from arcface_jax.runtime.text import shown
 
 
 class Terminal:
-    """A progress bar, or plain lines where the output is not a terminal."""
+    """A progress bar, or plain lines if the output is not a terminal."""
 
     def __init__(self, *, total_steps: int, start: int):
         self._console = Console(file=streams.plain(sys.stderr), quiet=not launch.is_first())

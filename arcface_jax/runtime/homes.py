@@ -1,7 +1,8 @@
-"""Where a process may write beside its output: the folders of caches and of temporary files.
+"""Find folders for caches and temporary files.
 
-In a container that runs under any user number there may be no home, no cache and no /tmp. Each
-command calls `find_temporary` first; caches are left out, with a note, where there is no room.
+A container that runs under an arbitrary user id may have no home, no cache and no /tmp. Each
+command calls `find_temporary` first; caches are skipped, with a note, if there is no place for
+them.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from arcface_jax.errors import UserError
 
-# Tried where none of Python's own (TMPDIR, /tmp, /var/tmp, the current folder) can be written.
+# Tried if none of Python's own (TMPDIR, /tmp, /var/tmp, the current folder) is writable.
 _OTHER_TEMPORARY = ("XDG_RUNTIME_DIR", "/dev/shm")
 
 
@@ -58,7 +59,7 @@ def expanded(folder: str) -> Path | None:
 
 
 def writable(folder: str, *, what: str, fix: str) -> Path | None:
-    """Returns the folder, created if missing; None, with a note, where it cannot be written.
+    """Returns the folder, created if missing; None, with a note, if it is not writable.
 
     Args:
       folder: may begin with `~`.

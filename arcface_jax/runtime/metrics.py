@@ -24,11 +24,11 @@ _FLUSH_SECONDS = 30.0
 
 
 class MetricsFile:
-    """WORKDIR/metrics.jsonl, one line for each log step and evaluation, and further writers.
+    """WORKDIR/metrics.jsonl, one line per log step and evaluation, and other writers.
 
     Args:
       workdir: workdir of the run.
-      start: the step that the run resumes from; later lines, of steps that are trained again, are
+      start: step that the run resumes from; lines of later steps, which are trained again, are
         dropped.
       tensorboard: whether to write TensorBoard events too.
       csv: whether to write metrics.csv too.
@@ -75,7 +75,7 @@ class MetricsFile:
         """Appends one line; it is on disk when this returns. NaN and infinity become null.
 
         Raises:
-          CheckpointError: it cannot be written.
+          CheckpointError: the line cannot be written.
         """
         with reporting_disk_errors(self._workdir, self._workdir / METRICS):
             self._file.write(strict_json.dumps({"step": step, **values}) + "\n")
@@ -85,7 +85,7 @@ class MetricsFile:
                 writer.write(step, values)
 
     def stored(self, prefix: str) -> dict[str, float]:
-        """The last values whose names have this prefix, written before the run was resumed."""
+        """Returns the last values of names with this prefix, written before the run resumed."""
         return {
             name: value
             for line in self._kept
@@ -94,7 +94,7 @@ class MetricsFile:
         }
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether names with this prefix were written at a step before the run was resumed."""
+        """Returns whether names with this prefix were written at a step before the run resumed."""
         return any(
             line["step"] == step and any(name.startswith(prefix) for name in line)
             for line in self._kept
@@ -113,11 +113,11 @@ class MetricsFile:
 def _history(
     path: Path, noted: tuple[int, str] | None, *, start: int
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """The lines of a metrics.jsonl up to the first damaged one, and what is wrong with the file.
+    """Reads metrics.jsonl up to the first damaged line; also returns what is wrong with the file.
 
     Args:
       path: path of the file; it may be missing.
-      noted: the bytes and BLAKE2b hash of what the file held up to step `start`, if known.
+      noted: bytes and BLAKE2b hash of the file's content up to step `start`, if known.
       start: the step that the run resumes from.
     """
     content = path.read_bytes() if path.exists() else b""
@@ -141,14 +141,14 @@ def _history(
 
 
 def _is_cut_line(rest: bytes) -> bool:
-    """Whether this is what a process that was killed in the middle of a line leaves."""
+    """Returns whether this is the partial line of a process that was killed while writing."""
     return b"\n" not in rest
 
 
 def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a JSON Lines file up to the first that is damaged, and their length in bytes.
+    """Parses JSON Lines up to the first damaged line; also returns the length in bytes.
 
-    Each line is an object, with a whole number as its "step"; null is NaN.
+    Each line is an object with an integer "step"; null becomes NaN.
     """
     lines, end = [], 0
     for text in content.splitlines(keepends=True):
@@ -164,7 +164,7 @@ def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl up to the first that is damaged or was cut off."""
+    """Reads metrics.jsonl up to the first damaged or truncated line."""
     return whole_lines(path.read_bytes())[0]
 
 
@@ -175,7 +175,7 @@ def _null_as_nan(line: dict[str, Any]) -> dict[str, Any]:
 def train_accuracy(values: Mapping[str, float]) -> float:
     """Returns the accuracy of a log step, among all classes or among those that Partial FC sampled.
 
-    NaN where a run has no head.
+    NaN if the run has no head.
     """
     name = "train/accuracy"
     return values[name] if name in values else values.get(f"{name}_sampled", math.nan)
@@ -185,14 +185,14 @@ class Writer(Protocol):
     """Receives each log step and evaluation."""
 
     path: Path
-    """The file or folder that is written."""
+    """The file or folder to write."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the values of one step; several calls may name the same step."""
+        """Writes the values of a step; may be called several times for one step."""
         ...
 
     def close(self) -> None:
-        """Flushes and close."""
+        """Flushes and closes the writer."""
         ...
 
 
@@ -200,12 +200,12 @@ class TensorBoard:
     """WORKDIR/tensorboard; events already there from `start` + 1 on are discarded."""
 
     def __init__(self, workdir: Path, *, start: int):
-        # Imported here, because reading a run's metrics needs neither TensorBoard nor protobuf.
+        # Imported here, because reading a run's metrics does not need TensorBoard or protobuf.
         from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
 
-        self._proto: Any = event_pb2  # its names are made at import
+        self._proto: Any = event_pb2  # its attributes are created at import
         self._scalar = scalar
         self.path = workdir / "tensorboard"
         self.path.mkdir(exist_ok=True)
@@ -235,11 +235,11 @@ class TensorBoard:
 
 
 class Csv:
-    """WORKDIR/metrics.csv: a line for each line of metrics.jsonl, a column for each name.
+    """WORKDIR/metrics.csv: a row for each line of metrics.jsonl, a column for each name.
 
     Args:
       workdir: workdir of the run.
-      kept: the lines of metrics.jsonl that a resumed run keeps; the file begins with them.
+      kept: lines of metrics.jsonl that a resumed run keeps; the file starts with them.
     """
 
     def __init__(self, workdir: Path, *, kept: list[dict[str, float]]):
@@ -249,7 +249,7 @@ class Csv:
         self._rewrite(kept)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a line; new names rewrite the file with their columns added."""
+        """Appends a row; new names rewrite the file with added columns."""
         line = {"step": step, **values}
         if self._add_columns([line]):
             self._file.close()
@@ -269,7 +269,7 @@ class Csv:
         return bool(new)
 
     def _rewrite(self, lines: list[Any]) -> None:
-        """Atomically, so that a run that is killed here keeps its history."""
+        """Rewrites the file atomically, so that a run killed here keeps its history."""
         with atomic(self.path, newline="") as file:
             whole = csv.DictWriter(file, self._names)
             whole.writeheader()
@@ -318,7 +318,7 @@ class Wandb:
             ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs at this step; W&B keeps what it already has of later steps."""
+        """Logs at this step; W&B keeps its values of later steps."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:

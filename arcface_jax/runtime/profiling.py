@@ -1,4 +1,4 @@
-"""Where the time goes: the step clock, and a profiler trace of some steps."""
+"""Measure where the time goes: the step clock, and a profiler trace of some steps."""
 
 import time
 from collections.abc import Iterator
@@ -17,27 +17,27 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Discards what was measured so far."""
+        """Discards the measurements so far."""
         self._start, self._steps = time.perf_counter(), 0
         self._waited = self._blocked = self._paused = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around every wait for a batch."""
+        """Measures a wait for a batch; use around every one."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
-        """Around every wait for the devices."""
+        """Measures a wait for the devices; use around every one."""
         start = time.perf_counter()
         yield
         self._blocked += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: compilation, evaluation, saving."""
+        """Excludes what is not training: compilation, evaluation, saving."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Small tables for the terminal: names at the left, numbers at the right."""
+"""Small tables for the terminal: names on the left, numbers on the right."""
 
 from collections.abc import Sequence
 
@@ -30,5 +30,5 @@ def new(
 
 
 def share(value: float | None, *, missing: str = "-") -> str:
-    """Returns a number between 0 and 1 with four decimals."""
+    """Formats a number between 0 and 1 with four decimals."""
     return missing if value is None else f"{value:.4f}"
