@@ -48,9 +48,9 @@ def check_loss(name: str, head: HeadConfig | None = None) -> None:
 
     Raises:
       AssertionError: a value or gradient is not finite or has a wrong shape, `negatives_bound` or
-        another flag is untrue, or the head does not give the dense softmax's loss and gradient,
-        on one device or on all.
-      ConfigError: there is no such loss, or it refuses its options.
+        another flag is untrue, or the head's loss and gradient differ from the dense softmax's, on
+        one device or on all.
+      ConfigError: the loss does not exist, or refuses its options.
     """
     head = replace(head or HeadConfig(), loss=name)
     margin = margins.make(head)
@@ -451,8 +451,8 @@ def check_source(path: str, data: DataConfig | None = None, *, images: int = 32)
 
     Args:
       path: as `data.path`.
-      data: its other fields; the defaults when not given.
-      images: how many to read at most.
+      data: its other fields; by default the defaults.
+      images: largest number of images to read.
 
     Raises:
       AssertionError: a label is out of range; `labels`, `read`, `load` and indexing disagree; or
@@ -547,7 +547,7 @@ def check_evaluator(target: str, *, embedding_size: int = 32) -> None:
     Raises:
       AssertionError: it embeds something that is not faces, returns anything but finite numbers by
         name, gives other numbers for the same network, or keeps a run from stopping.
-      ConfigError: there is no such evaluator.
+      ConfigError: the evaluator does not exist.
     """
     reference = plugins.parse(target)
     _require(reference is not None, f"{target!r} is not package.module:name[:ARGUMENT]")
@@ -595,7 +595,7 @@ def check_detector(name: str, image: np.ndarray | None = None) -> None:
     Raises:
       AssertionError: points are not finite or lie outside the image, the image is changed, or
         several threads find other points.
-      UserError: there is no such detector, or it returns another shape than (n, 5, 2).
+      UserError: the detector does not exist, or it returns another shape than (n, 5, 2).
     """
     detect = detectors.load(name)
     if image is None:

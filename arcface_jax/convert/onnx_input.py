@@ -5,7 +5,7 @@ In this order:
   `color_order`: what the caller does outside the graph (0, 1 and RGB if the graph does it all);
 - the values of the first operations: a subtraction of about 127.5 (or of the pixels' means) is for
   0 .. 255, one of about 0.5 for 0 .. 1, whatever the nodes are called;
-- if these cannot be read, the names of the first eight nodes, as insightface's Python package
+- if these cannot be read, the names of the first eight nodes, as in insightface's Python package
   reads them: Sub or _minus and Mul or _mul normalize inside;
 - otherwise (x - 127.5) / 127.5, RGB.
 """

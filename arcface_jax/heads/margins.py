@@ -1,8 +1,8 @@
 """Margins: pure functions on cosines. The head multiplies what they return by the scale s.
 
 z is a cosine, theta its angle, y a sample's own class. A margin changes the target's cosine, and
-may change the other classes' cosines, look at the lengths of the embeddings, add a loss of its own,
-and keep a state from step to step. The head differentiates `target` and `negatives` with `jax.vjp`.
+may change the other classes' cosines, use the lengths of the embeddings, add a loss term, and keep
+a state between steps. The head differentiates `target` and `negatives` with `jax.vjp`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,26 +17,27 @@ from arcface_jax.config import HeadConfig
 from arcface_jax.errors import ConfigError
 
 State = dict[str, jax.Array]
-"""What a margin remembers, () float32 by name."""
+"""State of a margin, () float32 by name."""
 
 _SMALLEST_SINE = 1e-6
 
 
 class Margin(NamedTuple):
-    """What a margin does to the cosines of a batch."""
+    """Functions of a margin on the cosines of a batch."""
 
     target: Callable[[jax.Array, jax.Array, State], jax.Array]
     """((B,) cosines with the own class, (B,) lengths of the embeddings, state) -> (B,)."""
     negatives: Callable[[jax.Array, jax.Array, State], jax.Array] | None = None
-    """((B, n) cosines with other classes, (B, 1) with the own one, state) -> (B, n); None leaves
-    them as they are."""
+    """((B, n) cosines with other classes, (B, 1) with the own one, state) -> (B, n); None if
+    unchanged.
+    """
     negatives_need_target: bool = False
-    """Whether `negatives` looks at the cosines with the own classes."""
+    """Whether `negatives` uses the cosines with the own classes."""
     negatives_bound: float = 1.0
     """The largest value that `negatives` returns for cosines in [-1, 1]. Above 1 the head tracks a
     running maximum."""
     uses_norms: bool = False
-    """Whether `target` looks at the lengths."""
+    """Whether `target` uses the lengths."""
     extra_loss: Callable[[jax.Array], jax.Array] | None = None
     """(B,) lengths -> (B,), added to the loss of each sample."""
     initial_state: Mapping[str, float] = MappingProxyType({})
@@ -141,9 +142,9 @@ def combined(
 def adaface(margin: float, *, h: float, ema: float) -> Margin:
     """cos(theta_y + g_angle) - g_add with g_angle = -m q and g_add = m q + m, exact gradient.
 
-    q = (|x| - mean) / (std / h), clipped to [-1, 1], is the quality that an embedding's length |x|
-    shows; no gradient passes through it. Mean and standard deviation are running ones: each batch
-    enters with the share `ema`, beginning at 20 and 100.
+    q = (|x| - mean) / (std / h), clipped to [-1, 1], is the image quality indicated by the
+    embedding's length |x|; no gradient flows through it. Mean and standard deviation are running
+    averages with the batch weight `ema`, starting at 20 and 100.
 
     Source: Kim et al., "AdaFace: Quality Adaptive Margin for Face Recognition" (CVPR 2022); start
     and bounds of the lengths follow its published code.
@@ -177,8 +178,8 @@ def magface(*, norms: tuple[float, float], margins: tuple[float, float], weight:
     """cos(theta_y + m(a)) plus weight * g(a) in the loss; a = |x| clipped to [l, u].
 
     m(a) rises linearly from `margins[0]` at l to `margins[1]` at u, and g(a) = a / u^2 + 1 / a
-    falls up to u. Both have gradients in a, so that easy samples grow longer. Where theta + m(a)
-    exceeds pi, cos(theta) - m(a) sin(m(a)) takes the place of the cosine.
+    falls up to u. Both have gradients in a, so that easy samples grow longer. If theta + m(a)
+    exceeds pi, cos(theta) - m(a) sin(m(a)) replaces the cosine.
 
     Source: Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
     Assessment" (CVPR 2021); the continuation beyond pi follows its published code.
@@ -202,8 +203,8 @@ def magface(*, norms: tuple[float, float], margins: tuple[float, float], weight:
 def curricularface(margin: float, *, ema: float) -> Margin:
     """cos(theta_y + m), and z (t + z) for the hard others, those with z > cos(theta_y + m).
 
-    t, the running mean of the target cosines, begins at 0; each batch enters with the share `ema`.
-    Where theta + m exceeds pi, cos(theta) - m sin(m) takes the place of the cosine.
+    t, the running mean of the target cosines, starts at 0 with the batch weight `ema`. If theta + m
+    exceeds pi, cos(theta) - m sin(m) replaces the cosine.
 
     Source: Huang et al., "CurricularFace: Adaptive Curriculum Learning Loss for Deep Face
     Recognition" (CVPR 2020); the continuation beyond pi follows its published code.
@@ -244,18 +245,19 @@ def filter_negatives(margin: Margin, *, threshold: float) -> Margin:
 
 
 def _move(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
-    """The running mean; a share of zero leaves it, whatever `new` is."""
+    """Updates a running mean; a share of zero keeps the old value, whatever `new` is."""
     return jnp.where(share > 0, old + share * (new - old), old)
 
 
 def _cos_of_angle(
     cosine: jax.Array, *, factor: float = 1.0, offset: jax.Array, limit: float = 0.0
 ) -> jax.Array:
-    """cos(factor * theta + offset), the angle kept within [limit, pi - limit] if there is a limit.
+    """Returns cos(factor * theta + offset), with the angle clipped to [limit, pi - limit] if
+    limited.
 
     The derivative in the cosine is factor * sin(angle) / sin(theta), with sin(theta) at least 1e-6
-    and so finite at cosine = +-1; the derivative in the offset is -sin(angle); both are 0 where
-    the angle is held at its limit.
+    and so finite at cosine = +-1; the derivative in the offset is -sin(angle); both are 0 if the
+    angle is clipped.
     """
 
     def angles(cosine: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -75,9 +75,7 @@ def _length_up_to(content: bytes, step: int) -> int:
     end = len(content)
     while end:
         begin = content.rfind(b"\n", 0, end - 1) + 1
-        with contextlib.suppress(
-            ValueError, TypeError, KeyError
-        ):  # a line that is still being written
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # an incomplete line
             if json.loads(content[begin:end])["step"] <= step:
                 return end
         end = begin

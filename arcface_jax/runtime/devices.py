@@ -50,7 +50,7 @@ def is_gpu(mesh: Mesh) -> bool:
 
 def ask_for_cpu_devices(count: int) -> None:
     """Makes the CPU count as at least `count` devices, if JAX has not initialized it yet."""
-    now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # set by JAX
+    now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # it has
     if count > now:
         with contextlib.suppress(RuntimeError):  # already initialized
             jax.config.update("jax_num_cpu_devices", count)
@@ -97,9 +97,9 @@ def ahead(items: Iterator[_In], send: Callable[[_In], _Out], *, count: int) -> G
     """Applies `send` to each item in a thread, while earlier results are in use.
 
     Args:
-      items: for instance batches; read only by the thread.
-      send: for instance `to_devices`.
-      count: how many are kept ready.
+      items: for example batches; only read by the thread.
+      send: for example `to_devices`.
+      count: number of results to keep ready.
 
     Returns:
       A generator; an error of `items` or `send` is raised in place of its item.

@@ -62,9 +62,9 @@ def writable(folder: str, *, what: str, fix: str) -> Path | None:
     """Returns the folder, created if missing; None, with a note, if it is not writable.
 
     Args:
-      folder: may begin with `~`.
-      what: would be kept there.
-      fix: how to name another.
+      folder: may start with `~`.
+      what: what would be stored there.
+      fix: how to choose another folder.
     """
     path = expanded(folder)
     try:

@@ -282,9 +282,9 @@ class Wandb:
     """A run of Weights & Biases, resumed together with the workdir's run.
 
     Args:
-      workdir: workdir of the run; wandb_id in it holds W&B's id of the run.
-      project: of W&B.
-      settings: the configuration by dotted name, shown beside the curves.
+      workdir: workdir of the run; its file wandb_id has W&B's id of the run.
+      project: W&B project.
+      settings: the configuration by dotted name, shown next to the curves.
 
     Raises:
       ConfigError: the package is not installed, or W&B refuses the run.

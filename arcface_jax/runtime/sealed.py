@@ -36,8 +36,8 @@ def read(path: Path, *, unsealed: bool = False) -> dict[str, Any]:
       unsealed: accept an object without a digest, as earlier versions wrote it.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      DamagedError: it is unreadable, no JSON object, or not what was written.
+      FileNotFoundError: the file does not exist.
+      DamagedError: it is unreadable, not a JSON object, or corrupt.
     """
     try:
         content = foreign.parse_json(foreign.read(path))

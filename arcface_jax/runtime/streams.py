@@ -20,8 +20,8 @@ class _Escaping:
     """A text stream that escapes control sequences and unencodable characters.
 
     Args:
-      stream: to write to.
-      colors: let the codes of colors pass.
+      stream: the stream to write to.
+      colors: let color codes pass.
     """
 
     def __init__(self, stream: TextIO, *, colors: bool = False):

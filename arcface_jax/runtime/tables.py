@@ -16,10 +16,10 @@ def new(
     """Returns an empty table; `add_row` takes a cell for each name, then one for each number.
 
     Args:
-      title: above it.
-      numbers: heads of the columns at the right, which are never wrapped.
-      names: heads of the columns at the left.
-      name_width: characters of a name that stand in one line.
+      title: title above the table.
+      numbers: headers of the right-hand columns, which are never wrapped.
+      names: headers of the left-hand columns.
+      name_width: characters of a name per line.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for head in names:
