@@ -545,8 +545,8 @@ def check_evaluator(target: str, *, embedding_size: int = 32) -> None:
       embedding_size: D of the embeddings.
 
     Raises:
-      AssertionError: it embeds something that is not faces, returns anything but finite numbers by
-        name, gives other numbers for the same network, or keeps a run from stopping.
+      AssertionError: it embeds something other than faces, returns anything but finite numbers by
+        name, is not deterministic, or keeps a run from stopping.
       ConfigError: the evaluator does not exist.
     """
     reference = plugins.parse(target)
@@ -593,7 +593,7 @@ def check_detector(name: str, image: np.ndarray | None = None) -> None:
       image: (H, W, 3) uint8 RGB; by default a synthetic face, 180 pixels high and 160 wide.
 
     Raises:
-      AssertionError: points are not finite or lie outside the image, the image is changed, or
+      AssertionError: points are not finite or outside the image, the image is modified, or
         several threads find other points.
       UserError: the detector does not exist, or it returns another shape than (n, 5, 2).
     """

@@ -7,8 +7,8 @@ All forms compute the same sums and gradients up to the rounding of the operands
   the gradient's part along a center from the cosines. No normalized copy of the block is written
   or read, which is most of the traffic at small batches.
 - `powers` writes exp(s cosine) in the operands' type at the end of the product, and no cosine.
-  What is particular to a sample is multiplied into the embeddings, not into the block. Fewest bytes
-  at large batches; only for bfloat16, one center per class, and cosines that no margin changes.
+  Factors per sample are multiplied into the embeddings, not into the block. Fewest bytes at large
+  batches; only for bfloat16, one center per class, and cosines that no margin changes.
 """
 
 from collections.abc import Callable
@@ -265,9 +265,7 @@ class Powers(NamedTuple):
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
         weight = jnp.exp(-log_sum)
         own = jnp.where(weight > 0, d_target / weight, 0).astype(samples.x.dtype)
-        one_tile = (
-            len(own) == 1
-        )  # with several tiles, the weighted would be a second copy of the batch
+        one_tile = len(own) == 1  # more tiles would need a second copy of the batch
         return Weights(weight, own, _weighted(samples.x, weight) if one_tile else None)
 
     def vjp(

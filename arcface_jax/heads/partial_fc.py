@@ -93,12 +93,11 @@ def draw(
 
 
 def _last_negatives(taken: jax.Array, wanted: jax.Array, slots: int, batch: int) -> jax.Array:
-    """Returns (B,) slots for classes that were not drawn: the last ones with negatives, then empty
-    ones.
+    """Returns (B,) slots for classes that were not drawn: the last with negatives, then empty ones.
 
     Args:
-      taken: (B,) int32 slots that hold classes of the batch; `slots` where there is none.
-      wanted: () int32, slots that hold anything.
+      taken: (B,) int32 slots with classes of the batch; `slots` for none.
+      wanted: () int32 number of used slots.
       slots: length of the list.
       batch: B.
     """

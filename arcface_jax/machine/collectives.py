@@ -44,8 +44,8 @@ def measure(
     in an all-reduce (Patarasuk and Yuan, JPDC 2009).
 
     Args:
-      mesh: two devices at least.
-      batch: B of all devices.
+      mesh: at least two devices.
+      batch: B over all devices.
       size: D of an embedding.
       parameters: parameters of the backbone, whose gradient is summed.
       head_dtype: type in which the head gathers embeddings.

@@ -47,9 +47,9 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
     """Yields the checks as they complete.
 
     Args:
-      config: the run; its data and workdir are looked at where they are stated.
-      num_classes: C, where no data tells it.
-      seconds: that reading images is measured for.
+      config: the run; its data and workdir are checked if they are set.
+      num_classes: C, if there is no data.
+      seconds: time for measuring the input pipeline.
     """
     yield check_versions(manifest.versions())
     yield check_driver()

@@ -47,8 +47,8 @@ def measure(
     Args:
       data: path, batch size, threads, augmentation; its workers are ignored.
       workers: numbers of worker processes to try; 0 means threads only.
-      rounds: of all stages.
-      seconds: that each stage is given in a round.
+      rounds: number of rounds over all stages.
+      seconds: time per stage in a round.
 
     Raises:
       DataError: the training set cannot be opened.
@@ -87,12 +87,10 @@ def bottleneck(rates: list[Rate]) -> str:
     read, decode = (next(r for r in rates if r.stage == name) for name in ("read", "decode"))
     speed = f"the fastest pipeline, with {best.workers} workers, gives {best.images_per_second:.0f}"
     if sent.images_per_second < 0.8 * best.images_per_second:
-        return f"{speed} images/s, and copying to the device is the limit: {sent.images_per_second:.0f}"
+        return f"{speed} images/s, and copying to the device limits: {sent.images_per_second:.0f}"
     share = decode.images_per_second / read.images_per_second
     if share > 0.5:
-        return (
-            f"{speed} images/s, and reading is the limit: it takes {share:.0%} of a thread's time"
-        )
+        return f"{speed} images/s, and reading limits: it takes {share:.0%} of a thread's time"
     return (
         f"{speed} images/s, {best.of_bare:.2f} of {BARE_PROCESSES} bare decode loops; decoding "
         f"binds: reading takes {share:.0%} of a thread's time"

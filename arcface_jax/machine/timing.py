@@ -17,8 +17,8 @@ def in_turn(runs: dict[str, Callable[[], object]], *, repeats: int) -> dict[str,
     """Measures median seconds of each run, in turn, so that all see the same machine load.
 
     Args:
-      runs: by name; each returns arrays, which are waited for.
-      repeats: counted rounds; one more comes first and is not counted.
+      runs: functions by name; each returns arrays to wait for.
+      repeats: counted rounds, after a warm-up round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):

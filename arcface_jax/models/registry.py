@@ -61,7 +61,7 @@ def build(
         arrays (`stacks.restack` converts between the two), for comparison.
       gpu: compute capability of the NVIDIA GPUs that `apply` is for, such as 9.0; 0 for a program
         that runs on every platform. Arrays are the same, and results up to rounding.
-      frozen_statistics: names of statistics that training uses and does not move.
+      frozen_statistics: names of statistics that training uses without updating them.
       measured: whether `apply` returns, in evaluation, mean and variance of what each BatchNorm was
         given, in the place of the statistics that it used.
 
@@ -132,7 +132,7 @@ class MakeNetwork(Protocol):
 
         Args:
           model: the section of the recipe: `embedding_size`, `dtype`, `options`.
-          bn_groups: of every `layers.BatchNorm`.
+          bn_groups: `groups` of every `layers.BatchNorm`.
           init: where first weights come from: its `normal` and `uniform`, or `init.rngs()` for
             Flax's own layers.
 

@@ -35,7 +35,7 @@ class _Repeated:
         return self._init.uniform((*self._lead, *shape), bound=bound)
 
     def rngs(self) -> nnx.Rngs:
-        """Raises: Flax's layers draw for a single module only, not for a stack."""
+        """Refuses, because Flax's own layers draw for a single module only."""
         raise NotImplementedError("stacks.make needs modules that draw from `init` itself")
 
 
@@ -90,9 +90,9 @@ def apply(
     """Applies the modules one after the other; updates their BatchNorm statistics in the stack.
 
     Args:
-      stack: of modules.
-      x: what the first is given.
-      one: (module, x, its slice of `inputs`) to what the next is given.
+      stack: the stack of modules.
+      x: input of the first module.
+      one: maps (module, x, its slice of `inputs`) to the next module's input.
       inputs: arrays with the stack's leading axes.
       axes: number of leading axes.
       remat: whether the backward pass recomputes each module instead of storing its intermediate
@@ -119,9 +119,7 @@ def _scan(body: _Body, x: jax.Array, stacked: Any, *, axes: int, remat: bool):
     """Applies a stack as a loop: returns the last module's output, and the statistics."""
     for _ in range(axes):
         if remat:
-            body = jax.checkpoint(
-                body, prevent_cse=False
-            )  # XLA does not merge a scan's body with others
+            body = jax.checkpoint(body, prevent_cse=False)  # nothing merges a scan's body
         body = partial(lax.scan, body)
     return body(x, stacked)
 

@@ -50,7 +50,7 @@ def is_gpu(mesh: Mesh) -> bool:
 
 def ask_for_cpu_devices(count: int) -> None:
     """Makes the CPU count as at least `count` devices, if JAX has not initialized it yet."""
-    now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # it has
+    now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # set
     if count > now:
         with contextlib.suppress(RuntimeError):  # already initialized
             jax.config.update("jax_num_cpu_devices", count)

@@ -50,7 +50,7 @@ Layout = tuple[Buffer, ...]
 
 
 def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout:
-    """Returns which arrays lie in which buffer.
+    """Assigns arrays to buffers.
 
     Vectors and the kernels of convolutions, of which a network has hundreds, share buffers; the
     last layers, whose gradients are ready first, get the first buffers. Stacks of these share
@@ -183,7 +183,7 @@ class Packing(NamedTuple):
         return params.keys() == {buffer.name for buffer in self.params}
 
     def pack(self, tree: _Tree) -> _Tree:
-        """Returns a state, or part of one, as the step holds it; what is packed stays as it is.
+        """Packs a state, or part of one; packed parts are returned unchanged.
 
         Every dict of the backbone's arrays becomes a dict of buffers: the parameters, and their
         counterparts in the optimizer and in the running means.

@@ -25,8 +25,8 @@ def require(state: TrainState, program: jax.stages.Compiled, *, mesh: Mesh) -> N
     A collective operation: all processes raise, or none.
 
     Args:
-      state: abstract, placed on the mesh.
-      program: what makes it, `step.compile_init`.
+      state: abstract state, placed on the mesh.
+      program: the program that makes it, from `step.compile_init`.
       mesh: the devices.
 
     Raises:
@@ -81,9 +81,9 @@ def require_to_read(arrays: Any, workdir: Path, device: Any = None) -> None:
     """Checks that stored arrays fit into this process's memory before they are read.
 
     Args:
-      arrays: anything with shapes and types.
+      arrays: objects with shapes and types.
       workdir: workdir of the run that stored them.
-      device: of JAX, that they are read to; None is the host.
+      device: JAX device to read them to; None is the host.
 
     Raises:
       CheckpointError: they do not fit.

@@ -271,7 +271,7 @@ def make_train_step(
     Args:
       config: the run.
       num_classes: C.
-      schedule: the learning rate of each step.
+      schedule: learning rate of each step.
       mesh: the devices.
       distill_weight: weight of the teacher's losses at each step; by default constant,
         `distill.weight`.

@@ -81,8 +81,8 @@ class Cache(NamedTuple):
         return self._projected(stored)
 
     def class_means(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
-        """(C, D) float32: the direction of each class's mean embedding; zeros for a class without
-        images.
+        """Returns (C, D) float32: direction of each class's mean embedding; zeros for empty
+        classes.
 
         Args:
           labels: (images,) int32; negative ones are skipped.
@@ -123,11 +123,11 @@ def open_cache(
     Args:
       model: the teacher, on the devices of this host.
       source: the training set.
-      distill: which views of an image are wanted.
-      data: its threads.
+      distill: the recipe's section, with the views of an image.
+      data: the recipe's section, with the number of threads.
       folder: folder of the cache.
-      embedding_size: D, the network's; the teacher's is brought to it.
-      between: called between batches; what it raises ends the work.
+      embedding_size: D of the network, to which the teacher's embeddings are projected.
+      between: called between batches; it may raise to stop.
 
     Raises:
       DataError: the folder has embeddings of another teacher, set or kind, an embedding is not
@@ -337,7 +337,7 @@ def make_online(model: Model, *, views: str, embedding_size: int, mesh: Mesh) ->
     Args:
       model: the teacher, on the devices of the mesh.
       views: as `distill.views`.
-      embedding_size: D, the network's.
+      embedding_size: D of the network.
       mesh: the devices.
 
     Raises:
