@@ -60,8 +60,7 @@ class Outcome(NamedTuple):
     step: int
     results: dict[str, float]
     """Metrics by name: `eval/NAME/accuracy` and so on of the last evaluation; in a fine-tuned run
-    `before/NAME/accuracy` and so on of its initial weights; `baseline/...` if requested.
-    """
+    `before/NAME/accuracy` and so on of its initial weights; `baseline/...` if requested."""
     files: list[Path]
     """Plots written by the run."""
     stopped_by: signal.Signals | None

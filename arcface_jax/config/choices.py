@@ -14,9 +14,9 @@ Bad = Literal["stop", "skip"]
 """What to do with an image that is unreadable or not 112 x 112: stop with an error, or skip it."""
 
 FaceChoice = Literal["auto", "largest", "center", "score"]
-"""Which face of a photograph to take: auto is the one nearest to the center if the photograph is in
-a folder of its identity, and the largest otherwise.
-"""
+"""Which face of a photograph to take: auto is the one nearest to the
+center if the photograph is in a folder of its identity, and the largest
+otherwise."""
 
 
 @dataclass(frozen=True)
@@ -24,16 +24,15 @@ class AlignOptions:
     """How a command aligns images that are not 112 x 112 and have no points."""
 
     detector: str | None = None
-    """Detector of the five points of images that are not 112 x 112: an SCRFD or YuNet ONNX file, or
-    module:function.
-    """
+    """Detector of the five points of images that are not 112 x 112: an SCRFD
+    or YuNet ONNX file, or module:function."""
     detector_size: int = 0
     """The detector sees images with their longer side scaled to this, a multiple of 32; 0 is 1280
     for YuNet, which enlarges none, and 640 for SCRFD."""
     choose: FaceChoice = "auto"
-    """Which face to take if there are several; auto takes the one nearest to the center if the
-    image is in a folder of its identity, and the largest otherwise.
-    """
+    """Which face to take if there are several; auto takes the one nearest to
+    the center if the image is in a folder of its identity, and the largest
+    otherwise."""
 
 
 IjbProtocol = Literal["ijbb", "ijbc"]
@@ -61,9 +60,9 @@ Normalization = Literal["outside", "inside"]
 """Whether the caller of an ONNX graph computes (x - 127.5) / 127.5, or the graph."""
 
 GraphInput = Literal["float", "uint8-nhwc"]
-"""Input of an exported ONNX graph: (batch, 3, 112, 112) float32, or decoded images, (batch, 112,
-112, 3) uint8 RGB, with all preprocessing in the graph.
-"""
+"""Input of an exported ONNX graph: (batch, 3, 112, 112) float32, or
+decoded images, (batch, 112, 112, 3) uint8 RGB, with all preprocessing in
+the graph."""
 
 Precision = Literal["float32", "float16", "int8"]
 """Type of an ONNX file's weights and of most of its arithmetic."""

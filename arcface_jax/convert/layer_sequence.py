@@ -13,8 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 Kind = Literal["conv", "linear", "norm", "batchnorm", "prelu", "table", "activation"]
 """norm is LayerNorm; table is an array that is added to every image, such as position
-embeddings.
-"""
+embeddings."""
 
 
 class Layer(NamedTuple):

@@ -20,8 +20,7 @@ from arcface_jax.errors import ImageError, UserError, install
 
 SCRFD_SIZE, YUNET_SIZE = 640, 1280
 """Default longer side, in pixels, of the images that a detector sees: SCRFD's as in insightface,
-YuNet's as measured in docs/data.md.
-"""
+YuNet's as measured in docs/data.md."""
 _STRIDES = (8, 16, 32)
 _LFS = b"version https://git-lfs"
 _NMS_OVERLAP = 0.4  # boxes with a larger overlap are the same face

@@ -8,8 +8,7 @@ import struct
 
 MAX_PIXELS = 2**26
 """Most pixels of an image to decode, 200 MB as RGB; `data/__init__.py` sets OpenCV's limit to the
-same.
-"""
+same."""
 HEAD = 32
 """Number of bytes from which `sniff` detects a format."""
 

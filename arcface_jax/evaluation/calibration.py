@@ -64,8 +64,7 @@ class Calibration:
     """Share of same pairs with a cosine of at least `threshold_check`."""
     against: str | None = None
     """`digest` of the `Model.input` that embedded the first face of each pair; None if it was
-    `model`.
-    """
+    `model`."""
 
 
 _ADAPTER = pydantic.TypeAdapter(Calibration)

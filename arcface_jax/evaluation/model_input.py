@@ -43,8 +43,7 @@ class ModelInput:
     """Whether operating points are for f(image) + f(mirrored image)."""
     digest: str
     """SHA-256 of the weights of the exported run, so that a calibration of the run is valid for its
-    exact exports; for a model of unknown origin, of its file.
-    """
+    exact exports; for a model of unknown origin, of its file."""
     compatible_with: str = ""
     """`digest` of the teacher with which its embeddings are compatible; empty for none."""
 

@@ -20,8 +20,7 @@ from arcface_jax.runtime.text import shown
 
 COLORS = 6
 """Number of colors of lines and areas, as classes `line-0` to `line-5`; a seventh repeats the
-first.
-"""
+first."""
 
 
 def write(path: Path, template: str, **values: Any) -> None:

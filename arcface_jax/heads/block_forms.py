@@ -44,8 +44,7 @@ class Block(NamedTuple):
     """(n * K, D) float32, as stored; normalized in the form `unit`."""
     length: jax.Array
     """(n * K, 1) float32 lengths before normalization; their inverse in forms that multiply by
-    it.
-    """
+    it."""
     operand: jax.Array
     """(n * K, D) the operand of the product."""
     slots: jax.Array
@@ -76,8 +75,7 @@ class Weights(NamedTuple):
     """(t,) gradient of the target cosines, in units of the others' gradient."""
     x: jax.Array | None
     """(t, D) embeddings multiplied by `others`; None if a form does not need them, or computes them
-    tile by tile.
-    """
+    tile by tile."""
 
 
 class CentersGradient(NamedTuple):
@@ -98,8 +96,7 @@ class Problem(NamedTuple):
     """s, the scale."""
     negative_transform: Callable[[jax.Array, jax.Array], jax.Array] | None
     """The margin's change of (t, n) cosines with other classes, given (t, 1) own cosines; None if
-    there is none.
-    """
+    there is none."""
 
 
 class Form(Protocol):

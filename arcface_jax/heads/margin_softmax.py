@@ -62,8 +62,7 @@ class HeadOutput(NamedTuple):
     whose cosine is the largest of all classes in this step, without margin; target_cosine;
     hardest_negative_cosine: the largest of another class; below_hardest and
     below_hardest_with_margin: share of targets below that, without and with margin; largest_cosine:
-    of all, not a mean; invalid_labels: () int32, how many samples have no known class.
-    """
+    of all, not a mean; invalid_labels: () int32, how many samples have no known class."""
 
 
 def init_centers(

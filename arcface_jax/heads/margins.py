@@ -29,8 +29,7 @@ class Margin(NamedTuple):
     """((B,) cosines with the own class, (B,) lengths of the embeddings, state) -> (B,)."""
     negatives: Callable[[jax.Array, jax.Array, State], jax.Array] | None = None
     """((B, n) cosines with other classes, (B, 1) with the own one, state) -> (B, n); None if
-    unchanged.
-    """
+    unchanged."""
     negatives_need_target: bool = False
     """Whether `negatives` uses the cosines with the own classes."""
     negatives_bound: float = 1.0
@@ -252,8 +251,7 @@ def _move(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
 def _cos_of_angle(
     cosine: jax.Array, *, factor: float = 1.0, offset: jax.Array, limit: float = 0.0
 ) -> jax.Array:
-    """Returns cos(factor * theta + offset), with the angle clipped to [limit, pi - limit] if
-    limited.
+    """Returns cos(factor * theta + offset), with the angle clipped to [limit, pi - limit] if set.
 
     The derivative in the cosine is factor * sin(angle) / sin(theta), with sin(theta) at least 1e-6
     and so finite at cosine = +-1; the derivative in the offset is -sin(angle); both are 0 if the

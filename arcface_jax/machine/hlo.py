@@ -142,8 +142,7 @@ class Loop(NamedTuple):
     name: str
     trip_count: int | None
     """Number of iterations; None if unknown to the compiler: the host then reads the condition each
-    time.
-    """
+    time."""
     runs: int
     """How often the loop is entered per call of the program."""
     carry: tuple[Shape, ...]
@@ -159,8 +158,7 @@ class Collective(NamedTuple):
     """One of `COLLECTIVES`."""
     bytes: int
     """Bytes that a device contributes to an all-reduce or reduce-scatter, or has after an
-    all-gather.
-    """
+    all-gather."""
     runs: int
     part: Part
     position: float

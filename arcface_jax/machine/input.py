@@ -29,8 +29,7 @@ class Rate(NamedTuple):
 
     stage: str
     """bare decode: loops in two processes at once, from memory; read: bytes from the source;
-    decode: images from the source, one thread; pipeline: batches on the host; to device.
-    """
+    decode: images from the source, one thread; pipeline: batches on the host; to device."""
     workers: int
     threads: int
     images_per_second: float
@@ -87,13 +86,18 @@ def bottleneck(rates: list[Rate]) -> str:
     read, decode = (next(r for r in rates if r.stage == name) for name in ("read", "decode"))
     speed = f"the fastest pipeline, with {best.workers} workers, gives {best.images_per_second:.0f}"
     if sent.images_per_second < 0.8 * best.images_per_second:
-        return f"{speed} images/s, and copying to the device limits: {sent.images_per_second:.0f}"
+        return (
+            f"{speed} images/s; copying to the device is the bottleneck: "
+            f"{sent.images_per_second:.0f} images/s"
+        )
     share = decode.images_per_second / read.images_per_second
     if share > 0.5:
-        return f"{speed} images/s, and reading limits: it takes {share:.0%} of a thread's time"
+        return (
+            f"{speed} images/s; reading is the bottleneck: it takes {share:.0%} of a thread's time"
+        )
     return (
-        f"{speed} images/s, {best.of_bare:.2f} of {BARE_PROCESSES} bare decode loops; decoding "
-        f"binds: reading takes {share:.0%} of a thread's time"
+        f"{speed} images/s, {best.of_bare:.2f} of {BARE_PROCESSES} bare decode loops; "
+        f"decoding is the bottleneck: reading takes {share:.0%} of a thread's time"
     )
 
 

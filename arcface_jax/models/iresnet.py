@@ -37,8 +37,7 @@ class Architecture:
     """Whether to recompute scanned blocks in the backward pass, to save memory."""
     shortcut: Literal["projected", "subsampled"] = "projected"
     """What a stage's first block adds: a convolution of its input, or, if the channels stay the
-    same, every other pixel of it.
-    """
+    same, every other pixel of it."""
     last_bias: bool = True
     """Whether to train a bias of the last BatchNorm, whose scale is fixed at 1."""
 

@@ -30,8 +30,7 @@ class Backbone(NamedTuple):
     apply: Callable[..., tuple[jax.Array, Arrays]]
     """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=..., keys=...) -> (embeddings
     (B, D) float32, not normalized; batch_stats, updated if train). The (B,) random keys, one per
-    image, are for training; only the vision transformers need them.
-    """
+    image, are for training; only the vision transformers need them."""
     unrolled: bool = False
     """Whether `apply` runs the layers of stacks one by one instead of in a loop."""
 

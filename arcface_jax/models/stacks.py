@@ -171,8 +171,7 @@ def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts parameters or statistics to the form of `like`: the same modules, stacked
-    differently.
+    """Converts parameters or statistics to the stacking of `like`, with the same modules.
 
     Args:
       arrays: arrays by name, in any stacking, or none.

@@ -36,8 +36,7 @@ class Architecture:
     depth: int
     drop_path: float
     """Probability of skipping the last block for a sample; it rises linearly from 0 at the
-    first.
-    """
+    first."""
     masked: bool
     """Whether to hide a tenth of the tokens from the blocks in training."""
     remat: bool = False
@@ -91,8 +90,7 @@ def attend(qkv: jax.Array) -> jax.Array:
 
 
 def attend_fused(qkv: jax.Array, *, implementation: Literal["cudnn", "xla"] = "cudnn") -> jax.Array:
-    """Computes attention in the operands' type, float16 or bfloat16, by cuDNN, without storing
-    scores.
+    """Computes attention in the operands' type, float16 or bfloat16, by cuDNN; stores no scores.
 
     cuDNN requires multiples of eight tokens, so padding is added and masked.
     """

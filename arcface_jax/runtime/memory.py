@@ -27,8 +27,7 @@ def free_on_host() -> int:
 
 
 def _free_on_machine() -> int:
-    """Returns MemAvailable, which includes reclaimable caches; on other systems than Linux free
-    pages.
+    """Returns MemAvailable, which includes reclaimable caches; free pages if not on Linux.
 
     Source: proc_meminfo(5).
     """

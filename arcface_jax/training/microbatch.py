@@ -34,8 +34,7 @@ class Forward(NamedTuple):
     """BatchNorm's statistics, updated once, with the mean over all groups."""
     vjp: Callable[[jax.Array], Arrays]
     """(B, D) gradient of the embeddings -> gradient of the moving parameters, float32, summed over
-    all devices and replicated on them.
-    """
+    all devices and replicated on them."""
 
 
 def forward(

@@ -69,14 +69,12 @@ class Optimizer(NamedTuple):
 
     backbone: tuple[optax.GradientTransformation, ...]
     """Links of an `optax.chain` over the parameters by dotted name. Their output is multiplied by
-    the learning rate and subtracted; their input is the clipped gradient.
-    """
+    the learning rate and subtracted; their input is the clipped gradient."""
     centers: class_centers.Rule
     """The same, element by element, for a block of class centers."""
     elementwise: bool = False
     """Whether `backbone` also updates every element independently of the array it belongs to: GPUs
-    then update many arrays at once, packed end to end.
-    """
+    then update many arrays at once, packed end to end."""
 
 
 def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
@@ -92,7 +90,7 @@ def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def is_elementwise(optimizer: OptimizerConfig) -> bool:
-    """Returns whether the rule treats every element by itself, see `Optimizer.elementwise`.
+    """Returns whether the rule treats every element independently, as `Optimizer.elementwise`.
 
     Raises:
       ConfigError: as `make_optimizer`.

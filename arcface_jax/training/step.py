@@ -52,8 +52,7 @@ class TrainState:
     """() int32, optimizer steps done."""
     params: Arrays
     """Backbone parameters by dotted name, float32, on every device. On GPUs, they and everything of
-    the same structure are packed between steps (packing.py).
-    """
+    the same structure are packed between steps (packing.py)."""
     batch_stats: Arrays
     """BatchNorm's running statistics, by dotted name, float32, on every device."""
     opt_state: optax.OptState
@@ -70,14 +69,13 @@ class TrainState:
     """Running means of `params` and `batch_stats` if the recipe asks for them; else empty."""
     counters: dict[str, jax.Array]
     """() int32 by name: `invalid_labels` and `skipped_steps` since the first step, `skipped_in_row`
-    at present.
-    """
+    at present."""
 
 
 def backbone(
     config: Config, *, num_devices: int = 1, one_group: bool = False, gpu: float = 0
 ) -> registry.Backbone:
-    """Returns the backbone of a configuration, for one slice of the batch on one of the devices.
+    """Builds the backbone of a configuration, for one slice of the batch on one device.
 
     Args:
       config: the run.
@@ -105,7 +103,7 @@ def backbone(
 
 
 def trained(finetune: FineTuneConfig, params: Arrays) -> dict[str, float]:
-    """Returns the parameters that are trained: each one's factor on the learning rate, by name.
+    """Returns the trained parameters: each one's factor on the learning rate, by name.
 
     Raises:
       ConfigError: a pattern of `finetune.frozen` or `finetune.rates` matches none.

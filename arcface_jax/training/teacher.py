@@ -81,8 +81,7 @@ class Cache(NamedTuple):
         return self._projected(stored)
 
     def class_means(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
-        """Returns (C, D) float32: direction of each class's mean embedding; zeros for empty
-        classes.
+        """Returns (C, D) float32: direction of each class's mean embedding; zeros if it is empty.
 
         Args:
           labels: (images,) int32; negative ones are skipped.
@@ -301,8 +300,7 @@ def _principal(shards: tuple[np.ndarray, ...], folder: Path, size: int) -> np.nd
 
 
 def centers(cache: Cache, source: Source, random: jax.Array, *, mesh: Mesh) -> jax.Array:
-    """Returns (C_padded, D): the teacher's class means as class centers, scaled to random centers'
-    norm.
+    """Returns (C_padded, D): the teacher's class means, scaled to the norm of random centers.
 
     A class without images keeps its random center.
 
