@@ -61,8 +61,8 @@ def build(
       gpu: compute capability of the NVIDIA GPUs that `apply` is for, such as 9.0; 0 for a program
         that runs on every platform. Arrays are the same, and results up to rounding.
       frozen_statistics: names of statistics that training uses without updating them.
-      measured: whether `apply` returns, in evaluation, mean and variance of what each BatchNorm was
-        given, in the place of the statistics that it used.
+      measured: whether `apply` in evaluation returns mean and variance of each BatchNorm's input
+        instead of the statistics that it used.
 
     Raises:
       ConfigError: no network has that name, or it cannot be trained.
