@@ -1,7 +1,7 @@
 """Face recognition training in JAX: class-sharded ArcFace, insightface's backbones, exports.
 
-The public API is `Config`, `train` and `Embedder`. They are loaded when first used, so importing
-this package imports nothing heavy.
+The public API is `Config`, `train` and `Embedder`. They are loaded at first use, so importing this
+package is cheap.
 """
 
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ def __getattr__(name: str) -> object:
     if name == "Embedder":
         return importlib.import_module("arcface_jax.inference.embedder").Embedder
     if name == "train":
-        # The module, which can be called as its function (see its last lines): whoever imports it
-        # by another way first finds the same object here.
+        # The module, which is callable as its function (see its last lines): code that imports it
+        # another way first gets the same object here.
         return importlib.import_module("arcface_jax.train")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`arcface-jax COMMAND`: finds the command's module and hands it the other words.
+"""`arcface-jax COMMAND`: finds the command's module and passes it the remaining arguments.
 
 Importing this module, and parsing any command line, imports neither JAX nor OpenCV.
 """
@@ -15,7 +15,7 @@ PROG = "arcface-jax"
 
 
 class Command(NamedTuple):
-    """Where a command is, and what it does in a line."""
+    """Location of a command, and a one-line description."""
 
     module: str
     function: str
@@ -50,8 +50,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs the command that the first word names; returns its exit code.
 
     Args:
-      words: the command line after the program's name. Those of this process when not given, and
-        then `train` may restart the process.
+      words: the command line after the program's name; by default this process's, in which case
+        `train` may restart the process.
     """
     own_process = words is None
     words = sys.argv[1:] if words is None else list(words)
@@ -76,9 +76,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def prepare_process() -> None:
-    """Lets a process outlive the reader of its output, and note signals until it can stop.
+    """Makes the process outlive the reader of its output, and note signals until it can stop.
 
-    For a process that only trains; called before the imports that take a second.
+    For a process that only trains; call it before the slow imports.
     """
     from arcface_jax.runtime import signals, streams
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
-    """Something outside the code is wrong: a path, a file, an option, a combination of options.
+    """A problem outside the code: a path, a file, an option, a combination of options.
 
     The message names the value, what was expected, and the fix. Commands print only the message,
     without a traceback, and exit with code 2.
@@ -27,17 +27,17 @@ class DataError(UserError):
 
 
 class ImageError(DataError):
-    """One image that is damaged; the others may be whole, so a run continues without it.
+    """One damaged image; the others may be intact, so a run continues without it.
 
     Args:
       where: the file, and the place in it.
       problem: what is wrong, and the fix.
-      kind: a word or two by which such errors are counted.
+      kind: a word or two under which such errors are counted.
     """
 
     def __init__(self, where: str, problem: str, kind: str = "damaged"):
-        where = where.replace("\n", "\\n")  # which a file may have in its name
-        super().__init__(where, problem, kind)  # all, or it could not be unpickled
+        where = where.replace("\n", "\\n")  # a file's name may contain a line break
+        super().__init__(where, problem, kind)  # all arguments, or unpickling fails
         self.where = where
         self.problem = problem
         self.kind = kind
@@ -47,16 +47,16 @@ class ImageError(DataError):
 
 
 class CheckpointError(UserError):
-    """A working directory whose contents do not fit the run that was asked for."""
+    """A working directory whose contents do not match the requested run."""
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Turns what ends a command, other than a bug, into one message and an exit code.
+    """Turns the end of a command, except by a bug, into one message and an exit code.
 
-    A UserError is reported on stderr with exit code 2, and so is a path that is longer than any
-    file's; Ctrl-C with 130. A reader of stdout that has
-    gone, as in `| head`, ends the command with 1. Anything else passes.
+    A UserError is reported on stderr with exit code 2, and so is a path that is too long; Ctrl-C
+    exits with 130. If the reader of stdout has gone, as in `| head`, the exit code is 1. Any other
+    exception propagates.
     """
     try:
         yield
@@ -83,7 +83,7 @@ def reported() -> Iterator[None]:
 
 
 def _stdout_is_closed() -> bool:
-    """Whether the reader of stdout has gone; it is discarded then."""
+    """Returns whether the reader of stdout has gone, and discards further output if so."""
     try:
         number = sys.stdout.fileno()
     except (OSError, ValueError, AttributeError):  # not a file: captured, or closed
@@ -92,13 +92,13 @@ def _stdout_is_closed() -> bool:
     stdout.register(number, 0)
     if not stdout.poll(0):
         return False
-    # Python flushes once more when it exits, which must not fail again.
+    # Python flushes again at exit, which must not fail.
     os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     return True
 
 
 def install(extra: str) -> str:
-    """The command that installs an optional dependency, for a wheel and for a checkout."""
+    """Returns the command that installs an optional dependency, for a wheel and for a checkout."""
     return f"pip install 'arcface-jax[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
 
 
@@ -106,14 +106,14 @@ def require(package: str, extra: str) -> None:
     """Checks that a package of an optional dependency is installed, without importing it.
 
     Raises:
-      UserError: it is not; the message has the command that installs it.
+      UserError: it is not installed; the message has the command to install it.
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(f"this needs the package {package}: {install(extra)}")
 
 
 def unknown(word: str, known: Iterable[str], *, prog: str) -> str:
-    """The message for a missing or misspelled name of a command."""
+    """Returns the message for a missing or misspelled name of a command."""
     known = list(known)
     if not word:
         return f"{prog} expects one of {', '.join(known)}; {prog} --help describes them"
@@ -121,6 +121,6 @@ def unknown(word: str, known: Iterable[str], *, prog: str) -> str:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """The question "did you mean A or B? " for a misspelled name; empty where none is near."""
+    """Returns the question "did you mean A or B? " for a misspelled name; empty without a match."""
     near = difflib.get_close_matches(word, sorted(known), n=2)
     return f"did you mean {' or '.join(near)}? " if near else ""

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-# With three, chi-square tells the distances between drawn classes from uniform ones.
+# With three rounds, a chi-square test distinguishes distances between drawn classes from uniform
+# ones.
 ROUNDS = 8
 
 
-# Fewer rows or columns of the grid would leave the rounds too little to mix.
+# With fewer rows or columns, the rounds would not mix enough.
 _SMALLEST_SIDE = 8
 
 
@@ -32,18 +33,18 @@ class Permutation(NamedTuple):
     size: jax.Array | np.int32
     """() int32, from 1 to the number of cells in the grid."""
     grid: tuple[int, int]
-    """Rows and columns of the cells that the rounds permute."""
+    """Rows and columns of the grid of cells that the rounds permute."""
 
     def forward(self, index: jax.Array) -> jax.Array:
-        """Where each of (n,) int32, all below `size`, goes to."""
+        """Returns the image of each of (n,) int32 indices below `size`."""
         return self._walk(self.encrypt, index)
 
     def inverse(self, index: jax.Array) -> jax.Array:
-        """Where each of (n,) int32, all below `size`, comes from."""
+        """Returns the preimage of each of (n,) int32 indices below `size`."""
         return self._walk(self._decrypt, index)
 
     def _walk(self, step: Callable[[jax.Array], jax.Array], index: jax.Array) -> jax.Array:
-        """Steps on until the cell is one of the first `size`."""
+        """Repeats the permutation until the cell is one of the first `size`."""
         size = self.size.astype(jnp.uint32)
         return lax.while_loop(
             lambda cell: jnp.any(cell >= size),
@@ -52,7 +53,7 @@ class Permutation(NamedTuple):
         ).astype(jnp.int32)
 
     def encrypt(self, cell: Any) -> Any:
-        """One turn over all cells of the grid: (n,) uint32 to the same, NumPy's or JAX's."""
+        """Permutes all cells of the grid once: (n,) uint32 to (n,) uint32, of NumPy or JAX."""
         rows, columns = (np.uint32(n) for n in self.grid)
         row, column = cell // columns, cell % columns
         for number in range(len(self.keys)):
@@ -74,9 +75,9 @@ class Permutation(NamedTuple):
 
 
 def grid(size: int) -> tuple[int, int]:
-    """Rows and columns of the nearly square grid that holds `size` cells with the fewest to spare.
+    """Returns the nearly square grid with at least `size` cells and the fewest spare ones.
 
-    Each spare cell costs some elements another turn of the permutation.
+    Each spare cell costs some elements another round of the permutation.
     """
     root = math.isqrt(size)
     sides = range(max(root * 3 // 4, _SMALLEST_SIDE), max(root, _SMALLEST_SIDE) + 1)
@@ -85,7 +86,7 @@ def grid(size: int) -> tuple[int, int]:
 
 
 def _mix(value: Any, key: Any) -> Any:
-    """32 bits that depend on every bit of the value and the key: the end of MurmurHash3."""
+    """Mixes 32 bits of value and key, with the finalizer of MurmurHash3."""
     value = value ^ key
     value = (value ^ (value >> 16)) * np.uint32(0x85EBCA6B)
     value = (value ^ (value >> 13)) * np.uint32(0xC2B2AE35)

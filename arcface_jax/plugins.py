@@ -1,7 +1,7 @@
-"""Load a part of a run by name: a built-in one, or anybody's own as `package.module:name`.
+"""Load a part of a run by name: a built-in one, or your own as `package.module:name`.
 
-The built-in parts are named here and nowhere else. A new one is its own file and one line of
-`BUILT_IN`; one from outside the package is its own file. docs/extending.md has the protocols.
+The built-in parts are listed only here. A new one needs a file and one line in `BUILT_IN`; one from
+outside the package needs a file. docs/extending.md has the protocols.
 """
 
 import difflib
@@ -23,8 +23,8 @@ _MOBILEFACENET = "arcface_jax.models.mobilefacenet:make"
 _VIT = "arcface_jax.models.vit:make"
 _EDGEFACE = "arcface_jax.models.edgeface:make"
 
-# Field of the configuration -> name -> where it is. Strings, so that a name can be checked without
-# importing what it stands for.
+# Field of the configuration -> name -> location. Strings, so that a name can be checked without
+# importing it.
 BUILT_IN: Mapping[str, Mapping[str, str]] = {
     "head.loss": {
         "arcface": "arcface_jax.heads.margins:make_arcface",
@@ -82,16 +82,16 @@ class Reference(NamedTuple):
     name: str
     """`package.module:name`."""
     argument: str
-    """What follows a second colon; empty without one."""
+    """Text after a second colon; empty without one."""
 
     @property
     def attribute(self) -> str:
-        """The last word of the name."""
+        """Last part of the name."""
         return self.name.rpartition(":")[2]
 
 
 def parse(text: str) -> Reference | None:
-    """Read `package.module:name` or `package.module:name:ARGUMENT`; None for anything else."""
+    """Parses `package.module:name` or `package.module:name:ARGUMENT`; None for anything else."""
     found = _REFERENCE.fullmatch(text)
     if found is None:
         return None
@@ -102,9 +102,9 @@ def parse(text: str) -> Reference | None:
 
 
 def expectation(name: str, *, field: str) -> str | None:
-    """Return what a field expects instead of `name`; None if it names a part by its form.
+    """Returns what a field expects instead of `name`; None if `name` has a valid form.
 
-    Nothing is imported, so `package.module:name` may still turn out not to exist.
+    Nothing is imported, so `package.module:name` may still not exist.
     """
     known = BUILT_IN[field]
     if name in known or _is_plain_reference(name):
@@ -119,18 +119,18 @@ def expectation(name: str, *, field: str) -> str | None:
 
 
 def load(name: str, *, field: str, options: Options = ()) -> Any:
-    """Import a part.
+    """Imports a part.
 
-    The current directory is searched after everything else on the path, so that a file beside the
-    recipe works with the installed command too.
+    The current directory is searched last, so a file next to the recipe also works with the
+    installed command.
 
     Args:
-      name: of a built-in part of that field, or `package.module:name`.
+      name: name of a built-in part of that field, or `package.module:name`.
       field: what the name was given for: "head.loss", "data.path", "--detector".
-      options: what the recipe gives the part; built-in parts take none.
+      options: options in the recipe; built-in parts take none.
 
     Raises:
-      ConfigError: there is no such part, it cannot be imported or called, or a built-in part is
+      ConfigError: the part does not exist, cannot be imported or called, or is built in and was
         given options.
     """
     where = BUILT_IN.get(field, {}).get(name)
@@ -147,12 +147,12 @@ def load(name: str, *, field: str, options: Options = ()) -> Any:
 
 
 def settings(given: Options, /, **defaults: float) -> dict[str, float]:
-    """Return the options of a plug-in, by name, with defaults for those not given.
+    """Returns the options of a plug-in, by name, with defaults for those not given.
 
     `settings(head.options, low=0.1, high=0.5)` refuses any other name.
 
     Raises:
-      ConfigError: an option has a name that the part does not know.
+      ConfigError: the part has no option of that name.
 
     Examples:
       >>> settings((("t", 0.3),), t=0.2, low=0.0)
@@ -170,22 +170,22 @@ def settings(given: Options, /, **defaults: float) -> dict[str, float]:
 
 
 TRUSTED = "ARCFACE_JAX_PLUGINS"
-"""The environment variable with packages, commas between them, whose parts any run may name."""
+"""Environment variable with a comma-separated list of packages that any run may use parts of."""
 
 
 def require_own(named: Iterable[tuple[str, str]], *, source: Path) -> None:
-    """Refuse parts that a file names, unless their code is the user's own.
+    """Refuses parts that a file names, unless their code is the user's own.
 
-    A run's config.json may come from anybody, and importing a module or calling what is in it runs
-    code. What a user writes on the command line or in a recipe is not checked.
+    A run's config.json may be untrusted, and importing a module or calling its functions runs code.
+    Names on the command line or in a recipe are not checked.
 
     Args:
-      named: fields, and the `package.module:name` that each has.
+      named: fields with their `package.module:name`.
       source: the file, for the message.
 
     Raises:
-      ConfigError: a part is of the standard library, of a package that knows nothing of this one,
-        or lies beside the file.
+      ConfigError: a part is in the standard library, in a package unrelated to this one, or next to
+        the file.
     """
     trusted = [name.strip() for name in os.environ.get(TRUSTED, "").split(",")]
     for field, name in named:
@@ -199,7 +199,7 @@ def require_own(named: Iterable[tuple[str, str]], *, source: Path) -> None:
 
 
 def _why_foreign(package: str, folder: Path) -> str | None:
-    """What a package is that is not the user's own; nothing is imported."""
+    """Returns why a package is not the user's own, or None; imports nothing."""
     if package in sys.stdlib_module_names or package == __name__.partition(".")[0]:
         return "no part that was made for runs"
     spec = importlib.util.find_spec(package)

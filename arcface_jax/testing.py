@@ -1,7 +1,7 @@
 """Checkers for the authors of plug-ins: one for each kind of part (docs/extending.md).
 
-Each takes the name by which a recipe would call the part, and raises an AssertionError that names
-what is wrong, or the UserError that a run would end with. They need no GPU and take seconds:
+Each takes the part's name in a recipe, and raises an AssertionError that names the problem, or the
+UserError that a run would end with. They need no GPU and take seconds:
 
     from arcface_jax.testing import check_loss
 
@@ -40,17 +40,17 @@ _THREADS = 8
 
 
 def check_loss(name: str, head: HeadConfig | None = None) -> None:
-    """Check a loss: its functions by themselves, then inside the real head beside dense autodiff.
+    """Checks a loss: its functions alone, then in the real head against dense autodiff.
 
     Args:
       name: as `head.loss`.
-      head: its other fields; the defaults when not given.
+      head: its other fields; by default the defaults.
 
     Raises:
       AssertionError: a value or gradient is not finite or has a wrong shape, `negatives_bound` or
-        another flag is untrue, or the head does not give the dense softmax's loss and gradient,
-        on one device or on all.
-      ConfigError: there is no such loss, or it refuses its options.
+        another flag is untrue, or the head's loss and gradient differ from the dense softmax's, on
+        one device or on all.
+      ConfigError: the loss does not exist, or refuses its options.
     """
     head = replace(head or HeadConfig(), loss=name)
     margin = margins.make(head)
@@ -59,7 +59,7 @@ def check_loss(name: str, head: HeadConfig | None = None) -> None:
     lengths = jnp.asarray(np.exp(rng.uniform(-3, 5, cosine.shape)), jnp.float32)
     state = _initial(margin)
     _check_margin(margin, cosine, lengths, state)
-    if state:  # and as training leaves it
+    if state:  # and the state during training
         _check_margin(margin, cosine, lengths, _check_update(margin, cosine, lengths, state))
     for count in sorted({1, _devices()}):
         _check_in_head(margin, replace(head, dtype="float32", block_size=16), devices=count)
@@ -111,7 +111,7 @@ def _check_negatives(margin: Margin, negatives: Any, cosine: jax.Array, state: S
 
 
 def _check_elementwise(function: Any, given: tuple[jax.Array, ...], *, what: str) -> None:
-    """Check a map from (B,) arrays to (B,): finite gradients, no sample depends on another.
+    """Checks a map from (B,) arrays to (B,): finite gradients, independent samples.
 
     A sample may depend on its place in the batch, as a margin drawn for each sample does.
     """
@@ -174,7 +174,7 @@ def _check_in_head(margin: Margin, head: HeadConfig, *, devices: int) -> None:
 
 
 def _run_head(head: HeadConfig, *, devices: int) -> tuple[jax.Array, jax.Array]:
-    """() loss and (B, D) gradient of the embeddings, by the real head."""
+    """Computes () loss and (B, D) gradient of the embeddings with the real head."""
     mesh = meshes.make(devices)
     embeddings, labels, rows = _drawn(head)
     padding = class_centers.padded_classes(_CLASSES, devices) * head.subcenters - len(rows)
@@ -202,7 +202,9 @@ def _run_head(head: HeadConfig, *, devices: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _drawn(head: HeadConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(B, D) embeddings, (B,) labels, (C * K, D) centers; most samples lie near their class."""
+    """Draws (B, D) embeddings, (B,) labels and (C * K, D) centers; most samples are near their
+    class.
+    """
     rng = np.random.default_rng(1)
     rows = rng.normal(size=(_CLASSES * head.subcenters, _SIZE))
     labels = rng.integers(0, _CLASSES, _BATCH)
@@ -217,14 +219,14 @@ def _drawn(head: HeadConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _dense_loss(
     embeddings: jax.Array, *, margin: Margin, head: HeadConfig, labels: jax.Array, rows: jax.Array
 ) -> jax.Array:
-    """The definition: the mean of -log softmax over all classes at once."""
+    """Computes the definition: the mean of -log softmax over all classes at once."""
     norms = jnp.linalg.norm(embeddings, axis=1)
     unit = rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
     product = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     by_center = product(embeddings / norms[:, None], unit.T)
     cosine = jnp.clip(by_center.reshape(_BATCH, _CLASSES, -1).max(axis=2), -1, 1)
     own = jnp.take_along_axis(cosine, labels[:, None], axis=1)[:, 0]
-    known = jax.lax.stop_gradient(own)  # what state and negatives are given is a constant
+    known = jax.lax.stop_gradient(own)  # state and negatives receive a constant
     everyone = jnp.ones(_BATCH, bool)
     lengths = norms if margin.uses_norms else jnp.ones_like(norms)
     state = margin.update(_initial(margin), known, jax.lax.stop_gradient(lengths), everyone)
@@ -243,17 +245,17 @@ def _initial(margin: Margin) -> State:
 
 
 def check_network(name: str, model: ModelConfig | None = None) -> None:
-    """Check a network: its arrays, both modes, and its gradient, on four images.
+    """Checks a network: its arrays, both modes, and its gradient, on four images.
 
     Args:
       name: as `model.network`.
-      model: its other fields; the defaults when not given.
+      model: its other fields; by default the defaults.
 
     Raises:
       AssertionError: names, shapes or weights change from call to call; an embedding or gradient
         is not finite or not float32; an image's embedding depends on the others in evaluation, or
         in training on images of another BatchNorm group.
-      ConfigError: there is no such network, or it keeps state that cannot be trained.
+      ConfigError: the network does not exist, or has state that cannot be trained.
     """
     model = replace(model or ModelConfig(), network=name)
     build = partial(
@@ -353,17 +355,17 @@ def _check_groups(
 
 
 def check_optimizer(name: str, optimizer: OptimizerConfig | None = None) -> None:
-    """Check an optimizer: the backbone's part and the centers'.
+    """Checks an optimizer: the backbone's part and the centers'.
 
     Args:
       name: as `optimizer.kind`.
-      optimizer: its other fields; the defaults when not given.
+      optimizer: its other fields; by default the defaults.
 
     Raises:
-      AssertionError: without decay a gradient of zero moves something, an update is not finite or
-        points uphill, the state changes its form, or the centers' rule gives other values block
-        by block than for the whole.
-      ConfigError: there is no such optimizer, or it is not an `optim.Optimizer`.
+      AssertionError: a gradient of zero without decay causes an update, an update is not finite or
+        points uphill, the state changes its structure, or the centers' rule differs between
+        block-wise and whole application.
+      ConfigError: the optimizer does not exist, or it is not an `optim.Optimizer`.
     """
     optimizer = replace(optimizer or OptimizerConfig(), kind=name)
     still = replace(optimizer, weight_decay=0.0)
@@ -452,16 +454,16 @@ def _check_centers_rule(optimizer: OptimizerConfig, still: OptimizerConfig) -> N
 
 
 def check_source(path: str, data: DataConfig | None = None, *, images: int = 32) -> None:
-    """Check a training set by reading images spread over it.
+    """Checks a training set by reading images spread over it.
 
     Args:
       path: as `data.path`.
-      data: its other fields; the defaults when not given.
-      images: how many to read at most.
+      data: its other fields; by default the defaults.
+      images: largest number of images to read.
 
     Raises:
-      AssertionError: a label is out of range; `labels`, `read`, `load` and indexing disagree; or a
-        copy in another process or a read from several threads gives other images.
+      AssertionError: a label is out of range; `labels`, `read`, `load` and indexing disagree; or
+        another process or several threads read other images.
       UserError: the training set cannot be opened or read.
     """
     source = opening.open_source(replace(data or DataConfig(), path=path), seed=0)
@@ -521,7 +523,7 @@ def _check_loading(source: Any, numbers: np.ndarray, read: list[tuple[np.ndarray
     count = len(numbers)
     images = np.zeros((count, *_IMAGE), np.uint8)
     labels = np.full(count, -1, np.int32)
-    rows = np.arange(count)[::-1].copy()  # not the order of the numbers
+    rows = np.arange(count)[::-1].copy()  # differs from the order of the numbers
     failed = source.load(numbers, rows, images, labels)
     _require(not failed, f"load() cannot read {[str(error) for _, error in failed]}")
     loaded = [(images[row], int(labels[row])) for row in rows]
@@ -539,20 +541,20 @@ def _require_same(
 
 
 class _Stop(BaseException):
-    """What a run that is asked to stop raises between two batches."""
+    """Raised between two batches by a run that is asked to stop."""
 
 
 def check_evaluator(target: str, *, embedding_size: int = 32) -> None:
-    """Check an evaluator on a fixed random projection of the pixels.
+    """Checks an evaluator on a fixed random projection of the pixels.
 
     Args:
       target: as in `evaluation.targets`.
-      embedding_size: D of the embeddings that it is given.
+      embedding_size: D of the embeddings.
 
     Raises:
-      AssertionError: it embeds something that is not faces, returns anything but finite numbers by
-        name, gives other numbers for the same network, or keeps a run from stopping.
-      ConfigError: there is no such evaluator.
+      AssertionError: it embeds something other than faces, returns anything but finite numbers by
+        name, is not deterministic, or keeps a run from stopping.
+      ConfigError: the evaluator does not exist.
     """
     reference = plugins.parse(target)
     _require(reference is not None, f"{target!r} is not package.module:name[:ARGUMENT]")
@@ -591,16 +593,16 @@ def check_evaluator(target: str, *, embedding_size: int = 32) -> None:
 
 
 def check_detector(name: str, image: np.ndarray | None = None) -> None:
-    """Check a face detector on one image and on a black one.
+    """Checks a face detector on one image and on a black one.
 
     Args:
       name: as `--detector`: `package.module:name`, or an ONNX file.
-      image: (H, W, 3) uint8 RGB; a synthetic face, 180 pixels high and 160 wide, when not given.
+      image: (H, W, 3) uint8 RGB; by default a synthetic face, 180 pixels high and 160 wide.
 
     Raises:
-      AssertionError: points are not finite or lie outside the image, the image is changed, or
+      AssertionError: points are not finite or outside the image, the image is modified, or
         several threads find other points.
-      UserError: there is no such detector, or it returns another shape than (n, 5, 2).
+      UserError: the detector does not exist, or it returns another shape than (n, 5, 2).
     """
     detect = detectors.load(name)
     if image is None:
@@ -624,7 +626,7 @@ def check_detector(name: str, image: np.ndarray | None = None) -> None:
 
 
 def _devices() -> int:
-    """The largest power of two, 8 at most, of the devices there are."""
+    """Returns the largest power of two of the available devices, at most 8."""
     return 1 << (min(8, jax.device_count()).bit_length() - 1)
 
 

@@ -50,7 +50,7 @@ from arcface_jax.training import (
 from arcface_jax.training.run import Batch, Batches, Run, Steps, plan_steps
 from arcface_jax.training.step import TrainState
 
-# Batches copied to the devices ahead of the step that takes them.
+# Batches that are copied to the devices ahead of the step that uses them.
 _BATCHES_AHEAD = 2
 
 
@@ -59,18 +59,18 @@ class Outcome(NamedTuple):
 
     step: int
     results: dict[str, float]
-    """`eval/NAME/accuracy` and so on of the last evaluation; `before/NAME/accuracy` and so on of
-    the weights that a fine-tuned run started from; `baseline/...` where asked for."""
+    """Metrics by name: `eval/NAME/accuracy` and so on of the last evaluation; in a fine-tuned run
+    `before/NAME/accuracy` and so on of its initial weights; `baseline/...` if requested."""
     files: list[Path]
-    """Plots to look at."""
+    """Plots written by the run."""
     stopped_by: signal.Signals | None
     """The signal that ended the run before its last step; everything is saved."""
     state: TrainState
     """The final state, on the devices: to embed, export or train on with."""
     evaluated_at: int | None
-    """The step of the `eval/` numbers in `results`; None where nothing was evaluated."""
+    """Step at which the `eval/` numbers in `results` were measured; None without an evaluation."""
     data: Mapping[str, int]
-    """`images`, `identities`, `ignored` and, of those met so far, `unreadable` of the data."""
+    """`images`, `identities`, `ignored` and `unreadable` (so far) of the training set."""
 
 
 def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
@@ -85,9 +85,9 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
       checkpoints/, eval/.
 
     Raises:
-      UserError: configuration, data or workdir do not allow the run, the loss is no longer finite,
+      UserError: the configuration, data or workdir is unsuitable, the loss is no longer finite,
         another run holds the workdir, or the disk is full or read-only.
-      StoppedAtStart: a signal came before the first step, of those that `signals.remember` notes.
+      StoppedAtStart: a signal that `signals.remember` records came before the first step.
     """
     workdir = Path(config.workdir)
     with reporting_disk_errors(workdir), ExitStack() as lock:
@@ -146,7 +146,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         launch.raise_if_stopped_at_start()
         if manager.latest_step() is not None:
             for array in jax.tree.leaves(state):
-                array.delete()  # two states at once may not fit
+                array.delete()  # two states may not fit at once
         with room.reporting_exhaustion():
             # The whole state: if one array's allocation failed, the others may never be ready.
             state = jax.block_until_ready(checkpoint.restore(manager, abstract, dataset) or state)
@@ -238,9 +238,9 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
             held=packing.pack(state),
             done=steps.start,
         )
-        del state  # packed, the arrays would be in memory twice
+        del state  # a packed state would duplicate its arrays
         with signals.watched(config.checkpoint, workdir=workdir) as stop, run.closing():
-            with suppress(signals.Interrupted):  # out of an evaluation, which resuming repeats
+            with suppress(signals.Interrupted):  # from an evaluation; resuming repeats it
                 run.evaluate_if_missing(stop)
                 _loop(run, stop)
                 if not stop and run.evaluated_at is None:  # resumed after the last step
@@ -265,7 +265,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
 
 
 def _counts(source: Source, bad: BadImages) -> dict[str, int]:
-    """What the account of the training set counts, and the images that were replaced."""
+    """Returns the counts in the training set's account, and how many images were replaced."""
     return {
         "images": len(source),
         "identities": source.num_classes,
@@ -275,7 +275,7 @@ def _counts(source: Source, bad: BadImages) -> dict[str, int]:
 
 
 def _loop(run: Run, stop: signals.Stop) -> None:
-    """Train up to the last step, or until a signal comes.
+    """Trains up to the last step, or until a signal comes.
 
     Raises:
       Interrupted: a signal came during an evaluation.
@@ -286,7 +286,7 @@ def _loop(run: Run, stop: signals.Stop) -> None:
         batch = run.next_batch()
         with run.clock.paused():
             run.trace.before(run.done + 1)
-        # The batch is on the devices already: any other implicit transfer is an error.
+        # The batch is already on the devices: any other implicit transfer is an error.
         with jax.transfer_guard("disallow"):
             run.held, metrics = run.train_step(run.held, batch)
         run.done += 1
@@ -301,7 +301,7 @@ def _loop(run: Run, stop: signals.Stop) -> None:
             run.raise_if_failing(batch, values)
         if run.done in steps.evaluate_at | steps.save_at:
             with run.clock.blocked():
-                jax.block_until_ready(metrics)  # else training time would hide in the pause
+                jax.block_until_ready(metrics)  # or training time would count as pause
         diagnostics.disarm_watchdog()
         with run.clock.paused():
             run.terminal.print_all(run.trace.after(run.done, metrics))
@@ -313,7 +313,7 @@ def _loop(run: Run, stop: signals.Stop) -> None:
 
 
 def _open_targets(config: Config) -> list[PairSet]:
-    """The verification sets, checked now rather than after the first epochs."""
+    """Opens the verification sets, to find errors now rather than after the first epochs."""
     try:
         targets = open_targets(config.evaluation.targets, config.data, seed=config.seed)
     except DataError as error:
@@ -326,9 +326,9 @@ def _open_targets(config: Config) -> list[PairSet]:
 
 
 def _initial_weights(config: Config, init: finetune.Weights | None) -> finetune.Weights | None:
-    """The weights to start from: `init`, or those in the file or workdir `config.init_from`.
+    """Returns the weights to start from: `init`, or the file or workdir `config.init_from`.
 
-    None for random weights, and for a run that resumes.
+    Returns None for random weights and for a run that resumes.
 
     Raises:
       ConfigError: the weights do not fit the network, or have no class centers to keep.
@@ -347,7 +347,7 @@ def _initial_weights(config: Config, init: finetune.Weights | None) -> finetune.
 
 
 def _read_weights(path: Path, network: str) -> finetune.Weights:
-    """Read the weights of a file; nothing else in training needs PyTorch, or ONNX."""
+    """Reads the weights of a file; the only code in training that needs PyTorch or ONNX."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"init_from {path}: reading it needs PyTorch: {install('torch')}")
     from arcface_jax.convert import file_kinds, from_onnx, weights
@@ -360,7 +360,7 @@ def _read_weights(path: Path, network: str) -> finetune.Weights:
 
 
 def _chance_loss(config: Config, *, num_classes: int, num_devices: int) -> float:
-    """Expected loss at initialization: the head's, or the teacher's, whose cosines are near 0."""
+    """Returns the expected loss at initialization; a teacher's cosines are then near 0."""
     if config.distill.head == "off":
         return config.distill.weight
     return diagnostics.chance_loss(
@@ -391,7 +391,7 @@ def _log_start(
     baselines: dict[str, float],
     pretrained: list[evaluators.Result],
 ) -> dict[str, float]:
-    """Log the baselines and how well the initial weights do.
+    """Logs the baselines and the accuracy of the initial weights.
 
     Returns:
       `before/NAME/accuracy` and so on, also for a resumed run.
@@ -412,11 +412,11 @@ def _log_start(
 def _open_teacher(
     config: Config, source: Source, mesh: Mesh
 ) -> teacher.Cache | teacher.Online | None:
-    """The teacher's embeddings, computed as far as the cache lacks them; None without a teacher.
+    """Opens the teacher, and computes the embeddings missing from its cache; None without one.
 
     Raises:
       UserError: the teacher cannot be read, does not fit the recipe, or is not the one that the run
-        began with; or its cache cannot be made.
+        started with; or its cache cannot be created.
     """
     settings, size, workdir = config.distill, config.model.embedding_size, Path(config.workdir)
     if not settings.teacher:
@@ -457,7 +457,7 @@ def _with_teacher_centers(
     source: Source,
     mesh: Mesh,
 ) -> TrainState:
-    """The state before the first step, with the teacher's class means where they are asked for."""
+    """Returns the initial state, with the teacher's class means as centers if requested."""
     wanted = settings.compatible or distill.CENTERS in settings.loss
     if settings.head == "off" or not wanted or not isinstance(taught, teacher.Cache):
         return state
@@ -474,7 +474,7 @@ def _batches_on_devices(
     steps: Steps,
     taught: teacher.Cache | teacher.Online | None,
 ) -> Batches:
-    """The batches of the remaining steps, and the unreadable images of each."""
+    """Yields the batches of the remaining steps, on the devices, and their unreadable images."""
     batches = pipeline.batches(
         source,
         data,
@@ -510,7 +510,7 @@ def _failure(
     mesh: Mesh,
     distill_weight: optim.Schedule,
 ) -> UserError:
-    """Report a run whose steps are no longer finite, and return the error to raise."""
+    """Writes the report of a run with non-finite steps, and returns the error to raise."""
     done = int(state.step)
     gradient_norms = step.make_gradient_norms(
         config,
@@ -534,7 +534,7 @@ def _failure(
 
 
 class _CallableModule(ModuleType):
-    """This module, callable: `arcface_jax.train` names it and the public function alike."""
+    """Makes this module callable: `arcface_jax.train` names both it and the public function."""
 
     def __call__(self, *arguments: Any, **options: Any) -> Outcome:
         return train(*arguments, **options)

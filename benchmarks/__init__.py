@@ -1,1 +1,1 @@
-"""What `python -m benchmarks` measures: time and memory, as ratios within one run."""
+"""Benchmarks of `python -m benchmarks`: time and memory, as ratios within one run."""

@@ -64,26 +64,26 @@ class Head:
     batches: tuple[int, ...] = (128, 256, 1024)
     """Global batch sizes."""
     devices: tuple[int, ...] = (1,)
-    """Numbers of devices; on a CPU as many as asked for are made."""
+    """Numbers of devices; on a CPU, any number is simulated."""
     size: int = 512
     """Length of the embedding."""
     dtype: Dtype = "float32"
     """Type of the matrix products' operands."""
     block_size: int = 0
-    """Classes a device looks at together; 0 is automatic."""
+    """Classes that a device processes together; 0 is automatic."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     methods: tuple[str, ...] = head.METHODS
-    """Which of them; the first two are the dense ones."""
+    """Methods to measure; the first two are dense."""
     repeats: int = 7
-    """Counted steps of each method, the median of which is given."""
+    """Timed steps of each method; the median is reported."""
     reference: Path | None = None
-    """A checkout of arcface_torch, whose own PartialFC_V2 is timed in the same run."""
+    """A checkout of arcface_torch, whose PartialFC_V2 is timed in the same run."""
     output: Path = Path("runs/benchmark_head")
     """Folder for head.json and head.png."""
 
 
 def reference(arguments: Head, case: Case) -> list[Measurement]:
-    """arcface_torch's head on the same case, over all classes and over a tenth of them."""
+    """Measures arcface_torch's head on the same case, over all classes and over a tenth of them."""
     if arguments.reference is None:
         return []
     from benchmarks import reference_head
@@ -93,7 +93,7 @@ def reference(arguments: Head, case: Case) -> list[Measurement]:
 
 
 def measure(arguments: Head) -> list[Measurement]:
-    """All cases, each with all methods."""
+    """Measures all cases with all methods."""
     rows: list[Measurement] = []
     for classes in arguments.classes:
         for batch in arguments.batches:
@@ -111,7 +111,7 @@ app = tyro.extras.SubcommandApp()
 
 @app.command(name="head")
 def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
-    """One step of the class-center head: dense, blocked, and sampled (docs/head.md)."""
+    """Measures one step of the class-center head: dense, blocked, and sampled (docs/head.md)."""
     begin = time.perf_counter()
     with errors.reported():
         head.check(arguments.methods, arguments.batches, arguments.devices)
@@ -146,18 +146,19 @@ def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
 
 @app.command(name="blocks")
 def run_blocks(batch: int = 8, count: int = 8, dtype: Dtype = "float32", repeats: int = 7) -> None:
-    """A block of a large IResNet, forward and backward, in a scan and not (docs/backbones.md).
+    """Measures blocks of a large IResNet, forward and backward, with and without a scan
+    (docs/backbones.md).
 
     Args:
       batch: Images.
-      count: Blocks behind one another.
+      count: Number of consecutive blocks.
       dtype: Compute type.
-      repeats: Counted runs of each method, the median of which is given.
+      repeats: Timed runs of each method; the median is reported.
     """
     begin = time.perf_counter()
     rows = blocks.measure(batch=batch, blocks=count, dtype=dtype, repeats=repeats)
     for row in rows:
-        print(f"{row.method:15} {1000 * row.seconds:8.1f} ms a block  {row.ratio:.2f}")
+        print(f"{row.method:15} {1000 * row.seconds:8.1f} ms per block  {row.ratio:.2f}")
     print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
     result = {row.method: row._asdict() for row in rows}
     seconds = round(time.perf_counter() - begin, 1)
@@ -172,13 +173,13 @@ def run_evaluation(
     repeats: int = 5,
     output: Path = Path("runs/benchmark_evaluation"),
 ) -> None:
-    """Ten folds, normalization, ROC curves (docs/evaluation.md).
+    """Measures ten folds, normalization, and ROC curves (docs/evaluation.md).
 
     Args:
-      pairs: Of a verification set.
+      pairs: Pairs in a verification set.
       embedding_size: Length of the embedding.
-      scores: Of the long ROC curve.
-      repeats: Counted rounds, the median of which is given.
+      scores: Scores in the long ROC curve.
+      repeats: Timed rounds; the median is reported.
       output: Folder for evaluation.json.
     """
     begin = time.perf_counter()
@@ -204,15 +205,15 @@ def run_bulk(
     batch_size: int = 64,
     repeats: int = 3,
 ) -> None:
-    """A folder of JPEG files embedded through JAX and through ONNX Runtime (docs/inference.md).
+    """Measures embedding a folder of JPEG files with JAX and with ONNX Runtime (docs/inference.md).
 
     Args:
-      networks: Which ones, with fresh weights.
-      images: Files of 112 x 112.
+      networks: Networks to measure, with fresh weights.
+      images: Number of 112 x 112 files.
       batch_size: Images per forward pass.
-      repeats: Counted runs of each, the fastest of which is given.
+      repeats: Timed runs of each; the fastest is reported.
     """
-    from benchmarks import bulk  # needs torch, which machines with GPUs may lack
+    from benchmarks import bulk  # needs torch, which GPU machines may lack
 
     begin = time.perf_counter()
     with errors.reported():
@@ -239,15 +240,15 @@ def run_gallery(
     repeats: int = 7,
     queries: tuple[int, ...] = (1, 16),
 ) -> None:
-    """Exact search in a gallery of random directions (docs/inference.md).
+    """Measures exact search in a gallery of random directions (docs/inference.md).
 
-    Needs 2.6 GB of disk and as much free memory for a million rows.
+    Needs 2.6 GB of disk and 2.6 GB of free memory for a million rows.
 
     Args:
-      rows: Of the gallery.
+      rows: Rows in the gallery.
       size: Length of the embedding.
-      k: Rows that are asked for.
-      repeats: Counted searches of each form, the fastest of which is given.
+      k: Number of rows to find.
+      repeats: Timed searches of each form; the fastest is reported.
       queries: Numbers of queries searched together.
     """
     begin = time.perf_counter()
@@ -267,12 +268,13 @@ def run_gallery(
 def run_neighbors(
     size: int = 100_000, dimensions: int = 512, projections: tuple[int, ...] = (0, 128)
 ) -> None:
-    """Exact search for near pairs of unit vectors, extrapolated to a million (docs/cleaning.md).
+    """Measures the search for near pairs of unit vectors, extrapolated to a million
+    (docs/cleaning.md).
 
     Args:
-      size: Vectors.
+      size: Number of vectors.
       dimensions: Length of each.
-      projections: Random dimensions that are compared first; 0 for all.
+      projections: Random dimensions to compare first; 0 for all.
     """
     begin = time.perf_counter()
     with errors.reported():
@@ -307,13 +309,13 @@ def run_cleaning(
     seeds: int = 5,
     output: Path = Path("runs/benchmark_cleaning"),
 ) -> None:
-    """Plants label errors, looks for them without the truth, and scores (docs/cleaning.md).
+    """Plants label errors, detects them without ground truth, and scores (docs/cleaning.md).
 
     Args:
       model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
-      data: A training set with about 4,000 people, as LFW's.
+      data: A training set with about 4,000 people, such as LFW's.
       pairs: A verification set of other people.
-      seeds: Plantings.
+      seeds: Number of random plantings.
       output: Folder for the embeddings; rerun the same command to reuse them.
     """
     begin = time.perf_counter()
@@ -351,9 +353,9 @@ def run_retraining(
     """Trains on a set with planted label errors and on the cleaned set (docs/cleaning.md).
 
     Args:
-      model: What cleans: a run's workdir, a hub folder, PyTorch weights or an ONNX file.
+      model: The model for cleaning: a run's workdir, a hub folder, PyTorch weights or an ONNX file.
       data: The folder of LFW's train.rec and lfw_dev.bin.
-      seeds: Plantings, each with a training seed of its own.
+      seeds: Number of random plantings, each with its own training seed.
       output: Folder of sets and runs; rerun the same command to resume.
       write: Replace the table of docs/cleaning.md.
     """
@@ -379,7 +381,7 @@ def run_distillation(
       teacher: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
       data: The folder of LFW's train.rec and lfw_dev.bin.
       output: Folder for the runs; rerun the same command to resume.
-      seeds: Runs of each kind.
+      seeds: Number of runs of each kind.
       write: Write table and picture of docs/distillation.md.
     """
     begin = time.perf_counter()
@@ -393,7 +395,7 @@ def run_distillation(
 
 @app.command(name="step")
 def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
-    """Forward, forward and backward, and the whole train step (docs/benchmarks.md)."""
+    """Measures forward, forward and backward, and the whole train step (docs/benchmarks.md)."""
     begin = time.perf_counter()
 
     def others() -> step_command.Others:
@@ -414,18 +416,18 @@ def run_step(arguments: tyro.conf.OmitArgPrefixes[step_command.Step]) -> None:
 
 @app.command(name="gpu")
 def run_gpu(arguments: tyro.conf.OmitArgPrefixes[gpu.Gpu]) -> None:
-    """All that a machine with a GPU is asked, in calls of a few minutes (docs/gpu.md)."""
+    """Runs all measurements for a GPU machine, in calls of a few minutes (docs/gpu.md)."""
     gpu.main(arguments)
 
 
 @app.command(name="gpu-program")
 def run_gpu_program(only: tuple[str, ...] = ()) -> None:
-    """Memory, traffic and kernels of five programs compiled for an H100 (docs/gpu.md).
+    """Reports memory, traffic and kernels of five programs compiled for an H100 (docs/gpu.md).
 
     Needs a CUDA plugin and no GPU. Writes docs/gpu.json, and docs/gpu.md's table and picture.
 
     Args:
-      only: Programs whose names contain one of these; by default all.
+      only: Only programs whose names contain one of these; by default all.
     """
     begin = time.perf_counter()
     with errors.reported():
@@ -438,7 +440,7 @@ def run_gpu_program(only: tuple[str, ...] = ()) -> None:
 
 @app.command(name="gpu-scale")
 def run_gpu_scale() -> None:
-    """Collectives and modelled scaling of r50 on up to 1,024 H100s (docs/gpu.md).
+    """Reports collectives and modelled scaling of r50 on up to 1,024 H100s (docs/gpu.md).
 
     Needs a CUDA plugin and no GPU. Writes docs/gpu_scale.json and docs/gpu.md's tables.
     """
@@ -459,14 +461,15 @@ def run_gpu_table(
     most: int | None = None,
     output: Path = Path("runs/gpu_table"),
 ) -> None:
-    """Memory, traffic and modelled speed on GPUs that are not there (docs/benchmarks_appendix.md).
+    """Reports memory, traffic and modelled speed on absent GPUs (docs/benchmarks_appendix.md).
 
     Needs a CUDA plugin and no GPU. The same command resumes.
 
     Args:
-      gpus: Which of them.
-      only: Rows whose names contain one of these, as speed or r50_8000000; by default all.
-      most: Rows at most, for a part of the table.
+      gpus: GPUs to compile for.
+      only: Only rows whose names contain one of these, such as speed or r50_8000000; by default
+          all.
+      most: Largest number of rows, for a part of the table.
       output: Folder for the rows, table.json and table.md.
     """
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The equal blocks of a large IResNet's third stage: scanned beside one behind the other."""
+"""The equal blocks of a large IResNet's third stage: scanned against unrolled."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Measurement(NamedTuple):
     method: str
     seconds: float
     ratio: float
-    """To the time of the same block without a scan."""
+    """Ratio to the time of the same block without a scan."""
 
 
 def measure(*, batch: int, blocks: int, dtype: Dtype, repeats: int) -> list[Measurement]:
@@ -32,9 +32,9 @@ def measure(*, batch: int, blocks: int, dtype: Dtype, repeats: int) -> list[Meas
 
     Args:
       batch: images of 14 x 14 x 256, as in the third stage.
-      blocks: how many there are; the time is divided by it.
+      blocks: number of blocks; the time is divided by it.
       dtype: compute type.
-      repeats: counted runs of each method.
+      repeats: timed runs of each method.
 
     Returns:
       A measurement for each of `METHODS`; rematerialized blocks run forward twice.
@@ -60,7 +60,7 @@ def measure(*, batch: int, blocks: int, dtype: Dtype, repeats: int) -> list[Meas
                 x = block(x, train=True)
                 moved.append(nnx.state(block, nnx.BatchStat))
             return x.astype(jnp.float32).sum(), jax.tree.map(lambda *m: jnp.stack(m), *moved)
-        # The map makes the variables anew, so that they may change inside the gradient.
+        # The map recreates the variables, so that they may change inside the gradient.
         module = nnx.merge(graph, weights, jax.tree.map(jnp.asarray, statistics))
         x = stacks.apply(
             module,

@@ -1,4 +1,4 @@
-"""Embedding in bulk: a folder of JPEG files through JAX and through ONNX Runtime, side by side."""
+"""Embedding in bulk: a folder of JPEG files with JAX and with ONNX Runtime, compared."""
 
 import tempfile
 import time
@@ -18,16 +18,16 @@ from arcface_jax.training.network import Network
 
 
 class Row(NamedTuple):
-    """One network."""
+    """Result of one network."""
 
     network: str
     images: int
     batch_size: int
     jax_per_second: float
-    """Images a second through `Embedder.embed_folder`, decoding and shards included; the best."""
+    """Best images per second with `Embedder.embed_folder`, including decoding and shards."""
     onnx_per_second: float
     error: float
-    """The largest relative difference of the embeddings."""
+    """Largest relative difference of the embeddings."""
 
 
 def measure(network: str, *, images: int, batch_size: int, repeats: int) -> Row:
@@ -37,7 +37,7 @@ def measure(network: str, *, images: int, batch_size: int, repeats: int) -> Row:
       network: a name in `arcface_jax.models.registry.NETWORKS`; its weights are fresh.
       images: JPEG files of 112 x 112.
       batch_size: images per forward pass.
-      repeats: runs of each, after one that is not counted; the fastest is given.
+      repeats: timed runs of each, after a warm-up; the fastest is reported.
     """
     params, batch_stats = parity.settled(network, parity.drawn_faces())
     model = Network(network, params, batch_stats, batch_size=batch_size, devices=1)

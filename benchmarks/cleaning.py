@@ -1,9 +1,9 @@
-"""Plant label errors in a training set, look for them without the truth, and score what is found.
+"""Plant label errors in a training set, detect them without ground truth, and score the findings.
 
-Of each seed: people with at least four images are divided between two labels (duplicates), pairs of
-people are put under one label (mixed), and images of others get the label of another person (wrong
+For each seed, people with at least four images are divided between two labels (duplicates), pairs
+of people are put under one label (mixed), and images of others get another person's label (wrong
 labels). Leaks: two images of each of some people move from the training set to a verification set.
-Errors that the set has of its own count as false.
+Original errors of the set count as false findings.
 """
 
 from pathlib import Path
@@ -19,21 +19,21 @@ from arcface_jax.evaluation.embed import Model
 
 
 class Planted(NamedTuple):
-    """A training set with errors."""
+    """A training set with planted errors."""
 
     images: Identities
     duplicates: np.ndarray
-    """(d, 2) labels of one person."""
+    """(d, 2) labels of the same person."""
     mixed: np.ndarray
     """(m,) labels of two people."""
     wrong: np.ndarray
     """(w,) images under a wrong label."""
     scored: np.ndarray
-    """(n,) bool: images of people who were neither divided nor joined, and are not single."""
+    """(n,) bool: images of people who were neither divided nor joined, and have several images."""
 
 
 class Score(NamedTuple):
-    """What was found of one kind of error with one seed."""
+    """Detection result for one kind of error and one seed."""
 
     kind: str
     seed: int
@@ -50,10 +50,10 @@ def plant(images: Identities, *, seed: int, divided: int, joined: int, share: fl
 
     Args:
       images: the training set.
-      seed: of the choices.
+      seed: random seed of the choices.
       divided: people who become two labels.
       joined: labels that get two people.
-      share: of the images of the others, which get another label.
+      share: share of the others' images that get another label.
     """
     random = np.random.default_rng(seed)
     truth, counts = images.labels, images.counts()
@@ -77,7 +77,7 @@ def plant(images: Identities, *, seed: int, divided: int, joined: int, share: fl
 
 
 def score(planted: Planted, *, seed: int) -> list[Score]:
-    """Looks for the errors and compares with what was planted."""
+    """Detects the errors and compares the findings with what was planted."""
     found = pipeline.find(planted.images, seed=seed)
     same, two, bad = found.duplicates, found.mixed, found.outliers
     assert same is not None and two is not None and bad is not None
@@ -99,16 +99,16 @@ def score(planted: Planted, *, seed: int) -> list[Score]:
 
 
 def leaks(images: Identities, others: np.ndarray, *, seed: int, people: int) -> Score:
-    """Moves two images of each of some people to the verification set and looks for them.
+    """Moves two images of each of some people to the verification set and searches for them.
 
     Args:
       images: the training set.
       others: (m, D) embeddings of the verification set.
-      seed: of the choice of people.
-      people: how many.
+      seed: random seed of the choice of people.
+      people: number of people to move.
 
     Returns:
-      The share of the people found, and of the images found that are theirs.
+      Shares of the people found, and of the found images that are theirs.
     """
     random = np.random.default_rng(seed)
     chosen = random.choice(np.flatnonzero(images.counts() >= 4), people, replace=False)
@@ -127,14 +127,14 @@ def leaks(images: Identities, others: np.ndarray, *, seed: int, people: int) -> 
 
 
 def measure(model: Model, source: Source, pairs: bins.PairSet, output: Path, *, seeds: int):
-    """All kinds of errors with each seed.
+    """Measures all kinds of errors for each seed.
 
     Args:
       model: the network.
       source: the training set.
       pairs: a verification set of other people.
       output: folder for the embeddings.
-      seeds: how many plantings.
+      seeds: number of random plantings.
 
     Returns:
       The scores, and what is found without planting: images of the verification set, with the
@@ -154,7 +154,7 @@ def measure(model: Model, source: Source, pairs: bins.PairSet, output: Path, *, 
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The chance that a positive scores higher than a negative, by ranks."""
+    """Returns the probability that a positive outscores a negative, by ranks."""
     ranks = np.empty(len(scores))
     ranks[np.argsort(scores, kind="stable")] = np.arange(1, len(scores) + 1)
     count = int(positive.sum())

@@ -1,9 +1,9 @@
-"""What the host does in a step: the time of the train step's call without the devices' work.
+"""Measure the host's overhead per step: the train step's call without the devices' work.
 
-The call's cost goes with the number of its arrays, their names and placements, not with their
-sizes. So a stand-in for the step takes and gives the same tree, donated and placed in the same way,
-with every array shrunk to one number a device, to which it adds one. It is waited for, so that its
-time bounds the host's from above.
+The call's cost depends on the number of arrays, their names and placements, not on their sizes. A
+stand-in for the step therefore maps the same tree, with the same donation and placement, but with
+every array reduced to one number per device, to which it adds one. Its result is waited for, so its
+time is an upper bound on the host's.
 """
 
 import time
@@ -19,18 +19,18 @@ from benchmarks.step import Case, draw_batch, make_config
 
 
 class Overhead(NamedTuple):
-    """Of the host, in one step."""
+    """Overhead of the host per step."""
 
     arrays: int
-    """In the state."""
+    """Number of arrays in the state."""
     call_seconds: float
-    """Median time of the call, with one addition for each array."""
+    """Median time of the call, with one addition per array."""
     batch_seconds: float
-    """Median time in which a batch of the real size is handed to the devices."""
+    """Median time to transfer a batch of the real size to the devices."""
 
 
 def measure(case: Case, *, repeats: int = 200) -> Overhead:
-    """Times the call on a state of one-number arrays, and the hand-over of real batches."""
+    """Times the call on a state of one-number arrays, and the transfer of real batches."""
     config, mesh = make_config(case), meshes.make(case.devices)
     full = step.abstract_state(config, num_classes=case.classes, mesh=mesh)
 
@@ -61,7 +61,7 @@ def measure(case: Case, *, repeats: int = 200) -> Overhead:
 
 
 def _metric_names(case: Case) -> list[str]:
-    """What the real step reports, from its shapes."""
+    """Returns the names of the real step's metrics, from its shapes."""
     config, mesh = make_config(case), meshes.make(case.devices)
     train_step = step.make_train_step(
         config, num_classes=case.classes, schedule=lambda _: jnp.float32(0.1), mesh=mesh

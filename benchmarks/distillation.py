@@ -1,7 +1,7 @@
-"""What a teacher gains: lfw_tiny with and without one, at equal epochs and at twice as many.
+"""Measure the gain from a teacher: lfw_tiny with and without one, at equal and doubled epochs.
 
-Each run is a process of its own whose workdir is kept, so that the same command resumes after any
-stop and repeats nothing. Runs that are not complete are left out of table and picture.
+Each run is a separate process whose workdir is kept, so the same command resumes after an
+interruption without repeating work. Incomplete runs are left out of table and picture.
 """
 
 import json
@@ -28,7 +28,7 @@ _METRICS = ("accuracy", "tar@far=1e-2")
 
 
 class Case(NamedTuple):
-    """A run."""
+    """One run to make."""
 
     kind: str
     """alone, taught (the recipe with the teacher) or compatible."""
@@ -37,12 +37,12 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of its folder."""
         return f"{self.kind}_{self.seed}_{self.epochs}"
 
     @property
     def options(self) -> list[str]:
-        """Of `arcface-jax train`, but for data and teacher."""
+        """Options of `arcface-jax train`, except data and teacher."""
         recipe = "lfw_tiny" if self.kind == "alone" else "lfw_tiny_from_teacher"
         more = ["--distill.compatible", "--model.embedding-size", "128"]
         return [
@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 
 def cases(seeds: int) -> list[Case]:
-    """The runs, those that tell most first."""
+    """Returns the runs, the most informative first."""
     first = [Case("taught", 0), Case("alone", 0), Case("compatible", 0)]
     others = [Case(kind, seed) for seed in range(1, seeds) for kind in ("taught", "alone")]
     longer = [Case(kind, 0, 2 * EPOCHS) for kind in ("taught", "alone")]
@@ -66,18 +66,18 @@ class Run(NamedTuple):
 
     case: Case
     steps: tuple[int, ...]
-    """At which it was evaluated."""
+    """Step of each evaluation."""
     accuracy: tuple[float, ...]
-    """On lfw_dev.bin, at those."""
+    """Accuracy on lfw_dev.bin at each evaluation."""
     tar: float
-    """TAR at FAR 1e-2, at the end."""
+    """Final TAR at FAR 1e-2."""
     mixed: float | None
-    """Accuracy with the first image of each pair embedded by the teacher; None where the spaces
+    """Accuracy with the teacher embedding the first image of each pair; None if the spaces
     differ."""
 
 
 def train(case: Case, *, data: Path, teacher: Path, output: Path) -> None:
-    """Trains, or resumes; nothing where the run is complete.
+    """Trains, or resumes; does nothing if the run is complete.
 
     Raises:
       UserError: the run failed.
@@ -103,7 +103,7 @@ def _mixed_accuracy(workdir: Path, *, data: Path, teacher: Path) -> float:
 
 
 def read(case: Case, output: Path) -> Run | None:
-    """A run's measurements; None where it is not complete."""
+    """Reads a run's measurements; None if it is incomplete."""
     workdir = output / case.name
     if not (workdir / _RESULT).is_file():
         return None
@@ -120,7 +120,7 @@ def read(case: Case, output: Path) -> Run | None:
 
 
 def table(runs: list[Run]) -> str:
-    """The Markdown table: a line for each kind and length, means and single seeds."""
+    """Returns the Markdown table: a line for each kind and length, with means and single seeds."""
     lines = [
         "| training | epochs | seeds | accuracy | TAR at FAR 1e-2 | accuracy against the teacher |",
         "|---|---|---|---|---|---|",
@@ -148,7 +148,7 @@ def _each(runs: list[Run], name: str) -> str:
 
 
 def gains(runs: list[Run]) -> dict[str, float]:
-    """Mean differences over the seeds that have both runs, at equal epochs."""
+    """Returns mean differences over the seeds that have both runs, at equal epochs."""
     by_case = {run.case: run for run in runs}
     pairs = [
         (by_case[Case("taught", seed)], by_case[Case("alone", seed)])
@@ -165,7 +165,7 @@ def gains(runs: list[Run]) -> dict[str, float]:
 
 
 def draw(runs: list[Run], path: Path) -> None:
-    """Accuracy over the epochs, a line for each run."""
+    """Plots accuracy over the epochs, a line per run."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     colors = {"alone": "tab:gray", "taught": "tab:blue", "compatible": "tab:green"}
@@ -191,13 +191,13 @@ def draw(runs: list[Run], path: Path) -> None:
 def measure(
     *, data: Path, teacher: Path, output: Path, seeds: int, write: bool
 ) -> dict[str, float]:
-    """Makes the runs that are missing; returns the mean gains.
+    """Makes the missing runs; returns the mean gains.
 
     Args:
       data: the folder of LFW's train.rec and lfw_dev.bin.
       teacher: any model file or workdir.
       output: folder of the runs.
-      seeds: how many at equal epochs.
+      seeds: number of seeds at equal epochs.
       write: whether to replace the table and the picture of docs/distillation.md after each run.
 
     Raises:

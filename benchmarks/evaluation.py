@@ -1,4 +1,4 @@
-"""How long the arithmetic of evaluation takes: ten folds, normalization, ROC curves of millions."""
+"""Measure the arithmetic of evaluation: ten folds, normalization, ROC curves of millions."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,17 +16,17 @@ class Row(NamedTuple):
 
     what: str
     seconds: float
-    """Median."""
+    """Median time."""
 
 
 def measure(*, pairs: int, embedding_size: int, scores: int, repeats: int) -> list[Row]:
-    """Times each part on random numbers that look like scores.
+    """Times each part on random numbers distributed like scores.
 
     Args:
-      pairs: of a verification set, half of them of one person.
+      pairs: pairs of a verification set, half of them of one person.
       embedding_size: D.
-      scores: of the long ROC curve, half of them of one person.
-      repeats: counted rounds.
+      scores: scores of the long ROC curve, half of them of one person.
+      repeats: timed rounds.
     """
     rng = np.random.default_rng(0)
     plain, mirrored = (
@@ -56,7 +56,7 @@ def measure(*, pairs: int, embedding_size: int, scores: int, repeats: int) -> li
 
 
 def write(folder: Path, rows: Sequence[Row], *, machine: dict) -> Path:
-    """Writes FOLDER/evaluation.json; its path."""
+    """Writes FOLDER/evaluation.json, and returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.json"
     measured = {row.what: row.seconds for row in rows}

@@ -15,13 +15,15 @@ _PART = 50_000
 
 
 class Row(NamedTuple):
-    """One form and number of queries; the best of several repeats, for other programs run too."""
+    """Result of one form and number of queries: the best of several repeats, because of other
+    load.
+    """
 
     form: gallery.Form
     queries: int
     seconds: float
     cpu_seconds: float
-    """Of all threads together: on idle cores, the seconds are these divided by the cores."""
+    """CPU time of all threads; on idle cores, the seconds are this divided by the cores."""
 
 
 def measure(*, rows: int, size: int, k: int, repeats: int, queries: tuple[int, ...]) -> list[Row]:
@@ -35,7 +37,7 @@ def measure(*, rows: int, size: int, k: int, repeats: int, queries: tuple[int, .
       queries: numbers of queries searched together.
 
     Raises:
-      DataError: the two forms differ, which they must not.
+      DataError: the two forms differ.
     """
 
     def parts() -> Iterator[np.ndarray]:
@@ -61,7 +63,7 @@ def measure(*, rows: int, size: int, k: int, repeats: int, queries: tuple[int, .
                     found[form] = each.search(asked, k)
                     times[form].append((time.perf_counter() - wall, time.process_time() - cpu))
             if found["float32"].name != found["int8"].name:
-                raise DataError("the int8 gallery found other rows than the float32 one")
+                raise DataError("the int8 gallery found different rows than the float32 one")
             for form in forms:
                 walls, cpus = zip(*times[form][2:], strict=True)
                 measured.append(Row(form, count, min(walls), min(cpus)))

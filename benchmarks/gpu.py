@@ -1,9 +1,9 @@
-"""What a machine with a GPU is asked: `python -m benchmarks gpu` (docs/gpu.md).
+"""Measurements for a machine with a GPU: `python -m benchmarks gpu` (docs/gpu.md).
 
-The questions are items, each measured in a process of its own, so that `peak_bytes_in_use` belongs
-to one program and one that runs out of memory takes no other with it. An answer is a file; a
-call works through the items without one until its minutes are used up, and the next call continues.
-Nothing is downloaded, and whatever JAX, CUDA plugin and PyTorch the machine has are used.
+Each item is measured in a separate process, so that `peak_bytes_in_use` belongs to one program and
+running out of memory affects no other item. Each result is a file; a call works through the items
+without one until its minutes are used up, and the next call continues. Nothing is downloaded: the
+machine's JAX, CUDA plugin and PyTorch are used.
 """
 
 import json
@@ -27,40 +27,40 @@ from arcface_jax.runtime.files import write_atomic
 Kind = Literal["tests", "step", "head", "reference"]
 GB = 1e9
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"
-# How far a process may overrun: it is ended then, and its item counts as failed.
+# How far a process may overrun before it is killed and its item counts as failed.
 _LIMITS = {"tests": 420, "step": 300, "head": 150, "reference": 300}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a machine with a GPU is asked (docs/gpu.md), in calls of a few minutes."""
+    """Measurements for a machine with a GPU (docs/gpu.md), in calls of a few minutes."""
 
     minutes: float = 9.0
-    """No item is started that may not end within these minutes; call again for the rest."""
+    """Items that may not finish within these minutes are not started; call again for the rest."""
     reference: Path | None = None
-    """recognition/arcface_torch of a checkout of insightface, timed beside this project."""
+    """recognition/arcface_torch of a checkout of insightface, to be timed for comparison."""
     sizes: Literal["real", "toy"] = "real"
-    """Toy sizes run to the end on a CPU, to see that the command works; they measure nothing."""
+    """Toy sizes run to the end on a CPU, to check that the command works; they measure nothing."""
     again: tuple[str, ...] = ()
-    """Names of items to measure once more; `failed` stands for all that failed."""
+    """Names of items to measure again; `failed` stands for all failed ones."""
     output: Path = Path("runs/benchmark_gpu")
-    """Folder of the answers, gpu.json and gpu.md."""
+    """Folder for the results, gpu.json and gpu.md."""
 
 
 class Item(NamedTuple):
-    """One question."""
+    """One measurement."""
 
     name: str
     kind: Kind
     network: str = "r50"
     classes: int = 0
     batch: int = 128
-    """Over all devices."""
+    """Batch size over all devices."""
     devices: int = 1
     block_size: int = 0
-    """Classes in a block of the head; 0 leaves the default."""
+    """Classes in a block of the head; 0 is the default."""
     xla_flags: str = ""
-    """Added to XLA_FLAGS."""
+    """Flags appended to XLA_FLAGS."""
     trace: bool = False
     """Whether to profile some steps."""
 
@@ -72,7 +72,7 @@ _REAL = (
     Item("r50, 1 M ids, 8 GPUs", "step", "r50", 1_000_000, 1024, 8, trace=True),
     Item("r100, 2 M ids, 8 GPUs", "step", "r100", 2_000_000, 1024, 8, trace=True),
     Item("head, 10 M ids, 8 GPUs", "head", "", 10_000_000, 1024, 8, trace=True),
-    # What one of eight GPUs computes of the last two, where there is only one.
+    # The share of the last two on one of eight GPUs, for machines with a single GPU.
     Item("r100, 250 k ids", "step", "r100", 250_000, 128, trace=True),
     Item("head, 1.25 M ids", "head", "", 1_250_000, 1024, trace=True),
     *(
@@ -94,7 +94,7 @@ _REAL = (
 
 
 def items(sizes: Literal["real", "toy"]) -> list[Item]:
-    """The questions in their order; as toys the first of each kind, as small as it gets."""
+    """Returns the items in order; as toys, the first of each kind, as small as possible."""
     if sizes == "real":
         return list(_REAL)
     first = {item.kind: item for item in reversed(_REAL) if item.devices == 1}
@@ -106,10 +106,10 @@ def items(sizes: Literal["real", "toy"]) -> list[Item]:
 
 
 def run(arguments: Gpu) -> dict[str, Any]:
-    """Answer what there is time for, and write what is known.
+    """Measures what there is time for, and writes all results so far.
 
     Returns:
-      What RESULT has: the answers, and the names of the items that are left.
+      The contents of RESULT: the results, and the names of the remaining items.
 
     Raises:
       UserError: there is no GPU for real sizes.
@@ -155,7 +155,7 @@ def run(arguments: Gpu) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    """Device, count and versions, asked in a process that does not keep the GPU."""
+    """Returns device, count and versions, from a process that does not keep the GPU."""
     code = (
         "import json; import jax; from arcface_jax.machine import timing; "
         "print(json.dumps({'platform': jax.default_backend(), **timing.machine()}))"
@@ -177,7 +177,7 @@ def _reason_to_leave_out(item: Item, arguments: Gpu, machine: dict[str, Any]) ->
 
 
 def _ask(item: Item, arguments: Gpu, *, limit: float) -> dict[str, Any]:
-    """The answer of one item, or {"failed": why}."""
+    """Measures one item, and returns the result or {"failed": reason}."""
     if item.kind == "tests":
         words = ["-m", "pytest", "-m", "gpu", "-q", "-n", "0", "-p", "no:cacheprovider"]
         done = _process([*words, "tests/gpu"], limit=limit, last_line=_pytest_line)
@@ -208,7 +208,7 @@ def _process(
     xla_flags: str = "",
     last_line: Callable[[str], dict[str, Any]] = json.loads,
 ) -> dict[str, Any] | str:
-    """Run Python; what its last line has, or in a line why there is none."""
+    """Runs Python; returns the content of its last line, or a line with the reason for failure."""
     root = Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -238,7 +238,7 @@ def _file(item: Item) -> str:
 
 
 def _read(path: Path, item: Item, again: tuple[str, ...]) -> dict[str, Any]:
-    """A stored answer, empty where there is none or it is asked for again."""
+    """Reads a stored result; empty if there is none, or if it is to be measured again."""
     if not path.is_file():
         return {}
     answer = json.loads(path.read_text())
@@ -254,7 +254,7 @@ def _summary(answer: dict[str, Any]) -> str:
 
 
 def _tables(asked: list[Item], report: dict[str, Any]) -> list[Table]:
-    """Times and memory; the time by kind of kernel; and what has no figures."""
+    """Makes tables of time and memory, of time by kind of kernel, and of items without results."""
     answers: dict[str, dict[str, Any]] = report["answers"]
     heads = ["ms", "images/s", "peak GB", "compiled GB", "temporary GB", "kernels", "busy"]
     times = tables.new("time and memory of a step", heads, names=["program"])
@@ -293,7 +293,7 @@ def _cells(found: dict[str, Any], item: Item) -> list[str]:
 
 
 def _page(machine: dict[str, Any], shown: list[Table]) -> str:
-    """The tables in Markdown, with the card's name above them."""
+    """Returns the tables in Markdown, with the card's name above them."""
     lines = [", ".join(f"{name} {value}" for name, value in machine.items()), ""]
     for table in shown:
         heads = [str(column.header) for column in table.columns]
@@ -307,7 +307,7 @@ def _page(machine: dict[str, Any], shown: list[Table]) -> str:
 
 
 def main(arguments: Gpu) -> None:
-    """Run, and print RESULT."""
+    """Runs the items, and prints RESULT."""
     begin = time.perf_counter()
     with errors.reported():
         outcome = run(arguments)

@@ -1,4 +1,4 @@
-"""Measure one item of `python -m benchmarks gpu`: JSON on standard input, the answer printed."""
+"""Measure one item of `python -m benchmarks gpu`: JSON on standard input, the result printed."""
 
 import json
 import re
@@ -20,10 +20,10 @@ from benchmarks import head
 from benchmarks.gpu import Item
 from benchmarks.step import Case, draw_batch, make_config
 
-# Counted steps; dispatched together, as training does.
+# Timed steps, dispatched together as in training.
 _STEPS, _TRACED = 20, 3
 
-# The first that matches the name of a CUDA kernel, or of an XLA operation, gives its kind.
+# The first match in the name of a CUDA kernel or XLA operation determines the kind.
 _KINDS = {
     "collectives": r"nccl|all[-_]?(reduce|gather)|reduce[-_]?scatter",
     "attention": r"fmha|flash|attention",
@@ -36,7 +36,7 @@ _KINDS = {
 
 
 def measure(item: Item) -> dict[str, Any]:
-    """Seconds of a step, its memory, and where asked for the share of time by kind of kernel."""
+    """Measures a step's time and memory and, if requested, the share of time by kind of kernel."""
     meshes.ask_for_cpu_devices(item.devices)
     run, compiled, seconds_to_compile = (_head if item.kind == "head" else _step)(item)
     memory = compiled.memory_analysis()
@@ -60,7 +60,7 @@ def measure(item: Item) -> dict[str, Any]:
 
 
 def _step(item: Item) -> tuple[Callable[[], Any], Any, float]:
-    """The train step in bfloat16, on a state that it hands on."""
+    """Makes the train step in bfloat16, which passes its state on."""
     case: Any = Case(item.network, item.batch, item.classes, item.devices, "bfloat16")  # pyright: ignore[reportArgumentType]  # names come from items()
     config = make_config(case)
     if item.block_size:
@@ -69,7 +69,7 @@ def _step(item: Item) -> tuple[Callable[[], Any], Any, float]:
     batch = meshes.to_devices(draw_batch(case), mesh)
     state = step.init_state(config, num_classes=case.classes, mesh=mesh)
     held = [step.make_packing(config, mesh).pack(state)]
-    del state  # packed, the arrays would be in memory twice
+    del state  # a packed state would duplicate its arrays
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)
     function: Any = step.make_train_step(
         config, num_classes=case.classes, schedule=schedule, mesh=mesh
@@ -86,7 +86,7 @@ def _step(item: Item) -> tuple[Callable[[], Any], Any, float]:
 
 
 def _head(item: Item) -> tuple[Callable[[], Any], Any, float]:
-    """The head's own step, on random embeddings."""
+    """Makes the head's step on random embeddings."""
     case = head.Case(item.classes, item.batch, item.devices, dtype="bfloat16")
     if item.block_size:
         case = case._replace(block_size=item.block_size)
@@ -97,7 +97,7 @@ def _head(item: Item) -> tuple[Callable[[], Any], Any, float]:
 
 
 def _trace(run: Callable[[], Any]) -> dict[str, Any]:
-    """Kernels of a step, the share of the time in which one runs, and each kind's share of it."""
+    """Profiles a step: its kernels, the busy share of time, and each kind's share of it."""
     with tempfile.TemporaryDirectory() as folder:
         out, begin = None, time.perf_counter()
         with jax.profiler.trace(folder):
@@ -119,13 +119,15 @@ def _trace(run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _kernels(profile: Any) -> list[tuple[str, float]]:
-    """Name and nanoseconds of all that ran on the first device; on a CPU of XLA's operations."""
+    """Returns names and nanoseconds of the kernels on the first device; on a CPU, of XLA
+    operations.
+    """
     planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU:0")]
     found = []
     for plane in planes or [plane for plane in profile.planes if plane.name == "/host:CPU"]:
         for line in plane.lines:
             if planes and not line.name.startswith("Stream"):
-                continue  # XLA's own lines show the same time once more, by module and operation
+                continue  # XLA's own lines repeat the same time by module and operation
             for event in line.events:
                 if planes or any(name == "hlo_op" for name, _ in event.stats):
                     found.append((event.name, event.duration_ns))
@@ -133,7 +135,7 @@ def _kernels(profile: Any) -> list[tuple[str, float]]:
 
 
 def kind(name: str) -> str:
-    """Which kind of kernel a name stands for."""
+    """Returns the kind of kernel that a name belongs to."""
     for label, pattern in _KINDS.items():
         if re.search(pattern, name, re.IGNORECASE):
             return label

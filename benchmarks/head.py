@@ -1,9 +1,9 @@
-"""The head beside what it replaces: time and memory of one step of the class centers.
+"""Compare the head with what it replaces: time and memory of one step of the class centers.
 
 Methods: `data parallel` keeps all centers on every device and reduces their gradient; `model
 parallel` splits them and stores its part of the logits; `blocked` is this project's head over all
 classes, `partial fc R` over a share R of them. The first two are dense softmax in its fastest form:
-one jit, donated arrays, the target's cosine by index, no maximum in front of exp().
+one jit, donated arrays, the target's cosine by index, no maximum before exp().
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from arcface_jax.runtime import devices as meshes
 
 METHODS = ("data parallel", "model parallel", "blocked", "partial fc 0.3", "partial fc 0.1")
 DENSE = ("data parallel", "model parallel")
-"""The other methods' time and memory are divided by those of the better of these."""
+"""Ratios of time and memory are relative to the better of these."""
 
 _SCALE, _MARGIN, _RATE = 64.0, 0.4, 0.1
 
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     classes: int
     batch: int
-    """Over all devices."""
+    """Batch size over all devices."""
     devices: int
     size: int = 512
     """Length of the embedding."""
@@ -52,19 +52,19 @@ class Measurement(NamedTuple):
     batch: int
     devices: int
     temporary_bytes: int
-    """On each device, beside the arguments; from the compiled program."""
+    """Temporary bytes on each device, besides the arguments; from the compiled program."""
     argument_bytes: int
-    """On each device: centers, moments, embeddings, labels."""
+    """Argument bytes on each device: centers, moments, embeddings, labels."""
     seconds: float | None
-    """Median of a step; None where the case does not fit into this machine's memory."""
+    """Median time of a step; None if the case does not fit into this machine's memory."""
     flops_per_second: float | None
-    """Of the three matrix products of a dense step, on all devices, whatever the method did."""
+    """FLOP/s for the three matrix products of a dense step on all devices, whatever the method."""
     time_ratio: float | None = None
     memory_ratio: float | None = None
 
 
 class Compiled(NamedTuple):
-    """A method as a program."""
+    """A compiled method."""
 
     run: Callable
     """(embeddings, labels, rows, moments, step) -> (loss, d_embeddings, rows, moments)."""
@@ -78,11 +78,11 @@ def measure(case: Case, *, methods: tuple[str, ...], repeats: int) -> list[Measu
     Args:
       case: the size.
       methods: some of METHODS.
-      repeats: counted steps of each.
+      repeats: timed steps of each.
     """
     compiled = {name: compile_method(name, case) for name in methods}
     kept = max(method.argument_bytes + method.temporary_bytes for method in compiled.values())
-    # The shards and a whole copy on every device are both there when data parallel is timed.
+    # When data parallel is timed, both the shards and full copies on every device are in memory.
     copies = 2 if "data parallel" in methods else 1
     seconds: dict[str, float] = {}
     if copies * kept * case.devices < 0.9 * timing.free_memory():
@@ -104,12 +104,12 @@ def measure(case: Case, *, methods: tuple[str, ...], repeats: int) -> list[Measu
 
 
 def dense_flops(case: Case) -> int:
-    """Operations of the three matrix products of a dense step: logits and two gradients."""
+    """Returns the operations of a dense step's three matrix products: logits and two gradients."""
     return 6 * case.batch * case.size * case.classes
 
 
 def beside_dense(rows: list[Measurement]) -> list[Measurement]:
-    """The measurements of one case, with their ratios to the best dense one among them."""
+    """Returns the measurements of one case, with ratios to the best dense one among them."""
     dense = [row for row in rows if row.method in DENSE]
     if not dense:
         return rows
@@ -125,7 +125,7 @@ def beside_dense(rows: list[Measurement]) -> list[Measurement]:
 
 
 def check(methods: tuple[str, ...], batches: tuple[int, ...], devices: tuple[int, ...]) -> None:
-    """Raises ConfigError for a method that there is not, or a batch that devices cannot share."""
+    """Raises ConfigError for an unknown method, or a batch that the devices cannot share."""
     for name in methods:
         if name not in METHODS:
             raise ConfigError(f"unknown method {name!r}: use some of {', '.join(METHODS)}")
@@ -138,12 +138,12 @@ def check(methods: tuple[str, ...], batches: tuple[int, ...], devices: tuple[int
 
 
 def stepper(name: str, compiled: Compiled, case: Case) -> Callable[[], object]:
-    """A function that does one step of a method, on random embeddings and centers."""
+    """Returns a function that does one step of a method, on random embeddings and centers."""
     return _steppers({name: compiled}, case)[name]
 
 
 def _steppers(compiled: dict[str, Compiled], case: Case) -> dict[str, Callable]:
-    """Functions that do one step each; methods that split the centers share one set of them."""
+    """Makes functions that do one step each; methods that split the centers share one set."""
     mesh = meshes.make(case.devices)
     split, everywhere = meshes.split(mesh), meshes.replicated(mesh)
     key = jax.random.key(0)
@@ -175,7 +175,7 @@ def _placed(name: str, split: NamedSharding, everywhere: NamedSharding) -> Named
 
 
 def compile_method(name: str, case: Case) -> Compiled:
-    """One of METHODS, from shapes alone."""
+    """Compiles one of METHODS from shapes only."""
     mesh = meshes.make(case.devices)
     split, everywhere = meshes.split(mesh), meshes.replicated(mesh)
     centers = _placed(name, split, everywhere)
@@ -194,12 +194,12 @@ def compile_method(name: str, case: Case) -> Compiled:
         .compile()
     )
     memory = compiled.memory_analysis()
-    assert memory is not None  # every backend that JAX comes with has one
+    assert memory is not None  # all of JAX's backends report it
     return Compiled(compiled, memory.temp_size_in_bytes, memory.argument_size_in_bytes)
 
 
 def _sharded(name: str, case: Case, mesh: Mesh) -> Callable:
-    """This project's head."""
+    """Makes this project's head."""
     rate = 1.0 if name == "blocked" else float(name.removeprefix("partial fc "))
     head = HeadConfig(
         loss="cosface",
@@ -229,7 +229,9 @@ def _sharded(name: str, case: Case, mesh: Mesh) -> Callable:
 
 
 def _dense(name: str, case: Case, mesh: Mesh) -> Callable:
-    """All logits of the batch (data parallel: a device's images; model parallel: its classes)."""
+    """Makes all logits of the batch (data parallel: a device's images; model parallel: its
+    classes).
+    """
     by_image, everywhere = meshes.split(mesh), meshes.replicated(mesh)
     product = partial(
         jnp.matmul,
@@ -263,7 +265,7 @@ def _rule(case: Case) -> Rule:
 
 
 def measure_drawing(*, classes: int, drawn: int, batch: int, repeats: int) -> dict[str, float]:
-    """Median seconds to draw classes on one device: as the head does, and as others would."""
+    """Measures median seconds to draw classes on one device: as the head does, and alternatives."""
     key, target = jax.random.key(0), jnp.arange(batch, dtype=jnp.int32)
     draw = jax.jit(partial(partial_fc.draw, stored=classes, slots=max(drawn, batch)))
 

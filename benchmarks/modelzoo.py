@@ -1,4 +1,4 @@
-"""What each network costs and how far its exports are from it: measured, and put into a page.
+"""Measure each network's cost and the error of its exports, and write them into a page.
 
 python -m benchmarks.modelzoo r50 [--faces lfw_dev.bin]    measures one network and prints JSON
 """
@@ -35,16 +35,16 @@ BEGIN = "<!-- begin: scripts/modelzoo.py -->"
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line of a process that measures."""
+    """Command line of a measuring process."""
 
     network: Annotated[str, tyro.conf.Positional]
-    """Which one."""
+    """Network to measure."""
     faces: Path | None = None
-    """A verification set whose first images are used; synthetic faces when not given."""
+    """A verification set whose first images are used; by default synthetic faces."""
 
 
 def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
-    """Measures a network with fresh weights whose statistics are those of a training pass.
+    """Measures a network with fresh weights and the statistics of a training pass.
 
     Args:
       network: a name in `arcface_jax.models.registry.NETWORKS`.
@@ -64,7 +64,7 @@ def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
     del twin, params, batch_stats
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        to_onnx.export(embedder, path)  # which compares synthetic faces
+        to_onnx.export(embedder, path)  # this compares synthetic faces
         theirs = onnx_embedder(path, batch_size=len(faces))(faces)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
     return {
@@ -96,14 +96,14 @@ def _compile_seconds(network: str, faces: np.ndarray) -> float:
 def measure_apart(
     network: str, faces: Path | None, *, module: str = "benchmarks.modelzoo"
 ) -> dict[str, Any]:
-    """The `measure` of a module in a process of its own, whose memory the machine gets back.
+    """Runs the `measure` of a module in a separate process, to free its memory afterwards.
 
     Raises:
       UserError: it failed.
     """
     command = [sys.executable, "-m", module, network]
     command += [] if faces is None else ["--faces", str(faces)]
-    # A program out of a cache would not have been compiled.
+    # A program from a cache would not be compiled.
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -112,7 +112,7 @@ def measure_apart(
 
 
 def merge(data: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Puts rows into the JSON file beside those of other networks; all of them in order."""
+    """Merges rows into the JSON file with those of other networks; returns all of them in order."""
     known = json.loads(data.read_text()) if data.is_file() else []
     by_name = {row["network"]: row for row in (*known, *rows)}
     merged = [by_name[name] for name in registry.NETWORKS if name in by_name]
@@ -121,7 +121,7 @@ def merge(data: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Returns the rows as Markdown."""
     lines = [
         "| network | M parameters | GMAC | JAX-torch | JAX-ONNX | ONNX, MB | compile, s | faces |",
         "|---|--:|--:|--:|--:|--:|--:|---|",
@@ -141,7 +141,7 @@ def main(
     *,
     prog: str = "python -m benchmarks.modelzoo",
 ) -> None:
-    """The command that measures one network."""
+    """Runs the command that measures one network."""
     arguments = tyro.cli(Arguments, args=argv, prog=prog)
     with errors.reported():
         if arguments.faces is None:

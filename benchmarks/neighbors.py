@@ -1,4 +1,4 @@
-"""Exact search for near pairs among random unit vectors, of which some are planted."""
+"""Measure the exact search for near pairs among random unit vectors, some of them planted."""
 
 import os
 import resource
@@ -10,8 +10,8 @@ import numpy as np
 from arcface_jax.cleaning import neighbors
 from arcface_jax.evaluation.embeddings import normalize
 
-_PLANTED = 0.02  # share of the rows that are near another one
-_COSINES = (0.5, 0.9)  # between which the planted pairs' cosines lie
+_PLANTED = 0.02  # share of rows planted near another one
+_COSINES = (0.5, 0.9)  # range of the planted pairs' cosines
 THRESHOLD = 0.45
 _MILLION = 1_000_000
 
@@ -20,15 +20,15 @@ class Row(NamedTuple):
     """One way to search."""
 
     projected: int
-    """Dimensions that are compared first; 0 for all."""
+    """Dimensions to compare first; 0 for all."""
     rows: int
     seconds: float
     cpu_seconds: float
     pairs: int
     recall: float
-    """Of the planted pairs."""
+    """Recall of the planted pairs."""
     gib: float
-    """Peak memory of the process so far."""
+    """Peak memory of the process so far, in GiB."""
 
     @property
     def minutes_per_million(self) -> float:
@@ -42,7 +42,7 @@ def measure(*, rows: int, size: int, projections: tuple[int, ...]) -> list[Row]:
     Args:
       rows: n.
       size: D.
-      projections: dimensions that are compared first; 0 for all.
+      projections: dimensions to compare first; 0 for all.
     """
     vectors, first, second = planted(rows, size)
     wanted = first * rows + second
@@ -60,7 +60,7 @@ def measure(*, rows: int, size: int, projections: tuple[int, ...]) -> list[Row]:
 
 
 def planted(rows: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Random unit vectors, and which pairs of them were made near.
+    """Makes random unit vectors with planted near pairs.
 
     Returns:
       vectors (rows, size) float32; first and second (p,) int64, the rows of the pairs.

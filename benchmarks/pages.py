@@ -1,4 +1,4 @@
-"""Tables of the documentation, made by benchmarks and put between two marks of a page."""
+"""Replace tables in the documentation between two marks of a page."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ END = "<!-- end -->"
 
 
 def replace(page: Path, text: str, *, begin: str, end: str = END) -> None:
-    """Replaces what stands between the marks.
+    """Replaces the text between the marks.
 
     Args:
       page: a Markdown file.
@@ -22,5 +22,5 @@ def replace(page: Path, text: str, *, begin: str, end: str = END) -> None:
     before, found, rest = page.read_text().partition(begin)
     _, ended, after = rest.partition(end)
     if not found or not ended:
-        raise UserError(f"{page} has no lines {begin} and {end} to put the table between")
+        raise UserError(f"{page} has no lines {begin} and {end} for the table")
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

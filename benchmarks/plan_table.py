@@ -1,7 +1,7 @@
-"""What runs need on GPUs that are not there: docs/benchmarks_appendix.md's tables, compiled.
+"""Compile runs for absent GPUs: the tables of docs/benchmarks_appendix.md.
 
-Each row is the real train step compiled for one kind of GPU, a JSON file of its own: a table that
-was interrupted goes on where it stopped, and rows of another version of the program are made again.
+Each row is the real train step compiled for one kind of GPU, a JSON file of its own: an interrupted
+table resumes where it stopped, and rows of another version of the program are recomputed.
 """
 
 import hashlib
@@ -39,15 +39,15 @@ SPEED_TABLE = {
     ("r50", 4_000_000, 1024): {0.1: (4385, 10.8), 1.0: (2165, 26.6)},
     ("r50", 8_000_000, 512): {0.1: (3001, 11.1), 1.0: (767, 32.1)},
 }
-# r50: classes, devices, batch on each device.
+# r50: classes, devices, batch per device.
 LARGE = ((10_000_000, 1, 128), (10_000_000, 8, 128), (30_000_000, 1, 128), (130_000_000, 8, 128))
-# What decides about a step's program, and about how it is counted.
+# Sources that affect a step's program, and how it is counted.
 _SOURCES = ("config/*.py", "heads/*.py", "models/*.py", "training/*.py")
 _SOURCES += ("machine/hlo.py", "machine/roofline.py", "machine/gpu_targets/*")
 
 
 class Row(NamedTuple):
-    """One run on one kind of GPU; bytes and kernels are those of each device."""
+    """One run on one kind of GPU; bytes and kernels are per device."""
 
     table: str
     """`speed`, `networks` or `large`."""
@@ -55,25 +55,25 @@ class Row(NamedTuple):
     network: str
     classes: int
     batch: int
-    """Over all devices."""
+    """Batch size over all devices."""
     devices: int
     sample_rate: float
     state_bytes: int
     temporary_bytes: int
     total_bytes: int
-    """With the batch and the allowance for cuDNN's workspace."""
+    """Total bytes, including the batch and the allowance for cuDNN's workspace."""
     fits: dict[str, bool]
-    """By the share of the memory that JAX takes."""
+    """Whether it fits, by the share of the memory that JAX takes."""
     kernels: int
     hbm_bytes: int
     flops: int
     modelled_ms: float
     images_per_second: float
-    """Modelled, over all devices."""
+    """Modelled images per second over all devices."""
 
 
 class Job(NamedTuple):
-    """A row that is to be made."""
+    """A row to compute."""
 
     table: str
     gpu: GpuName
@@ -81,7 +81,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """Name of its file."""
         case = self.case
         return (
             f"{self.table}_{case.network}_{case.classes}_b{case.batch}x{case.devices}_"
@@ -90,7 +90,7 @@ class Job(NamedTuple):
 
 
 def jobs(gpus: Sequence[GpuName] = GPUS) -> list[Job]:
-    """All rows, those of one kind and number of GPUs after one another."""
+    """Returns all rows, grouped by kind and number of GPUs."""
     found = []
     for name in gpus:
         for (network, classes, batch), published in SPEED_TABLE.items():
@@ -108,17 +108,17 @@ def _case(network: Network, batch: int, classes: int, devices: int, rate: float 
 
 
 def _process(job: Job) -> tuple[str, int]:
-    """What one compiler process can compile."""
+    """Returns what one compiler process can compile."""
     return job.gpu, job.case.devices
 
 
 def measure(wanted: Iterable[Job], folder: Path, *, say: Callable[[str], None]) -> list[Row]:
-    """All rows: read from their files, or compiled and written.
+    """Reads all rows from their files, or compiles and writes them.
 
     Args:
-      wanted: in the order of `jobs`.
-      folder: of the files.
-      say: told about each row when it is there.
+      wanted: the rows, in the order of `jobs`.
+      folder: folder of the files.
+      say: called with each finished row.
 
     Raises:
       UserError: nothing can compile them.
@@ -140,7 +140,7 @@ def measure(wanted: Iterable[Job], folder: Path, *, say: Callable[[str], None]) 
 
 
 def _read(folder: Path, job: Job, digest: str) -> Row | None:
-    """A row that was made of this version of the program."""
+    """Reads a row that was computed by this version of the program."""
     path = folder / f"{job.name}.json"
     if not path.exists():
         return None
@@ -149,7 +149,7 @@ def _read(folder: Path, job: Job, digest: str) -> Row | None:
 
 
 def program_digest() -> str:
-    """Changes with the sources that a step is traced from, and with the compiler."""
+    """Returns a digest of the sources that a step is traced from, and of the compiler."""
     package = Path(arcface_jax.__file__).parent
     found = hashlib.sha256(metadata.version("jaxlib").encode())
     for pattern in _SOURCES:
@@ -193,7 +193,7 @@ def _compile(process: Compiler, job: Job) -> Row:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The tables, as docs/benchmarks_appendix.md has them."""
+    """Returns the tables for docs/benchmarks_appendix.md."""
     blocks = []
     for table, title in _TITLES.items():
         chosen = [row for row in rows if row.table == table]

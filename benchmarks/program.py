@@ -1,7 +1,7 @@
 """The GPU's program of five runs, compiled for an H100 and kept: docs/gpu.json and docs/gpu.md.
 
 `python -m benchmarks gpu-program` compiles them without a GPU and writes the record, the page's
-table and its picture; `make gpu-program` holds the programs against the record.
+table and its picture; `make gpu-program` compares the programs with the record.
 """
 
 import json
@@ -25,26 +25,26 @@ GPU = "h100"
 
 
 class Figures(NamedTuple):
-    """Of one program, on each device."""
+    """Figures of one program, on each device."""
 
     temporary_bytes: int
     hbm_bytes: int
-    """Traffic in a step."""
+    """HBM traffic per step."""
     kernels: int
-    """Run in a step."""
+    """Kernels per step."""
 
 
 class Subject(NamedTuple):
-    """A program that is held to a bar."""
+    """A program that is compared with a bar."""
 
     network: Network
     classes: int
     each: int
-    """Images on a device."""
+    """Images per device."""
     devices: int
     part: gpu.Part
     before: Figures
-    """At commit eac8286."""
+    """Figures at commit eac8286."""
     bar: Figures
 
     def config(self) -> Config:
@@ -53,7 +53,7 @@ class Subject(NamedTuple):
 
     @property
     def case(self) -> Case:
-        """For the modules that measure."""
+        """The case for the measuring modules."""
         batch = self.each * self.devices
         return Case(self.network, batch, self.classes, self.devices, "bfloat16")
 
@@ -84,7 +84,7 @@ SUBJECTS = {
 
 
 def compile_one(subject: Subject) -> Program:
-    """The program as XLA compiles it for an H100.
+    """Compiles the program for an H100 with XLA.
 
     Raises:
       UserError: no CUDA plugin is installed.
@@ -99,13 +99,13 @@ def compile_one(subject: Subject) -> Program:
 
 
 def figures(program: Program) -> Figures:
-    """What the bars are of."""
+    """Returns the figures that are compared with the bars."""
     total = program.module.total
     return Figures(program.temporary_bytes, total.bytes, total.kernels)
 
 
 def record(program: Program, subject: Subject) -> dict[str, Any]:
-    """What docs/gpu.json keeps of a program."""
+    """Returns the entry of a program in docs/gpu.json."""
     module = program.module
     times = roofline.estimate(
         module, roofline.assume(GPU, devices=subject.devices), devices=subject.devices
@@ -123,13 +123,15 @@ def record(program: Program, subject: Subject) -> dict[str, Any]:
 
 
 def first_gradient_sum(module: hlo.Module) -> float | None:
-    """Share of the step's kernels scheduled before the first large all-reduce starts."""
+    """Returns the share of the step's kernels scheduled before the first large all-reduce
+    starts.
+    """
     large = [c.position for c in module.collectives if c.kind == "all-reduce" and c.bytes > MIB]
     return min(large, default=None)
 
 
 def measure(names: Sequence[str] = ()) -> dict[str, Any]:
-    """Compile the named subjects, all by default, and write record, table and picture.
+    """Compiles the named subjects, by default all, and writes record, table and picture.
 
     Raises:
       UserError: no CUDA plugin is installed.
@@ -151,7 +153,7 @@ def measure(names: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def table(kept: dict[str, Any]) -> str:
-    """Before, now and bar, in Markdown."""
+    """Returns a Markdown table with before, now and bar."""
     lines = [
         "| program | before | now | bar | modelled ms |",
         "|---|---|---|---|---|",
@@ -185,7 +187,7 @@ _PARTS = {
 
 
 def draw(kept: dict[str, Any], path: Path) -> None:
-    """Traffic and modelled time of each program, by part."""
+    """Plots traffic and modelled time of each program, by part."""
     names = [name for name in SUBJECTS if name in kept["programs"]]
     figure = Figure(figsize=(10, 0.62 * len(names) + 1.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)

@@ -1,9 +1,9 @@
-"""How long a record file of millions takes to open, and how much memory it needs.
+"""Measure time and memory to open a record file with millions of records.
 
 python -m benchmarks.record_index [--records 40000000] [--identities 2059906]
 
 Writes a record file with an identity header and records without images (32 bytes each), and opens
-it in new processes: for the first time, and again. It needs 60 bytes of disk for each record.
+it in new processes, for the first time and again. Needs 60 bytes of disk per record.
 """
 
 import json
@@ -22,7 +22,7 @@ from arcface_jax.data.recordio import index as record_index
 from arcface_jax.data.recordio.index import FRAME, HEADER, MAGIC
 from arcface_jax.data.recordio.source import RecordSource
 
-_CHUNK = 1_000_000  # records that are written together
+_CHUNK = 1_000_000  # records written at a time
 _RECORD = np.dtype(
     [("magic", "<u4"), ("length", "<u4"), ("count", "<u4"), ("label", "<f4"), ("ids", "<u8", 2)]
 )
@@ -30,7 +30,7 @@ _IDENTITY = np.dtype([*_RECORD.descr, ("labels", "<f4", 2)])
 
 
 def write(rec: Path, *, records: int, identities: int) -> None:
-    """Writes record 0, the images' records and the identities', and the index of all."""
+    """Writes record 0, the records of the images and identities, and the index of all."""
     first = records + 1
     with rec.open("wb") as data, rec.with_suffix(".idx").open("w") as index:
         for begin, end, kind in (
@@ -52,11 +52,11 @@ def write(rec: Path, *, records: int, identities: int) -> None:
                 lines = zip(keys.tolist(), offsets.tolist(), strict=True)
                 index.write("".join(f"{key}\t{at}\n" for key, at in lines))
                 rows.tofile(data)
-                data.seek(0, 2)  # the array went past Python's buffer
+                data.seek(0, 2)  # the array bypassed Python's buffer
 
 
 def measure(rec: Path, what: str) -> dict[str, float]:
-    """Runs one step in this process: seconds, and the peak of memory that is its own, in bytes."""
+    """Runs one step in this process; returns seconds, and the peak of its own memory in bytes."""
     steps: dict[str, Callable[[], object]] = {
         "text": lambda: record_index._read_text(rec.with_suffix(".idx")),
         "open": lambda: RecordSource(rec),
@@ -83,7 +83,9 @@ def measure(rec: Path, what: str) -> dict[str, float]:
 
 
 def _own_memory() -> int:
-    """Bytes of this process that no file backs; mapped files can be dropped at any time."""
+    """Returns the bytes of this process without file backing; mapped files can be dropped
+    anytime.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return 1024 * int(line.split()[1])
@@ -93,7 +95,7 @@ def _own_memory() -> int:
 def main(
     records: int = 40_000_000, identities: int = 2_059_906, folder: Path | None = None
 ) -> None:
-    """The command.
+    """Runs the command.
 
     Args:
       records: Images in the file.
@@ -119,12 +121,12 @@ def main(
                 found = pool.apply(measure, (rec, what))
             result[name] = found
             print(
-                f"{name:>20}: {found['seconds']:7.2f} s, own memory a record: "
+                f"{name:>20}: {found['seconds']:7.2f} s, own memory per record: "
                 f"{found['peak'] / records:5.2f} bytes at most, "
                 f"{found['after'] / records:5.2f} after"
             )
         kept = sum(file.stat().st_size for file in place.glob("*.arcface_index/*"))
-        print(f"kept on disk, mapped: {kept / records:.2f} bytes a record")
+        print(f"kept on disk, mapped: {kept / records:.2f} bytes per record")
     finally:
         shutil.rmtree(place)
     print("RESULT " + json.dumps({**result, "kept": kept, "records": records, "files": []}))

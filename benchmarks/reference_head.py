@@ -1,4 +1,4 @@
-"""Times arcface_torch's own PartialFC_V2, from a checkout of it, on CPU (gloo) or GPU (nccl).
+"""Time arcface_torch's PartialFC_V2, from a checkout, on CPU (gloo) or GPU (nccl).
 
 python -m benchmarks.reference_head DIR --classes 131072 --batch 256 --devices 1 --sample-rate 0.1
 """
@@ -29,28 +29,28 @@ from benchmarks.head import Case, Measurement
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line."""
+    """Command line."""
 
     directory: Annotated[Path, tyro.conf.Positional]
     """recognition/arcface_torch of a checkout of insightface."""
     classes: int = 131_072
     batch: int = 256
-    """Over all processes."""
+    """Batch size over all processes."""
     devices: int = 1
-    """Processes; on GPUs one for each."""
+    """Number of processes; on GPUs one each."""
     size: int = 512
     """Length of the embedding."""
     sample_rate: float = 1.0
-    """Of Partial FC."""
+    """Sample rate of Partial FC."""
     repeats: int = 7
-    """Counted steps."""
+    """Timed steps."""
 
 
 def measure(case: Case, *, directory: Path, sample_rate: float, repeats: int) -> Measurement:
-    """Runs this program on a case of the benchmark, in processes of its own.
+    """Runs this program on a case of the benchmark, in separate processes.
 
     Raises:
-      UserError: it failed, for instance because the folder is not a checkout.
+      UserError: it failed, for example because the folder is not a checkout.
     """
     command = [sys.executable, "-m", "benchmarks.reference_head", str(directory)]
     for name in ("classes", "batch", "devices", "size"):
@@ -71,12 +71,12 @@ def measure(case: Case, *, directory: Path, sample_rate: float, repeats: int) ->
 
 
 def run(rank: int, arguments: Arguments, address: str) -> None:
-    """One process: forward, backward and an SGD step, as its training loop has them."""
+    """Runs one process: forward, backward and an SGD step, as in arcface_torch's training loop."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(rank)
-    else:  # its code says .cuda() in places that a CPU has to pass
+    else:  # its code calls .cuda() in places that a CPU has to pass
         torch.Tensor.cuda = lambda self, *_, **__: self
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.devices))
     distributed.init_process_group(
@@ -111,14 +111,14 @@ def run(rank: int, arguments: Arguments, address: str) -> None:
         return time.perf_counter() - start
 
     before = _largest_memory(on_gpu)
-    step()  # the optimizer makes its memory, and gradients are allocated
+    step()  # allocates optimizer state and gradients
     seconds = [step() for _ in range(arguments.repeats)]
     momentum = sum(p.numel() * p.element_size() for p in module.parameters())
     if rank == 0:
         outcome = {
             "seconds": statistics.median(seconds),
             "argument_bytes": 2 * momentum,
-            # Weights were there before; the momentum came with the first step.
+            # Weights existed before; the momentum was allocated by the first step.
             "temporary_bytes": _largest_memory(on_gpu) - before - momentum,
         }
         print(json.dumps(outcome), flush=True)
@@ -126,14 +126,14 @@ def run(rank: int, arguments: Arguments, address: str) -> None:
 
 
 def _largest_memory(on_gpu: bool) -> int:
-    """The most bytes that this process has held at a time."""
+    """Returns the peak memory of this process in bytes."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m benchmarks.reference_head")
     with errors.reported():
         if not (arguments.directory / "partial_fc_v2.py").is_file():

@@ -1,9 +1,10 @@
-"""Times arcface_torch's own train step, from a checkout of it, on a GPU.
+"""Time arcface_torch's train step, from a checkout, on a GPU.
 
 python -m benchmarks.reference_step DIR --network r50 --batch 128 --classes 1000000
 
-Backbone, PartialFC_V2, loss scaling, clipping and SGD are its own, in the order of its training
-loop; images are random and on the GPU. In a process of its own, for JAX keeps GPU memory to itself.
+Backbone, PartialFC_V2, loss scaling, clipping and SGD are arcface_torch's, in the order of its
+training loop; images are random and on the GPU. It runs in a separate process, because JAX reserves
+GPU memory.
 """
 
 import importlib
@@ -29,7 +30,7 @@ from benchmarks.step import Case, Program, draw_batch
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line."""
+    """Command line."""
 
     directory: Annotated[Path, tyro.conf.Positional]
     """recognition/arcface_torch of a checkout of insightface."""
@@ -37,17 +38,17 @@ class Arguments:
     batch: int = 128
     classes: int = 1_000_000
     sample_rate: float = 1.0
-    """Of Partial FC."""
+    """Sample rate of Partial FC."""
     fp16: bool = True
-    """Autocast and loss scaling, as its configurations have them."""
+    """Autocast and loss scaling, as in its configurations."""
     repeats: int = 7
-    """Counted steps."""
+    """Timed steps."""
 
 
 def measure(case: Case, *, directory: Path, repeats: int) -> tuple[float, Program]:
-    """Median seconds of a step, and its memory.
+    """Measures median seconds of a step, and its memory.
 
-    Float32 is run as float32; everything else as the float16 that arcface_torch knows.
+    float32 runs as float32; every other type as float16, the only one that arcface_torch supports.
 
     Raises:
       UserError: there is no CUDA GPU, the folder is not a checkout, or it failed.
@@ -65,7 +66,7 @@ def measure(case: Case, *, directory: Path, repeats: int) -> tuple[float, Progra
 
 
 def make_step(arguments: Arguments, device: torch.device) -> Callable[[], float]:
-    """One step of its training loop, which gives the loss; needs a process group."""
+    """Makes one step of its training loop, which returns the loss; needs a process group."""
     sys.path.insert(0, str(arguments.directory))
     losses, partial_fc, backbones = map(
         importlib.import_module, ("losses", "partial_fc_v2", "backbones")
@@ -98,16 +99,16 @@ def make_step(arguments: Arguments, device: torch.device) -> Callable[[], float]
 
 
 def run(arguments: Arguments) -> dict[str, float]:
-    """Seconds and bytes of a step on the first GPU."""
+    """Measures seconds and bytes of a step on the first GPU."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.backends.cudnn.benchmark = True  # as its training program has it
+    torch.backends.cudnn.benchmark = True  # as in its training program
     device = torch.device("cuda", 0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     distributed.init_process_group("nccl", init_method=address, rank=0, world_size=1)
     step = make_step(arguments, device)
-    for _ in range(3):  # cudnn tries its algorithms, the optimizer makes its memory
+    for _ in range(3):  # cuDNN tries its algorithms, the optimizer allocates its state
         step()
     kept = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -126,7 +127,7 @@ def run(arguments: Arguments) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m benchmarks.reference_step")
     with errors.reported():
         if not (arguments.directory / "partial_fc_v2.py").is_file():
@@ -136,7 +137,7 @@ def main(argv: list[str]) -> None:
             )
         if not torch.cuda.is_available():
             raise errors.UserError(
-                "arcface_torch's step runs on CUDA alone and torch sees no GPU here: leave "
+                "arcface_torch's step requires CUDA, and torch sees no GPU here: leave "
                 "--reference out, or run on a machine with one"
             )
     print(json.dumps(run(arguments)), flush=True)

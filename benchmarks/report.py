@@ -13,7 +13,7 @@ MIB = 2**20
 
 
 def tables(rows: list[Measurement]) -> list[Table]:
-    """A table for each case, a line for each method."""
+    """Returns a table for each case, with a line per method."""
     return [_table(case, [row for row in rows if _case(row) == case]) for case in _cases(rows)]
 
 
@@ -38,7 +38,7 @@ def _table(case: tuple[int, int, int], rows: list[Measurement]) -> Table:
 def write(
     folder: Path, rows: list[Measurement], *, product_flops: float, machine: dict
 ) -> list[Path]:
-    """Writes head.json and head.png; their paths."""
+    """Writes head.json and head.png, and returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     numbers = {
         "machine": machine,
@@ -51,7 +51,7 @@ def write(
 
 
 def _plot(path: Path, rows: list[Measurement], machine: dict) -> Path:
-    """Time and temporary memory of a step, a group of bars for each case."""
+    """Plots time and temporary memory of a step, a group of bars per case."""
     cases = _cases(rows)
     methods = list(dict.fromkeys(row.method for row in rows))
     width = 0.8 / len(methods)
@@ -59,7 +59,7 @@ def _plot(path: Path, rows: list[Measurement], machine: dict) -> Path:
     panels = figure.subplots(2, 1, sharex=True)
     values = {
         "time of a step, ms": lambda row: row.seconds and 1000 * row.seconds,
-        "temporary memory a device, MiB": lambda row: row.temporary_bytes / MIB,
+        "temporary memory per device, MiB": lambda row: row.temporary_bytes / MIB,
     }
     for axis, (title, value) in zip(panels, values.items(), strict=True):
         for number, method in enumerate(methods):

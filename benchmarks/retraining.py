@@ -1,9 +1,9 @@
-"""What cleaning gains: lfw_tiny trained on a set with planted label errors and on the cleaned set.
+"""Measure the gain from cleaning: lfw_tiny trained on planted label errors and on the cleaned set.
 
-Of each seed: errors are planted as in `benchmarks.cleaning`, `data clean` looks for them, every
+For each seed, errors are planted as in `benchmarks.cleaning`, `data clean` detects them, every
 finding above the thresholds is accepted as a reviewer would, `data apply` writes the cleaned set,
-and all sets train the same recipe. Everything is kept in the output folder: the same command
-resumes after any stop and repeats nothing.
+and all sets train the same recipe. Everything is kept in the output folder, so the same command
+resumes after an interruption without repeating work.
 """
 
 import csv
@@ -35,28 +35,28 @@ class Run(NamedTuple):
     """One training run."""
 
     set: str
-    """Of `SETS`."""
+    """One of `SETS`."""
     seed: int
     images: int
     identities: int
     accuracy: float
-    """On lfw_dev.bin, at the end."""
+    """Final accuracy on lfw_dev.bin."""
     tar: float
     """TAR at FAR 1e-2."""
 
 
 def measure(model: Model, data: Path, output: Path, *, seeds: int, write: bool) -> list[Run]:
-    """Makes the sets and runs that are missing.
+    """Makes the missing sets and runs.
 
     Args:
-      model: what cleans.
+      model: the model for cleaning.
       data: folder of LFW's train.rec and lfw_dev.bin.
       output: folder of sets and runs.
-      seeds: plantings, each with a training seed of its own.
+      seeds: number of random plantings, each with its own training seed.
       write: whether to replace the table of docs/cleaning.md after each seed.
 
     Returns:
-      All runs that are complete.
+      All complete runs.
 
     Raises:
       UserError: a run failed.
@@ -83,7 +83,7 @@ def measure(model: Model, data: Path, output: Path, *, seeds: int, write: bool) 
 
 
 def table(runs: list[Run]) -> str:
-    """Markdown: a row for each set, means and single seeds."""
+    """Returns a Markdown table: a row for each set, with means and single seeds."""
     rows = [
         "| trained on | images | identities | seeds | accuracy | TAR at FAR 1e-2 |",
         "|---|---|---|---|---|---|",
@@ -112,7 +112,7 @@ def _write_noisy(source: Source, planted: cleaning.Planted, folder: Path) -> Non
         return
     shutil.rmtree(folder, ignore_errors=True)
     labels = planted.images.labels
-    present, dense = np.unique(labels, return_inverse=True)  # two joined people leave one label
+    present, dense = np.unique(labels, return_inverse=True)  # joining two people removes one label
     order = np.argsort(dense, kind="stable")
     selection = packing.Selection(order, dense[order].astype(np.int32), len(present))
     packing.pack(source, selection, folder)

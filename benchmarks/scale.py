@@ -1,7 +1,7 @@
-"""r50 on 8 to 1,024 H100s, compiled: what its collectives send, and what that implies.
+"""Compile r50 for 8 to 1,024 H100s: the traffic of its collectives, and the scaling it implies.
 
-Each device keeps 128 images and a share of 100 M identities, so that the head's work for each
-device is the same at every size. Times are modelled from the compiled program; nothing is timed.
+Each device has 128 images and a share of the identities that keeps the head's work per device equal
+at every size. Times are modelled from the compiled program; nothing is timed.
 """
 
 import json
@@ -26,7 +26,7 @@ class Exchange(NamedTuple):
     kind: str
     number: int
     sent_bytes: float
-    """By each device of a ring."""
+    """Bytes sent by each device of a ring."""
 
 
 class Row(NamedTuple):
@@ -36,20 +36,20 @@ class Row(NamedTuple):
     state_bytes: int
     temporary_bytes: int
     head_temporary_bytes: int
-    """Of the head compiled by itself."""
+    """Temporary bytes of the head, compiled separately."""
     exchanges: list[Exchange]
     compute_seconds: float
     exposed_seconds: float
-    """Of collectives, with no kernel scheduled beside them."""
+    """Seconds of collectives without a concurrent kernel."""
 
     @property
     def images_per_second(self) -> float:
-        """Of each device, modelled."""
+        """Modelled images per second of each device."""
         return _EACH / (self.compute_seconds + self.exposed_seconds)
 
 
 def measure() -> list[Row]:
-    """Compile every size, and write docs/gpu_scale.json and the tables of docs/gpu.md.
+    """Compiles every size, and writes docs/gpu_scale.json and the tables of docs/gpu.md.
 
     Raises:
       UserError: no CUDA plugin is installed.
@@ -95,7 +95,7 @@ def _exchanges(module: Module, devices: int) -> list[Exchange]:
 
 
 def tables(rows: list[Row]) -> str:
-    """Bytes of each collective, and the scaling that they imply, in Markdown."""
+    """Returns Markdown tables with the bytes of each collective, and the implied scaling."""
     lines = [
         "| GPUs | part | collective | number | MB sent by a GPU | ms at NVLink's 450 GB/s | ms at 400 Gb/s |",  # noqa: E501  # a table's head
         "|---|---|---|---|---|---|---|",

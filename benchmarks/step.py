@@ -1,8 +1,8 @@
 """The backbone's passes and the whole train step: time, compiled memory, share of the peak.
 
-Forward and backward are the train step's own (`passes.forward`), with the statistics of BatchNorm
-taken from the batch. The step is the one that training runs, head and optimizer included. A rival,
-for instance the torch twin, is timed in turn with them.
+Forward and backward are the train step's own (`passes.forward`), with BatchNorm in training mode.
+The step is the one that training runs, including head and optimizer. A competitor, such as the
+torch twin, is timed in turn with them.
 """
 
 import time
@@ -31,7 +31,7 @@ class Case(NamedTuple):
 
     network: Network
     batch: int
-    """Over all devices."""
+    """Batch size over all devices."""
     classes: int
     devices: int
     dtype: Dtype
@@ -39,42 +39,42 @@ class Case(NamedTuple):
 
 
 class Program(NamedTuple):
-    """One part of somebody's step, ready to run."""
+    """One part of an implementation's step, ready to run."""
 
     run: Callable[[], object]
-    """Does it once; what it returns is waited for."""
+    """Runs it once; its result is waited for."""
     compile_seconds: float | None = None
     temporary_bytes: int | None = None
-    """On each device, beside the arguments; from the compiled program."""
+    """Temporary bytes on each device, besides the arguments; from the compiled program."""
     argument_bytes: int | None = None
 
 
 class Measurement(NamedTuple):
-    """One part, of one implementation."""
+    """Measurement of one part in one implementation."""
 
     implementation: str
     part: str
     seconds: float
-    """Median."""
+    """Median time."""
     images_per_second: float
     flops_per_second: float
-    """Of all devices, counting what the model asks for and not what is computed again."""
+    """FLOP/s of all devices for the model's operations, without recomputation."""
     peak_share: float | None
-    """Model FLOP utilisation; None where the devices' peak is not known."""
+    """Model FLOP utilization; None if the devices' peak is unknown."""
     product_share: float
-    """The same beside one large matrix product of the same type, measured here."""
+    """Ratio to the speed of one large matrix product of the same type, measured here."""
     compile_seconds: float | None
     temporary_bytes: int | None
     argument_bytes: int | None
     ratio: float | None = None
-    """Of others: their images a second to this project's; above 1, they are faster."""
+    """For other implementations: their images per second relative to this project's."""
 
 
 def make_config(case: Case) -> Config:
-    """The run whose step is measured: CosFace, SGD, BatchNorm statistics for each device.
+    """Returns the run whose step is measured: CosFace, SGD, BatchNorm statistics for each device.
 
     Raises:
-      ConfigError: there can be no such run.
+      ConfigError: the run is invalid.
     """
     config = configs.replace(
         Config(),
@@ -96,7 +96,7 @@ def make_config(case: Case) -> Config:
 
 
 def draw_batch(case: Case) -> dict[str, np.ndarray]:
-    """Images and labels at random: the step's time does not depend on what they show."""
+    """Draws random images and labels; the step's time does not depend on their content."""
     rng = np.random.default_rng(0)
     shape = (case.batch, IMAGE_SIZE, IMAGE_SIZE, 3)
     labels = rng.integers(0, case.classes, case.batch, dtype=np.int32)
@@ -104,7 +104,7 @@ def draw_batch(case: Case) -> dict[str, np.ndarray]:
 
 
 def compile_parts(case: Case) -> dict[str, Program]:
-    """Each of `PARTS` of this project, compiled, with a state of its own."""
+    """Compiles each of `PARTS` of this project, with a state of its own."""
     config, mesh = make_config(case), meshes.make(case.devices)
     batch = meshes.to_devices(draw_batch(case), mesh)
     packing = step.make_packing(config, mesh)
@@ -115,7 +115,7 @@ def compile_parts(case: Case) -> dict[str, Program]:
     def forward(state: step.TrainState, images: jax.Array) -> microbatch.Forward:
         return microbatch.forward(
             network,
-            state.params,  # the gradient of all of them
+            state.params,  # differentiate by all of them
             state.params,
             state.batch_stats,
             images,
@@ -136,7 +136,7 @@ def compile_parts(case: Case) -> dict[str, Program]:
         config, num_classes=case.classes, schedule=schedule, mesh=mesh
     )
     functions = (jax.jit(forward_alone), jax.jit(forward_and_backward), train_step)
-    held = [state]  # the step uses up the state it is given; the others take the newest
+    held = [state]  # the step consumes its state; the other parts use the newest
 
     def program(part: str, function: Any) -> Program:
         begin = time.perf_counter()
@@ -157,7 +157,9 @@ def compile_parts(case: Case) -> dict[str, Program]:
 
 @cache
 def model_flops(case: Case) -> dict[str, float]:
-    """Operations that each of `PARTS` needs: 2 for a multiply-accumulate, gradients twice that."""
+    """Returns the operations that each of `PARTS` needs: 2 per multiply-accumulate, gradients twice
+    that.
+    """
     both = plan.backbone_flops_per_image(make_config(case).model) * case.batch
     products = head.dense_flops(head.Case(case.classes, case.batch, case.devices))
     return dict(zip(PARTS, (both / 3, both, both + case.sample_rate * products), strict=True))
@@ -186,7 +188,7 @@ def measure(
 def row(
     case: Case, who: str, part: str, program: Program, *, seconds: float, product_flops: float
 ) -> Measurement:
-    """What a median time means."""
+    """Converts a median time to a measurement."""
     peak = peaks.peak(jax.devices()[0].device_kind, case.dtype)
     achieved = model_flops(case)[part] / seconds
     return Measurement(
@@ -204,7 +206,7 @@ def row(
 
 
 def beside_ours(rows: list[Measurement]) -> list[Measurement]:
-    """The measurements with their speed beside this project's."""
+    """Adds the speed relative to this project's to the measurements."""
     ours = {row.part: row.seconds for row in rows if row.implementation == OURS}
     return [
         row if row.implementation == OURS else row._replace(ratio=ours[row.part] / row.seconds)

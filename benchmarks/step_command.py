@@ -29,52 +29,52 @@ class Step:
 
     network: Network = "r50"
     batch: int = 128
-    """Over all devices."""
+    """Batch size over all devices."""
     classes: int = 100_000
     """Identities."""
     devices: int = 1
-    """On a CPU as many as asked for are made."""
+    """Number of devices; on a CPU, any number is simulated."""
     dtype: Dtype = "float32"
     """Compute type of the convolutions and of the head's products."""
     sample_rate: float = 1.0
-    """Partial FC: the share of the classes that take part."""
+    """Partial FC: the share of the classes in a step."""
     repeats: int = 5
-    """Counted runs of each part, the median of which is given."""
+    """Timed runs of each part; the median is reported."""
     against: Literal["none", "torch"] = "none"
-    """Time the torch twin too, in turn, in the fastest of its forms."""
+    """Also time the torch twin, in turn, in its fastest form."""
     torch_forms: tuple[TorchForm, ...] = ("plain", "channels_last", "channels_last+compile")
     """The forms to try; torch.compile needs a C++ compiler, and minutes for a large network."""
     reference: Path | None = None
-    """A checkout of arcface_torch, whose own step is timed on the same GPU before."""
+    """A checkout of arcface_torch, whose own step is timed on the same GPU first."""
     host_overhead: bool = False
-    """Time the call of the step alone, without the devices' work."""
+    """Time the call of the step without the devices' work."""
     table: bool = False
-    """The published speed table beside the memory that this project's step needs; runs nothing."""
+    """The published speed table with the memory that this project's step needs; runs nothing."""
     output: Path = Path("runs/benchmark_step")
     """Folder for step.json, step_table.json or host_overhead.json."""
 
 
 class Others(NamedTuple):
-    """Implementations that this package does not know, as functions of a case."""
+    """Implementations outside this package, as functions of a case."""
 
     torch: Callable[[Case], Any]
-    """Gives a `benchmarks.step_twin.Twin`."""
+    """Makes a `benchmarks.step_twin.Twin`."""
     torch_precision: Callable[[], str]
     reference: Callable[[Case], tuple[float, step.Program]]
 
 
 def run(arguments: Step, others: Callable[[], Others]) -> dict[str, Any]:
-    """Does what the options ask for, prints it, writes it.
+    """Measures what the options select, prints it and writes it.
 
     Args:
       arguments: the options.
-      others: called only where they are asked for.
+      others: only called if selected.
 
     Returns:
-      What RESULT says.
+      The contents of RESULT.
 
     Raises:
-      UserError: the options ask for what cannot be.
+      UserError: the options are inconsistent.
     """
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats {arguments.repeats} must be 1 or more")
@@ -95,7 +95,7 @@ def run(arguments: Step, others: Callable[[], Others]) -> dict[str, Any]:
         arguments.dtype,
         arguments.sample_rate,
     )
-    step.make_config(case)  # better refused now than after the others have run
+    step.make_config(case)  # fail before the others have run
     if arguments.host_overhead:
         return _host_overhead(arguments, case)
     return _measure(arguments, case, others)
@@ -105,7 +105,7 @@ def _measure(arguments: Step, case: Case, others: Callable[[], Others]) -> dict[
     words = []
     reference = others().reference(case) if arguments.reference else None
     if arguments.against == "torch":
-        # JAX would otherwise take most of a GPU's memory for itself at the start.
+        # Otherwise JAX reserves most of a GPU's memory at start.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     meshes.ask_for_cpu_devices(case.devices)
     machine = timing.machine()
@@ -135,7 +135,7 @@ def _measure(arguments: Step, case: Case, others: Callable[[], Others]) -> dict[
 
 
 def _tried(trials: dict[str, float | str]) -> str:
-    """Each form's time, or what stood in its way."""
+    """Describes each form's time, or why it failed."""
     return "; ".join(
         f"{form} {1000 * found:.0f} ms" if isinstance(found, float) else f"{form} ({found})"
         for form, found in trials.items()
@@ -216,7 +216,7 @@ def _table(arguments: Step) -> dict[str, Any]:
 
 
 def _show(table: Table) -> None:
-    """Wide enough for its numbers, where they go into a file too."""
+    """Prints a table wide enough for its numbers, also if redirected to a file."""
     Console(width=max(112, Console().width)).print(table)
 
 
@@ -227,7 +227,7 @@ def _text(value: float | None, form: str, *, unit: int = 1) -> str:
 def _finish(
     path: Path, measured: dict[str, Any], machine: dict[str, str | int], words: list[str]
 ) -> dict[str, Any]:
-    """Prints what the table does not say, and writes all of it."""
+    """Prints what the table does not show, and writes everything."""
     print(*words, sep="\n")
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""arcface_torch's published speed table beside what this project's step needs on each device.
+"""Compare arcface_torch's published speed table with the memory of this project's step.
 
-Published: insightface's recognition/arcface_torch README of 2021, on 8 x V100-32GB. This
-project's bytes come from the real train step, compiled for eight devices from shapes; nothing is
-allocated. Temporaries are those that XLA's CPU backend lays out; a GPU's differ, most of all in
-what 16 bits save.
+Published: insightface's recognition/arcface_torch README of 2021, on 8 x V100-32GB. This project's
+bytes come from the real train step, compiled for eight devices from shapes; nothing is allocated.
+Temporaries are laid out by XLA's CPU backend; a GPU's differ, mostly in the savings of 16 bits.
 """
 
 import time
@@ -25,7 +24,7 @@ CASES: tuple[tuple[Network, int, int], ...] = (
 )
 """Network, classes and global batch of the published table's columns."""
 
-# samples/s over all GPUs, GB on each.
+# samples/s over all GPUs, GB per GPU.
 PUBLISHED = {
     "model parallel, float32": ((1362, 27.3), (1600, 30.3), (482, 32.1)),
     "model parallel, float16": ((2006, 20.3), (2165, 26.6), (767, 32.1)),
@@ -39,19 +38,19 @@ METHODS: dict[str, tuple[Dtype, float]] = {
     "Partial FC 0.1, bfloat16": ("bfloat16", 0.1),
     "Partial FC 0.1, float16": ("float16", 0.1),
 }
-"""This project's, by compute type and sample rate; without one, blocked full softmax."""
+"""This project's methods by compute type and sample rate; without one, blocked full softmax."""
 
 
 class Row(NamedTuple):
-    """One method on one case; bytes are those of each of eight devices."""
+    """One method on one case; bytes are per device, of eight."""
 
     network: str
     classes: int
     batch: int
     method: str
     source: str
-    """`published`, `compiled` (this project's step), or `sum` (its backbone and a dense head, which
-    were compiled apart)."""
+    """`published`, `compiled` (this project's step), or `sum` (its backbone and a dense head,
+    compiled separately)."""
     state_bytes: int | None = None
     temporary_bytes: int | None = None
     total_bytes: int | None = None
@@ -63,11 +62,11 @@ class Row(NamedTuple):
 def measure(
     *, cases: tuple[tuple[Network, int, int], ...] = CASES, say: Callable[[str], None]
 ) -> list[Row]:
-    """All rows of the table.
+    """Computes all rows of the table.
 
     Args:
       cases: network, classes and global batch.
-      say: told about each row when it is there, for the whole takes minutes.
+      say: called with each finished row, because the whole takes minutes.
     """
     rows = []
     for network, classes, batch in cases:
@@ -97,7 +96,7 @@ def _rows(network: Network, classes: int, batch: int) -> Iterator[Row]:
 
 
 def _compiled(case: Case, method: str) -> Row:
-    """This project's step from shapes."""
+    """Compiles this project's step from shapes."""
     config, mesh = make_config(case), meshes.make(case.devices)
     begin = time.perf_counter()
     state = step.abstract_state(config, num_classes=case.classes, mesh=mesh)
@@ -111,11 +110,11 @@ def _compiled(case: Case, method: str) -> Row:
 
 
 def _with_dense_head(row: Row, dtype: Dtype) -> Row:
-    """The same with the logits stored: what the head alone asks for, added to the backbone's step.
+    """Adds a dense head, which stores the logits, to the backbone's step.
 
-    At most that much: the backbone keeps its activations while the head runs, but its own largest
-    moment, in the backward pass, comes when the logits are gone. The blocked head's tens of MiB
-    stay in the sum.
+    This is an upper bound: the backbone keeps its activations while the head runs, but its peak, in
+    the backward pass, comes after the logits are freed. The blocked head's tens of MiB are included
+    in the sum.
     """
     case = head.Case(row.classes, row.batch, DEVICES, dtype=dtype)
     dense = head.compile_method("model parallel", case).temporary_bytes

@@ -1,7 +1,7 @@
 """The torch twin of a network in training, for `scripts/benchmark.py step --against torch`.
 
-Its step is plain PyTorch on one device: the twin under autocast, a dense CosFace head, the gradient
-clipped, and torch's SGD. The form in which it is fastest here is found by trial.
+Its step is plain PyTorch on one device: the twin under autocast, a dense CosFace head, gradient
+clipping, and torch's SGD. Its fastest form on this machine is found by trial.
 """
 
 import time
@@ -21,27 +21,27 @@ _SCALE, _MARGIN = 64.0, 0.4
 
 
 class Twin(NamedTuple):
-    """The twin as programs, and how they came to be."""
+    """The twin as programs, and how they were chosen."""
 
     form: str
-    """The fastest."""
+    """The fastest form."""
     trials: dict[str, float | str]
-    """Seconds of forward and backward pass in each form, or why it could not be had."""
+    """Seconds of forward and backward pass in each form, or why it failed."""
     programs: dict[str, Program]
-    """By part, as `benchmarks.step.PARTS`."""
+    """Programs by part, as in `benchmarks.step.PARTS`."""
 
 
 def make(case: Case, *, forms: tuple[str, ...]) -> Twin:
-    """Prepares the twin on the GPU, where there is one, or the CPU, in its fastest form.
+    """Prepares the twin in its fastest form, on the GPU if there is one, otherwise on the CPU.
 
     Args:
       case: the size; one device, all classes.
-      forms: `plain`, `channels_last`, `channels_last+compile`: those to be tried.
+      forms: forms to try, of `plain`, `channels_last`, `channels_last+compile`.
 
     Raises:
-      UserError: it runs in none of the forms.
+      UserError: no form runs.
     """
-    torch.backends.cudnn.benchmark = True  # as arcface_torch has it
+    torch.backends.cudnn.benchmark = True  # as in arcface_torch
     trials: dict[str, float | str] = {}
     best: tuple[float, str, dict[str, Callable[[], None]]] | None = None
     for form in forms:
@@ -49,7 +49,7 @@ def make(case: Case, *, forms: tuple[str, ...]) -> Twin:
             runs = _parts(case, form)
             runs["forward+backward"]()
             seconds = median(_seconds(runs["forward+backward"]) for _ in range(3))
-        except Exception as error:  # torch.compile fails in many ways where there is no compiler
+        except Exception as error:  # torch.compile fails in many ways without a compiler
             if not form.endswith("compile"):
                 raise
             trials[form] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -64,14 +64,14 @@ def make(case: Case, *, forms: tuple[str, ...]) -> Twin:
 
 
 def precision() -> str:
-    """How float32 products are taken: torch's defaults."""
+    """Describes how float32 products are computed: torch's defaults."""
     convolutions = "TF32" if torch.backends.cudnn.allow_tf32 else "float32"
     products = torch.get_float32_matmul_precision()
     return f"float32 products {products}, float32 convolutions on a GPU {convolutions}"
 
 
 def _parts(case: Case, form: str) -> dict[str, Callable[[], None]]:
-    """Functions that do each part once, and wait for it."""
+    """Returns functions that run each part once, and wait for it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.contiguous_format if form == "plain" else torch.channels_last
     network: Any = twins.build(case.network)
@@ -116,7 +116,7 @@ def _parts(case: Case, form: str) -> dict[str, Callable[[], None]]:
     def waited(part: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch's advice on its own compiler
+                warnings.simplefilter("ignore")  # torch's advice about its compiler
                 part()
             if device.type == "cuda":
                 torch.cuda.synchronize()

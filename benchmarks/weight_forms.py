@@ -1,4 +1,4 @@
-"""Every network through every form of weights: written, read back, and its embeddings compared.
+"""Write every network in every format of weights, read it back, and compare embeddings.
 
 python -m benchmarks.weight_forms r50 [--faces lfw_dev.bin]   measures one network and prints JSON
 """
@@ -32,13 +32,13 @@ from arcface_jax.training.network import Network
 from benchmarks import modelzoo
 
 BEGIN = "<!-- begin: scripts/modelzoo.py --forms -->"
-# torch's exporter through TorchScript, which most published files are of.
+# torch's exporter through TorchScript, the source of most published files.
 _TORCHSCRIPT = {"dynamo": False, "opset_version": 14}
 _NOT_FOLDED = {"do_constant_folding": False, "training": torch.onnx.TrainingMode.PRESERVE}
 
 
 class _Written(NamedTuple):
-    """What a form is written from."""
+    """Input for writing a form."""
 
     network: str
     state: StateDict
@@ -47,7 +47,7 @@ class _Written(NamedTuple):
 
 
 def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
-    """Measures a network with fresh weights whose statistics are those of a training pass.
+    """Measures a network with fresh weights and the statistics of a training pass.
 
     Args:
       network: a name in `arcface_jax.models.registry.NETWORKS` that has a torch twin.
@@ -74,7 +74,7 @@ def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """Returns the rows as Markdown."""
     titles = [title for title, _ in _FORMS.values()]
     lines = [f"| network | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
     for row in rows:
@@ -112,7 +112,7 @@ def _torch_onnx(written: _Written, options: dict[str, Any]) -> tuple[Arrays, Arr
     module = twins.load(written.network, written.state).eval()
     images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchScript's exporter is deprecated, and in wide use
+        warnings.simplefilter("ignore")  # TorchScript's exporter is deprecated but widely used
         torch.onnx.export(module, (images,), str(path), **(_TORCHSCRIPT | options))
     return _read_onnx(written, path)
 

@@ -6,7 +6,7 @@
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.88 / 97.32,
 AgeDB-30 98.48, CFP-FP 99.29, LFW 99.82. Not yet reproduced with this project.
 
-A tenth of the class centers takes part in each step (Partial FC); --head.sample-rate 1 trains all.
+Each step uses a tenth of the class centers (Partial FC); --head.sample-rate 1 uses all.
 """
 
 from arcface_jax.config import Config

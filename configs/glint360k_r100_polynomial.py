@@ -6,7 +6,7 @@
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 96.38 / 97.55,
 MFR-ALL 89.52. Not yet reproduced with this project.
 
-All classes take part in each step; glint360k_r100 has the settings of 2021 and a tenth.
+Every step uses all classes; glint360k_r100 has the settings of 2021 and samples a tenth.
 """
 
 from arcface_jax.config import Config

@@ -6,7 +6,7 @@
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.61 / 96.97,
 AgeDB-30 98.38, CFP-FP 99.20, LFW 99.83. Not yet reproduced with this project.
 
-A tenth of the class centers takes part in each step (Partial FC); --head.sample-rate 1 trains all.
+Each step uses a tenth of the class centers (Partial FC); --head.sample-rate 1 uses all.
 """
 
 from arcface_jax.config import Config

@@ -6,7 +6,7 @@
 Published, on 8 GPUs with 128 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.81 / 97.16,
 MFR-ALL 86.34. Not yet reproduced with this project.
 
-All classes take part in each step; glint360k_r50 has the settings of 2021 and a tenth.
+Every step uses all classes; glint360k_r50 has the settings of 2021 and samples a tenth.
 """
 
 from arcface_jax.config import Config

@@ -14,7 +14,7 @@ def get_config() -> c.Config:
     return c.Config(
         data=c.DataConfig(global_batch_size=64),
         model=c.ModelConfig(network="r_tiny", dtype="float32", bn_batch_size=64),
-        # Half the usual scale and a small margin: most of these people have a single image.
+        # Half the usual scale and a small margin, because most of these people have a single image.
         head=c.HeadConfig(loss="cosface", margin=0.3, scale=32.0, dtype="float32"),
         optimizer=c.OptimizerConfig(learning_rate=0.1, weight_decay=1e-3),
         schedule=c.ScheduleConfig(epochs=5, warmup_epochs=0.5),

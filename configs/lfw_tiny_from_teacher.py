@@ -1,4 +1,4 @@
-"""r_tiny on Labeled Faces in the Wild with a teacher: lfw_tiny, and the cosine to its embeddings.
+"""r_tiny on Labeled Faces in the Wild with a teacher: lfw_tiny plus the cosine to its embeddings.
 
     python scripts/train.py configs/lfw_tiny_from_teacher.py --data.path FOLDER \\
         --distill.teacher mobilefacenet_y1.onnx --workdir runs/lfw_tiny_from_teacher
@@ -16,6 +16,6 @@ from arcface_jax.config import loading
 def get_config() -> c.Config:
     return dataclasses.replace(
         loading.read_recipe("lfw_tiny"),
-        # As heavy as the head's gradient, whose scale is 32.
+        # As strong as the head's gradient, whose scale is 32.
         distill=c.DistillConfig(teacher="mobilefacenet_y1.onnx", views="both", weight=32.0),
     )

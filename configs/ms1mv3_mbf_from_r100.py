@@ -1,4 +1,4 @@
-"""mbf on MS1MV3 with r100 as teacher: ms1mv3_mbf, and the cosine to the teacher's embeddings.
+"""mbf on MS1MV3 with r100 as teacher: ms1mv3_mbf plus the cosine to the teacher's embeddings.
 
     python scripts/train.py configs/ms1mv3_mbf_from_r100.py \\
         --data.path data/ms1m-retinaface-t1 --distill.teacher runs/ms1mv3_r100 \\
@@ -17,6 +17,6 @@ from arcface_jax.config.recipes import MS1MV3, ms1m
 def get_config() -> Config:
     return dataclasses.replace(
         ms1m("mbf", path=MS1MV3, epochs=40, weight_decay=1e-4),
-        # As heavy as the head's gradient, whose scale is 64.
+        # As strong as the head's gradient, whose scale is 64.
         distill=DistillConfig(teacher="runs/ms1mv3_r100", weight=64.0),
     )

@@ -6,7 +6,7 @@
 Published, on 32 GPUs with 512 images each, in fp16: IJB-C TAR at FAR 1e-5 / 1e-4 95.88 / 97.51,
 MFR-ALL 93.08. Not yet reproduced with this project.
 
-Only the classes in the batch take part: at most 16,384 of 2,059,906, the 0.008 of the name.
+Each step uses only the classes in the batch: at most 16,384 of 2,059,906, the 0.008 in the name.
 """
 
 from arcface_jax.config import Config

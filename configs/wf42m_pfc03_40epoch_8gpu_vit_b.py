@@ -7,7 +7,7 @@ WebFace42M (2,059,906 identities, 42,474,557 images). Published, on 8 GPUs with 
 fp16: IJB-C TAR at FAR 1e-5 / 1e-4 97.05 / 97.91, MFR-ALL 97.16. Not yet reproduced with this
 project.
 
-insightface takes twelve such batches before each update, so that an update sees 24,576 images.
+insightface accumulates twelve such batches before each update, which then sees 24,576 images.
 """
 
 from arcface_jax.config import Config

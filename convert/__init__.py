@@ -1,4 +1,4 @@
-"""The conversion commands of a checkout: `python -m convert.to_torch` and its neighbors.
+"""Conversion commands for a checkout: `python -m convert.to_torch` and others.
 
 The code is in `arcface_jax.convert`. Importing a module from here still works, with a warning, and
 stops working in the release after 0.2.
@@ -21,10 +21,10 @@ _ELSEWHERE = {
 
 
 def moved(name: str) -> ModuleType:
-    """The module that `convert.NAME` is today, with a warning.
+    """Returns the present module of `convert.NAME`, with a warning.
 
     Raises:
-      ModuleNotFoundError: there never was one.
+      ModuleNotFoundError: there never was such a module.
     """
     new = _ELSEWHERE.get(name, f"arcface_jax.convert.{name}")
     module = importlib.import_module(new)
@@ -37,7 +37,7 @@ def moved(name: str) -> ModuleType:
 
 
 class _Moved(MetaPathFinder, Loader):
-    """Finds every `convert.NAME` that is not a file here."""
+    """Finds every `convert.NAME` that has no file here."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None):
         package, _, _ = fullname.rpartition(".")

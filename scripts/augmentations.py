@@ -1,4 +1,4 @@
-"""Draws what each augmentation does to a face (docs/input_pipeline.md), and times it.
+"""Draw the effect of each augmentation on a face (docs/input_pipeline.md), and time it.
 
 python scripts/augmentations.py [--path FOLDER] [--output docs/images/augmentations.jpg]
 """
@@ -26,13 +26,13 @@ def main(
     image: int = 0,
     seed: int = 0,
 ) -> Result:
-    """One row for each augmentation: the image itself, and seven outcomes.
+    """Draws a row for each augmentation: the image, and seven results.
 
     Args:
-      path: A training set, as --data.path of train.py takes it.
+      path: A training set, as in --data.path of train.py.
       output: The picture to write.
       image: Number of the image in the set.
-      seed: Of the random numbers.
+      seed: Random seed.
     """
     face, _ = opening.open_source(DataConfig(path=path), seed=0)[image]
     rng = np.random.default_rng(seed)
@@ -52,7 +52,7 @@ def main(
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=75)
     for name, cost in microseconds.items():
-        print(f"{name:24} {cost:7.1f} us of a processor for each image that gets it")
+        print(f"{name:24} {cost:7.1f} us of CPU time per augmented image")
     return Result({"microseconds": microseconds}, [output])
 
 

@@ -1,4 +1,4 @@
-"""Makes a small data set in the file formats of IJB-B or IJB-C, out of labeled aligned faces.
+"""Generate a small data set in the file formats of IJB-B or IJB-C from labeled aligned faces.
 
 python scripts/make_ijb.py --source FOLDER --output runs/small_ijbc
 python scripts/make_ijb.py --source synthetic --output runs/small_ijbc --subjects 40
@@ -21,17 +21,17 @@ class Arguments:
     """Options of `make_ijb.py`."""
 
     output: Path
-    """The folder to make."""
+    """Folder to create."""
     source: str = opening.SYNTHETIC
-    """What --data.path of training takes: a folder with train.rec, or `synthetic`."""
+    """Training set, as in --data.path of train.py: a folder with train.rec, or `synthetic`."""
     protocol: IjbProtocol = "ijbc"
-    """Whose file names."""
+    """Protocol whose file names to use."""
     subjects: int = 40
-    """People, with three images each or more."""
+    """Number of people, with at least three images each."""
     pairs: int = 10_000
-    """Pairs of different people, as far as there are so many; pairs of one person come on top."""
+    """Pairs of different people, if there are enough; pairs of one person are added."""
     seed: int = 0
-    """The same seed, the same files."""
+    """Random seed; determines the files."""
 
 
 @command

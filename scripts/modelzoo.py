@@ -1,9 +1,9 @@
-"""Measures every network and its exports, and writes the table of docs/modelzoo.md.
+"""Measure every network and its exports, and write the table of docs/modelzoo.md.
 
 python scripts/modelzoo.py [--forms] [--networks r18 r50] [--faces lfw_dev.bin]
 
-Rows of networks that are not named stay as they are, in docs/modelzoo.json and in the page; of the
-table of --forms in docs/modelzoo.forms.json.
+Rows of other networks are kept, in docs/modelzoo.json and on the page; for the table of --forms, in
+docs/modelzoo.forms.json.
 """
 
 import sys
@@ -25,11 +25,11 @@ class Arguments:
     """Options of `modelzoo.py`."""
 
     networks: tuple[str, ...] = registry.NETWORKS
-    """Which to measure, each in a process of its own; all when not given."""
+    """Networks to measure, each in a separate process; by default all."""
     faces: Path | None = None
-    """A verification set (.bin) whose first 16 images are used; synthetic faces when not given."""
+    """A verification set (.bin) whose first 16 images are used; by default synthetic faces."""
     forms: bool = False
-    """Measure the other table: weights written to each form and read back."""
+    """Measure the other table: weights written to each format and read back."""
     page: Path = Path("docs/modelzoo.md")
     """The page; its data goes to a .json file of the same name."""
 
@@ -53,7 +53,7 @@ def main(words: Sequence[str], *, prog: str = "modelzoo.py") -> Result:
             row = modelzoo.measure_apart(network, arguments.faces, module=kind.__name__)
         print(kind.table([row]).splitlines()[-1], flush=True)
         rows.append(row)
-        # At once: the next may need more memory than there is.
+        # At once: the next network may need more memory than there is.
         text = kind.table(modelzoo.merge(data, [row]))
         pages.replace(arguments.page, text, begin=kind.BEGIN)
     return Result({row["network"]: row for row in rows}, [arguments.page, data])

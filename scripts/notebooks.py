@@ -1,9 +1,8 @@
-"""Runs the notebooks from top to bottom and stores their outputs in them.
+"""Run the notebooks from top to bottom and store their outputs in them.
 
 python scripts/notebooks.py [notebooks/explore_embeddings.ipynb ...]
 
-Needs `pip install -e '.[notebook,onnx]'`, and a run: runs/demo, or that in
-ARCFACE_JAX_WORKDIR.
+Needs `pip install -e '.[notebook,onnx]'`, and a run: runs/demo, or the one in ARCFACE_JAX_WORKDIR.
 """
 
 import sys
@@ -19,10 +18,10 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a run in its own folder."""
+    """Returns the notebook with the outputs of a run in its own folder."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    # Without the cells' times, which would change at each run.
+    # Without the cells' times, which would change with every run.
     client = nbclient.NotebookClient(notebook, timeout=300, record_timing=False, resources=where)
     return client.execute()
 
@@ -32,7 +31,7 @@ def main(paths: tyro.conf.Positional[tuple[Path, ...]] = ()) -> Result:
     """Executes the notebooks in place.
 
     Args:
-      paths: Notebooks; all of them when not given.
+      paths: Notebooks; by default all.
     """
     chosen = [path.resolve() for path in paths] or sorted(FOLDER.glob("*.ipynb"))
     for path in chosen:

@@ -1,4 +1,4 @@
-"""Draws the pictures of the README and the site: devices and packages, each light and dark.
+"""Draw the pictures of the README and the site: devices and packages, each light and dark.
 
 python scripts/pictures.py [--output docs/images]
 
@@ -53,12 +53,12 @@ THEMES = {
 
 
 class Svg:
-    """A drawing that grows by shapes.
+    """An SVG drawing, built from shapes.
 
     Args:
       width: in pixels.
       height: in pixels.
-      title: what screen readers read.
+      title: text for screen readers.
       theme: the colors.
     """
 
@@ -102,7 +102,7 @@ class Svg:
         bold: bool = False,
         turned: float = 0,
     ) -> None:
-        """Writes a line; y is its base line, and the turn is in degrees clockwise."""
+        """Draws a line of text; y is its base line, and the rotation is in degrees clockwise."""
         weight = ' font-weight="600"' if bold else ""
         turn = f' transform="rotate({turned:g} {x:g} {y:g})"' if turned else ""
         self._lines.append(
@@ -129,12 +129,12 @@ class Svg:
         )
 
     def close(self) -> str:
-        """The whole drawing."""
+        """Returns the whole drawing."""
         return "\n".join([*self._lines, "</svg>", ""])
 
 
 def devices(theme: Theme, *, count: int = 4) -> str:
-    """How batch, backbone and class centers lie on the devices, and what they exchange."""
+    """Draws how batch, backbone and class centers are placed, and what the devices exchange."""
     left, column, gap = 150.0, 158.0, 16.0
     width = left + count * (column + gap)
     title = f"Batch and class centers on {count} devices"
@@ -179,7 +179,9 @@ def devices(theme: Theme, *, count: int = 4) -> str:
 
 
 def layers() -> list[list[str]]:
-    """The names in each layer of the package, from the top, as import-linter holds them."""
+    """Returns the names in each layer of the package, from the top, as in import-linter's
+    contract.
+    """
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
     contracts = settings["tool"]["importlinter"]["contracts"]
     found = next(contract["layers"] for contract in contracts if contract["type"] == "layers")
@@ -187,7 +189,7 @@ def layers() -> list[list[str]]:
 
 
 def imports(names: Iterable[str]) -> dict[str, set[str]]:
-    """Which of the package's parts each part imports."""
+    """Returns which of the package's parts each part imports."""
     graph = grimp.build_graph("arcface_jax", cache_dir=None)
     parts = [f"arcface_jax.{name}" for name in names]
     for part in parts:
@@ -203,7 +205,7 @@ def imports(names: Iterable[str]) -> dict[str, set[str]]:
 
 
 def packages(theme: Theme) -> str:
-    """The parts of the package in their layers, with a dot where a row imports a column."""
+    """Draws the parts of the package in their layers, with a dot where a row imports a column."""
     rows = layers()
     names = [name for row in rows for name in row]
     imported = imports(names)

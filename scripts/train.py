@@ -7,7 +7,7 @@ from arcface_jax import cli
 
 
 def main(words: Sequence[str], *, own_process: bool = False) -> int:
-    """Trains; returns the exit code."""
+    """Trains, and returns the exit code."""
     from arcface_jax.commands import train
 
     return train.main(words, prog="train.py", own_process=own_process)

@@ -1,7 +1,7 @@
-"""Write a training set again with the reviewer's decisions applied; the original stays as it is.
+"""Write a copy of a training set with the reviewer's decisions applied.
 
-Beside the new set lie `applied.csv`, a line for each image or identity that was changed,
-`label_map.csv` (`data.label_map`), and `cleaned.json`: what it was made from.
+The new set's folder also has `applied.csv`, a line for each image or identity that was changed,
+`label_map.csv` (`data.label_map`), and `cleaned.json`, which records its origin.
 """
 
 import csv
@@ -30,7 +30,7 @@ ABOUT = "cleaned.json"
 
 
 class Actions(NamedTuple):
-    """Which decisions are applied."""
+    """Which decisions to apply."""
 
     merge: bool = False
     drop: bool = False
@@ -43,37 +43,37 @@ class Change(NamedTuple):
     action: str
     """merge, drop or relabel."""
     image: int | str
-    """Its number; empty for a whole identity."""
+    """Image number; empty for a whole identity."""
     path: str
     old_label: int
     new_label: int | str
-    """In the new set; empty for what was dropped."""
+    """Label in the new set; empty for dropped images."""
     source: str
-    """The file of the decision."""
+    """File of the decision."""
 
 
 class Plan(NamedTuple):
-    """The labels that images get, still numbered as in the old set."""
+    """The new labels of the images, still numbered as in the old set."""
 
     labels: np.ndarray
-    """(n,) int32: the old label of the identity that an image belongs to now; -1 for none."""
+    """(n,) int32: old label of the identity to which an image now belongs; -1 for none."""
     group: np.ndarray
-    """(C,) int64: the old label that stands for an identity after merging."""
+    """(C,) int64: old label that represents an identity after merging."""
     changes: list[Change]
     undecided: int
-    """Findings whose decision is review."""
+    """Number of findings whose decision is review."""
 
 
 class Applied(NamedTuple):
-    """What was written."""
+    """Summary of what was written."""
 
     files: list[Path]
     images: int
     identities: int
     merged: int
-    """Identities that became part of another."""
+    """Number of identities that were merged into another."""
     dropped: int
-    """Images that were left out."""
+    """Number of images that were left out."""
     relabeled: int
     undecided: int
     skipped: list[str]
@@ -89,14 +89,14 @@ def apply(
     bad: Bad = "stop",
     threads: int = 0,
 ) -> Applied:
-    """Writes the set with decisions applied.
+    """Writes the set with the decisions applied.
 
     Args:
       source: the training set that was cleaned.
-      clean: the output folder of `data clean`.
-      output: a new folder for a record file; or a new list (.csv), of sets of image files.
-      actions: which decisions.
-      force: apply findings of a model that is too weak.
+      clean: output folder of `data clean`.
+      output: a new folder for a record file, or a new list (.csv) for sets of image files.
+      actions: which decisions to apply.
+      force: apply findings even if the model is too weak.
       bad: as `packing.pack`.
       threads: as `packing.pack`.
 
@@ -142,10 +142,10 @@ def apply(
 
 
 def make_plan(source: Source, clean: Path, actions: Actions) -> Plan:
-    """What the decisions make of each label: images are relabeled, identities merged, then dropped.
+    """Computes each image's new label: relabels images, merges identities, then drops.
 
     Raises:
-      DataError: a file is damaged, or a decision names no image or label of the set.
+      DataError: a file is damaged, or a decision names an unknown image or label.
     """
     labels = np.array(source.labels(), np.int32)
     group = np.arange(source.num_classes)
@@ -190,11 +190,11 @@ def make_plan(source: Source, clean: Path, actions: Actions) -> Plan:
 
 
 def select(source: Source, plan: Plan) -> tuple[Selection, np.ndarray]:
-    """The images of the new set, and where each old label went.
+    """Returns the images of the new set, and the new label of each old one.
 
     Returns:
-      The selection, which renumbers the identities that still have images in their old order; and
-      (C,) int64, the new label of each old one, -1 for one that has no images any more.
+      The selection, which renumbers the remaining identities in their old order; and (C,) int64,
+      the new label of each old one, -1 if it has no images left.
     """
     kept = np.flatnonzero(plan.labels >= 0)
     if not len(kept):
@@ -208,12 +208,13 @@ def select(source: Source, plan: Plan) -> tuple[Selection, np.ndarray]:
 
 
 def groups_in(path: Path, *, num_classes: int) -> np.ndarray:
-    """(C,) int64: groups of identities that may be one person, by a reviewed duplicates.csv.
+    """Returns (C,) int64: groups of identities that may be one person, from duplicates.csv.
 
-    Pairs to merge or to review count, for a split must not depend on what is undecided.
+    Both pairs to merge and pairs to review count, because a split must not separate undecided
+    pairs.
 
     Args:
-      path: of the file.
+      path: path of the file.
       num_classes: C.
 
     Raises:
@@ -228,11 +229,11 @@ def groups_in(path: Path, *, num_classes: int) -> np.ndarray:
 
 
 def select_merged(source: Source, path: Path, *, counts: Sequence[int]) -> Selection:
-    """All images of joined sets, with identities of the first two merged by a merge.csv.
+    """Selects all images of joined sets, merging identities of the first two by a merge.csv.
 
     Args:
       source: the joined sets.
-      path: of merge.csv.
+      path: path of merge.csv.
       counts: identities of the first and of the second set.
 
     Raises:
@@ -253,7 +254,7 @@ def select_merged(source: Source, path: Path, *, counts: Sequence[int]) -> Selec
 
 
 def _rows(path: Path, name: str) -> Iterator[files.Row]:
-    """The lines of a file; none where that detector was not run."""
+    """Yields the rows of a file; none if its detector was not run."""
     return iter(files.read(path, name) if path.exists() else ())
 
 
@@ -262,14 +263,14 @@ def _of_image(action: str, source: Source, index: int, old: int, new: int | str)
 
 
 def _settled(change: Change, group: np.ndarray) -> Change:
-    """With the label of the group that an image was moved to."""
+    """Replaces the label that an image was moved to by the label of its group."""
     if change.new_label == "":
         return change
     return change._replace(new_label=int(group[change.new_label]))
 
 
 def _largest_of_each(group: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Each group under the label of its identity with most images, the lower one of several."""
+    """Labels each group by its identity with most images; ties go to the lower label."""
     order = np.lexsort((np.arange(len(group)), -counts, group))
     _, first = np.unique(group[order], return_index=True)
     return order[first][np.unique(group, return_inverse=True)[1]]

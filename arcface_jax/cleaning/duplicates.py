@@ -1,4 +1,4 @@
-"""Identities that are one person under two labels.
+"""Find pairs of identities that are one person under two labels.
 
 Every identity's nearest neighbors are candidates: by class centers of a run, or by centroids. A
 candidate is verified by the cosine of the two centroids. Class centers only propose, because
@@ -16,15 +16,15 @@ from arcface_jax.cleaning.thresholds import Threshold
 from arcface_jax.evaluation.embeddings import normalize
 
 PRECISION = 0.91
-"""Lowest expected precision of the pairs that are merged."""
+"""Lowest expected precision of the merged pairs."""
 SAMPLE = 5
-"""Images of each identity by which candidates from class centers are verified."""
-_ALIKE = 0.5  # of the median cosine of an image with the rest of its identity
-_LISTED = 0.5  # of the median true score, down to which pairs are listed
+"""Images per identity to verify candidates from class centers."""
+_ALIKE = 0.5  # share of the median cosine of an image with its identity
+_LISTED = 0.5  # share of the median true score above which pairs are listed
 _SPLITS = 4
-_FEWEST = 4  # images of an identity that is split in halves
-_LOWEST = 0.05  # cosine of any candidate
-_PER_IDENTITY = 8  # candidates that are kept, on average
+_FEWEST = 4  # images of an identity to split it in halves
+_LOWEST = 0.05  # lowest cosine of a candidate
+_PER_IDENTITY = 8  # candidates to keep, on average
 
 
 class Duplicates(NamedTuple):
@@ -35,13 +35,13 @@ class Duplicates(NamedTuple):
     score: np.ndarray
     """(p,) float32 cosines of their centroids."""
     mutual: np.ndarray
-    """(p,) bool: each is the other's nearest."""
+    """(p,) bool: whether each is the other's nearest neighbor."""
     merge: np.ndarray
-    """(p,) bool: mutual and above the threshold; the others need a look."""
+    """(p,) bool: mutual and above the threshold; the others need a review."""
     threshold: Threshold
 
     def groups(self, num_classes: int) -> np.ndarray:
-        """(C,) int64: the smallest label of each identity's group."""
+        """Returns (C,) int64: the smallest label of each identity's group."""
         return groups_of(num_classes, self.pairs[self.merge])
 
 
@@ -49,13 +49,13 @@ def find(images: Identities, *, seed: int, candidates: np.ndarray | None = None)
     """Finds pairs of identities that are likely one person.
 
     Args:
-      images: the training set; with `candidates`, the images that verify them.
-      seed: of the split halves.
+      images: the training set; with `candidates`, the images to verify them.
+      seed: random seed of the split halves.
       candidates: (p, 2) int labels from class centers; by default all centroids are compared.
     """
     centroids = images.centroids()
     if candidates is None:
-        # A pair of which neither is the other's nearest is no candidate.
+        # A pair without a nearest neighbor in either direction is not a candidate.
         most = _PER_IDENTITY * images.num_classes
         found = neighbors.similar_pairs(centroids, threshold=_LOWEST, most=most)
         pairs, score = np.stack([found.first, found.second], axis=1), found.score
@@ -78,7 +78,7 @@ def find(images: Identities, *, seed: int, candidates: np.ndarray | None = None)
 
 
 def _false_pairs(highest: np.ndarray) -> Callable[[float], float]:
-    """How many mutual pairs of different people are expected above a threshold.
+    """Estimates the number of mutual pairs of different people above a threshold.
 
     Args:
       highest: (k,) cosine of each identity's nearest other one.
@@ -92,7 +92,7 @@ def _false_pairs(highest: np.ndarray) -> Callable[[float], float]:
 def nearest_of(
     pairs: np.ndarray, score: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each label's partner in its first pair.
+    """Finds each label's partner in its first pair.
 
     Args:
       pairs: (p, 2) int, the most similar first.
@@ -110,24 +110,26 @@ def nearest_of(
 
 
 def half_cosines(images: Identities, *, seed: int, splits: int = _SPLITS) -> np.ndarray:
-    """(k,) float64: cosines of the centroids of two random halves of one identity.
+    """Returns (k,) float64: cosines of the centroids of two random halves of one identity.
 
-    Identities of at least four images are split, several times: this is how two labels of one
-    person look in this set.
+    Identities with at least four images are split several times: the halves resemble two labels of
+    one person in this set.
     """
     first, second = halves(trimmed(images), seed=seed, splits=splits)
     return np.einsum("nd,nd->n", first, second).astype(np.float64)
 
 
 def trimmed(images: Identities) -> Identities:
-    """Without images that hardly resemble the rest of their identity, most of them mislabeled."""
+    """Returns the images without those unlike the rest of their identity, which are mostly
+    mislabeled.
+    """
     own = images.own()
     known = own[~np.isnan(own)]
     return images.without(own < _ALIKE * np.median(known)) if len(known) else images
 
 
 def halves(images: Identities, *, seed: int, splits: int) -> tuple[np.ndarray, np.ndarray]:
-    """(k, D) float32 each: centroids of two random halves of identities, split after split."""
+    """Returns (k, D) float32 each: centroids of two random halves of identities, for all splits."""
     random = np.random.default_rng(seed)
     order, starts = images.sorted()
     counts = np.diff(starts)

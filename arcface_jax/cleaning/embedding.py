@@ -1,4 +1,4 @@
-"""Embeddings of a training set or of pairs, one pass, in a store that resumes after any stop."""
+"""Embed a training set or pairs in one pass, into a store that can be resumed."""
 
 import json
 import sys
@@ -25,42 +25,42 @@ from arcface_jax.runtime.sealed import array_digest
 from arcface_jax.runtime.text import shown
 
 SHARD = 2048
-"""Images that are embedded together; what an interrupted call had of a shard is lost."""
+"""Images embedded together; an interrupted call loses its current shard."""
 _THREADS = 4
 Read = Callable[[np.ndarray], tuple[np.ndarray, dict[int, str]]]
-"""(n,) image numbers to (n, 112, 112, 3) uint8 RGB, and what is wrong with some, by place."""
+"""(n,) image numbers -> (n, 112, 112, 3) uint8 RGB, and the errors by position."""
 
 
 class Images(NamedTuple):
-    """What is embedded."""
+    """Images to embed."""
 
     number: int
     read: Read
     facts: Mapping[str, Any]
-    """Plain JSON that tells these images from others."""
+    """Plain JSON that identifies these images."""
 
 
 class Embedded(NamedTuple):
-    """The embeddings of some images."""
+    """Embeddings of a set of images."""
 
     embeddings: np.ndarray
     """(n, D) float32 of length 1; zeros for an unreadable image."""
     unreadable: dict[int, str]
-    """What is wrong with an image, by number."""
+    """Error of each unreadable image, by number."""
 
     def identities(self, labels: np.ndarray, num_classes: int) -> Identities:
-        """By identity; unreadable images are in none."""
+        """Groups the embeddings by identity, without unreadable images."""
         known = labels.astype(np.int32, copy=True)
         known[list(self.unreadable)] = -1
         return Identities(self.embeddings, known, num_classes)
 
 
 def of_source(source: Source, *, chosen: np.ndarray | None = None) -> Images:
-    """The images of a training set.
+    """Returns the images of a training set.
 
     Args:
       source: the training set.
-      chosen: (n,) int64 numbers of the images; all of them when not given.
+      chosen: (n,) int64 numbers of the images; by default all.
     """
     numbers = np.arange(len(source)) if chosen is None else chosen
 
@@ -75,23 +75,23 @@ def of_source(source: Source, *, chosen: np.ndarray | None = None) -> Images:
 
 
 def of_pairs(pairs: PairSet) -> Images:
-    """The images of a verification set."""
+    """Returns the images of a verification set."""
     facts = {"data": fingerprint.of_arrays(pairs.images)}
     return Images(len(pairs.images), lambda places: (pairs.images[places], {}), facts)
 
 
 def embed(model: Model, images: Images, folder: Path, *, name: str) -> Embedded:
-    """Embeds every image once; the same call resumes where it was stopped.
+    """Embeds every image once; the same call resumes after an interruption.
 
     Args:
       model: the network.
-      images: what to embed.
-      folder: of the shards; made where it is missing.
-      name: of the images, for the progress bar.
+      images: the images to embed.
+      folder: folder of the shards; created if missing.
+      name: name of the images, for the progress bar.
 
     Raises:
-      DataError: the folder holds embeddings of another model or other images, or an embedding is
-        not finite.
+      DataError: the folder has embeddings of another model or other images, or an embedding is not
+        finite.
       UserError: the folder cannot be written.
     """
     store = Store(folder, "embeddings-{:05d}.npy", beside="unreadable-{:05d}.json")
@@ -113,7 +113,7 @@ def embed(model: Model, images: Images, folder: Path, *, name: str) -> Embedded:
 def _shards(
     images: Images, missing: list[int], *, name: str
 ) -> Iterator[tuple[int, np.ndarray, dict[int, str]]]:
-    """The images of each missing shard; the next is read meanwhile."""
+    """Yields the images of each missing shard, reading the next one ahead."""
 
     def begin(number: int) -> tuple[np.ndarray, dict[int, str]]:
         return images.read(np.arange(number * SHARD, min((number + 1) * SHARD, images.number)))

@@ -1,6 +1,6 @@
-"""The files of a clean: findings as CSV with a `decision` column, and clean.json about them.
+"""Files of `data clean`: findings as CSV with a `decision` column, and clean.json about them.
 
-A reviewer edits `decision` and nothing else. An extra column is kept by spreadsheets and not read.
+Reviewers only edit `decision`. Extra columns are ignored.
 """
 
 import csv
@@ -44,7 +44,7 @@ DECISIONS: Mapping[str, tuple[str, ...]] = {
     OVERLAP: ("drop", "keep", "review"),
     MERGE: ("merge", "keep", "review"),
 }
-"""What `decision` may be in each file; `review` is undecided and changes nothing."""
+"""Values of `decision` in each file; `review` is undecided and changes nothing."""
 Row = dict[str, str]
 
 
@@ -52,8 +52,8 @@ def write(folder: Path, name: str, rows: Iterable[Sequence[object]]) -> Path:
     """Writes a CSV of `COLUMNS`; floats get four decimals.
 
     Args:
-      folder: where to.
-      name: of the file.
+      folder: output folder.
+      name: name of the file.
       rows: the cells of each line.
     """
     with atomic(folder / name, newline="") as file:
@@ -70,14 +70,14 @@ def _cell(value: object) -> object:
 
 
 def read(path: Path, name: str) -> list[Row]:
-    """The lines of a CSV, by column.
+    """Reads the rows of a CSV, by column.
 
     Args:
-      path: of the file, under whatever name.
-      name: which of `COLUMNS` it has.
+      path: path of the file, which may have any name.
+      name: its key in `COLUMNS`.
 
     Raises:
-      DataError: there is no such file, a column is missing, or a decision is unknown.
+      DataError: the file does not exist, a column is missing, or a decision is unknown.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -104,16 +104,16 @@ def read(path: Path, name: str) -> list[Row]:
 
 
 def number(path: Path, row: Row, column: str, *, below: int) -> int:
-    """A cell that is a label or an image number.
+    """Parses a cell with a label or an image number.
 
     Args:
-      path: of the file, for the message.
+      path: path of the file, for the message.
       row: the line.
-      column: of the cell.
-      below: how many labels or images there are.
+      column: column of the cell.
+      below: number of labels or images.
 
     Raises:
-      DataError: it is not one of them.
+      DataError: it is not a number in the range.
     """
     text = row[column]
     if not (text.isascii() and text.isdecimal() and int(text) < below):
@@ -125,10 +125,10 @@ def number(path: Path, row: Row, column: str, *, below: int) -> int:
 
 
 def write_about(folder: Path, content: Mapping[str, Any], *, files: Sequence[Path]) -> Path:
-    """Writes clean.json with the checksum of each file as it was found.
+    """Writes clean.json with the checksum of each file.
 
     Args:
-      folder: where to.
+      folder: output folder.
       content: plain JSON.
       files: the CSVs.
     """
@@ -139,10 +139,10 @@ def write_about(folder: Path, content: Mapping[str, Any], *, files: Sequence[Pat
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What `write_about` wrote.
+    """Reads what `write_about` wrote.
 
     Raises:
-      DataError: there is none, or it is damaged.
+      DataError: the file is missing or damaged.
     """
     path = folder / ABOUT
     try:

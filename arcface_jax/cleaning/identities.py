@@ -7,11 +7,11 @@ import numpy as np
 
 from arcface_jax.evaluation.embeddings import normalize
 
-_ROWS = 65_536  # whose products are in memory together
+_ROWS = 65_536  # rows whose products are in memory together
 
 
 class Identities(NamedTuple):
-    """The images of a training set as a model sees them."""
+    """Embeddings of a training set with their labels."""
 
     embeddings: np.ndarray
     """(n, D) float32 of length 1; zeros for an unreadable image."""
@@ -20,12 +20,12 @@ class Identities(NamedTuple):
     num_classes: int
 
     def counts(self) -> np.ndarray:
-        """(C,) int64: readable images of each identity."""
+        """Returns (C,) int64: number of readable images of each identity."""
         known = self.labels[self.labels >= 0]
         return np.bincount(known, minlength=self.num_classes)
 
     def sums(self) -> np.ndarray:
-        """(C, D) float32: the sum of each identity's embeddings."""
+        """Returns (C, D) float32: the sum of each identity's embeddings."""
         sums = np.zeros((self.num_classes, self.embeddings.shape[1]), np.float32)
         order, starts = self.sorted()
         filled = np.flatnonzero(np.diff(starts))
@@ -34,36 +34,38 @@ class Identities(NamedTuple):
         return sums
 
     def centroids(self) -> np.ndarray:
-        """(C, D) float32 of length 1: each identity's mean direction; zeros without images."""
+        """Returns (C, D) float32 of length 1: each identity's mean direction; zeros without
+        images.
+        """
         return normalize(self.sums())
 
     def sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Image numbers by identity.
+        """Returns image numbers sorted by identity.
 
         Returns:
-          order (m,) int64: readable images, identity after identity; starts (C + 1,) int64: where
-          in `order` each identity begins.
+          order (m,) int64: readable images, identity by identity; starts (C + 1,) int64: where each
+          identity starts in `order`.
         """
         order = np.argsort(self.labels, kind="stable")
         order = order[np.searchsorted(self.labels[order], 0) :]
         return order, np.concatenate([[0], np.cumsum(self.counts())])
 
     def each(self, *, least: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        """Label and image numbers of every identity with at least `least` images."""
+        """Yields label and image numbers of every identity with at least `least` images."""
         order, starts = self.sorted()
         for label in np.flatnonzero(self.counts() >= least).tolist():
             yield label, order[starts[label] : starts[label + 1]]
 
     def without(self, dropped: np.ndarray) -> "Identities":
-        """The same set with some images left out.
+        """Returns the set without some images.
 
         Args:
-          dropped: (n,) bool.
+          dropped: (n,) bool: the images to leave out.
         """
         return self._replace(labels=np.where(dropped, -1, self.labels).astype(np.int32))
 
     def own(self) -> np.ndarray:
-        """(n,) float32: cosine of each image with the centroid of its identity's other images.
+        """Returns (n,) float32: cosine of each image with the centroid of its identity's others.
 
         NaN for the only image of an identity, and for an unreadable one.
         """
@@ -80,14 +82,14 @@ class Identities(NamedTuple):
 
 
 def groups_of(num_classes: int, pairs: np.ndarray) -> np.ndarray:
-    """Connected identities, by union-find.
+    """Groups connected identities by union-find.
 
     Args:
       num_classes: C.
       pairs: (p, 2) int labels that are one person.
 
     Returns:
-      (C,) int64: the smallest label of each identity's group, its own where it is in none.
+      (C,) int64: the smallest label of each identity's group; its own without a group.
     """
     parent = np.arange(num_classes)
 

@@ -1,4 +1,4 @@
-"""Write which images of another set show people of a training set (`overlap`)."""
+"""List the images of another set that show people of a training set (`overlap`)."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,7 @@ from arcface_jax.evaluation.embed import Model
 
 
 class Leaks(NamedTuple):
-    """What was found and written."""
+    """Summary of an overlap and its file."""
 
     images: int
     """Images of the other set that show a person of the training set."""
@@ -27,7 +27,7 @@ class Leaks(NamedTuple):
     """Images that are the same photograph as one of the training set."""
     threshold: Threshold
     weak: bool
-    """Whether the model is too weak, see `separation`."""
+    """Whether the model is too weak, as judged by `separation`."""
     files: list[Path]
 
 
@@ -39,7 +39,7 @@ def in_pairs(model: Model, train: Source, target: str, output: Path, *, seed: in
       train: the training set.
       target: a `.bin` file, or a list of pairs with the folder of its images.
       output: folder for the embeddings and overlap.csv.
-      seed: of the search for the training set's own duplicates.
+      seed: random seed of the search for the training set's own duplicates.
     """
     pairs = open_file(target)
     images = embedding.of_pairs(pairs)
@@ -64,7 +64,7 @@ def in_set(model: Model, train: Source, other: Source, output: Path, *, seed: in
       train: the training set.
       other: another one.
       output: folder for the embeddings, overlap.csv and merge.csv.
-      seed: of the split halves.
+      seed: random seed of the split halves.
     """
     first = _embedded(model, train, output / "embeddings-a", name="the first set")
     second = _embedded(model, other, output / "embeddings-b", name="the second set")
@@ -80,15 +80,15 @@ def in_set(model: Model, train: Source, other: Source, output: Path, *, seed: in
 
 
 def left_out(path: Path, *, name: str, images: int) -> np.ndarray:
-    """Image numbers of a verification set that overlap.csv flags; those with `keep` are not.
+    """Returns the image numbers of a verification set that overlap.csv flags, except `keep`.
 
     Args:
-      path: of overlap.csv.
-      name: of the verification set.
-      images: how many it has.
+      path: path of overlap.csv.
+      name: name of the verification set.
+      images: its number of images.
 
     Raises:
-      DataError: it is no such file, or of another set.
+      DataError: it is not such a file, or is of another set.
     """
     rows = [row for row in files.read(path, files.OVERLAP) if row["set"] == name]
     kept = [row for row in rows if row["decision"] != "keep"]

@@ -1,9 +1,9 @@
-"""Identities that hold two people.
+"""Find identities that contain two people.
 
-The images of an identity are divided by 2-means on the sphere. Two people are compact within and
-far apart: the score is the smaller mean cosine within the halves less the mean cosine across them.
-Both sides need two images, so that a single wrong label is no second person. It runs on the set as
-it is: once outliers are dropped, the smaller person of most mixed identities is gone.
+The images of an identity are divided by 2-means on the sphere. Two people form compact, distant
+halves: the score is the smaller mean cosine within a half minus the mean cosine across. Both halves
+need two images, so a single wrong label does not count as a second person. It runs on the
+unmodified set: dropping outliers first would remove the smaller person of most mixed identities.
 """
 
 from typing import NamedTuple
@@ -18,41 +18,41 @@ from arcface_jax.evaluation.embeddings import normalize
 PRECISION = 0.93
 _ROUNDS = 8
 _FEWEST = 4
-_JOINED = 1000  # pairs of identities that are joined to see how mixed ones look
-_COMPACT = 0.4  # of the median within an identity, which each half has to reach
-_APART = 0.98  # quantile of the mean cosines of two people that two halves may have
-_LARGEST = 400  # images of an identity that are looked at
+_JOINED = 1000  # pairs of identities joined to simulate mixed ones
+_COMPACT = 0.4  # share of the median cosine within identities that halves need
+_APART = 0.98  # quantile of the mean cosines of two people, the limit across halves
+_LARGEST = 400  # images of an identity to consider
 
 
 class Mixed(NamedTuple):
-    """Identities that may hold two people, the clearest first."""
+    """Identities that may contain two people, the clearest first."""
 
     label: np.ndarray
     """(m,) int64."""
     score: np.ndarray
-    """(m,) float64: within less cross."""
+    """(m,) float64: within minus cross."""
     within: np.ndarray
-    """(m,) float64: the smaller mean cosine within a half."""
+    """(m,) float64: smaller mean cosine within a half."""
     cross: np.ndarray
-    """(m,) float64: the mean cosine across."""
+    """(m,) float64: mean cosine across the halves."""
     halves: list[np.ndarray]
-    """The image numbers of the smaller half of each."""
+    """Image numbers of the smaller half of each identity."""
     mixed: np.ndarray
     """(m,) bool: above the threshold."""
     threshold: Threshold
 
 
 class Division(NamedTuple):
-    """An identity in two halves."""
+    """An identity divided into two halves."""
 
     second: np.ndarray
-    """(n,) bool: the smaller half."""
+    """(n,) bool: whether an image is in the smaller half."""
     within: float
     cross: float
 
     @property
     def score(self) -> float:
-        """Above 0 where the halves are compact and apart."""
+        """Above 0 if the halves are compact and distant."""
         return self.within - self.cross
 
 
@@ -61,7 +61,7 @@ def find(images: Identities, *, seed: int) -> Mixed:
 
     Args:
       images: the training set.
-      seed: of the identities that are joined for the threshold.
+      seed: random seed for joining identities to find the threshold.
     """
     compact = _COMPACT * float(np.median(within_cosines(images)[1]))
     joined = _joined(images, compact=compact, seed=seed)
@@ -90,10 +90,10 @@ def find(images: Identities, *, seed: int) -> Mixed:
 
 
 def divide(embeddings: np.ndarray) -> Division | None:
-    """2-means of one identity; None where a side has fewer than two images.
+    """Divides an identity by 2-means; returns None if a half has fewer than two images.
 
     Args:
-      embeddings: (n, D) float32 of length 1; of more than 400 the first ones are taken.
+      embeddings: (n, D) float32 of length 1; only the first 400 are used.
     """
     unit = embeddings[:_LARGEST]
     cosine = unit @ unit.T
@@ -116,9 +116,9 @@ def divide(embeddings: np.ndarray) -> Division | None:
 
 
 def within_cosines(images: Identities) -> tuple[np.ndarray, np.ndarray]:
-    """The mean cosine of two images of one identity, for identities with two images or more.
+    """Returns the mean cosine of two images for identities with at least two images.
 
-    Of n unit vectors with sum s it is (|s|^2 - n) / (n (n - 1)).
+    For n unit vectors with sum s it is (|s|^2 - n) / (n (n - 1)).
 
     Returns:
       labels (k,) int64, and cosines (k,) float64.
@@ -138,7 +138,7 @@ def _within(cosine: np.ndarray) -> float:
 
 
 def _joined(images: Identities, *, compact: float, seed: int) -> list[Division]:
-    """Pairs of compact identities, joined at random and divided; undividable ones are left out."""
+    """Joins random pairs of compact identities and divides them, skipping undividable ones."""
     random = np.random.default_rng(seed)
     order, starts = images.sorted()
     labels, within = within_cosines(images)

@@ -1,9 +1,9 @@
 """Exact neighbors among millions of unit vectors, block by block.
 
-Cosines are computed in blocks of the upper triangle and compared with a threshold where they are;
-only the few that reach it leave the device. Two argmax per block would cost as much as the product.
+Cosines are computed in blocks of the upper triangle and compared with a threshold on the device;
+only the few that reach it are copied back. Two argmax per block would cost as much as the product.
 Operands are bfloat16 with float32 accumulation on accelerators, float32 on CPUs. bfloat16 and
-projected cosines only propose: each proposal is scored again from the float32 vectors.
+projected cosines only propose pairs: each one is rescored from the float32 vectors.
 
 Rounding unit vectors to bfloat16 changes a cosine by at most 2 x 2^-9 + 2^-18 < 0.004.
 """
@@ -24,13 +24,13 @@ from arcface_jax.runtime.devices import AXIS
 
 BLOCK = 4096
 """Rows and columns of a block on one device."""
-_SMALLEST = 16  # rows of a block of few vectors
-_HITS = 1 << 16  # of a block that an accelerator returns; a block with more is returned whole
+_SMALLEST = 16  # rows of a block for few vectors
+_HITS = 1 << 16  # most hits of a block on accelerators; a block with more is returned as a whole
 _AHEAD = 2  # blocks in flight
 _BFLOAT16_ERROR = 0.004
-_PROJECTION_DEVIATIONS = 1.7  # by which a projected cosine may fall short
-_SAMPLE = 256  # rows from which `nearest` guesses a threshold
-_SHORT = 0.05  # share of them that may find fewer than k
+_PROJECTION_DEVIATIONS = 1.7  # deviations by which a projected cosine may be too small
+_SAMPLE = 256  # rows from which `nearest` estimates a threshold
+_SHORT = 0.05  # share of them that may have fewer than k hits
 _RESCORED = 1 << 18  # pairs whose vectors are in memory together
 
 
@@ -54,16 +54,16 @@ def similar_pairs(
     projected: int = 0,
     mesh: Mesh | None = None,
 ) -> Pairs:
-    """All pairs of rows with a cosine of at least `threshold`.
+    """Finds all pairs of rows with a cosine of at least `threshold`.
 
     Args:
       vectors: (n, D) float32 of length 1; rows of zeros are in no pair.
       threshold: above 0.
-      most: pairs to keep, those with the highest cosines; the threshold rises accordingly.
+      most: number of pairs to keep, with the highest cosines; the threshold rises accordingly.
       block: rows of a block.
-      projected: where not 0, search in so many random dimensions; about 99 % of the pairs are found
-        then, and each is verified in all dimensions.
-      mesh: the devices that share the columns; all of this process when not given.
+      projected: if not 0, search in this many random dimensions; finds about 99 % of the pairs, and
+        verifies each in all dimensions.
+      mesh: the devices that share the columns; by default all of this process.
     """
     mesh = meshes.make("own") if mesh is None else mesh
     block = min(block, max(_SMALLEST, -(-len(vectors) // mesh.size)))
@@ -91,7 +91,7 @@ def similar_pairs(
 def nearest(
     vectors: np.ndarray, k: int, *, block: int = BLOCK, mesh: Mesh | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest other rows of each row, exactly.
+    """Finds the exact k nearest other rows of each row.
 
     Args:
       vectors: (n, D) float32 of length 1.
@@ -100,7 +100,7 @@ def nearest(
       mesh: as `similar_pairs`.
 
     Returns:
-      rows (n, k) int64, the nearest first, ties by the lower row; scores (n, k) float32.
+      rows (n, k) int64, the nearest first, ties in row order; scores (n, k) float32.
     """
     count = len(vectors)
     sample = np.linspace(0, count - 1, min(_SAMPLE, count)).astype(int)
@@ -130,9 +130,9 @@ class Best(NamedTuple):
     """The most similar row of another group for each query."""
 
     row: np.ndarray
-    """(q,) int64; -1 where there is none."""
+    """(q,) int64; -1 for none."""
     score: np.ndarray
-    """(q,) float32; -1 where there is none."""
+    """(q,) float32; -1 for none."""
 
 
 def best_other(
@@ -143,14 +143,14 @@ def best_other(
     *,
     block: int = BLOCK,
 ) -> Best:
-    """The nearest vector outside a query's own group.
+    """Finds the nearest vector outside each query's own group.
 
     Args:
       queries: (q, D) float32 of length 1.
       query_groups: (q,) int.
       vectors: (m, D) float32 of length 1.
-      groups: (m,) int; -1 takes a vector out.
-      block: queries and vectors of a block.
+      groups: (m,) int; -1 excludes a vector.
+      block: queries and vectors per block.
     """
     block = min(block, max(_SMALLEST, len(queries), len(vectors)))
     out = Best(np.full(len(queries), -1, np.int64), np.full(len(queries), -1, np.float32))
@@ -183,7 +183,7 @@ def _best_of_block(
 
 
 class _Search:
-    """The blocks of an upper triangle that hold cosines above a threshold."""
+    """Search for cosines above a threshold in the blocks of an upper triangle."""
 
     def __init__(self, vectors: np.ndarray, block: int, mesh: Mesh, *, threshold: float):
         self.threshold = threshold  # may rise during a search
@@ -192,7 +192,7 @@ class _Search:
         self._dtype = jnp.bfloat16 if self._compact else jnp.float32
 
     def upper_triangle(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Rows and columns of the pairs, rows below columns, block by block."""
+        """Yields rows and columns of the pairs, rows below columns, block by block."""
         wide = self._block * self._mesh.size
         ahead: deque = deque()
         for begin in range(0, len(self._vectors), self._block):
@@ -232,7 +232,7 @@ class _Search:
         return self._pairs(begin, start, [np.flatnonzero(np.asarray(x.data)) for x in parts])
 
     def _pairs(self, begin: int, start: int, places: list[np.ndarray]):
-        """Global rows and columns of places in the devices' blocks."""
+        """Returns global rows and columns of positions in the devices' blocks."""
         parts = []
         for device, place in enumerate(places):
             row, column = np.divmod(place.astype(np.int64), self._block)
@@ -274,7 +274,7 @@ def _cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def _filled(part: np.ndarray, count: int) -> np.ndarray:
-    """Padded with zeros to `count` rows."""
+    """Pads with zeros to `count` rows."""
     if len(part) == count:
         return part
     filled = np.zeros((count, *part.shape[1:]), part.dtype)
@@ -283,14 +283,14 @@ def _filled(part: np.ndarray, count: int) -> np.ndarray:
 
 
 def _projected(vectors: np.ndarray, size: int) -> np.ndarray:
-    """(n, size) float32 of length 1: random directions of the vectors."""
+    """Projects the vectors to random directions: (n, size) float32 of length 1."""
     directions = np.random.default_rng(0).standard_normal((vectors.shape[1], size))
     out = vectors @ np.linalg.qr(directions)[0].astype(np.float32)
     return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-12)
 
 
 def _scores(vectors: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(p,) float32 cosines of pairs of rows."""
+    """Returns (p,) float32 cosines of pairs of rows."""
     score = np.empty(len(first), np.float32)
     for start in range(0, len(first), _RESCORED):
         part = slice(start, start + _RESCORED)
@@ -307,7 +307,7 @@ def _best(parts: list[Pairs], most: int) -> Pairs:
 
 
 def _dense(vectors: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest of a few rows, (r, k) each."""
+    """Returns the k nearest of a few rows, (r, k) each."""
     found = np.empty((len(rows), k), np.int64), np.empty((len(rows), k), np.float32)
     step = max(1, (1 << 26) // len(vectors))
     for start in range(0, len(rows), step):

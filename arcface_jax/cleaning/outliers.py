@@ -1,8 +1,8 @@
-"""Images that do not show the person of their label.
+"""Find images that do not show the person of their label.
 
-The score of an image is its cosine with the best other identity's centroid less its cosine with
-its own identity's centroid, which leaves the image out. Other centroids are of at least two images
-and outside the identity's own duplicate group. Identities that hold two people are skipped.
+The score of an image is its cosine with the best other identity's centroid minus its cosine with
+the centroid of its own identity without the image. Other centroids have at least two images and are
+outside the identity's duplicate group. Identities that hold two people are skipped.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
 
 PRECISION = 0.85
-_RELABEL = 0.05  # quantile of own cosines from which on the other identity is proposed
+_RELABEL = 0.05  # quantile of own cosines above which the other identity is proposed
 _SAMPLE = 20_000
 
 
@@ -24,18 +24,18 @@ class Outliers(NamedTuple):
     image: np.ndarray
     """(m,) int64 image numbers."""
     own: np.ndarray
-    """(m,) float32: cosine with the rest of their own identity."""
+    """(m,) float32: cosine with the rest of its own identity."""
     other: np.ndarray
-    """(m,) float32: with the best other centroid."""
+    """(m,) float32: cosine with the best other centroid."""
     suggested: np.ndarray
-    """(m,) int64: the label of that other identity where it is close enough; else -1."""
+    """(m,) int64: label of that other identity if it is close enough; else -1."""
     wrong: np.ndarray
     """(m,) bool: above the threshold."""
     threshold: Threshold
 
     @property
     def score(self) -> np.ndarray:
-        """(m,) float32: other less own."""
+        """(m,) float32: other minus own."""
         return self.other - self.own
 
 
@@ -44,9 +44,9 @@ def find(images: Identities, *, groups: np.ndarray, mixed: np.ndarray, seed: int
 
     Args:
       images: the training set.
-      groups: (C,) int of identities that are one person.
-      mixed: labels of identities that hold two people.
-      seed: of the sample from which the threshold is found.
+      groups: (C,) int: groups of identities that are one person.
+      mixed: labels of identities that contain two people.
+      seed: random seed of the sample that sets the threshold.
     """
     own, other, row = compare(images, groups=groups)
     looked_at = ~np.isnan(own) & (row >= 0) & ~np.isin(images.labels, mixed)
@@ -66,11 +66,11 @@ def find(images: Identities, *, groups: np.ndarray, mixed: np.ndarray, seed: int
 
 
 def compare(images: Identities, *, groups: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Each image's cosine with its own and with the best other identity.
+    """Compares each image with its own and with the best other identity.
 
     Returns:
-      own (n,) float32, NaN where there is no other image; other (n,) float32; the other identity's
-      label (n,) int64, -1 where there is none.
+      own (n,) float32, NaN without another image; other (n,) float32; the other identity's label
+      (n,) int64, -1 for none.
     """
     usable = np.where(images.counts() >= 2, groups, -1)
     query_groups = np.where(images.labels >= 0, groups[images.labels], -2)
@@ -81,7 +81,7 @@ def compare(images: Identities, *, groups: np.ndarray) -> tuple[np.ndarray, ...]
 def _misplaced_scores(
     images: Identities, index: np.ndarray, own: np.ndarray, *, seed: int
 ) -> np.ndarray:
-    """(k,) float32: scores that images would have under a random other label."""
+    """Returns (k,) float32: scores that images would have under a random other label."""
     random = np.random.default_rng(seed)
     several = np.flatnonzero(images.counts() >= 2)
     if not len(index) or len(several) < 2:

@@ -1,4 +1,4 @@
-"""People of a training set who are also in another set, and photographs that are in both.
+"""Find people of a training set who are also in another set, and photographs in both.
 
 An image of the other set is compared with the centroids of the training set. The threshold comes
 from the training set: true scores are its images' cosines with the rest of their own identity,
@@ -14,10 +14,10 @@ from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
 
 FALSE = 0.0005
-"""Highest share of the training set's own images that score as high with another identity."""
+"""Highest share of the training set's own images with such a score for another identity."""
 
 
-_LIKELY = 0.75  # of the median cosine of two halves of one identity
+_LIKELY = 0.75  # share of the median cosine of two halves of one identity
 
 
 class Overlap(NamedTuple):
@@ -26,11 +26,11 @@ class Overlap(NamedTuple):
     image: np.ndarray
     """(m,) int64 image numbers of the other set, the highest score first."""
     label: np.ndarray
-    """(m,) int64: the training set's identity."""
+    """(m,) int64: identity of the training set."""
     score: np.ndarray
     """(m,) float32: cosine with its centroid."""
     nearest: np.ndarray
-    """(m,) int64: the most similar of that identity's images."""
+    """(m,) int64: most similar image of that identity."""
     threshold: Threshold
 
 
@@ -39,7 +39,7 @@ def find(train: Identities, others: np.ndarray, *, seed: int) -> Overlap:
 
     Args:
       train: the training set.
-      others: (m, D) float32 of length 1, of the other set; zeros for unreadable images.
+      others: (m, D) float32 of length 1, from the other set; zeros for unreadable images.
       seed: of the search for the training set's own duplicates, which would count as false.
     """
     centroids, counts = train.centroids(), train.counts()
@@ -67,7 +67,7 @@ def _threshold(train: Identities, scores: np.ndarray, *, seed: int) -> Threshold
     for a, b in same.pairs[chosen].tolist():  # likely pairs count as one person here
         groups[groups == groups[b]] = groups[a]
     own, other, _ = outliers.compare(train, groups=groups)
-    right = own > other  # NaN where an image has no other of its identity
+    right = own > other  # NaN for the only image of an identity
     false = other[right & (own >= np.nanmedian(own) / 2)] if right.any() else other
     threshold = float(np.quantile(false, 1 - FALSE))
     found = int((scores >= threshold).sum())
@@ -81,21 +81,21 @@ def _threshold(train: Identities, scores: np.ndarray, *, seed: int) -> Threshold
 
 
 def _one_per_identity(train: Identities, own: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(k,) float32: the cosine of one image of each identity with the rest of it."""
+    """Returns (k,) float32: cosine of one image of each identity with the rest of it."""
     index = np.flatnonzero(right)
     _, first = np.unique(train.labels[index], return_index=True)
     return own[index[first]] if len(index) else np.zeros(1, np.float32)
 
 
 class Shared(NamedTuple):
-    """Identities of two training sets that are one person."""
+    """Identities of two training sets that show the same person."""
 
     pairs: np.ndarray
     """(p, 2) int64: label in the first set, label in the second."""
     score: np.ndarray
     """(p,) float32."""
     mutual: np.ndarray
-    """(p,) bool: each is the other's nearest."""
+    """(p,) bool: whether each is the other's nearest neighbor."""
     threshold: Threshold
 
 
@@ -105,7 +105,7 @@ def shared(first: Identities, second: Identities, *, seed: int) -> Shared:
     Args:
       first: a training set.
       second: another.
-      seed: of the split halves.
+      seed: random seed of the split halves.
     """
     a, b = first.centroids(), second.centroids()
     in_a = np.where(first.counts() > 0, 0, -1)

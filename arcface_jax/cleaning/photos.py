@@ -1,19 +1,19 @@
-"""Whether two images are one photograph, by their pixels."""
+"""Decide by their pixels whether two images are one photograph."""
 
 import cv2
 import numpy as np
 
 SAME = 0.95
-"""Lowest correlation of two images of one photograph."""
+"""Lowest correlation between copies of one photograph."""
 _SIDE = 24
-_SHIFTS = (-1, 0, 1)  # pixels of the small images by which crops of one photograph may be apart
+_SHIFTS = (-1, 0, 1)  # shifts, in pixels of the small images, between crops of one photograph
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """The highest correlation of two gray thumbnails, also mirrored and shifted by a pixel.
+    """Returns the highest correlation of two gray thumbnails, also mirrored and shifted by a pixel.
 
     Recompressed, rescaled and slightly moved copies correlate at 0.95 and more; two photographs of
-    one person stay well below.
+    one person are well below.
 
     Args:
       first: (H, W, 3) uint8.

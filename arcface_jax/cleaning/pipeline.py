@@ -1,8 +1,9 @@
 """Find the label errors of a training set: duplicates, then mixed identities, then outliers.
 
-The order matters. Duplicates come first, for the best other identity of an image must not be its
-own person under another label. Mixed identities are found on the set as it is: dropping outliers
-first would drop most of their smaller person. Outliers come last and skip what the first two found.
+The order matters. Duplicates come first, because the best other identity of an image must not be
+its own person under another label. Mixed identities are found on the unmodified set: dropping
+outliers first would drop most of the smaller person. Outliers come last and skip the findings of
+the first two.
 """
 
 from collections.abc import Sequence
@@ -37,21 +38,21 @@ Kind = Literal["duplicates", "mixed", "outliers"]
 KINDS: tuple[Kind, ...] = ("duplicates", "mixed", "outliers")
 EMBEDDINGS = "embeddings"
 """Folder of the store, below the output."""
-_COMPARED = 10  # images of an identity that are compared to find a common photograph
+_COMPARED = 10  # images of an identity to compare for a common photograph
 
 
 class Findings(NamedTuple):
-    """What the detectors found; None for one that was not run."""
+    """Findings of the detectors; None for one that was not run."""
 
     duplicates: Duplicates | None
     mixed: Mixed | None
     outliers: Outliers | None
     rank_one: float | None
-    """`separation.rank_one`."""
+    """Rank-1 accuracy from `separation.rank_one`."""
 
     @property
     def weak(self) -> bool:
-        """Whether the model is too weak for its findings to be applied."""
+        """Whether the model is too weak to apply its findings."""
         return self.rank_one is None or self.rank_one < separation.ENOUGH
 
 
@@ -62,12 +63,13 @@ def find(
     seed: int = 0,
     candidates: np.ndarray | None = None,
 ) -> Findings:
-    """Runs the detectors in the order that works.
+    """Runs the detectors in the right order.
 
     Args:
       images: the training set.
-      kinds: which detectors to report; duplicates are always looked for, the others need them.
-      seed: of the split halves and samples.
+      kinds: which detectors to report; duplicates are always searched, because the others need
+          them.
+      seed: random seed of the split halves and samples.
       candidates: as `duplicates.find`.
     """
     same = duplicates.find(images, seed=seed, candidates=candidates)
@@ -93,14 +95,14 @@ def by_images(
     kinds: Sequence[Kind] = KINDS,
     seed: int = 0,
 ) -> tuple[Findings, list[Path]]:
-    """Embeds all images once and writes what is found.
+    """Embeds all images once and writes the findings.
 
     Args:
       model: the network.
       source: the training set.
       output: folder for the embeddings and the findings.
-      kinds: which detectors.
-      seed: of the split halves and samples.
+      kinds: which detectors to run.
+      seed: random seed of the split halves and samples.
 
     Returns:
       The findings, and the files.
@@ -115,14 +117,14 @@ def by_images(
 def by_centers(
     model: Model, centers: np.ndarray, source: Source, output: Path, *, seed: int = 0
 ) -> tuple[Findings, list[Path]]:
-    """Finds duplicates among class centers; embeds a few images of each candidate to verify it.
+    """Finds duplicates among class centers, and verifies candidates by embedding a few images.
 
     Args:
       model: the network.
       centers: (C, D) float32 class centers of its run.
       source: the training set of that run.
       output: folder for the embeddings and the findings.
-      seed: of the split halves.
+      seed: random seed of the split halves.
 
     Returns:
       The findings, and the files.
@@ -144,7 +146,7 @@ def by_centers(
 
 
 def nearest_centers(centers: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """(p, 2) int64: each class with its nearest other class, of those that have images.
+    """Returns (p, 2) int64: each class with images and its nearest other one.
 
     Args:
       centers: (C, D) float32.
@@ -157,7 +159,9 @@ def nearest_centers(centers: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def some_images(labels: np.ndarray, identities: np.ndarray) -> np.ndarray:
-    """(n,) int64 ascending: the first images of each identity, `duplicates.SAMPLE` at most."""
+    """Returns (n,) int64 ascending: the first images of each identity, at most
+    `duplicates.SAMPLE`.
+    """
     order = np.argsort(labels, kind="stable")
     starts = np.searchsorted(labels[order], identities)
     ends = np.searchsorted(labels[order], identities, side="right")
@@ -175,7 +179,9 @@ def write(
     *,
     level: str,
 ) -> list[Path]:
-    """Writes duplicates.csv, mixed.csv, images.csv, clean.json and report.html; returns them."""
+    """Writes duplicates.csv, mixed.csv, images.csv, clean.json and report.html; returns the
+    paths.
+    """
     output.mkdir(parents=True, exist_ok=True)
     written, thresholds, notes = [], {}, {}
     if findings.duplicates is not None:
@@ -224,7 +230,7 @@ def _write_duplicates(found: Duplicates, source: Source, images: Identities, out
 def same_photo(
     source: Source, embeddings: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> bool:
-    """Whether the most similar images of two identities are one photograph.
+    """Returns whether the most similar images of two identities are one photograph.
 
     Args:
       source: the training set.
@@ -280,7 +286,7 @@ def _write_outliers(found: Outliers, source: Source, images: Identities, output:
 
 
 def _write_issues(found: Outliers, images: Identities, output: Path) -> Path:
-    """The same images under cleanlab's column names."""
+    """Writes the same images under cleanlab's column names."""
     given = images.labels[found.image]
     predicted = np.where(found.suggested >= 0, found.suggested, given)
     quality = np.clip((1 - found.score) / 2, 0, 1)

@@ -1,8 +1,8 @@
-"""The page to review findings on: report.html, and its pictures in a folder beside it.
+"""The page to review findings: report.html, and its pictures in a folder next to it.
 
-A picture is a strip of up to five images of an identity, so that thousands of findings are few
-files and the page loads only those in sight. The page holds every cell of the findings' files and
-writes them again, with the decisions that were made on it.
+A picture is a strip of up to five images of an identity, so thousands of findings need few files
+and the page loads only the visible ones. The page has every cell of the findings' files and writes
+them again with the decisions made on it.
 """
 
 import json
@@ -28,14 +28,14 @@ from arcface_jax.runtime.files import write_atomic
 
 PAGE = "report.html"
 PICTURES = "report"
-"""Folder of the strips, beside the page."""
+"""Folder of the strips, next to the page."""
 REVIEWED = (files.DUPLICATES, files.MIXED, files.IMAGES)
-"""The files whose findings are on the page."""
+"""Files whose findings are on the page."""
 FACES = 5
-"""Images of a strip at most."""
-_SIDE, _QUALITY = 96, 80  # pixels of an image in a strip; of its JPEG
-_PICTURED = 20_000  # findings of a file that have pictures, or they would be as large as the set
-_LOOKED_AT = 100  # images of an identity among which those of its strip are chosen
+"""Most images in a strip."""
+_SIDE, _QUALITY = 96, 80  # pixels of an image in a strip; JPEG quality
+_PICTURED = 20_000  # findings per file with pictures, which limits their size
+_LOOKED_AT = 100  # images of an identity from which its strip is chosen
 _THREADS = 4
 
 
@@ -51,10 +51,10 @@ def write(
     """Writes report.html and its pictures for the files of findings in a folder.
 
     Args:
-      output: where the findings and clean.json lie.
+      output: folder with the findings and clean.json.
       source: the training set.
-      images: its embeddings, which choose the images that are shown.
-      notes: a line about each file of `REVIEWED` that is on the page.
+      images: its embeddings, used to choose the images to show.
+      notes: a line about each file of `REVIEWED` on the page.
       halves: image numbers of the smaller half of each identity in mixed.csv, in its order.
       weak: warn that the model is too weak.
 
@@ -98,7 +98,7 @@ def write(
 
 
 class Strips:
-    """The pictures of a page: images of an identity beside each other."""
+    """The pictures of a page: strips of images of an identity."""
 
     def __init__(self, images: Identities):
         self._images = images
@@ -106,31 +106,31 @@ class Strips:
         self._found: dict[tuple[int, ...], int] = {}
 
     def rows(self, label: int) -> np.ndarray:
-        """(n,) image numbers of an identity."""
+        """Returns (n,) image numbers of an identity."""
         return self._order[self._starts[label] : self._starts[label + 1]][:_LOOKED_AT]
 
     def typical(self, rows: np.ndarray) -> np.ndarray:
-        """The same image numbers, the closest to their mean first."""
+        """Sorts image numbers of an identity, the closest to their mean first."""
         some = self._images.embeddings[rows]
         return rows[np.argsort(-(some @ normalize(some.sum(0)[None])[0]), kind="stable")]
 
     def closest(self, first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
-        """The two most similar images of two identities."""
+        """Returns the two most similar images of two identities."""
         cosine = self._images.embeddings[first] @ self._images.embeddings[second].T
         a, b = np.unravel_index(int(np.argmax(cosine)), cosine.shape)
         return int(first[a]), int(second[b])
 
     def add(self, numbers: np.ndarray) -> int:
-        """The number of the strip with these images, or -1 for no images."""
+        """Returns the number of the strip with these images, or -1 for no images."""
         key = tuple(numbers[:FACES].tolist())
         return self._found.setdefault(key, len(self._found)) if key else -1
 
     def lengths(self) -> list[int]:
-        """How many images each strip has."""
+        """Returns the number of images in each strip."""
         return [len(key) for key in self._found]
 
     def write(self, folder: Path, source: Source) -> None:
-        """Writes NUMBER.jpg of every strip, and removes the pictures of an earlier page.
+        """Writes NUMBER.jpg for every strip, and removes the pictures of an earlier page.
 
         Raises:
           UserError: the folder cannot be written.
@@ -157,7 +157,7 @@ class Strips:
 def _strips_of(
     name: str, rows: Sequence[Row], strips: Strips, halves: Sequence[np.ndarray]
 ) -> Iterator[list[int]]:
-    """The strips of each finding, in the order in which the page shows them."""
+    """Yields the strips of each finding, in the order of the page."""
     for place, row in enumerate(rows):
         if name == files.DUPLICATES:
             yield _of_pair(strips, int(row["label_a"]), int(row["label_b"]))
@@ -170,7 +170,9 @@ def _strips_of(
 
 
 def _of_pair(strips: Strips, a: int, b: int) -> list[int]:
-    """Two identities, each beginning with the image that is most like one of the other's."""
+    """Returns the strips of two identities, each starting with the image most similar to the
+    other.
+    """
     both = [strips.typical(strips.rows(label)) for label in (a, b)]
     if not all(len(rows) for rows in both):
         return [strips.add(rows) for rows in both]
@@ -181,7 +183,7 @@ def _of_pair(strips: Strips, a: int, b: int) -> list[int]:
 
 
 def _of_image(strips: Strips, row: Row) -> list[int]:
-    """The image, the others of its label, and the suggested identity if there is one."""
+    """Returns the strips of an image: itself, its label's others, and the suggested identity."""
     index = int(row["index"])
     own = strips.rows(int(row["given_label"]))
     found = [strips.add(np.array([index])), strips.add(strips.typical(own[own != index]))]
@@ -199,7 +201,7 @@ def _small(source: Source, number: int) -> np.ndarray:
 
 
 def _names(source: Source, tables: dict) -> dict[str, str]:
-    """The name of every label in the tables; empty where identities are numbers."""
+    """Returns the name of every label in the tables; empty if identities are numbers."""
     if source.names is None:
         return {}
     labels = {
@@ -213,5 +215,5 @@ def _names(source: Source, tables: dict) -> dict[str, str]:
 
 
 def _inside_script(content: dict) -> Markup:
-    """JSON that no text in it can end the surrounding <script> of."""
+    """Escapes JSON so that no text in it can end the surrounding <script>."""
     return Markup(json.dumps(content, separators=(",", ":")).replace("<", "\\u003c"))

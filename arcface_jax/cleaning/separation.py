@@ -1,4 +1,4 @@
-"""Whether a model tells the people of a set apart well enough to correct its labels."""
+"""Decide whether a model separates the people of a set well enough to correct its labels."""
 
 import numpy as np
 
@@ -12,17 +12,17 @@ _MOST = 4096
 
 
 def rank_one(images: Identities, *, seed: int) -> float | None:
-    """Share of halves of identities whose nearest other identity is their other half.
+    """Returns the share of half identities whose nearest other identity is their other half.
 
     Identities of at least four images are split in halves at random; each first half is compared
     with the second half and with the centroids of all other identities.
 
     Args:
       images: the training set.
-      seed: of the halves.
+      seed: random seed of the halves.
 
     Returns:
-      0 .. 1; None where no identity has four images.
+      0 .. 1; None if no identity has four images.
     """
     first, second = halves(images, seed=seed, splits=1)
     labels = np.flatnonzero(images.counts() >= 4)[:_MOST]

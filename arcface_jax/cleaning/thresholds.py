@@ -1,12 +1,11 @@
-"""Thresholds without ground truth: from what true findings would score in this very set.
+"""Choose thresholds without ground truth, from the scores that true findings would have.
 
-Each detector can draw scores that true findings would have: the two halves of one identity for
-duplicates, two identities joined for mixed ones, an image under another identity's label for wrong
-labels. With F the distribution of these scores, a threshold t has recall 1 - F(t). The number N of
-true findings follows from the upper scores, where false ones are rare: N (1 - F(q)) findings are
-expected above a quantile q. One is added to the count, or a single finding below the quantile would
-count as false. At t, N (1 - F(t)) of all that score higher are therefore true, which estimates the
-precision.
+Each detector can simulate true findings in the set: two halves of an identity for duplicates, two
+joined identities for mixed ones, an image under another identity's label for wrong labels. With F
+the distribution of their scores, a threshold t has recall 1 - F(t). The number N of true findings
+follows from the upper scores, where false ones are rare: N (1 - F(q)) findings are expected above a
+quantile q. One is added to the count, or a single finding below the quantile would count as false.
+Of all findings above t, N (1 - F(t)) are therefore true, which estimates the precision.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import numpy as np
 
 _UPPER = (0.5, 0.6, 0.7, 0.8)  # quantiles of the true scores from which their number is estimated
 _BULK = (0.2, 0.3, 0.4, 0.5, 0.6)
-_MORE = 50  # candidates that are listed even where few are found
+_MORE = 50  # candidates to list even if few are found
 _QUANTILES = np.concatenate(
     [[0.001, 0.002, 0.003], np.arange(0.005, 0.05, 0.005), np.arange(0.05, 0.51, 0.01)]
 )
@@ -24,16 +23,16 @@ _QUANTILES = np.concatenate(
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """A threshold with what is expected of it."""
+    """A threshold with its expected recall and precision."""
 
     threshold: float
-    """Scores from here on are findings."""
+    """Scores of at least this are findings."""
     recall: float
-    """Expected share of the true findings that score so high."""
+    """Expected share of the true findings that reach the threshold."""
     precision: float | None
-    """Expected share of the findings that are true; None where nothing was found."""
+    """Expected share of the findings that are true; None without findings."""
     found: int
-    """Scores at or above the threshold."""
+    """Number of scores at or above the threshold."""
 
     def text(self) -> str:
         """For the terminal."""
@@ -52,18 +51,18 @@ def choose(
     least: float = 0.0,
     false: Callable[[float], float] = lambda threshold: 0.0,
 ) -> Threshold:
-    """The lowest threshold with an expected precision.
+    """Chooses the lowest threshold with the required expected precision.
 
     Args:
       scores: (m,) of all candidates, higher for findings.
       true: (k,) scores that true findings would have.
       precision: the lowest expected precision.
-      least: the lowest quantile of the true scores that is taken, so that a set without errors
-        does not get a threshold below all of them.
-      false: another estimate, of the number of false findings at a threshold; the worse counts.
+      least: lowest quantile of the true scores to allow, so that a set without errors does not get
+        a threshold below all of them.
+      false: another estimate of the number of false findings at a threshold; the worse one counts.
 
     Returns:
-      A Threshold; at the median of the true scores where no lower one is precise enough.
+      A Threshold; at the median of the true scores if no lower one is precise enough.
     """
     scores = np.sort(scores)
     found = Threshold(threshold=float("inf"), recall=0.0, precision=None, found=0)
@@ -86,11 +85,11 @@ def choose(
 
 
 def worth_a_look(scores: np.ndarray, *, found: int, lowest: float) -> int:
-    """How many candidates a reviewer gets: those found, and some below the threshold.
+    """Returns how many candidates to review: the findings, and some below the threshold.
 
     Args:
       scores: (m,) of the candidates, the highest first.
-      found: how many reach the threshold.
+      found: number that reach the threshold.
       lowest: no candidate below this score is listed.
     """
     most = max(found, min(_at_least(scores[::-1], lowest), 2 * found + _MORE))
@@ -98,16 +97,16 @@ def worth_a_look(scores: np.ndarray, *, found: int, lowest: float) -> int:
 
 
 def gumbel_tail(highest: np.ndarray) -> Callable[[float], float]:
-    """The chance that the highest of many impostor scores reaches a threshold.
+    """Returns the probability that the highest of many impostor scores reaches a threshold.
 
     Maxima follow a Gumbel distribution, here fitted to the 20 % to 60 % quantiles, which a few true
-    findings among the scores do not move: P(t) = 1 - exp(-exp(-(t - m) / b)).
+    findings among the scores do not affect: P(t) = 1 - exp(-exp(-(t - m) / b)).
 
     Args:
       highest: (k,) each candidate's highest score.
 
     Returns:
-      P, of a threshold.
+      P as a function of the threshold.
     """
     shares = np.array(_BULK)
     # The quantile at share p is m - b ln(-ln p), a straight line.

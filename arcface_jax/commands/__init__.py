@@ -1,4 +1,4 @@
-"""The commands of `arcface-jax`, one module each; they parse before they import anything heavy."""
+"""The commands of `arcface-jax`, one module each; they parse options before heavy imports."""
 
 import contextlib
 import functools
@@ -20,22 +20,22 @@ Words = ParamSpec("Words")
 
 
 class Result(NamedTuple):
-    """What a command reports and how it ends."""
+    """Result of a command, and its exit code."""
 
     values: Mapping[str, Any] = {}
-    """Of the RESULT line, which gets `seconds` and `files` too."""
+    """Values of the RESULT line, to which `seconds` and `files` are added."""
     files: Sequence[str | Path] = ()
-    """What was written."""
+    """Files written."""
     code: int = 0
     """The exit code."""
     reported: bool = True
-    """False in a process whose RESULT another process of the run prints."""
+    """False in a process whose RESULT is printed by another process of the run."""
 
 
 def command(body: Callable[Words, Result]) -> Callable[Words, int]:
-    """Makes a command of a function: prints its RESULT line and returns the exit code.
+    """Turns a function into a command, which prints its RESULT line and returns the exit code.
 
-    A UserError becomes one message on stderr and exit code 2; Ctrl-C one and 130.
+    A UserError becomes a message on stderr and exit code 2; Ctrl-C a message and 130.
     """
 
     @functools.wraps(body)
@@ -56,7 +56,7 @@ def command(body: Callable[Words, Result]) -> Callable[Words, int]:
 
 @contextlib.contextmanager
 def own_options(names: Mapping[str, str]) -> Iterator[None]:
-    """Names the options in errors as the command at hand does; they are written as in `train`.
+    """Renames options in error messages from their names in `train` to this command's names.
 
     Args:
       names: as `own_names`.
@@ -71,12 +71,12 @@ def own_options(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def own_names(text: str, names: Mapping[str, str]) -> str:
-    """A text in which the options of `train` are replaced by the options of another command.
+    """Replaces options of `train` in a text by the options of another command.
 
     Args:
       text: an error or a note, which names an option as `--data.label-index` or the field as
         `data.label_index`.
-      names: "data.label-index" and the like, and what this command calls them.
+      names: "data.label-index" and so on, with this command's names for them.
     """
     for name, own in names.items():
         field = "[-_]".join(map(re.escape, name.split("-")))
@@ -85,11 +85,11 @@ def own_names(text: str, names: Mapping[str, str]) -> str:
 
 
 def console() -> "Console":
-    """A console for tables: as wide as the terminal, or 100 columns where output is redirected."""
+    """Returns a console for tables: as wide as the terminal, or 100 columns if redirected."""
     from rich.console import Console
 
     width = None if sys.stdout.isatty() else 100
-    # Names may hold what looks like markup or emoji: [red], :smile:.
+    # Names may contain what looks like markup or emoji: [red], :smile:.
     return Console(file=streams.colored(sys.stdout), width=width, markup=False, emoji=False)
 
 
@@ -100,7 +100,7 @@ def dispatch(
     prog: str,
     description: str,
 ) -> int:
-    """Runs the command that the first word names, and hands it the others.
+    """Runs the command that the first word names, with the remaining words.
 
     Args:
       functions: each takes words and `prog`, and returns an exit code.
@@ -121,10 +121,10 @@ def dispatch(
 
 
 def copy_new(source: Path, target: Path) -> None:
-    """Copies a file, and its folder where that is missing.
+    """Copies a file, and creates its folder if missing.
 
     Raises:
-      UserError: there is a file of that name already, or it cannot be written.
+      UserError: the file already exists, or cannot be written.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

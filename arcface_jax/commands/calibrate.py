@@ -25,11 +25,11 @@ class Arguments:
 
     model: OmitArgPrefixes[ModelChoice]
     pairs: str
-    """The pairs: a verification set, as `evaluate` takes it: a.bin, or LIST:FOLDER."""
+    """The pairs: a verification set, as for `evaluate`: a.bin, or LIST:FOLDER."""
     output: Path
     """The JSON file to write."""
     far: float = 1e-3
-    """The target: the share of pairs of different people that may be accepted."""
+    """Target: the share of pairs of different people that may be accepted."""
     far_check: float | None = None
     """A higher FAR for a second threshold: pairs between the two get the verdict "check"."""
     align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
@@ -63,7 +63,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
         (pair_set,) = open_for_runs([config], [arguments.pairs], aligner=aligner.of_options(how))
     verification.check(pair_set)
     model = open_model(arguments.model, batch_size=arguments.batch_size)
-    # tyro cannot tell an option that was left out from its default.
+    # tyro cannot distinguish an omitted option from its default.
     given = any(word.partition("=")[0] in ("--flip", "--no-flip") for word in words)
     flip = arguments.flip if given else model.input.flip
     embed: Embed = Embedder(model, flip=flip, batch_size=arguments.batch_size)

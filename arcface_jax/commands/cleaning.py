@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 ModelFile = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN_OR_MODEL")]
 Level = Literal["images", "centers"]
-_OF_ITSELF = OnnxOptions()  # what an ONNX file tells
+_OF_ITSELF = OnnxOptions()  # as the ONNX file states
 
 
 class _Opening(NamedTuple):
-    """What opens a model."""
+    """Arguments to open a model."""
 
     path: Path
     network: str | None
@@ -38,7 +38,7 @@ class _Opening(NamedTuple):
     batch_size: int
 
     def open(self) -> "Model":
-        """Opens it."""
+        """Opens the model."""
         from arcface_jax.inference.open_model import open_path
 
         return open_path(
@@ -69,18 +69,18 @@ def clean(
 
     Args:
       model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
-      data: A training set, as --data.path of `train` takes it.
+      data: A training set, as in --data.path of `train`.
       output: Folder for the embeddings, duplicates.csv, mixed.csv, images.csv, clean.json, and
         report.html to review them on; rerun the same command to resume.
-      level: Embed all images; or look for duplicates among the class centers of a run, and embed 5
+      level: Embed all images; or search duplicates among the class centers of a run, and embed 5
         images of each candidate.
-      find: What to look for.
-      network: The network of PyTorch weights; by default found by names and shapes.
-      step: Which checkpoint of a run.
-      onnx_options: What an ONNX file does not tell of itself.
+      find: What to search for.
+      network: The network of PyTorch weights; by default detected by names and shapes.
+      step: The checkpoint of a run to use.
+      onnx_options: Properties of an ONNX file that it does not state.
       batch_size: Images per forward pass, over all devices.
-      seed: Of the random halves of identities.
-      reading: What the set's form does not tell.
+      seed: Random seed of the split halves of identities.
+      reading: Properties of the set that its files do not state.
     """
     from arcface_jax.cleaning import pipeline, review
 
@@ -112,16 +112,16 @@ def overlap(
     """Finds people of a training set in another set, and photographs that are in both.
 
     Args:
-      first: A training set, as --data.path of `train` takes it.
+      first: A training set, as in --data.path of `train`.
       second: Another training set, a .bin file, or a list of pairs: LIST:FOLDER.
       model: A run's workdir, a hub folder, PyTorch weights or an ONNX file.
-      output: Folder for the embeddings and overlap.csv; and merge.csv of two training sets.
-      network: The network of PyTorch weights; by default found by names and shapes.
-      step: Which checkpoint of a run.
-      onnx_options: What an ONNX file does not tell of itself.
+      output: Folder for the embeddings and overlap.csv; for two training sets also merge.csv.
+      network: The network of PyTorch weights; by default detected by names and shapes.
+      step: The checkpoint of a run to use.
+      onnx_options: Properties of an ONNX file that it does not state.
       batch_size: Images per forward pass, over all devices.
-      seed: Of the random halves of identities.
-      reading: What the sets' form does not tell.
+      seed: Random seed of the split halves of identities.
+      reading: Properties of the sets that their files do not state.
     """
     from arcface_jax.cleaning import leaks
 
@@ -159,19 +159,19 @@ def apply(
     threads: int = 0,
     reading: How = AS_FOUND,
 ) -> Values:
-    """Writes a training set again with the decisions of `clean` applied; the old one stays.
+    """Writes a copy of a training set with the decisions of `clean` applied.
 
     Args:
       path: The training set that was cleaned.
       findings: Output of `clean`, with the column `decision` reviewed.
-      output: New folder for a record file; or a new list (.csv), of sets of image files.
+      output: New folder for a record file; or a new list (.csv) for sets of image files.
       merge: Apply the decisions to merge identities.
       drop: Apply the decisions to drop images and identities.
       relabel: Apply the decisions to relabel images.
-      force: Apply findings of a model that is too weak for the set.
-      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      force: Apply findings even if the model is too weak for the set.
+      bad: What to do with an image that cannot be read or is not 112 x 112.
       threads: 0 for one per processor.
-      reading: What the set's form does not tell.
+      reading: Properties of the set that its files do not state.
     """
     from arcface_jax.cleaning import apply as applying
 
@@ -242,7 +242,7 @@ def _values(found: "Findings") -> Values:
 
 
 def _report(done: "Applied", output: Path) -> Values:
-    """Prints and returns what `data apply` did."""
+    """Prints and returns the changes made by `data apply`."""
     for text in done.skipped:
         print(f"left out: {text}")
     print(

@@ -1,4 +1,4 @@
-"""Inspect training sets, convert one kind into another, and measure how fast images come.
+"""Inspect and convert training sets, and measure the speed of the input pipeline.
 
 arcface-jax data inspect FOLDER --output runs/inspect
 arcface-jax data pack FOLDER runs/packed --renumber
@@ -69,15 +69,15 @@ def inspect(
     threads: int = 0,
     reading: How = AS_FOUND,
 ) -> Values:
-    """Looks at every image: counts, sizes, copies, damage, and a sheet of samples.
+    """Reads every image and reports counts, sizes, copies, damage, and a sheet of samples.
 
     Args:
-      path: A training set, as --data.path of `train` takes it.
+      path: A training set, as in --data.path of `train`.
       output: Folder for index.html, inspect.json, images_per_identity.png and samples.png.
-      most: Look at only this many images, chosen at random; 0 for all.
-      seed: Of the choice and of the samples.
+      most: Read only this many images, chosen at random; 0 for all.
+      seed: Random seed of the choice and of the samples.
       threads: 0 for one per processor.
-      reading: What the set's form does not tell.
+      reading: Properties of the set that its files do not state.
     """
     from arcface_jax.data.source import account
     from arcface_jax.data.tools import inspection
@@ -106,19 +106,18 @@ def pack(
     threads: int = 0,
     reading: How = AS_FOUND,
 ) -> Values:
-    """Writes a training set as train.rec for insightface, or in another form.
+    """Writes a training set as train.rec for insightface, or in another format.
 
     Args:
-      path: A training set, as --data.path of `train` takes it.
+      path: A training set, as in --data.path of `train`.
       output: Folder to write to, or the .csv file of a list; rerun the same command to resume.
       format: train.rec, train.idx and property; one folder for each identity; a list of path,label
-        (of image files, which stay where they are); train.parquet; an Arrow file in a folder as
-        Hugging Face's save_to_disk makes it; WebDataset tars; or an LMDB of (image, label) as
-        MessagePack.
+        (for image files, which are not copied); train.parquet; an Arrow file in a folder like
+        Hugging Face's save_to_disk; WebDataset tars; or an LMDB of (image, label) as MessagePack.
       renumber: Number the identities that have images from 0, without gaps.
-      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      bad: What to do with an image that cannot be read or is not 112 x 112.
       threads: 0 for one per processor.
-      reading: What the set's form does not tell.
+      reading: Properties of the set that its files do not state.
     """
     from arcface_jax.data.tools import (
         list_writing,
@@ -157,14 +156,14 @@ def to_tfds(
     """Writes a training set as ArrayRecord files; tfds.data_source(NAME, data_dir=OUTPUT) opens it.
 
     Args:
-      path: A training set, as --data.path of `train` takes it.
+      path: A training set, as in --data.path of `train`.
       output: Data directory of TFDS; rerun the same command to resume.
-      name: Of the data set.
-      shard_images: Images of a file.
+      name: Name of the data set.
+      shard_images: Images per file.
       renumber: Number the identities that have images from 0, without gaps.
-      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      bad: What to do with an image that cannot be read or is not 112 x 112.
       threads: 0 for one per processor.
-      reading: What the set's form does not tell.
+      reading: Properties of the set that its files do not state.
     """
     from arcface_jax.data.tools import packing, tfds_writing
 
@@ -183,15 +182,15 @@ def merge(
     threads: int = 0,
     reading: How = AS_FOUND,
 ) -> Values:
-    """Writes several training sets as one record file; no two share an identity but by --same.
+    """Writes several training sets as one record file; they share identities only by --same.
 
     Args:
       output: Folder to write to; rerun the same command to resume.
       paths: The training sets, two or more.
       same: merge.csv of `overlap`: identities of the first two sets that are one person.
-      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      bad: What to do with an image that cannot be read or is not 112 x 112.
       threads: 0 for one per processor.
-      reading: What the set's form does not tell.
+      reading: Properties of the set that its files do not state.
     """
     if len(paths) < 2:
         raise UserError(f"merge needs at least two training sets in --paths, got {paths}")
@@ -223,15 +222,15 @@ def split(
     """Divides the identities into record files to train and to evaluate on, numbered from 0.
 
     Args:
-      path: A training set, as --data.path of `train` takes it.
+      path: A training set, as in --data.path of `train`.
       output: Folder for train/ and eval/.
       fraction: Share of the identities that go to eval.
       min_images: Leave out identities with fewer images.
-      same: duplicates.csv of `clean`: identities of one group stay on one side.
-      seed: Of the choice.
-      bad: Whether an image that cannot be read, or is not 112 x 112, ends it or is left out.
+      same: duplicates.csv of `clean`: identities of a group stay on one side.
+      seed: Random seed of the choice.
+      bad: What to do with an image that cannot be read or is not 112 x 112.
       threads: 0 for one per processor.
-      reading: What the set's form does not tell.
+      reading: Properties of the set that its files do not state.
     """
     from arcface_jax.data.tools import packing, splitting
 
@@ -267,11 +266,11 @@ def pairs(
       path: A training set to draw balanced pairs from; or a list of pairs, LFW's pairs.txt or CSV,
         with the folder of its images: LIST:FOLDER.
       output: The .bin file.
-      pairs: How many to choose, a multiple of 20: ten folds, each half same and half different. By
-        default 6,000 of a training set, and a list as it is, in its order.
-      disjoint: Keep each identity within one fold; of a training set.
-      seed: Of the choice.
-      reading: What the set's form does not tell.
+      pairs: Number of pairs, a multiple of 20: ten folds, each half same and half different. By
+        default 6,000 for a training set, and the whole list in its order.
+      disjoint: Keep each identity within one fold; for training sets only.
+      seed: Random seed of the choice.
+      reading: Properties of the set that its files do not state.
     """
     import numpy as np
 
@@ -318,22 +317,22 @@ def align(
     format: Literal["jpeg", "png"] = "jpeg",
     threads: int = 0,
 ) -> Values:
-    """Turns photographs into faces of 112 x 112, by five points of each.
+    """Aligns photographs to 112 x 112 by five points of each face.
 
     Args:
       path: Folder of photographs, in sub-folders or not.
       output: Folder for the faces, under the same names, faces.csv, rejects.csv and align.html;
         rerun the same command to resume.
       points: CSV of path,x1,y1,...,x5,y5, JSON of path: [[x, y], ...], or lines `path x1 y1 ...`.
-      detector: ONNX file of the SCRFD or YuNet kind, or module:function.
-      threshold: Lowest score of a face that is taken.
+      detector: SCRFD or YuNet ONNX file, or module:function.
+      threshold: Lowest score of an accepted face.
       detector_size: The detector sees photographs with their longer side scaled to this, a multiple
-        of 32; 0 is 1280 for YuNet, which enlarges none, and 640 for SCRFD.
-      choose: Which face of several; auto takes the one nearest to the center in sub-folders, which
-        are the identities, and the largest elsewhere.
+        of 32; 0 is 1280 for YuNet, which never enlarges, and 640 for SCRFD.
+      choose: Which face to take if there are several; auto takes the one nearest to the center in
+        sub-folders, which are identities, and the largest otherwise.
       min_eyes: Reject faces whose eyes are fewer pixels apart.
-      quality: Of the JPEG files.
-      format: Of the faces' files; PNG loses nothing.
+      quality: Quality of the JPEG files.
+      format: Format of the faces' files; PNG is lossless.
       threads: 0 for one per processor.
     """
     if (points is None) == (not detector):
@@ -368,7 +367,7 @@ def align(
 
 
 def _report_aligned(done: "Aligned", output: Path) -> Values:
-    """Prints what became of all photographs; returns the numbers."""
+    """Prints a summary of all photographs; returns the numbers."""
     ignored, rejected = sum(done.ignored.values()), len(done.rejected)
     kinds = ", ".join(f"{kind} {count:,}" for kind, count in done.ignored.items())
     print(
@@ -381,7 +380,7 @@ def _report_aligned(done: "Aligned", output: Path) -> Values:
         f"{done.report}"
     )
     if done.kept or done.removed:
-        print(f"{done.kept:,} were there already, {done.removed:,} stale ones removed")
+        print(f"{done.kept:,} kept from earlier runs, {done.removed:,} stale ones removed")
     return {
         "written": done.written,
         "kept": done.kept,
@@ -397,8 +396,8 @@ def detector(check: Path, img: Path | None = None, detector_size: int = 0) -> Va
     """Verifies a detector's file: its SHA-256, that it opens, and that it finds five points.
 
     Args:
-      check: ONNX file of the SCRFD or YuNet kind.
-      img: A photograph to try it on, beside synthetic faces.
+      check: SCRFD or YuNet ONNX file.
+      img: A photograph to try it on, in addition to synthetic faces.
       detector_size: As `align --detector-size`.
     """
     from arcface_jax.data.tools import detector_check
@@ -442,18 +441,18 @@ def bench(
     seconds: float = 2.0,
     reading: How = AS_FOUND,
 ) -> Values:
-    """Measures images per second, stage by stage, beside two bare decode loops.
+    """Measures images per second, stage by stage, and compares with two bare decode loops.
 
     Args:
-      path: A training set, as --data.path of `train` takes it.
+      path: A training set, as in --data.path of `train`.
       workers: Numbers of worker processes to try; 0 reads in threads of this process.
-      threads: Threads that read and decode, in each worker or in this process; 0 takes as many as
-        there are cores, eight at most.
-      batch_size: Images of a batch.
+      threads: Threads that read and decode, in each worker or in this process; 0 uses one per core,
+        at most eight.
+      batch_size: Images per batch.
       augment: As --data.augment.sets.
-      rounds: Of all stages, of which medians are given.
-      seconds: For each stage in a round.
-      reading: What the set's form does not tell.
+      rounds: Rounds over all stages; medians are reported.
+      seconds: Time per stage in a round.
+      reading: Properties of the set that its files do not state.
     """
     from arcface_jax.machine import input, timing
     from arcface_jax.runtime import tables

@@ -3,7 +3,7 @@
     arcface-jax doctor ms1mv3_r50 --data.path FOLDER
     arcface-jax doctor my_recipe.py --num-classes 93431 --seconds 10
 
-Takes all options of `train`, and those below. Exit code 1 where a run would fail.
+Takes all options of `train`, and those below. Exit code 1 if a run would fail.
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class Arguments:
     """Options that are not part of a recipe."""
 
     num_classes: int | None = None
-    """Identities, where no --data.path gives them."""
+    """Number of identities, if there is no --data.path to read it from."""
     seconds: float = 3.0
-    """Time to measure how fast images come."""
+    """Seconds to measure the input pipeline."""
 
 
 @command

@@ -54,17 +54,18 @@ _VERDICTS = {
 
 @dataclass(frozen=True)
 class Images:
-    """What to embed, and how."""
+    """Images to embed, and how."""
 
     img: Path | None = None
-    """An image, or a folder of them; seeded noise when not given."""
+    """An image, or a folder of them; by default seeded noise."""
     output: Path | None = None
-    """Where embeddings are saved: a .npy file for an image, a folder of shards for a folder."""
+    """Output for the embeddings: a .npy file for an image, a folder of shards for a folder."""
     points: tuple[str, ...] = ()
-    """To align by: ten numbers x1 y1 ... x5 y5, or a file of lines `image x1 y1 ... x5 y5`."""
+    """Five points to align by: ten numbers x1 y1 ... x5 y5, or a file of
+    lines `image x1 y1 ... x5 y5`."""
     align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     normalized: bool = False
-    """Scale embeddings to length 1; by default they keep the network's own length."""
+    """Scale embeddings to length 1; by default they keep the network's length."""
     flip: bool = False
     """Add the embeddings of the flipped faces."""
     shard_size: int = 10_000
@@ -75,10 +76,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Decision:
-    """When two images are called one person."""
+    """When two images count as one person."""
 
     threshold: float | None = None
-    """The lowest cosine of one person."""
+    """Lowest cosine of one person."""
     calibration: Path | None = None
     """Or the JSON file of `calibrate`, for this model."""
 
@@ -102,10 +103,10 @@ class VerifyArguments:
     model: OmitArgPrefixes[ModelChoice]
     decision: OmitArgPrefixes[Decision]
     points: tuple[str, ...] = ()
-    """To align by: a file of lines `image x1 y1 ... x5 y5`."""
+    """Five points to align by: a file of lines `image x1 y1 ... x5 y5`."""
     align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool = False
-    """Add the embeddings of the flipped faces; a calibration states it itself."""
+    """Add the embeddings of the flipped faces; a calibration sets this itself."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def verify(words: Sequence[str], *, prog: str = "arcface-jax verify") -> Result:
 
 @command
 def inference(words: Sequence[str], *, prog: str = "inference.py") -> Result:
-    """Does either."""
+    """Embeds or compares images."""
     arguments = command_line.parse(
         InferenceArguments, words, prog=prog, description=_INFERENCE, options_only=True
     )
@@ -186,7 +187,7 @@ def _verify(
 
 
 class Alignment(Protocol):
-    """The options of a command that aligns faces."""
+    """Options of commands that align faces."""
 
     @property
     def align(self) -> AlignOptions: ...
@@ -197,7 +198,7 @@ class Alignment(Protocol):
 def open_embedder(
     choice: ModelChoice, how: Alignment, *, batch_size: int, devices: int | None
 ) -> "Embedder":
-    """Opens the network that is named, which takes aligned faces and what it can align.
+    """Opens the named network, for aligned faces and images that can be aligned.
 
     Args:
       choice: the network.
@@ -206,7 +207,7 @@ def open_embedder(
       devices: as `open_model`.
 
     Raises:
-      UserError: as `open_model`, or there is no such detector.
+      UserError: as `open_model`, or the detector does not exist.
     """
     from arcface_jax.data import aligner
     from arcface_jax.inference.embedder import Embedder
@@ -226,7 +227,7 @@ def open_embedder(
 
 @contextmanager
 def notes() -> Iterator[None]:
-    """Prints the library's warnings to the user as notes, each once."""
+    """Prints the library's warnings as notes, each once."""
     with warnings.catch_warnings():
         warnings.simplefilter("once", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
@@ -246,12 +247,12 @@ def embed_image(
     Args:
       embedder: the network.
       image: the file; None for seeded noise, which is printed.
-      points: see `points_of`.
+      points: as in `points_of`.
       normalized: as `Embedder.__call__`.
       output: the .npy file.
 
     Raises:
-      UserError: the output is no .npy file or cannot be written.
+      UserError: the output is not a .npy file or cannot be written.
       DataError: as `Embedder.__call__`.
     """
     import numpy as np
@@ -293,12 +294,12 @@ def embed_folder(
     output: Path | None,
     shard_size: int,
 ) -> Result:
-    """Embeds a folder into shards, or prints a line per image where there is no output.
+    """Embeds a folder into shards, or prints a line per image without an output folder.
 
     Args:
       embedder: the network.
       folder: the images.
-      points: empty, or one file as `point_files` reads it.
+      points: empty, or one file in a format of `point_files`.
       normalized: as `Embedder.__call__`.
       output: the folder of the shards.
       shard_size: images per shard.
@@ -326,7 +327,7 @@ def embed_folder(
     )
     print(
         f"{output}: {summary.embedded:,} embeddings in {summary.shards} shards, "
-        f"{summary.kept} of which were there already"
+        f"{summary.kept} of which already existed"
     )
     if summary.skipped:
         print(f"skipped {len(summary.skipped)} images:")
@@ -355,7 +356,7 @@ def compare(
     Args:
       embedder: the network.
       pair: the files.
-      points: empty, or one file as `point_files` reads it with lines for both.
+      points: empty, or one file in a format of `point_files` with lines for both.
       threshold: as `Embedder.verify`; None to print only the cosine.
 
     Raises:
@@ -386,10 +387,10 @@ def compare(
 
 
 def points_of(words: Sequence[str], image: Path) -> "np.ndarray | None":
-    """The five points of one image, from the words after --points.
+    """Parses the five points of one image from the words after --points.
 
     Args:
-      words: ten numbers, or the name of a file as `point_files` reads it, or none.
+      words: ten numbers, or a file in a format of `point_files`, or none.
       image: the image, which the file lists by this path or only by its name.
 
     Raises:

@@ -51,7 +51,7 @@ class Arguments:
 
 
 def _open(arguments: Arguments) -> "tuple[dict[str, Model], list[PairSet]]":
-    """The networks and the sets."""
+    """Opens the networks and the sets."""
     from arcface_jax.data import aligner
     from arcface_jax.data.pairs.opening import open_for_runs
     from arcface_jax.training import checkpoint
@@ -73,7 +73,7 @@ def _open(arguments: Arguments) -> "tuple[dict[str, Model], list[PairSet]]":
 
 
 def _without_overlap(pairs: "PairSet", path: Path) -> "list[PairSet]":
-    """The set without pairs that show people of the training set; none where nothing is flagged."""
+    """Returns the set without pairs that overlap.csv flags; empty if none is flagged."""
     import numpy as np
 
     from arcface_jax.cleaning import leaks
@@ -90,7 +90,7 @@ def _without_overlap(pairs: "PairSet", path: Path) -> "list[PairSet]":
 
 
 def evaluate(arguments: Arguments) -> "list[Evaluated]":
-    """Every network on every set."""
+    """Verifies every network on every set."""
     from arcface_jax.evaluation import verification
     from arcface_jax.evaluation.report.document import Evaluated
 
@@ -110,7 +110,7 @@ def evaluate(arguments: Arguments) -> "list[Evaluated]":
 def _with_enrolled(
     models: "dict[str, Model]", path: Path, *, batch_size: int
 ) -> "dict[str, Embed]":
-    """The networks, each against the enrolled one, and that one itself."""
+    """Returns the networks, each compared with the enrolled one, and the enrolled one itself."""
     from arcface_jax.evaluation import verification
 
     enrolled = open_path(path, batch_size=batch_size)
@@ -125,7 +125,7 @@ def _with_enrolled(
 
 @command
 def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
-    """Prints the tables, and writes the report where one is asked for."""
+    """Prints the tables, and writes the report if requested."""
     arguments = command_line.parse(
         Arguments, words, prog=prog, description=__doc__ or "", options_only=True
     )
@@ -148,7 +148,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
 
 
 def _check_input(arguments: Arguments) -> Result:
-    """Prints the accuracy of each way to prepare the input, and which one a model wants."""
+    """Prints the accuracy of each way to prepare the input, and the best one for each model."""
     from rich.table import Table
 
     from arcface_jax.inference import input_check

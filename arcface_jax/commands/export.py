@@ -1,4 +1,4 @@
-"""Export a network for PyTorch, ONNX, StableHLO, safetensors or a model hub, checked first.
+"""Export a network to PyTorch, ONNX, StableHLO, safetensors or a model hub, with a check.
 
 arcface-jax export torch --workdir WORKDIR --output backbone.pth
 arcface-jax export onnx --workdir WORKDIR --output model.onnx
@@ -80,21 +80,21 @@ class Onnx:
 
     model: OmitArgPrefixes[ModelChoice]
     output: Path
-    """The .onnx file to write; weights of more than 1.9 GB go to OUTPUT.data beside it."""
+    """The .onnx file to write; weights above 1.9 GB go to OUTPUT.data next to it."""
     normalization: Normalization | None = None
     """outside, the default: the graph takes (x - 127.5) / 127.5; inside: it takes 0 .. 255."""
     input: GraphInput = "float"
     """float: (batch, 3, 112, 112); uint8-nhwc: decoded images, (batch, 112, 112, 3) uint8 RGB."""
     opset: int | None = None
-    """Version of the operators, from 13; by default 18 (23 of networks without a torch twin)."""
+    """Operator version, from 13; by default 18, or 23 for networks without a torch twin."""
     ir_version: int = 8
     """Version of the file format; 8 loads in ONNX Runtime from 1.15 on and in OpenCV."""
     dynamic_batch: bool = False
     """With --onnx: write the same model with a free batch axis."""
     precision: Precision = "float32"
-    """float16, or int8 with --calibration, whose layers' errors go to OUTPUT.layers.json."""
+    """float16, or int8 with --calibration; errors of int8 layers go to OUTPUT.layers.json."""
     calibration: str | None = None
-    """int8: training data as --data.path names it, whose images give the activations' ranges."""
+    """int8: training data as in --data.path, whose images set the ranges of activations."""
     targets: tuple[str, ...] = ()
     """Verification sets (.bin) to compare the JAX network and the ONNX file on."""
 
@@ -114,21 +114,21 @@ class Hub:
 
     model: OmitArgPrefixes[ModelChoice]
     output: Path
-    """The folder to make: new or empty."""
+    """Folder to create; new or empty."""
     name: str = ""
     """Title of the model card; by default the folder's name."""
     license: str = "other"
-    """The license of the weights by the hub's identifiers, such as apache-2.0."""
+    """License of the weights by the hub's identifiers, such as apache-2.0."""
     license_name: str = ""
-    """Its name, for --license other."""
+    """Name of the license, for --license other."""
     license_link: str = ""
-    """Where its text is, for --license other."""
+    """Link to its text, for --license other."""
     training_data: str = ""
-    """A sentence on the training data; the run's own record follows it."""
+    """A sentence about the training data; the run's own record follows it."""
     intended_use: str = ""
-    """Replaces the model card's paragraph on intended use."""
+    """Replaces the model card's paragraph about intended use."""
     calibration: Path | None = None
-    """A file of `calibrate` for this network, whose operating points the model card lists."""
+    """A calibration for this network, whose operating points the model card lists."""
 
 
 def main(words: Sequence[str], *, prog: str = "arcface-jax export") -> int:
@@ -176,7 +176,7 @@ def _torch(arguments: Torch) -> Result:
 
 @command
 def onnx(words: Sequence[str], *, prog: str = "arcface-jax export onnx") -> Result:
-    """Writes an .onnx file and, where targets are named, compares both networks on them."""
+    """Writes an .onnx file and, if targets are named, compares both networks on them."""
     arguments = _parse(Onnx, words, prog, _ONNX)
     for package in ("torch", "onnx"):
         errors.require(package, "onnx")

@@ -34,11 +34,11 @@ class Build:
     """Options of `gallery build`."""
 
     source: Annotated[Positional[Path], tyro.conf.arg(metavar="EMBEDDINGS")]
-    """The folder of shards that `embed` wrote."""
+    """Folder of shards from `embed`."""
     output: Path
-    """The folder to make: new or empty."""
+    """Folder to create; new or empty."""
     form: Literal["float32", "int8"] = "float32"
-    """What a search scans; int8 reads a quarter of the memory, and the results are the same."""
+    """What a search scans; int8 reads a quarter of the bytes, with the same results."""
 
 
 @dataclass(frozen=True)
@@ -46,27 +46,27 @@ class Search:
     """Options of `gallery search`."""
 
     gallery: Annotated[Positional[Path], tyro.conf.arg(metavar="GALLERY")]
-    """The folder of the gallery."""
+    """Folder of the gallery."""
     model: OmitArgPrefixes[ModelChoice]
     img: Path
-    """The image to look for."""
+    """Image to search for."""
     k: int = 5
-    """How many faces to print."""
+    """Number of faces to print."""
     points: tuple[str, ...] = ()
-    """To align by, as `embed --points`."""
+    """Five points to align by, as in `embed --points`."""
     align: OmitArgPrefixes[AlignOptions] = field(default_factory=AlignOptions)
     flip: bool = False
-    """Add the embeddings of the flipped faces, as the gallery's were."""
+    """Add the embeddings of the flipped faces, as in the gallery."""
 
 
 def main(words: Sequence[str], *, prog: str = "arcface-jax gallery") -> int:
-    """Builds or searches."""
+    """Builds or searches a gallery."""
     return dispatch({"build": build, "search": search}, words, prog=prog, description=__doc__ or "")
 
 
 @command
 def build(words: Sequence[str], *, prog: str = "arcface-jax gallery build") -> Result:
-    """Makes a gallery of the shards of `embed`."""
+    """Makes a gallery from the shards of `embed`."""
     arguments = command_line.parse(Build, words, prog=prog, description=_BUILD.format(prog=prog))
     from arcface_jax.inference import bulk, gallery
 

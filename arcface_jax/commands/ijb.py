@@ -24,11 +24,11 @@ class Arguments:
 
     model: OmitArgPrefixes[ModelChoice]
     data: Path
-    """The folder that holds meta/ and loose_crop/."""
+    """Folder with meta/ and loose_crop/."""
     output: Path
     """Folder for results and features; the same command resumes from the features there."""
     protocol: IjbProtocol = "ijbc"
-    """Whose files."""
+    """Protocol that the files belong to."""
     options: tuple[str, ...] = ("NDF",)
     """N feature norm, D detector score, F flipped images, or none; several are compared."""
     batch_size: int = 256
@@ -36,7 +36,7 @@ class Arguments:
     threads: int = os.cpu_count() or 4
     """Threads that read and align images."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """With several hosts each embeds its part of the images."""
+    """With several hosts, each embeds its part of the images."""
 
 
 @command

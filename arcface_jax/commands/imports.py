@@ -42,17 +42,18 @@ class Torch:
     """Options of `import torch`."""
 
     weight: Path
-    """A file of PyTorch or safetensors, of this project or another, or a checkpoint of training."""
+    """A file of PyTorch or safetensors, from this project or another, or a training checkpoint."""
     output: Path
-    """The WORKDIR to make: a new or an empty folder."""
+    """The WORKDIR to create; new or empty."""
     network: config.Network | None = None
-    """The network of the weights; by default found by names and shapes."""
+    """Network of the weights; by default detected by names and shapes."""
     key: str | None = None
-    """Where the state dict lies in the file, as model.state_dict; by default found."""
+    """Position of the state dict in the file, such as model.state_dict; by default detected."""
     prefix: str | None = None
-    """What stands before the names of its arrays, as module.; by default found."""
+    """Prefix of the names of its arrays, such as module.; by default detected."""
     color_order: Literal["RGB", "BGR"] | None = None
-    """What the weights want; by default as their project has it. BGR is turned to RGB."""
+    """Channel order that the weights expect; by default their project's. BGR
+    is converted to RGB."""
     centers: Path | None = None
     """Class centers to keep with them: a folder of arcface_torch's head files, or a .npy."""
 
@@ -62,24 +63,24 @@ class Onnx:
     """Options of `import onnx`."""
 
     onnx: Path
-    """A file of a network that `arcface-jax models` lists, whoever exported it, in float32."""
+    """A float32 file, from any exporter, of a network that `arcface-jax models` lists."""
     output: Path
-    """The WORKDIR to make: a new or an empty folder."""
+    """The WORKDIR to create; new or empty."""
     network: config.Network | None = None
-    """The network of the file; by default found by its layers."""
+    """Network of the file; by default detected by its layers."""
     options: OmitArgPrefixes[OnnxOptions] = field(default_factory=OnnxOptions)
 
 
 @dataclass(frozen=True)
 class Read:
-    """Join arcface_torch's files of one training to a .npy file of (C, D) float32."""
+    """Join arcface_torch's files of one training run into a .npy file of (C, D) float32."""
 
     source: Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]
-    """The folder of the head's files; or a WORKDIR."""
+    """Folder of the head's files; or a WORKDIR."""
     output: Path
     """The .npy file to write."""
     num_classes: int | None = None
-    """The expected number of classes; without it, missing files of the last GPUs go unnoticed."""
+    """Expected number of classes; without it, missing files of the last GPUs go unnoticed."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,15 @@ class Write:
     source: Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]
     """A .npy file of (C, D), a WORKDIR, or a folder of the head's files."""
     output: Path
-    """The folder to write to; files of these names must not be there."""
+    """Folder to write to; files with these names must not exist."""
     ranks: int
-    """The number of GPUs."""
+    """Number of GPUs."""
     layout: CenterLayout = "head"
     """checkpoint_gpu_R.pt (head), softmax_fc_gpu_R.pt (2022) or rank_R_softmax_weight.pt (2021)."""
 
 
 def main(words: Sequence[str], *, prog: str = "arcface-jax import") -> int:
-    """Imports what the first word names: a kind, or a file, whose content tells its kind."""
+    """Imports a kind that the first word names, or a file, whose kind is detected by content."""
     if words and words[0] not in _COMMANDS and not words[0].startswith("-"):
         path = Path(words[0])
         if path.exists():
@@ -109,13 +110,13 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax import") -> int:
 
 
 def _kind_of(path: Path) -> tuple[str, str]:
-    """The command that imports a file, and the option that names it."""
+    """Returns the command that imports a file, and the option that names it."""
     return ("onnx", "--onnx") if file_kinds.is_onnx(path) else ("torch", "--weight")
 
 
 @command
 def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Result:
-    """Makes a workdir of weights."""
+    """Converts weights to a workdir."""
     arguments = command_line.parse(
         Torch, words, prog=prog, description=_TORCH.format(prog=prog), options_only=True
     )
@@ -139,7 +140,7 @@ def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Re
 
 @command
 def onnx(words: Sequence[str], *, prog: str = "arcface-jax import onnx") -> Result:
-    """Makes a workdir of an ONNX file."""
+    """Converts an ONNX file to a workdir."""
     arguments = command_line.parse(
         Onnx, words, prog=prog, description=_ONNX.format(prog=prog), options_only=True
     )
@@ -159,7 +160,7 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax import onnx") -> Resu
 
 
 def _next(workdir: Path) -> str:
-    """How to train from a workdir of weights."""
+    """Returns how to train from a workdir of weights."""
     from arcface_jax.training import checkpoint
 
     model = checkpoint.read_config(workdir).model

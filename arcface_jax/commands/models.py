@@ -1,4 +1,4 @@
-"""Print every network with its size and its cost for one image.
+"""Print every network with its size and its cost per image.
 
 arcface-jax models
 """

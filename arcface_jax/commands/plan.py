@@ -5,7 +5,7 @@
     arcface-jax plan my_recipe.py --devices 8 --memory 40 --data.global-batch-size 1024
 
 Takes all options of `train`, and those below. Needs no GPU and runs nothing: it compiles the train
-step for N GPUs where JAX's CUDA plugin is installed (the extra gpu-plan-cuda12 or gpu-plan-cuda13),
+step for N GPUs if JAX's CUDA plugin is installed (the extra gpu-plan-cuda12 or gpu-plan-cuda13),
 and for N CPU devices otherwise.
 """
 
@@ -38,9 +38,9 @@ class Arguments:
     memory: float | None = None
     """Memory of one device in GiB; by default the GPU's, 79.1 for an H100 of 80 GB."""
     num_classes: int | None = None
-    """Identities to plan for, 93431 in MS1MV3; by default as many as data.path has."""
+    """Number of identities to plan for, 93431 in MS1MV3; by default that of data.path."""
     output: Path | None = None
-    """Folder for plan.json, and plan.png where the program is a GPU's."""
+    """Folder for plan.json, and for plan.png if the program is a GPU's."""
 
 
 _LABELS = {
@@ -69,7 +69,7 @@ _PARTS = {
 
 @command
 def main(words: Sequence[str], *, prog: str = "arcface-jax plan") -> Result:
-    """Prints bytes by name, and what would fit."""
+    """Prints bytes by name, and the largest run that fits."""
     arguments, others = command_line.parse_known(
         Arguments, words, prog=f"{prog} RECIPE", description=__doc__ or ""
     )
@@ -101,7 +101,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax plan") -> Result:
 def _make(
     config: Config, arguments: Arguments, *, num_classes: int
 ) -> tuple["Plan", Sequence[str]]:
-    """The plan, and lines about the backend that it is of."""
+    """Makes the plan, and lines about its backend."""
     from arcface_jax.machine import gpu, gpu_plan, plan
 
     size = arguments.memory
@@ -109,11 +109,11 @@ def _make(
     try:
         plugin = gpu.check_plugin()
     except errors.UserError as missing:
-        note = f"these are figures of XLA's CPU backend, not of {arguments.gpu}: {missing}"
+        note = f"these figures are for XLA's CPU backend, not for {arguments.gpu}: {missing}"
         memory = memory or gpu.target(arguments.gpu).memory
         return plan.make(config, num_classes=num_classes, memory=memory), [note]
     planned = gpu_plan.make(config, num_classes=num_classes, name=arguments.gpu, memory=memory)
-    assert planned.program is not None  # a GPU's plan has one
+    assert planned.program is not None  # a GPU's plan has a program
     found = planned.program
     modelled = (
         f"modelled step: {1e3 * found.seconds:.1f} ms, "
@@ -126,7 +126,7 @@ def _make(
 
 
 def _table(planned: "Plan") -> "Table":
-    """Bytes on each device by name."""
+    """Makes the table of bytes on each device by name."""
     from arcface_jax.runtime import tables
 
     rows = tables.new(None, ["MiB"], names=[f"on each device ({planned.backend})"])
@@ -145,7 +145,7 @@ def _table(planned: "Plan") -> "Table":
 
 
 def _parts_table(found: "Roofline") -> "Table":
-    """Kernels, traffic, operations and modelled time of each part of a step."""
+    """Makes the table of kernels, traffic, operations and modelled time by part of a step."""
     from arcface_jax.runtime import tables
 
     heads = ["kernels", "HBM GB", "GFLOP", "modelled ms"]
@@ -171,7 +171,7 @@ def _parts_table(found: "Roofline") -> "Table":
 
 
 def _collectives_table(planned: "Plan") -> "Table":
-    """What the devices exchange in a step."""
+    """Makes the table of what the devices exchange in a step."""
     from arcface_jax.runtime import tables
 
     rows = tables.new(None, ["number", "MiB"], names=["collectives of a step"])
@@ -181,7 +181,7 @@ def _collectives_table(planned: "Plan") -> "Table":
 
 
 def _write(planned: "Plan", folder: Path | None) -> list[Path]:
-    """plan.json and plan.png."""
+    """Writes plan.json and plan.png."""
     if folder is None:
         return []
     files = [folder / "plan.json"]
@@ -196,7 +196,7 @@ def _write(planned: "Plan", folder: Path | None) -> list[Path]:
 
 
 def _draw(planned: "Plan", found: "Roofline", path: Path) -> Path:
-    """Two stacked bars: where a device's memory goes, and where the time of a step goes."""
+    """Draws two stacked bars: the memory of a device, and the time of a step."""
     from matplotlib.figure import Figure
 
     kept = ("parameters", "batch_norm", "optimizer", "running_mean", "scalars")
@@ -228,7 +228,7 @@ def _draw(planned: "Plan", found: "Roofline", path: Path) -> Path:
 
 
 def _bar(axis, values: dict[str, float], *, unit: str) -> None:
-    """One bar of stacked parts; those below 0.2 % of it are left out."""
+    """Draws one bar of stacked parts, without those below 0.2 %."""
     left, total = 0.0, sum(values.values())
     for number, (name, value) in enumerate(values.items()):
         if value >= 0.002 * total:

@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """The faces, and how they are embedded."""
+    """Faces, and how to embed them."""
 
     gallery: Path | None = None
     """retrieval: a folder with a folder for each person, a list `image person`, or an .npz."""
     probe: Path | None = None
-    """retrieval: the same."""
+    """retrieval: as --gallery."""
     distractors: Path | None = None
-    """retrieval: the same, or a folder of images; whose they are does not matter."""
+    """retrieval: as --gallery, or a folder of images; their identities do not matter."""
     targets: tuple[str, ...] = ()
-    """groups: verification sets, one for each group; by default the targets of the run."""
+    """groups: verification sets, one per group; by default the targets of the run."""
     data: Path | None = None
     """all-to-all: as --gallery."""
     fars: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3)
@@ -73,14 +73,14 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax protocol") -> Result:
 
 
 def _run(arguments: Arguments, counts: dict[str, int]) -> "Report":
-    """The protocol's report; `counts` gets what became of the images, for RESULT."""
+    """Runs the protocol; `counts` gets the account of the images, for RESULT."""
     from arcface_jax.data.pairs.opening import open_for_runs
     from arcface_jax.evaluation.protocols import labeled, reports
 
     protocol, options = arguments.protocol, arguments.options
 
     def opened():
-        """The network; .npz files need none."""
+        """Opens the network; .npz files need none."""
         return open_model(arguments.model, batch_size=options.batch_size)
 
     def read(name: str) -> "Labeled":

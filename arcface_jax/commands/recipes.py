@@ -25,7 +25,7 @@ class Arguments:
     """Options of `recipes`."""
 
     name: Annotated[Positional[str], tyro.conf.arg(metavar="NAME")] = ""
-    """A recipe; all are listed when not given."""
+    """A recipe; by default all are listed."""
     copy: Path | None = None
     """Write the recipe to this new file."""
 
@@ -50,10 +50,10 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax recipes") -> Result:
 
 
 def describe(path: Path) -> dict[str, str]:
-    """Network, data and figures of a recipe; the figures are in its docstring."""
+    """Returns network, data and figures of a recipe; the figures are in its docstring."""
     config = loading.read_recipe(path)
     text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    # A summary, the command in indented lines, and what was measured or published.
+    # A summary, the command in indented lines, and the measured or published figures.
     paragraphs = [part for part in text.split("\n\n")[1:] if not part.startswith(" ")]
     figures = " ".join(" ".join(paragraphs).split())
     return {

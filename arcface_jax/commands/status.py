@@ -1,8 +1,8 @@
-"""Print what a run does or did: who trains in its workdir, step, last save, metrics, disk.
+"""Print the status of a run: the process in its workdir, step, last save, metrics, disk.
 
     arcface-jax status runs/ms1mv3_r50
 
-Reads the workdir only, beside a run that trains or after it ended.
+Only reads the workdir, while the run trains or after it ended.
 """
 
 import json
@@ -27,7 +27,7 @@ class Arguments:
     """Options of `status`."""
 
     workdir: Annotated[Positional[Path], tyro.conf.arg(metavar="WORKDIR")]
-    """Of a run."""
+    """Working directory of a run."""
 
 
 @command
@@ -40,12 +40,12 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax status") -> Result:
 
 
 def read(workdir: Path) -> dict[str, Any]:
-    """The state of a run.
+    """Reads the status of a run.
 
     Returns:
       `holder` (alive, stale or none) with `host`, `pid` and `since`; `step` of `total_steps`;
       `saved_step` and `saved_seconds_ago`; the last values of train/, perf/ and eval/;
-      `eval_step`; `checkpoint_bytes` and `free_bytes`. None where unknown.
+      `eval_step`; `checkpoint_bytes` and `free_bytes`. None if unknown.
 
     Raises:
       CheckpointError: the folder holds no run.
@@ -81,7 +81,7 @@ def read(workdir: Path) -> dict[str, Any]:
 
 
 def _last_lines(metrics: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The last lines of a training step and of an evaluation; empty where there is none."""
+    """Returns the last lines of a training step and of an evaluation; empty if there are none."""
     trained: Mapping[str, Any] = {}
     evaluated: Mapping[str, Any] = {}
     for line in _from_the_end(metrics):
@@ -95,7 +95,7 @@ def _last_lines(metrics: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _from_the_end(metrics: Path) -> Iterable[Mapping[str, Any]]:
-    """The readable lines, the last first; the very last may still be being written."""
+    """Yields the readable lines in reverse order; the last one may still be being written."""
     try:
         lines = metrics.read_text(errors="replace").splitlines()
     except OSError:
@@ -110,7 +110,7 @@ def _from_the_end(metrics: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _total_steps(config: Path, trained: Mapping[str, Any]) -> int | None:
-    """Steps of the whole run; None before its first log line."""
+    """Returns the steps of the whole run; None before its first log line."""
     if not trained.get("epoch") or not config.is_file():
         return None
     epochs = loading.from_json(config.read_text(), source=str(config)).schedule.epochs
@@ -125,7 +125,7 @@ def _age(path: Path) -> float | None:
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files in a folder, from which files may vanish."""
+    """Returns the bytes of all files in a folder whose files may vanish."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -137,7 +137,7 @@ def _size(folder: Path) -> int:
 
 
 def _lines(found: Mapping[str, Any]) -> list[str]:
-    """The state in a few lines."""
+    """Formats the status in a few lines."""
     who = f"process {found['pid']} on {found['host']}, since {found['since']}"
     holder = {
         "alive": f"training: {who}",

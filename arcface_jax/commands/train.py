@@ -1,4 +1,4 @@
-"""Train a recipe, or resume what its working directory holds, and export the backbone.
+"""Train a recipe, or resume the run in its working directory, and export the backbone.
 
     arcface-jax train ms1mv3_r50 --data.path FOLDER --workdir runs/ms1mv3_r50
     arcface-jax train my_recipe.py --data.no-flip --workdir runs/mine
@@ -44,7 +44,7 @@ def main(
 def demo(
     words: Sequence[str], *, prog: str = "arcface-jax demo", own_process: bool = False
 ) -> Result:
-    """Trains the recipe `demo`, by default in runs/demo; arguments as `main`."""
+    """Trains the recipe `demo`, by default in runs/demo; arguments as in `main`."""
     recipe = replace(loading.read_recipe("demo"), workdir="runs/demo")
     config = loading.override(recipe, words, prog=prog, description=_DEMO)
     return _train(config, own_process=own_process)
@@ -55,7 +55,7 @@ def _train(config: Config, *, own_process: bool) -> Result:
 
     try:
         if own_process:
-            _use_huge_pages()  # restarts, and so comes before the imports that take seconds
+            _use_huge_pages()  # restarts the process, so it comes before slow imports
         return _train_here(config)
     except signals.StoppedAtStart as stopped:
         print(
@@ -98,7 +98,7 @@ def _train_here(config: Config) -> Result:
 
 
 def _export(workdir: Path) -> list[Path]:
-    """Writes WORKDIR/backbone.pth where torch is installed; returns it."""
+    """Writes WORKDIR/backbone.pth if torch is installed, and returns its path."""
     from arcface_jax.runtime import signals
 
     if stopped := signals.remembered():
@@ -116,11 +116,11 @@ def _export(workdir: Path) -> list[Path]:
 
 
 def _use_huge_pages() -> None:
-    """Restarts this program once, in the same process, with its memory in huge pages.
+    """Restarts this program once, in the same process, with huge pages.
 
-    A training step on the CPU takes and returns more than a gigabyte of memory, which costs the
-    kernel time in pages of 4 KiB (docs/benchmarks_appendix.md). Where the C library is not glibc,
-    or its settings are the user's own, nothing happens.
+    A training step on the CPU allocates and frees more than a gigabyte of memory, which is slow in
+    pages of 4 KiB (docs/benchmarks_appendix.md). Does nothing if the C library is not glibc, or if
+    the user has set its options.
     """
     if platform.libc_ver()[0] == "glibc" and _TUNABLES not in os.environ:
         from arcface_jax.runtime import signals

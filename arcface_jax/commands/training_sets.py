@@ -1,4 +1,4 @@
-"""How commands open training sets: options of their form, the account line, notes."""
+"""Open training sets in commands: options about their format, the account line, notes."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 TrainingSet = Annotated[Positional[str], tyro.conf.arg(metavar="PATH")]
 Output = Annotated[Positional[Path], tyro.conf.arg(metavar="OUTPUT")]
 Values = dict[str, Any]
-"""Of the RESULT line, `files` among them."""
+"""Values of the RESULT line, including `files`."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a training set's form does not tell."""
+    """Properties of a training set that its files do not state."""
 
     columns: str = ""
-    """Lists and tables: path=COLUMN,label=COLUMN, names or numbers from 1; by default found."""
+    """Lists and tables: path=COLUMN,label=COLUMN, names or numbers from 1; by default detected."""
     label_index: int = 0
     """Records with several labels: which of them is the identity, from 0."""
     identity_level: int = 0
-    """Image folders: how many folders down the identities are, from 1; 0 finds out."""
+    """Image folders: depth of the identities' folders, from 1; 0 detects it."""
 
 
 How = OmitArgPrefixes[Reading]
 AS_FOUND = Reading()
-"""By the set's content."""
-# What the tools call the options that errors and notes name as `train` does.
+"""All properties detected from the set's content."""
+# This command's names for options that errors and notes name as in `train`.
 OPTIONS = {
     "data.path": "PATH",
     "data.columns": "--columns",
@@ -44,7 +44,7 @@ OPTIONS = {
 
 
 def open_set(path: str, reading: Reading, *, quiet: bool = False) -> "Source":
-    """Opens a training set, and prints what became of all that it holds."""
+    """Opens a training set, and prints an account of its contents."""
     from arcface_jax.data import opening
     from arcface_jax.data.source import account
 
@@ -55,5 +55,5 @@ def open_set(path: str, reading: Reading, *, quiet: bool = False) -> "Source":
 
 
 def notes(source: "Source") -> list[str]:
-    """What the source tells of itself, with the options of these commands."""
+    """Returns the source's notes, with the options of these commands."""
     return [own_names(note, OPTIONS) for note in source.notes]

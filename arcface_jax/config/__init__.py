@@ -1,4 +1,4 @@
-"""The configuration: `schema` has the fields, `loading` reads recipes and the command line."""
+"""The configuration: `schema` defines the fields, `loading` reads recipes and the command line."""
 
 from arcface_jax.config.schema import (
     MAY_DIFFER_ON_RESUME,

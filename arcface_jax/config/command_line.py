@@ -1,7 +1,7 @@
 """Parse command lines: one style of options, help and errors for every command.
 
 Booleans are `--flag` and `--no-flag` (`--data.flip`, `--data.no-flip`); a value after the flag,
-`--data.flip False`, is accepted too. Descriptions may hold example commands, which --help prints
+`--data.flip False`, is accepted too. Descriptions may contain example commands, which --help prints
 one per line.
 """
 
@@ -30,11 +30,11 @@ def parse(
     """Parses all words.
 
     Args:
-      target: the dataclass, or union of dataclasses, to make.
+      target: the dataclass, or union of dataclasses, to create.
       words: the command line after the program's name.
       prog: the program's name in usage and errors.
       description: the text at the top of --help.
-      default: an instance whose values stand where no option is given.
+      default: an instance with the default values.
       options_only: there are no positional arguments, so a word after a flag is a wrong value.
 
     Raises:
@@ -50,7 +50,7 @@ def parse(
 def parse_known(
     target: type[T], words: Sequence[str], *, prog: str, description: str
 ) -> tuple[T, list[str]]:
-    """Parses the words that belong to `target`; returns it and the other words.
+    """Parses the words that belong to `target`; returns it and the remaining words.
 
     Raises:
       SystemExit: as `parse`.
@@ -88,11 +88,11 @@ def call_subcommand(
 
 
 def with_examples(description: str) -> str:
-    """Indents example commands and code: tyro joins lines that begin with a letter."""
+    """Indents example commands and code, because tyro joins lines that start with a letter."""
     kept: list[str] = []
     for line in description.strip().splitlines():
         if line.startswith((" ", "arcface-jax ", "python ")):
-            # Without the empty line above, of which tyro would make two.
+            # Without the empty line above, which tyro would double.
             if kept and not kept[-1]:
                 kept.pop()
             kept.append(f"    {line.strip()}")
@@ -102,9 +102,9 @@ def with_examples(description: str) -> str:
 
 
 def _flags(target: Any) -> tuple[str, ...]:
-    """Dotted names of the boolean fields of a dataclass, a union of them, or a function.
+    """Returns dotted names of the boolean fields of a dataclass, a union of them, or a function.
 
-    A field's other names, which an annotation gives it, are among them.
+    Includes aliases from annotations.
     """
     return tuple(name.replace("_", "-") for name, kind in _leaves(target) if kind is bool)
 
@@ -129,7 +129,7 @@ def _without_values(
 ) -> list[str]:
     """Rewrites `--a.flag False` and `--a.flag=False` as `--a.no-flag`.
 
-    A section's prefix may be left out, as tyro does for the sections of some commands.
+    A section's prefix may be omitted, as tyro does for the sections of some commands.
     """
     taken: list[str] = []
     rest = list(words)

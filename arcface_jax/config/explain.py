@@ -11,7 +11,7 @@ import pydantic
 
 @dataclasses.dataclass(frozen=True)
 class Hint:
-    """Stands in a field's `Annotated` type: ends the message when the value is out of range."""
+    """In a field's `Annotated` type: ends the message when the value is out of range."""
 
     text: str
 
@@ -27,11 +27,11 @@ _BOUNDS = {
 def explain(error: pydantic.ValidationError, *, root: type, given: Any) -> str:
     """Describes every field at fault.
 
-    A validator that stands beside a field raises a `ValueError` whose text either continues the
-    sentence "FIELD VALUE ...", as in "must increase", or an instruction.
+    A field's validator raises a `ValueError` whose text either continues the sentence "FIELD VALUE
+    ...", as in "must increase", or is an instruction.
 
     Args:
-      error: of `root` or of a section of it, which the error's title names.
+      error: error of `root`, or of the section that the error's title names.
       root: the class of the whole configuration.
       given: what was validated: keyword arguments, or parsed JSON.
 
@@ -47,7 +47,7 @@ def explain(error: pydantic.ValidationError, *, root: type, given: Any) -> str:
 
 
 def sections(root: type) -> dict[str, type]:
-    """The classes of a configuration by the dotted name of their section; the root's is ""."""
+    """Returns the classes of a configuration by dotted name of their section; "" is the root's."""
     found = {"": root}
     for field in dataclasses.fields(root):
         if dataclasses.is_dataclass(field.default):
@@ -76,7 +76,7 @@ def _sentence(item: Any, prefix: str, section: type, *, root: type, given: Any) 
 
 
 def _value(given: Any, location: Sequence[str | int], *, default: Any) -> Any:
-    """What was given; of a tuple's element the whole innermost tuple, which shows its place."""
+    """Returns the given value; for an element of a tuple, the whole innermost tuple."""
     for part in location[:-1] if isinstance(location[-1], int) else location:
         try:
             given = given[part]
@@ -86,7 +86,7 @@ def _value(given: Any, location: Sequence[str | int], *, default: Any) -> Any:
 
 
 def _ending(name: str, root: type) -> str:
-    """The field's hint and its default, which is a usual value."""
+    """Returns the field's hint and its default, which is a usual value."""
     prefix, _, last = name.rpartition(".")
     section = sections(root)[prefix]
     annotation = get_type_hints(section, include_extras=True)[last]
@@ -97,7 +97,7 @@ def _ending(name: str, root: type) -> str:
 
 
 def _nearest(unknown: str, root: type) -> str:
-    """Where to look instead of an unknown field."""
+    """Suggests where to look instead of an unknown field."""
     names = [
         f"{prefix}.{field.name}".lstrip(".")
         for prefix, section in sections(root).items()
@@ -111,7 +111,7 @@ def _nearest(unknown: str, root: type) -> str:
 
 
 def former_names(root: type) -> Mapping[str, str]:
-    """Dotted names that fields had before, to their names now."""
+    """Maps former dotted names of fields to their present names."""
     return {
         f"{prefix}.{old}".lstrip("."): f"{prefix}.{field.name}".lstrip(".")
         for prefix, section in sections(root).items()

@@ -1,6 +1,6 @@
-"""Where a configuration comes from and goes to: recipes, the command line, strict JSON.
+"""Read and write configurations: recipes, the command line, strict JSON.
 
-The command line overrides the recipe, and `WORKDIR/config.json` records the outcome.
+The command line overrides the recipe, and `WORKDIR/config.json` records the result.
 """
 
 import importlib.util
@@ -23,13 +23,13 @@ def load(words: Sequence[str], *, prog: str = "arcface-jax train", description: 
     """Reads `RECIPE [--section.field value ...]`.
 
     Args:
-      words: the command line after the program's name; a recipe is named as `read_recipe` takes it.
+      words: the command line after the program's name; a recipe's name as in `read_recipe`.
       prog: the program's name in usage messages.
       description: the text at the top of --help.
 
     Returns:
-      The configuration, types and ranges checked; `validation.validate` checks what depends on
-      several fields.
+      The configuration, types and ranges checked; `validation.validate` checks combinations of
+      fields.
 
     Raises:
       ConfigError: no recipe was named, it cannot be read, or a value is out of range.
@@ -49,7 +49,7 @@ def load(words: Sequence[str], *, prog: str = "arcface-jax train", description: 
 
 
 def override(recipe: Config, options: Sequence[str], *, prog: str, description: str = "") -> Config:
-    """A recipe with the options `--section.field value ...` applied.
+    """Returns a recipe with the options `--section.field value ...` applied.
 
     Raises:
       SystemExit: as `load`.
@@ -65,7 +65,7 @@ def override(recipe: Config, options: Sequence[str], *, prog: str, description: 
 
 
 def _renamed(word: str, names: Mapping[str, str]) -> str:
-    """An option's former name as its name now; other words as they are."""
+    """Replaces an option's former name by its present one; returns other words unchanged."""
     option, equals, value = word.partition("=")
     name = names.get(option.removeprefix("--").replace("-", "_"))
     if name is None or not option.startswith("--"):
@@ -74,25 +74,25 @@ def _renamed(word: str, names: Mapping[str, str]) -> str:
 
 
 def recipe_files() -> dict[str, Path]:
-    """The project's recipes by name, from the installed package or from the checkout around it."""
+    """Returns the project's recipes by name, from the installed package or the checkout."""
     return {path.stem: path for path in shipped("configs").glob("*.py")}
 
 
 def shipped(folder: str) -> Path:
-    """A folder that a wheel has inside the package, and a checkout beside it."""
+    """Returns a folder that is inside the package in a wheel, and next to it in a checkout."""
     package = Path(__file__).parents[1]
     inside = package / folder
     return inside if inside.is_dir() else package.parent / folder
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file of a recipe.
+    """Returns the file of a recipe.
 
     Args:
       name: a path, or the name of a recipe of the project, `ms1mv3_r50`.
 
     Raises:
-      ConfigError: there is none; the message lists similar names.
+      ConfigError: the recipe does not exist; the message lists similar names.
     """
     path = Path(name)
     if path.is_file():
@@ -114,8 +114,8 @@ def read_recipe(name: str | Path) -> Config:
       name: a path, or the name of a recipe of the project.
 
     Raises:
-      ConfigError: there is no such file, it has no get_config(), or it states an unknown field, a
-        value of the wrong type or one that is out of range.
+      ConfigError: the file does not exist, has no get_config(), or sets an unknown field or an
+        invalid value.
     """
     path = find_recipe(name)
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
@@ -137,16 +137,16 @@ def read_recipe(name: str | Path) -> Config:
 
 
 def to_json(config: Config) -> str:
-    """The whole configuration as indented JSON."""
+    """Returns the whole configuration as indented JSON."""
     return _ADAPTER.dump_json(config, indent=2).decode() + "\n"
 
 
 def from_json(text: str, *, source: str) -> Config:
-    """The reverse of `to_json`; unknown keys, wrong types and values out of range are errors.
+    """Parses the JSON of `to_json`; unknown keys and invalid values are errors.
 
     Args:
       text: the JSON.
-      source: where it came from, for the error message.
+      source: its origin, for the error message.
 
     Raises:
       ConfigError: naming every field at fault.
@@ -162,7 +162,7 @@ def from_json(text: str, *, source: str) -> Config:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """All fields by dotted name, values as in JSON."""
+    """Returns all fields by dotted name, values as in JSON."""
     flat: dict[str, Any] = {}
 
     def visit(prefix: str, value: Any) -> None:
@@ -177,13 +177,15 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def changed_settings(config: Config) -> dict[str, tuple[Any, Any]]:
-    """(value, default) of the fields that differ from their default, by dotted name."""
+    """Returns (value, default) of the fields that differ from their default, by dotted name."""
     default = flatten(Config())
     return {name: (x, default[name]) for name, x in flatten(config).items() if x != default[name]}
 
 
 def differences(stored: Config, asked: Config) -> list[str]:
-    """What keeps `asked` from resuming a run of `stored`: a line for each field, or nothing."""
+    """Lists the differences that prevent resuming a run of `stored` as `asked`, a line per
+    field.
+    """
     old, new = flatten(stored), flatten(asked)
     return [
         f"{name}: the stored run has {old[name]!r}, this command asks for {new[name]!r}"

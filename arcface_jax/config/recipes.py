@@ -1,7 +1,7 @@
-"""What several recipes in `configs/` share: the data sets and settings of insightface.
+"""Building blocks of the recipes in `configs/`: insightface's data sets and settings.
 
 Source: insightface, recognition/arcface_torch, its configurations and README, of 2021 (`zoo_2021`)
-and as they are today.
+and of today.
 """
 
 from arcface_jax.config import (
@@ -26,7 +26,7 @@ WEBFACE12M_FLIP = "data/WebFace12M_FLIP40"
 WEBFACE12M_CONFLICT = "data/WebFace12M_Conflict"
 WEBFACE42M = "data/WebFace42M"
 
-# The sets that come with insightface's training data, beside train.rec.
+# Verification sets that come with insightface's training data, next to train.rec.
 TARGETS = ("lfw.bin", "cfp_fp.bin", "agedb_30.bin")
 
 
@@ -39,7 +39,7 @@ def zoo_2021(
     decay_epochs: tuple[int, ...],
     per_gpu: int = 128,
 ) -> Config:
-    """Eight GPUs, rate 0.1 for every 512 images, falling in steps, and no warm-up."""
+    """Makes a recipe of 2021: eight GPUs, rate 0.1 per 512 images, falling in steps, no warm-up."""
     batch = 8 * per_gpu
     return _config(
         network,
@@ -53,7 +53,7 @@ def zoo_2021(
 
 
 def ms1mv3_2021(network: Network, *, per_gpu: int = 128) -> Config:
-    """MS1MV3 (93,431 identities, 5,179,510 images), ArcFace 0.5, 25 epochs."""
+    """Makes a recipe for MS1MV3 (93,431 identities, 5,179,510 images), ArcFace 0.5, 25 epochs."""
     return zoo_2021(
         network,
         path=MS1MV3,
@@ -65,7 +65,9 @@ def ms1mv3_2021(network: Network, *, per_gpu: int = 128) -> Config:
 
 
 def glint360k_2021(network: Network) -> Config:
-    """Glint360K (360,232 identities, 17,091,657 images), CosFace 0.4 on a tenth of them."""
+    """Makes a recipe for Glint360K (360,232 identities, 17,091,657 images), CosFace 0.4, sampling
+    0.1.
+    """
     return zoo_2021(
         network,
         path=GLINT360K,
@@ -84,7 +86,7 @@ def ms1m(
     weight_decay: float = 5e-4,
     epochs: int = 20,
 ) -> Config:
-    """MS1MV2 (85,742 identities, 5,822,653 images) or MS1MV3, ArcFace 0.5, 128 images per GPU."""
+    """Makes a recipe for MS1MV2 (85,742 identities, 5,822,653 images) or MS1MV3, ArcFace 0.5."""
     return _config(
         network,
         path=path,
@@ -108,7 +110,7 @@ def cosface(
     sample_rate: float = 1,
     filter_above: float = 0,
 ) -> Config:
-    """Glint360K and the WebFace sets, CosFace 0.4, SGD, 20 epochs."""
+    """Makes a recipe for Glint360K or the WebFace sets, CosFace 0.4, SGD, 20 epochs."""
     return _config(
         network,
         path=path,
@@ -130,10 +132,10 @@ def webface42m_vit(
     warmup_epochs: float = 4,
     sample_rate: float = 0.3,
 ) -> Config:
-    """WebFace42M (2,059,906 identities, 42,474,557 images), CosFace 0.4, AdamW.
+    """Makes a recipe for WebFace42M (2,059,906 identities, 42,474,557 images), CosFace 0.4, AdamW.
 
-    Of several batches before each update (`updates_every`) the global batch is their sum, which
-    each GPU takes in as many slices.
+    With several batches per update (`updates_every`), the global batch is their sum, which each GPU
+    processes in as many slices.
     """
     return _config(
         network,
@@ -149,14 +151,16 @@ def webface42m_vit(
 
 
 def speed_test() -> Config:
-    """arcface_torch's synthetic set: 300,000 classes, 100,000 images of noise; nothing to learn."""
+    """Makes arcface_torch's speed test: 300,000 classes, 100,000 images of noise; nothing to
+    learn.
+    """
     config = cosface("mbf", path="noise", per_gpu=512, sample_rate=0.1)
     noise = NoiseConfig(classes=300_000, images=100_000)
     return replace(config, data__noise=noise, evaluation__targets=(), schedule__epochs=30)
 
 
 def _cosface(sample_rate: float, filter_above: float) -> HeadConfig:
-    """As arcface_torch has it today, momentum and decay move the centers that rest too."""
+    """Makes the head as in arcface_torch today: momentum and decay also move unsampled centers."""
     return HeadConfig(
         loss="cosface",
         margin=0.4,

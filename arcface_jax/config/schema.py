@@ -1,7 +1,7 @@
-"""The configuration: frozen dataclasses, one for each concern, ranges beside the fields.
+"""The configuration: frozen dataclasses, one for each concern, with ranges next to the fields.
 
 Every hyper-parameter default of the project is here. A recipe (`configs/*.py`) states only what
-differs; `loading.py` reads it. The text under a field is its help: lines of up to 73 columns fit
+differs; `loading.py` reads it. The text below a field is its help: lines of up to 73 columns fit
 into the frame of `--help`.
 """
 
@@ -28,7 +28,7 @@ from arcface_jax.errors import ConfigError
 
 
 def _part(field: str) -> pydantic.AfterValidator:
-    """Accept the name of a built-in part, or `package.module:name`; nothing is imported."""
+    """Accepts the name of a built-in part, or `package.module:name`; nothing is imported."""
 
     def check(name: str) -> str:
         if expected := plugins.expectation(name, field=field):
@@ -108,7 +108,7 @@ def _columns(value: str) -> str:
     return value
 
 
-# Of head.margins: SphereFace uses factors up to 4, and two cosines are at most 2 apart.
+# Limits of head.margins: SphereFace uses factors up to 4, and two cosines differ by at most 2.
 _LARGEST_FACTOR, _LARGEST_COSINES = 10.0, 2.0
 
 Share = Annotated[float, Field(ge=0, le=1), Hint("a share, 0 to 1")]
@@ -117,7 +117,7 @@ Increasing = Annotated[tuple[float, float], AfterValidator(_increasing)]
 
 @section
 class SyntheticConfig:
-    """The synthetic faces that `data.path = "synthetic"` trains on."""
+    """Synthetic faces for `data.path = "synthetic"`."""
 
     identities: PositiveInt = 400
     """Identities to train on; the evaluation pairs show others."""
@@ -131,7 +131,7 @@ class SyntheticConfig:
 
 @section
 class NoiseConfig:
-    """The random pixels that `data.path = "noise"` trains on: a dry run of a large head."""
+    """Random pixels for `data.path = "noise"`: a dry run of a large head."""
 
     classes: PositiveInt = 1_000_000
     """Number of classes."""
@@ -144,7 +144,7 @@ class AugmentConfig:
     """Augmentations of training images on the host (docs/input_pipeline.md), in this order."""
 
     sets: tuple[Literal["dali", "adaface", "erasing"], ...] = ()
-    """Which to apply: arcface_torch's dali_aug, AdaFace's, random erasing;
+    """Sets to apply: arcface_torch's dali_aug, AdaFace's, random erasing;
     the options below are their parameters."""
     dali_low_resolution: Share = 0.1
     """dali: probability of a resize to 0.5 .. 0.8 of the size and back."""
@@ -178,16 +178,15 @@ class DataConfig:
     (docs/data.md), or a source of your own,
     package.module:name[:ARGUMENT] (docs/extending.md)."""
     columns: Annotated[str, AfterValidator(_columns)] = ""
-    """Lists and tables: path=COLUMN,label=COLUMN, each a name of the header
-    or a number from 1; what is not given is found by content."""
+    """Lists and tables: path=COLUMN,label=COLUMN, each a header's name or a
+    number from 1; others are found by content."""
     label_index: NonNegativeInt = 0
     """Records with several labels: which of them is the identity, from 0."""
     identity_level: NonNegativeInt = 0
-    """Image folders: how many folders down the identities are, from 1; 0
-    finds out, and asks where it is not clear."""
+    """Image folders: depth of the identities' folders, from 1; 0 detects it,
+    and stops if it is ambiguous."""
     unlabeled: bool = False
-    """Image folders: take every image at any depth, and no identities, for
-    --distill.head off."""
+    """Image folders: use every image at any depth, without identities, for --distill.head off."""
     order: Literal["shuffled", "shards"] = "shuffled"
     """Shuffle all images, or, for slow disks, read long runs of images and
     shuffle a few of these shards together."""
@@ -201,12 +200,12 @@ class DataConfig:
     """Mirror each training image with probability one half."""
     augment: AugmentConfig = AugmentConfig()
     last_batch: Literal["drop", "pad"] = "drop"
-    """The images left at an epoch's end that do not fill a batch: skip them
-    in this epoch, or pad the batch with images from the beginning of the
-    epoch, which are then seen twice."""
+    """Images left over at the end of an epoch: skip them in this epoch, or
+    pad the batch with images from the start of the epoch, which are then
+    seen twice."""
     changed: Literal["refuse", "accept"] = "refuse"
-    """When a run resumes and its training set is no longer the one it was
-    trained on: stop and report what differs, or continue with the new data."""
+    """If a run resumes and its training set has changed: stop and report the
+    differences, or continue with the new data."""
     max_bad_share: Share = 0.001
     """Largest share of unreadable images. They are replaced by others; above it the run stops."""
     workers: NonNegativeInt = 0
@@ -267,7 +266,7 @@ class HeadConfig:
     gradient: Literal["exact", "straight_through"] = "straight_through"
     """arcface, combined: the formula's derivative, or 1 (arcface_torch since December 2022)."""
     beyond_pi: Literal["none", "linear"] = "none"
-    """arcface, combined where the angle exceeds pi: the formula, or c - m sin(m) as in 2022."""
+    """arcface, combined if the angle exceeds pi: the formula, or c - m sin(m) as in 2022."""
     interclass_filtering_threshold: Annotated[
         float,
         Field(ge=0, lt=1),
@@ -275,7 +274,7 @@ class HeadConfig:
     ] = 0.0
     """Treat a non-target cosine above it as 0, for classes that are the same person; 0 is off."""
     subcenters: PositiveInt = 1
-    """Centers per class, the nearest of which counts."""
+    """Centers per class; the nearest one counts."""
     ema: Annotated[float, Field(gt=0, le=1), Hint("a batch's share in the running means")] = 0.01
     """adaface, curricularface: a batch's share in the running means."""
     adaface_h: PositiveFloat = 0.333
@@ -295,16 +294,17 @@ class HeadConfig:
     """Partial FC: the share of the classes that take part in a step; 0 uses
     only those in the batch."""
     unsampled: Literal["untouched", "decayed"] = "untouched"
-    """Partial FC: leave the other centers as they are, or apply momentum and
+    """Partial FC: leave the other centers unchanged, or apply momentum and
     decay to them too (arcface_torch)."""
     dtype: Dtype = "bfloat16"
     """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
     block_size: NonNegativeInt = 0
-    """Classes that a device processes at a time; bounds the head's memory,
-    changes no result. 0 is automatic: 8192 on GPUs, 2048 on CPUs."""
+    """Classes that a device processes at a time; limits the head's memory
+    and does not affect the result. 0 is automatic: 8192 on GPUs, 2048 on
+    CPUs."""
     block_form: Literal["automatic", "unit", "scaled", "powers"] = "automatic"
     """How a block is multiplied with the batch (docs/head.md): the same
-    result with other roundings and other traffic. automatic chooses by
+    result with different rounding and memory traffic. automatic chooses by
     platform, batch and dtype."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the embeddings' gradient is summed over the devices."""
@@ -312,7 +312,7 @@ class HeadConfig:
 
 @section
 class OptimizerConfig:
-    """How the backbone and the class centers follow their gradients."""
+    """Updates of the backbone and the class centers by their gradients."""
 
     kind: OptimizerKind = "sgd"
     """sgd and adamw as torch defines them; lars and lamb scale the rate of
@@ -332,14 +332,14 @@ class OptimizerConfig:
     epsilon: PositiveFloat = 1e-8
     """adamw, lamb."""
     trust: PositiveFloat = 0.001
-    """lars: the rate of an array is this times its norm over its gradient's."""
+    """lars: an array's rate is this times its norm divided by its gradient's."""
     weight_decay: NonNegativeFloat = 5e-4
     """Applied to every trained array, BatchNorm included; lars and lamb exclude vectors."""
     clip_norm: PositiveFloat = 5.0
     """Largest global norm of the backbone's gradient."""
     micro_batches: PositiveInt = 1
-    """Slices of the global batch that pass the backbone in turn, to save
-    memory; the result is the same as for the whole batch at once."""
+    """Slices of the global batch that the backbone processes in turn, to
+    save memory; the result is the same."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which the backbone's gradient is summed over the devices."""
     ema: Annotated[
@@ -379,7 +379,7 @@ class ScheduleConfig:
     ] = ()
     """step: epochs at whose start the rate drops."""
     decay_factor: PositiveFloat = 0.1
-    """step: what the rate is multiplied by."""
+    """step: factor on the rate."""
     extend: bool = False
     """Resume a run under the epochs and decay_epochs given here, which may
     differ from the stored ones after the last saved step: prints the old
@@ -421,29 +421,31 @@ class DistillConfig:
     """Run the teacher at every step instead, on the augmented images; it has
     to be a network of this project."""
     views: Literal["mean", "both"] = "mean"
-    """What the teacher gives for an image: the mean of its embeddings of the
-    image and of its mirror image, or the one of the two that the network
-    is shown."""
+    """The teacher's embedding of an image: the mean over the image and its
+    mirror image, or that of the one shown to the network."""
     loss: Annotated[
         tuple[Literal["cosine", "relational", "centers"], ...], AfterValidator(_all_different)
     ] = ("cosine",)
     """cosine: 1 - the cosine to the teacher's embedding; relational: squared
     differences of the batch's pairwise cosines; centers: the head's class
-    centers are the teacher's class means, and fixed. Several are added."""
+    centers are the teacher's class means, and fixed. Several losses are
+    added."""
     weight: NonNegativeFloat = 32.0
-    """Factor on the gradient of cosine and relational. The head's is about
-    head.scale times as large as that of cosine; the sum is clipped to
-    optimizer.clip_norm, so a weight far beyond it changes only the direction."""
+    """Factor on the gradient of cosine and relational. The head's gradient
+    is about head.scale times as large as cosine's; the sum is clipped to
+    optimizer.clip_norm, so a weight far beyond it changes only the
+    direction."""
     warmup_epochs: NonNegativeFloat = 0.0
     """Epochs in which the weight rises linearly from zero."""
     decay: Literal["constant", "linear", "cosine"] = "constant"
-    """What the weight does after warm-up: stay, or fall to zero at the end of the run."""
+    """Weight after warm-up: constant, or falling to zero at the end of the run."""
     head: Literal["on", "off"] = "on"
-    """off trains on the teacher only: labels, margin and class centers are not used."""
+    """off trains on the teacher only, without labels, margin and class centers."""
     compatible: bool = False
-    """Keep the teacher's space, so that embeddings can be compared with a
-    gallery that the teacher made: requires the teacher's embedding size and
-    the cosine loss, and starts the class centers from the teacher's class means."""
+    """Keep the teacher's embedding space, to compare embeddings with a
+    gallery made by the teacher: requires the teacher's embedding size and
+    the cosine loss, and starts the class centers from the teacher's class
+    means."""
 
 
 @section
@@ -464,7 +466,7 @@ class EvaluationConfig:
 
 @section
 class CheckpointConfig:
-    """What is kept in WORKDIR/checkpoints."""
+    """Checkpoints kept in WORKDIR/checkpoints."""
 
     every_epochs: NonNegativeFloat = 1.0
     """How often to save; 0 saves only at the end, and on SIGTERM or Ctrl-C."""
@@ -476,14 +478,14 @@ class CheckpointConfig:
     keep_best: PositiveInt = 1
     """Best checkpoints to keep, besides the newest."""
     requeue_exit_code: NonNegativeInt = 0
-    """Exit code of a run that SIGTERM stopped and that can be resumed; 0 is the usual 143."""
+    """Exit code of a resumable run that SIGTERM stopped; 0 is the usual 143."""
     deadline_seconds: NonNegativeFloat = 0.0
     """Seconds after SIGTERM or Ctrl-C before a run abandons its step or save and exits; 0 waits."""
 
 
 @section
 class LoggingConfig:
-    """What is written while training."""
+    """Output during training."""
 
     every_steps: PositiveInt = 20
     """Steps between two lines of metrics.jsonl."""
@@ -492,7 +494,7 @@ class LoggingConfig:
     tensorboard: bool = True
     """Write event files to WORKDIR/tensorboard."""
     csv: bool = False
-    """Write metrics.csv beside metrics.jsonl."""
+    """Write metrics.csv next to metrics.jsonl."""
     wandb: str = ""
     """Weights & Biases project to log to; empty is off."""
     profile_steps: Annotated[
@@ -515,12 +517,12 @@ class DistributedConfig:
     coordinator: str = ""
     """HOST:PORT: an address of process 0, and a free port there."""
     num_processes: int | None = None
-    """How many processes the run has."""
+    """Number of processes in the run."""
     process_id: int | None = None
     """0 to num_processes - 1."""
     local_devices: tuple[int, ...] = ()
-    """Which devices of its host this process uses; if empty all, or one each
-    where SLURM or Open MPI starts several processes on a host."""
+    """Devices of its host that this process uses; if empty all, or one each
+    if SLURM or Open MPI starts several processes per host."""
 
 
 @section
@@ -528,7 +530,7 @@ class Config:
     """One training run."""
 
     workdir: str = ""
-    """Where everything is written; the same command resumes a run that stopped there."""
+    """Output folder; the same command resumes a run that stopped there."""
     seed: NonNegativeInt = 0
     """Seed of initialization, data order, augmentation and sampling."""
     deterministic: bool = False
@@ -555,7 +557,7 @@ class Config:
     distributed: DistributedConfig = DistributedConfig()
 
 
-# Fields that a resumed run may change: where it runs and what it writes, never what it computes.
+# Fields that a resumed run may change: its location and outputs, never its computation.
 MAY_DIFFER_ON_RESUME = (
     "workdir",
     "devices",
@@ -585,12 +587,12 @@ MAY_DIFFER_ON_RESUME = (
 
 
 def batch_norm_groups(config: Config) -> int:
-    """The number of equal slices into which BatchNorm divides the global batch."""
+    """Returns the number of equal slices into which BatchNorm divides the global batch."""
     return max(1, config.data.global_batch_size // config.model.bn_batch_size)
 
 
 def replace(config: Config, **changes: Any) -> Config:
-    """A copy with fields changed, named by section and field joined with two underscores.
+    """Returns a copy with fields changed, named by section and field joined with two underscores.
 
     `replace(config, data__path="faces", seed=1)` sets `data.path` and `seed`.
 

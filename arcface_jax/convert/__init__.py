@@ -1,1 +1,3 @@
-"""Weights in and out: torch, ONNX, StableHLO, safetensors. The one package that imports torch."""
+"""Import and export of weights: torch, ONNX, StableHLO, safetensors. The only package that imports
+torch.
+"""

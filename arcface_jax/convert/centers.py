@@ -1,4 +1,4 @@
-"""Class centers in arcface_torch's files, one for each GPU, to one array and back."""
+"""Convert class centers from arcface_torch's files, one per GPU, to one array and back."""
 
 import itertools
 import re
@@ -16,7 +16,7 @@ from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import atomic, atomic_files
 from arcface_jax.training import checkpoint, saved_runs
 
-# File names of a rank, by layout. 2021 has a bare tensor, and the momentum in a file of its own;
+# File names of a rank, by layout. 2021 has a bare tensor, and the momentum in a separate file;
 # early 2022 the module's state_dict; head (since May 2022) has it in a checkpoint with everything.
 _NAMES: dict[str, str] = {
     "2021": "rank_{}_softmax_weight.pt",
@@ -24,25 +24,25 @@ _NAMES: dict[str, str] = {
     "head": "checkpoint_gpu_{}.pt",
 }
 _SHOWN = 8
-_RANK = 6  # digits of a GPU's number, at most
+_RANK = 6  # most digits of a GPU's number
 _MOMENTUM = "rank_{}_softmax_weight_mom.pt"
 _HEAD_KEY = "state_dict_softmax_fc"
 
 
 class Centers(NamedTuple):
-    """Of all classes, in the order of their labels."""
+    """Centers of all classes, in the order of their labels."""
 
     rows: np.ndarray
     """(C, D) float32."""
     momentum: np.ndarray | None = None
-    """(C, D) float32, of SGD, where the files have it."""
+    """(C, D) float32 SGD momentum, if the files have it."""
 
 
 def read(source: Path, *, num_classes: int | None = None) -> Centers:
-    """Class centers from a .npy file, a workdir, or a folder of arcface_torch's head files.
+    """Reads class centers from a .npy file, a workdir, or a folder of arcface_torch's head files.
 
     Raises:
-      UserError: there are none, a GPU's file is missing, or the files do not fit together.
+      UserError: there are no centers, a GPU's file is missing, or the files do not match.
     """
     if source.suffix == ".npy":
         centers = Centers(_read_array(source))
@@ -59,12 +59,12 @@ def read(source: Path, *, num_classes: int | None = None) -> Centers:
 
 
 def write(folder: Path, centers: Centers, *, ranks: int, layout: CenterLayout) -> list[Path]:
-    """Writes a file for each GPU, in 2021's layout two; their paths.
+    """Writes a file per GPU, or two in 2021's layout, and returns their paths.
 
-    Where 2021's momentum is not known it is zero.
+    In 2021's layout, an unknown momentum is written as zero.
 
     Raises:
-      UserError: there are fewer classes than GPUs, or a file is there already.
+      UserError: there are fewer classes than GPUs, or a file already exists.
     """
     if not 1 <= ranks <= len(centers.rows):
         raise UserError(f"--ranks {ranks} must be 1 to {len(centers.rows)}, the number of classes")
@@ -103,7 +103,7 @@ def write_array(path: Path, centers: Centers) -> Path:
 
 
 def _ranges(classes: int, ranks: int) -> list[slice]:
-    """Contiguous; the first C mod N ranks hold one more."""
+    """Returns contiguous ranges; the first C mod N ranks have one more class."""
     each, more = divmod(classes, ranks)
     starts = [rank * each + min(rank, more) for rank in range(ranks + 1)]
     return [slice(*ends) for ends in itertools.pairwise(starts)]

@@ -1,6 +1,6 @@
-"""What a file of weights is, by its first bytes and its table of contents, not by its name.
+"""Detect the format of a file of weights by its first bytes and table of contents, not its name.
 
-Needs no PyTorch, so commands use it to choose a reader before anything heavy is imported.
+Does not need PyTorch, so commands use it to choose a reader before importing anything heavy.
 """
 
 import re
@@ -12,9 +12,9 @@ from typing import Literal
 from arcface_jax.errors import UserError
 
 Kind = Literal["zip", "legacy", "safetensors", "onnx"]
-"""torch.save since PyTorch 1.6, and before it; safetensors; ONNX."""
+"""torch.save since PyTorch 1.6, torch.save before, safetensors, ONNX."""
 
-# Files that hold something packed, which no reader of weights unpacks.
+# Packed files, which no reader of weights unpacks.
 _PACKED = {
     b"\x1f\x8b": "gzip archive",
     b"BZh": "bzip2 archive",
@@ -30,7 +30,7 @@ _OTHERS = {
     b"\x89PNG": "a PNG image; name the .pth file of the weights",
 }
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
-# How torch.save began a file before PyTorch 1.6: its magic number as a pickle.
+# The first bytes of torch.save before PyTorch 1.6: its magic number as a pickle.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
 _CUT = (EOFError, struct.error)
@@ -39,7 +39,7 @@ _HEAD = 4096
 
 
 def recognize(path: Path) -> Kind:
-    """Find out how a file of weights is read.
+    """Detects the format of a file of weights.
 
     Raises:
       UserError: it does not exist, or is something else: an empty file, a web page, a Git LFS
@@ -82,7 +82,7 @@ def recognize(path: Path) -> Kind:
 
 
 def is_onnx(path: Path) -> bool:
-    """Whether a file is to be read as ONNX: by its content, or, if it cannot be read, its name."""
+    """Returns whether to read a file as ONNX: by its content, or by its name if unreadable."""
     try:
         return _is_onnx(path, _head(path))
     except UserError:
@@ -162,6 +162,8 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 
 def _is_onnx(path: Path, head: bytes) -> bool:
-    """A protobuf message that begins with the small number `ir_version`, and then names itself."""
+    """Returns whether it starts like ONNX: a protobuf with the small number `ir_version` in
+    front.
+    """
     begins = head[:1] == b"\x08" and head[1:2] <= b"\x20"
     return begins and (path.suffix == ".onnx" or head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42"))

@@ -1,19 +1,19 @@
-"""A trainable network out of an ONNX file.
+"""Import an ONNX file as a trainable network.
 
 The graph's layers are compared one by one with each network's (`layer_sequence`), its arrays
 get the names of the network that fits, BatchNorms that an exporter folded are put back, and the
 embeddings are compared with ONNX Runtime's on the file before anything is used.
 
-A BatchNorm that was folded into the layer before it has lost its mean and variance. It comes back
-with mean 0 and variance 1 - epsilon, by which `training.folded_statistics` recognizes it and gives
-it statistics before the first training step.
+A BatchNorm that was folded into the layer before it has lost its mean and variance. It is restored
+with mean 0 and variance 1 - epsilon, which `training.folded_statistics` recognizes and replaces by
+measured statistics before the first training step.
 
-The layer's kernel has then been multiplied by scale / deviation. Normalized again, the kernel's
-length no longer matters for what the layer computes, but it decides how far a training step turns
-it: as learning rate / length^2 (van Laarhoven, arXiv 1706.05350). Folded kernels are about a third
-as long as trained ones, so at the same learning rate they would turn eight times as fast. Each
-output channel therefore gets the length that a fresh network has, and the BatchNorm's scale takes
-the factor back.
+Folding has multiplied the layer's kernel by scale / deviation. Once it is normalized again, the
+kernel's norm does not affect the layer's output, but it determines how far a training step rotates
+the kernel: in proportion to learning rate / norm^2 (van Laarhoven, arXiv 1706.05350). Folded
+kernels have about a third of the norm of trained ones, so at the same learning rate they would
+rotate eight times as fast. Each output channel is therefore rescaled to the norm in a fresh
+network, and the BatchNorm's scale reverts the factor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,35 +38,35 @@ from arcface_jax.training import checkpoint
 from arcface_jax.training.network import Network
 
 FLOAT16_TOLERANCE = 2e-2
-"""Of a file whose weights are float16: ONNX Runtime computes in it."""
+"""Tolerance for files with float16 weights, because ONNX Runtime then computes in float16."""
 _LAYERS_OF_OTHERS = 1000
-# Enough to tell two computations apart, and a quarter of the time that 16 take.
+# Enough images to tell two computations apart, in a quarter of the time that 16 take.
 _FACES = 4
-# Two ways to write the middle of 0 .. 255; padding with zeros does not allow others.
+# Two ways to write the middle of 0 .. 255; zero padding rules out others.
 _SAME_MEAN = 1e-3
 
 
 class Imported(NamedTuple):
-    """A backbone out of an ONNX file."""
+    """A backbone from an ONNX file."""
 
     network: str
     params: Arrays
     batch_stats: Arrays
     folded: int
-    """BatchNorms that came back without statistics."""
+    """Number of BatchNorms that were restored without statistics."""
     error: float
-    """The largest relative difference from ONNX Runtime's embeddings of the file."""
+    """Largest relative difference from ONNX Runtime's embeddings of the file."""
     notes: tuple[str, ...]
-    """What was found and assumed, one sentence each."""
+    """Findings and assumptions, one sentence each."""
 
 
 class _Candidate(NamedTuple):
-    """A network beside the file."""
+    """A network compared with the file."""
 
     network: str
     layers: list[Layer]
     equal: int
-    """How many layers agree before the first that does not."""
+    """Number of layers that agree before the first that does not."""
 
 
 def load(path: Path, network: str | None = None, *, options: OnnxOptions | None = None) -> Imported:
@@ -75,11 +75,12 @@ def load(path: Path, network: str | None = None, *, options: OnnxOptions | None 
     Args:
       path: the file.
       network: its network; by default found by the graph.
-      options: what is known of its input; the rest is taken from metadata and graph.
+      options: known properties of its input; the others are read from metadata and graph.
 
     Raises:
-      UserError: the packages for ONNX are missing, the graph is no network of the registry (with
-        the first layer that differs), it wants pixels of another mean, or the embeddings differ.
+      UserError: the packages for ONNX are missing, the graph is not a network of the registry
+        (naming the first layer that differs), it needs pixels of another mean, or the embeddings
+        differ.
     """
     if network in registry.NETWORKS and not twins.has_layer_sequence(network):
         raise UnknownGraph(
@@ -107,11 +108,11 @@ def load(path: Path, network: str | None = None, *, options: OnnxOptions | None 
 def convert(
     path: Path, output: Path, network: str | None = None, *, options: OnnxOptions | None = None
 ) -> Imported:
-    """Makes a workdir of an ONNX file, to evaluate, export or fine-tune.
+    """Converts an ONNX file to a workdir, to evaluate, export or fine-tune.
 
     Args:
       path: as `load`.
-      output: the workdir, a new or an empty folder.
+      output: the workdir, a new or empty folder.
       network: as `load`.
       options: as `load`.
 
@@ -131,7 +132,7 @@ def convert(
 
 
 def _networks(layers: list[Layer]) -> list[str]:
-    """Networks to compare with.
+    """Returns the networks to compare with.
 
     r2060 has 4,000 layers and takes longer to trace than all others, so short files skip it.
     """
@@ -140,10 +141,10 @@ def _networks(layers: list[Layer]) -> list[str]:
 
 
 def _choose(path: Path, layers: list[Layer], networks: Sequence[str]) -> _Candidate:
-    """The network whose layers are the file's.
+    """Finds the network with the file's layers.
 
     Raises:
-      UnknownGraph: there is none; with the network that agrees longest.
+      UnknownGraph: no network matches; names the one that agrees longest.
     """
     nearest = None
     for network in networks:
@@ -183,7 +184,7 @@ def _embedding_size(layers: list[Layer]) -> int:
 
 
 def _agree(theirs: Layer, ours: Layer) -> bool:
-    """Whether the arrays of a layer of the file have a place in the network's."""
+    """Returns whether the arrays of a file's layer fit the network's layer."""
     has_place = ours.batchnorm or not (theirs.batchnorm or _has_bias(theirs)) or ours.bias
     norm_has_place = ours.batchnorm or not theirs.batchnorm
     return theirs.form == ours.form and bool(has_place and norm_has_place)
@@ -194,9 +195,9 @@ def _has_bias(layer: Layer) -> bool:
 
 
 def _first_kernel(path: Path, found: OnnxLayers, model: OnnxModel) -> np.ndarray:
-    """The first convolution for RGB and (x - 127.5) / 127.5.
+    """Converts the first convolution to RGB and (x - 127.5) / 127.5.
 
-    Padding with zeros stands for the mean, which therefore has to be the middle.
+    Zero padding stands for the mean, which therefore has to be 127.5.
     """
     outside = model.input
     mean = outside.mean + outside.scale * found.mean
@@ -214,7 +215,7 @@ def _first_kernel(path: Path, found: OnnxLayers, model: OnnxModel) -> np.ndarray
 def _state(
     path: Path, chosen: _Candidate, layers: list[Layer], first: np.ndarray
 ) -> tuple[StateDict, int]:
-    """The file's arrays by insightface's names, and the number of BatchNorms put back."""
+    """Returns the file's arrays by insightface's names, and the number of BatchNorms restored."""
     state: dict[str, np.ndarray] = {}
     folded: list[Layer] = []
     for number, (theirs, ours) in enumerate(zip(layers, chosen.layers, strict=True)):
@@ -240,7 +241,7 @@ def _state(
 def _with_fresh_lengths(
     state: Mapping[str, np.ndarray], folded: Sequence[Layer], fresh: StateDict
 ) -> dict[str, np.ndarray]:
-    """The arrays of folded layers, each output channel as long as a fresh network's."""
+    """Rescales the kernels of folded layers: each output channel gets a fresh network's norm."""
     changed: dict[str, np.ndarray] = {}
     for layer in folded:
         kernel = np.asarray(state[layer.weight], np.float64)
@@ -256,7 +257,7 @@ def _with_fresh_lengths(
 
 
 def _lengths(kernel: np.ndarray) -> np.ndarray:
-    """(output channels,) float64."""
+    """Returns the norm of each output channel, (output channels,) float64."""
     return np.linalg.norm(np.asarray(kernel, np.float64).reshape(len(kernel), -1), axis=1)
 
 
@@ -268,7 +269,7 @@ def _identity(name: BatchNormName, channels: int) -> BatchNormArrays:
 def _batch_norm(
     norm: BatchNormArrays, name: BatchNormName, bias: Any, *, is_folded: bool
 ) -> dict[str, np.ndarray]:
-    """A BatchNorm with the network's epsilon, after a layer that has lost its bias."""
+    """Makes a BatchNorm with the network's epsilon, after a layer that has lost its bias."""
     scale, shift, mean, var = (np.asarray(array, np.float64) for array in norm[:4])
     if is_folded:
         shift = shift + bias
@@ -282,7 +283,9 @@ def _batch_norm(
 
 
 def _untold(chosen: _Candidate) -> dict[str, np.ndarray]:
-    """What inference does not use, and so no file has: the token that hides others in training."""
+    """Returns arrays that inference does not use, so files lack them: the mask token of
+    training.
+    """
     width = next((layer.shape for layer in chosen.layers if layer.weight == "pos_embed"), None)
     return {"mask_token": np.zeros((1, 1, width[-1]))} if width else {}
 
@@ -294,7 +297,7 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 def _check(
     path: Path, found: OnnxLayers, model: OnnxModel, weights: tuple[str, Arrays, Arrays]
 ) -> float:
-    """The largest relative difference from the embeddings of the file.
+    """Returns the largest relative difference from the file's embeddings.
 
     Raises:
       UserError: they differ by more than rounding, or weights are not finite.

@@ -1,4 +1,4 @@
-"""Make a workdir of a released backbone, to evaluate, export or fine-tune."""
+"""Convert a released backbone to a workdir, to evaluate, export or fine-tune."""
 
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -13,29 +13,28 @@ from arcface_jax.training.network import Network
 
 
 class Converted(NamedTuple):
-    """What an import made."""
+    """Result of an import."""
 
     network: str
     error: float
-    """The largest relative difference of the embeddings."""
+    """Largest relative difference of the embeddings."""
     notes: tuple[str, ...]
-    """How the weights were found and what was ignored."""
+    """How the weights were found, and what was ignored."""
 
 
 def convert(weight: Path, where: Where, output: Path, *, centers: Path | None = None) -> Converted:
-    """Writes a workdir after its embeddings have been found equal to the torch network's.
+    """Writes a workdir after checking its embeddings against the torch network's.
 
     Args:
       weight: a file of torch or safetensors.
-      where: what is known about it; the rest is found.
-      output: the workdir, a new or an empty folder.
+      where: known properties of the file; the others are detected.
+      output: the workdir, a new or empty folder.
       centers: class centers to keep with it.
 
     Raises:
-      UserError: the file does not hold that network, the embeddings differ, or the workdir is not
-        empty.
+      UserError: the file has another network, the embeddings differ, or the workdir is not empty.
     """
-    checkpoint.require_empty(output)  # better now than after the check
+    checkpoint.require_empty(output)  # fail before the slow check
     found = state_dicts.find(weight_files.contents(weight), where, source=str(weight))
     network = found.network
     params, batch_stats = weights.arrays_of(found)
@@ -47,7 +46,7 @@ def convert(weight: Path, where: Where, output: Path, *, centers: Path | None = 
             f"length {size}: they are not of one training"
         )
     backbone = Network(network, params, batch_stats, batch_size=16, devices=1)
-    # The file's own tensors, but for the batch counters that files of old torch lack.
+    # The file's own tensors, plus the batch counters that files of old torch lack.
     whole = weights.to_state_dict(params, batch_stats) | found.state
     error = parity.check(backbone, whole, network=network)
     model = config.ModelConfig(

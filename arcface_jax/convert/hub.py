@@ -1,4 +1,4 @@
-"""Folders in the layout of model hubs: weights, their description and a model card, no code.
+"""Folders in the layout of model hubs: weights, their description and a model card; no code.
 
 This project writes FOLDER/
   model.safetensors          float32 tensors by insightface's names, for JAX and torch alike
@@ -6,9 +6,9 @@ This project writes FOLDER/
   preprocessor_config.json   the same preprocessing for `transformers.AutoImageProcessor`
   README.md                  the model card (`arcface_jax.convert.model_card`)
 
-and reads CVLface's folders too: pretrained_model/model.yaml states size and color order, the
-weights are pretrained_model/model.pt or model.safetensors, and the Python files beside them are
-not opened. Both are read offline.
+and also reads CVLface's folders: pretrained_model/model.yaml has size and color order, the weights
+are pretrained_model/model.pt or model.safetensors, and the Python files next to them are not
+opened. Both are read offline.
 """
 
 import errno
@@ -38,12 +38,12 @@ _CARD = "README.md"
 _LIBRARY = "arcface_jax"
 _CVLFACE_YAML = Path("pretrained_model/model.yaml")
 _CVLFACE_WEIGHTS = (Path("pretrained_model/model.pt"), Path(WEIGHTS))
-# Their configurations have a few hundred bytes.
+# These configurations have a few hundred bytes.
 _MOST_BYTES = 1 << 20
 
 
 class _Config(pydantic.BaseModel):
-    """config.json, as far as it is read."""
+    """The fields of config.json that are read."""
 
     library_name: str
     network: str
@@ -52,27 +52,27 @@ class _Config(pydantic.BaseModel):
 
 
 class _CvlfaceConfig(pydantic.BaseModel):
-    """pretrained_model/model.yaml, as far as it is read."""
+    """The fields of pretrained_model/model.yaml that are read."""
 
     color_space: ColorOrder = "RGB"
     input_size: tuple[Literal[3], Literal[112], Literal[112]] = (3, 112, 112)
 
 
 def is_cvlface(folder: Path) -> bool:
-    """Whether a folder has CVLface's layout."""
+    """Returns whether a folder has CVLface's layout."""
     return (folder / _CVLFACE_YAML).is_file()
 
 
 def export(model: Network, output: Path, *, card: model_card.Card) -> float:
-    """Writes a folder, after the embeddings have been found equal to the torch network's.
+    """Writes a folder after checking the embeddings against the torch network's.
 
     Args:
       model: the network.
-      output: the folder to make; new or empty.
-      card: what the model card states beyond the network.
+      output: folder to create; new or empty.
+      card: contents of the model card beyond the network.
 
     Returns:
-      The largest relative difference of the embeddings.
+      Largest relative difference of the embeddings.
 
     Raises:
       UserError: the folder is not empty or cannot be written, the network comes from outside this
@@ -108,20 +108,20 @@ def export(model: Network, output: Path, *, card: model_card.Card) -> float:
 
 
 def read(folder: str | Path) -> Loaded:
-    """The network and weights of a folder.
+    """Reads the network and weights of a folder.
 
     Raises:
-      UserError: it has neither layout, is damaged, or wants code or an input that this project
-        does not have.
+      UserError: it has neither layout, is damaged, or needs code or an input that this project does
+        not support.
     """
     folder = Path(folder)
     return _read_cvlface(folder) if is_cvlface(folder) else _read_own(folder)
 
 
 def load_torch(folder: str | Path) -> torch.nn.Module:
-    """The torch module of a folder, in evaluation mode.
+    """Loads the torch module of a folder, in evaluation mode.
 
-    It takes (B, 3, 112, 112) float32, (x - 127.5) / 127.5, RGB, and gives (B, D), not normalized.
+    It takes (B, 3, 112, 112) float32, (x - 127.5) / 127.5, RGB, and returns (B, D), not normalized.
 
     Raises:
       UserError: as `read`.
@@ -189,10 +189,10 @@ def _first(error: pydantic.ValidationError) -> str:
 
 
 def _text(path: Path) -> str:
-    """A small text file.
+    """Reads a small text file.
 
     Raises:
-      DataError: there is none, or it is no such file.
+      DataError: the file is missing, or is not a small text file.
     """
     try:
         return foreign.read(path, most=_MOST_BYTES).decode()
@@ -207,7 +207,9 @@ def _text(path: Path) -> str:
 
 
 def _preprocessor(described: ModelInput) -> dict:
-    """For transformers' own image processor: x / 255, then minus mean, then divided by std."""
+    """Returns the settings of transformers' image processor: x / 255, minus mean, divided by
+    std.
+    """
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_resize": False,
@@ -227,7 +229,7 @@ def _require_new(output: Path) -> None:
 
 
 def _require_built_in(network: str, fix: str) -> None:
-    """A network from outside would be code that the folder asks to import."""
+    """Refuses a network from outside the package, because loading the folder would import code."""
     if network not in registry.NETWORKS:
         raise UserError(
             f"{network} is no network of this package, and a hub folder holds no code: {fix}"

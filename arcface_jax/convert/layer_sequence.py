@@ -1,9 +1,9 @@
-"""A network as the sequence of its layers with weights, in an order that its structure decides.
+"""Represent a network as a sequence of layers with weights, in an order set by its structure.
 
-Two descriptions of one network, an ONNX graph and a torch module, give the same sequence, whatever
-the nodes and arrays are called and in whatever order an exporter wrote them: each is a graph of
-layers, read from the output backwards. Where two branches are added, the deeper one comes first.
-Operations without weights are not layers; all that they read has to come from one layer.
+Two descriptions of a network, an ONNX graph and a torch module, have the same sequence, whatever
+the names of nodes and arrays and their order in the file: each is a graph of layers, read backwards
+from the output. If two branches are added, the deeper one comes first. Operations without weights
+are not layers; all their inputs have to come from one layer.
 """
 
 from collections import Counter
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 Kind = Literal["conv", "linear", "norm", "batchnorm", "prelu", "table", "activation"]
-"""norm is LayerNorm, table an array that is added to every image, as positions of tokens are."""
+"""norm is LayerNorm; table is an array that is added to every image, such as position
+embeddings."""
 
 
 class Layer(NamedTuple):
@@ -20,19 +21,19 @@ class Layer(NamedTuple):
 
     kind: Kind
     shape: tuple[int, ...]
-    """Of the weight, as torch has it."""
+    """Shape of the weight in torch's layout."""
     settings: tuple[Any, ...] = ()
-    """Of a convolution strides, padding and groups; of an activation its name and bounds."""
+    """Strides, padding and groups of a convolution; name and bounds of an activation."""
     weight: Any = None
     bias: Any = None
     batchnorm: Any = None
-    """Of the BatchNorm that follows a conv or linear and reads nothing else."""
+    """The BatchNorm that follows a conv or linear layer as its only reader."""
     where: str = ""
-    """The node or module, for messages."""
+    """Node or module, for messages."""
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """What two descriptions of one layer agree in."""
+        """The properties in which two descriptions of a layer have to agree."""
         return self.kind, self.shape, self.settings
 
     def __str__(self) -> str:
@@ -48,7 +49,7 @@ INPUT: Place = 0
 
 @dataclass
 class LayerGraph:
-    """Layers and what each reads."""
+    """Layers and their inputs."""
 
     _layers: list[Layer | None] = field(default_factory=lambda: [None])
     _reads: list[tuple[Place, ...]] = field(default_factory=lambda: [()])
@@ -59,7 +60,7 @@ class LayerGraph:
         return self._add(layer, (reads,))
 
     def addition(self, reads: Sequence[Place]) -> Place:
-        """Adds the sum of branches; a branch added to itself is that branch."""
+        """Adds the sum of branches; a branch added to itself is the branch."""
         different = tuple(dict.fromkeys(reads))
         return different[0] if len(different) == 1 else self._add(None, different)
 
@@ -70,7 +71,7 @@ class LayerGraph:
         return len(self._layers) - 1
 
     def sequence(self, output: Place) -> list[Layer]:
-        """The layers that the output depends on; biases and BatchNorms are part of their layer."""
+        """Returns the layers that the output depends on, with biases and BatchNorms merged in."""
         order = self._order(output)
         readers = Counter(place for reader in order for place in self._reads[reader])
         found: list[Layer] = []
@@ -91,7 +92,7 @@ class LayerGraph:
         return found
 
     def _order(self, output: Place) -> list[Place]:
-        """Everything below the output, what is read before what reads it."""
+        """Orders everything that the output depends on, inputs before their readers."""
         order, seen = [], set()
         stack = [(output, False)]
         while stack:
@@ -107,7 +108,7 @@ class LayerGraph:
 
 
 def _merged(before: Layer, layer: Layer) -> Layer | None:
-    """The layer with what follows it, if that is a part of it."""
+    """Merges a layer with the one after it, if that is a part of it; otherwise returns None."""
     if layer.kind == "batchnorm" and before.kind in ("conv", "linear") and not before.batchnorm:
         return before._replace(batchnorm=layer.batchnorm)
     is_bias = layer.kind == "table" and len(layer.shape) == 1

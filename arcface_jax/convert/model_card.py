@@ -19,14 +19,14 @@ _INTENDED_USE = (
     "without their consent or for decisions without human review; measure error rates on your own "
     "population first."
 )
-# Also in the order of the table; the others of an evaluation stay out of the card.
+# Also in the order of the table; other metrics are not in the card.
 _INTERVALS = {"accuracy": ("accuracy_low", "accuracy_high")}
 _SHOWN = ("accuracy", "auc", "eer")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the card states of the training run."""
+    """What the card states about the training run."""
 
     recipe_digest: str
     """SHA-256 of the configuration without its workdir."""
@@ -36,34 +36,34 @@ class Run:
     classes: int | None
     images: int | None
     evaluated: Mapping[str, float] = field(default_factory=dict)
-    """The metrics of the evaluation at this step, by name: eval/lfw/accuracy and so on."""
+    """Metrics of the evaluation at this step, by name: eval/lfw/accuracy and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What whoever publishes a model states of it."""
+    """What the publisher of a model states about it."""
 
     name: str
     license: str = "other"
-    """An identifier of the hub, such as apache-2.0."""
+    """License identifier of the hub, such as apache-2.0."""
     license_name: str = ""
     license_link: str = ""
     training_data: str = ""
-    """A sentence on the training data; by default what the run has recorded."""
+    """A sentence about the training data; by default what the run has recorded."""
     intended_use: str = _INTENDED_USE
     run: Run | None = None
     calibration: Calibration | None = None
 
 
 def of_run(workdir: Path, which: Which = "latest") -> Run:
-    """What a run has recorded of itself.
+    """Reads what a run has recorded about itself.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       which: the checkpoint.
 
     Raises:
-      CheckpointError: there is no such checkpoint.
+      CheckpointError: the checkpoint does not exist.
     """
     config, step, dataset = saved_runs.restore_dataset(workdir, which)
     recipe = json.loads(loading.to_json(config))
@@ -86,13 +86,13 @@ def of_run(workdir: Path, which: Which = "latest") -> Run:
 
 
 def render(card: Card, *, network: str, described: ModelInput, parameters: int) -> str:
-    """The text of README.md.
+    """Returns the text of README.md.
 
     Args:
-      card: of the model.
+      card: card of the model.
       network: its name.
-      described: its input.
-      parameters: how many it has.
+      described: description of its input.
+      parameters: number of parameters.
     """
     sections = {
         "Model": _model(card, network, described, parameters),
@@ -120,7 +120,7 @@ def _front_matter(card: Card) -> str:
     }
     if results := _results(card):
         entries["model-index"] = [{"name": card.name, "results": results}]
-    # JSON is YAML, whatever is in the strings.
+    # JSON is valid YAML, whatever the strings contain.
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items()]
     return "\n".join(["---", *lines, "---", ""])
 
@@ -186,7 +186,7 @@ def _evaluation(run: Run | None) -> str:
 
 
 def _by_set(run: Run | None) -> dict[str, dict[str, float]]:
-    """Metrics by name of each verification set."""
+    """Groups metrics by verification set."""
     sets: dict[str, dict[str, float]] = {}
     for key, value in (run.evaluated if run else {}).items():
         match = re.fullmatch(r"eval/([^/]+)/([^/]+)", key)
@@ -232,5 +232,5 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _line(text: str) -> str:
-    """Text that stays in its line and cell."""
+    """Returns text that stays in its line and table cell."""
     return " ".join(text.replace("|", "\\|").split())

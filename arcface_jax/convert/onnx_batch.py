@@ -1,4 +1,4 @@
-"""Gives other people's ONNX files a free batch axis."""
+"""Make the batch axis of other projects' ONNX files dynamic."""
 
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,20 @@ _BATCHES = (1, 3, 64)
 
 
 def free(source: Path, output: Path, *, options: OnnxOptions) -> float:
-    """Writes a file whose batch axis is free, after it gave the original's embeddings.
+    """Writes a file with a free batch axis after checking its embeddings against the original's.
 
     Both are run on 64 faces: the original one by one, the other at batch 1, 3 and 64.
 
     Args:
-      source: an .onnx file, of any exporter.
+      source: an .onnx file, from any exporter.
       output: the file to write.
-      options: what is known of its input.
+      options: known properties of its input.
 
     Returns:
-      The largest relative difference of the embeddings.
+      Largest relative difference of the embeddings.
 
     Raises:
-      UserError: `source` is no face model, its graph holds the batch in a way that is not
+      UserError: `source` is not a face model, its graph fixes the batch in a way that cannot be
         rewritten, or the file cannot be written.
     """
     onnx = require("onnx")
@@ -49,7 +49,7 @@ def free(source: Path, output: Path, *, options: OnnxOptions) -> float:
 
 
 def _check(path: Path, faces: np.ndarray, expected: np.ndarray, options: OnnxOptions) -> float:
-    """The largest relative difference at one batch size."""
+    """Returns the largest relative difference at one batch size."""
     opened = onnx_embedder(path, batch_size=len(faces), options=options)
     if len(faces) > 1 and opened.batch_size == 1:
         raise UserError(
@@ -62,7 +62,7 @@ def _check(path: Path, faces: np.ndarray, expected: np.ndarray, options: OnnxOpt
 
 
 def _rewrite(graph: Any) -> None:
-    """Frees the first axis of input and outputs, and of every Reshape of what depends on them."""
+    """Frees the first axis of input and outputs, and in every Reshape that depends on them."""
     name = onnx_input.graph_input(graph)
     (given,) = (value for value in graph.input if value.name == name)
     size = given.type.tensor_type.shape.dim[0].dim_value or 1
@@ -82,7 +82,7 @@ def _rewrite(graph: Any) -> None:
 
 
 class _Shapes:
-    """The constant shapes of a graph; each Reshape gets one of its own."""
+    """The constant shapes of a graph; each Reshape gets a separate one."""
 
     def __init__(self, graph: Any):
         self._graph = graph
@@ -93,15 +93,15 @@ class _Shapes:
                     self._tensors[node.output[0]] = attribute.t
 
     def free(self, node: Any, size: int) -> None:
-        """Takes the batch size out of the shape that a Reshape makes."""
+        """Replaces the batch size in the shape of a Reshape."""
         numpy_helper = require("onnx").numpy_helper
         tensor = self._tensors.get(node.input[1])
         if tensor is None:
-            return  # computed, so it follows the batch
+            return  # a computed shape follows the batch
         shape = numpy_helper.to_array(tensor).copy()
         if not len(shape) or shape[0] <= 0 or (-1 in shape and shape[0] != size):
             return
-        # -1 is the batch, or it and another axis in one; 0 leaves the axis as it is.
+        # -1 is the batch, or the batch merged with another axis; 0 keeps the axis as it is.
         shape[0] = 0 if -1 in shape else -1
         name = f"{node.output[0]}/shape"
         self._graph.initializer.append(numpy_helper.from_array(shape, name))

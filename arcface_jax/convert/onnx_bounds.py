@@ -1,8 +1,8 @@
-"""What an ONNX file may cost, looked at before a runtime opens it: no loops, and no giant arrays.
+"""Check an ONNX file before a runtime opens it: no loops, and no giant arrays.
 
-A graph is a program: a loop in it need not end, and one small node makes an array of any size.
-Networks that embed faces have neither. Operators are found without the package onnx; the sizes of
-arrays, where it is installed, by its shape inference for one image.
+A graph is a program: a loop in it may not terminate, and one small node can make an array of any
+size. Face networks have neither. Operators are found without the package onnx; sizes of arrays, if
+it is installed, by its shape inference for one image.
 """
 
 import importlib.util
@@ -16,14 +16,14 @@ from arcface_jax.errors import UserError
 from arcface_jax.runtime import foreign
 
 LARGEST_FIXED_BATCH = 1024
-"""Of a graph that takes only batches of one size, which are filled up to it."""
+"""Largest fixed batch of a graph; incomplete batches are padded to it."""
 
 _LOOPS = frozenset((b"Loop", b"Scan", b"SequenceMap"))
-# Numbers in an array, at least and for each image; the widest layers make 2^20 of an image.
+# Largest arrays, in numbers, in total and per image; the widest layers have 2^20 per image.
 _LARGEST, _LARGEST_OF_IMAGE = 1 << 27, 1 << 21
-_SMALL = 1 << 12  # bytes of a weight that shapes may be computed from
+_SMALL = 1 << 12  # bytes of a weight from which shapes may be computed
 _DEEPEST = 16
-# Field numbers of onnx.proto: where nodes and graphs are found.
+# Field numbers of onnx.proto that lead to nodes and graphs.
 _MODEL_GRAPH, _MODEL_FUNCTIONS = 7, 25
 _GRAPH_NODE, _FUNCTION_NODE = 1, 7
 _NODE_KIND, _NODE_ATTRIBUTE = 4, 5
@@ -34,7 +34,7 @@ def check(path: Path) -> None:
     """Refuses a file whose graph loops, or makes arrays far beyond a network's.
 
     Raises:
-      UserError: it does, or is no ONNX file.
+      UserError: it does, or is not an ONNX file.
     """
     try:
         foreign.require_regular(path)
@@ -58,14 +58,14 @@ def check(path: Path) -> None:
 
 
 class _Field(NamedTuple):
-    """A field of a protobuf message that has a length."""
+    """A length-delimited field of a protobuf message."""
 
     number: int
     content: memoryview
 
 
 def _operators(data: memoryview) -> set[bytes]:
-    """The operators of a model, of its functions and of the graphs in attributes."""
+    """Returns the operators of a model, of its functions and of the graphs in attributes."""
     found: set[bytes] = set()
     waiting: list[tuple[memoryview, int]] = []
     for field in _fields(data):
@@ -93,7 +93,7 @@ def _all(message: memoryview, number: int) -> list[memoryview]:
 
 
 def _fields(message: memoryview) -> Iterator[_Field]:
-    """The fields of a message that are messages, text or bytes; numbers are passed over."""
+    """Yields the fields of a message that are messages, text or bytes; skips numbers."""
     at, size = 0, len(message)
     while at < size:
         tag, at = _varint(message, at)
@@ -125,7 +125,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _check_sizes(path: Path) -> None:
-    """By shape inference for one image; what is computed at run time stays unknown.
+    """Checks sizes by shape inference for one image; sizes computed at run time stay unknown.
 
     Raises:
       UserError: an array is too large.
@@ -138,7 +138,7 @@ def _check_sizes(path: Path) -> None:
         _empty_weights(model.graph)
         batch = _set_input(model.graph)
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except Exception:  # of many types; the runtime reports what is wrong with the file
+    except Exception:  # many types; the runtime reports the actual problem
         return
     if batch > LARGEST_FIXED_BATCH:
         raise UserError(
@@ -158,14 +158,14 @@ def _check_sizes(path: Path) -> None:
 
 
 def _empty_weights(graph: Any) -> None:
-    """Drops the values of large weights, whose shapes are enough."""
+    """Drops the values of large weights, because their shapes are enough."""
     for tensor in graph.initializer:
         if len(tensor.raw_data) > _SMALL:
             tensor.ClearField("raw_data")
 
 
 def _set_input(graph: Any) -> int:
-    """Gives free axes of the input the size of one face; returns the batch."""
+    """Sets free axes of the input to the size of one face; returns the batch size."""
     batch = 1
     weights = {tensor.name for tensor in graph.initializer}
     for value in graph.input:

@@ -1,4 +1,4 @@
-"""A network without a torch twin as an ONNX graph, by way of the package jax2onnx."""
+"""Export a network without a torch twin to ONNX, with the package jax2onnx."""
 
 import contextlib
 import logging
@@ -18,18 +18,19 @@ from arcface_jax.models import preprocess
 from arcface_jax.training.network import Network
 
 EXTRA = "jax2onnx"
-# What jax2onnx is written for: it uses operators of this version whatever it is asked for.
+# jax2onnx is written for this version and uses its operators whatever version is requested.
 OPSET = 23
 
 
 def write(path: Path, model: Network, *, inside: bool, names: tuple[str, str, str]) -> None:
-    """Write the float32 graph of a network.
+    """Writes the float32 graph of a network.
 
     Args:
       path: the file to write.
       model: the network.
-      inside: whether the graph normalizes pixels of 0 .. 255; it takes [-1, 1] otherwise.
-      names: of the input (batch, 3, 112, 112), the output (batch, D), and the batch dimension.
+      inside: whether the graph normalizes pixels of 0 .. 255; otherwise it takes [-1, 1].
+      names: names of the input (batch, 3, 112, 112), the output (batch, D), and the batch
+          dimension.
 
     Raises:
       UserError: jax2onnx is not installed, or cannot translate an operation of the network.
@@ -38,7 +39,7 @@ def write(path: Path, model: Network, *, inside: bool, names: tuple[str, str, st
     weights = jax.tree.map(np.asarray, (model.params, model.batch_stats))
 
     def embed(x: jax.Array) -> jax.Array:
-        if inside:  # a subtraction and a product, by which clients see that it is done here
+        if inside:  # clients detect normalization by this subtraction and product
             x = (x - preprocess.MEAN) * (1 / preprocess.SCALE)
         x = jnp.transpose(x, (0, 2, 3, 1))
         return model.backbone.apply(*weights, x, train=False)[0]
@@ -56,7 +57,7 @@ def write(path: Path, model: Network, *, inside: bool, names: tuple[str, str, st
                 return_mode="file",
                 output_path=str(path),
             )
-        except Exception as error:  # the package raises many kinds, each in its own words
+        except Exception as error:  # the package raises many types of exceptions
             raise UserError(
                 f"jax2onnx cannot translate {model.network}: {error}. Write that part of the "
                 "network with other operations, give it a torch twin (docs/extending.md), or "
@@ -66,7 +67,7 @@ def write(path: Path, model: Network, *, inside: bool, names: tuple[str, str, st
 
 @contextlib.contextmanager
 def _lenient() -> Iterator[None]:
-    """JAX as jax2onnx expects it.
+    """Adapts JAX to jax2onnx's expectations.
 
     It adds arrays of different ranks, drops an operation whose import gives a warning, and logs
     a traceback for each optional package that this JAX is too new for.

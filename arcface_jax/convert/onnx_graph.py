@@ -1,4 +1,4 @@
-"""A backbone as an ONNX graph, in the form that insightface's clients expect."""
+"""Write a backbone as an ONNX graph, in the form that insightface's clients expect."""
 
 import contextlib
 import dataclasses
@@ -22,36 +22,36 @@ from arcface_jax.models import preprocess
 from arcface_jax.training.network import Network
 
 OPSET = 18
-"""What torch's exporter is asked for; `onnx_opset` makes others of it."""
+"""Version requested from torch's exporter; `onnx_opset` converts to others."""
 INPUT, OUTPUT, BATCH = "input", "embedding", "batch"
 # insightface's clients take an input of 0 .. 255 where names among the first eight nodes begin
 # with Sub and Mul; otherwise they normalize. Other nodes have names that begin with neither.
 NORMALIZERS = ("Sub", "Mul")
-# A protocol buffer has less than 2 GiB; larger weights go to a file beside the graph.
+# A protocol buffer is limited to 2 GiB; larger weights go to a file next to the graph.
 _LARGEST_FILE = 1_900_000_000
 
 
 class _FromPixels(torch.nn.Module):
-    """A network that normalizes its input."""
+    """A network that normalizes its own input."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 112, 112) of 0 .. 255, RGB, to (B, D)."""
+        """Maps (B, 3, 112, 112) of 0 .. 255, RGB, to (B, D)."""
         return self.network((pixels - preprocess.MEAN) * (1 / preprocess.SCALE))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What a float32 graph is to look like, for the runtimes and the code that will run it."""
+    """Format of a float32 graph, as required by the runtimes and code that will run it."""
 
     input: GraphInput = "float"
     normalization: Normalization | None = None
-    """Where it is done; by default outside, and inside of a graph that takes uint8."""
+    """Where to normalize; by default outside, except in a graph that takes uint8."""
     opset: int | None = None
-    """Version of the operators; by default the exporter's: 18, of jax2onnx 23."""
+    """Version of the operators; by default the exporter's: 18, or 23 for jax2onnx."""
     ir_version: int = onnx_opset.IR_VERSIONS[1]
     """Version of the file format."""
 
@@ -61,10 +61,10 @@ class Form:
         return self.input == "uint8-nhwc" or self.normalization == "inside"
 
     def check(self) -> None:
-        """Refuse what does not go together, or does not exist.
+        """Refuses parts of a graph that contradict each other or refer to something missing.
 
         Raises:
-          UserError: with the values that do.
+          UserError: with the supported values.
         """
         onnx_opset.check(self.opset or OPSET, self.ir_version)
         if self.input == "uint8-nhwc" and self.normalization == "outside":
@@ -74,12 +74,12 @@ class Form:
 
 
 def write(path: Path, model: Network, form: Form) -> None:
-    """Writes the graph of a network, float32, and beside it its weights where these are large.
+    """Writes the float32 graph of a network; large weights go to a file next to it.
 
     Args:
       path: the file to write.
-      model: to export.
-      form: of the graph.
+      model: the network to export.
+      form: form of the graph.
 
     Raises:
       UserError: packages are missing, or a network without a torch twin has an operation that
@@ -90,7 +90,7 @@ def write(path: Path, model: Network, form: Form) -> None:
     else:
         names = (INPUT, OUTPUT, BATCH)
         onnx_from_jax.write(path, model, inside=form.inside, names=names)
-    gc.collect()  # what is checked next takes as much memory again
+    gc.collect()  # the next check needs as much memory again
     _reshape(path, form)
     wants = model.input
     if form.inside:
@@ -102,7 +102,7 @@ def write(path: Path, model: Network, form: Form) -> None:
         "network": model.network,
         "embedding_size": str(model.embedding_size),
         "color_order": "RGB",
-        # What is left to the caller: (x - mean) / scale.
+        # Left to the caller: (x - mean) / scale.
         "mean": str(wants.mean),
         "scale": str(wants.scale),
         "normalization": "inside" if form.inside else "outside",
@@ -113,9 +113,9 @@ def write(path: Path, model: Network, form: Form) -> None:
 
 
 def disown(path: Path) -> None:
-    """Takes the run's digest out of a file whose embeddings are not the run's.
+    """Removes the run's digest from a file whose embeddings differ from the run's.
 
-    A calibration of the run is refused for it then, and one of its own is made by its SHA-256.
+    A calibration of the run is then refused for it; its own calibration uses its SHA-256.
     """
     onnx = require("onnx")
     model = onnx.load(path, load_external_data=False)
@@ -127,7 +127,7 @@ def disown(path: Path) -> None:
 
 
 def _reshape(path: Path, form: Form) -> None:
-    """Brings what the exporters wrote to the versions and the input that are asked for."""
+    """Converts the exporters' output to the requested versions and input."""
     onnx = require("onnx")
     model = onnx.load(path, load_external_data=False)
     model.ir_version = form.ir_version
@@ -139,7 +139,7 @@ def _reshape(path: Path, form: Form) -> None:
 
 
 def _take_pixels(graph: Any) -> None:
-    """Lets a graph that takes (batch, 3, 112, 112) of 0 .. 255 take images as they are decoded."""
+    """Makes a graph that takes (batch, 3, 112, 112) of 0 .. 255 take images as they are decoded."""
     onnx = require("onnx")
     (given,) = graph.input
     planes = f"{INPUT}/planes"
@@ -169,9 +169,9 @@ def _write_twin(path: Path, model: Network, *, inside: bool) -> None:
 
 
 def finish(path: Path, metadata: dict[str, str]) -> None:
-    """Names the nodes so that clients see where normalization is done, and adds metadata.
+    """Names the nodes so that clients detect where normalization happens, and adds metadata.
 
-    Also drops what the exporter noted of its source files.
+    Also drops the exporter's references to source files.
     """
     onnx = require("onnx")
     model = onnx.load(path, load_external_data=False)
@@ -182,9 +182,9 @@ def finish(path: Path, metadata: dict[str, str]) -> None:
     nodes = list(graph.node)
     if known["normalization"] == "inside":
         if not any(node.name in NORMALIZERS for node in nodes):
-            for name in NORMALIZERS:  # the first of their kind, after no more than a transposition
+            for name in NORMALIZERS:  # the first of their kind, at most after a transposition
                 next(node for node in nodes if node.op_type == name).name = name
-        first = _with_ancestors(nodes, NORMALIZERS)  # as quantization may have put others first
+        first = _with_ancestors(nodes, NORMALIZERS)  # quantization may have put others first
         nodes.sort(key=lambda node: node.name not in first)
     for number, node in enumerate(nodes):
         if node.name not in NORMALIZERS or known["normalization"] == "outside":
@@ -202,7 +202,7 @@ def finish(path: Path, metadata: dict[str, str]) -> None:
 
 
 def _with_ancestors(nodes: list[Any], names: Collection[str]) -> set[str]:
-    """The names, with all nodes whose outputs they need; nodes are in graph order."""
+    """Returns the names with all nodes whose outputs they need; nodes are in graph order."""
     wanted = set(names)
     inputs: set[str] = set()
     for node in reversed(nodes):
@@ -228,7 +228,7 @@ def _export(module: torch.nn.Module) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's deprecation warnings to itself, and its remark that torchvision is absent."""
+    """Silences torch's deprecation warnings about itself, and its remark about torchvision."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,11 +1,11 @@
-"""What an ONNX file wants of a face: from its metadata, else from its graph.
+"""Find how an ONNX file expects its input: from its metadata, otherwise from its graph.
 
 In this order:
-- `model_input`, the JSON that this project's exports carry, or the older keys `mean`, `scale` and
-  `color_order`: what the caller does outside the graph (0, 1 and RGB where the graph does it all);
+- `model_input`, the JSON in this project's exports, or the older keys `mean`, `scale` and
+  `color_order`: what the caller does outside the graph (0, 1 and RGB if the graph does it all);
 - the values of the first operations: a subtraction of about 127.5 (or of the pixels' means) is for
   0 .. 255, one of about 0.5 for 0 .. 1, whatever the nodes are called;
-- where these cannot be read, the names of the first eight nodes, as insightface's Python package
+- if these cannot be read, the names of the first eight nodes, as in insightface's Python package
   reads them: Sub or _minus and Mul or _mul normalize inside;
 - otherwise (x - 127.5) / 127.5, RGB.
 """
@@ -26,30 +26,30 @@ METADATA_KEYS = ("mean", "scale", "color_order")
 _INSTALL = install("onnx")
 _NAMED_NODES = 8
 _TO_CHANNELS_FIRST = [0, 3, 1, 2]
-# Zero points, in the input's units, of a graph that takes 0 .. 255 and of one that takes 0 .. 1.
+# Zero points, in the input's units, of graphs that take 0 .. 255 and 0 .. 1.
 _BYTE_CENTER = (64, 192)
 _UNIT_CENTER = (0.3, 0.7)
-# Below it, a factor without a subtraction maps bytes to about one.
+# A smaller factor without a subtraction maps bytes to about one.
 _BYTE_FACTOR = 0.05
-# The least difference of the channels' means, as a share of the range, that tells their order.
+# Smallest difference of the channels' means, as a share of the range, that reveals their order.
 _COLOR_LEAN = 0.04
 
 
 class Preparation(NamedTuple):
-    """What the caller does to an image before the graph takes it: (x - mean) / scale."""
+    """What the caller does to an image before passing it to the graph: (x - mean) / scale."""
 
     mean: float = preprocess.MEAN
     scale: float = preprocess.SCALE
     color_order: ColorOrder = "RGB"
     guesses: tuple[str, ...] = ()
-    """What no metadata told, and why it is taken so."""
+    """Values that metadata did not state, with the reason for each guess."""
 
 
 def from_metadata(path: Path, metadata: Mapping[str, str]) -> Preparation | None:
-    """What the older keys tell; None where one of them is missing.
+    """Reads the older keys; returns None if one of them is missing.
 
     Raises:
-      UserError: they are not as this project writes them.
+      UserError: their values are invalid.
     """
     if not all(key in metadata for key in METADATA_KEYS):
         return None
@@ -67,7 +67,7 @@ def from_metadata(path: Path, metadata: Mapping[str, str]) -> Preparation | None
 
 
 def from_graph(graph: Any) -> Preparation:
-    """What the first operations of an `onnx.GraphProto` tell."""
+    """Infers the preparation from the first operations of an `onnx.GraphProto`."""
     walked = _walk(graph)
     if walked.factor is not None:
         return _from_values(walked)
@@ -83,7 +83,7 @@ def from_graph(graph: Any) -> Preparation:
 
 
 def layout(graph: Any) -> Layout:
-    """NHWC where the input is first transposed to channels first; for shapes that do not tell."""
+    """Returns NHWC if the input is first transposed to channels first; for ambiguous shapes."""
     for node in _consumers(graph, graph_input(graph)):
         for attribute in node.attribute:
             if node.op_type == "Transpose" and list(attribute.ints) == _TO_CHANNELS_FIRST:
@@ -92,7 +92,7 @@ def layout(graph: Any) -> Layout:
 
 
 def load_graph(path: Path) -> Any:
-    """The `onnx.GraphProto` of a file, without weights that lie in another.
+    """Loads the `onnx.GraphProto` of a file, without weights in external files.
 
     Raises:
       UserError: the package onnx is not installed.
@@ -112,7 +112,7 @@ def load_graph(path: Path) -> Any:
 
 
 def graph_input(graph: Any) -> str:
-    """The name of the first input that is no weight."""
+    """Returns the name of the first input that is not a weight."""
     weights = {tensor.name for tensor in graph.initializer}
     return next(value.name for value in graph.input if value.name not in weights)
 
@@ -121,7 +121,7 @@ _RGB = "RGB, as nothing in it tells"
 
 
 class _Walked(NamedTuple):
-    """The first operations as factor * x + offset, per channel; None where they cannot be read."""
+    """The first operations as factor * x + offset, per channel; None if they cannot be read."""
 
     factor: np.ndarray | None
     offset: np.ndarray | None
@@ -150,11 +150,11 @@ def _from_values(walked: _Walked) -> Preparation:
 
 
 def _color_order(lean: float, why: str) -> tuple[ColorOrder, tuple[str, ...]]:
-    """By the means of the first and the last channel: faces and photographs are redder than blue.
+    """Infers the order from the first and last channel's means: photographs are redder than blue.
 
     Args:
-      lean: how much more of the first channel is subtracted, as a share of the range.
-      why: the reason for mean and scale, which comes before that for the order.
+      lean: how much more is subtracted from the first channel, as a share of the range.
+      why: the reason for mean and scale; precedes the reason for the order.
     """
     if abs(lean) < _COLOR_LEAN:
         return "RGB", (why, _RGB)
@@ -164,7 +164,7 @@ def _color_order(lean: float, why: str) -> tuple[ColorOrder, tuple[str, ...]]:
 
 
 def _walk(graph: Any) -> _Walked:
-    """Follow the input through operations with constants, to the first one with weights."""
+    """Follows the input through operations with constants, to the first one with weights."""
     constants = _Constants(graph)
     name, nodes = graph_input(graph), []
     factor, offset = np.ones(3), np.zeros(3)
@@ -190,7 +190,7 @@ def _walk(graph: Any) -> _Walked:
 
 
 def _step(node: Any, name: str, constants: "_Constants") -> tuple[np.ndarray, np.ndarray] | None:
-    """One operation as factor and offset, per channel; None where it is none such."""
+    """Returns an operation as factor and offset, per channel; None for other operations."""
     ones, zeros = np.ones(3), np.zeros(3)
     if node.op_type == "BatchNormalization":
         values = [constants.of(given) for given in node.input[1:]]
@@ -214,7 +214,7 @@ def _step(node: Any, name: str, constants: "_Constants") -> tuple[np.ndarray, np
 
 
 class _Constants:
-    """The small constants of a graph, as one number for each of three channels."""
+    """The small constants of a graph, broadcast to three channels."""
 
     def __init__(self, graph: Any):
         self._tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -225,7 +225,7 @@ class _Constants:
                         self._tensors[node.output[0]] = attribute.t
 
     def of(self, name: str) -> np.ndarray | None:
-        """(3,) float64, or None where it is no constant of one or three numbers."""
+        """Returns (3,) float64, or None if it is not a constant of one or three numbers."""
         tensor = self._tensors.get(name)
         if tensor is None or tensor.data_location or math.prod(tensor.dims) not in (1, 3):
             return None

@@ -1,4 +1,4 @@
-"""How far each layer of a quantized ONNX graph departs from the float graph."""
+"""Measure the error of each layer of a quantized ONNX graph against the float graph."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,19 +12,19 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 
 class LayerError(NamedTuple):
-    """The output of a layer, in float and in int8."""
+    """Error of a layer's output in int8 against float."""
 
     layer: str
-    """The name of its weight."""
+    """Name of its weight."""
     operator: str
     error: float
-    """||a - b|| / ||b|| over all images, b in float; errors of earlier layers are in it."""
+    """||a - b|| / ||b|| over all images, b in float; includes errors of earlier layers."""
     quantized: bool
     """False for layers that are kept in float."""
 
 
 def weighted(graph: Any) -> list[Any]:
-    """The nodes with weights, from the input to the output."""
+    """Returns the nodes with weights, from the input to the output."""
     weights = {tensor.name for tensor in graph.initializer}
     return [
         node for node in graph.node if node.op_type in WEIGHTED and weights.intersection(node.input)
@@ -34,7 +34,7 @@ def weighted(graph: Any) -> list[Any]:
 def errors(
     reference: Path, quantized: Path, images: np.ndarray, *, kept: set[str]
 ) -> list[LayerError]:
-    """Runs both graphs and compares what their layers give.
+    """Runs both graphs and compares the outputs of their layers.
 
     Args:
       reference: the float graph.
@@ -51,7 +51,7 @@ def errors(
     prepare = onnx_embedder(reference).prepare
     sessions = [_exposed(path, names) for path in (reference, quantized)]
     squares = np.zeros((2, len(names)))
-    for image in images:  # one by one, for all activations are kept
+    for image in images:  # one by one, because all activations are kept
         x = {sessions[0].get_inputs()[0].name: prepare(image[None])}
         for number, (b, a) in enumerate(zip(*(s.run(names, x) for s in sessions), strict=True)):
             squares[:, number] += np.sum(np.square(a - b)), np.sum(np.square(b))
@@ -63,12 +63,12 @@ def errors(
 
 
 def _weight(node: Any) -> str:
-    """A layer's name: its weight's, without the exporter's prefix and suffix."""
+    """Returns a layer's name: its weight's name without the exporter's prefix and suffix."""
     return node.input[1].removeprefix("network.").removesuffix(".weight")
 
 
 def _exposed(path: Path, names: list[str]) -> Any:
-    """A session whose outputs are these tensors."""
+    """Opens a session whose outputs are these tensors."""
     onnx, onnxruntime = require("onnx"), require("onnxruntime")
     model = onnx.load(str(path))
     del model.graph.output[:]

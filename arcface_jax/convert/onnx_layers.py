@@ -1,8 +1,8 @@
-"""The layers of an ONNX graph, whoever exported it, with their weights.
+"""Read the layers of an ONNX graph from any exporter, with their weights.
 
 BatchNorm nodes, BatchNorms folded into convolutions and matrix products, initializers among the
 inputs (MXNet), LayerNorm as one node or as its parts, constants as nodes or initializers, and
-weights in a file beside the graph are all read. What is quantized or loops is refused.
+weights in an external file are all supported. Quantized graphs and loops are refused.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from arcface_jax.convert import onnx_bounds
 from arcface_jax.convert.layer_sequence import INPUT, Layer, LayerGraph, Place
 from arcface_jax.errors import UserError, install
 
-# Operations that read an image's data only through their first input: their others are shapes.
+# Operations that read an image's data only through their first input; the others are shapes.
 _FIRST_ONLY = (
     *("Cast", "Clip", "Dropout", "Expand", "Flatten", "Gather", "GatherElements", "Identity"),
     *("MaxPool", "Pow", "Reshape", "Resize", "Shape", "Slice", "Split", "Squeeze", "Tile"),
@@ -31,7 +31,7 @@ _LOOPS = ("If", "Loop", "Scan")
 
 
 class BatchNormArrays(NamedTuple):
-    """A BatchNorm of the file."""
+    """A BatchNorm in the file."""
 
     scale: np.ndarray
     bias: np.ndarray
@@ -41,25 +41,25 @@ class BatchNormArrays(NamedTuple):
 
 
 class OnnxLayers(NamedTuple):
-    """What a graph consists of."""
+    """Layers and preprocessing of a graph."""
 
     layers: list[Layer]
     mean: float
     scale: float
-    """Before its first layer the graph computes (x - mean) / scale."""
+    """Before its first layer, the graph computes (x - mean) / scale."""
     is_float16: bool
 
 
 class UnknownGraph(UserError):
-    """A graph that is no sequence of known layers."""
+    """Raised for a graph that is not a sequence of known layers."""
 
 
 def read(path: Path) -> OnnxLayers:
-    """The layers of a file.
+    """Reads the layers of a file.
 
     Raises:
-      UserError: it is no ONNX file, it is quantized, or an operation of it has no place in a
-        network of this project.
+      UserError: it is not an ONNX file, it is quantized, or no network of this project has one of
+        its operations.
     """
     model = _load(path)
     quantized = [n.op_type for n in model.graph.node if any(q in n.op_type for q in _QUANTIZED)]
@@ -90,7 +90,7 @@ def _load(path: Path) -> Any:
 
 
 class _Reader:
-    """Goes through the nodes once, in the order of the file, which has inputs before outputs."""
+    """Processes the nodes once, in the order of the file, which has inputs before outputs."""
 
     def __init__(self, path: Path, model: Any):
         self._path, self._graph_proto = path, model.graph
@@ -115,7 +115,7 @@ class _Reader:
         found = [self._graph.sequence(place) for place in outputs if place is not None]
         if not found:
             raise self._unknown("has no output that depends on the image")
-        layers = max(found, key=_embedding_width)  # of an embedding and its length, say
+        layers = max(found, key=_embedding_width)  # for example of an embedding and its length
         types = {array.dtype for layer in layers for array in (layer.weight,) if array is not None}
         return OnnxLayers(layers, self._zero, self._unit, np.dtype(np.float16) in types)
 
@@ -126,14 +126,14 @@ class _Reader:
             return
         names = list(node.input[:1] if node.op_type in _FIRST_ONLY else node.input)
         reads = [self._places[name] for name in names if name in self._places]
-        if not reads:  # of shapes only
+        if not reads:  # reads shapes only
             return
         place = self._place(node, reads)
         for name in node.output:
             self._places[name] = place
 
     def _constant(self, node: Any) -> np.ndarray | None:
-        """The value of a node that reads only constants, if a weight may go through it."""
+        """Evaluates a node that reads only constants, if a weight may pass through it."""
         if node.op_type == "Constant":
             from onnx import numpy_helper
 
@@ -147,7 +147,7 @@ class _Reader:
         return compute(given, _attributes(node))
 
     def _place(self, node: Any, reads: list[Place]) -> Place:
-        """Where the result of a node on data is."""
+        """Returns where the result of a node on data is."""
         kind, first = node.op_type, reads[0]
         if kind in _LOOPS:
             raise self._unknown(f"has a {kind} at node {node.name or node.output[0]}")
@@ -176,14 +176,14 @@ class _Reader:
         return self._graph.addition(reads)
 
     def _arithmetic(self, node: Any, place: Place, array: np.ndarray) -> Place:
-        """Of data with a constant: the pixels' normalization, a bias or a scale, or a number."""
+        """Handles data combined with a constant: normalization, a bias or scale, or a number."""
         kind, backwards = node.op_type, node.input[0] in self._constants
         if place == INPUT and np.unique(array).size == 1:
             if backwards and kind in ("Sub", "Div"):
                 raise self._unknown(f"negates or inverts its pixels at node {node.name}")
             self._normalize(kind, float(array.ravel()[0]))
             return place
-        if array.size == 1:  # of attention, and the parts of LayerNorm; parity is checked later
+        if array.size == 1:  # part of attention or LayerNorm; parity is checked later
             return place
         shape = np.squeeze(array).shape
         values = array.reshape(shape if len(shape) == 1 else array.shape)
@@ -207,7 +207,7 @@ class _Reader:
                 self._unit *= value
 
     def _bounds(self, node: Any) -> tuple[float, ...]:
-        """Of a Clip its bounds, by input or attribute; of other activations their settings."""
+        """Returns the bounds of a Clip, or the settings of another activation."""
         attributes = _attributes(node)
         if node.op_type != "Clip":
             return tuple(float(v) for v in attributes.values() if isinstance(v, int | float))
@@ -293,6 +293,6 @@ _ON_CONSTANTS: dict[str, Callable[[list[np.ndarray], dict[str, Any]], np.ndarray
     "Cast": lambda given, _: given[0],
     "Transpose": _transposed,
     "Squeeze": lambda given, _: np.squeeze(given[0]),
-    "Unsqueeze": lambda given, _: given[0],  # a bias or a slope, whose axes do not matter
+    "Unsqueeze": lambda given, _: given[0],  # a bias or a slope; its axes do not matter
     "Reshape": lambda given, _: given[0],
 }

@@ -1,7 +1,7 @@
-"""An ONNX graph in another version of the operators, for older and newer runtimes.
+"""Convert an ONNX graph to another operator version, for older and newer runtimes.
 
-`onnx.version_converter` knows few of the ways down that matter here. A network's graph has two
-dozen operators: most changed in nothing but the types they take, and the others are rewritten.
+`onnx.version_converter` supports few of the downgrades needed here. A network's graph has two dozen
+operators: most differ only in the types they accept, and the others are rewritten.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from arcface_jax.errors import UserError
 
 OLDEST = 13
 IR_VERSIONS = 7, 8
-"""The oldest format of files that holds `OLDEST`, and the default."""
-# Operators whose newer versions take more types, and otherwise what they took, from 13 on.
+"""The oldest file format that supports `OLDEST`, and the default."""
+# Operators whose newer versions only accept more types, from 13 on.
 _WIDENED = (
     *("Abs", "Add", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Constant"),
     *("ConstantOfShape", "Conv", "DequantizeLinear", "Div", "Dropout", "Equal", "Erf", "Exp"),
@@ -30,12 +30,12 @@ Nodes = list[Any]
 
 
 def newest() -> int:
-    """The newest version that the installed onnx package has."""
+    """Returns the newest version that the installed onnx package has."""
     return require("onnx").defs.onnx_opset_version()
 
 
 def check(opset: int, ir_version: int) -> None:
-    """Refuse versions that no export has.
+    """Refuses versions that exports do not support.
 
     Raises:
       UserError: with the range of each.
@@ -48,14 +48,14 @@ def check(opset: int, ir_version: int) -> None:
 
 
 def convert(model: Any, opset: int) -> None:
-    """Change the version of a model's operators, in place.
+    """Changes the version of a model's operators, in place.
 
     Args:
       model: an `onnx.ModelProto` without control flow.
-      opset: the version, of at least 13.
+      opset: the version, at least 13.
 
     Raises:
-      UserError: an operator means something else, or is missing, at that version.
+      UserError: an operator is missing or has another meaning in that version.
     """
     (entry,) = (entry for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     before, entry.version = entry.version, opset
@@ -71,7 +71,7 @@ def convert(model: Any, opset: int) -> None:
 
 
 def _converted(graph: Any, node: Any, before: int, after: int) -> Nodes:
-    """One operator in the operators of another version."""
+    """Converts one operator to operators of another version."""
     for changed_at, operators, rewrite in _REWRITES:
         if node.op_type in operators and after < changed_at <= before:
             return rewrite(graph, node)
@@ -86,7 +86,7 @@ def _converted(graph: Any, node: Any, before: int, after: int) -> Nodes:
 
 
 def _since(operator: str, opset: int) -> int | None:
-    """The version that an operator got its meaning at; None where it is missing."""
+    """Returns the version that defined an operator's current meaning; None if it is missing."""
     onnx = require("onnx")
     try:
         return onnx.defs.get_schema(operator, opset).since_version
@@ -95,7 +95,7 @@ def _since(operator: str, opset: int) -> int | None:
 
 
 def _layer_normalization(graph: Any, node: Any) -> Nodes:
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias, over the last axis."""
+    """Expresses (x - mean) / sqrt(variance + epsilon) * scale + bias, over the last axis."""
     onnx = require("onnx")
     options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     if options.get("axis", -1) != -1 or len(node.output) > 1:
@@ -130,7 +130,7 @@ def _axes_as_attribute(graph: Any, node: Any) -> Nodes:
 
 
 def _split_evenly(graph: Any, node: Any) -> Nodes:
-    _drop(node, "num_outputs")  # without sizes, older versions split evenly too
+    _drop(node, "num_outputs")  # without sizes, older versions also split evenly
     return [node]
 
 
@@ -140,7 +140,7 @@ def _reshape_without_zero(graph: Any, node: Any) -> Nodes:
 
 
 def _slice_of_shape(graph: Any, node: Any) -> Nodes:
-    """Shape with `start` and `end` as Shape and Slice."""
+    """Expresses Shape with `start` and `end` as Shape and Slice."""
     onnx = require("onnx")
     options = {a.name: a.i for a in node.attribute}
     _drop(node, *options)

@@ -1,4 +1,4 @@
-"""An ONNX graph in float16, or in int8 with ranges measured on images."""
+"""Convert an ONNX graph to float16, or to int8 with ranges measured on images."""
 
 import logging
 from pathlib import Path
@@ -13,7 +13,7 @@ from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.convert.packages import require
 from arcface_jax.runtime.files import atomic_files
 
-# Their running variances may exceed what float16 holds.
+# Operators whose running variances may exceed float16's range.
 _FLOAT32_NODES = ["BatchNormalization"]
 _COMPARED_IMAGES = 8
 
@@ -27,22 +27,22 @@ def to_float16(path: Path) -> None:
         op_block_list=[*float16.DEFAULT_OP_BLOCK_LIST, *_FLOAT32_NODES],
     )
     graphs = require("onnxruntime.transformers.onnx_model").OnnxModel
-    graphs.graph_topological_sort(model.graph)  # the casts were put last
+    graphs.graph_topological_sort(model.graph)  # the casts were appended at the end
     onnx.save(model, path)
     onnx_graph.finish(path, {"precision": "float16"})
 
 
 def to_int8(path: Path, images: np.ndarray) -> list[LayerError]:
-    """Rewrites a float32 graph: weights by channel, activations by the range seen on images.
+    """Rewrites a float32 graph: weights per channel, activations by their range on images.
 
-    The first and the last layer stay in float: they see pixels and make the embedding.
+    The first and the last layer stay in float: they process the pixels and the embedding.
 
     Args:
       path: the graph.
-      images: (n, 112, 112, 3) uint8 RGB, aligned faces of the kind it will see.
+      images: (n, 112, 112, 3) uint8 RGB, aligned faces like those in use.
 
     Returns:
-      How far each layer's output departs from the float graph's.
+      Error of each layer's output against the float graph's.
     """
     onnx, quantization = require("onnx"), require("onnxruntime.quantization")
     layers = onnx_layer_errors.weighted(onnx.load(path, load_external_data=False).graph)
@@ -50,7 +50,7 @@ def to_int8(path: Path, images: np.ndarray) -> list[LayerError]:
     prepare = onnx_embedder(path).prepare
 
     class Reader(quantization.CalibrationDataReader):
-        """Hands the images over one by one."""
+        """Provides the images one by one."""
 
         def __init__(self):
             self._images = iter(images)
@@ -59,7 +59,7 @@ def to_int8(path: Path, images: np.ndarray) -> list[LayerError]:
             image = next(self._images, None)
             return None if image is None else {INPUT: prepare(image[None])}
 
-    logger = logging.getLogger()  # the package writes advice to it on every call
+    logger = logging.getLogger()  # the package logs advice on every call
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

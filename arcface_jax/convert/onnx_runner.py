@@ -1,7 +1,7 @@
-"""Runs an ONNX face-recognition model on images, whoever exported it.
+"""Run an ONNX face recognition model from any exporter on images.
 
-`arcface_jax.convert.onnx_input` tells how it wants its input. What it gives is found by running
-it once: one of several outputs, and whether its batch axis is as free as it is declared.
+`arcface_jax.convert.onnx_input` finds how to prepare the input. One run determines the output:
+which of several it is, and whether the batch axis is as free as declared.
 """
 
 import copy
@@ -27,21 +27,21 @@ _NUMBERS = {
 }
 _LARGEST_BATCH = 64
 _LEAST_WIDTH = 32
-"""Of an embedding, where a model has several outputs: others are lengths, ages, qualities."""
+"""Smallest width of an embedding among several outputs; others are lengths, ages, qualities."""
 _SAME = 1e-2
-"""Largest relative difference of one image's embedding in two batches."""
-_QUIET = 4  # ONNX Runtime's severity: what ends a run is raised as an error anyway
+"""Largest relative difference between an image's embeddings in two batches."""
+_QUIET = 4  # ONNX Runtime's log severity; fatal problems are raised as errors anyway
 
 
 class OnnxModel:
-    """An open model; calling it gives the embeddings. Made by `onnx_embedder`."""
+    """An open model; calling it returns the embeddings. Made by `onnx_embedder`."""
 
     def __init__(self, path: Path, *, batch_size: int, options: OnnxOptions):
         self._path = path
         self._session = _session(path)
         self._entry = self._only_input()
         self.guessed = ""
-        """How the file is read where it does not tell, for people; empty where it tells all."""
+        """Describes guesses about undocumented properties of the file; empty if there are none."""
         first = self._entry.shape[0]
         self._fixed = isinstance(first, int) and first > 0
         if self._fixed and first > onnx_bounds.LARGEST_FIXED_BATCH:
@@ -58,7 +58,7 @@ class OnnxModel:
             self.input = self._explored(metadata, options)
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
+        """Embeds (n, 112, 112, 3) uint8 RGB as (n, D) float32, not normalized."""
         size = self._batch_size
         return np.concatenate(
             [self._run(images[start : start + size]) for start in range(0, len(images), size)]
@@ -70,12 +70,12 @@ class OnnxModel:
         return self._batch_size
 
     def digest(self) -> str:
-        """A SHA-256 of the file."""
+        """Returns a SHA-256 of the file."""
         with self._path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def taking(self, *, color_order: ColorOrder, mean: float, scale: float) -> "OnnxModel":
-        """The same open model, its input prepared in another way."""
+        """Returns the same open model with another preparation of its input."""
         other = copy.copy(self)
         other.input = dataclasses.replace(
             self.input, color_order=color_order, mean=mean, scale=scale
@@ -83,7 +83,7 @@ class OnnxModel:
         return other
 
     def _described(self, text: str, options: OnnxOptions) -> ModelInput:
-        """What an export of this project tells, and what the caller overrides."""
+        """Reads the description in this project's exports, with the caller's overrides."""
         found = model_input.from_json(text, source=str(self._path))
         if options.output_name not in (None, found.output):
             raise self._no_output(options.output_name)
@@ -96,7 +96,7 @@ class OnnxModel:
         return dataclasses.replace(found, **{k: v for k, v in told.items() if v is not None})
 
     def _explored(self, metadata: dict[str, str], options: OnnxOptions) -> ModelInput:
-        """What the graph and two runs tell of any other model."""
+        """Infers the description of any other model from its graph and two runs."""
         dtype = np.dtype(_NUMBERS[self._entry.type]).name
         layout = self._layout()
         found = onnx_input.from_metadata(self._path, metadata)
@@ -112,7 +112,7 @@ class OnnxModel:
             scale=found.scale if options.scale is None else options.scale,
             layout=layout,
             dtype=cast("Any", dtype),
-            embedding_size=0,  # until it ran
+            embedding_size=0,  # unknown before it runs
             digest=self.digest(),
         )
         if dtype == "uint8" and (self.input.mean, self.input.scale) != (0, 1):
@@ -138,7 +138,7 @@ class OnnxModel:
         return entries[0]
 
     def _layout(self) -> Layout:
-        """Where the channels are, by the shape, else by the graph."""
+        """Infers the position of the channels from the shape, or else from the graph."""
         shape = [dim if isinstance(dim, int) and dim > 0 else None for dim in self._entry.shape]
         first, last = shape[1], shape[3]
         if (first == 3) != (last == 3):
@@ -157,7 +157,9 @@ class OnnxModel:
         return layout
 
     def _find_output(self, wanted: str | None) -> tuple[str, int, list[str]]:
-        """The output's name and width, and what was guessed; sets the batch size that works."""
+        """Finds the output's name and width, with notes on guesses; sets a batch size that
+        works.
+        """
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         names = [output.name for output in self._session.get_outputs()]
@@ -196,7 +198,7 @@ class OnnxModel:
         ]
 
     def _runs_two(self, name: str, images: np.ndarray, first: np.ndarray) -> bool:
-        """Whether two images at once give what each gives by itself."""
+        """Returns whether two images in a batch have the same embeddings as separately."""
         try:
             both = _rows(self._outputs([name], images)[0])
             expected = np.concatenate([first, _rows(self._outputs([name], images[1:])[0])])
@@ -229,7 +231,7 @@ class OnnxModel:
         return self._session.run(names, {self._entry.name: x}, _run_options())
 
     def prepare(self, images: np.ndarray) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB as the graph takes them."""
+        """Prepares (n, 112, 112, 3) uint8 RGB as the graph's input."""
         x, wants = images, self.input
         if wants.color_order == "BGR":
             x = x[..., ::-1]
@@ -259,25 +261,25 @@ class OnnxModel:
 def onnx_embedder(
     path: str | Path, *, batch_size: int = _LARGEST_BATCH, options: OnnxOptions | None = None
 ) -> OnnxModel:
-    """Opens a model for ONNX Runtime, on a GPU where the installed runtime has one.
+    """Opens a model with ONNX Runtime, on a GPU if the installed runtime supports one.
 
     Args:
       path: the .onnx file: one input of faces, of float or uint8, channels first or last, fixed
         or free height and width of 112, and an output (N, D) or (N, D, 1, 1).
-      batch_size: images per call; a model whose batch is fixed gets that size.
-      options: what is known of the input and the output, which is guessed otherwise.
+      batch_size: images per call; models with a fixed batch use theirs.
+      options: known properties of input and output; the others are detected.
 
     Returns:
       A function from (n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized.
 
     Raises:
-      UserError: ONNX Runtime is not installed, there is no such file, or it is not such a model.
+      UserError: ONNX Runtime is not installed, the file does not exist, or it is not such a model.
     """
     return OnnxModel(Path(path), batch_size=batch_size, options=options or OnnxOptions())
 
 
 def _rows(out: np.ndarray) -> np.ndarray:
-    """(N, D, 1, 1) as (N, D); other arrays as they are."""
+    """Reshapes (N, D, 1, 1) to (N, D); returns other arrays as they are."""
     return out.reshape(out.shape[:2]) if out.ndim > 2 and set(out.shape[2:]) == {1} else out
 
 
@@ -290,7 +292,7 @@ def _run_options() -> Any:
 
 
 def _session(path: Path) -> Any:
-    """An onnxruntime.InferenceSession on a file."""
+    """Opens an onnxruntime.InferenceSession for a file."""
     if not path.is_file():
         raise UserError(f"no model at {path}: name an existing .onnx file with --onnx")
     onnx_bounds.check(path)

@@ -1,4 +1,4 @@
-"""Packages that only some exports need, imported where they are used."""
+"""Import packages that only some exports need."""
 
 import importlib
 from typing import Any
@@ -7,10 +7,10 @@ from arcface_jax.errors import UserError, install
 
 
 def require(name: str, *, extra: str = "onnx") -> Any:
-    """Import a module of a package that an extra installs.
+    """Imports a module of a package that an extra installs.
 
     Raises:
-      UserError: it is not installed.
+      UserError: the package is not installed.
     """
     try:
         return importlib.import_module(name)

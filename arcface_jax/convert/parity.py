@@ -1,4 +1,4 @@
-"""Whether two networks give the same embeddings."""
+"""Check that two networks compute the same embeddings."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ _FACTORS = ("gamma", "gamma_xca", "temperature")
 
 
 def torch_embeddings(module: torch.nn.Module, images: np.ndarray) -> np.ndarray:
-    """(n, 112, 112, 3) uint8 RGB to (n, D) float32, by a torch network in evaluation mode."""
+    """Embeds (n, 112, 112, 3) uint8 RGB as (n, D) float32 by a torch network in evaluation mode."""
     x = torch.from_numpy(np.array(images, np.float32)).permute(0, 3, 1, 2)
     with torch.inference_mode():
         return module.eval()((x - preprocess.MEAN) / preprocess.SCALE).numpy()
 
 
 def largest_error(embeddings: np.ndarray, reference: np.ndarray) -> float:
-    """The largest ||a - b|| / ||b|| over the rows; infinite where anything is not finite."""
+    """Returns the largest ||a - b|| / ||b|| over the rows; infinite if anything is not finite."""
     if not (np.isfinite(embeddings).all() and np.isfinite(reference).all()):
         return float("inf")
     error = np.linalg.norm(embeddings - reference, axis=1) / np.linalg.norm(reference, axis=1)
@@ -34,16 +34,16 @@ def largest_error(embeddings: np.ndarray, reference: np.ndarray) -> float:
 
 
 def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, Arrays]:
-    """Fresh weights of a network, with the BatchNorm statistics of one training pass over faces.
+    """Makes fresh weights of a network, with BatchNorm statistics of one training pass over faces.
 
-    The initial statistics, and running ones that are a tenth of the way there, let networks of a
-    hundred layers overflow. Factors on branches, which begin so close to 0 that an embedding would
-    not show what the branches compute, are drawn from [0.5, 1.5).
+    With initial statistics, or running ones after a single step, networks of a hundred layers
+    overflow. Layer-scale factors, which start so close to 0 that embeddings would not depend on the
+    branches, are drawn from [0.5, 1.5).
 
     Args:
       network: a name in `arcface_jax.models.registry.NETWORKS`.
       faces: (n, 112, 112, 3) uint8 RGB.
-      seed: of the weights.
+      seed: random seed of the weights.
 
     Returns:
       params, batch_stats.
@@ -69,7 +69,7 @@ def settled(network: str, faces: np.ndarray, *, seed: int = 0) -> tuple[Arrays, 
 
 
 def drawn_faces(count: int = _FACES) -> np.ndarray:
-    """(count, 112, 112, 3) uint8 RGB, each of another drawn person."""
+    """Returns (count, 112, 112, 3) uint8 RGB, one synthetic face per person."""
     return np.stack([draw_face(seed=1, identity=i, index=0) for i in range(count)])
 
 
@@ -77,10 +77,10 @@ def check(model: Network, state: StateDict, *, network: str) -> float:
     """Loads a state_dict strictly into the torch twin and compares embeddings of synthetic faces.
 
     Returns:
-      The largest relative error.
+      Largest relative error.
 
     Raises:
-      UserError: it exceeds 1e-4.
+      UserError: the error exceeds 1e-4.
     """
     module = twins.load(network, state, embedding_size=model.embedding_size)
     images = drawn_faces()
@@ -90,10 +90,10 @@ def check(model: Network, state: StateDict, *, network: str) -> float:
 
 
 def require_finite(model: Network) -> None:
-    """Check that a network's weights are numbers, before they are written for other programs.
+    """Checks that a network's weights are finite before an export.
 
     Raises:
-      UserError: with the number of arrays that are not, and the first of them.
+      UserError: with the number of arrays that are not finite, and the first of them.
     """
     arrays = {**model.params, **model.batch_stats}
     broken = [name for name, array in arrays.items() if not np.isfinite(np.asarray(array)).all()]
@@ -108,10 +108,10 @@ def require_finite(model: Network) -> None:
 def require_equal(
     embeddings: np.ndarray, reference: np.ndarray, *, what: str, bound: float
 ) -> float:
-    """The largest relative error of embeddings beside the JAX network's.
+    """Returns the largest relative error of embeddings against the JAX network's.
 
     Raises:
-      UserError: it exceeds the bound.
+      UserError: the error exceeds the bound.
     """
     error = largest_error(embeddings, reference)
     if not error <= bound:

@@ -1,8 +1,8 @@
 """Read a pickle without running it.
 
-Python's unpickler calls what a file names. This one is an interpreter of the pickle format that
-knows plain values, lists, tuples and dicts; what else a file makes is handed by name to `make`,
-which decides, and is otherwise kept as a `Skipped`. Nothing that a file names is imported.
+Python's unpickler calls whatever a file names. This interpreter of the pickle format builds plain
+values, lists, tuples and dicts; any other object is passed by name to `make`, which may build it,
+and is otherwise kept as a `Skipped`. Nothing that a file names is imported.
 """
 
 import mmap
@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import IO, Any, cast
 
-# More than ten times what the largest network with its optimizer takes.
+# More than ten times as many as the largest network with its optimizer needs.
 _MOST_OPERATIONS = 10_000_000
 
 
 class DamagedPickleError(ValueError):
-    """The bytes are no pickle, or one that ends early or makes no sense."""
+    """Raised for bytes that are not a pickle, or a truncated or malformed one."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Global:
 
 @dataclass(eq=False)
 class Skipped:
-    """An object that was not built: its class, and the plain parts that came with it."""
+    """An object that was not built: its class, and its plain parts."""
 
     name: str
     state: object = None
@@ -37,11 +37,11 @@ class Skipped:
 
 
 Make = Callable[[str, tuple[Any, ...]], object]
-"""(name of a function or class, its arguments) to an object; NotImplemented to skip it."""
+"""(name of a function or class, its arguments) -> an object; NotImplemented to skip it."""
 
 
 def skip_all(name: str, arguments: tuple[Any, ...]) -> object:
-    """A `Make` that builds nothing."""
+    """Returns a `Make` that builds nothing."""
     del name, arguments
     return NotImplemented
 
@@ -52,19 +52,19 @@ def load(
     make: Make = skip_all,
     persistent: Callable[[object], object] | None = None,
 ) -> Any:
-    """Read one pickle, from the file's position to just after it.
+    """Reads one pickle, from the file's position to just after it.
 
     Args:
-      file: opened for reading in binary.
-      make: builds what the pickle would have built by a call.
-      persistent: turns a persistent id, as torch writes for a storage, into an object.
+      file: open for reading in binary.
+      make: builds an object that the pickle would build by a call.
+      persistent: turns a persistent id, which torch uses for storages, into an object.
 
     Raises:
-      DamagedPickleError: it is no whole pickle.
+      DamagedPickleError: it is not a complete pickle.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of damaged text, by pickletools
+            warnings.simplefilter("ignore", DeprecationWarning)  # pickletools, on damaged text
             return _run(_Machine(make, persistent), file)
     except DamagedPickleError:
         raise
@@ -100,12 +100,12 @@ _VALUES: dict[str, Callable[[], object]] = {
     "MARK": lambda: _MARK,
 }
 _NOTHING = frozenset(("PROTO", "FRAME"))
-# As keys of a dict these have a hash that costs nothing; a tuple of tuples may cost hours.
+# Types whose hash is cheap, to be keys of a dict; hashing nested tuples may take hours.
 _KEYS = (str, int, float, bytes, type(None))
 
 
 class _Machine:
-    """The stack and the memo, and what each operation does to them."""
+    """Stack and memo, and the effect of each operation on them."""
 
     def __init__(self, make: Make, persistent: Callable[[object], object] | None):
         self._make, self._persistent = make, persistent
@@ -113,14 +113,14 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def pop(self) -> Any:
-        """The uppermost object; a mark is none."""
+        """Returns the top object; a mark does not count."""
         top = self._stack.pop()
         if top is _MARK:
             raise DamagedPickleError("a mark where an object is expected")
         return top
 
     def run(self, name: str, argument: Any) -> None:
-        """Carry out one operation."""
+        """Executes one operation."""
         if name in _CONSTANTS:
             self._stack.append(argument)
         elif name in _VALUES:

@@ -1,7 +1,7 @@
 """Find the backbone in a file of weights: its network, its key and its prefix.
 
 A network is a table of names and shapes. Every name in a file votes for the prefixes that turn it
-into one of the table's names; the prefix that the whole table votes for is the one.
+into one of the table's names; the prefix with the votes of the whole table wins.
 """
 
 import re
@@ -21,25 +21,25 @@ from arcface_jax.evaluation.model_input import ColorOrder
 from arcface_jax.models import iresnet, registry
 
 _SHOWN = 5
-# As many prefixes are tried; a teacher and a student both fit.
+# Number of prefixes to try; a teacher and a student both fit.
 _TRIED = 4
-# Fewer than any block of an IResNet has.
+# Fewer names than any block of an IResNet has.
 _ARRAYS_OF_A_BLOCK = 10
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Where:
-    """What is known about a file of weights; the rest is found out."""
+    """Known properties of a file of weights; the others are detected."""
 
     network: str | None = None
-    """A name in `registry.NETWORKS`, or a plug-in; by default the one that fits."""
+    """A name in `registry.NETWORKS`, or a plug-in; by default the one that matches."""
     key: str | None = None
     """Keys that lead to the state dict, joined with dots."""
     prefix: str | None = None
-    """What stands before the names of the backbone's arrays."""
+    """Prefix of the names of the backbone's arrays."""
     color_order: ColorOrder | None = None
-    """What the weights want; by default as their project has it."""
+    """Color order that the weights expect; by default their project's."""
 
 
 class Found(NamedTuple):
@@ -47,21 +47,21 @@ class Found(NamedTuple):
 
     network: str
     state: StateDict
-    """By insightface's names; the first convolution wants RGB."""
+    """State dict by insightface's names; the first convolution expects RGB."""
     notes: tuple[str, ...]
     """How it was found and what was ignored, one sentence each."""
 
 
 @dataclass(kw_only=True)
 class _Fit:
-    """A network compared with the arrays of one prefix."""
+    """A network compared with the arrays under one prefix."""
 
     stored: Stored
     prefix: str
     network: str
     renamed: bool
     names: set[str] = field(default_factory=set)
-    """The network's, batch counters included."""
+    """The network's names, including batch counters."""
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     """Names that a larger network of the family would have."""
@@ -70,30 +70,30 @@ class _Fit:
 
     @property
     def wrong(self) -> int:
-        """How many arrays do not fit."""
+        """Number of arrays that do not match."""
         return len(self.missing) + len(self.unexpected) + len(self.misshapen)
 
     @property
     def place(self) -> str:
-        """For messages and options."""
+        """Description for messages and options."""
         words = [f"--key {self.stored.key}"] if self.stored.key else []
         return " ".join([*words, *([f"--prefix {self.prefix}"] if self.prefix else [])]) or "no key"
 
 
 def find(held: Contents, where: Where, *, source: str) -> Found:
-    """Find a backbone among the arrays of a file and read it.
+    """Finds a backbone among the arrays of a file and reads it.
 
-    Of several that fit, averaged weights (`state_dict_ema`) come before the others, then the usual
-    keys in their order, then the shorter prefix. Networks that differ in training only, as `vit_t`
-    and `vit_t_dp005_mask0`, have the same arrays: the first of the registry is taken.
+    If several match, averaged weights (`state_dict_ema`) come first, then the usual keys in their
+    order, then the shorter prefix. Networks that differ in training only, as `vit_t` and
+    `vit_t_dp005_mask0`, have the same arrays: the first of the registry is taken.
 
     Args:
-      held: what the file holds.
-      where: what the caller knows.
+      held: contents of the file.
+      where: what the caller knows about it.
       source: where the weights come from, for messages.
 
     Raises:
-      UserError: nothing fits, with the names that do not and the nearest network.
+      UserError: nothing matches; with the differing names and the nearest network.
     """
     if where.network is not None:
         twins.require(where.network)
@@ -137,7 +137,7 @@ def _preference(fit: _Fit) -> tuple[object, ...]:
 
 
 def _attempts(stored: Stored, networks: Iterable[str], prefix: str | None) -> list[_Fit]:
-    """Each network at each prefix that makes names fit; none where no name is the network's."""
+    """Compares each network at each prefix that matches names; empty if no name matches."""
     renamed = torch_names.from_adaface(stored.entries)
     if renamed is not None:
         entries = _with_fixed_scale(renamed.entries, renamed.prefix)
@@ -161,7 +161,7 @@ def _attempts(stored: Stored, networks: Iterable[str], prefix: str | None) -> li
 
 
 def _endings(names: Iterable[str]) -> dict[str, list[str]]:
-    """Every ending of a dotted name, cut at a dot, and what stands before it."""
+    """Returns every ending of a dotted name, cut at a dot, with what comes before it."""
     endings: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         at = 0
@@ -174,7 +174,9 @@ def _endings(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _shapes(network: str, size: int) -> Shapes:
-    """Of the network's torch twin, which is made in a fraction of the JAX network's time."""
+    """Returns the shapes of the network's torch twin, which is faster to build than the JAX
+    network.
+    """
     with torch.device("meta"):
         twin = twins.build(network, embedding_size=size)
     state = twin.state_dict()
@@ -182,7 +184,9 @@ def _shapes(network: str, size: int) -> Shapes:
 
 
 def _may_hold(entries: Mapping[str, object], endings: Mapping[str, object], network: str) -> bool:
-    """Whether a network is worth making: its family's sign is there, and names enough."""
+    """Returns whether a network is worth building: its family's array is there, with enough
+    names.
+    """
     sign = twins.sign(network)
     if sign is not None and sign not in endings:
         return False
@@ -192,7 +196,7 @@ def _may_hold(entries: Mapping[str, object], endings: Mapping[str, object], netw
 
 
 def _compare(stored: Stored, network: str, shapes: Shapes, prefix: str) -> _Fit:
-    """Compare a network with the arrays whose names begin with a prefix."""
+    """Compares a network with the arrays whose names start with a prefix."""
     inner = {
         name.removeprefix(prefix): entry
         for name, entry in stored.entries.items()
@@ -222,7 +226,7 @@ def _is_counter(name: str) -> bool:
 
 
 def _embedding_size(entries: Mapping[str, Entry | Unusable]) -> int | None:
-    """D, where the arrays have a last layer that tells it."""
+    """Returns D, if there is a last layer to read it from."""
     one_axis = {
         name: range(entry.shape[0])
         for name, entry in entries.items()
@@ -232,10 +236,10 @@ def _embedding_size(entries: Mapping[str, Entry | Unusable]) -> int | None:
 
 
 def _bare(fit: _Fit) -> dict[str, Entry | Unusable]:
-    """The arrays that fit, by the network's names.
+    """Returns the matching arrays, by the network's names.
 
     Raises:
-      UserError: one is no float, as quantized weights are not.
+      UserError: one is not floating-point, such as quantized weights.
     """
     bare = {name: fit.stored.entries[f"{fit.prefix}{name}"] for name in sorted(fit.names)}
     for name, entry in bare.items():
@@ -256,7 +260,7 @@ _DESCRIPTIONS = ("model.yaml", "config.json")
 def _with_fixed_scale(
     entries: dict[str, Entry | Unusable], prefix: str
 ) -> dict[str, Entry | Unusable]:
-    """Their last BatchNorm has neither scale nor bias: 1 and 0, which ours keeps fixed."""
+    """Adds the last BatchNorm's constant scale 1 and bias 0, which these networks leave out."""
     bias = entries.get(f"{prefix}fc.bias")
     if not isinstance(bias, Entry) or len(bias.shape) != 1 or bias.shape[0] > 65536:
         return entries
@@ -266,7 +270,9 @@ def _with_fixed_scale(
 
 
 def _color_order(fit: _Fit, folder: Path | None) -> ColorOrder:
-    """BGR for AdaFace's own files; for CVLface's what the file beside them states, or RGB."""
+    """Returns BGR for AdaFace's own files; for CVLface's, what the file next to them states, or
+    RGB.
+    """
     if not fit.renamed:
         return "RGB"
     files = [folder / name for name in _DESCRIPTIONS] if folder else []
@@ -282,10 +288,10 @@ def _color_order(fit: _Fit, folder: Path | None) -> ColorOrder:
 
 
 def _turned_to_rgb(state: StateDict) -> StateDict:
-    """The first convolution with its input channels in the other order.
+    """Reverses the input channels of the first convolution.
 
     Raises:
-      UserError: there is no one convolution of three channels.
+      UserError: there is not exactly one convolution of three channels.
     """
     first = [name for name, t in state.items() if t.ndim == 4 and t.shape[1] == 3]
     if len(first) != 1:
@@ -333,7 +339,7 @@ def _color_notes(fit: _Fit, order: ColorOrder) -> list[str]:
 
 
 def _grouped(fit: _Fit) -> list[str]:
-    """What was ignored: a single array with its shape, a module's with their number."""
+    """Lists what was ignored: single arrays with their shapes, modules with their sizes."""
     groups: defaultdict[str, list[str]] = defaultdict(list)
     for name in fit.ignored:
         groups[name.partition(".")[0]].append(name)
@@ -350,7 +356,9 @@ def _shape(entry: Entry | Unusable) -> str:
 
 
 def _mismatch(attempts: list[_Fit], dicts: list[Stored], where: Where, source: str) -> str:
-    """The message where nothing fits: the nearest network, or, of a named one, what is wrong."""
+    """Returns the message if nothing matches: the nearest network, or the named one's
+    differences.
+    """
     if where.network is not None:
         every = [fit for d in dicts for fit in _attempts(d, registry.NETWORKS, where.prefix)]
         nearest = min(every, key=_distance, default=None)
@@ -386,7 +394,7 @@ def _distance(fit: _Fit) -> tuple[int, int]:
 
 
 def _differences(fit: _Fit) -> str:
-    """At most five names, of each kind of difference some."""
+    """Lists at most five names, some for each kind of difference."""
     kinds = {
         "missing": fit.missing,
         "unexpected": [
@@ -397,7 +405,7 @@ def _differences(fit: _Fit) -> str:
     }
     kinds = {kind: names for kind, names in kinds.items() if names}
     share = dict.fromkeys(kinds, 0)
-    for _ in range(_SHOWN):  # one name at a time, to the kind that shows the fewest
+    for _ in range(_SHOWN):  # one name at a time, for the kind with the fewest so far
         open_kinds = [kind for kind, names in kinds.items() if share[kind] < len(names)]
         if open_kinds:
             share[min(open_kinds, key=lambda kind: share[kind])] += 1

@@ -1,4 +1,4 @@
-"""Write a backbone as an ONNX file, checked with ONNX Runtime before it gets its name."""
+"""Write a backbone as an ONNX file, checked with ONNX Runtime before it gets its final name."""
 
 import json
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ from arcface_jax.evaluation.verification import Verification
 from arcface_jax.runtime.files import atomic_files, write_atomic
 from arcface_jax.training.network import Network
 
-# The largest relative difference that is taken for rounding; beyond it the export is refused.
+# Largest relative difference that counts as rounding; above it the export is refused.
 _BOUNDS: dict[Precision, float] = {"float32": parity.TOLERANCE, "float16": 2e-2, "int8": 0.3}
-# The largest at which a threshold of the run holds for the export too: cosines move by less than
-# twice as much, far less than the interval of any FAR.
+# Largest difference for which a run's threshold remains valid: cosines change by less than twice as
+# much, far less than the interval of any FAR.
 _SAME_MODEL = 1e-3
 _CALIBRATION_IMAGES = 128
 
 
 class Exported(NamedTuple):
-    """What was written."""
+    """Result of an export."""
 
     error: float
-    """The largest relative difference of the embeddings."""
+    """Largest relative difference of the embeddings."""
     layers: list[LayerError]
-    """Of int8, from the input to the output; empty otherwise."""
+    """Errors of int8 layers, from the input to the output; empty for other precisions."""
 
 
 def export(
@@ -46,13 +46,13 @@ def export(
     precision: Precision = "float32",
     calibration: np.ndarray | None = None,
 ) -> Exported:
-    """Writes the file after ONNX Runtime gave JAX's embeddings at batch 1 and 3.
+    """Writes the file after checking ONNX Runtime's embeddings against JAX's at batch 1 and 3.
 
     Args:
-      model: to export.
+      model: the network to export.
       output: the file.
-      form: of the graph.
-      precision: of the weights and of most arithmetic.
+      form: form of the graph.
+      precision: precision of the weights and of most arithmetic.
       calibration: (n, 112, 112, 3) uint8 RGB, for int8.
 
     Raises:
@@ -66,7 +66,7 @@ def export(
     if not output.parent.is_dir():
         raise UserError(f"cannot write {output}: there is no folder {output.parent}")
     layers = []
-    with atomic_files(output) as path:  # the graph refers to its data by the file's name
+    with atomic_files(output) as path:  # the graph refers to external data by the file's name
         onnx_graph.write(path, model, form)
         if precision == "float16":
             onnx_precision.to_float16(path)
@@ -83,7 +83,7 @@ def write_layers(layers: Sequence[LayerError], output: Path) -> Path:
     """Writes the errors of int8 layers as JSON to OUTPUT.layers.json, and returns its path.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     path = output.with_name(f"{output.name}.layers.json")
     try:
@@ -94,10 +94,10 @@ def write_layers(layers: Sequence[LayerError], output: Path) -> Path:
 
 
 def check(path: Path, model: Network, faces: np.ndarray, *, bound: float) -> float:
-    """The largest relative difference from the JAX network's embeddings, at batch 1, 3 and all.
+    """Returns the largest relative difference from JAX's embeddings, at batch 1, 3 and all.
 
     Raises:
-      UserError: it exceeds the bound.
+      UserError: the difference exceeds the bound.
     """
     reference = model(faces)
     return max(
@@ -112,14 +112,14 @@ def check(path: Path, model: Network, faces: np.ndarray, *, bound: float) -> flo
 
 
 def calibration_images(path: str) -> np.ndarray:
-    """(n, 112, 112, 3) uint8 RGB: images from all parts of a training set."""
+    """Reads (n, 112, 112, 3) uint8 RGB: images from all parts of a training set."""
     source = opening.open_source(config.DataConfig(path=path), seed=0)
     numbers = np.unique(np.linspace(0, len(source) - 1, _CALIBRATION_IMAGES).astype(int))
     return np.stack([source[int(number)][0] for number in numbers])
 
 
 def compare(model: Network, path: Path, targets: tuple[str, ...]) -> list[Verification]:
-    """Verification of the JAX network and of the ONNX file on each set, as `NAME jax`, `NAME onnx`.
+    """Verifies the JAX network and the ONNX file on each set, as `NAME jax` and `NAME onnx`.
 
     Args:
       model: the JAX network.

@@ -1,6 +1,6 @@
 """Write a backbone as StableHLO: a program with its weights, for JAX and XLA.
 
-It takes (B, 112, 112, 3) uint8 RGB, any B, and gives (B, D) float32, not normalized:
+It takes (B, 112, 112, 3) uint8 RGB, any B, and returns (B, D) float32, not normalized:
 
     program = jax.export.deserialize(bytearray(Path("model.stablehlo").read_bytes()))
     embeddings = program.call(images)
@@ -23,15 +23,15 @@ from arcface_jax.training import step
 from arcface_jax.training.network import Network
 
 PLATFORMS = ("cpu", "cuda")
-# The serialized form is a flat buffer, which has less than 2 GiB.
+# The serialized form is a flat buffer, which is limited to 2 GiB.
 _LARGEST_FILE = 1_900_000_000
 
 
 def export(model: Network, output: Path) -> float:
-    """Writes the file after it was read again and gave the same embeddings at batch 1 and 3.
+    """Writes the file after reading it back and checking its embeddings at batch 1 and 3.
 
     Returns:
-      The largest relative difference of the embeddings.
+      Largest relative difference of the embeddings.
 
     Raises:
       UserError: the network is too large for the format, the embeddings differ, or the file cannot
@@ -45,11 +45,11 @@ def export(model: Network, output: Path) -> float:
             "use `arcface-jax export onnx`, which puts them into a file of their own"
         )
     weights = jax.tree.map(np.asarray, (model.params, model.batch_stats))
-    # Without a device of its own, or the program would be for that device only.
+    # Not tied to a device, or the program would only run on that one.
     embed = partial(step.make_embed(model.backbone), *weights)
     (batch,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.uint8)
-    require("flatbuffers")  # JAX's own need
+    require("flatbuffers")  # needed by JAX
     exported = jax.export.export(jax.jit(embed), platforms=PLATFORMS)(images)
     content = exported.serialize()
     error = _check(content, model)

@@ -1,4 +1,4 @@
-"""Write the backbone of a training run for PyTorch."""
+"""Write a training run's backbone for PyTorch."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ from arcface_jax.training.network import Network
 def export(workdir: Path, output: Path) -> float:
     """Writes the newest backbone of a run as a state_dict with insightface's names.
 
-    The file is written only after its embeddings have been found equal to the JAX network's.
+    The file is written only after a check of its embeddings against the JAX network's.
 
     Returns:
-      The largest relative difference of the embeddings.
+      Largest relative difference of the embeddings.
 
     Raises:
       UserError: the workdir cannot be read, the network has no torch twin, weights are not finite,
         the embeddings differ, or the file cannot be written.
     """
-    model = Network.from_workdir(workdir, devices="own")  # another process may be gone
+    model = Network.from_workdir(workdir, devices="own")  # other processes may have ended
     twins.require(model.network)
     parity.require_finite(model)
     state = weights.to_state_dict(model.params, model.batch_stats)

@@ -25,7 +25,7 @@ class LowRank(nn.Module):
         self.linear2 = nn.Linear(rank, outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) to (..., outputs)."""
+        """Maps (..., inputs) to (..., outputs)."""
         return self.linear2(self.linear1(x))
 
 
@@ -38,7 +38,7 @@ class Mlp(nn.Module):
         self.fc2 = LowRank(4 * width, width, ratio)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., width) to the same."""
+        """Maps (..., width) to the same shape."""
         return self.fc2(nn.functional.gelu(self.fc1(x)))
 
 
@@ -53,7 +53,7 @@ class ChannelAttention(nn.Module):
         self.proj = LowRank(width, width, ratio)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) to the same."""
+        """Maps (B, tokens, width) to the same shape."""
         parts = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 4, 1)
         queries, keys, values = parts.unbind(0)
         queries, keys = (nn.functional.normalize(part, dim=-1) for part in (queries, keys))
@@ -73,7 +73,7 @@ class ConvBlock(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, width, H, W) to the same."""
+        """Maps (B, width, H, W) to the same shape."""
         y = self.mlp(self.norm(self.conv_dw(x).permute(0, 2, 3, 1)))
         return x + (self.gamma * y).permute(0, 3, 1, 2)
 
@@ -87,7 +87,7 @@ class Positions(nn.Module):
         self.side = side
 
     def forward(self, like: torch.Tensor) -> torch.Tensor:
-        """(1, width, side, side) on the device and of the type of `like`."""
+        """Returns (1, width, side, side) on the device and of the type of `like`."""
         table = torch.as_tensor(positions(self.side).transpose(2, 0, 1)[None].copy())
         return self.token_projection(table.to(like))
 
@@ -112,7 +112,7 @@ class AttentionBlock(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, width, H, W) to the same."""
+        """Maps (B, width, H, W) to the same shape."""
         slices = x.split(self.widths, 1)
         mixed: list[torch.Tensor] = []
         for number, conv in enumerate(self.convs):
@@ -130,12 +130,12 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm of the channels of (B, channels, H, W)."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Normalizes the channels of (B, channels, H, W)."""
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Stage(nn.Module):
-    """Half the size, but for the first stage, then blocks."""
+    """Blocks at half the resolution; the first stage keeps it."""
 
     def __init__(self, number: int, architecture: Architecture):
         super().__init__()
@@ -157,7 +157,7 @@ class Stage(nn.Module):
             self.blocks.append(last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, channels, H, W) to (B, width, H / 2, W / 2), but for the first stage."""
+        """Maps (B, channels, H, W) to (B, width, H / 2, W / 2); the first stage keeps H and W."""
         return self.blocks(self.downsample(x))
 
 
@@ -170,7 +170,7 @@ class Head(nn.Module):
         self.fc = LowRank(width, embedding_size, ratio)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, width, H, W) to (B, D)."""
+        """Maps (B, width, H, W) to (B, D)."""
         return self.fc(self.norm(x.mean((2, 3))))
 
 
@@ -187,7 +187,7 @@ class EdgeNeXt(nn.Module):
         self.head = Head(widths[-1], embedding_size, architecture.rank)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 112, 112) to (B, D)."""
+        """Maps (B, 3, 112, 112) to (B, D)."""
         return self.head(self.stages(self.stem(x)))
 
 
@@ -199,10 +199,10 @@ class TorchEdgeFace(nn.Module):
         self.model = EdgeNeXt(architecture, embedding_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """See the class."""
+        """Maps (B, 3, 112, 112) in [-1, 1] to (B, D)."""
         return self.model(x)
 
 
 def build(network: str, *, embedding_size: int = 512) -> TorchEdgeFace:
-    """The twin of `arcface_jax.models.registry.build(network)`, with weights yet to be loaded."""
+    """Makes the twin of `arcface_jax.models.registry.build(network)`, without its weights."""
     return TorchEdgeFace(ARCHITECTURES[network], embedding_size=embedding_size)

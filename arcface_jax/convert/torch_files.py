@@ -1,8 +1,8 @@
-"""What a file of `torch.save` holds: plain containers, and tensors that are read when asked for.
+"""Read files of `torch.save`: plain containers, and tensors that are loaded on request.
 
 Both formats, the zip archive and the one before PyTorch 1.6, are a pickle and the bytes of
-storages. The pickle is interpreted by `safe_pickle`, which runs nothing; the few functions of torch
-that a tensor is made by are answered here.
+storages. The pickle is interpreted by `safe_pickle`, which runs no code; this module replaces the
+few torch functions that make tensors.
 """
 
 import io
@@ -30,9 +30,9 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     place: tuple[object, ...]
-    """The same for tensors that are one in memory."""
+    """Equal for tensors that share memory."""
     read: Callable[[], torch.Tensor]
-    """Gives it as a contiguous copy on the CPU."""
+    """Reads the tensor as a contiguous copy on the CPU."""
 
     @property
     def nbytes(self) -> int:
@@ -42,25 +42,25 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Unusable:
-    """A tensor of a kind that no network here has, such as a sparse one."""
+    """A tensor of a kind that no network here uses, such as a sparse one."""
 
     kind: str
 
 
 def entry_of(tensor: torch.Tensor) -> Entry:
-    """An entry for a tensor that is in memory."""
+    """Returns an entry for a tensor in memory."""
     tensor = tensor.detach()
     return Entry(tuple(tensor.shape), tensor.dtype, (id(tensor),), tensor.contiguous)
 
 
 def read(path: Path) -> object:
-    """Read a file's containers; its tensors become `Entry`, other objects `safe_pickle.Skipped`.
+    """Reads a file's containers: tensors become `Entry`, other objects `safe_pickle.Skipped`.
 
     Args:
-      path: of a file that `file_kinds.recognize` calls "zip" or "legacy".
+      path: path of a file that `file_kinds.recognize` calls "zip" or "legacy".
 
     Raises:
-      UserError: it is damaged, or claims more than it holds.
+      UserError: it is damaged, or claims more data than it has.
     """
     legacy = file_kinds.recognize(path) == "legacy"
     try:
@@ -102,19 +102,19 @@ _DTYPES = {str(dtype): dtype for dtype in _STORAGES.values()}
 
 @dataclass(eq=False)
 class _Storage:
-    """Bytes of the file that tensors share."""
+    """Bytes in the file that tensors share."""
 
     key: str
     dtype: torch.dtype | None
     nbytes: int
     data: mmap.mmap
     start: int = -1
-    """Where they begin; in the old format known only after the pickle."""
+    """Where they start; in the old format only known after the pickle."""
     check: Callable[[], None] | None = None
-    """Raises where the bytes are not what was written."""
+    """Raises if the bytes are corrupt."""
 
     def bytes_between(self, start: int, stop: int) -> np.ndarray:
-        """A copy, aligned for every type."""
+        """Returns a copy, aligned for every type."""
         if self.check is not None:
             self.check()
             self.check = None
@@ -122,7 +122,7 @@ class _Storage:
 
 
 def _storage_of(identity: object) -> tuple[str, torch.dtype | None, int]:
-    """Key, type and size in elements (bytes for an untyped one) out of a persistent id."""
+    """Parses a persistent id: key, type, and size in elements (bytes for an untyped storage)."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
         raise DamagedPickleError("a reference that is no storage of torch")
     kind, key, count = identity[1], identity[2], identity[4]
@@ -180,21 +180,21 @@ def _parameter(data: object, *_: object) -> object:
 
 
 def _of_type(function: object, _: object, arguments: object, *__: object) -> object:
-    """A tensor of a subclass of torch.Tensor, as a tensor."""
+    """Returns a tensor of a subclass of torch.Tensor as a tensor."""
     if not isinstance(function, Global) or not isinstance(arguments, tuple):
         raise DamagedPickleError("a tensor without a form")
     return _make(function.name, arguments)
 
 
 def _mapping(*arguments: object) -> dict[Any, Any]:
-    """An OrderedDict or defaultdict: empty, or with pairs, as Python 2 wrote it."""
+    """Makes an OrderedDict or defaultdict: empty, or with pairs as Python 2 wrote it."""
     pairs = arguments[-1] if arguments else ()
     if not isinstance(pairs, list | tuple):
         return {}
     return {pair[0]: pair[1] for pair in pairs if len(pair) == 2 and isinstance(pair[0], str)}
 
 
-# All that a file may have made; the names are torch's, the functions this module's.
+# All functions that a file may call; the names are torch's, the functions this module's.
 _FUNCTIONS: dict[str, Callable[..., object]] = {
     "torch._utils._rebuild_tensor": lambda s, o, size, stride: _tensor(s, o, size, stride),
     "torch._utils._rebuild_tensor_v2": lambda s, o, size, stride, *_: _tensor(s, o, size, stride),
@@ -263,7 +263,7 @@ def _read_zip(path: Path, data: mmap.mmap) -> object:
 
 
 def _place(data: mmap.mmap, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where a member's bytes begin, and how many they are."""
+    """Returns where a member's bytes start, and how many there are."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         raise ValueError(f"{ascii(info.filename)[:60]} is compressed, which torch.save never does")
     header = data[info.header_offset : info.header_offset + 30]
@@ -296,7 +296,7 @@ def _read_legacy(data: mmap.mmap) -> object:
 
     def persistent(identity: object) -> object:
         if isinstance(identity, tuple) and identity[:1] == ("module",) and len(identity) > 1:
-            return identity[1]  # a class, with its source text
+            return identity[1]  # a class with its source text
         key, dtype, count = _storage_of(identity)
         assert isinstance(identity, tuple)
         if dtype is None or identity[5:] not in ((), (None,)):

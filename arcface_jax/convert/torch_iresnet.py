@@ -23,7 +23,7 @@ class Block(nn.Module):
             self.downsample = nn.Sequential(conv, nn.BatchNorm2d(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in, H, W) to (B, out, H / stride, W / stride)."""
+        """Maps (B, in, H, W) to (B, out, H / stride, W / stride)."""
         y = self.conv1(self.bn1(x))
         y = self.conv2(self.prelu(self.bn2(y)))
         if self.downsample is None:
@@ -62,5 +62,5 @@ class TorchIResNet(nn.Module):
 
 
 def build(network: str, *, embedding_size: int = 512) -> TorchIResNet:
-    """The twin of `arcface_jax.models.registry.build(network)`, with weights yet to be loaded."""
+    """Makes the twin of `arcface_jax.models.registry.build(network)`, without its weights."""
     return TorchIResNet(ARCHITECTURES[network], embedding_size=embedding_size)

@@ -1,4 +1,4 @@
-"""The layers of a torch module, whose forward pass `torch.fx` traces."""
+"""List the layers of a torch module by tracing its forward pass with `torch.fx`."""
 
 import operator
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from arcface_jax.convert.layer_sequence import INPUT, Layer, LayerGraph, Place
 
 
 class BatchNormName(NamedTuple):
-    """A BatchNorm of the module."""
+    """A BatchNorm in the module."""
 
     name: str
     epsilon: float
 
 
 def layers(module: nn.Module) -> list[Layer]:
-    """The layers in the order of `layer_sequence`, with the names of their arrays.
+    """Returns the layers in the order of `layer_sequence`, with the names of their arrays.
 
     Args:
       module: a network of `arcface_jax.convert.twins`, on any device.
@@ -31,7 +31,7 @@ def layers(module: nn.Module) -> list[Layer]:
 
 
 def _place(node: fx.Node, graph: LayerGraph, places: dict, module: nn.Module) -> Place | None:
-    """Where the result of a node is; None for a parameter and for what comes from no image."""
+    """Returns where the result of a node is; None for a parameter and what depends on no image."""
     if node.op == "placeholder":
         return INPUT
     reads = list(dict.fromkeys(p for n in node.all_input_nodes if (p := places[n]) is not None))
@@ -49,7 +49,7 @@ def _place(node: fx.Node, graph: LayerGraph, places: dict, module: nn.Module) ->
 
 
 def _layer(name: str, module: nn.Module) -> Layer | None:
-    """A leaf module as a layer; None if it has no weights."""
+    """Describes a leaf module as a layer; None if it has no weights."""
     weight: Any = f"{name}.weight"
     bias = f"{name}.bias" if getattr(module, "bias", None) is not None else None
     match module:
@@ -70,6 +70,6 @@ def _layer(name: str, module: nn.Module) -> Layer | None:
 
 
 def build_on_meta(twin: Any, network: str, *, embedding_size: int) -> nn.Module:
-    """The module of a network without memory for its weights."""
+    """Builds the module of a network without memory for its weights."""
     with torch.device("meta"):
         return twin(network, embedding_size=embedding_size)

@@ -32,7 +32,7 @@ class Unit(nn.Module):
             self.layers.append(nn.PReLU(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, in, H, W) to (B, out, H / stride, W / stride)."""
+        """Maps (B, in, H, W) to (B, out, H / stride, W / stride)."""
         return self.layers(x)
 
 
@@ -81,7 +81,7 @@ class Features(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 512, 7, 7) to (B, D)."""
+        """Maps (B, 512, 7, 7) to (B, D)."""
         return self.layers(x)
 
 
@@ -117,5 +117,5 @@ class TorchMobileFaceNet(nn.Module):
 
 
 def build(network: str, *, embedding_size: int = 512) -> TorchMobileFaceNet:
-    """The twin of `arcface_jax.models.registry.build(network)`, with weights yet to be loaded."""
+    """Makes the twin of `arcface_jax.models.registry.build(network)`, without its weights."""
     return TorchMobileFaceNet(ARCHITECTURES[network], embedding_size=embedding_size)

@@ -1,4 +1,4 @@
-"""The names and axes of arrays: this project's and, by one table each, other torch projects'.
+"""Map names and axes of arrays between this project and torch projects, with a table for each.
 
 insightface's names are the common form: a foreign style is renamed to them when it is read.
 """
@@ -20,33 +20,33 @@ _LAST_WORD = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# torch's BatchNorm counts its batches; nothing reads the number where momentum is given.
+# torch's BatchNorm counts its batches; the counter is not used if momentum is set.
 COUNTER = "num_batches_tracked"
 
 T = TypeVar("T")
 
 
 def torch_arrays(arrays: Arrays) -> dict[str, np.ndarray]:
-    """By insightface's names, views with torch's order of axes."""
+    """Returns views by insightface's names, with torch's order of axes."""
     single = stacks.unstack(arrays)
     return {torch_name(name): turn(array, inverse=False) for name, array in single.items()}
 
 
 def torch_name(name: str) -> str:
-    """insightface's name of an array that is no stack."""
+    """Returns insightface's name of an array that is not part of a stack."""
     stem, dot, last = name.rpartition(".")
     return f"{stem}{dot}{_LAST_WORD.get(last, last)}"
 
 
 def turn(array: np.ndarray, *, inverse: bool) -> np.ndarray:
-    """Kernels: (H, W, in, out) to torch's (out, in, H, W), and (in, out) to (out, in)."""
+    """Permutes kernels: (H, W, in, out) to torch's (out, in, H, W), and (in, out) to (out, in)."""
     if array.ndim == 4:
         return array.transpose((2, 3, 1, 0) if inverse else (3, 2, 0, 1))
     return array.T if array.ndim == 2 else array
 
 
 def counters(names: Mapping[str, object]) -> set[str]:
-    """The batch counters that belong to the BatchNorms among the names."""
+    """Returns the batch counters that belong to the BatchNorms among the names."""
     stems = (n.removesuffix("running_var") for n in names if n.endswith(".running_var"))
     return {f"{stem}{COUNTER}" for stem in stems}
 
@@ -75,20 +75,20 @@ _OUTER = re.compile(r"(.*?)((?:in|out)put_layer\.\d)\.(\w+)")
 
 
 class Renamed(NamedTuple):
-    """A state dict of AdaFace's style by insightface's names."""
+    """A state dict of AdaFace's style, renamed to insightface's names."""
 
     entries: dict[str, Any]
     prefix: str
-    """What stands before the names of the backbone."""
+    """Prefix of the names of the backbone."""
 
 
 def from_adaface(entries: Mapping[str, Any]) -> Renamed | None:
-    """Rename the arrays of an IR network of AdaFace or CVLface.
+    """Renames the arrays of an IR network of AdaFace or CVLface.
 
-    A stage begins where the number of channels changes. Names outside the network stay as they are.
+    A stage starts where the number of channels changes. Names outside the network are kept.
 
     Args:
-      entries: what has a `shape`, by name.
+      entries: objects with a `shape`, by name.
 
     Returns:
       None for another style.

@@ -1,6 +1,6 @@
 """The vision transformers as torch modules whose `state_dict` has insightface's names.
 
-For inference: stochastic depth and masking, which only training has, are left out.
+For inference: without stochastic depth and masking, which only training uses.
 """
 
 import torch
@@ -19,7 +19,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) to the same."""
+        """Maps (B, tokens, width) to the same shape."""
         shape = x.shape
         parts = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # Named, because `torch.fx` (convert/torch_layers.py) does not trace `*parts`.
@@ -37,7 +37,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) to the same."""
+        """Maps (B, tokens, width) to the same shape."""
         return self.fc2(nn.functional.relu6(self.fc1(x)))
 
 
@@ -50,7 +50,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(width), Mlp(width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, tokens, width) to the same."""
+        """Maps (B, tokens, width) to the same shape."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -63,7 +63,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, 9, stride=9)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, 3, 112, 112) to (B, tokens, width)."""
+        """Maps (B, 3, 112, 112) to (B, tokens, width)."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -94,5 +94,5 @@ class TorchVisionTransformer(nn.Module):
 
 
 def build(network: str, *, embedding_size: int = 512) -> TorchVisionTransformer:
-    """The twin of `arcface_jax.models.registry.build(network)`, with weights yet to be loaded."""
+    """Makes the twin of `arcface_jax.models.registry.build(network)`, without its weights."""
     return TorchVisionTransformer(ARCHITECTURES[network], embedding_size=embedding_size)

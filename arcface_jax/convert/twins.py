@@ -1,4 +1,4 @@
-"""The torch module of every network that has one."""
+"""Find the torch module of a network."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from arcface_jax.models import edgeface, iresnet, mobilefacenet, registry, vit
 
 Twin = Callable[..., torch.nn.Module]
 
-# The last is an array that every network of the family has, and no other.
+# The last entry is an array that every network of the family has, and no other network.
 _FAMILIES = (
     (iresnet.ARCHITECTURES, torch_iresnet.build, "layer1.0.conv1.weight"),
     (mobilefacenet.ARCHITECTURES, torch_mobilefacenet.build, "features.layers.3.bias"),
@@ -21,10 +21,9 @@ _FAMILIES = (
 
 
 def find(network: str) -> Twin | None:
-    """Return what makes a network's twin, given its name and `embedding_size`; None without one.
+    """Returns the function that makes a network's twin; None for a network without one.
 
-    A network from outside the package may have one as the attribute `torch_twin` of the function
-    that makes it.
+    A network from outside the package may provide it as the attribute `torch_twin` of its function.
     """
     for architectures, build_family, _ in _FAMILIES:
         if network in architectures:
@@ -33,24 +32,26 @@ def find(network: str) -> Twin | None:
 
 
 def has_layer_sequence(network: str) -> bool:
-    """Whether `torch_layers` can tell the network's layers, by which ONNX files are recognized.
+    """Returns whether `torch_layers` supports the network, as the import of ONNX files requires.
 
-    An EdgeFace's cannot be told: it multiplies and joins branches, and its ONNX file holds the
-    positions after their projection, not the projection's weights.
+    EdgeFace is not supported: it multiplies and concatenates branches, and its ONNX file has the
+    projected positions instead of the projection's weights.
     """
     return network not in edgeface.ARCHITECTURES and find(network) is not None
 
 
 def sign(network: str) -> str | None:
-    """The name of an array that tells a built-in network's family; None for a plug-in."""
+    """Returns the name of an array that identifies a built-in network's family; None for a
+    plug-in.
+    """
     return next((name for networks, _, name in _FAMILIES if network in networks), None)
 
 
 def require(network: str) -> Twin:
-    """As `find`, for what cannot do without.
+    """Returns `find(network)`, or raises without a twin.
 
     Raises:
-      UserError: there is no twin.
+      UserError: the network has no twin.
     """
     twin = find(network)
     if twin is None:
@@ -63,12 +64,12 @@ def require(network: str) -> Twin:
 
 
 def build(network: str, *, embedding_size: int = 512) -> torch.nn.Module:
-    """Make the twin of `arcface_jax.models.registry.build(network)`, its weights yet to be loaded.
+    """Makes the twin of `arcface_jax.models.registry.build(network)`, without its weights.
 
     Its `state_dict` has insightface's names.
 
     Raises:
-      UserError: there is no twin.
+      UserError: the network has no twin.
     """
     return require(network)(network, embedding_size=embedding_size)
 
@@ -76,12 +77,12 @@ def build(network: str, *, embedding_size: int = 512) -> torch.nn.Module:
 def load(
     network: str, state: dict[str, torch.Tensor], *, embedding_size: int | None = None
 ) -> torch.nn.Module:
-    """Make the twin that holds these tensors themselves: r2060 has 4.5 GB of them.
+    """Makes the twin with these tensors, without copying them: r2060 has 4.5 GB.
 
     Args:
       network: as `model.network`.
       state: the weights.
-      embedding_size: D; read from the weights of a built-in network when not given.
+      embedding_size: D; by default read from the weights of a built-in network.
 
     Raises:
       UserError: there is no twin.

@@ -1,4 +1,4 @@
-"""State dicts in files: torch's `.pth` and `.pt`, and `.safetensors`, told apart by content."""
+"""Read state dicts from torch's `.pth` and `.pt` and from `.safetensors`, detected by content."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from arcface_jax.runtime.files import atomic_files
 
 StateDict = dict[str, torch.Tensor]
 
-# Where training programs keep the backbone in a checkpoint, the likeliest first.
+# Keys of the backbone in checkpoints of training programs, the likeliest first.
 _KEYS = (
     *("state_dict_backbone", "state_dict", "model_state_dict", "model", "backbone", "net"),
     *("network", "weights", "params", "module"),
@@ -31,41 +31,41 @@ class Stored(NamedTuple):
     """A dict of tensors somewhere in a file."""
 
     key: str
-    """The keys that lead to it, joined with dots; empty for the file's own."""
+    """Keys that lead to it, joined with dots; empty for the top level."""
     entries: dict[str, Entry | Unusable]
 
     @property
     def likeliness(self) -> tuple[bool, int, int]:
-        """Sorts the likeliest to hold the backbone first; averaged weights before the others."""
+        """Sort key: likeliest to be the backbone first; averaged weights before others."""
         words = self.key.split(".")
         known = min((_KEYS.index(w) for w in words if w in _KEYS), default=len(_KEYS))
         return not is_averaged(self.key), known if self.key else -1, len(words)
 
 
 class Contents(NamedTuple):
-    """What a file holds."""
+    """Contents of a file."""
 
     dicts: list[Stored]
     skipped: tuple[str, ...]
-    """What is no tensor and was not built, by kind, with its number."""
+    """Kinds of objects that are not tensors and were not built, with counts."""
     nbytes: float
-    """Size of the file, which its tensors together cannot exceed."""
+    """Size of the file, which limits the total size of its tensors."""
     folder: Path | None = None
-    """Where the file lies, with what describes it."""
+    """Folder of the file, which may have files that describe it."""
     metadata: Mapping[str, str] = MappingProxyType({})
-    """Of a safetensors file, such as the description of the model's input."""
+    """Metadata of a safetensors file, such as the description of the model's input."""
 
 
 def is_averaged(name: str) -> bool:
-    """Whether a key or prefix names a running mean of the weights: `state_dict_ema`."""
+    """Returns whether a key or prefix names a running mean of weights, such as `state_dict_ema`."""
     return "ema" in name.lower().replace(".", "_").split("_")
 
 
 def contents(path: Path) -> Contents:
-    """Find every dict of tensors in a file; no tensor is read yet.
+    """Finds every dict of tensors in a file; no tensor is read yet.
 
     Raises:
-      UserError: there is no such file, or it is no file of weights, and what it is instead.
+      UserError: the file does not exist, or is not a file of weights; names what it is instead.
     """
     kind = file_kinds.recognize(path)
     if kind == "onnx":
@@ -82,16 +82,16 @@ def contents(path: Path) -> Contents:
 
 
 def in_memory(state: StateDict) -> Contents:
-    """The same for a state dict that was loaded already."""
+    """Returns the contents of a state dict in memory."""
     entries: dict[str, Entry | Unusable] = {n: torch_files.entry_of(t) for n, t in state.items()}
     return Contents([Stored("", entries)], (), float("inf"))
 
 
 def read(path: Path) -> StateDict:
-    """The tensors of a file, or of the likeliest dict in a full checkpoint, under its names.
+    """Reads the tensors of a file, or of the likeliest dict in a full checkpoint, by its names.
 
     Raises:
-      UserError: there is no such file, or it holds no dict of tensors.
+      UserError: the file does not exist, or has no dict of tensors.
     """
     found = contents(path)
     if not found.dicts:
@@ -100,16 +100,16 @@ def read(path: Path) -> StateDict:
 
 
 def no_tensors(found: Contents, source: str) -> str:
-    """The message for a file without any dict of tensors."""
+    """Returns the message for a file without any dict of tensors."""
     held = f": it holds {', '.join(found.skipped[:5])}" if found.skipped else ""
     return f"{source} holds no dict of tensors by name{held}; expected a state_dict, at any depth"
 
 
 def tensors(entries: dict[str, Entry | Unusable], held: Contents, *, source: str) -> StateDict:
-    """Read tensors, each as a copy of its own.
+    """Reads tensors, each as a separate copy.
 
     Raises:
-      UserError: one is of a kind that cannot be used, or together they are more than the file.
+      UserError: a tensor's kind is not supported, or their total size exceeds the file's.
     """
     usable: dict[str, Entry] = {}
     for name, entry in entries.items():
@@ -128,10 +128,10 @@ def tensors(entries: dict[str, Entry | Unusable], held: Contents, *, source: str
 
 
 def read_entry(entry: Entry, *, source: str) -> torch.Tensor:
-    """Read one tensor.
+    """Reads one tensor.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the tensor is damaged.
     """
     try:
         return entry.read()
@@ -141,10 +141,10 @@ def read_entry(entry: Entry, *, source: str) -> torch.Tensor:
 
 
 def read_torch(path: Path) -> object:
-    """What a torch file holds: plain containers, and tensors as `Entry`.
+    """Reads a torch file: plain containers, with tensors as `Entry`.
 
     Raises:
-      UserError: it is no torch file.
+      UserError: it is not a torch file.
     """
     if file_kinds.recognize(path) not in ("zip", "legacy"):
         raise UserError(f"{path} was not written by torch.save")
@@ -152,12 +152,12 @@ def read_torch(path: Path) -> object:
 
 
 def write(path: Path, state: StateDict, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a state dict in the format that the suffix names; never half a file.
+    """Writes a state dict atomically, in the format of the suffix.
 
     Args:
-      path: of the file.
+      path: path of the file.
       state: the tensors.
-      metadata: of a safetensors file; a torch file has no place for it.
+      metadata: metadata of a safetensors file; torch files do not support it.
 
     Raises:
       UserError: the file cannot be written.
@@ -176,10 +176,10 @@ def write(path: Path, state: StateDict, *, metadata: Mapping[str, str] | None = 
 def _dicts(
     value: object, at: tuple[str, ...], seen: set[int], skipped: Counter[str]
 ) -> Iterator[Stored]:
-    """Walks containers, each once; pickled modules are dicts of what they hold."""
+    """Walks containers, each once; treats pickled modules as dicts of their contents."""
     if len(at) > _DEEPEST or id(value) in seen:
         return
-    seen.add(id(value))  # of what the file holds; the dicts made below are gone after a moment
+    seen.add(id(value))  # ids in the file's data; the dicts made below are short-lived
     if isinstance(value, Skipped):
         if _is_module(value):
             yield Stored(".".join(at), _of_module(value))
@@ -208,10 +208,10 @@ def _is_module(value: Skipped) -> bool:
 
 
 def _of_module(module: Skipped) -> dict[str, Entry | Unusable]:
-    """The state dict of a module that was pickled whole."""
+    """Returns the state dict of a module that was pickled as a whole."""
     found: dict[str, Entry | Unusable] = {}
     waiting: list[tuple[str, object]] = [("", module)]
-    for _ in range(_MOST_MODULES):  # a module may hold one child under many names
+    for _ in range(_MOST_MODULES):  # a module may have one child under many names
         if not waiting:
             break
         prefix, value = waiting.pop()

@@ -1,4 +1,4 @@
-"""The table between arcface_jax's arrays and a torch `state_dict`."""
+"""Convert between arcface_jax's arrays and torch's `state_dict`."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from arcface_jax.training.network import weights_digest
 
 
 class Loaded(NamedTuple):
-    """A backbone out of a file."""
+    """A backbone from a file."""
 
     network: str
     params: Arrays
@@ -25,13 +25,13 @@ class Loaded(NamedTuple):
     notes: tuple[str, ...]
     """How it was found in the file and what was ignored, one sentence each."""
     compatible_with: str = ""
-    """As `ModelInput.compatible_with`, of a file that has such a description."""
+    """`ModelInput.compatible_with` of a file with such a description; empty for others."""
 
 
 def to_state_dict(params: Arrays, batch_stats: Arrays) -> StateDict:
-    """Arrays by arcface_jax's names to float32 tensors by insightface's."""
+    """Converts arrays by arcface_jax's names to float32 tensors by insightface's."""
     state = {}
-    # Of NumPy's arrays the blocks of a stack are views.
+    # The blocks of a stack are views of NumPy's arrays.
     stacked: Arrays = {n: np.asarray(x) for n, x in (*params.items(), *batch_stats.items())}
     for name, array in torch_names.torch_arrays(stacked).items():
         state[name] = torch.from_numpy(np.array(array, np.float32, order="C"))
@@ -41,14 +41,14 @@ def to_state_dict(params: Arrays, batch_stats: Arrays) -> StateDict:
 
 
 def from_state_dict(state: StateDict, network: str, *, source: str) -> tuple[Arrays, Arrays]:
-    """The reverse; every array of the network must be there.
+    """Converts a state dict to arrays; every array of the network must be present.
 
     Args:
-      state: by insightface's or AdaFace's names, with any prefix; what is not of the backbone, such
-        as a head, is ignored.
+      state: tensors by insightface's or AdaFace's names, with any prefix; other parts, such as a
+        head, are ignored.
       network: a name in `arcface_jax.models.registry.NETWORKS`, or a plug-in; the embedding size is
         read from the last layer.
-      source: where the weights come from, for the error message.
+      source: origin of the weights, for the error message.
 
     Returns:
       params, batch_stats: float32 NumPy arrays.
@@ -68,18 +68,18 @@ def load(
     key: str | None = None,
     color_order: ColorOrder | None = None,
 ) -> Loaded:
-    """Read the backbone in a file of torch or safetensors, in the form that this project trains.
+    """Reads the backbone in a file of torch or safetensors, in the form that this project trains.
 
     Args:
-      path: the file; what it is, is found by its content.
-      network: its network; by default found by names and shapes.
-      prefix: what stands before the backbone's names; by default found.
-      key: keys to the state dict, joined with dots; by default found.
-      color_order: of the images that the weights want; by default as their project has it. BGR is
-        turned to RGB in the first convolution.
+      path: the file; its format is detected by content.
+      network: its network; by default detected by names and shapes.
+      prefix: prefix of the backbone's names; by default detected.
+      key: keys to the state dict, joined with dots; by default detected.
+      color_order: channel order that the weights expect; by default their project's. BGR is turned
+        to RGB in the first convolution.
 
     Raises:
-      UserError: there is no such file, it is no file of weights, or it holds no known network.
+      UserError: the file does not exist, is not a file of weights, or has no known network.
       DataError: the description in a safetensors file is damaged.
     """
     where = Where(network=network, prefix=prefix, key=key, color_order=color_order)
@@ -96,7 +96,7 @@ def load(
 
 
 def arrays_of(found: state_dicts.Found) -> tuple[Arrays, Arrays]:
-    """A backbone's params and batch_stats, float32 NumPy arrays that share nothing with it."""
+    """Returns a backbone's params and batch_stats as independent float32 NumPy arrays."""
     size = registry.embedding_size(found.state) or 512
 
     def array(name: str) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The one way from any image to an aligned face: by given points, by a detector, or not at all.
+"""Turn any image into an aligned face: by given points, by a detector, or as it is.
 
-Embedding, verification, calibration and evaluation share it, so that two embeddings are comparable
-whichever command made them.
+Embedding, verification, calibration and evaluation share it, so embeddings of different commands
+are comparable.
 """
 
 from pathlib import Path
@@ -18,14 +18,15 @@ class Aligner:
     """Aligns one image after another; safe to call from threads.
 
     Args:
-      detector: finds the points of images that are not 112 x 112 and come without: an ONNX file of
-        the SCRFD or YuNet kind, `module:function`, or a function of `arcface_jax.data.detectors`.
+      detector: finds the points of images that are not 112 x 112 and have no given points: an ONNX
+        file of the SCRFD or YuNet kind, `module:function`, or a function of
+        `arcface_jax.data.detectors`.
       choose: which face of an image the detector takes.
       detector_size: as `detectors.load`.
-      other_size: what becomes of such images where there is no detector.
+      other_size: what to do with such images without a detector.
 
     Raises:
-      UserError: there is no such detector, or it cannot be opened.
+      UserError: the detector does not exist or cannot be opened.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Aligner:
 
         Args:
           face: the image; one of 112 x 112 without points counts as aligned.
-          points: (5, 2), where they are known.
+          points: (5, 2), if known.
           where: the image's name for errors; by default its file.
           in_identity_folder: as `detectors.choose`.
 
@@ -64,12 +65,12 @@ class Aligner:
           (112, 112, 3) uint8 RGB.
 
         Raises:
-          DataError: it is no image, shows no face, or is neither aligned nor has points nor a
-            detector.
+          DataError: it is not an image, shows no face, or is not aligned and there are neither
+            points nor a detector.
         """
 
         def find(image: np.ndarray, name: str) -> np.ndarray:
-            assert self._detect is not None  # asked for with a detector only
+            assert self._detect is not None  # only called with a detector
             found = self._detect(image)
             number = detectors.choose(
                 found,
@@ -94,7 +95,7 @@ class Aligner:
         return self._detect is not None
 
     def settings(self) -> dict[str, str]:
-        """What the aligned faces depend on, to be stored with what was made of them."""
+        """The settings that determine the aligned faces, to be stored with their embeddings."""
         if self._detector is None:
             return {"other_size": self._other_size}
         name = detectors.identity(self._detector)
@@ -103,7 +104,7 @@ class Aligner:
 
 
 def of_options(options: AlignOptions) -> Aligner:
-    """Opens the aligner of a command, which refuses images that it cannot align."""
+    """Opens a command's aligner, which refuses images that it cannot align."""
     return Aligner(options.detector, choose=options.choose, detector_size=options.detector_size)
 
 
@@ -116,5 +117,5 @@ _CHOICES = {
 
 
 def in_words(choice: FaceChoice) -> str:
-    """Which face of several is taken, for the terminal."""
+    """Describes the choice among several faces, for the terminal."""
     return f"faces chosen by --choose {choice}: {_CHOICES[choice]}"

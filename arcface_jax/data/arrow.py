@@ -1,4 +1,4 @@
-"""Arrow files with image bytes and labels, as `save_to_disk` of Hugging Face's datasets writes."""
+"""Arrow files with image bytes and labels, as Hugging Face's `save_to_disk` writes them."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -15,29 +15,29 @@ from arcface_jax.runtime import foreign
 from arcface_jax.runtime.sealed import array_digest
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
-_FILE_FORMAT = b"ARROW1"  # which has a footer; datasets writes streams
+_FILE_FORMAT = b"ARROW1"  # the file format, with a footer; datasets writes streams
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder holds Arrow files, as `save_to_disk` and the hub's cache do."""
+    """Returns whether a folder has Arrow files, from `save_to_disk` or the hub's cache."""
     if (folder / _STATE).is_file():
         return True
     return folder.is_dir() and bool(files_of(folder, (".arrow",)))
 
 
 def arrow_files(place: Path, *, split: str = "") -> list[Path]:
-    """The Arrow files of a data set, in their order.
+    """Returns the Arrow files of a data set, in their order.
 
     Args:
       place: the folder of `save_to_disk`, of one split or of several, a folder of the hub's cache,
         or an Arrow file.
-      split: which of several; "train" by default.
+      split: the split to read if there are several; "train" by default.
 
     Returns:
-      Empty where the place is something else.
+      The files; an empty list if the place is something else.
 
     Raises:
-      DataError: there is no such split, or the rows are selected by indices in further files.
+      DataError: the split does not exist, or separate index files select the rows.
     """
     if place.is_file():
         return [place] if place.suffix == ".arrow" else []
@@ -87,7 +87,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _are(kind: type, values: object) -> bool:
-    """Whether it is a list of values of a type."""
+    """Returns whether it is a list of values of a type."""
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
@@ -97,7 +97,7 @@ class ArrowSource(Source):
     Files are mapped, and a row is read without its neighbors. Labels are as in `ParquetSource`.
 
     Args:
-      files: of one set, in their order.
+      files: files of one set, in their order.
       columns: as `data.columns`; path is the column of images.
 
     Raises (the constructor): DataError where a file is damaged, or has other columns.
@@ -139,10 +139,10 @@ class ArrowSource(Source):
         return len(self._labels)
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
-          ImageError: they cannot be read, or are missing.
+          ImageError: image or label cannot be read, or is missing.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -155,11 +155,11 @@ class ArrowSource(Source):
         return Sample(columnar.image_bytes(value, folder, where=lambda: self.where(index)), label)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where it is no whole number from 0."""
+        """Returns (len,) int32; -1 where the label is not a whole number >= 0."""
         return self._labels
 
     def where(self, index: int) -> str:
-        """The file and the row in it."""
+        """Returns the file and the row in it."""
         file, row = self._place(index)
         return f"{self._files[file]}, row {row}"
 
@@ -187,10 +187,10 @@ class ArrowSource(Source):
 
 
 def _mapped(path: Path) -> Any:
-    """The table of a file, not copied.
+    """Maps the table of a file into memory, without copying it.
 
     Raises:
-      DataError: it is no Arrow file, or is damaged.
+      DataError: it is not an Arrow file, or is damaged.
     """
     pyarrow = columnar.import_pyarrow()
     try:
@@ -212,10 +212,10 @@ def _mapped(path: Path) -> Any:
 
 
 def _validate(path: Path, table: Any, found: columnar.Columns) -> None:
-    """Checks that the columns' offsets stay inside of the file, which readers rely on.
+    """Checks that the columns' offsets stay inside the file, which readers rely on.
 
     Raises:
-      DataError: they do not.
+      DataError: an offset is outside.
     """
     try:
         for name in (found.image, found.label):

@@ -1,7 +1,7 @@
-"""How large the compressed parts of an Arrow file become, before they are decompressed.
+"""Find the decompressed size of an Arrow file without decompressing it.
 
-An Arrow file or stream is a row of messages; each buffer of a compressed one begins with its size
-as 8 bytes. Messages are FlatBuffers, of which this reads the few fields that it needs:
+An Arrow file or stream is a sequence of messages; in a compressed one, each buffer starts with its
+size as 8 bytes. Messages are FlatBuffers, of which this reads the few fields that it needs:
 https://github.com/apache/arrow/blob/main/format/Message.fbs
 """
 
@@ -17,14 +17,14 @@ _MOST_MESSAGES = 10_000_000
 
 
 def expanded(file: Any, *, whole: bool) -> int:
-    """Bytes of all compressed buffers once they are decompressed.
+    """Returns the total bytes of all compressed buffers after decompression.
 
     Args:
-      file: opened, with `read`, `seek` and `size`.
-      whole: whether it has the file format; else it is a stream.
+      file: an open file with `read`, `seek` and `size`.
+      whole: whether it has the file format; otherwise it is a stream.
 
     Raises:
-      ValueError: the messages make no sense.
+      ValueError: the messages are malformed.
     """
     try:
         return sum(_of_message(file, *message) for message in _messages(file, whole=whole))
@@ -33,12 +33,12 @@ def expanded(file: Any, *, whole: bool) -> int:
 
 
 def _messages(file: Any, *, whole: bool) -> Iterator[tuple[bytes, int]]:
-    """The metadata of each message, and where its body begins."""
+    """Yields the metadata of each message, and where its body starts."""
     at, size = _FILE_START if whole else 0, file.size()
     for _ in range(_MOST_MESSAGES):
         file.seek(at)
         head = file.read(8)
-        if head[:4] != _MARK:  # how it was written before 2019
+        if head[:4] != _MARK:  # the format before 2019
             head = _MARK + head[:4]
             at -= 4
         length = int.from_bytes(head[4:8], "little", signed=True)
@@ -89,7 +89,7 @@ def _root(data: bytes) -> int:
 
 
 def _field(data: bytes, table: int, number: int) -> int | None:
-    """Where a field of a table stands; None where it has its default."""
+    """Returns the position of a table's field; None if it has its default."""
     vtable = table - struct.unpack_from("<i", data, table)[0]
     if vtable < 0:
         raise IndexError
@@ -105,6 +105,6 @@ def _number(data: bytes, table: int, number: int, form: str) -> int:
 
 
 def _table(data: bytes, table: int, number: int) -> int | None:
-    """Where a table or a vector that a field refers to stands."""
+    """Returns the position of the table or vector that a field refers to."""
     place = _field(data, table, number)
     return None if place is None else place + struct.unpack_from("<I", data, place)[0]

@@ -1,8 +1,8 @@
-"""Augmentation of training images on the host: the published sets, by name.
+"""Augmentation of training images on the host: published sets of operations, by name.
 
-What happens to an image depends only on the seed, the step and its place in the global batch. All
-random numbers of a batch are drawn at once, a row for each image, and every operation has columns
-of its own: what one does changes nothing of another.
+An image's augmentation depends only on the seed, the step and the image's position in the global
+batch. All random numbers of a batch are drawn at once, a row per image, and every operation has its
+own columns, so operations do not influence each other.
 
 Sources: "dali" is arcface_torch's `dali_aug` (insightface, recognition/arcface_torch/dataset.py;
 hue and saturation as NVIDIA DALI defines them, by a rotation and a scaling in YIQ); "adaface" are
@@ -22,11 +22,11 @@ import numpy as np
 from arcface_jax.config import AugmentConfig
 
 Draws = list[float]
-"""Uniform random numbers from [0, 1)."""
+"""Uniform random numbers in [0, 1)."""
 Image = np.ndarray
 """(H, W, 3) uint8 RGB."""
 
-# ITU-R BT.601 luma, which DALI, torchvision and Pillow share.
+# ITU-R BT.601 luma, as used by DALI, torchvision and Pillow.
 LUMA = (0.299, 0.587, 0.114)
 _RGB_TO_YIQ = np.array((LUMA, (0.596, -0.274, -0.321), (0.211, -0.523, 0.311)))
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
@@ -37,26 +37,26 @@ _INTERPOLATIONS = (
     cv2.INTER_CUBIC,
     cv2.INTER_LANCZOS4,
 )
-_STREAM = 1  # apart from the order's random numbers, which are drawn from (seed, epoch)
+_STREAM = 1  # distinct from the stream of the order, which is drawn from (seed, epoch)
 
 
 class Operation(NamedTuple):
     """One augmentation."""
 
     name: str
-    """As in the configuration, where its probability stands."""
+    """Name of its probability in the configuration."""
     draws: int
-    """How many random numbers it takes."""
+    """Number of random numbers that it takes."""
     apply: Callable[[Image, Draws], Image]
 
 
 class Augment:
-    """Augments batches in place; can be sent to another process.
+    """Augments batches in place; can be pickled and sent to another process.
 
     Args:
-      names: of the operations, in their order.
-      probabilities: of each.
-      seed: of the random numbers.
+      names: names of the operations, in their order.
+      probabilities: probability of each.
+      seed: random seed of the random numbers.
     """
 
     def __init__(self, names: tuple[str, ...], probabilities: tuple[float, ...], *, seed: int):
@@ -69,9 +69,9 @@ class Augment:
 
         Args:
           images: (b, H, W, 3) uint8 RGB, changed in place.
-          step: which batch it is.
-          batch_size: B, images of the global batch.
-          part: which of them these are.
+          step: number of the batch.
+          batch_size: B, images in the global batch.
+          part: which of them these images are.
         """
         columns = sum(1 + operation.draws for operation in self._operations)
         stream = np.random.default_rng((self._seed, step, _STREAM))
@@ -86,7 +86,7 @@ class Augment:
 
 
 def make(config: AugmentConfig, *, seed: int) -> Augment | None:
-    """The augmentation of a configuration; None where there is none."""
+    """Returns the augmentation of a configuration; None if it has none."""
     names = tuple(name for name in OPERATIONS if name.split("_")[0] in config.sets)
     if not names:
         return None
@@ -104,18 +104,18 @@ def _resize_and_back(image: Image, side: int, down: int, up: int) -> Image:
 
 def _dali_low_resolution(image: Image, draws: Draws) -> Image:
     side = int(len(image) * _between(draws[0], 0.5, 0.8))
-    # DALI's linear interpolation averages where it shrinks; OpenCV's would leave pixels out.
+    # DALI's linear interpolation averages when shrinking; OpenCV's would skip pixels.
     return _resize_and_back(image, side, cv2.INTER_AREA, cv2.INTER_LINEAR)
 
 
 def _dali_blur(image: Image, draws: Draws) -> Image:
     radius = 1 if draws[0] < 0.5 else 2
-    sigma = 0.3 * (radius - 1) + 0.8  # DALI's; OpenCV's own choice is another for small windows
+    sigma = 0.3 * (radius - 1) + 0.8  # as in DALI; OpenCV's default differs for small windows
     return cv2.GaussianBlur(image, (2 * radius + 1,) * 2, sigma)
 
 
 def color_matrix(*, hue: float, saturation: float) -> np.ndarray:
-    """(3, 3) float32 matrix on RGB columns: turns the chroma of YIQ, and scales it.
+    """Returns (3, 3) float32 matrix on RGB columns: rotates and scales the chroma of YIQ.
 
     Args:
       hue: degrees.
@@ -139,9 +139,9 @@ def _dali_gray(image: Image, _: Draws) -> Image:
 def _rectangle(
     shape: tuple[int, ...], draws: Draws, *, area: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[slice, slice]:
-    """A rectangle of a share of the area, its aspect ratio uniform in the logarithm.
+    """Draws a rectangle with a given share of the area and a log-uniform aspect ratio.
 
-    Both papers' codes draw again when it does not fit; here the side that is too long is cut.
+    The code of both papers draws again when it does not fit; here the side that is too long is cut.
     """
     height, width = shape[:2]
     wanted = height * width * _between(draws[0], *area)
@@ -166,7 +166,7 @@ def _adaface_low_resolution(image: Image, draws: Draws) -> Image:
 
 
 def _adaface_photometric(image: Image, draws: Draws) -> Image:
-    """Brightness, contrast and saturation, in an order that is drawn too."""
+    """Changes brightness, contrast and saturation, in random order."""
     brightness, contrast, saturation = (_between(draw, 0.5, 1.5) for draw in draws[:3])
     identity = np.eye(3, dtype=np.float32)
     for turn in sorted(range(3), key=lambda i: draws[3 + i]):
@@ -202,4 +202,4 @@ OPERATIONS = {
         Operation("erasing", 5, _erasing),
     )
 }
-"""All of them, in the order in which they are applied."""
+"""All operations, in the order in which they are applied."""

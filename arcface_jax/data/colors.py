@@ -1,16 +1,16 @@
-"""What the colors of face images tell: gray images, and red and blue exchanged."""
+"""Detect gray images, and images with red and blue exchanged, from the colors of faces."""
 
 import numpy as np
 
 _SKIN = slice(28, 100, 2), slice(28, 84, 2)
-"""Rows and columns of an aligned face from brow to mouth, every second: mostly skin."""
+"""Every second row and column of an aligned face from brow to mouth: mostly skin."""
 _LEAN = 0.05
 _ENOUGH = 8
-_ROUNDING = 2  # of 255: what JPEG leaves of equal channels that are stored as color
+_ROUNDING = 2  # of 255: JPEG's rounding of equal channels that are stored as color
 
 
 def color_lean(images: np.ndarray) -> np.ndarray:
-    """(R - B) / (R + B) of the middle of each aligned face; skin of any tone is above 0.
+    """Returns (R - B) / (R + B) of the middle of each aligned face; skin of any tone is above 0.
 
     Args:
       images: (n, 112, 112, 3) uint8, believed to be RGB.
@@ -24,9 +24,9 @@ def color_lean(images: np.ndarray) -> np.ndarray:
 
 
 def looks_bgr(images: np.ndarray) -> bool:
-    """Whether a batch of aligned faces seems to have red and blue exchanged, by `lean_is_bgr`.
+    """Returns whether faces seem to have red and blue exchanged, by `lean_is_bgr`.
 
-    docs/inference.md tells how often that is right.
+    docs/inference.md has the measured error rate.
 
     Args:
       images: (n, 112, 112, 3) uint8, believed to be RGB.
@@ -35,13 +35,13 @@ def looks_bgr(images: np.ndarray) -> bool:
 
 
 def lean_is_bgr(lean: np.ndarray) -> bool:
-    """Whether aligned faces lean to blue, as BGR does.
+    """Returns whether aligned faces lean to blue, as BGR does.
 
-    An image counts where its lean is beyond 0.05 to either side, which gray and noise are not.
-    True where at least eight images and half of all count, and four in five of them lean to blue.
+    Images with a lean within 0.05 of zero, such as gray images and noise, do not count. True if at
+    least eight images and half of all count, and four in five of these lean to blue.
 
     Args:
-      lean: (n,) as `color_lean` gives it.
+      lean: (n,) from `color_lean`.
     """
     blue, red = np.count_nonzero(lean < -_LEAN), np.count_nonzero(lean > _LEAN)
     counted = blue + red
@@ -49,7 +49,7 @@ def lean_is_bgr(lean: np.ndarray) -> bool:
 
 
 def is_gray(image: np.ndarray) -> bool:
-    """Whether the three channels of an image are equal, up to the rounding of a color JPEG.
+    """Returns whether the three channels of an image are equal, up to the rounding of a color JPEG.
 
     Args:
       image: (H, W, 3) uint8.

@@ -1,7 +1,7 @@
-"""Tables of Arrow and Parquet files: which columns hold images and identities, and their values.
+"""Find the columns of images and identities in Arrow and Parquet files, and read their values.
 
 Columns are found by type and name. Images are bytes, or Hugging Face's struct of bytes and path;
-labels are whole numbers, text, a dictionary, or a ClassLabel, whose names the schema carries.
+labels are whole numbers, text, a dictionary, or a ClassLabel, whose names are in the schema.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,25 +17,25 @@ from arcface_jax.errors import DataError, ImageError, UserError, install
 from arcface_jax.runtime import foreign
 
 _ROWS_A_BYTE = 4
-_LARGE, _EXPANSION = 1 << 28, 100  # bytes that any file may expand to; times its size
+_LARGE, _EXPANSION = 1 << 28, 100  # bytes that any file may expand to; factor on its size
 
 
 class Columns(NamedTuple):
-    """What a file's schema tells."""
+    """Columns found in a file's schema."""
 
     image: str
     label: str
     class_names: list[str] | None
-    """Of a ClassLabel; None where the labels are something else, or the names are numbers."""
+    """Names of a ClassLabel; None for other labels, or if the names are numbers."""
     leaf: str
-    """The column of the images' bytes, `image.bytes` where they are in a struct."""
+    """Column with the images' bytes; `image.bytes` if they are in a struct."""
 
 
 def import_pyarrow() -> Any:
-    """The module `pyarrow`, with `pyarrow.parquet`.
+    """Returns the module `pyarrow`, with `pyarrow.parquet`.
 
     Raises:
-      UserError: it is not installed.
+      UserError: pyarrow is not installed.
     """
     try:
         import pyarrow
@@ -48,15 +48,15 @@ def import_pyarrow() -> Any:
 
 
 def find_columns(path: Path, schema: Any, *, columns: str) -> Columns:
-    """The columns of images and labels of a file.
+    """Returns the columns of images and labels of a file.
 
     Args:
-      path: of the file, for messages.
-      schema: pyarrow's.
+      path: path of the file, for messages.
+      schema: the file's schema in pyarrow's form.
       columns: as `data.columns`.
 
     Raises:
-      DataError: it is not clear which they are.
+      DataError: the columns are ambiguous or missing.
     """
     from pyarrow import types
 
@@ -68,15 +68,15 @@ def find_columns(path: Path, schema: Any, *, columns: str) -> Columns:
 def number(
     labels: Sequence[Any], table: list[str] | None, *, where: Callable[[int], str]
 ) -> names.Numbered:
-    """Identities of the labels of all files.
+    """Numbers the labels of all files as identities.
 
     Args:
       labels: columns of pyarrow, numbers or names, one after another.
-      table: the names of a ClassLabel, which count the identities even where one has no image.
-      where: of a row's number, its place to name in a message.
+      table: the names of a ClassLabel; all of them count as identities, even without images.
+      where: describes a row, given its number, for messages.
 
     Raises:
-      ImageError: naming a label that is none.
+      ImageError: naming an invalid label.
     """
     found = _numbered(labels, where)
     if table is not None and found.num_classes <= len(table) and found.names is None:
@@ -88,12 +88,12 @@ def check_rows(rows: int, size: int, *, where: str) -> None:
     """Refuses more rows than a file of images can have.
 
     Args:
-      rows: that the file announces.
-      size: of the file, in bytes.
+      rows: number of rows in the file's header.
+      size: size of the file, in bytes.
       where: the file, for the message.
 
     Raises:
-      DataError: there are more than four a byte.
+      DataError: there are more than four rows per byte.
     """
     if rows > _ROWS_A_BYTE * size + 10_000:
         raise DataError(
@@ -106,8 +106,8 @@ def check_expansion(expanded: int, size: int, *, where: str) -> None:
     """Refuses a file that expands beyond what compressed images and labels do.
 
     Args:
-      expanded: bytes that the file has to become in memory at once.
-      size: of the file, in bytes.
+      expanded: bytes that the file takes in memory when decompressed.
+      size: size of the file, in bytes.
       where: the file and the place in it, for the message.
 
     Raises:
@@ -121,11 +121,11 @@ def check_expansion(expanded: int, size: int, *, where: str) -> None:
 
 
 def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
-    """The encoded image of a cell: its bytes, or else the file that its path names.
+    """Returns the encoded image of a cell: its bytes, or the contents of the file that it names.
 
     Args:
       value: bytes, or a mapping with `bytes` and `path`.
-      folder: that relative paths start from.
+      folder: base of relative paths.
       where: the cell, for the message.
 
     Raises:
@@ -142,13 +142,13 @@ def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
 
 
 def no_label(where: str) -> ImageError:
-    """The error of a row whose label is none."""
+    """Returns the error for a row without a valid label."""
     problem = "has no label that is a whole number from 0: write the file with them"
     return ImageError(where, problem, kind="no label")
 
 
 def _numbered(labels: Sequence[Any], where: Callable[[int], str]) -> names.Numbered:
-    """Identities of the labels of all files, numbers or names."""
+    """Numbers the labels of all files, numbers or names, as identities."""
     from pyarrow import types
 
     kinds = [column.type for column in labels]
@@ -164,7 +164,7 @@ def _numbered(labels: Sequence[Any], where: Callable[[int], str]) -> names.Numbe
 
 
 def _class_names(schema: Any, label: str) -> list[str] | None:
-    """The names of a ClassLabel, which the library `datasets` leaves in the schema's metadata."""
+    """Returns the names of a ClassLabel, which `datasets` stores in the schema's metadata."""
     try:
         info = foreign.parse_json((schema.metadata or {})[b"huggingface"])
         table = info["info"]["features"][label]["names"]
@@ -198,7 +198,7 @@ def _holds_labels(kind: Any) -> bool:
 
 
 def _find(path: Path, schema: Any, chosen: Mapping[str, str]) -> tuple[str, str]:
-    """The columns of images and labels: those asked for, else by their type and then their name."""
+    """Finds the columns of images and labels: as requested, or by type and then by name."""
     kinds = {field.name: field.type for field in schema}
     if twice := sorted(name for name in kinds if len(schema.get_all_field_indices(name)) > 1):
         raise DataError(

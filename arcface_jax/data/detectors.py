@@ -1,7 +1,7 @@
-"""Face detectors as functions: an ONNX file of the SCRFD or YuNet kind, or anybody's own.
+"""Face detectors as functions: an SCRFD or YuNet ONNX file, or a function of your own.
 
-Both kinds see a photograph at a bounded size, and the points are scaled back. YuNet was trained on
-faces of 10 to 300 pixels: at full resolution a face of 1,500 pixels is missed, or its chin is taken
+Photographs are scaled to a bounded size for both, and the points are scaled back. YuNet was trained
+on faces of 10 to 300 pixels: at full resolution it misses a face of 1,500 pixels, or takes its chin
 for a face.
 """
 
@@ -19,20 +19,20 @@ from arcface_jax.config.choices import FaceChoice
 from arcface_jax.errors import ImageError, UserError, install
 
 SCRFD_SIZE, YUNET_SIZE = 640, 1280
-"""Longer side in pixels at which an image is seen by default: SCRFD's as insightface runs it,
+"""Default longer side, in pixels, of the images that a detector sees: SCRFD's as in insightface,
 YuNet's as measured in docs/data.md."""
 _STRIDES = (8, 16, 32)
 _LFS = b"version https://git-lfs"
-_NMS_OVERLAP = 0.4  # boxes that overlap by more are one face
+_NMS_OVERLAP = 0.4  # boxes with a larger overlap are the same face
 
 
 class Faces(NamedTuple):
-    """The faces of an image."""
+    """Faces found in an image."""
 
     points: np.ndarray
     """(n, 5, 2) float: x, y in pixels, in the order of `align.POINT_NAMES`."""
     scores: np.ndarray
-    """(n,) float, higher is surer."""
+    """(n,) float detection scores; higher is more certain."""
 
 
 Detector = Callable[[np.ndarray], Faces]
@@ -40,18 +40,18 @@ Detector = Callable[[np.ndarray], Faces]
 
 
 def load(name: str, *, threshold: float = 0.5, size: int = 0) -> Detector:
-    """Opens a detector by its name.
+    """Opens a detector by name.
 
     Args:
       name: an ONNX file, or `module:function`; the function takes a (H, W, 3) uint8 RGB image and
         returns the (n, 5, 2) points of its faces.
       threshold: lowest score of a face.
-      size: longer side in pixels of the images that the network sees, a multiple of 32; larger
-        finds smaller faces. SCRFD's images are scaled up to it too. 0 for `YUNET_SIZE` or
-        `SCRFD_SIZE`.
+      size: longer side in pixels of the images that the network sees, a multiple of 32; a larger
+        size finds smaller faces. For SCRFD, smaller images are also scaled up to it. 0 for
+        `YUNET_SIZE` or `SCRFD_SIZE`.
 
     Raises:
-      UserError: there is no such file or function, or it is none that is known.
+      UserError: the file or function does not exist, or is not a supported detector.
     """
     if ":" in name and not Path(name).exists():
         if size:
@@ -78,7 +78,7 @@ def load(name: str, *, threshold: float = 0.5, size: int = 0) -> Detector:
 
 
 def resolve(choice: FaceChoice, *, in_identity_folder: bool) -> FaceChoice:
-    """What `auto` comes to for an image; any other choice as it is."""
+    """Resolves `auto` for an image; returns any other choice unchanged."""
     if choice != "auto":
         return choice
     return "center" if in_identity_folder else "largest"
@@ -92,17 +92,18 @@ def choose(
     where: str,
     in_identity_folder: bool = False,
 ) -> int:
-    """Returns the number of one of the faces of an image.
+    """Chooses one of the faces of an image, and returns its number.
 
     Args:
-      faces: of the image.
-      shape: of the image.
-      choice: which of several; center is the one whose points are nearest to the image's middle.
+      faces: faces of the image.
+      shape: shape of the image.
+      choice: which face to take if there are several; center is the one whose points are nearest to
+          the middle of the image.
       where: the image, for the error message.
-      in_identity_folder: whether the image lies in a folder of its identity's images, for `auto`.
+      in_identity_folder: whether the image is in a folder of its identity, for `auto`.
 
     Raises:
-      ImageError: there is no face.
+      ImageError: the image has no face.
     """
     if not len(faces.points):
         raise ImageError(where, "no face")
@@ -117,7 +118,7 @@ def choose(
 
 
 def identity(detector: "str | Path | Detector") -> str:
-    """A detector's identity: a file's SHA-256, or the name of a function."""
+    """Returns a detector's identity: a file's SHA-256, or the name of a function."""
     if not isinstance(detector, str | Path):
         kind = detector if hasattr(detector, "__qualname__") else type(detector)
         return f"{kind.__module__}:{kind.__qualname__}"
@@ -155,12 +156,14 @@ def _session(name: str) -> Any:
             )
     try:
         return onnxruntime.InferenceSession(name, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own types, not exported
-        raise UserError(f"--detector {name} is no ONNX file that can be run: {error}") from error
+    except Exception as error:  # onnxruntime does not export its exception types
+        raise UserError(
+            f"--detector {name} is not an ONNX file that can be run: {error}"
+        ) from error
 
 
 def _scrfd_side(session: Any, size: int) -> int:
-    """The side that is asked for; of a file with a fixed input, the input's."""
+    """Returns the requested side, or the input's if the file has a fixed input size."""
     (taken,) = session.get_inputs()
     fixed = taken.shape[2] if len(taken.shape) == 4 else None
     if not isinstance(fixed, int):
@@ -176,11 +179,11 @@ def _scrfd_side(session: Any, size: int) -> int:
 def scrfd(session: Any, image: np.ndarray, *, threshold: float, size: int) -> Faces:
     """Runs SCRFD (insightface's `det_10g.onnx` and its like) and decodes its outputs.
 
-    The image is shrunk or grown to fit into a square at its upper left. For each stride s and
-    each of the anchors at a cell (x, y), the outputs are a score, the distances left, top,
-    right, bottom from the anchor's center (s x, s y) to the box, and of the five points from it,
-    both in units of s (J. Guo et al., "Sample and Computation Redistribution for Efficient Face
-    Detection", 2021).
+    The image is scaled to fit into a square, aligned to its upper left corner. For each stride s
+    and each of the anchors at a cell (x, y), the outputs are a score, the distances left, top,
+    right, bottom from the anchor's center (s x, s y) to the box, and the offsets of the five points
+    from that center, both in units of s (J. Guo et al., "Sample and Computation Redistribution for
+    Efficient Face Detection", 2021).
 
     Args:
       session: ONNX Runtime's session of the model.
@@ -218,7 +221,7 @@ def scrfd(session: Any, image: np.ndarray, *, threshold: float, size: int) -> Fa
 
 
 def _of_stride(outputs: list[np.ndarray], cells: int) -> tuple[np.ndarray, ...]:
-    """Scores, boxes and points of a stride, told by their widths and lengths."""
+    """Returns the scores, boxes and points of a stride, identified by their shapes."""
     found = []
     for width in (1, 4, 10):
         fits = [v for v in outputs if v.shape[1] == width and len(v) in (cells, 2 * cells)]
@@ -233,7 +236,7 @@ def _of_stride(outputs: list[np.ndarray], cells: int) -> tuple[np.ndarray, ...]:
 
 
 def _suppress(boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Which boxes stay, by falling score: none overlaps a better one by much."""
+    """Returns which boxes to keep, by descending score: those that overlap no better one."""
     order = np.argsort(-scores, kind="stable")
     kept = []
     while order.size:
@@ -251,7 +254,7 @@ _LOGGING = threading.Lock()
 
 
 def _new_yunet(name: str, size: tuple[int, int], threshold: float) -> cv2.FaceDetectorYN:
-    """Creates the model without OpenCV 5's warning on stderr that it does not choose a target."""
+    """Creates the model, without the warning of OpenCV 5 on stderr that no target was chosen."""
     log = cv2.utils.logging
     with _LOGGING:
         level = log.getLogLevel()
@@ -263,7 +266,7 @@ def _new_yunet(name: str, size: tuple[int, int], threshold: float) -> cv2.FaceDe
 
 
 def _yunet(name: str, threshold: float, size: int) -> Detector:
-    """OpenCV's YuNet, which has the decoding built in; one for each thread."""
+    """Opens OpenCV's YuNet, which decodes its own outputs; one instance per thread."""
     own = threading.local()
 
     def detect(image: np.ndarray) -> Faces:
@@ -277,7 +280,7 @@ def _yunet(name: str, threshold: float, size: int) -> Detector:
         own.model.setInputSize(seen)
         _, found = own.model.detect(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         found = np.zeros((0, 15)) if found is None else found
-        # A box, the points from the viewer's left to the right, and the score.
+        # A box, the points from the viewer's left to right, and the score.
         points = found[:, 4:14].reshape(-1, 5, 2) * (np.array([width, height]) / seen)
         return Faces(points, found[:, 14])
 

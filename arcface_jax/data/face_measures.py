@@ -5,21 +5,21 @@ import numpy as np
 
 from arcface_jax.data.faces import TEMPLATE
 
-_WINDOW = 9  # of the mean filter, in pixels, as F. Crete et al. have it
-# The template's points in space, in its pixels: its x and y, and how far each lies before the eyes.
+_WINDOW = 9  # size of the mean filter in pixels, as in F. Crete et al.
+# The template's points in 3D, in its pixels: x and y, and how far each is in front of the eyes.
 _DEPTHS = np.array([0.0, 0.0, 18.0, 4.0, 4.0])
 
 
 def blur(face: np.ndarray) -> float:
-    """Returns how blurred an image is: 0 is as sharp as noise, 1 is without any detail.
+    """Returns how blurred an image is: 0 is as sharp as noise, 1 has no detail at all.
 
-    Blurring a sharp image again removes most of the difference between neighboring pixels;
-    blurring a blurred one removes little. The measure is the share of the differences that is left,
-    in the worse of the two directions (F. Crete et al., "The blur effect: perception and estimation
-    with a new no-reference perceptual blur metric", 2007).
+    Blurring a sharp image removes most of the difference between neighboring pixels; blurring a
+    blurred one removes little. The measure is the share of the differences that remains, in the
+    worse of the two directions (F. Crete et al., "The blur effect: perception and estimation with a
+    new no-reference perceptual blur metric", 2007).
 
     Args:
-      face: (H, W, 3) uint8 RGB; an aligned face, so that faces of all sizes compare.
+      face: (H, W, 3) uint8 RGB; an aligned face, to make faces of all sizes comparable.
     """
     gray = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY).astype(np.float64)
     left = []
@@ -36,13 +36,13 @@ def blur(face: np.ndarray) -> float:
 
 
 def pose(points: np.ndarray) -> tuple[float, float, float]:
-    """Estimates yaw, pitch and roll in degrees from five points, to some ten degrees.
+    """Estimates yaw, pitch and roll in degrees from five points, to about ten degrees.
 
-    Fits a camera without perspective to an average face: with X the face's points in space and p
-    those in the image, both less their means, the rows of p = X A are the first two axes of the
-    rotation times the scale (D. DeMenthon, L. Davis, "Model-based object pose in 25 lines of code",
-    1995, without the iteration). A face that looks straight into the camera has the template's
-    points.
+    Fits an orthographic camera to an average face: with X the face's points in space and p those in
+    the image, both minus their means, the rows of p = X A are the first two axes of the rotation
+    times the scale (D. DeMenthon, L. Davis, "Model-based object pose in 25 lines of code", 1995,
+    without the iteration). The template's points stand for a face that looks straight into the
+    camera.
 
     Args:
       points: (5, 2) x, y in pixels, in the order of `faces.POINT_NAMES`.

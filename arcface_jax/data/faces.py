@@ -16,15 +16,15 @@ from arcface_jax.runtime import foreign
 
 
 class Picture(Protocol):
-    """A PIL image, or what converts itself like one."""
+    """A PIL image, or any object with the same two members."""
 
     @property
     def mode(self) -> str:
-        """Such as RGB."""
+        """Pixel format, such as RGB."""
         ...
 
     def convert(self, mode: str, /) -> Any:
-        """A picture of another mode."""
+        """Returns the picture converted to another mode."""
         ...
 
 
@@ -35,7 +35,7 @@ Faces = Face | Iterable["Face | Sequence[Face]"]
 FindPoints = Callable[[np.ndarray, str], np.ndarray]
 """(H, W, 3) uint8 RGB and its name, for errors, to the (5, 2) points of the face in it."""
 OtherSize = Literal["refuse", "resize"]
-"""What becomes of an image that is not 112 x 112 and has no points to align it by."""
+"""What to do with an image that is not 112 x 112 and has no points to align it by."""
 
 _ALIGNED = (IMAGE_SIZE, IMAGE_SIZE, 3)
 
@@ -43,10 +43,10 @@ _ALIGNED = (IMAGE_SIZE, IMAGE_SIZE, 3)
 def with_points(
     faces: Faces, points: np.ndarray | Iterable | None
 ) -> Iterator[tuple[Face, np.ndarray | None]]:
-    """Each face with its points, None for one without.
+    """Yields each face with its points, or None.
 
-    Faces that come out of an iterator are taken one by one; of a list or an array, the number of
-    points is checked first.
+    Faces of an iterator are taken one by one; for a list or an array, the number of points is
+    checked first.
 
     Args:
       faces: the faces.
@@ -78,7 +78,9 @@ def _paired(flat: Iterator[Face], points: Iterable) -> Iterator[tuple[Face, np.n
         except StopIteration:
             return
         except ValueError as error:
-            raise DataError(_unequal("not as many sets of points as faces")) from error
+            raise DataError(
+                _unequal("the numbers of faces and of sets of points differ")
+            ) from error
         yield face, None if five is None else np.asarray(five, np.float64)
 
 
@@ -87,7 +89,7 @@ def _unequal(found: str) -> str:
 
 
 def _is_picture(face: object) -> bool:
-    """Whether it is a PIL image, or converts itself like one."""
+    """Returns whether it is a PIL image, or can be converted like one."""
     return hasattr(face, "convert") and hasattr(face, "mode")
 
 
@@ -98,7 +100,7 @@ def _is_one(faces: object) -> bool:
 
 
 def _flat(faces: Iterable) -> Iterator[Any]:
-    """The faces of an iterable, and of the batches in it."""
+    """Yields the faces of an iterable, and of the batches in it."""
     for each in faces:
         batch = isinstance(each, list | tuple) or (isinstance(each, np.ndarray) and each.ndim == 4)
         yield from each if batch else (each,)
@@ -112,7 +114,7 @@ def prepare(
     find_points: FindPoints | None = None,
     where: str | None = None,
 ) -> np.ndarray:
-    """Reads one face where it is a file, and aligns it where points are given or found.
+    """Reads a face if it is a file, and aligns it if points are given or found.
 
     Args:
       face: the image.
@@ -126,8 +128,8 @@ def prepare(
       (112, 112, 3) uint8 RGB.
 
     Raises:
-      DataError: the file or array is no such image, or its points are no points of a face, or it
-        shows no face.
+      DataError: the file or array is not such an image, its points are not a face's, or it shows no
+        face.
 
     Warns:
       UserWarning: the image was resized.
@@ -160,7 +162,7 @@ def prepare(
 
 
 def _load(face: Face) -> tuple[np.ndarray, str]:
-    """A face as an array, and its name for errors."""
+    """Returns a face as an array, and its name for errors."""
     if isinstance(face, np.ndarray):
         return face, "an array"
     if isinstance(face, str | Path):
@@ -174,23 +176,23 @@ def _load(face: Face) -> tuple[np.ndarray, str]:
 
 
 def _from_picture(picture: Picture) -> np.ndarray:
-    """A PIL image as (H, W, 3) uint8 RGB, turned as its EXIF data has it, as files are."""
+    """Converts a PIL image to (H, W, 3) uint8 RGB, rotated by its EXIF data as files are."""
     if picture.mode.startswith(("I", "F")):  # PIL would clip 16-bit values to white
         raise DataError(
             f"a PIL image has mode {picture.mode}; expected 8 bits a channel, as RGB or L"
         )
     if type(picture).__module__.startswith("PIL."):
-        from PIL import ImageOps  # where there is such an image, there is PIL
+        from PIL import ImageOps  # a PIL image implies that PIL is installed
 
         picture = ImageOps.exif_transpose(cast(Any, picture))
     return np.asarray(picture.convert("RGB"))
 
 
 def read(path: str | Path) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB.
+    """Returns an image file as (H, W, 3) uint8 RGB.
 
     Raises:
-      DataError: there is no such file, or it is no image.
+      DataError: the file does not exist, or is not an image.
     """
     try:
         data = foreign.read(path)
@@ -200,16 +202,16 @@ def read(path: str | Path) -> np.ndarray:
 
 
 def find(folder: Path) -> list[str]:
-    """The image files below a folder, as paths from there, sorted.
+    """Returns the image files below a folder, as paths from there, sorted.
 
     Raises:
-      DataError: there is no such folder, or no image in it.
+      DataError: the folder does not exist, or has no image.
     """
     return sorted(path.relative_to(folder).as_posix() for path in images.find_below(folder))
 
 
 POINT_NAMES = ("left eye", "right eye", "nose", "left mouth corner", "right mouth corner")
-"""Left and right as the viewer sees them; the order of all five points here."""
+"""The order of the five points used here; left and right are the viewer's."""
 
 TEMPLATE = np.array(
     [
@@ -224,12 +226,12 @@ TEMPLATE = np.array(
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The rotation, scale and shift that best move points to points, for many faces at once.
+    """Finds the rotation, scale and shift that best move points to points, for many faces at once.
 
     Minimizes the sum of squared distances between the moved source points and the target points,
     without mirroring: the transform of S. Umeyama, "Least-squares estimation of transformation
-    parameters between two point patterns" (1991). In the plane, with points as complex numbers
-    s_i and t_i less their means, rotation and scale are one complex number
+    parameters between two point patterns" (1991). In the plane, with points as complex numbers s_i
+    and t_i minus their means, rotation and scale are one complex number
 
         a = sum_i conj(s_i) t_i / sum_i |s_i|^2
 
@@ -254,7 +256,7 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     s_centered, t_centered = s - s_mean, t - t_mean
     spread = np.sum(np.abs(s_centered) ** 2, -1)
     product = np.sum(s_centered.conj() * t_centered, -1)
-    # As shares of what rounding leaves of points that coincide, and of the largest |product|.
+    # As shares of the rounding error of coinciding points, and of the largest |product|.
     coincide = spread <= 1e-18 * np.sum(np.abs(s) ** 2, -1)
     limit = 1e-9 * np.sqrt(spread * np.sum(np.abs(t_centered) ** 2, -1))
     degenerate = coincide | (np.abs(product) <= limit)
@@ -274,11 +276,11 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 def align(
     image: np.ndarray, points: np.ndarray | Sequence[Sequence[float]], *, size: int = IMAGE_SIZE
 ) -> np.ndarray:
-    """Moves a face to the template, as insightface aligns: bilinear, black outside the image.
+    """Aligns a face to the template as insightface does: bilinear, black outside the image.
 
-    Given one matrix, insightface's `face_align.norm_crop` returns the same bytes: both are one call
-    of OpenCV. The package estimates the matrix in float32, which changes an embedding by up to
-    1.0e-3 of its length (docs/data.md).
+    For the same matrix, insightface's `face_align.norm_crop` returns the same bytes: both make the
+    same OpenCV call. insightface estimates the matrix in float32, which changes an embedding by up
+    to 1.0e-3 of its length (docs/data.md).
 
     Args:
       image: (H, W, 3) uint8 RGB.
@@ -289,7 +291,7 @@ def align(
       (size, size, 3) uint8 RGB.
 
     Raises:
-      DataError: the points are not five, or as `similarity`.
+      DataError: there are not five points, or as `similarity`.
     """
     points = np.asarray(points, np.float64)
     if points.shape != TEMPLATE.shape:

@@ -1,4 +1,4 @@
-"""Training sets of image files: those that a list names (`lists`), or a folder each identity."""
+"""Training sets of image files: named by a list (`lists`), or in one folder per identity."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -19,13 +19,13 @@ class FilesSource(Source):
     """Image files with labels.
 
     Args:
-      folder: what the names are relative to.
+      folder: base of the relative paths.
       files: path of each image.
       labels: (n,) identities.
-      num_classes: how many there are.
-      names: of the identities, if they have any.
+      num_classes: number of identities.
+      names: names of the identities, if they have any.
       ignored: entries that are not used, by kind.
-      notes: what was made of the set where it could have been something else.
+      notes: how ambiguous parts of the set were interpreted.
     """
 
     unit = "files"
@@ -43,7 +43,7 @@ class FilesSource(Source):
     ):
         self._folder = folder
         self.names, self.ignored, self.notes = names, dict(ignored or {}), tuple(notes)
-        # One array instead of millions of strings: quick to send to other processes.
+        # One array instead of millions of strings: fast to send to other processes.
         encoded = [os.fsencode(name) for name in files]
         self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
         self._names = b"".join(encoded)
@@ -54,7 +54,7 @@ class FilesSource(Source):
         return len(self._labels)
 
     def read(self, index: int) -> Sample:
-        """The file's bytes and its label.
+        """Returns the file's bytes and its label.
 
         Raises:
           ImageError: the file cannot be read.
@@ -62,11 +62,11 @@ class FilesSource(Source):
         return Sample(read_file(self._path(index)), int(self._labels[index]))
 
     def labels(self) -> np.ndarray:
-        """(len,) int32."""
+        """Returns (len,) int32."""
         return self._labels
 
     def where(self, index: int) -> str:
-        """The file's path."""
+        """Returns the file's path."""
         return str(self._path(index))
 
     def facts(self) -> Mapping[str, int | str]:
@@ -83,29 +83,29 @@ class FilesSource(Source):
         return self._folder / os.fsdecode(self._names[begin : self._ends[index]])
 
 
-_STRAY = 0.05  # images that lie directly in a group's folder, as a share of those below
+_STRAY = 0.05  # share of a group's images that lie directly in its folder
 
 
 class _Found(NamedTuple):
-    """The images of a folder."""
+    """The images found in a folder."""
 
     people: dict[str, list[str]]
-    """By the sub-folder: paths from there, in their order."""
+    """By sub-folder: the images' relative paths, in order."""
     loose: list[str]
     ignored: dict[str, int]
 
 
 def open_folder(folder: Path, *, level: int = 0) -> FilesSource:
-    """One folder for each identity; identities and images in the order of their names.
+    """Opens a folder with one sub-folder per identity, in the order of the names.
 
-    An identity has all images below its folder, however deep.
+    An identity has all images below its folder, at any depth.
 
     Args:
-      folder: of the identities' folders.
-      level: how many folders down the identities are, from 1; 0 finds out.
+      folder: folder of the identities' folders.
+      level: depth of the identities' folders, from 1; 0 detects it.
 
     Raises:
-      DataError: no sub-folder holds an image, or it is not clear which folders are the identities.
+      DataError: no sub-folder has an image, or it is ambiguous which folders are the identities.
     """
     source = try_folder(folder, level=level)
     if source is None:
@@ -114,10 +114,11 @@ def open_folder(folder: Path, *, level: int = 0) -> FilesSource:
 
 
 def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
-    """As `open_folder`; None where no image is in a sub-folder.
+    """Opens a folder as `open_folder` does; None if no sub-folder has an image.
 
     Raises:
-      DataError: the images lie loose, or it is not clear which folders are the identities.
+      DataError: the images are not in sub-folders, or it is ambiguous which folders are the
+          identities.
     """
     found = _walk(folder)
     if not found.people:
@@ -147,7 +148,7 @@ def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
 
 
 def open_unlabeled(folder: Path) -> FilesSource | None:
-    """Every image below a folder, at any depth, all of one class; None where there is no image."""
+    """Opens all images below a folder, at any depth, as one class; None without an image."""
     walk = Walk(folder)
     files = sorted(walk.files())
     if not files:
@@ -166,7 +167,7 @@ def _walk(folder: Path) -> _Found:
         if not slash:
             loose.append(name)
             continue
-        if name != before:  # a folder's files come together
+        if name != before:  # a folder's files are consecutive
             before, files = name, people.setdefault(name, [])
         files.append(rest)
     for files in people.values():
@@ -175,12 +176,12 @@ def _walk(folder: Path) -> _Found:
 
 
 def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
-    """Asks which folders are the identities where the second level looks like them.
+    """Refuses a folder if it is ambiguous which level of sub-folders is the identities.
 
-    Folders of sessions or years repeat from person to person and are few; people's are many.
+    Folders of sessions or years are few and recur for many people; people's folders are many.
 
     Raises:
-      DataError: hardly an image lies directly in a first folder, and there are more second folders.
+      DataError: hardly any image is at the first level, and the second level has more folders.
     """
     deep = [file for files in people.values() for file in files if "/" in file]
     direct = sum(map(len, people.values())) - len(deep)
@@ -196,7 +197,7 @@ def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
 
 
 def _deeper(folder: Path, found: _Found, level: int) -> dict[str, list[str]]:
-    """The images by identity, `level` folders down; those that lie higher count as loose."""
+    """Returns the images by identity, `level` folders down; images higher up count as loose."""
     people: dict[str, list[str]] = {}
     for group, files in found.people.items():
         for file in files:
@@ -211,14 +212,14 @@ def _deeper(folder: Path, found: _Found, level: int) -> dict[str, list[str]]:
 
 
 def names_of(folder: Path, order: Sequence[str]) -> dict[int, str]:
-    """The identities' names by number: the folders' own, or those that the folder's table has.
+    """Returns the identities' names by number: the folders' names, or those in the table.
 
-    Folders that `data pack --format folder` wrote have numbers of seven digits for their names, and
-    the identities' names are in the table.
+    `data pack --format folder` names folders by seven-digit numbers, and writes the identities'
+    names into the table.
 
     Args:
-      folder: of the identities' folders.
-      order: the names of these folders, sorted.
+      folder: folder of the identities' folders.
+      order: the sorted names of these folders.
     """
     if not all(len(name) == 7 and name.isdecimal() for name in order):
         return dict(enumerate(order))

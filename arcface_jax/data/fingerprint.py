@@ -1,10 +1,10 @@
-"""Fingerprints: which images something was made from, wherever the files lie.
+"""Fingerprints: identify the images something was made from, independently of their location.
 
-The fingerprint of a training set is plain JSON: counts, the facts that its source knows without
-reading an image (sizes, digests of the index), and a keyed sample of images as they are stored.
-It depends on neither path nor modification time, so data may be moved or copied; the same images
-in another form (a record file, Parquet) are another set, for their order may differ. Two
-fingerprints can be compared, and every difference has a name.
+The fingerprint of a training set is plain JSON: counts, facts that its source has without reading
+an image (sizes, digests of the index), and a keyed sample of the stored images. It depends on
+neither path nor modification time, so data may be moved or copied; the same images in another form
+(a record file, Parquet) count as another set, because their order may differ. Comparing two
+fingerprints names every difference.
 
 A changed image is noticed if it is in the sample or changes a size or the index: with a share p of
 the images replaced, the sample misses all of them with probability (1 - p)^128.
@@ -28,16 +28,16 @@ Fingerprint = dict[str, Any]
 """Plain JSON; `differences` compares two."""
 
 SAMPLE = 128
-"""Images whose bytes are read."""
+"""Number of images whose bytes are read."""
 
 _VERSION = 1
-_KEY = 20260101  # of the sample; any number, but always the same
-_THREADS = 16  # that wait for a disk
+_KEY = 20260101  # key of the sample; any fixed number
+_THREADS = 16  # threads, which mostly wait for a disk
 _UNREADABLE = "unreadable"
 
 
 def of_source(source: Source) -> Fingerprint:
-    """The fingerprint of a training set, for which at most `SAMPLE` images are read.
+    """Computes the fingerprint of a training set; reads at most `SAMPLE` images.
 
     Raises:
       DataError: the set cannot be read.
@@ -53,7 +53,7 @@ def of_source(source: Source) -> Fingerprint:
 
 
 def agreed(source: Source, *, name: str) -> Fingerprint:
-    """The fingerprint of the training set that all processes of this run read.
+    """Returns the fingerprint of the training set that all processes of this run read.
 
     A collective operation.
 
@@ -81,12 +81,14 @@ def agreed(source: Source, *, name: str) -> Fingerprint:
 
 
 def digest(found: Fingerprint) -> str:
-    """A fingerprint in 64 characters, for a cache that only has to know whether it is the same."""
+    """Hashes a fingerprint to 64 characters, for caches that only need to detect a change."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def of_names(names: Sequence[str], *arrays: np.ndarray) -> str:
-    """SHA-256 of a list of names and of arrays: which images of a list, and how they are cut."""
+    """Returns the SHA-256 of a list of names and of arrays: the images of a list, and their
+    crops.
+    """
     total = hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape"))
     for array in arrays:
         total.update(np.ascontiguousarray(array).data)
@@ -94,7 +96,7 @@ def of_names(names: Sequence[str], *arrays: np.ndarray) -> str:
 
 
 def of_arrays(*arrays: np.ndarray) -> str:
-    """SHA-256 of the bytes of arrays in memory."""
+    """Returns the SHA-256 of the bytes of arrays in memory."""
     total = hashlib.sha256()
     for array in arrays:
         total.update(np.ascontiguousarray(array).data)
@@ -102,11 +104,11 @@ def of_arrays(*arrays: np.ndarray) -> str:
 
 
 def of_folder(folder: Path, names: Sequence[str], points: Mapping[str, np.ndarray] | None) -> str:
-    """SHA-256 of files' names and sizes, and of the points by which they are aligned, if any.
+    """Returns the SHA-256 of files' names and sizes, and of their alignment points, if any.
 
     Args:
-      folder: of the files.
-      names: of the files, from there.
+      folder: folder of the files.
+      names: names of the files, from there.
       points: (5, 2) by name.
     """
     total = hashlib.sha256()
@@ -119,11 +121,11 @@ def of_folder(folder: Path, names: Sequence[str], points: Mapping[str, np.ndarra
 
 
 def of_files(paths: Sequence[Path], *, read: Callable[[Path], bytes]) -> str:
-    """SHA-256 of the bytes of a keyed sample of files.
+    """Returns the SHA-256 of the bytes of a keyed sample of files.
 
     Args:
-      paths: of the files.
-      read: gives a file's bytes; called from threads, and what it raises passes.
+      paths: paths of the files.
+      read: returns a file's bytes; called from threads, and its exceptions propagate.
     """
     numbers = sample_of(len(paths)).tolist()
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -132,7 +134,7 @@ def of_files(paths: Sequence[Path], *, read: Callable[[Path], bytes]) -> str:
 
 
 def sample_of(count: int) -> np.ndarray:
-    """(n,) int64 ascending numbers of the images that stand for `count` of them."""
+    """Returns (n,) int64 ascending: the numbers of the images that represent a set of `count`."""
     if count <= SAMPLE:
         return np.arange(count)
     return np.sort(Order(count, 1, count, _KEY).images(0, np.arange(SAMPLE)))
@@ -141,13 +143,13 @@ def sample_of(count: int) -> np.ndarray:
 def differences(
     stored: Fingerprint, found: Fingerprint, *, then: str = "then", now: str = "now"
 ) -> list[str]:
-    """What differs between two fingerprints: a phrase for each kind, or nothing.
+    """Lists the differences between two fingerprints, one phrase for each kind.
 
     Args:
-      stored: of the data that something was made from.
-      found: of the data that is there.
-      then: the word that marks what is stored.
-      now: the word that marks what was found.
+      stored: fingerprint of the data that something was made from.
+      found: fingerprint of the present data.
+      then: word for the stored side in the phrases.
+      now: word for the present side in the phrases.
     """
     different = [
         f"{stored[name]} {name} {then} and {found[name]} {now}"
@@ -169,17 +171,17 @@ def differences(
 
 
 def comparable(stored: object) -> TypeGuard[Fingerprint]:
-    """Whether what a run has stored is a fingerprint that this version can compare."""
+    """Returns whether a run's stored record is a fingerprint that this version can compare."""
     return isinstance(stored, dict) and stored.get("version") == _VERSION
 
 
 def _different_images(stored: list[str], found: list[str], count: int) -> list[str]:
     if len(stored) != len(found) or not stored:
-        return []  # computed images, on one side or both
+        return []  # one side or both are computed images
     pairs = [
         (number, a.split(":"), b.split(":"))
         for number, a, b in zip(sample_of(count).tolist(), stored, found, strict=True)
-        if _UNREADABLE not in (a, b)  # the run has its own limit for these
+        if _UNREADABLE not in (a, b)  # the run has a limit of its own for unreadable images
     ]
     different = []
     for what, place in (("labels of {} sampled images differ", 0), ("{} sampled images differ", 1)):
@@ -191,7 +193,7 @@ def _different_images(stored: list[str], found: list[str], count: int) -> list[s
 
 
 def _of_images(source: Source, numbers: np.ndarray) -> list[str]:
-    """LABEL:DIGEST of each image."""
+    """Returns LABEL:DIGEST of each image."""
 
     def look(number: int) -> str:
         try:

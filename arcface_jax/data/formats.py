@@ -1,15 +1,16 @@
-"""What an image file is by its first bytes: its format, and the size that its header announces.
+"""Detect an image's format by its first bytes, and read its size from the header.
 
-Nothing is decoded. A file's name is no evidence: images come without suffix and with a wrong one,
-and a header may announce more pixels than a machine has memory for.
+Nothing is decoded. File names are not trusted, because images may have no suffix or a wrong one;
+and a header may announce more pixels than fit into memory.
 """
 
 import struct
 
 MAX_PIXELS = 2**26
-"""Of an image that is decoded, 200 MB as RGB; `data/__init__.py` sets OpenCV the same limit."""
+"""Most pixels of an image to decode, 200 MB as RGB; `data/__init__.py` sets OpenCV's limit to the
+same."""
 HEAD = 32
-"""Bytes from which `sniff` tells a format."""
+"""Number of bytes from which `sniff` detects a format."""
 
 _STARTS = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -32,11 +33,11 @@ _JPEG_BARE = frozenset((0x01, 0xFF, *range(0xD0, 0xD9)))  # markers without a le
 _HEIGHT_WIDTH = struct.Struct(">HH").unpack_from
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 HEIC = "HEIC"
-"""Apple's photographs, which OpenCV does not read."""
+"""Format of Apple's photographs, which OpenCV cannot read."""
 
 
 def sniff(data: bytes) -> str | None:
-    """The format of an image by its first bytes, at least `HEAD` of them; None where it is none."""
+    """Detects the format of an image from its first `HEAD` bytes or more; None if unknown."""
     for start, name in _STARTS:
         if data.startswith(start):
             return name
@@ -53,7 +54,7 @@ def sniff(data: bytes) -> str | None:
 
 
 def _of_brands(data: bytes) -> str | None:
-    """AVIF or HEIC, by the brands of an ISO media file; None for a video."""
+    """Returns AVIF or HEIC by the brands of an ISO media file; None for a video."""
     brands = (data[8:12], *(data[i : i + 4] for i in range(16, len(data), 4)))
     if b"avif" in brands or b"avis" in brands:
         return "AVIF"
@@ -61,16 +62,16 @@ def _of_brands(data: bytes) -> str | None:
 
 
 def may_have_16_bits(data: bytes) -> bool:
-    """Whether a file of these first bytes may have 16 bits a channel; of PNG, whether it has."""
+    """Returns whether these first bytes belong to a file that may have 16 bits per channel."""
     if data[:4] == b"\x89PNG":
         return data[24:25] == b"\x10"
     return sniff(data) in ("TIFF", "PNM", "JPEG 2000")
 
 
 def announced(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header; None where the format keeps them elsewhere.
+    """Returns width and height from the header; None if the format stores them elsewhere.
 
-    JPEG, PNG, GIF, BMP, WebP and PNM. OpenCV's own limit holds for the others.
+    Supports JPEG, PNG, GIF, BMP, WebP and PNM. OpenCV's own limit applies to the others.
     """
     try:
         if data[:2] == b"\xff\xd8":
@@ -92,7 +93,7 @@ def announced(data: bytes) -> tuple[int, int] | None:
 
 
 def _of_jpeg(data: bytes) -> tuple[int, int] | None:
-    """By the frame header, which other segments precede."""
+    """Reads the size from the frame header, skipping the segments before it."""
     at = 2
     while data[at] == 0xFF:
         marker = data[at + 1]

@@ -1,4 +1,4 @@
-"""Image files: which files are images, and the one place that decodes, encodes and resizes."""
+"""Image files: find them, and the only code that decodes, encodes and resizes them."""
 
 import glob
 import importlib
@@ -20,10 +20,10 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".bmp", ".webp", ".jpe", ".jfif", ".gif", ".avif", ".jp2"),
     *(".pgm", ".ppm", ".pnm", ".heic", ".heif", ".tif", ".tiff"),
 )
-"""Of files that count as images without being opened, in upper or lower case."""
+"""Suffixes of files that count as images without being opened, in upper or lower case."""
 
 _IMAGES = frozenset(IMAGE_SUFFIXES)
-# Files that are surely none are not opened either: a set may have a text beside each image.
+# Suffixes that are never images and not opened either: a set may have a text file per image.
 _OTHERS = frozenset(
     (
         *(".txt", ".csv", ".tsv", ".lst", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".md"),
@@ -39,37 +39,35 @@ _SYSTEM = frozenset(
     )
 )
 HIDDEN, SPECIAL = "hidden", "special files"
-"""Kinds of entries that are never opened: hidden or of a system; pipes, sockets and devices."""
+"""Kinds of entries that are never opened: hidden or system files; pipes, sockets and devices."""
 _DEEPEST = 64
-_VISITS, _MORE_VISITS = 10, 1000  # of each folder below links, at most
-_ALIKE = 256  # files of an unknown suffix, all images or none, that stand for the others
+_VISITS, _MORE_VISITS = 10, 1000  # most visits of a folder below links
+_ALIKE = 256  # files of an unknown suffix to check; if all agree, the rest is assumed
 
 
 def is_image(path: str | Path) -> bool:
-    """Whether a file has an image's name."""
+    """Returns whether a file has an image's name."""
     return os.path.splitext(path)[1].lower() in _IMAGES
 
 
 class Walk:
-    """The image files below a folder, found by name, or by content where the name does not tell.
+    """The image files below a folder, found by name, or by content if the name is inconclusive.
 
     Args:
-      folder: whose sub-folders are walked too, of any depth.
+      folder: searched with all its sub-folders, at any depth.
     """
 
     def __init__(self, folder: str | Path):
         self.ignored: Counter[str] = Counter()
-        """Entries that are no images, by kind: a suffix, or what keeps them from being opened."""
+        """Entries that are not images, by kind: a suffix, or the reason for not opening them."""
         self._top = os.fspath(folder)
         self._alike: dict[str, tuple[bool, int]] = {}
         self._at: list[tuple[int, int]] = []  # the folders that are being walked
         self._below_link = False
-        self._by_links: Counter[tuple[int, int]] = (
-            Counter()
-        )  # how often a folder was walked below a link
+        self._by_links: Counter[tuple[int, int]] = Counter()  # visits of each folder below a link
 
     def files(self) -> Iterator[str]:
-        """Paths of images relative to the folder, in no order; it is walked while they are read."""
+        """Yields the images' relative paths in no particular order, while it walks the folder."""
         yield from self._files(self._top, "")
 
     def _files(self, path: str, prefix: str) -> Iterator[str]:
@@ -103,7 +101,7 @@ class Walk:
         self._at.pop()
 
     def _linked(self, entry: os.DirEntry, prefix: str) -> Iterator[str]:
-        """The files of a sub-folder.
+        """Yields the files of a sub-folder.
 
         Raises:
           DataError: links multiply the folders.
@@ -132,7 +130,9 @@ class Walk:
             return []
 
     def _is_image(self, path: str, suffix: str) -> bool:
-        """Of a file whose suffix is no image's: by content, or as many others of its suffix are."""
+        """Decides by content about a file with an unknown suffix, or as for others with its
+        suffix.
+        """
         if suffix in _OTHERS:
             return False
         alike, count = self._alike.get(suffix, (True, 0))
@@ -144,13 +144,13 @@ class Walk:
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    """The same for all paths to a folder."""
+    """Returns a value that is the same for all paths to a folder."""
     found = os.stat(folder)
     return found.st_dev, found.st_ino
 
 
 def is_image_by_content(path: str | Path) -> bool:
-    """Whether a regular file begins as an image does."""
+    """Returns whether a regular file starts with the signature of an image."""
     try:
         with open(path, "rb") as file:
             return formats.sniff(file.read(formats.HEAD)) is not None
@@ -159,14 +159,14 @@ def is_image_by_content(path: str | Path) -> bool:
 
 
 def find_below(folder: Path, *, ignored: Counter[str] | None = None) -> list[Path]:
-    """The image files of a folder and its sub-folders, sorted.
+    """Returns the image files of a folder and its sub-folders, sorted.
 
     Args:
-      folder: to look in.
-      ignored: to which the entries that are no images are added, by kind.
+      folder: the folder to search.
+      ignored: counts the entries that are not images, by kind.
 
     Raises:
-      DataError: there is no such folder, or no image in it.
+      DataError: the folder does not exist, or has no image.
     """
     if not folder.is_dir():
         raise DataError(f"no folder at {folder}: name an existing folder of images")
@@ -181,11 +181,11 @@ def find_below(folder: Path, *, ignored: Counter[str] | None = None) -> list[Pat
 
 
 def read_file(path: str | Path, *, fix: str = "restore the file, or take it off the list") -> bytes:
-    """The bytes of a regular file; a pipe or a device is not waited for.
+    """Reads the bytes of a regular file; does not wait for a pipe or a device.
 
     Args:
-      path: of the file.
-      fix: what to do where it cannot be read, for the message.
+      path: path of the file.
+      fix: what to do if it cannot be read, for the message.
 
     Raises:
       ImageError: it cannot be read.
@@ -199,7 +199,7 @@ def read_file(path: str | Path, *, fix: str = "restore the file, or take it off 
 
 
 def find_named(stem: Path) -> Path | None:
-    """The image file of a name without its suffix, FOLDER/NAME.jpg for FOLDER/NAME."""
+    """Finds the image file FOLDER/NAME with any image suffix, given the path without the suffix."""
     usual = (stem.with_name(stem.name + suffix) for suffix in IMAGE_SUFFIXES)
     if found := next((path for path in usual if foreign.is_file(path)), None):
         return found
@@ -208,10 +208,10 @@ def find_named(stem: Path) -> Path | None:
 
 
 def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
-    """An encoded image as (112, 112, 3) uint8 RGB.
+    """Returns an encoded image as (112, 112, 3) uint8 RGB.
 
     Args:
-      data: JPEG, PNG, or what else OpenCV reads.
+      data: JPEG, PNG, or another format that OpenCV reads.
       where: names the image in the error message.
 
     Raises:
@@ -232,7 +232,7 @@ def decode(data: bytes, *, where: Callable[[], str]) -> np.ndarray:
 
 
 def decode_any_size(data: bytes, *, where: str) -> np.ndarray:
-    """An encoded image as (H, W, 3) uint8 RGB.
+    """Returns an encoded image as (H, W, 3) uint8 RGB.
 
     Raises:
       ImageError: it cannot be decoded.
@@ -244,13 +244,13 @@ def decode_any_size(data: bytes, *, where: str) -> np.ndarray:
 
 
 def pixels(data: bytes | np.ndarray) -> np.ndarray | None:
-    """An encoded image as (H, W, 3) uint8 RGB; None where it is none, or too large to decode.
+    """Decodes an image to (H, W, 3) uint8 RGB; None if it is not an image or too large.
 
     Args:
       data: bytes, or (n,) uint8.
     """
     encoded = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-    # Where cv2 was loaded before this package, it takes the memory that a header asks for.
+    # If cv2 was loaded before this package, it allocates whatever a header asks for.
     if not encoded.size or (not OPENCV_IS_LIMITED and _too_large(encoded.tobytes())):
         return None
     try:
@@ -264,9 +264,9 @@ def pixels(data: bytes | np.ndarray) -> np.ndarray | None:
 
 
 def _twelve_bits(encoded: np.ndarray) -> np.ndarray | None:
-    """An image of 16 bits whose values fit into 12, scaled to 8; None for any other.
+    """Scales a 16-bit image with 12-bit values to 8 bits; returns None for any other.
 
-    OpenCV takes the upper 8 bits of the 16, which of 12 leaves a nearly black image.
+    OpenCV takes the upper 8 of the 16 bits, which makes a 12-bit image nearly black.
     """
     if not formats.may_have_16_bits(encoded[: formats.HEAD].tobytes()):
         return None
@@ -283,7 +283,7 @@ def _too_large(data: bytes) -> bool:
 
 
 def _from_heic(data: bytes) -> np.ndarray | None:
-    """By pillow-heif where it is installed; None where it is not, or the image is damaged."""
+    """Decodes with pillow-heif; None if it is not installed, or the image is damaged."""
     try:
         pillow_heif = importlib.import_module("pillow_heif")
     except ImportError:
@@ -319,10 +319,10 @@ def _not_an_image(data: bytes, where: str) -> ImageError:
 
 
 def square(data: bytes, *, where: str) -> np.ndarray:
-    """An encoded image of any size as (112, 112, 3) uint8 RGB: its middle square, resized.
+    """Decodes an image of any size to (112, 112, 3) uint8 RGB: its middle square, resized.
 
     Args:
-      data: JPEG, PNG, or what else OpenCV reads.
+      data: JPEG, PNG, or another format that OpenCV reads.
       where: what the image is, for the error message.
 
     Raises:
@@ -336,18 +336,20 @@ def square(data: bytes, *, where: str) -> np.ndarray:
 
 
 def resize(image: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 stretched to (112, 112, 3), bilinear; itself where it has that size."""
+    """Stretches (H, W, 3) uint8 to (112, 112, 3), bilinear; returns an image of that size as it
+    is.
+    """
     if image.shape[:2] == (IMAGE_SIZE, IMAGE_SIZE):
         return image
     return cv2.resize(image, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_LINEAR)
 
 
 def encode(image: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 RGB as a PNG, which loses nothing."""
+    """Encodes (H, W, 3) uint8 RGB as PNG, which is lossless."""
     return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
 def encode_jpeg(image: np.ndarray, *, quality: int) -> bytes:
-    """(H, W, 3) uint8 RGB as a JPEG of a quality from 0 to 100."""
+    """Encodes (H, W, 3) uint8 RGB as JPEG with a quality from 0 to 100."""
     bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()

@@ -1,4 +1,4 @@
-"""Training sets whose labels, and the places of their images, are kept beside them (`sidecar`)."""
+"""Training sets whose labels and image positions are cached next to them (`sidecar`)."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from arcface_jax.data.source import Source
 
 
 class IndexedSource(Source):
-    """A set that an index describes, which `_arrays_of` opens and `described` filled in.
+    """A set with an index, which `_arrays_of` opens and `described` created.
 
-    Where labels are numbers, `identities.txt` beside the set has their names.
+    If labels are numbers, `identities.txt` next to the set has their names.
 
     Args:
-      folder: in which identities.txt may be.
+      folder: where identities.txt may be.
     """
 
     def __init__(self, folder: Path):
@@ -37,14 +37,16 @@ class IndexedSource(Source):
         self._prepare()
 
     def _open_arrays(self, *, check: bool) -> Arrays:
-        """By `sidecar.open_arrays`, again in another process, which need not check digests."""
+        """Opens the arrays by `sidecar.open_arrays`; another process need not check digests
+        again.
+        """
         raise NotImplementedError
 
     def _prepare(self) -> None:
-        """Makes what is not sent to another process."""
+        """Creates what is not sent to another process."""
 
     def __getstate__(self) -> dict:
-        # Mapped arrays would be copied; they are mapped again in the other process.
+        # Mapped arrays would be copied; the other process maps them again.
         own = ("_arrays", "_labels") if self._arrays.folder else ()
         return {name: value for name, value in vars(self).items() if name not in own}
 
@@ -59,14 +61,14 @@ class IndexedSource(Source):
         return len(self._labels)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where an image has none."""
+        """Returns (len,) int32; -1 where an image has none."""
         return self._labels
 
 
 def described(
     found: Numbered, *, ignored: Mapping[str, int], notes: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """The arrays from which an IndexedSource takes labels, identities, and what was noticed."""
+    """Returns the arrays from which an IndexedSource reads labels, identities and notes."""
     text = {"ignored": json.dumps(ignored), "notes": json.dumps(notes)}
     arrays = {
         "labels": found.labels,
@@ -79,13 +81,14 @@ def described(
 
 
 def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """The visible entries of a folder with one of some suffixes, sorted.
+    """Returns the visible entries of a folder that have one of the suffixes, sorted.
 
-    Empty where it has folders, too: these are the identities then, and not an archive beside them.
+    Returns an empty list if the folder also has sub-folders: then these are the identities, and
+    files next to them are not archives.
 
     Args:
-      folder: which may hold millions of entries.
-      suffixes: in lower case.
+      folder: may have millions of entries.
+      suffixes: lower-case suffixes.
     """
     with os.scandir(folder) as entries:
         found = [entry for entry in entries if entry.name.lower().endswith(tuple(suffixes))]
@@ -100,12 +103,12 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def of_folders(folders: Sequence[str]) -> list[str]:
-    """The identities of images by their folders, without the part that all folders share.
+    """Derives the identities of images from their folders, without the common part of the paths.
 
     Args:
-      folders: of each image, none of them empty.
+      folders: folder of each image, none of them empty.
     """
     shared = os.path.commonpath(set(folders))
-    if shared in folders:  # of one identity, or images lie at two depths
+    if shared in folders:  # a single identity, or images at two depths
         shared = os.path.dirname(shared)
     return [os.path.relpath(folder, shared) for folder in folders] if shared else list(folders)

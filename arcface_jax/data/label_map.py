@@ -1,4 +1,4 @@
-"""`label_map.csv` beside a training set that was made from another: old labels to new ones."""
+"""`label_map.csv` in a training set that was made from another one: old labels to new ones."""
 
 import csv
 import io
@@ -17,12 +17,12 @@ _COLUMNS = ("old_label", "new_label", "name")
 
 
 def write(folder: Path, new: np.ndarray, names: Names) -> Path:
-    """Writes the map beside a set; returns the file.
+    """Writes the map next to a set, and returns the file.
 
     Args:
-      folder: of the new set.
-      new: (C,) int: the new label of each old one, -1 where it has no images any more.
-      names: of the new identities.
+      folder: folder of the new set.
+      new: (C,) int: the new label of each old one, -1 if it has no images left.
+      names: names of the new identities.
     """
     with atomic(folder / FILE, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -33,7 +33,7 @@ def write(folder: Path, new: np.ndarray, names: Names) -> Path:
 
 
 def read(folder: Path) -> np.ndarray | None:
-    """(C,) int64: the new label of each old one, -1 for none; None where there is no map.
+    """Returns (C,) int64: the new label of each old one, -1 for none; None without a map.
 
     Raises:
       DataError: the file is damaged.

@@ -1,7 +1,7 @@
-"""Training sets named by a list: which column is the path, which the identity, where rows begin.
+"""Training sets named by a list: find the columns of path and identity, and the header.
 
-Columns are found by content: the path is what exists as a file, or looks like one; the identity is
-what several images share. Where two columns could be the identity it is not guessed.
+Columns are found by content: the path exists as a file, or looks like one; several images share an
+identity. If two columns could be the identity, there is no guess but an error.
 """
 
 import os
@@ -22,8 +22,8 @@ STRONG = (
     *("label", "labels", "identity", "identity_id", "class", "class_id", "classid", "person"),
     *("person_id", "personid", "subject", "subject_id", "target", "identity_name", "class_name"),
 )
-"""Headers of the identity's column that are believed."""
-_WEAK = ("id", "name", "person_name", "subject_name", "y")  # which may number images
+"""Trusted headers of the identity's column."""
+_WEAK = ("id", "name", "person_name", "subject_name", "y")  # these may also number images
 PATHS = ("path", "file", "filename", "image", "image_path", "img_path", "img", "filepath")
 """Headers of the path's column."""
 
@@ -39,44 +39,45 @@ class Listed(NamedTuple):
     """The rows of a list."""
 
     files: list[str]
-    """As they are written, slashes or backslashes."""
+    """Paths as written in the list, with slashes or backslashes."""
     labels: list[str]
     lines: list[int]
-    """Of the list, from 1."""
+    """Line numbers in the list, from 1."""
     header: list[str]
-    """Empty where it has none."""
+    """The header's cells; empty without a header."""
     columns: tuple[int, int]
-    """Of path and label, from 0."""
+    """Columns of path and label, from 0."""
     width: int
-    """Columns of the first row."""
+    """Number of columns in the first row."""
     comments: int
 
     def number(self, path: Path) -> names.Numbered:
-        """Identities of the labels.
+        """Numbers the labels as identities.
 
         Args:
-          path: of the list, for messages.
+          path: path of the list, for messages.
 
         Raises:
-          ImageError: naming the line of a label that is none.
+          ImageError: naming the line of an invalid label.
         """
         return names.number(self.labels, where=lambda i: f"{path}, line {self.lines[i]}")
 
 
 def open_list(path: Path, *, columns: str = "") -> FilesSource:
-    """A text file with the path and the identity of each image.
+    """Opens a text file with the path and the identity of each image.
 
-    Separators, encodings, quotes and comments: as `tables.read`. Paths are relative to the
-    list's folder, with slashes or backslashes. Labels are numbers or names by the rule of
-    `names`. A first line whose path is none is a header.
+    Separators, encodings, quotes and comments: as `tables.read`. Paths are relative to the list's
+    folder, with slashes or backslashes. Labels are numbers or names by the rule of `names`. A first
+    line without a path is a header.
 
     Args:
-      path: of the list.
-      columns: "path=COLUMN,label=COLUMN", each a name of the header or a number from 1; those
-        that are not given are found by content.
+      path: path of the list.
+      columns: "path=COLUMN,label=COLUMN", each a header's name or a number from 1; columns that are
+        not given are found by content.
 
     Raises:
-      DataError: the file is no such list, or its columns are not clear; the message names the line.
+      DataError: the file is not such a list, or its columns are ambiguous; the message names the
+          line.
     """
     folder = path.parent
     listed = read_list(path, columns=columns, exists=lambda name: _exists(folder, name))
@@ -93,15 +94,16 @@ def open_list(path: Path, *, columns: str = "") -> FilesSource:
 
 
 def read_list(path: Path, *, columns: str, exists: Callable[[str], bool]) -> Listed:
-    """The rows of a list of images and identities, as `open_list` reads it.
+    """Reads the rows of a list of images and identities, as in `open_list`.
 
     Args:
-      path: of the list.
+      path: path of the list.
       columns: as in `open_list`.
-      exists: whether a cell names an image.
+      exists: returns whether a cell names an image.
 
     Raises:
-      DataError: the file is no such list, or its columns are not clear; the message names the line.
+      DataError: the file is not such a list, or its columns are ambiguous; the message names the
+          line.
     """
     table = tables.read(path)
     if not table.rows:
@@ -129,13 +131,13 @@ def read_list(path: Path, *, columns: str, exists: Callable[[str], bool]) -> Lis
 
 
 def parse_columns(columns: str) -> dict[str, str]:
-    """The columns that are asked for, by "path" and "label"; `data.columns` was checked already."""
+    """Returns the requested columns by "path" and "label"; `data.columns` was already checked."""
     pairs = (part.partition("=") for part in columns.split(",") if part)
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _divided(rows: list[Row], exists: Callable[[str], bool]) -> list[Row]:
-    """Rows that blanks separate, at which a path may have some: divided so that files exist."""
+    """Splits rows at blanks so that files exist, because paths may contain blanks too."""
     if not any(len(row.cells[0].split(None, 1)) > 1 for row in rows):
         return rows
     label_last = tables.blank_separated(rows, 1, from_right=True)
@@ -152,7 +154,7 @@ def _divided(rows: list[Row], exists: Callable[[str], bool]) -> list[Row]:
 
 
 def _share(rows: Sequence[Row], places: Sequence[int], exists: Callable[[str], bool]) -> float:
-    """Of a sample, how many have a file at the best of some columns."""
+    """Returns the share of a sample that has a file in the best of some columns."""
     part = tables.sample(rows)
     return max(
         sum(len(row.cells) > place and exists(row.cells[place]) for row in part) for place in places
@@ -173,7 +175,7 @@ def _exists(folder: Path, name: str) -> bool:
 def _find(
     path: Path, rows: Sequence[Row], chosen: dict[str, str], exists: Callable[[str], bool]
 ) -> _Columns:
-    """The columns of path and identity, and whether there is a header."""
+    """Finds the columns of path and identity, and whether there is a header."""
     first, rest = rows[0], rows[1:]
     words = [cell.lower() for cell in first.cells]
     part = tables.sample(rest or rows)
@@ -194,7 +196,7 @@ def _find(
 
 
 def _asked(path: Path, what: str, name: str, first: Row) -> tuple[int, bool]:
-    """A column that --data.columns names, and whether by the header."""
+    """Returns the column that --data.columns names, and whether it named it by the header."""
     if name in first.cells:
         return first.cells.index(name), True
     lower = [cell.lower() for cell in first.cells]
@@ -211,7 +213,7 @@ def _asked(path: Path, what: str, name: str, first: Row) -> tuple[int, bool]:
 def _path_column(
     part: Sequence[Row], words: Sequence[str], width: int, exists: Callable[[str], bool]
 ) -> int:
-    """Where most cells exist as files, or else look like paths of images."""
+    """Returns the column with most existing files, or with most paths of images."""
 
     def rank(column: int) -> tuple[float, float, bool]:
         cells = [row.cells[column] for row in part if column < len(row.cells)]
@@ -222,12 +224,12 @@ def _path_column(
     ranks = {column: rank(column) for column in range(width)}
     best = max(ranks, key=lambda column: ranks[column])
     lasts = [row.cells[-1] for row in part]
-    # im2rec allows any number of labels; the path is what comes last.
+    # im2rec allows any number of labels; the path comes last.
     ragged = len({len(row.cells) for row in part}) > 1
     if ragged and all(map(_looks_like_a_path, lasts)):
         return -1
     if not any(ranks[best]):
-        # Neither files nor suffixes: a list of two columns has its path first.
+        # Neither files nor suffixes: in a list of two columns the path comes first.
         best = next((words.index(name) for name in PATHS if name in words), 0)
     return best
 
@@ -237,15 +239,15 @@ def _looks_like_a_path(cell: str) -> bool:
 
 
 def _is_heading(cell: str, exists: Callable[[str], bool]) -> bool:
-    """Whether the first row names the columns: where others have a path it has a mere word."""
+    """Returns whether the first row is a header: a plain word where other rows have a path."""
     return not (_looks_like_a_path(cell) or exists(cell) or cell == "")
 
 
 def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[str]) -> _Columns:
-    """The identity's column, beside the path's at `place`.
+    """Finds the identity's column; the path's is `place`.
 
     Raises:
-      DataError: several could be it, or none.
+      DataError: several columns could be the identity, or none.
     """
     width = len(data[0].cells)
     ragged = any(len(row.cells) != width for row in data)
@@ -276,10 +278,10 @@ def _label_column(path: Path, data: Sequence[Row], place: int, header: Sequence[
 def _refuse_pairs(
     path: Path, data: Sequence[Row], columns: Sequence[int], header: Sequence[str]
 ) -> None:
-    """Refuses a list of pairs, which has two columns of images and none that is named a label.
+    """Refuses a list of pairs: two columns of images, and none named as a label.
 
     Raises:
-      DataError: it is one.
+      DataError: it is a list of pairs.
     """
     part = tables.sample(data)
     width = min(len(row.cells) for row in part)
@@ -301,12 +303,14 @@ def _different(data: Sequence[Row], column: int) -> set[str]:
 
 
 def _shared(data: Sequence[Row], column: int) -> bool:
-    """Whether the column has several values, and images that share one: what identities do."""
+    """Returns whether a column has several values, some of which several images share."""
     return 1 < len(_different(data, column)) < len(data)
 
 
 def _apart(data: Sequence[Row], candidates: list[int]) -> list[int]:
-    """Of columns that divide the images alike, as an identity's number and name do, the first."""
+    """Of columns that divide the images alike, such as an identity's number and name, keeps the
+    first.
+    """
     first = candidates[0]
     kept = [first]
     for column in candidates[1:]:
@@ -342,7 +346,7 @@ def _is_number(word: str) -> bool:
 def _check_widths(path: Path, rows: Sequence[Row], data: Sequence[Row], found: _Columns) -> None:
     width = len(rows[0].cells)
     for row in data:
-        # im2rec allows any number of labels; the path is what comes last.
+        # im2rec allows any number of labels; the path comes last.
         if len(row.cells) != width and not (found.path == -1 and len(row.cells) > 2):
             raise DataError(
                 f"{path}, line {row.line}: {len(row.cells)} columns where the first line has "
@@ -351,7 +355,7 @@ def _check_widths(path: Path, rows: Sequence[Row], data: Sequence[Row], found: _
 
 
 def _native(files: list[str], folder: Path) -> list[str]:
-    """Paths as this system writes them; one with backslashes may have them in its name."""
+    """Converts paths to this system's form; file names on it may contain backslashes."""
     if os.sep == "\\" or not any("\\" in file for file in files):
         return files
     return [
@@ -361,7 +365,7 @@ def _native(files: list[str], folder: Path) -> list[str]:
 
 
 def _notes(listed: Listed, numbered: names.Numbered) -> list[str]:
-    """What was made of the list where it could have been something else."""
+    """Notes how ambiguous parts of the list were interpreted."""
     notes = []
     if listed.header or listed.width > 2:
         path, label = (

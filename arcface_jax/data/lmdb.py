@@ -1,9 +1,9 @@
-"""LMDB training sets: what converters of face sets write, read without running code of theirs.
+"""LMDB training sets from converters of face sets, read without running any of their code.
 
 An entry's value is an image with its label, as MessagePack (HSFace, VFace), a pickle, pyarrow's
-`serialize` or Caffe's Datum, or the image only. A bare image has its label in the entry
-`label-NUMBER` beside `image-NUMBER`, in a list of keys and labels, or in the folder of its key.
-Keys, labels and where each image lies in its value are kept beside the database (`sidecar`).
+`serialize` or Caffe's Datum, or the image only. The label of a bare image is in the entry
+`label-NUMBER` next to `image-NUMBER`, in a list of keys and labels, or the folder of its key. Keys,
+labels and the position of each image in its value are cached next to the database (`sidecar`).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from arcface_jax.data.indexed import IndexedSource, described, files_of, of_fold
 from arcface_jax.data.source import Sample
 from arcface_jax.errors import DataError, ImageError, UserError, install
 
-_LAYOUT = 1  # of the kept arrays
+_LAYOUT = 1  # version of the cached arrays
 _MAGIC = b"\xde\xc0\xef\xbe"  # at byte 16 of the first page
 _KEYS, _CLASSES = b"__keys__", b"__classnum__"
 _OTHER_FACTS = (b"num-samples", b"num_samples", b"length", b"classnum", b"class_num")
@@ -32,10 +32,10 @@ _LONGEST_KEY = 511  # beyond which LMDB raises
 
 
 def find_lmdb(place: Path) -> Path | None:
-    """The database at a path: a file, a folder with `data.mdb`, or a folder with one `.lmdb`.
+    """Finds the database at a path: a file, a folder with `data.mdb`, or one with one `.lmdb`.
 
     Raises:
-      DataError: the folder holds several.
+      DataError: the folder has several.
     """
     if _is_lmdb(place):
         return place
@@ -49,7 +49,7 @@ def find_lmdb(place: Path) -> Path | None:
 
 
 def _is_lmdb(place: Path) -> bool:
-    if not _data_file(place).is_file():  # a pipe would be waited for
+    if not _data_file(place).is_file():  # opening a pipe would block
         return False
     try:
         with _data_file(place).open("rb") as file:
@@ -65,7 +65,7 @@ def _data_file(place: Path) -> Path:
 class LmdbSource(IndexedSource):
     """The images of an LMDB.
 
-    In the order of `__keys__`, where the writer left it; else by number, or by folder and name.
+    Ordered as in `__keys__` if the writer stored it; otherwise by number, or by folder and name.
 
     Args:
       path: the file, or the folder with `data.mdb`.
@@ -92,16 +92,16 @@ class LmdbSource(IndexedSource):
         )
 
     def _prepare(self) -> None:
-        self._environment: _Environment | None = None  # opened by the first reading
+        self._environment: _Environment | None = None  # opened at the first read
 
     def __getstate__(self) -> dict:
         return {name: x for name, x in super().__getstate__().items() if name != "_environment"}
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
-          ImageError: they cannot be read, or the label is none.
+          ImageError: the entry cannot be read, or its label is invalid.
         """
         key, label = self._key(index), int(self._labels[index])
         if label < 0:
@@ -122,7 +122,7 @@ class LmdbSource(IndexedSource):
         return Sample(found.image, label)
 
     def where(self, index: int) -> str:
-        """The database and the entry's key."""
+        """Returns the database and the entry's key."""
         return f"{self._path}, key {_shown(self._key(index))}"
 
     def facts(self) -> Mapping[str, int | str]:
@@ -150,13 +150,13 @@ def _shown(key: bytes) -> str:
 
 
 def import_lmdb() -> Any:
-    """The package `lmdb`.
+    """Returns the package `lmdb`.
 
     Raises:
       UserError: it is not installed.
     """
     try:
-        return importlib.import_module("lmdb")  # by name: this module has the same
+        return importlib.import_module("lmdb")  # this module has the same name
     except ImportError as error:
         raise UserError(f"LMDB files need lmdb ({error}): {install('lmdb')}") from error
 
@@ -190,10 +190,10 @@ class _Environment:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Any]:
-        """A read transaction with `get` and `cursor`, whose values are views.
+        """Opens a read transaction with `get` and `cursor`, whose values are views.
 
         Raises:
-          ImageError: the database is damaged where it is read.
+          ImageError: the part that is read is damaged.
         """
         try:
             with self._lmdb.begin(buffers=True) as transaction:
@@ -215,7 +215,7 @@ _LOCK = threading.Lock()
 
 
 def _open(path: Path) -> _Environment:
-    """The open database of this process, or of the one that it was forked from.
+    """Returns the open database of this process, or of the one that it was forked from.
 
     A map without a lock file may be read after a fork, and LMDB refuses to open it again.
     """
@@ -235,13 +235,13 @@ class _Entry(NamedTuple):
 
     key: bytes
     begin: int
-    """Byte of the value at which the image begins; -1 where it is not stored whole."""
+    """Byte of the value at which the image starts; -1 if it is not stored contiguously."""
     size: int
     label: int | str | None
 
 
 def _index(path: Path, beside: Sequence[Path], columns: str) -> dict[str, np.ndarray]:
-    """Looks at every entry once."""
+    """Reads every entry once, and returns the index's arrays."""
     ignored: Counter[str] = Counter()
     environment = _open(path)
     with environment.read() as values:
@@ -274,7 +274,7 @@ def _numbered(labels: Sequence[int | str | None], where: Any) -> names.Numbered:
 
 
 def _entries(path: Path, values: Any, ignored: Counter[str]) -> tuple[list[_Entry], list[str]]:
-    """The images, in their order, and what was noticed."""
+    """Returns the images in order, and notes about them."""
     entries, unknown = [], []
     for key, value in _content(values):
         found = lmdb_values.parse(value, where=f"{path}, key {_shown(key)}")
@@ -290,7 +290,7 @@ def _entries(path: Path, values: Any, ignored: Counter[str]) -> tuple[list[_Entr
 
 
 def _content(values: Any) -> Iterator[tuple[bytes, Any]]:
-    """The entries that may be images."""
+    """Yields the entries that may be images."""
     for view, value in values.cursor():
         key = bytes(view)
         fact = (key.startswith(b"__") and key.endswith(b"__")) or key in _OTHER_FACTS
@@ -315,7 +315,7 @@ def _not_understood(path: Path, unknown: Sequence[tuple[bytes, bytes, int]]) -> 
 def _in_order(
     path: Path, values: Any, entries: list[_Entry], ignored: Counter[str]
 ) -> tuple[list[_Entry], list[str]]:
-    """By the writer's list of keys; else by number, or by folder and name."""
+    """Orders entries by the writer's list of keys; else by number, or by folder and name."""
     listed = _fact(path, values, _KEYS)
     if isinstance(listed, list | tuple):
         by_key = {entry.key: entry for entry in entries}
@@ -333,7 +333,7 @@ def _in_order(
 
 
 def _fact(path: Path, values: Any, key: bytes) -> Any:
-    """What the writer put under a name of its own; None where it is missing or not understood."""
+    """Returns an entry that the writer stored under a special key; None if missing or unknown."""
     value = values.get(key)
     if value is None:
         return None
@@ -344,7 +344,7 @@ def _fact(path: Path, values: Any, key: bytes) -> Any:
 
 
 def _lists_beside(path: Path) -> list[Path]:
-    """Lists that may name keys and labels: in the database's folder, or of its name beside it."""
+    """Returns lists that may map keys to labels: in the database's folder, or with its name."""
     found = sorted(path.iterdir()) if path.is_dir() else []
     stems = (path.with_suffix(""), path)
     found += [stem.with_name(stem.name + suffix) for stem in stems for suffix in lists.SUFFIXES]
@@ -355,10 +355,10 @@ def _lists_beside(path: Path) -> list[Path]:
 def _labels_elsewhere(
     path: Path, values: Any, entries: Sequence[_Entry], beside: Sequence[Path], columns: str
 ) -> tuple[list[int | str | None], str]:
-    """The label of each bare image, and where it comes from.
+    """Returns the label of each bare image, and a note about its source.
 
     Raises:
-      DataError: there is none.
+      DataError: no labels are found.
     """
     if all(entry.key.startswith(_IMAGE) for entry in entries):
         found = [values.get(_LABEL + entry.key.removeprefix(_IMAGE)) for entry in entries]
@@ -369,7 +369,7 @@ def _labels_elsewhere(
     for file in beside:
         try:
             by_key = _listed(file, values, columns)
-        except DataError as error:  # another text, or the list, which is reported then
+        except DataError as error:  # another text file, or a damaged list, which is then reported
             refused = error
             continue
         missing = [entry.key for entry in entries if entry.key not in by_key]
@@ -394,7 +394,7 @@ def _labels_elsewhere(
 
 
 def _listed(file: Path, values: Any, columns: str) -> dict[bytes, str]:
-    """The labels of a list, by key."""
+    """Returns the labels of a list, by key."""
     listed = lists.read_list(file, columns=columns, exists=lambda cell: _has(values, cell.encode()))
     return dict(zip((name.encode() for name in listed.files), listed.labels, strict=True))
 

@@ -1,6 +1,6 @@
-"""The values of LMDB entries: an image, with or without its label, in the forms that writers use.
+"""Parse the values of LMDB entries: an image, with or without a label, in common formats.
 
-Each parser returns None for what is not its own. No code of a value runs: pickles go through
+Each parser returns None for other formats. No code in a value is run: pickles go through
 `plain_pickle`, MessagePack and protocol buffers are parsed here.
 """
 
@@ -15,25 +15,25 @@ from arcface_jax.errors import DataError
 
 
 class Value(NamedTuple):
-    """An image of an entry."""
+    """An image from an entry."""
 
     image: bytes
-    """Encoded."""
+    """The encoded image."""
     begin: int
-    """Where it stands in the value; -1 where it is not stored whole."""
+    """Position of the image in the value; -1 if it is not stored contiguously."""
     label: int | str | None
-    """None where the value has none."""
+    """The label; None if the value has none."""
 
 
 def parse(value: Any, *, where: str) -> Value | None:
-    """The image of a value and its label; None where it is of no known form.
+    """Parses a value into its image and label; returns None if the format is unknown.
 
     Args:
       value: bytes or a view of them.
       where: the entry, for messages.
 
     Raises:
-      DataError: a pickle asks for what no image and label needs.
+      DataError: a pickle refers to types that images and labels do not need.
     """
     if formats.sniff(bytes(value[: formats.HEAD])) is not None:
         return Value(bytes(value), 0, None)
@@ -43,7 +43,7 @@ def parse(value: Any, *, where: str) -> Value | None:
             found = _image_and_label(decode(data))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-        except Exception:  # of nearly any type where it is another form
+        except Exception:  # nearly any type, if it is another format
             continue
         if found is not None:
             image, label = found
@@ -52,10 +52,10 @@ def parse(value: Any, *, where: str) -> Value | None:
 
 
 def parse_fact(data: bytes, *, where: str) -> Any:
-    """A number or a list of keys that a writer stored; None where it is of no known form.
+    """Parses a number or a list of keys that a writer stored; None if the format is unknown.
 
     Raises:
-      DataError: a pickle asks for what these do not need.
+      DataError: a pickle refers to types that these do not need.
     """
     if data.isdigit():
         return int(data) if len(data) < _DIGITS else None
@@ -72,7 +72,7 @@ def parse_fact(data: bytes, *, where: str) -> Any:
 
 
 def _image_and_label(content: Any) -> tuple[bytes, int | str | None] | None:
-    """The image and the label of (image, label), in either order, or of a dictionary with both."""
+    """Returns image and label of a pair in either order, or of a dictionary with both."""
     if isinstance(content, dict):
         items = list(content.values())
     elif isinstance(content, list | tuple):
@@ -90,7 +90,7 @@ def _image_and_label(content: Any) -> tuple[bytes, int | str | None] | None:
     return images[0], labels[0] if labels else None
 
 
-_DIGITS = 19  # of numbers below 10^18; LMDB counts no more entries
+_DIGITS = 19  # most digits of a number; LMDB has no more entries
 _LABELS = ("label", "target", "identity", "id", "class", "cls", "y")
 
 
@@ -99,7 +99,7 @@ def _word(name: Any) -> str:
 
 
 def _plain(item: Any) -> Any:
-    """NumPy's values as Python's; an array of bytes is an encoded image, of one number a label."""
+    """Converts NumPy's values to Python's: byte arrays are images, arrays of one number labels."""
     if isinstance(item, plain_pickle.Array):
         item = item.values
     if isinstance(item, np.ndarray):
@@ -121,7 +121,7 @@ def _pickled(data: bytes) -> Any:
 
 
 def _messagepack(data: bytes) -> Any:
-    """https://github.com/msgpack/msgpack/blob/master/spec.md"""
+    """Decodes MessagePack; see https://github.com/msgpack/msgpack/blob/master/spec.md."""
     content, end = _unpacked(data, 0, depth=0)
     if end != len(data):
         raise ValueError("bytes follow")
@@ -149,7 +149,7 @@ _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
 def _unpacked(data: bytes, at: int, *, depth: int) -> tuple[Any, int]:
-    """The object at a byte, and where it ends."""
+    """Decodes the object at a position, and returns it with the position of its end."""
     code, at = data[at], at + 1
     if code < 0x80 or code >= 0xE0:
         return (code if code < 0x80 else code - 256), at
@@ -181,7 +181,7 @@ def _unpacked(data: bytes, at: int, *, depth: int) -> tuple[Any, int]:
 
 
 def _as_text(code: int, data: bytes) -> bytes | str:
-    """Bytes, which earlier writers stored as text."""
+    """Decodes bytes that earlier writers stored as text."""
     if code in (0xC4, 0xC5, 0xC6):
         return data
     try:
@@ -191,7 +191,7 @@ def _as_text(code: int, data: bytes) -> bytes | str:
 
 
 def _serialized(data: bytes) -> Any:
-    """What pyarrow's `serialize` wrote up to release 13: an Arrow stream after four counts."""
+    """Decodes pyarrow's `serialize` up to release 13: an Arrow stream after four counts."""
     begin = data.find(b"\xff\xff\xff\xff", 0, 64)
     if begin < 4 or any(data[:begin]):  # counts of tensors and buffers, which follow the stream
         raise ValueError("no plain serialized object")
@@ -203,7 +203,7 @@ def _serialized(data: bytes) -> Any:
 
 
 def _datum(data: bytes) -> Any:
-    """Caffe's Datum with an encoded image: field 4 is the image, field 5 the label."""
+    """Decodes Caffe's Datum with an encoded image: field 4 is the image, field 5 the label."""
     fields: dict[int, Any] = {}
     at = 0
     while at < len(data):

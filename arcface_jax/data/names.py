@@ -1,12 +1,12 @@
-"""Identities' names: which labels are numbers and which are names, and the table between them.
+"""Identities' names: decide whether labels are numbers or names, and map one to the other.
 
 The rule: labels are numbers if all of them are plain decimal digits without leading zeros ("0",
 "17", and "17.0" as im2rec writes it) and nearly dense: the largest is below twice the number of
 different labels plus ten. Otherwise they are names, and identities are numbered in the names'
-order: alphabetical, or by value where all are digits. Few numbers far beyond otherwise dense ones
-are an error that names the line, and so is a label that is blank.
+order: alphabetical, or by value if all are digits. A few numbers far beyond otherwise dense ones
+are an error that names the line, and so is a blank label.
 
-The table of a set is kept beside it in `identities.txt`, a line `number<TAB>name` for each.
+The table is stored next to the set in `identities.txt`, with a line `number<TAB>name` for each.
 """
 
 import os
@@ -24,21 +24,21 @@ from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import write_atomic
 
 FILE = "identities.txt"
-"""Beside a training set: the name of each identity."""
+"""File next to a training set with the name of each identity."""
 
 _PLAIN = re.compile(r"(0|[1-9][0-9]*)(\.0*)?")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf)", re.I)
 _LEADING_ZEROS = re.compile(r"0[0-9]+")
 _SPARSE, _SLACK = 2, 10  # the largest label is below _SPARSE x (different labels) + _SLACK
-_DIGITS = 19  # of a number below 2^63
-_FEW = 0.2  # share of labels that, far beyond the others, are mistakes and not names
+_DIGITS = 19  # digits of a number below 2^63
+_FEW = 0.2  # up to this share of labels far beyond the others are mistakes
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 class Names:
     """The names of identities 0 .. n - 1.
 
-    Held as one piece of bytes, so that millions are sent to another process at once.
+    Stored as one array of bytes, so that millions are sent to another process at once.
     """
 
     def __init__(self, names: Iterable[str]):
@@ -48,13 +48,13 @@ class Names:
 
     @classmethod
     def from_arrays(cls, text: np.ndarray, ends: np.ndarray) -> "Names":
-        """The names that `arrays` returned."""
+        """Returns the names that `arrays` returned."""
         names = cls(())
         names._bytes, names._ends = text.tobytes(), np.asarray(ends)
         return names
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """All names in a row as uint8, and where each ends, (n,) int64."""
+        """Returns all names concatenated as uint8, and where each ends, (n,) int64."""
         return np.frombuffer(self._bytes, np.uint8), self._ends
 
     def __len__(self) -> int:
@@ -72,22 +72,22 @@ class Numbered(NamedTuple):
     """Labels as identities."""
 
     labels: np.ndarray
-    """(n,) int32; -1 where a label is none."""
+    """(n,) int32; -1 for an invalid label."""
     num_classes: int
-    """Identities: labels are 0 .. num_classes - 1, or -1."""
+    """Number of identities: labels are 0 .. num_classes - 1, or -1."""
     names: Names | None
-    """None where the labels are numbers."""
+    """Names of the identities; None if the labels are numbers."""
 
 
 def number(labels: Sequence[str], *, where: Callable[[int], str]) -> Numbered:
-    """Identities of labels that are text, by the rule of this module.
+    """Numbers text labels as identities, by the rule of this module.
 
     Args:
-      labels: (n,) of each image.
-      where: of a label's place in the list, the line to name in a message.
+      labels: (n,) label of each image.
+      where: describes a label's line, given its index, for messages.
 
     Raises:
-      ImageError: naming the line of a label that is blank, no identity, or far beyond the others.
+      ImageError: naming the line of a label that is blank, invalid, or far beyond the others.
 
     Examples:
       >>> number(["3", "0", "0"], where=str).labels.tolist()
@@ -118,11 +118,11 @@ def number(labels: Sequence[str], *, where: Callable[[int], str]) -> Numbered:
 
 
 def number_integers(values: np.ndarray, *, where: Callable[[int], str]) -> Numbered:
-    """Identities of labels that are whole numbers, by the rule of this module.
+    """Numbers integer labels as identities, by the rule of this module.
 
     Args:
-      values: (n,) int64 of each image; negative where there is none.
-      where: of an image's number, its place to name in a message.
+      values: (n,) int64 label of each image; negative for none.
+      where: describes an image's place, given its number, for messages.
 
     Raises:
       ImageError: naming a label that is far beyond the others.
@@ -151,8 +151,10 @@ def _dense(
 
 
 def _far(different: np.ndarray) -> np.ndarray | None:
-    """Which of ascending numbers are mistakes; none of a sparse set; None where all are dense."""
-    # Number k of them, in ascending order, fits if it could be the largest of the dense.
+    """Returns which of ascending numbers are mistakes: none in a sparse set; None if all are
+    dense.
+    """
+    # Number k in ascending order fits if it could be the largest of a dense set.
     fits = different < _SPARSE * np.arange(1, len(different) + 1) + _SLACK
     if not len(different) or fits[-1]:
         return None
@@ -176,15 +178,15 @@ def _named(labels: Sequence[str], names: list[str]) -> Numbered:
 
 
 def name_of(names: Names | None, label: int) -> str:
-    """An identity's name; its number where it has none."""
+    """Returns an identity's name, or its number if it has no name."""
     return str(label) if names is None else names[label]
 
 
 def joined(parts: Sequence[tuple[Names | None, int]]) -> Names | None:
-    """The names of several sets, one after another; a name that two have gets the set's number.
+    """Concatenates the names of several sets; a name that occurs twice gets the set's number.
 
     Args:
-      parts: of each set, its names and how many identities it has.
+      parts: for each set, its names and its number of identities.
     """
     if all(names is None for names, _ in parts):
         return None
@@ -198,29 +200,29 @@ def joined(parts: Sequence[tuple[Names | None, int]]) -> Names | None:
 
 
 def write(folder: Path, names: Iterable[str] | Mapping[int, str]) -> Path:
-    """Writes the table beside a set; returns the file.
+    """Writes the table next to a set, and returns the file.
 
     Args:
-      folder: of the set.
-      names: of identities 0, 1, ..., or by number.
+      folder: folder of the set.
+      names: names of identities 0, 1, ..., or by number.
     """
     table = str.maketrans(_ESCAPES)
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
     lines = (f"{label}\t{name.translate(table)}\n" for label, name in pairs)
-    # A name that is no UTF-8, as folders may have, keeps its bytes.
+    # A name that is not UTF-8, as folders may have, keeps its bytes.
     content = "".join(lines).encode("utf-8", "surrogateescape")
     write_atomic(folder / FILE, content)
     return folder / FILE
 
 
 def read(folder: Path, *, count: int) -> Names | None:
-    """The table beside a set; None where there is none, or it only repeats the numbers.
+    """Reads the table next to a set; None if there is none, or if it only repeats the numbers.
 
-    A file of this name that is no such table is not used, with a note on stderr.
+    A file of this name that is not such a table is skipped, with a note on stderr.
 
     Args:
-      folder: of the set.
-      count: of its identities.
+      folder: folder of the set.
+      count: count of its identities.
     """
     path = folder / FILE
     if not path.is_file():
@@ -238,11 +240,11 @@ def read(folder: Path, *, count: int) -> Names | None:
 
 
 def with_table(found: Numbered, folder: Path) -> Numbered:
-    """Numbered identities with the table beside their set, which may have some without images.
+    """Adds the names in a set's table, which may include identities without images.
 
     Args:
       found: identities without names.
-      folder: of the set.
+      folder: folder of the set.
     """
     count = max(found.num_classes, len(read_sparse(folder)))
     if table := read(folder, count=count):
@@ -251,7 +253,7 @@ def with_table(found: Numbered, folder: Path) -> Numbered:
 
 
 def read_sparse(folder: Path) -> dict[int, str]:
-    """The table beside a set, by number; empty where there is none, or it is something else."""
+    """Reads the table next to a set, by number; empty if there is no valid one."""
     try:
         text = foreign.read(folder / FILE).decode("utf-8", "surrogateescape")
     except OSError:
@@ -267,10 +269,10 @@ def read_sparse(folder: Path) -> dict[int, str]:
 
 
 def check_count(count: int, images: int, *, where: str) -> None:
-    """Refuses classes far beyond the images: a wrong header, or a label that is none.
+    """Refuses a number of classes far above the number of images: a wrong header or label.
 
     Raises:
-      DataError: with the place.
+      DataError: naming the place.
     """
     if count > 10 * images + 10_000:
         raise DataError(

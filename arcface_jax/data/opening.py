@@ -1,4 +1,4 @@
-"""Which training set lies at a path: found by looking at it."""
+"""Detect which kind of training set is at a path, and open it."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,26 +26,26 @@ NOISE = "noise"
 
 
 def open_source(data: DataConfig, *, seed: int) -> Source:
-    """Finds out what lies at `data.path` and opens it.
+    """Detects the kind of training set at `data.path` and opens it.
 
     Args:
-      data: whose path is one training set, or several with commas between them.
-      seed: of synthetic faces and noise.
+      data: the section whose path names one training set, or several separated by commas.
+      seed: random seed of synthetic faces and noise.
 
     Raises:
-      DataError: nothing is there, or nothing that is known.
+      DataError: the path does not exist, or is not a supported training set.
     """
     opened = [_open_one(path, data, seed=seed) for path in split_paths(data.path)]
     return opened[0] if len(opened) == 1 else JoinedSource(opened)
 
 
 def split_paths(path: str) -> list[str]:
-    """The training sets that `data.path` names; a path that exists as it is may hold commas."""
+    """Splits `data.path` into its training sets; an existing path may contain commas."""
     return [path] if Path(path).exists() else [part.strip() for part in path.split(",")]
 
 
 def folder_with(path: str, name: str) -> Path:
-    """The folder of a training set; of several sets, the first in which there is such a file."""
+    """Returns a training set's folder; of several sets, the first that has the file."""
     folders = [
         Path(part) if Path(part).is_dir() else Path(part).parent for part in split_paths(path)
     ]
@@ -53,15 +53,15 @@ def folder_with(path: str, name: str) -> Path:
 
 
 class OpenSource(Protocol):
-    """What `data.path` names as `package.module:name[:ARGUMENT]`: opens a training set."""
+    """Opens a training set; named in `data.path` as `package.module:name[:ARGUMENT]`."""
 
     def __call__(self, argument: str, data: DataConfig, *, seed: int) -> Source:
-        """Open the training set.
+        """Opens the training set.
 
         Args:
           argument: what follows the second colon of `data.path`; "" without one.
           data: the section of the recipe.
-          seed: of the run.
+          seed: random seed of the run.
         """
         ...
 
@@ -173,8 +173,8 @@ def _identity_folders(path: str, data: DataConfig, *, seed: int) -> Source | Non
     return try_folder(place, level=data.identity_level)
 
 
-# In this order; each returns None for what is not its own. A new kind of training set is a
-# function with this signature and one line here.
+# In this order; each returns None for other kinds. To add a kind of training set, write a function
+# with this signature and add one line here.
 OPENERS: tuple[Callable[..., Source | None], ...] = (
     _synthetic,
     _noise,
@@ -191,12 +191,12 @@ OPENERS: tuple[Callable[..., Source | None], ...] = (
 
 
 def _folder(path: str) -> Path:
-    """The folder of a path that may end in #SPLIT; one that exists as it is may have a #."""
+    """Returns the folder of a path that may end in #SPLIT; an existing path may contain a #."""
     return Path(tfds.without_split(path)[0])
 
 
 class JoinedSource(Source):
-    """Several training sets in a row; the labels of each begin after the last of the one before."""
+    """Several training sets, concatenated; the labels of each follow those of the one before."""
 
     def __init__(self, parts: Sequence[Source]):
         self._parts = list(parts)
@@ -218,13 +218,13 @@ class JoinedSource(Source):
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(112, 112, 3) uint8 RGB and its label."""
+        """Returns an image, (112, 112, 3) uint8 RGB, and its label."""
         part, inside = self._locate(index)
         image, label = self._parts[part][inside]
         return image, label + self._offsets[part]
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label."""
+        """Returns the image's bytes and its label."""
         part, inside = self._locate(index)
         data, label = self._parts[part].read(inside)
         return Sample(data, label + self._offsets[part])
@@ -232,7 +232,7 @@ class JoinedSource(Source):
     def load(
         self, numbers: np.ndarray, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> list[tuple[int, ImageError]]:
-        """Each part loads its own."""
+        """Loads images, each from its own part."""
         of = np.searchsorted(self._ends, numbers, side="right")
         failed: list[tuple[int, ImageError]] = []
         for number in np.unique(of).tolist():
@@ -243,21 +243,21 @@ class JoinedSource(Source):
         return failed
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where it cannot be read."""
+        """Returns (len,) int32; -1 where it cannot be read."""
         each = [part.labels() for part in self._parts]
         moved = [
             np.where(x < 0, x, x + np.int32(offset))
-            for x, offset in zip(each, self._offsets, strict=False)  # the last offset is the end
+            for x, offset in zip(each, self._offsets, strict=False)  # the last offset is the total
         ]
         return np.concatenate(moved).astype(np.int32)
 
     def where(self, index: int) -> str:
-        """As the part says it."""
+        """Describes an image's place as its part does."""
         part, inside = self._locate(index)
         return self._parts[part].where(inside)
 
     def facts(self) -> Mapping[str, int | str]:
-        """Those of each part, and how many images and identities it has."""
+        """Returns the facts of each part, and its numbers of images and identities."""
         facts: dict[str, int | str] = {"form": f"{len(self._parts)} sets joined"}
         for number, part in enumerate(self._parts, start=1):
             own = {"images": len(part), "classes": part.num_classes, **part.facts()}

@@ -11,22 +11,22 @@ from arcface_jax.permutation import ROUNDS, Permutation, grid
 
 
 class Shards(NamedTuple):
-    """An order of training, shuffled as far as runs on disk allow.
+    """A shuffled order of training that reads the disk in contiguous runs.
 
     A shard is a run of neighboring images. Every epoch takes the shards in a new order, and
-    shuffles the images of `window` shards at a time among themselves. Computed window by window,
-    so it may be entered anywhere, and depends on nothing but these four numbers.
+    shuffles the images of `window` shards at a time among themselves. It is computed window by
+    window, so it can start anywhere, and depends only on these four numbers.
     """
 
     num_images: int
     seed: int
     shard: int
-    """Images of a shard."""
+    """Images in a shard."""
     window: int
     """Shards that are shuffled together."""
 
     def images(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """(n,) int64 numbers of the images that stand at places of an epoch, (n,) integers."""
+        """Returns (n,) int64 image numbers at the given places of an epoch, (n,) integers."""
         ends = _ends(self, epoch)
         places = np.asarray(places, np.int64)
         windows = np.searchsorted(ends, places, side="right")
@@ -46,7 +46,7 @@ def _shards(order: Shards, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _ends(order: Shards, epoch: int) -> np.ndarray:
-    """Where each window ends; the last shard of the data may be a short one."""
+    """Returns the end of each window; the last shard may be a short one."""
     shards = _shards(order, epoch)
     sizes = np.minimum(order.shard, order.num_images - order.shard * shards)
     return np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), order.window)))
@@ -54,7 +54,7 @@ def _ends(order: Shards, epoch: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def _window(order: Shards, epoch: int, number: int) -> np.ndarray:
-    """The images of a window, shuffled."""
+    """Returns the images of a window, shuffled."""
     begins = _shards(order, epoch)[number * order.window : (number + 1) * order.window]
     runs = [
         np.arange(s * order.shard, min(order.num_images, (s + 1) * order.shard)) for s in begins
@@ -66,7 +66,7 @@ class Order(NamedTuple):
     """The order of training: a new permutation of all images in each epoch.
 
     A permutation is computed place by place, never stored: 40 million images cost no memory.
-    `data.order shards` shuffles less, as far as runs on disk allow.
+    `data.order shards` shuffles less, to read the disk in contiguous runs.
     """
 
     num_images: int
@@ -76,21 +76,21 @@ class Order(NamedTuple):
     shards: Shards | None = None
 
     def places(self, step: int) -> tuple[int, np.ndarray]:
-        """The epoch of a step, and its (B,) int64 places in the order of that epoch.
+        """Returns the epoch of a step, and its (B,) int64 places in the order of that epoch.
 
-        Where the last batch is padded, its places after the end begin again at the first.
+        If the last batch is padded, its places past the end wrap around to the first.
         """
         epoch, number = divmod(step, self.steps_per_epoch)
         first = number * self.global_batch_size
         return epoch, np.arange(first, first + self.global_batch_size) % self.num_images
 
     def images(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """(n,) int64 numbers of the images that stand at places of an epoch, (n,) integers."""
+        """Returns (n,) int64 image numbers at the given places of an epoch, (n,) integers."""
         if self.shards is not None:
             return self.shards.images(epoch, places)
         permutation = self._permutation(epoch)
         cells = permutation.encrypt(places.astype(np.uint32))
-        # The grid is larger than the set: from a cell outside one continues until one is inside.
+        # The grid is larger than the set: cells outside are followed until one is inside.
         while (outside := cells >= self.num_images).any():
             cells[outside] = permutation.encrypt(cells[outside])
         return cells.astype(np.int64)
@@ -102,15 +102,15 @@ class Order(NamedTuple):
 
 
 def make(num_images: int, data: DataConfig, *, seed: int) -> Order:
-    """The order of a training set.
+    """Returns the order of a training set.
 
     Args:
-      num_images: in the set.
-      data: batch size, and what becomes of the images that do not fill a batch.
-      seed: of the permutations.
+      num_images: images in the set.
+      data: section with the batch size and the treatment of an incomplete last batch.
+      seed: random seed of the permutations.
 
     Raises:
-      DataError: there is not one batch.
+      DataError: the set is smaller than one batch.
     """
     batch = data.global_batch_size
     if num_images < (batch if data.last_batch == "drop" else 1):

@@ -15,23 +15,23 @@ from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime import foreign
 from arcface_jax.runtime.sealed import array_digest
 
-_GROUPS_KEPT = 8  # row groups that stay in memory
+_GROUPS_KEPT = 8  # row groups kept in memory
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """The Parquet files of a folder, of the training split where that is named.
+    """Returns the Parquet files of a folder, of the training split if there are splits.
 
-    They lie in the folder, in its `data`, or, as on the hub's Parquet branch, in CONFIG/train.
+    They are in the folder, in its `data`, or in CONFIG/train as on the hub's Parquet branch.
 
     Raises:
-      DataError: there are several configurations, and none is the default.
+      DataError: there are several configurations and no default one.
     """
     places = ("*.parquet", "data/*.parquet", "train/*.parquet", "*/train/*.parquet")
     found = (sorted(folder.glob(place)) for place in places)
     visible = ([file for file in files if not file.name.startswith(".")] for files in found)
     files = next(filter(None, visible), [])
     folders = sorted({file.parent for file in files})
-    if len(folders) > 1:  # of several configurations
+    if len(folders) > 1:  # several configurations
         files = [file for file in files if file.parent.parent.name == "default"]
         if not files:
             several = ", ".join(map(str, folders))
@@ -43,13 +43,13 @@ class ParquetSource(Source):
     """A column of images (bytes, or a struct with bytes and path) and a column of labels.
 
     Labels are whole numbers, names as text or as a dictionary, or the hub's ClassLabel, whose names
-    the file's metadata has. Columns are found by type and name.
+    are in the file's metadata. Columns are found by type and name.
 
-    Rows lie in groups that are read whole, and the last few stay in memory: in a random order a
-    group is read for nearly every image. `data.order shards` reads each once; so does packing.
+    Row groups are read as a whole, and the last few stay in memory: in random order, nearly every
+    image costs reading a group. `data.order shards` reads each group once; so does packing.
 
     Args:
-      files: of one set, in their order.
+      files: files of one set, in their order.
       columns: as `data.columns`; path is the column of images.
 
     Raises (the constructor): DataError where a file is damaged, or has other columns.
@@ -99,10 +99,10 @@ class ParquetSource(Source):
         return len(self._labels)
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
-          ImageError: they cannot be read, or are missing.
+          ImageError: image or label cannot be read, or is missing.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -116,11 +116,11 @@ class ParquetSource(Source):
         return Sample(columnar.image_bytes(value, folder, where=lambda: self.where(index)), label)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where it is no whole number from 0."""
+        """Returns (len,) int32; -1 where the label is not a whole number >= 0."""
         return self._labels
 
     def where(self, index: int) -> str:
-        """The file, the row group and the row in it."""
+        """Returns the file, the row group and the row in it."""
         group = int(np.searchsorted(self._ends, index, side="right"))
         file, number, rows = self._groups[group].tolist()
         return f"{self._files[file]}, group {number}, row {index - int(self._ends[group]) + rows}"
@@ -158,15 +158,15 @@ class ParquetSource(Source):
 
 
 def _opened(path: Path, *, repeated: str = "") -> Any:
-    """A reader of a file.
+    """Opens a reader of a file.
 
     Args:
-      path: of the file.
-      repeated: a leaf column of bytes, of which a value that many rows share is kept once.
+      path: path of the file.
+      repeated: leaf column of bytes whose values repeat; each is kept in memory once.
 
     Raises:
-      OSError: it is no regular file.
-      ValueError: it is no Parquet file.
+      OSError: it is not a regular file.
+      ValueError: it is not a Parquet file.
     """
     foreign.require_regular(path)
     kept = [repeated] if repeated else None
@@ -175,10 +175,10 @@ def _opened(path: Path, *, repeated: str = "") -> Any:
 
 @contextlib.contextmanager
 def _reporting(path: Path) -> Iterator[None]:
-    """Turns what pyarrow raises on a file that it cannot read into one line.
+    """Turns pyarrow's errors about unreadable files into one line.
 
     Raises:
-      DataError: it cannot be read.
+      DataError: the file cannot be read.
     """
     try:
         yield
@@ -187,17 +187,17 @@ def _reporting(path: Path) -> Iterator[None]:
         ValueError,
         KeyError,
         NotImplementedError,
-    ) as error:  # pyarrow's are among these
+    ) as error:  # these include pyarrow's errors
         raise DataError(
             f"{path} is not a Parquet file that can be read: {_first_line(error)}"
         ) from error
 
 
 def _check_group(path: Path, meta: Any, number: int, column: str) -> None:
-    """Refuses a row group whose column expands beyond what images or labels do.
+    """Refuses a row group whose column expands more than images or labels can.
 
     Raises:
-      DataError: it does.
+      DataError: the column does.
     """
     group = meta.row_group(number)
     of_column = [group.column(i) for i in range(group.num_columns)]

@@ -1,7 +1,7 @@
-"""Batches that depend only on seed and step, so that a resumed run continues exactly.
+"""Batches that depend only on seed and step, so resumed runs continue exactly.
 
-Neither the number of threads, worker processes or hosts nor the step that a run begins at changes a
-batch. One call reads, decodes and augments a whole batch, which costs less than a call an image.
+The number of threads, worker processes or hosts and the step at which a run starts do not change a
+batch. One call reads, decodes and augments a whole batch, which is cheaper than one call per image.
 """
 
 import json
@@ -30,13 +30,13 @@ from arcface_jax.errors import CheckpointError, DataError, ImageError, UserError
 from arcface_jax.runtime import metrics, processes, shared_memory
 from arcface_jax.runtime.files import open_own, write_atomic
 
-# Images tried in place of a damaged one before the whole set is taken to be damaged.
+# Images tried in place of a damaged one before the whole set counts as damaged.
 _TRIES = 100
-# More than this many fight for Python's lock.
+# More threads than this contend for the GIL.
 _MOST_THREADS = 8
 # Images that a thread of `read_images` reads at a time.
 _PIECE = 64
-# Seconds between two looks at the workers; one that both find suspended is reported.
+# Seconds between two checks of the workers; one that both find suspended is reported.
 _LOOK_SECONDS = 10.0
 
 
@@ -44,7 +44,7 @@ class BadImage(NamedTuple):
     """An image that could not be read."""
 
     number: int
-    """Its place in the training set."""
+    """Number of the image in the training set."""
     where: str
     """The file, and the place in it."""
     problem: str
@@ -58,9 +58,9 @@ class Batch(NamedTuple):
     labels: np.ndarray
     """(b,) int32."""
     numbers: np.ndarray
-    """(b,) int64: which images of the training set these are, stand-ins included."""
+    """(b,) int64 numbers of the images in the training set, replacements included."""
     bad: tuple[BadImage, ...]
-    """Damaged images that others stand in for."""
+    """Damaged images that were replaced in this batch."""
 
 
 def batches(
@@ -73,23 +73,23 @@ def batches(
     host: int = 0,
     hosts: int = 1,
 ) -> Generator[Batch]:
-    """The batches of steps start .. stop - 1, read ahead by threads or worker processes.
+    """Yields the batches of steps start .. stop - 1, read ahead by threads or worker processes.
 
     Args:
       source: the training set; it is sent to the worker processes.
       data: batch size, augmentation, workers, threads, how far to read ahead.
-      seed: of the order and of the augmentation.
-      start: the first step wanted; a resumed run names where it stopped.
+      seed: random seed of the order and of the augmentation.
+      start: the first step; for a resumed run, the step where it stopped.
       stop: the step after the last.
-      host: which part of each batch is wanted.
-      hosts: into how many equal parts, in order, each batch is cut.
+      host: which part of each batch to return.
+      hosts: number of equal, ordered parts of each batch.
 
     Returns:
       A generator; closing it ends the worker processes.
 
     Raises:
-      DataError: there is not one batch; or, while iterating, a label is wrong, or no whole image is
-        found to stand in for a damaged one.
+      DataError: the set is smaller than one batch; or, while iterating, a label is wrong, or no
+        intact image is found to replace a damaged one.
       UserError: while iterating, a worker process died.
     """
     shared_memory.remove_leftovers()
@@ -103,7 +103,7 @@ def _iterate(read: "_BatchReader", data: DataConfig, *, start: int, stop: int) -
         if not flags.FLAGS.is_parsed():  # Grain reads its own flags when it starts a process
             flags.FLAGS.mark_as_parsed()
         shared_memory.name_semaphores()
-        # Each worker keeps data.prefetch_batches of its own as well.
+        # Each worker also keeps data.prefetch_batches of its own.
         workers = grain.MultiprocessingOptions(num_workers=data.workers, per_worker_buffer_size=1)
         owner = shared_memory.name_of_owner(os.getpid())
         steps = steps.mp_prefetch(workers, worker_init_fn=partial(_prepare_worker, owner))
@@ -124,13 +124,13 @@ def _iterate(read: "_BatchReader", data: DataConfig, *, start: int, stop: int) -
 
 
 def num_threads(data: DataConfig) -> int:
-    """Threads that read and decode, in this process or in each worker."""
+    """Returns the number of threads that read and decode, in this process or in each worker."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return data.threads or min(_MOST_THREADS, cores or 1)
 
 
 def read_options(data: DataConfig) -> grain.ReadOptions:
-    """How many threads read, and how far ahead."""
+    """Returns the number of reading threads, and how far ahead they read."""
     threads = num_threads(data)
     ahead = max(data.prefetch_batches, threads)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
@@ -138,7 +138,7 @@ def read_options(data: DataConfig) -> grain.ReadOptions:
 
 @contextmanager
 def _watched_workers() -> Iterator[None]:
-    """Report workers that are suspended, for which this process would wait without a word."""
+    """Reports suspended workers, for which this process would wait silently."""
     ended = threading.Event()
 
     def watch() -> None:
@@ -171,10 +171,10 @@ def _report_stopped(pid: int) -> None:
 
 
 def _prepare_worker(owner: str, *_: int) -> None:
-    """Workers end with the process that started them, and not before it.
+    """Makes a worker end with the process that started it, and not before.
 
-    A signal that is sent to all processes is for the first of them to answer: it saves what was
-    trained. Where it is killed, none of this process's loops would notice.
+    Workers ignore signals sent to all processes, because the main process has to save first. If the
+    main process is killed, no loop of the worker would notice by itself.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -190,7 +190,7 @@ def _prepare_worker(owner: str, *_: int) -> None:
 
 
 class _BatchReader:
-    """Reads the batch of a step, or rather this host's part of it."""
+    """Reads this host's part of a step's batch."""
 
     def __init__(self, source: Source, data: DataConfig, *, seed: int, host: int, hosts: int):
         self._source = source
@@ -216,9 +216,9 @@ class _BatchReader:
         return Batch(images, labels, numbers, tuple(bad))
 
     def _instead(self, epoch: int, place: int, error: ImageError) -> tuple[int, np.ndarray, int]:
-        """Number, image and label of the first whole image from half an epoch away.
+        """Returns number, image and label of the first intact image from half an epoch away.
 
-        So no batch shows one twice.
+        This way no batch has an image twice.
         """
         total = self._order.num_images
         others = (place + total // 2 + np.arange(min(_TRIES, total))) % total
@@ -240,11 +240,11 @@ def read_images(
 
     Args:
       source: the training set.
-      numbers: (n,) int64, of the images.
-      threads: that read and decode.
+      numbers: (n,) int64 image numbers.
+      threads: number of threads that read and decode.
 
     Returns:
-      (n, 112, 112, 3) uint8 RGB, black where an image cannot be read; and why, by row.
+      (n, 112, 112, 3) uint8 RGB, black where an image cannot be read; and the errors by row.
     """
     images = np.zeros((len(numbers), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     labels = np.zeros(len(numbers), np.int32)
@@ -260,12 +260,12 @@ def read_images(
 
 
 class BadImages:
-    """Those that a run has met, one line each in WORKDIR/bad_images.jsonl; a resumed run appends.
+    """Unreadable images of a run, one line each in WORKDIR/bad_images.jsonl; resuming appends.
 
     Args:
-      path: of the file; it is made when there is a first line for it.
-      num_images: in the training set.
-      max_share: of them that may be damaged.
+      path: path of the file, which is created with its first line.
+      num_images: images in the training set.
+      max_share: largest share of them that may be damaged.
     """
 
     def __init__(self, path: Path, *, num_images: int, max_share: float):
@@ -290,7 +290,7 @@ class BadImages:
         return len(self._known)
 
     def add(self, bad: tuple[BadImage, ...], *, step: int) -> list[BadImage]:
-        """Notes a step's; returns the ones that were not known.
+        """Records a step's images, and returns those that are new.
 
         Raises:
           DataError: more than the allowed share of the training set is damaged.

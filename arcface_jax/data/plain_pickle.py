@@ -1,6 +1,6 @@
-"""Pickles of plain containers, text, numbers and NumPy arrays, from files of any origin.
+"""Read pickles of plain containers, text, numbers and NumPy arrays from untrusted files.
 
-Nothing else is made: a pickle that asks for any other name is refused, so no code of it runs.
+A pickle that refers to any other type is refused, so none of its code runs.
 """
 
 import io
@@ -14,15 +14,15 @@ from arcface_jax.errors import DataError
 
 
 def load(data: bytes, *, what: str) -> Any:
-    """The object of a pickle of Python 2 or 3; text of Python 2 is bytes, arrays are `Array`.
+    """Loads a pickle of Python 2 or 3; text of Python 2 becomes bytes, arrays become `Array`.
 
     Args:
       data: the pickle.
-      what: it should be, for the message.
+      what: what it should be, for the message.
 
     Raises:
-      DataError: it asks for something else, or for more memory than it could fill.
-      Exception: of nearly any type, where it is damaged.
+      DataError: it refers to another type, or asks for more memory than it could fill.
+      Exception: of nearly any type, if it is damaged.
     """
     _check_sizes(data)
     return _Unpickler(io.BytesIO(data), what).load()
@@ -32,15 +32,15 @@ _OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}
 
 
 def _check_sizes(data: bytes) -> None:
-    """Walks through a pickle without executing it: no number in it may ask for memory.
+    """Scans a pickle without executing it: no number in it may cause a large allocation.
 
-    The unpickler takes memory for the largest index of its memo, and for a length before it looks
-    whether so many bytes are left; pickletools looks at the lengths first.
+    The unpickler allocates memory for the largest memo index, and for a length before it checks
+    that enough bytes are left; pickletools checks the lengths first.
     """
     stream = io.BytesIO(data)
     while code := stream.read(1):
         operation = _OPERATIONS[code.decode("latin1")]
-        if operation.name == "STRING":  # Python 2's bytes, which pickletools takes for ASCII
+        if operation.name == "STRING":  # bytes of Python 2, which pickletools decodes as ASCII
             stream.readline()
             continue
         if operation.name == "STOP":
@@ -51,19 +51,19 @@ def _check_sizes(data: bytes) -> None:
 
 
 def _encode_latin(text: str, encoding: str) -> bytes:
-    """What `_codecs.encode` does in Python 3's pickles of protocol 2: bytes out of text."""
+    """Stands in for `_codecs.encode`, which pickles of protocol 2 use to make bytes from text."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text encoded as {encoding!r}")
     return text.encode("latin1")
 
 
-# NumPy trusts the pickles it reads: one of its dtypes can pass bytes off as pointers to objects,
-# which is as good as running code. So these stand in for its types, and know only plain numbers and
-# text.
+# NumPy trusts the pickles that it reads: one of its dtypes can turn bytes into pointers to objects,
+# which is as good as running code. So these classes replace its types, and accept plain numbers and
+# text only.
 
 
 class _Dtype:
-    """`numpy.dtype`."""
+    """Stands in for `numpy.dtype`."""
 
     def __init__(self, name: str | bytes, *_: Any):
         self.plain = np.dtype(name.decode() if isinstance(name, bytes) else name)
@@ -71,14 +71,14 @@ class _Dtype:
             raise DataError(f"the pickle holds an array of {self.plain}; numbers were expected")
 
     def __setstate__(self, state: tuple) -> None:
-        """Takes the byte order, and nothing else."""
+        """Reads the byte order and nothing else."""
         order = state[1].decode() if isinstance(state[1], bytes) else state[1]
         if order in ("<", ">"):
             self.plain = self.plain.newbyteorder(order)
 
 
 class Array:
-    """`numpy.ndarray`, without its shape."""
+    """Stands in for `numpy.ndarray`, without its shape."""
 
     def __init__(self, *_: Any):
         self.values = np.empty(0, np.uint8)
@@ -99,7 +99,7 @@ def _scalar(dtype: _Dtype, data: bytes) -> np.generic:
 
 
 def _bytes(content: bytes = b"") -> bytes:
-    """`bytes`, which would take memory at will were it given a number."""
+    """Stands in for `bytes`, which would allocate memory at will if given a number."""
     if not isinstance(content, bytes):
         raise DataError(f"the pickle makes bytes out of {type(content).__name__}")
     return content
@@ -126,7 +126,7 @@ class _Unpickler(pickle.Unpickler):
         self._what = what
 
     def find_class(self, module: str, name: str) -> Any:
-        word = f"{module}.{name}".replace("numpy.core.", "numpy._core.")  # as NumPy 1 wrote it
+        word = f"{module}.{name}".replace("numpy.core.", "numpy._core.")  # NumPy 1's name
         if word not in _KNOWN:
             raise DataError(
                 f"the pickle asks for {module}.{name}, which no {self._what} needs: it is not "

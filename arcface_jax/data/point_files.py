@@ -1,10 +1,10 @@
-"""Five points of many faces from a file, in any of the forms that people have.
+"""Read the five points of many faces from a file, in any common format.
 
-- lines `path,x1,y1, ... ,x5,y5`, separated by commas, semicolons or tabs, with or without a heading
+- lines `path,x1,y1, ... ,x5,y5`, separated by commas, semicolons or tabs, with or without a header
 - lines `path x1 y1 ... x5 y5`, separated by blanks, such as IJB's `name_5pts_score.txt`
 - `.json`: an object of `"path": [[x, y], ... five]`
 
-In lines, what follows the ten numbers is ignored unless the reader asks for it.
+Words after the ten numbers of a line are ignored unless the caller reads them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,23 +22,23 @@ _NUMBERS = TEMPLATE.size
 
 
 class Row(NamedTuple):
-    """One face, as it is written in the file."""
+    """One face, as written in the file."""
 
     number: int
-    """Of the line, or of the JSON object's entry, from 1."""
+    """Number of the line, or of the JSON object's entry, from 1."""
     where: str
     """The file and the place in it, for error messages."""
     name: str
     """The image's path."""
     words: Sequence[object]
-    """What follows it."""
+    """The words after the path."""
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """The faces of a file, before their numbers are parsed.
+    """Yields the faces of a file, before their numbers are parsed.
 
     Raises:
-      DataError: there is no such file, or it is not text or JSON.
+      DataError: the file does not exist, or is not text or JSON.
     """
     if not foreign.is_file(path):
         raise DataError(f"no list of points at {path}: name an existing file")
@@ -58,10 +58,10 @@ def rows(path: Path) -> Iterator[Row]:
 
 
 def by_name(path: Path) -> dict[str, np.ndarray]:
-    """(n, 5, 2) float64 by image: the faces of each, in the order of the file.
+    """Returns (n, 5, 2) float64 by image: the faces of each, in the order of the file.
 
     Raises:
-      DataError: the file is none of the forms; the message names the line.
+      DataError: the file has another format; the message names the line.
     """
     points: dict[str, list[np.ndarray]] = {}
     for row in rows(path):
@@ -73,7 +73,7 @@ def by_name(path: Path) -> dict[str, np.ndarray]:
 
 
 def one_by_name(path: Path) -> dict[str, np.ndarray]:
-    """(5, 2) float64 by image, for files that list one face an image; of several, the last.
+    """Returns (5, 2) float64 by image, for files with one face per image; of several, the last.
 
     Raises:
       DataError: as `by_name`.
@@ -82,7 +82,7 @@ def one_by_name(path: Path) -> dict[str, np.ndarray]:
 
 
 def parse(words: Sequence[object]) -> np.ndarray:
-    """(5, 2) float64 of ten numbers x1 y1 ... x5 y5, or of five pairs.
+    """Parses ten numbers x1 y1 ... x5 y5, or five pairs, to (5, 2) float64.
 
     Raises:
       DataError: they are not ten numbers.

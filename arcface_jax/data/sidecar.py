@@ -1,9 +1,9 @@
-"""Arrays derived from data files, kept in a folder beside them: made once, mapped from then on.
+"""Arrays derived from data files, cached in a folder next to them: made once, then mapped.
 
-Where each image lies and which label it has is read once from formats that do not state it in one
-place. The arrays carry digests, and a stamp with the sizes and times of the files they were made
-from; a damaged or outdated folder is made again. Where the data's folder cannot be written, the
-user's cache folder holds them.
+Positions and labels of images are read once from formats that do not store them in one place. The
+arrays have digests, and a stamp with sizes and times of the files that they were made from; a
+damaged or outdated folder is rebuilt. If the data's folder is not writable, they go to the user's
+cache folder.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ from arcface_jax.runtime.sealed import DamagedError
 
 STAMP = "stamp.json"
 SUFFIX = ".arcface_index"
-"""Of the folder beside the data."""
+"""Suffix of the folder next to the data."""
 SETTLED = 2.0
-"""Seconds without a change after which a file is taken to be complete."""
+"""Seconds without a change after which a file counts as complete."""
 
-_CHUNK = 1 << 20  # values that are written together
+_CHUNK = 1 << 20  # values written at a time
 
 
 class Arrays:
-    """Arrays by name, mapped from where they are kept, or in memory where they are not.
+    """Arrays by name, mapped from a folder, or in memory.
 
     Args:
-      values: by name.
-      folder: they are mapped from; None in memory.
-      digests: of the mapped ones.
+      values: arrays by name.
+      folder: the folder that they are mapped from; None in memory.
+      digests: SHA-256 of the mapped ones.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Arrays:
         return name in self._values
 
     def digest(self, name: str) -> str:
-        """SHA-256 of an array."""
+        """Returns the SHA-256 of an array."""
         if name not in self._digests:
             self._digests[name] = sealed.array_digest(self._values[name])
         return self._digests[name]
@@ -66,14 +66,14 @@ def open_arrays(
     options: str,
     check: bool = True,
 ) -> Arrays:
-    """The arrays kept for some data, or those that `make` returns, which are kept then.
+    """Returns the arrays cached for some data, or makes and caches them.
 
     Args:
-      data: the folder or file that the arrays are kept beside, as NAME.arcface_index.
-      files: that the arrays are made from; a change of any makes them again.
+      data: folder or file of the data; the arrays are cached next to it, as NAME.arcface_index.
+      files: the files that the arrays are made from; a change of any rebuilds them.
       make: reads the files and returns (n,) arrays by name.
-      options: what else the arrays depend on, the version of their layout included.
-      check: whether the digests of kept arrays are compared; once a process tree is enough.
+      options: what else the arrays depend on, including the version of their layout.
+      check: whether to compare the digests of cached arrays; once per process tree is enough.
     """
     files = list(files)
     stamp = {"files": _digest_of(files, data), "options": options}
@@ -115,22 +115,22 @@ def _mapped(folder: Path, stamp: object, data: Path, *, check: bool) -> Arrays |
 
 
 def folders(data: Path, beside: Path) -> tuple[Path, ...]:
-    """Where arrays may be kept: beside the data, and in the user's cache if there is one."""
+    """Returns the folders to cache in: next to the data, and the user's cache if there is one."""
     name = hashlib.sha256(str(data.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     cache = homes.user_cache()
     return (beside,) if cache is None else (beside, cache / "arcface_jax" / name)
 
 
 def is_settled(files: Iterable[Path]) -> bool:
-    """Whether no file has changed for a moment; otherwise it may still be being written."""
+    """Returns whether no file has changed for a moment; if one has, it may be incomplete."""
     return time.time() - max(path.stat().st_mtime for path in files) > SETTLED
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:
-    """The folder's stamp; of one of an earlier version, whose arrays are not used, its files.
+    """Reads the folder's stamp; for an earlier version, whose arrays are not used, its files.
 
     Raises:
-      DamagedError: it is not what was written, or is missing.
+      DamagedError: the stamp is corrupt or missing.
     """
     try:
         kept = sealed.read(folder / STAMP, unsealed=True)
@@ -153,14 +153,14 @@ def load(
     """Maps an array.
 
     Args:
-      folder: it is kept in.
-      name: of its file.
-      digests: of the folder's arrays, by file name.
-      count: of its values, if that is known.
-      check: whether its digest is compared.
+      folder: its folder.
+      name: name of its file.
+      digests: SHA-256 of the folder's arrays, by file name.
+      count: count of its values, if that is known.
+      check: whether to compare its digest.
 
     Raises:
-      DamagedError: it is not what was written.
+      DamagedError: the array is corrupt.
     """
     try:
         values = np.load(folder / name, mmap_mode="r")
@@ -175,33 +175,34 @@ def load(
 
 
 def print_damaged(error: DamagedError, remedy: str) -> None:
-    """Reports on stderr that kept arrays are not used, and what is done instead."""
+    """Reports on stderr that cached arrays are not used, and what is done instead."""
     print(f"warning: {error}: {remedy}", file=sys.stderr)
 
 
 def keep(
     places: tuple[Path, ...], arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]
 ) -> Path | None:
-    """Writes arrays and their stamp to the first folder that takes them.
+    """Writes arrays and their stamp to the first writable folder.
 
     Args:
       places: of `folders`.
       arrays: (n,) each, by file name.
-      content: of the stamp, to which the digests are added.
+      content: content of the stamp, to which the digests are added.
 
     Returns:
-      The folder; None where neither can be written.
+      The folder; None if neither is writable.
     """
     beside = places[0]
     for folder in places:
-        # The superuser may write anywhere; a folder that nobody should write to is left as it is.
+        # The superuser may write anywhere; a folder without write permission is left as it is.
         if folder is beside and not folder.parent.stat().st_mode & 0o222:
             continue
         with contextlib.suppress(OSError):
             _write(folder, arrays, content)
             if folder is not beside:
                 print(
-                    f"{beside.parent} is read-only: its index is kept in {folder}", file=sys.stderr
+                    f"{beside.parent} is read-only: its index is cached in {folder}",
+                    file=sys.stderr,
                 )
             return folder
     return None
@@ -217,8 +218,8 @@ def _write(folder: Path, arrays: Mapping[str, np.ndarray], content: Mapping[str,
 
 
 def save(file: Path, values: np.ndarray) -> None:
-    """Writes an array chunk by chunk, so that a strided one is never copied whole."""
-    if not len(values):  # which cannot be mapped for writing
+    """Writes an array chunk by chunk, so that a strided one is never copied as a whole."""
+    if not len(values):  # an empty file cannot be mapped for writing
         np.save(file, values)
         return
     mapped = np.lib.format.open_memmap(file, "w+", values.dtype, values.shape)

@@ -13,41 +13,41 @@ from arcface_jax.errors import ImageError
 
 
 class Sample(NamedTuple):
-    """An image as it is stored."""
+    """A stored image and its label."""
 
     data: bytes
-    """Encoded: JPEG, PNG, or what else OpenCV reads."""
+    """Encoded image: JPEG, PNG, or another format that OpenCV reads."""
     label: int
 
 
 class Source(Protocol):
     """Random access to labeled face images.
 
-    Safe to read from many threads, and to send to another process, where files are reopened.
+    Safe to read from many threads, and to send to another process, which reopens the files.
     """
 
     num_classes: int
-    """Identities; labels are 0 .. num_classes - 1."""
+    """Number of identities; labels are 0 .. num_classes - 1."""
 
     generated: bool = False
-    """Whether images are computed from parameters, which `facts` then states, and not stored."""
+    """Whether images are computed from the parameters in `facts` instead of being stored."""
 
     names: Names | None = None
-    """Of the identities; None where they are numbers."""
+    """Names of the identities; None if they are numbers."""
 
     unit: str = "images"
-    """What the set is made of, in the plural."""
+    """What the set consists of, in the plural."""
 
     ignored: Mapping[str, int] = MappingProxyType({})
-    """What lies in the set's place and is not used, by kind: suffixes, hidden, loose images."""
+    """Number of unused files in the set's folder, by kind: suffixes, hidden, loose images."""
 
     notes: Sequence[str] = ()
-    """What was made of the set where it could have been something else, a line each."""
+    """How ambiguous parts of the set were interpreted, a line each."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(112, 112, 3) uint8 RGB and its label.
+        """Returns an image, (112, 112, 3) uint8 RGB, and its label.
 
         Raises:
           ImageError: the image cannot be read, or its label is out of range.
@@ -56,10 +56,10 @@ class Source(Protocol):
         return decode(data, where=partial(self.where, index)), label
 
     def read(self, index: int) -> Sample:
-        """The image's bytes, not decoded, and its label.
+        """Returns the image's bytes, not decoded, and its label.
 
         Raises:
-          ImageError: they cannot be read, or the label is out of range.
+          ImageError: the image cannot be read, or its label is out of range.
         """
         ...
 
@@ -69,13 +69,13 @@ class Source(Protocol):
         """Reads and decodes many images.
 
         Args:
-          numbers: (n,) int64, of the images.
-          rows: (n,) int64: where each of them goes.
+          numbers: (n,) int64 image numbers.
+          rows: (n,) int64 destination row of each image.
           images: (b, 112, 112, 3) uint8 RGB, written to.
           labels: (b,) int32, written to.
 
         Returns:
-          Rows whose image cannot be read, and why; what stands there afterwards is of no use.
+          The rows whose image cannot be read, with the error; their contents are undefined.
         """
         failed: list[tuple[int, ImageError]] = []
         for number, row in zip(numbers.tolist(), rows.tolist(), strict=True):
@@ -86,28 +86,29 @@ class Source(Protocol):
         return failed
 
     def labels(self) -> np.ndarray:
-        """(len,) int32: the label of every image; -1 where it cannot be read."""
+        """Returns (len,) int32: the label of every image; -1 where it cannot be read."""
         ...
 
     def where(self, index: int) -> str:
-        """The file and the place in it, for messages."""
+        """Returns the file and the place in it, for messages."""
         ...
 
     def facts(self) -> Mapping[str, int | str]:
-        """What tells this set from others without reading an image, by name.
+        """Facts by name that distinguish this set from others, without reading an image.
 
         Numbers (sizes in bytes, counts, parameters), and digests as text; `form` is the kind of
-        files. Neither paths nor times. Without it a fingerprint has counts and sampled images.
+        files. Paths and times are excluded. Without facts, a fingerprint has counts and sampled
+        images.
         """
         return {}
 
 
 def account(source: Source, *, unreadable: Mapping[str, int] | None = None) -> str:
-    """What became of everything that a training set holds, in a line.
+    """Summarizes in a line how everything in a training set is used.
 
     Args:
       source: the training set.
-      unreadable: images that cannot be read, by kind; None where they were not all looked at.
+      unreadable: images that cannot be read, by kind; None if not all were read.
     """
     return account_of(
         source.unit,
@@ -126,14 +127,14 @@ def account_of(
     ignored: Mapping[str, int],
     unreadable: Mapping[str, int] | None = None,
 ) -> str:
-    """What became of everything at a place that images are read from, in a line.
+    """Summarizes in a line how everything in a place of images is used.
 
     Args:
       unit: what there is, in the plural.
-      images: that were found, the unreadable ones included.
-      identities: of them.
+      images: number found, including unreadable ones.
+      identities: their number of identities.
       ignored: entries that are not used, by kind.
-      unreadable: images that cannot be read, by kind; None where they were not all looked at.
+      unreadable: images that cannot be read, by kind; None if not all were read.
     """
     count, bad = sum(ignored.values()), sum((unreadable or {}).values())
     parts = [
@@ -146,7 +147,7 @@ def account_of(
 
 
 def by_kind(counts: Mapping[str, int]) -> str:
-    """Counts in parentheses with a blank before them, the largest first; empty without any."""
+    """Formats counts in parentheses after a blank, the largest first; returns "" without any."""
     if not counts:
         return ""
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -154,7 +155,7 @@ def by_kind(counts: Mapping[str, int]) -> str:
 
 
 def whole_label(label: float, *, where: str) -> int:
-    """A label read from a file as the number of an identity.
+    """Returns a label read from a file as the number of an identity.
 
     Raises:
       ImageError: it is not a whole number from 0, or too large for int32.

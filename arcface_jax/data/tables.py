@@ -1,6 +1,6 @@
-"""Text files of rows: their encoding, their separator, comments and quotes.
+"""Read text files of rows: detect encoding, separator, comments and quotes.
 
-For lists of images and of pairs, which people write with spreadsheets, scripts and by hand.
+For lists of images and of pairs, written with spreadsheets, scripts or by hand.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from arcface_jax.errors import DataError
 from arcface_jax.runtime import foreign
 
-_SAMPLE = 50  # rows by which a table's form is judged
+_SAMPLE = 50  # rows from which a table's format is detected
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -27,7 +27,7 @@ class Row(NamedTuple):
     """A line that is neither blank nor a comment."""
 
     line: int
-    """Of the file, from 1."""
+    """Line number in the file, from 1."""
     cells: list[str]
 
 
@@ -36,16 +36,16 @@ class Table(NamedTuple):
 
     rows: list[Row]
     comments: int
-    """Lines that begin with # and were left out."""
+    """Number of lines that start with # and were skipped."""
     separated: bool
-    """By tabs, commas or semicolons; else by blanks, which paths may hold too."""
+    """Whether tabs, commas or semicolons separate cells; otherwise blanks do, also within paths."""
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8 or UTF-16, with byte order mark or without, or in Latin-1.
+    """Reads a text file in UTF-8 or UTF-16, with or without byte order mark, or in Latin-1.
 
     Raises:
-      DataError: it cannot be read, or is not text.
+      DataError: the file cannot be read, or is not text.
     """
     try:
         data = foreign.read(path)
@@ -72,13 +72,13 @@ def _encoding(data: bytes) -> str:
         if data.startswith(mark):
             return name
     sample = data[:4096]
-    if b"\0" in sample:  # half of UTF-16's bytes are zero where the text is in English
+    if b"\0" in sample:  # in English text, half of UTF-16's bytes are zero
         low, high = sample[0::2].count(0), sample[1::2].count(0)
         return "utf-16-be" if low > high else "utf-16-le"
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
-        # Windows' own code page has letters where Latin-1 has control characters.
+        # Windows' code page has letters where Latin-1 has control characters.
         return "cp1252" if _decodes(data, "cp1252") else "latin-1"
     return "utf-8"
 
@@ -92,20 +92,20 @@ def _decodes(data: bytes, encoding: str) -> bool:
 
 
 def read(path: Path) -> Table:
-    """The rows of a file, cells without blanks around them.
+    """Reads the rows of a file, with blanks around cells removed.
 
-    Separated by tabs, commas, semicolons or blanks, whichever the first lines agree on. Cells may
-    be quoted. Blank lines, comments (#) and empty columns at the end of all rows are left out. A
-    row separated by blanks is a single cell: `blank_separated` divides it.
+    The separator is a tab, comma, semicolon or blank, whichever the first lines agree on. Cells may
+    be quoted. Blank lines, comments (#) and columns that are empty at the end of all rows are
+    dropped. A row separated by blanks is a single cell, which `blank_separated` divides.
 
     Raises:
-      DataError: it is not text, or a quote is not closed.
+      DataError: the file is not text, or a quote is not closed.
     """
-    # Only at line ends: names may have what else splitlines divides at.
+    # Only at line ends: names may contain other characters at which splitlines divides.
     lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     kept = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     content = [(number, line) for number, line in kept if not line.lstrip().startswith("#")]
-    if not content:  # of labels such as #1, or of comments only
+    if not content:  # all labels look like #1, or there are only comments
         content = kept if any("," in line or "\t" in line for _, line in kept) else []
     separator = _separator([line.strip() for _, line in content[:_SAMPLE]])
     if separator is None:
@@ -116,7 +116,7 @@ def read(path: Path) -> Table:
 
 
 def _separator(lines: Sequence[str]) -> str | None:
-    """The character that most lines have as often as the first."""
+    """Returns the character that most lines contain as often as the first."""
     for separator in ("\t", ",", ";"):
         counts = Counter(line.count(separator) for line in lines)
         if lines and lines[0].count(separator) and counts[0] <= 0.5 * len(lines):
@@ -150,19 +150,19 @@ def _bare(cell: str) -> str:
 
 
 def _without_empty_ends(rows: list[Row]) -> list[Row]:
-    """As trailing separators make them, where all rows have them."""
+    """Drops empty last cells if all rows have them, as trailing separators produce."""
     while rows and all(len(row.cells) > 1 and not row.cells[-1] for row in rows):
         rows = [Row(row.line, row.cells[:-1]) for row in rows]
     return rows
 
 
 def blank_separated(rows: Sequence[Row], most: int, *, from_right: bool) -> list[Row]:
-    """Rows of a single cell divided at blanks.
+    """Divides rows of a single cell at blanks.
 
     Args:
-      rows: of `read`, where the table is not separated.
-      most: divisions, from one of the ends; -1 for all.
-      from_right: which end.
+      rows: rows from `read`, if the table is not separated.
+      most: largest number of divisions, counted from one end; -1 for all.
+      from_right: whether to count from the right.
     """
     return [
         Row(
@@ -174,11 +174,11 @@ def blank_separated(rows: Sequence[Row], most: int, *, from_right: bool) -> list
 
 
 def sample(rows: Sequence[Row]) -> Sequence[Row]:
-    """Rows from all over a table, by which its form is judged."""
+    """Returns rows from all over a table, to detect its format."""
     step = max(1, len(rows) // _SAMPLE)
     return rows[::step][:_SAMPLE]
 
 
 def native(path: str) -> str:
-    """A path with the separators of this system: Windows' backslashes become slashes."""
+    """Returns a path with the separators of this system: Windows' backslashes become slashes."""
     return path.replace("\\", "/")

@@ -21,10 +21,10 @@ PREFIX = "tfds:"
 
 
 def import_tfds() -> Any:
-    """The module `tensorflow_datasets`.
+    """Returns the module `tensorflow_datasets`.
 
     Raises:
-      UserError: it is not installed.
+      UserError: tensorflow_datasets is not installed.
     """
     try:
         import tensorflow_datasets as tfds
@@ -38,17 +38,17 @@ def import_tfds() -> Any:
 class TfdsSource(Source):
     """A data set with the features `image` and `label`.
 
-    A ClassLabel with names gives the identities theirs.
+    Identities are named if `label` is a ClassLabel with names.
 
     Args:
-      path: `tfds:NAME@DATA_DIR#SPLIT` (data directory and split may be left out), or the folder
-        with its `dataset_info.json`, `#SPLIT` after it where it is not `train`.
+      path: `tfds:NAME@DATA_DIR#SPLIT` (data directory and split are optional), or the folder with
+        its `dataset_info.json`, followed by `#SPLIT` if it is not `train`.
 
-    Raises (the constructor): DataError where it is not there, or has no image and label.
+    Raises (the constructor): DataError if it does not exist, or has no image and label.
     """
 
     unit = "examples"
-    num_classes = 0  # until it is known
+    num_classes = 0  # not known yet
 
     def __init__(self, path: str):
         self._path = path
@@ -84,7 +84,7 @@ class TfdsSource(Source):
                 self._data = tfds.data_source(name, **options)
             else:
                 self._data = tfds.builder_from_directory(where).as_data_source(**options)
-        except Exception as error:  # of many types, over the versions of tfds
+        except Exception as error:  # the type varies with the version of tfds
             message = re.sub(r"\s+", " ", str(error))[:300]
             raise DataError(
                 f"{self._path} cannot be opened as an ArrayRecord data set of TFDS: {message} "
@@ -102,7 +102,7 @@ class TfdsSource(Source):
         return len(self._data)
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
           ImageError: the example cannot be read, or its label is out of range.
@@ -111,7 +111,7 @@ class TfdsSource(Source):
             raise IndexError(f"example {index} of {len(self)}")
         try:
             example = self._data[index]
-        except Exception as error:  # array_record raises what its C++ does
+        except Exception as error:  # array_record raises its C++ exceptions
             problem = (str(error) or repr(error)).partition("\n")[0][:200]
             raise ImageError(self.where(index), f"cannot be read: {problem}") from error
         label = whole_label(self._label(example, index), where=self.where(index))
@@ -136,7 +136,7 @@ class TfdsSource(Source):
             raise ImageError(self.where(index), "has no label", kind="no label") from error
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; every example is read for it, which takes a while. -1 for none."""
+        """Returns (len,) int32, -1 for none; slow, because it reads every example."""
         found = np.full(len(self), -1, np.int32)
         for index in range(len(self)):
             with contextlib.suppress(ImageError):
@@ -144,11 +144,11 @@ class TfdsSource(Source):
         return found
 
     def where(self, index: int) -> str:
-        """The data set and the example's number."""
+        """Returns the data set and the example's number."""
         return f"{self._path}, example {index}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """The split, and a digest of the sizes of all splits and shards."""
+        """Returns the split, and a digest of the sizes of all splits and shards."""
         splits = {
             name: [split.num_bytes, list(split.shard_lengths)]
             for name, split in self._data.dataset_info.splits.items()
@@ -157,19 +157,21 @@ class TfdsSource(Source):
         return {"form": "TFDS", "split": without_split(self._path)[1] or "train", "shards": shards}
 
 
-# The features that TFDS has itself; a data set that names another one wants its module imported.
+# TFDS's own features; it would import the module of any other one that a data set names.
 _FEATURES = re.compile(
     r"tensorflow_datasets\.core\.features\."
     r"(audio_feature|bounding_boxes|class_label_feature|dataset_feature|features_dict|"
     r"image_feature|labeled_image|scalar|sequence_feature|tensor_feature|text_feature|"
     r"translation_feature|video_feature)\.[A-Z][A-Za-z]*"
 )
-_CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # the last until 2022
+_CLASS_NAMES = ("pythonClassName", "python_class_name", "type")  # the last one until 2022
 _MOST_JSON = 1 << 28  # bytes
 
 
 def _folders(where: str) -> list[Path]:
-    """The folders with a `features.json` of a data set, or of all versions of a named one."""
+    """Returns a data set's folders with a `features.json`: one, or one per version if it is
+    named.
+    """
     if not where.startswith(PREFIX):
         return [Path(where)]
     name, _, folder = where.removeprefix(PREFIX).partition("@")
@@ -178,10 +180,11 @@ def _folders(where: str) -> list[Path]:
 
 
 def _check_folder(folder: Path) -> None:
-    """Checks what TFDS would do by the files of a data set: import what they name, wait for pipes.
+    """Checks that opening a data set is safe: TFDS imports what its files name, and waits for
+    pipes.
 
     Raises:
-      DataError: a file is no regular one, or names code.
+      DataError: a file is not a regular file, or names code.
     """
     path = folder
     try:
@@ -218,7 +221,9 @@ def _check_features(path: Path, content: Any) -> None:
 
 
 def without_split(path: str) -> tuple[str, str]:
-    """A path and the split that follows its last #; a folder that exists may have a # itself."""
+    """Splits off the split after a path's last #; the name of an existing folder may contain a
+    #.
+    """
     folder = path.removeprefix(PREFIX).partition("@")[2] if path.startswith(PREFIX) else path
     if "#" not in path or os.path.exists(os.path.expanduser(folder or ".")):
         return path, ""
@@ -227,5 +232,5 @@ def without_split(path: str) -> tuple[str, str]:
 
 
 def is_builder(folder: Path) -> bool:
-    """Whether a folder is a data set that TFDS wrote."""
+    """Returns whether TFDS wrote the folder."""
     return (folder / "dataset_info.json").is_file()

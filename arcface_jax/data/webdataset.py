@@ -1,7 +1,7 @@
-"""WebDataset: tar files of samples, `KEY.jpg` beside `KEY.cls` or `KEY.json`.
+"""WebDataset: tar files of samples, `KEY.jpg` with `KEY.cls` or `KEY.json`.
 
 Images are read by offset with the operating system's `pread`, from any thread and in any order;
-where each lies is kept beside the tars (`sidecar`). Plain tars of an image folder are read too.
+their positions are cached next to the tars (`sidecar`). Plain tars of an image folder work too.
 """
 
 import os
@@ -22,21 +22,21 @@ from arcface_jax.data.source import Sample
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime import foreign
 
-_LAYOUT = 1  # of the kept arrays
+_LAYOUT = 1  # version of the cached arrays
 _BLOCK = 512
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_LABELS = ("cls", "json")  # by preference
+_LABELS = ("cls", "json")  # in order of preference
 _OPEN = 128  # shards whose files stay open in a process
 
 
 def find_shards(path: str) -> list[Path]:
-    """The tar files that a path names: one, the ones of a folder, or `shard-{0000..0042}.tar`.
+    """Finds the tar files that a path names: one, all in a folder, or `shard-{0000..0042}.tar`.
 
-    Of a folder with several splits, those whose names begin with "train".
+    In a folder with several splits, takes those whose names start with "train".
 
     Returns:
-      In their order; empty where the path names something else.
+      The files in order; an empty list if the path names something else.
 
     Raises:
       DataError: shards of a range are missing, or they are compressed.
@@ -72,15 +72,14 @@ class WebDatasetSource(IndexedSource):
     """Samples of tar files: an image, and its label in `.cls` or `.json`.
 
     A sample is a run of files with one name up to its first dot. In JSON the label's field is the
-    one that `columns` names, else the one whose name is usual for labels. Where no sample has a
-    label file, the image's folder is its identity. Labels are numbers or names by the rule of
-    `names`.
+    one that `columns` names, or one with a usual name. If no sample has a label file, the image's
+    folder is its identity. Labels are numbers or names by the rule of `names`.
 
     Args:
       shards: the tar files, in their order.
       columns: as `data.columns`; label is a field of the JSON.
 
-    Raises (the constructor): DataError where a file is no tar or is cut short.
+    Raises (the constructor): DataError if a file is not a tar or is truncated.
     """
 
     unit = "samples"
@@ -109,10 +108,10 @@ class WebDatasetSource(IndexedSource):
         return {name: x for name, x in super().__getstate__().items() if name not in own}
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
-          ImageError: they cannot be read, or the label is none.
+          ImageError: the image cannot be read, or has no valid label.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
@@ -131,7 +130,7 @@ class WebDatasetSource(IndexedSource):
         return Sample(data, label)
 
     def where(self, index: int) -> str:
-        """The tar and the image's place in it, its name where that can be read."""
+        """Returns the tar and the image's place in it, with its name if that can be read."""
         shard, offset, _ = self._place(index)
         try:
             header = self._file(shard).read(_BLOCK, offset - _BLOCK)
@@ -141,7 +140,7 @@ class WebDatasetSource(IndexedSource):
         return f"{self._shards[shard]}, {name}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """The sizes of the tars, and digests of where images lie and of their labels."""
+        """Returns the sizes of the tars, and digests of the images' positions and labels."""
         found = self._arrays
         return {
             "form": "WebDataset",
@@ -160,7 +159,7 @@ class WebDatasetSource(IndexedSource):
             file = self._files.get(shard)
             if file is None:
                 file = self._files[shard] = _File(self._shards[shard])
-                if len(self._files) > _OPEN:  # one in use is closed when its reader is done
+                if len(self._files) > _OPEN:  # a file in use is closed when its reader is done
                     self._files.popitem(last=False)
             else:
                 self._files.move_to_end(shard)
@@ -192,7 +191,7 @@ class _Image(NamedTuple):
     offset: int
     size: int
     label: str | None
-    """None where no file beside it has one."""
+    """The label; None if no file of the sample has one."""
 
 
 def _index(shards: Sequence[Path], field: str) -> dict[str, np.ndarray]:
@@ -219,7 +218,7 @@ def _index(shards: Sequence[Path], field: str) -> dict[str, np.ndarray]:
 def _numbered(
     images: Sequence[_Image], shards: Sequence[Path], ends: Sequence[int]
 ) -> names.Numbered:
-    """Identities of the labels, or of the folders where no image has a label."""
+    """Numbers the labels as identities, or the folders if no image has a label."""
 
     def where(place: int) -> str:
         shard = int(np.searchsorted(ends, place, side="right"))
@@ -244,7 +243,7 @@ def _numbered(
 def _images_of(
     shard: Path, field: str, ignored: Counter[str], notes: list[str]
 ) -> Iterator[_Image]:
-    """The images of a tar, in its order; what else it holds is counted."""
+    """Yields the images of a tar in order; counts its other contents."""
     order = tuple(reversed(_LABELS)) if field else _LABELS
     number = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -275,7 +274,7 @@ def _visible(
 
 
 def _samples(members: Iterator[tarfile.TarInfo]) -> Iterator[dict[str, tarfile.TarInfo]]:
-    """Runs of files with one key, by suffix; a suffix that comes again begins another sample."""
+    """Yields runs of files with one key, by suffix; a repeated suffix starts another sample."""
     sample: dict[str, tarfile.TarInfo] = {}
     before = None
     for member in members:
@@ -292,17 +291,17 @@ def _samples(members: Iterator[tarfile.TarInfo]) -> Iterator[dict[str, tarfile.T
 
 
 def _members(shard: Path, notes: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The files of a tar.
+    """Yields the files of a tar.
 
     Raises:
-      DataError: it is no tar, or is cut short.
+      DataError: it is not a tar, or is truncated.
     """
     size = shard.stat().st_size
     end = 0
     try:
         with tarfile.open(shard, "r:") as tar:
             while member := tar.next():
-                vars(tar)["members"] = []  # where millions would stay in memory
+                vars(tar)["members"] = []  # otherwise millions stay in memory
                 stored = member.size if member.isreg() else 0
                 end = member.offset_data + -(-stored // _BLOCK) * _BLOCK
                 if member.offset_data + stored > size:
@@ -329,10 +328,10 @@ def _cut_short(shard: Path, found: str) -> DataError:
 
 
 def _label(content: bytes, suffix: str, field: str, *, where: str) -> str | None:
-    """The label in a file beside an image; None where JSON has null for it.
+    """Returns the label in a sample's file; None if it is null in JSON.
 
     Raises:
-      DataError: it is not clear which field of the JSON it is, or it is no text.
+      DataError: the JSON field is ambiguous, or the file is not text.
     """
     try:
         text = content.decode().strip()

@@ -1,1 +1,1 @@
-"""Verification: embeddings of image pairs, insightface's ten-fold protocol, plots."""
+"""Verification: embeddings of image pairs, insightface's ten-fold protocol, and plots."""

@@ -1,4 +1,4 @@
-"""A decision threshold for a target false accept rate, and what is known of it, as JSON."""
+"""Choose a decision threshold for a target false accept rate, and store it with its statistics."""
 
 import dataclasses
 import datetime
@@ -21,7 +21,7 @@ ENOUGH_ERRORS = 30
 """The rule of 30: 30 errors or more put the true rate within 30 % of the measured one, with 90 %
 confidence (G. Doddington et al., "The NIST speaker recognition evaluation", 2000)."""
 _DECIMALS = 6
-_MOST_BYTES = 1 << 20  # of a calibration's file, which has one kilobyte
+_MOST_BYTES = 1 << 20  # limit for a calibration's file of about one kilobyte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,41 +29,42 @@ class Calibration:
     """A threshold, chosen on a set of pairs for one model."""
 
     threshold_cosine: float
-    """Two faces are the same person where their cosine is at least this."""
+    """Two faces show the same person if their cosine is at least this."""
     threshold_squared_distance: float
-    """The same as a squared distance of unit vectors, 2 - 2 cosine: at most this."""
+    """The same threshold as a squared distance of unit vectors, 2 - 2 cosine: at most this."""
     far_target: float
     far: float
-    """Share of the different pairs that the threshold accepts."""
+    """Share of different pairs that the threshold accepts."""
     far_low: float
     far_high: float
-    """The 95 % interval of `far`, as `roc.wilson`."""
+    """Upper end of the 95 % interval of `far`, from `roc.wilson`."""
     tar: float
-    """Share of the same pairs that it accepts."""
+    """Share of same pairs that the threshold accepts."""
     tar_low: float
     tar_high: float
     same_pairs: int
     different_pairs: int
     enough_pairs: bool
-    """Whether there are 30 / far_target different pairs, see `ENOUGH_ERRORS`."""
+    """Whether there are at least 30 / far_target different pairs; `ENOUGH_ERRORS` explains why."""
     flip: bool
-    """Whether the mirrored faces' embeddings were added."""
+    """Whether the embeddings of the mirrored faces were added."""
     model: str
     """`digest` of the network's `Model.input`."""
     set_name: str
     set_digest: str
     """SHA-256 of the pairs' images and labels."""
     date: str
-    """The day, as YYYY-MM-DD."""
+    """Date as YYYY-MM-DD."""
     threshold_check: float | None = None
-    """Pairs from here to `threshold_cosine` are for a person to check; None without such a band."""
+    """Pairs from here to `threshold_cosine` need a manual check; None without such a band."""
     far_check_target: float | None = None
     far_check: float | None = None
-    """Share of the different pairs from `threshold_check` on."""
+    """Share of different pairs with a cosine of at least `threshold_check`."""
     tar_check: float | None = None
-    """Share of the same pairs from there on."""
+    """Share of same pairs with a cosine of at least `threshold_check`."""
     against: str | None = None
-    """`digest` of the `Model.input` that embedded the first face of each pair; None for `model`."""
+    """`digest` of the `Model.input` that embedded the first face of each pair; None if it was
+    `model`."""
 
 
 _ADAPTER = pydantic.TypeAdapter(Calibration)
@@ -89,21 +90,21 @@ def calibrate(
 ) -> Calibration:
     """Finds the lowest threshold with a FAR of at most the target.
 
-    Cosines are taken to six decimals, which float32 embeddings keep: pairs that differ by less tie.
-    The threshold lies halfway between the lowest score that is accepted and the highest that is
-    not, so that neither is decided by rounding.
+    Cosines are rounded to six decimals, the precision of float32 embeddings: pairs that differ by
+    less tie. The threshold is halfway between the lowest accepted score and the highest rejected
+    one, so rounding decides neither.
 
     Args:
-      embeddings: (2 n, D) of the set's images; their lengths do not matter.
+      embeddings: (2 n, D) embeddings of the set's images, of any length.
       pairs: n pairs.
-      far: the target.
+      far: target false accept rate.
       flip: whether the mirrored faces' embeddings are added.
-      model: digest of the network they are from.
-      far_check: the target of a second, lower threshold: pairs between the two are to be checked.
-      against: digest of the network that embedded the first face of each pair, where it is another.
+      model: digest of the network that made them.
+      far_check: target of a second, lower threshold; pairs between the two need a check.
+      against: digest of the network that embedded the first face of each pair, if different.
 
     Raises:
-      DataError: there are fewer than 1 / far different pairs, or no threshold gives such a FAR, or
+      DataError: there are fewer than 1 / far different pairs, or no threshold has such a FAR, or
         far_check is not above far, or as `roc.tar_at_far`.
     """
     if far_check is not None and not far < far_check < 1:
@@ -143,7 +144,7 @@ def calibrate(
 
 
 def _operating_point(score: np.ndarray, pairs: PairSet, far: float) -> _Point:
-    """The lowest threshold whose FAR is at most the target."""
+    """Finds the lowest threshold whose FAR is at most the target."""
     (at,) = roc.tar_at_far(score, pairs.same, fars=[far])
     same, different = score[pairs.same], score[~pairs.same]
     if at.threshold is None:
@@ -164,7 +165,7 @@ def _operating_point(score: np.ndarray, pairs: PairSet, far: float) -> _Point:
 
 
 def in_words(found: Calibration) -> str:
-    """The result for a terminal."""
+    """Formats the result for a terminal."""
     form = "f(image) + f(mirrored image)" if found.flip else "single embeddings"
     if found.against:
         form += f", compared with those of the model {found.against[:12]}..."
@@ -192,7 +193,7 @@ def in_words(found: Calibration) -> str:
 
 
 def write(found: Calibration, path: Path) -> None:
-    """Saves it as JSON.
+    """Writes the calibration as JSON.
 
     Raises:
       DataError: the file cannot be written.
@@ -204,10 +205,10 @@ def write(found: Calibration, path: Path) -> None:
 
 
 def read(path: Path) -> Calibration:
-    """The reverse of `write`.
+    """Reads a calibration that `write` wrote.
 
     Raises:
-      DataError: there is no such file, or it is no calibration.
+      DataError: the file does not exist, or is not a calibration.
     """
     if not foreign.is_file(path):
         raise DataError(f"no calibration at {path}: make one with `arcface-jax calibrate`")
@@ -216,7 +217,7 @@ def read(path: Path) -> Calibration:
     except (pydantic.ValidationError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
         raise DataError(
-            f"{path} is no calibration written by `arcface-jax calibrate` ({reason}): make one"
+            f"{path} is not a calibration written by `arcface-jax calibrate` ({reason}): make one"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""How embeddings are spread, and whether training and evaluation mode agree.
+"""Measure whether training mode and evaluation mode agree.
 
 A loss may fall while verification stays at chance level: the embeddings of all faces may have
 collapsed to a point or a line, or the evaluated network, which normalizes by BatchNorm's running
@@ -20,15 +20,15 @@ def mode_cosine(
     *,
     batch_size: int,
 ) -> float:
-    """The mean cosine between an image's embeddings in training mode and in evaluation mode.
+    """Returns the mean cosine between embeddings in training mode and in evaluation mode.
 
-    Near 1 where BatchNorm's running statistics describe the batches; dropout, dropped paths and
-    masked tokens lower it a little.
+    Near 1 if BatchNorm's running statistics describe the batches; dropout, dropped paths and masked
+    tokens lower it a little.
 
     Args:
       evaluated: embeds with the running statistics.
       trained: embeds with the batch's own; called with one whole batch.
-      images: (n, ...) of which a batch is drawn, spread over the set, and repeated if too few.
+      images: (n, ...) images; a batch is drawn evenly from them, with repetition if too few.
       batch_size: images in that batch.
     """
     batch = images[np.linspace(0, len(images) - 1, batch_size).astype(int)]

@@ -1,4 +1,4 @@
-"""Embeddings of many images, on all devices."""
+"""Embed many images on all devices."""
 
 from collections import deque
 from collections.abc import Callable
@@ -13,40 +13,40 @@ from arcface_jax.runtime import devices as meshes
 
 
 class Model(Protocol):
-    """What inference and evaluation need of a network, whatever runs it."""
+    """What inference and evaluation need of a network, independent of its runtime."""
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
+        """Embeds (n, 112, 112, 3) uint8 RGB as (n, D) float32, not normalized."""
         ...
 
     @property
     def input(self) -> ModelInput:
-        """What the network takes, and whose operating points hold for it (`digest` of the run)."""
+        """The network's input format, and the run whose operating points apply to it (`digest`)."""
         ...
 
     def digest(self) -> str:
-        """A SHA-256 of exactly these weights; an export has another than its run."""
+        """Returns a SHA-256 of exactly these weights; an export's differs from its run's."""
         ...
 
 
 @runtime_checkable
 class ShardedModel(Model, Protocol):
-    """A model whose devices are spread over several hosts, each of which reads its own images."""
+    """A model whose devices are spread over several hosts, each reading its own images."""
 
     def rows_of_this_host(self, count: int, /) -> np.ndarray:
-        """(count,) bool: which images of a call this host reads."""
+        """Returns (count,) bool: which images of a call this host reads."""
         ...
 
 
 Embed = Callable[[np.ndarray], np.ndarray]
 """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
 
-# Batches that the devices have, or whose embeddings are on their way back.
+# Batches on the devices, or whose embeddings are being copied back.
 _BATCHES_AHEAD = 3
 
 
 def nothing() -> None:
-    """Between two batches, where nobody waits."""
+    """Does nothing between two batches; for callers that do not wait for signals."""
 
 
 def batched(
@@ -56,14 +56,13 @@ def batched(
     mesh: Mesh,
     between: Callable[[], None] = nothing,
 ) -> Embed:
-    """Feeds a device function any number of images, in batches of one size.
+    """Makes a function that embeds any number of images in batches of one size.
 
     Args:
       embed: (batch_size, 112, 112, 3) uint8 on the devices to (batch_size, D) float32.
-      batch_size: a multiple of the number of devices; the last batch is filled up with black
-        images.
-      mesh: the devices, each of which takes an equal part of every batch.
-      between: called before each batch; what it raises ends the embedding.
+      batch_size: a multiple of the number of devices; the last batch is padded with black images.
+      mesh: the devices, which share every batch equally.
+      between: called before each batch; it may raise to stop.
     """
     gather = jax.jit(lambda x: x, out_shardings=meshes.replicated(mesh))
     sharding = meshes.split(mesh)
@@ -74,13 +73,13 @@ def batched(
     def run(images: np.ndarray) -> np.ndarray:
         parts, done = deque(), []
         for start in range(0, len(images), batch_size):
-            if len(parts) >= _BATCHES_AHEAD:  # or `between` would be asked long before their end
+            if len(parts) >= _BATCHES_AHEAD:  # or `between` would be called long before they end
                 done.append(received(*parts.popleft()))
             between()
             part = images[start : start + batch_size]
             filled = np.zeros((batch_size, *images.shape[1:]), images.dtype)
             filled[: len(part)] = part
-            # Every host holds all images and hands its devices their part.
+            # Every host has all images and passes its devices their part.
             batch = jax.make_array_from_callback(
                 filled.shape, sharding, lambda index, filled=filled: filled[index]
             )
@@ -91,10 +90,10 @@ def batched(
 
 
 def rows_of_this_host(count: int, *, batch_size: int, mesh: Mesh) -> np.ndarray:
-    """Which of `count` images `batched` reads on this host; the others may be left black.
+    """Returns which of `count` images `batched` reads on this host; the others may stay black.
 
     Returns:
-      (count,) bool, all true where there is one host.
+      (count,) bool, all true with a single host.
     """
     parts = meshes.split(mesh).addressable_devices_indices_map((batch_size,))
     batch = np.zeros(batch_size, bool)

@@ -1,30 +1,30 @@
-"""Lengths, normalization and spread of embeddings: plain NumPy, in float64."""
+"""Lengths, normalization and spread of embeddings, in NumPy and float64."""
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 SHORTEST = 1e-12
-"""Embeddings that are shorter, such as zeros, are divided by this."""
+"""Shorter embeddings, such as zeros, are divided by this instead of their length."""
 
 
 def lengths(embeddings: np.ndarray) -> np.ndarray:
-    """(n, D) to (n,) float64 L2 norms, without an array of the squares."""
+    """Returns the (n,) float64 L2 norms of (n, D), without an array of squares."""
     return np.sqrt(np.einsum("nd,nd->n", embeddings, embeddings, dtype=np.float64))
 
 
 def normalize(embeddings: np.ndarray, *, dtype: DTypeLike = np.float32) -> np.ndarray:
-    """(n, D) scaled to length 1 in float64, returned as `dtype`; rows of zeros stay zeros."""
+    """Scales (n, D) to length 1 in float64 and returns it as `dtype`; rows of zeros stay zeros."""
     scaled = embeddings / np.maximum(lengths(embeddings), SHORTEST)[:, None]
     return scaled.astype(dtype, copy=False)
 
 
 def mean_cosine(embeddings: np.ndarray) -> float:
-    """The mean cosine between two different images; near 1 where all embeddings are one point.
+    """Returns the mean cosine of two different images; near 1 if all embeddings are one point.
 
-    Of n unit vectors u it is (|sum u|^2 - sum |u|^2) / (n (n - 1)): no pair is formed.
+    For n unit vectors u it is (|sum u|^2 - sum |u|^2) / (n (n - 1)), so no pairs are formed.
 
     Args:
-      embeddings: (n, D) float, n at least 2, of any length; zeros count as at right angles.
+      embeddings: (n, D) float, n at least 2, of any length; zeros count as orthogonal.
     """
     unit = normalize(embeddings, dtype=np.float64)
     total = unit.sum(axis=0)
@@ -33,18 +33,18 @@ def mean_cosine(embeddings: np.ndarray) -> float:
 
 
 def effective_rank(embeddings: np.ndarray) -> float:
-    """How many directions the unit embeddings use: exp of the entropy of their singular values.
+    """Returns the effective rank of the unit embeddings: exp of the entropy of singular values.
 
     With singular values s and p = s / sum s, exp(-sum p ln p): 1 for a point or a line, D for
     vectors spread evenly over D directions. (O. Roy, M. Vetterli, "The effective rank: a measure
     of effective dimensionality", 2007.)
 
     Args:
-      embeddings: (n, D) float, of any length; 0 where all of them are zero.
+      embeddings: (n, D) float, of any length; if all are zero the result is 0.
     """
     unit = normalize(embeddings, dtype=np.float64)
-    # Singular values are the roots of this small matrix's eigenvalues. Those that only rounding
-    # makes are left out: their roots would add up.
+    # Singular values are the square roots of this small matrix's eigenvalues. Those made by
+    # rounding are dropped, because their roots would add up.
     gram = unit.T @ unit if len(unit) >= unit.shape[1] else unit @ unit.T
     squares = np.linalg.eigvalsh(gram)
     values = np.sqrt(squares[squares > 1e-12 * squares[-1]])

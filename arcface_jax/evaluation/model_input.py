@@ -1,8 +1,8 @@
-"""What a model wants of an aligned face and what it gives: one description, kept with every export.
+"""Description of a model's input and output, stored with every export.
 
 Evaluation, calibration, embedding, distillation and cleaning read it from the open model
-(`Model.input`), whatever runs it. A run needs no file for it: its networks take what
-`arcface_jax.models.preprocess` makes, and the weights give the digest.
+(`Model.input`), whatever runs it. A run needs no file for it: its networks take the output of
+`arcface_jax.models.preprocess`, and the digest comes from the weights.
 """
 
 import dataclasses
@@ -18,37 +18,37 @@ from arcface_jax.errors import DataError
 from arcface_jax.models import preprocess
 
 METADATA_KEY = "model_input"
-"""Under which ONNX and safetensors files hold the JSON."""
+"""Key of the JSON in ONNX and safetensors files."""
 Layout = Literal["NCHW", "NHWC"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInput:
-    """How a caller prepares aligned uint8 faces: (x - mean) / scale, in this order and layout."""
+    """How to prepare aligned uint8 faces: (x - mean) / scale, in this channel order and layout."""
 
     height: int = IMAGE_SIZE
     width: int = IMAGE_SIZE
     color_order: ColorOrder = "RGB"
-    """Order of the channels that the model takes; images are RGB until then."""
+    """Channel order of the model's input; images are RGB before."""
     mean: float = preprocess.MEAN
-    """Subtracted by the caller; 0 where the model normalizes inside."""
+    """Subtracted by the caller; 0 if the model normalizes its input."""
     scale: float = preprocess.SCALE
-    """Then divided by; 1 where the model normalizes inside."""
+    """The caller then divides by it; 1 if the model normalizes its input."""
     layout: Layout = "NCHW"
     dtype: Literal["float32", "float16", "uint8"] = "float32"
     output: str = ""
-    """Name of the output that is the embedding, of a model with names for them."""
+    """Name of the output that is the embedding, if outputs have names."""
     embedding_size: int
     flip: bool = False
-    """Whether its operating points are for f(image) + f(mirrored image)."""
+    """Whether operating points are for f(image) + f(mirrored image)."""
     digest: str
-    """SHA-256 of the weights of the run that it was exported from, so that a calibration of the
-    run holds for its exact exports; of the file for a model of unknown origin."""
+    """SHA-256 of the weights of the exported run, so that a calibration of the run is valid for its
+    exact exports; for a model of unknown origin, of its file."""
     compatible_with: str = ""
-    """`digest` of the teacher whose embeddings its own can be compared with; empty for none."""
+    """`digest` of the teacher with which its embeddings are compatible; empty for none."""
 
     def to_json(self) -> str:
-        """One line of JSON."""
+        """Returns one line of JSON."""
         return json.dumps(dataclasses.asdict(self))
 
 
@@ -60,10 +60,10 @@ def from_json(text: str, *, source: str) -> ModelInput:
 
     Args:
       text: the JSON.
-      source: where it comes from, for the error message.
+      source: its origin, for the error message.
 
     Raises:
-      DataError: it is not such a description.
+      DataError: the text is not such a description.
     """
     try:
         return _ADAPTER.validate_json(text)

@@ -1,7 +1,7 @@
-"""The base of HTML pages: one file that needs no other, in light and dark, on screens of any width.
+"""Base of HTML pages: self-contained, in light and dark, for screens of any width.
 
 page.html has the head, the style and the blocks `title`, `style`, `header` and `main`; the template
-of a page begins with `{% extends "page.html" %}` and lies anywhere below this folder.
+of a page starts with `{% extends "page.html" %}` and is anywhere below this folder.
 """
 
 import base64
@@ -19,14 +19,15 @@ from arcface_jax.runtime.tables import share
 from arcface_jax.runtime.text import shown
 
 COLORS = 6
-"""Of lines and areas, as the classes `line-0` to `line-5` and so on; a seventh begins again."""
+"""Number of colors of lines and areas, as classes `line-0` to `line-5`; a seventh repeats the
+first."""
 
 
 def write(path: Path, template: str, **values: Any) -> None:
-    """Renders a page into a file; its folder is made where it is missing.
+    """Renders a page into a file, and creates its folder if missing.
 
     Args:
-      path: of the page.
+      path: path of the page.
       template: its path from this file's folder, with forward slashes.
       values: for the template; the filter `share` formats a number between 0 and 1.
 
@@ -50,5 +51,5 @@ def write(path: Path, template: str, **values: Any) -> None:
 
 
 def picture(image: np.ndarray) -> str:
-    """(H, W, 3) uint8 RGB as the address of a JPEG inside the page, for `<img src>`."""
+    """Returns (H, W, 3) uint8 RGB as a JPEG data URL for `<img src>`."""
     return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image, quality=88)).decode()

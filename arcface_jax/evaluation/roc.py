@@ -1,9 +1,8 @@
 """ROC curves of pairs of faces: exact at ties, and fast enough for many millions of scores.
 
-A score is the higher, the more alike two faces are: a cosine, or a squared distance with its sign
-turned. A pair is accepted, which is to say called the same, where score >= threshold. FAR is the
-share of the different pairs that are accepted, TAR the accepted share of the same pairs, and
-FRR = 1 - TAR.
+Scores are higher for more similar faces: a cosine, or a negated squared distance. A pair is
+accepted, i.e. called the same, if score >= threshold. FAR is the share of different pairs that are
+accepted, TAR the share of same pairs that are accepted, and FRR = 1 - TAR.
 """
 
 import math
@@ -19,14 +18,14 @@ CONFIDENCE = 0.95
 
 
 class Roc(NamedTuple):
-    """What is accepted at each of m thresholds: none, then every score that occurs."""
+    """Accepted pairs at each of m thresholds: none, then one threshold for every distinct score."""
 
     threshold: np.ndarray
-    """(m,) falling, in the scores' dtype; the first is infinite and accepts nothing."""
+    """(m,) descending, in the scores' dtype; the first is infinite and accepts nothing."""
     false_accepts: np.ndarray
     """(m,) int64: different pairs with score >= threshold, from 0 to all of them."""
     true_accepts: np.ndarray
-    """(m,) int64: the same for same pairs."""
+    """(m,) int64: same pairs with score >= threshold."""
 
     @property
     def far(self) -> np.ndarray:
@@ -40,33 +39,33 @@ class Roc(NamedTuple):
 
 
 class TarAtFar(NamedTuple):
-    """TAR where FAR is at most a target; `None`s where the set has too few different pairs."""
+    """TAR where FAR is at most a target; `None`s if the set has too few different pairs."""
 
     far: float
-    """The target."""
+    """Target FAR."""
     pairs_needed: int
-    """The fewest different pairs that can show such a FAR: the first n with 1 / n <= far."""
+    """Fewest different pairs that can measure such a FAR: the first n with 1 / n <= far."""
     tar: float | None
     interval: tuple[float, float] | None
-    """`wilson` of TAR at this threshold; how sure the threshold itself is, it does not say."""
+    """`wilson` of TAR at this threshold; excludes the uncertainty of the threshold itself."""
     threshold: float | None
-    """The lowest score with that FAR at most; infinite where that is to accept nothing."""
+    """Lowest score with at most that FAR; infinite if nothing can be accepted."""
 
     @property
     def label(self) -> str:
-        """The target as `1e-3`."""
+        """The target as text, such as `1e-3`."""
         return np.format_float_scientific(self.far, trim="-", exp_digits=1)
 
 
 def checked(score: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and labels as arrays that belong together.
+    """Checks scores and labels, and returns them as arrays.
 
     Args:
       score: (n,) float, scores or distances.
       same: (n,) bool, or 0 and 1.
 
     Raises:
-      DataError: they are not of one length, or a score is not finite.
+      DataError: their lengths differ, or a score is not finite.
     """
     score, same = np.asarray(score), np.asarray(same, bool)
     if score.ndim != 1 or score.shape != same.shape:
@@ -83,13 +82,13 @@ def checked(score: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def check_both_kinds(same: np.ndarray) -> None:
-    """Refuses labels that know one answer only.
+    """Refuses labels of one kind only.
 
     Args:
       same: (n,) bool.
 
     Raises:
-      DataError: all pairs are the same, or all different, or there are none.
+      DataError: all pairs are same pairs or all are different ones, or there are none.
     """
     count = np.count_nonzero(same)
     if not 0 < count < len(same):
@@ -100,10 +99,10 @@ def check_both_kinds(same: np.ndarray) -> None:
 
 
 def roc(score: np.ndarray, same: np.ndarray) -> Roc:
-    """The whole curve, each distinct score a threshold: pairs that tie are accepted together.
+    """Computes the whole curve; each distinct score is a threshold, so ties are accepted together.
 
     The same points as scikit-learn's `roc_curve(same, score, drop_intermediate=False)`. Scores are
-    sorted without their labels, which is several times as fast as to sort an index.
+    sorted without their labels, which is several times faster than sorting an index.
 
     Args:
       score: (n,) float.
@@ -118,7 +117,7 @@ def roc(score: np.ndarray, same: np.ndarray) -> Roc:
     first = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     threshold = ordered[first]
     accepted = len(score) - first
-    # How many same pairs have each score, and from it how many have at least that score.
+    # The number of same pairs with each score, and from it the number with at least that score.
     place = np.searchsorted(threshold, np.sort(score[same]))
     at_threshold = np.bincount(place, minlength=len(threshold))
     true_accepts = at_threshold[::-1].cumsum()
@@ -130,9 +129,9 @@ def roc(score: np.ndarray, same: np.ndarray) -> Roc:
 
 
 def auc(curve: Roc) -> float:
-    """The area under the curve: the chance that a same pair scores above a different one.
+    """Returns the area under the curve: the probability that a same pair outscores a different one.
 
-    Ties count half. Counted in integers, so that the result is the nearest float64.
+    Ties count half. Computed in integers, so the result is the nearest float64.
     """
     true, false = curve.true_accepts, curve.false_accepts
     doubled = int(np.sum(np.diff(false) * (true[1:] + true[:-1])))
@@ -140,14 +139,14 @@ def auc(curve: Roc) -> float:
 
 
 def eer(curve: Roc) -> float:
-    """The equal error rate: FAR where it is FRR, on straight lines between the curve's points.
+    """Returns the equal error rate: FAR where it equals FRR, with linear interpolation.
 
-    FAR - FRR rises from -1 to 1 and is never level, so that there is one such place. Between its
-    last point (FAR_0, FRR_0) before and its first point (FAR_1, FRR_1) at or after that place,
+    FAR - FRR increases strictly from -1 to 1, so there is exactly one such place. Between its last
+    point (FAR_0, FRR_0) before and its first point (FAR_1, FRR_1) at or after that place,
 
         EER = FAR_0 + (FAR_1 - FAR_0) (FRR_0 - FAR_0) / ((FRR_0 - FAR_0) + (FAR_1 - FRR_1)).
 
-    Counted in integers, so that the result is the nearest float64.
+    Computed in integers, so the result is the nearest float64.
     """
     same, different = int(curve.true_accepts[-1]), int(curve.false_accepts[-1])
     # FAR - FRR, times the number of pairs of either kind.
@@ -159,28 +158,28 @@ def eer(curve: Roc) -> float:
 
 
 def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) -> list[TarAtFar]:
-    """The largest TAR among the thresholds whose FAR does not exceed a target, for each target.
+    """Returns, for each target, the largest TAR among thresholds whose FAR does not exceed it.
 
-    Nothing is interpolated: where several different pairs tie, or FAR steps over the target, the
-    step before it counts. Of n different pairs k = floor(far n) may be accepted, so the threshold
-    is the lowest score above the (k + 1)-th highest of theirs. With n < 1 / far only k = 0 is
-    left, which tells nothing about the target: TAR is None.
+    There is no interpolation: if different pairs tie, or FAR steps over the target, the step before
+    it counts. Of n different pairs k = floor(far n) may be accepted, so the threshold is the lowest
+    score above the (k + 1)-th highest of theirs. With n < 1 / far, k is 0, which does not measure
+    the target: TAR is None.
 
     Only the top of the different pairs' scores is sorted.
 
     Args:
       score: (n,) float.
       same: (n,) bool.
-      fars: the targets, each in 0 .. 1, both excluded.
+      fars: the targets, each in (0, 1).
 
     Returns:
-      One for each target, in their order.
+      One result per target, in the same order.
 
     Raises:
-      DataError: as `roc`, or a target is no such rate.
+      DataError: as `roc`, or a target is outside (0, 1).
 
     Examples:
-      One of ten different pairs may be accepted at a FAR of 0.1, and 0.01 takes a hundred:
+      One of ten different pairs may be accepted at a FAR of 0.1, and 0.01 needs a hundred:
 
       >>> import numpy as np
       >>> score = np.array([0.9, 0.7, 0.5, 0.3] + [0.6, 0.4] + 8 * [0.1])
@@ -203,7 +202,7 @@ def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) ->
 
 
 def _tar_at_far(far: float, genuine: np.ndarray, top: np.ndarray, *, different: int) -> TarAtFar:
-    """One target; `top` holds the highest scores of the different pairs, rising."""
+    """Computes one target; `top` has the highest scores of the different pairs, ascending."""
     count = allowed(far, different)
     needed = pairs_needed(far)
     if not count:
@@ -218,7 +217,7 @@ def _tar_at_far(far: float, genuine: np.ndarray, top: np.ndarray, *, different: 
 
 
 def allowed(far: float, count: int) -> int:
-    """The largest k with k / count <= far, all as float64 rounds."""
+    """Returns the largest k with k / count <= far, in float64 arithmetic."""
     k = int(far * count)
     if (k + 1) / count <= far:
         return k + 1
@@ -226,24 +225,25 @@ def allowed(far: float, count: int) -> int:
 
 
 def pairs_needed(far: float) -> int:
-    """The smallest n with 1 / n <= far, as float64 rounds."""
+    """Returns the smallest n with 1 / n <= far, in float64 arithmetic."""
     near = round(1 / far)
     return near if 1 / near <= far else near + 1
 
 
 def wilson(rate: float, trials: int) -> tuple[float, float]:
-    """The 95 % confidence interval of a rate, Wilson's score interval.
+    """Returns the 95 % confidence interval of a rate, Wilson's score interval.
 
     With z = 1.96, the 97.5 % quantile of the normal distribution, and n trials,
 
         (rate + z^2 / 2n  +-  z sqrt(rate (1 - rate) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
     (E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927).
-    Unlike rate +- z sqrt(rate (1 - rate) / n) it stays inside 0 .. 1 and keeps a width at a rate
-    of 1, where face verification lives. The exact interval of Clopper and Pearson is wider than
-    it says and takes the inverse of the incomplete beta function.
+    Unlike rate +- z sqrt(rate (1 - rate) / n) it stays within 0 .. 1 and has a width at a rate of
+    1, which is typical of face verification. The exact interval of Clopper and Pearson is
+    conservative and needs the inverse of the incomplete beta function.
 
-    It takes the trials as independent. Pairs that share people are not quite: the truth is wider.
+    It assumes independent trials. Pairs that share people are not quite independent: the true
+    interval is wider.
 
     Args:
       rate: 0 .. 1.

@@ -1,10 +1,10 @@
 """Embeddings of many images in shards on disk, so that a killed job resumes where it stopped.
 
-`Store` is the folder: settings.json states what the shards were made of and their digests, and each
-shard is moved into place when it is complete. A shard that differs from its digest is made again.
-`extract` fills one with the features that the protocols read:
-FOLDER/00000.npy and so on are (rows, k, D) float32: f(image), and with flip f(image) + f(flipped
-image). `arcface_jax.inference.bulk` keeps its embeddings of whole folders in another.
+`Store` is the folder: settings.json has the shards' settings and digests, and each shard is moved
+into place when it is complete. A shard that does not match its digest is recomputed. `extract`
+fills one with the features that the protocols read: FOLDER/00000.npy and so on are (rows, k, D)
+float32: f(image), and with flip f(image) + f(flipped image). `arcface_jax.inference.bulk` keeps its
+embeddings of whole folders in another.
 """
 
 import contextlib
@@ -32,12 +32,12 @@ SETTINGS = "settings.json"
 _DIGESTS = "digests"
 _ADDED = ("sample",)  # settings that earlier versions did not store
 ROWS = 2048
-"""Images in a shard: two shards of images are in memory, 154 MB."""
+"""Images in a shard; two shards of images in memory take 154 MB."""
 
 Load = Callable[[int], np.ndarray]
-"""An image's number to (112, 112, 3) uint8 RGB; called from threads."""
+"""Maps an image's number to (112, 112, 3) uint8 RGB; called from threads."""
 HostRows = Callable[[int], np.ndarray]
-"""A number of images to (n,) bool: the ones this host's devices embed, see `Network`."""
+"""Maps a number of images to (n,) bool: the ones that this host's devices embed; see `Network`."""
 
 
 class Store(NamedTuple):
@@ -45,25 +45,25 @@ class Store(NamedTuple):
 
     folder: Path
     pattern: str = "{:05d}.npy"
-    """File name of a shard, given its number."""
+    """File name of a shard, formatted with its number."""
     beside: str = ""
-    """File name of the JSON that belongs to a shard, if there is any."""
+    """File name of the JSON that belongs to a shard, if there is one."""
 
     def agree(
         self, settings: Mapping[str, Any], *, write: bool = True, **unchecked: Any
     ) -> dict[str, Any]:
-        """Compares the settings with the folder's; writes them into a new one.
+        """Compares the settings with the folder's, or writes them into a new folder.
 
         Args:
           settings: what the shards depend on; plain JSON.
-          write: whether this host writes; with several, only the first does.
-          unchecked: stored beside the settings of a new folder, but not compared.
+          write: whether this host writes; with several hosts, only the first one does.
+          unchecked: stored with the settings of a new folder, but not compared.
 
         Returns:
-          The settings that are stored.
+          The stored settings.
 
         Raises:
-          DataError: the folder holds shards with other settings, or without any that can be read.
+          DataError: the folder has shards with other settings, or with unreadable ones.
           OSError: the folder cannot be written.
         """
         try:
@@ -94,10 +94,10 @@ class Store(NamedTuple):
         return stored
 
     def settings(self) -> dict[str, Any]:
-        """What the shards were made of.
+        """The settings that the shards were made with.
 
         Raises:
-          DataError: it is damaged, or not there.
+          DataError: the file is damaged or missing.
         """
         try:
             return {name: value for name, value in self._read().items() if name != _DIGESTS}
@@ -105,26 +105,26 @@ class Store(NamedTuple):
             raise DataError(f"{self.folder} holds no {SETTINGS}: use another folder") from None
 
     def path(self, number: int) -> Path:
-        """Where a shard is, once it is complete."""
+        """Returns the path of a shard."""
         return self.folder / self.pattern.format(number)
 
     def path_beside(self, number: int) -> Path:
-        """Where the JSON of a shard is."""
+        """Returns the path of a shard's JSON."""
         return self.folder / self.beside.format(number)
 
     def present(self) -> list[Path]:
-        """The shards that have files, in order."""
+        """Returns the existing shards, in order."""
         return [self.path(number) for number in self._numbers()]
 
     def missing(self, count: int, *, report: bool = True) -> list[int]:
-        """Which of the first `count` shards have yet to be made, or made again.
+        """Returns which of the first `count` shards are missing or damaged.
 
         Args:
-          count: of the shards.
-          report: whether to print which ones are damaged.
+          count: count of the shards.
+          report: whether to print the damaged ones.
 
         Raises:
-          DataError: a folder is in a shard's place.
+          DataError: there is a folder in place of a shard.
         """
         digests = self._read()[_DIGESTS] if self._is_current() else {}
         with ThreadPoolExecutor() as pool:
@@ -155,10 +155,10 @@ class Store(NamedTuple):
                 )
 
     def write(self, number: int, shard: np.ndarray, *, beside: Any = None) -> None:
-        """Writes a shard, which appears when all of it is on disk.
+        """Writes a shard atomically.
 
         Args:
-          number: of the shard.
+          number: number of the shard.
           shard: the embeddings.
           beside: plain JSON that belongs to it.
         """
@@ -167,7 +167,7 @@ class Store(NamedTuple):
         files = {self.path(number): content.getvalue()}
         if self.beside:
             files = {self.path_beside(number): json.dumps(beside, indent=0).encode()} | files
-        # The digests come first: a shard without one is none.
+        # The digests come first, because a shard without one is ignored.
         try:
             settings = self._read()
         except FileNotFoundError as error:
@@ -183,7 +183,7 @@ class Store(NamedTuple):
         return [self.path(number), *([self.path_beside(number)] if self.beside else [])]
 
     def _numbers(self, names: Iterable[str] | None = None) -> list[int]:
-        """The shards among file names, by default the folder's, in order."""
+        """Returns the numbers of the shards among file names, by default the folder's, in order."""
         before, _, after = self.pattern.partition("{:05d}")
         if names is None:
             names = [path.name for path in self.folder.glob(f"{before}*{after}")]
@@ -195,7 +195,7 @@ class Store(NamedTuple):
         return sorted(int(number) for number in digits if number.isascii() and number.isdecimal())
 
     def _read(self) -> dict[str, Any]:
-        """The settings, of this version or an earlier one.
+        """Reads the settings, of this version or an earlier one.
 
         Raises:
           FileNotFoundError: there are none.
@@ -204,7 +204,7 @@ class Store(NamedTuple):
         path = self.folder / SETTINGS
         try:
             stored = sealed.read(path, unsealed=True)
-            if _DIGESTS in stored:  # or the file has lost its digest
+            if _DIGESTS in stored:  # otherwise the file has lost its digest
                 stored = sealed.read(path)
                 if not isinstance(stored[_DIGESTS], dict):
                     raise DamagedError(f"{path} has no digests")
@@ -225,9 +225,9 @@ class Store(NamedTuple):
         write_atomic(self.folder / SETTINGS, sealed.seal(content, indent=2))
 
     def _wrong(self, number: int, digests: Mapping[str, str]) -> list[str] | None:
-        """Names of a shard's files that are not what was written; none if it never was.
+        """Lists the corrupt files of a shard; empty if it was never written.
 
-        Returns None where the shard is whole.
+        Returns None if the shard is intact.
         """
         files, wrong = self._files(number), []
         for path in files:
@@ -244,7 +244,7 @@ class Store(NamedTuple):
         return wrong if any(path.name in digests for path in files) else []
 
     def _adopted(self) -> dict[str, str]:
-        """Digests of the shards of an earlier version, as far as they can be read."""
+        """Computes the digests of an earlier version's shards, as far as they are readable."""
         digests = {}
         for number in self._numbers():
             with contextlib.suppress(OSError, ValueError, EOFError):
@@ -262,7 +262,7 @@ class Features(NamedTuple):
     num_images: int
 
     def read(self, *, flip: bool) -> np.ndarray:
-        """(n, D) float32: f(image), or f(image) + f(flipped image)."""
+        """Returns (n, D) float32: f(image), or f(image) + f(flipped image)."""
         out: np.ndarray | None = None
         for number, start in enumerate(range(0, self.num_images, ROWS)):
             shard = np.load(self.store.path(number), mmap_mode="r")
@@ -275,19 +275,19 @@ class Features(NamedTuple):
 
 
 def aligned_image(path: Path, landmarks: np.ndarray) -> np.ndarray:
-    """A loose crop, moved by its five points to (112, 112, 3) uint8 RGB.
+    """Aligns a loose crop by its five points to (112, 112, 3) uint8 RGB.
 
     Raises:
-      DataError: there is no such image, or it cannot be decoded.
+      DataError: the image does not exist, or cannot be decoded.
     """
     return faces.align(decode_any_size(read_bytes(path), where=str(path)), landmarks)
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file that a list of images names.
+    """Reads a file that a list of images names.
 
     Raises:
-      DataError: it cannot be read.
+      DataError: the file cannot be read.
     """
     try:
         return foreign.read(path)
@@ -310,24 +310,24 @@ def extract(
     host_rows: HostRows | None = None,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Features:
-    """Embeds all images whose shards are not there yet.
+    """Embeds all images whose shards are missing.
 
-    While the devices embed one shard, threads read and align the next. With several hosts each
-    reads what its devices take, and the first one writes; all need the same folder afterwards.
+    While the devices embed one shard, threads read and align the next. With several hosts, each
+    reads the images for its devices, and the first one writes; all need the same folder.
 
     Args:
       embed: (n, 112, 112, 3) uint8 to (n, D) float32.
-      load: gives image i.
-      names: of the n images, for errors.
-      folder: of the shards; made where it is missing.
+      load: returns image i.
+      names: names of the n images, for errors.
+      folder: folder of the shards; created if missing.
       settings: what the embeddings depend on: network and list of images; plain JSON.
       flip: whether f(flipped image) is wanted too.
       threads: that read images.
       host_rows: with several hosts, the rows of a shard that this one reads.
-      progress: told how many images are done, after each shard.
+      progress: called with the number of finished images after each shard.
 
     Raises:
-      DataError: the folder holds embeddings of another network, list or kind, an image cannot be
+      DataError: the folder has embeddings of another network, list or kind, an image cannot be
         read, or an embedding is not finite.
     """
     count = len(names)
@@ -368,7 +368,7 @@ def extract(
 
 
 def _embed_views(embed: Embed, images: np.ndarray, *, views: int) -> np.ndarray:
-    """(n, views, D) float32."""
+    """Embeds the views of images: (n, views, D) float32."""
     plain = embed(images)
     if views == 1:
         return plain[:, None]
@@ -385,18 +385,18 @@ def _check_finite(shard: np.ndarray, names: Sequence[str]) -> None:
 
 
 def _agreed_views(store: Store, settings: dict[str, Any], *, flip: bool, write: bool) -> int:
-    """Compares settings with the store's; returns how many views of each image it holds."""
+    """Compares settings with the store's; returns its number of views per image."""
     stored = store.agree(settings | {"shard": ROWS}, write=write, views=1 + flip)
     if stored.get("views", 0) < 1 + flip:
         raise DataError(
-            f"{store.folder} was made without flipped images, and they are wanted (option F): use "
+            f"{store.folder} was made without flipped images, which option F needs: use "
             "another folder, or delete this one"
         )
     return stored["views"]
 
 
 def of_first_host(missing: list[int], shards: int) -> list[int]:
-    """The first host's view of what is missing: hosts that disagreed would wait for ever."""
+    """Returns the first host's missing shards: hosts that disagreed would deadlock."""
     if jax.process_count() == 1:
         return missing
     flags = np.isin(np.arange(shards), missing)

@@ -1,8 +1,8 @@
 """insightface's verification protocol, on embeddings.
 
-The embedding of an image is f(image) + f(flipped image), normalized; the score of a pair the
-squared distance of its embeddings. Ten contiguous folds: the threshold that is best on nine
-decides the tenth. Beside it stands what needs no folds: the ROC over all pairs of a set.
+The embedding of an image is f(image) + f(flipped image), normalized; the score of a pair is the
+squared distance of its embeddings. In ten contiguous folds, the best threshold on nine is applied
+to the tenth. The ROC over all pairs of a set needs no folds.
 """
 
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ from arcface_jax.evaluation.roc import TarAtFar
 FOLDS = 10
 THRESHOLDS = np.arange(0, 4, 0.01)
 FAR_THRESHOLDS = np.arange(0, 4, 0.001)
-"""Those of `ten_fold_tar`."""
+"""Thresholds of `ten_fold_tar`."""
 FOLD_FAR = 1e-3
-"""Its target in `verify`."""
+"""Target FAR of `ten_fold_tar` in `verify`."""
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-"""Targets of TAR over all pairs."""
+"""Target FARs for TAR over all pairs."""
 METRICS = (
     *("accuracy", "accuracy_std", "threshold", "threshold_cosine", "auc", "eer", "xnorm"),
     *("mean_cosine", "effective_rank"),
 )
-"""What `Verification.metrics` has of every set, whatever its size."""
+"""Metrics of `Verification.metrics` that every set has, whatever its size."""
 _SPREAD_IMAGES = 2048
-"""Enough, spread over a set, to say how its embeddings are spread."""
+"""Number of images, spread over a set, that is enough to measure the spread of embeddings."""
 
 
 class Verification(NamedTuple):
-    """The outcome on one set of n pairs."""
+    """Result on one set of n pairs."""
 
     name: str
     accuracy: float
@@ -43,7 +43,7 @@ class Verification(NamedTuple):
     accuracy_std: float
     """Standard deviation over the folds."""
     interval: tuple[float, float]
-    """The 95 % confidence interval of the accuracy, as `roc.wilson` with n trials."""
+    """95 % confidence interval of the accuracy, from `roc.wilson` with n trials."""
     threshold: float
     """Mean of the folds' thresholds on the squared distance."""
     auc: float
@@ -53,7 +53,7 @@ class Verification(NamedTuple):
     tars: tuple[TarAtFar, ...]
     """TAR at each of `FARS` over all pairs; thresholds are cosines."""
     fold_tar: float
-    """insightface's TAR at FAR 1e-3: mean over the folds, see `ten_fold_tar`."""
+    """insightface's TAR at FAR 1e-3: mean over the folds of `ten_fold_tar`."""
     xnorm: float
     """Mean length of the embeddings before normalization; insightface's XNorm."""
     distance: np.ndarray
@@ -61,19 +61,19 @@ class Verification(NamedTuple):
     same: np.ndarray
     """(n,) bool: whether each pair shows one person."""
     norms: np.ndarray
-    """(4 n,) float64: the embeddings' lengths, of the images and of the flipped ones."""
+    """(4 n,) float64: lengths of the embeddings of images and flipped images."""
     mean_cosine: float
     """`embeddings.mean_cosine` of images spread over the set."""
     effective_rank: float
     """`embeddings.effective_rank` of images spread over the set."""
     mode_cosine: float | None = None
-    """`collapse.mode_cosine`, which training measures."""
+    """`collapse.mode_cosine`, measured during training."""
     model: str = ""
-    """Whose embeddings these are, where several models are compared."""
+    """Name of the model, if several models are compared."""
     single_threshold: float = float("nan")
-    """As `threshold`, for single embeddings f(image), which inference makes by default."""
+    """Like `threshold`, for single embeddings f(image), the default of inference."""
     single_tars: tuple[TarAtFar, ...] = ()
-    """As `tars`, for single embeddings."""
+    """Like `tars`, for single embeddings."""
 
     @property
     def threshold_cosine(self) -> float:
@@ -87,14 +87,14 @@ class Verification(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """Of its metrics' names: `eval/NAME`, or `eval/MODEL/NAME`."""
+        """Prefix of its metrics: `eval/NAME`, or `eval/MODEL/NAME`."""
         return f"eval/{self.model}/{self.name}" if self.model else f"eval/{self.name}"
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, as `eval/NAME/accuracy` and so on, or `eval/MODEL/NAME/accuracy`.
+        """Returns the metrics, as `eval/NAME/accuracy` and so on, or `eval/MODEL/NAME/accuracy`.
 
-        `tar@far=1e-3` and so on are there if the set has enough pairs, and
-        `fold_tar@far=1e-3` where `tar@far=1e-3` is.
+        `tar@far=1e-3` and so on are included if the set has enough pairs, and `fold_tar@far=1e-3`
+        together with `tar@far=1e-3`.
         """
         values = {name: getattr(self, name) for name in METRICS}
         values["accuracy_low"], values["accuracy_high"] = self.interval
@@ -109,10 +109,11 @@ class Verification(NamedTuple):
 
 
 def check(pairs: PairSet) -> None:
-    """Refuses a set that cannot be verified, whatever the embeddings.
+    """Refuses a set that cannot be used for verification.
 
     Raises:
-      DataError: there are not two images a pair, fewer pairs than folds, or pairs of one kind only.
+      DataError: there are not two images per pair, fewer pairs than folds, or pairs of one kind
+          only.
     """
     images, count = len(pairs.images), len(pairs.same)
     try:
@@ -128,14 +129,14 @@ def check(pairs: PairSet) -> None:
 
 
 def check_metric(name: str, sets: Sequence[PairSet]) -> None:
-    """Refuses what can be no measure of the best checkpoint.
+    """Refuses a metric that cannot rank checkpoints.
 
     Args:
       name: such as `eval/lfw/accuracy`.
-      sets: those that are evaluated.
+      sets: the evaluated sets.
 
     Raises:
-      ConfigError: it is no measure of quality on these sets.
+      ConfigError: it does not measure quality on these sets.
     """
     known = []
     for pairs in sets:
@@ -153,15 +154,15 @@ def check_metric(name: str, sets: Sequence[PairSet]) -> None:
 
 
 def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
-    """Embeds a set, as it is and flipped, and applies the protocol.
+    """Embeds a set and its flipped images, and applies the protocol.
 
     Args:
       embed: the network.
       pairs: the set.
-      model: the network's name, where several are compared.
+      model: the network's name, if several are compared.
 
     Raises:
-      DataError: an embedding is not finite, or the set is one that `check` refuses.
+      DataError: an embedding is not finite, or `check` refuses the set.
     """
     check(pairs)
     plain, flipped = embed(pairs.images), embed(pairs.images[:, :, ::-1])
@@ -205,14 +206,14 @@ def verify(embed: Embed, pairs: PairSet, *, model: str = "") -> Verification:
 def across(embed: Embed, *, enrolled: Embed) -> Embed:
     """Embeds the first image of each pair with one network, and the second with another.
 
-    What `verify` then measures is a gallery of one network searched with faces of the other.
+    `verify` then measures how well faces of one network match a gallery of the other.
 
     Args:
       embed: the network of the second images.
-      enrolled: the network of the first ones, as those of a gallery.
+      enrolled: the network of the first ones, i.e. the gallery's.
 
     Raises:
-      ConfigError: while embedding, their embeddings differ in size.
+      ConfigError: while embedding, if the sizes of their embeddings differ.
     """
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -228,24 +229,26 @@ def across(embed: Embed, *, enrolled: Embed) -> Embed:
 
 
 def raw_pixel_accuracy(pairs: PairSet) -> float:
-    """Accuracy of gray pixels less their mean: the score of a model that learned nothing."""
+    """Returns the accuracy of gray pixels minus their mean: the score of a model without
+    training.
+    """
     gray = pairs.images.mean(axis=3).reshape(len(pairs.images), -1)
     distance = pair_distances(gray - gray.mean(axis=1, keepdims=True))
     return float(ten_fold(distance, pairs.same)[0].mean())
 
 
 def pair_distances(embeddings: np.ndarray) -> np.ndarray:
-    """(2 n, D) embeddings, two a pair, to (n,) float64 squared distances of the normalized ones."""
+    """Returns the (n,) float64 squared distances of normalized pairs, from (2 n, D) embeddings."""
     unit = normalize(embeddings.astype(np.float64, copy=False), dtype=np.float64)
     return np.sum(np.square(unit[0::2] - unit[1::2]), axis=1)
 
 
 def ten_fold(distance: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Accuracy of each fold, with the threshold that is best on the other nine.
+    """Computes the accuracy of each fold with the best threshold on the other nine.
 
-    A pair is called the same where distance < threshold, for the thresholds 0.00, 0.01 .. 3.99;
-    the first of several equally good ones is taken. All thresholds are counted at once: a pair is
-    right from, or up to, one place in their list.
+    A pair is called the same if distance < threshold, with thresholds 0.00, 0.01 .. 3.99; ties go
+    to the lowest threshold. All thresholds are counted at once: each pair is decided rightly from,
+    or up to, one place in their list.
 
     Args:
       distance: (n,) float64 squared distances.
@@ -276,15 +279,15 @@ def ten_fold(distance: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.nda
 def ten_fold_tar(
     distance: np.ndarray, same: np.ndarray, *, far: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """TAR of each fold, at the threshold that gives a FAR on the other nine.
+    """Computes the TAR of each fold at the threshold with a target FAR on the other nine.
 
-    The FAR of the nine folds at the thresholds 0.000, 0.001 .. 3.999 is joined by straight lines,
-    and the threshold is read off where they meet the target: between the last threshold whose FAR
-    is at most the target and the next. Where a level stretch lies on the target itself, that is
-    the stretch's last threshold, which accepts most; insightface's own code stops there with an
-    error, as with any level stretch, since SciPy came to refuse them. The threshold is 0 where no
-    FAR reaches the target. Fewer than 1 / far different pairs give a threshold too, somewhere
-    before the nearest of them; `roc.tar_at_far` gives none.
+    The FAR of the nine folds at the thresholds 0.000, 0.001 .. 3.999 is interpolated linearly, and
+    the threshold is where it reaches the target: between the last threshold whose FAR is at most
+    the target and the next one. If FAR is constant at the target, it is the last of these
+    thresholds, which accepts most; insightface's code fails there, and on any constant stretch,
+    since SciPy began to refuse them. The threshold is 0 if no FAR reaches the target. Fewer than 1
+    / far different pairs also yield a threshold, somewhere below the nearest of them;
+    `roc.tar_at_far` returns None then.
 
     Args:
       distance: (n,) float64 squared distances.
@@ -292,7 +295,7 @@ def ten_fold_tar(
       far: the target, above 0.
 
     Returns:
-      TARs (10,), FARs (10,) and thresholds (10,) of the folds; NaN for a rate among no pairs.
+      TARs (10,), FARs (10,) and thresholds (10,) of the folds; NaN for a rate over no pairs.
 
     Raises:
       DataError: fewer than ten pairs, or as `roc.checked`.
@@ -313,24 +316,24 @@ def ten_fold_tar(
 
 
 def _folds(count: int) -> np.ndarray:
-    """(count,) int: the fold of each pair, as scikit-learn's KFold cuts them."""
+    """Returns (count,) int: the fold of each pair, as scikit-learn's KFold assigns them."""
     if count < FOLDS:
         raise DataError(f"{count} pairs are too few for {FOLDS} folds: give at least {FOLDS}")
-    # The first (count mod 10) folds hold one pair more.
+    # The first (count mod 10) folds have one more pair.
     sizes = np.full(FOLDS, count // FOLDS) + (np.arange(FOLDS) < count % FOLDS)
     return np.repeat(np.arange(FOLDS), sizes)
 
 
 def _fold_means(values: np.ndarray, fold: np.ndarray) -> np.ndarray:
-    """(n,) values to their (folds,) means, NaN where a fold has none."""
+    """Returns the (folds,) means of (n,) values, NaN for a fold without any."""
     counts = np.bincount(fold, minlength=FOLDS)
     sums = np.bincount(fold, weights=values, minlength=FOLDS)
     return np.divide(sums, counts, out=np.full(FOLDS, np.nan), where=counts > 0)
 
 
 def _accepted(distance: np.ndarray, fold: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """(folds, thresholds) int: how many of the given pairs lie strictly below each threshold."""
-    # The first threshold that the distance lies below.
+    """Counts, as (folds, thresholds) int, the given pairs strictly below each threshold."""
+    # The first threshold above the distance.
     place = np.searchsorted(thresholds, distance, side="right")
     slots = len(thresholds) + 1
     cells = np.bincount(fold * slots + place, minlength=FOLDS * slots)

@@ -1,6 +1,6 @@
-"""Settings of the head that follow from the machine, resolved once at start.
+"""Settings of the head that depend on the machine, resolved once at start.
 
-Read in the programs that XLA compiles for an H100 (docs/gpu.md) and timed on CPUs.
+Chosen by reading the programs that XLA compiles for an H100 (docs/gpu.md) and by timing on CPUs.
 """
 
 from dataclasses import replace
@@ -10,25 +10,25 @@ from arcface_jax.config import HeadConfig
 from arcface_jax.errors import ConfigError
 from arcface_jax.heads import margins
 
-_GPUS = ("cuda", "gpu", "rocm")  # topologies and devices call them differently
+_GPUS = ("cuda", "gpu", "rocm")  # topologies and devices use different names
 
 # On a GPU every block is a dozen kernels: 8,192 classes make them long enough, and a block's
-# operands still fit into the L2 cache. On a CPU 2,048 do.
+# operands still fit into the L2 cache. On a CPU 2,048 classes are enough.
 _BLOCK_SIZE = {True: 8192, False: 2048}
 
-# Up to here the block's rows are most of the traffic, above it the (B, n) products are.
+# Up to this batch, the block's rows are most of the traffic; above it, the (B, n) products.
 _SMALL_BATCH = 512
 
-# A block's products with a tile of the batch: at most this many bytes of float32.
+# A block's products with a tile of the batch have at most this many bytes of float32.
 _TILE_BYTES = 64 * 2**20
 
 
 def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
-    """Replace `automatic` settings by what they stand for.
+    """Replaces `automatic` settings by actual values.
 
     Args:
       head: as configured.
-      platform: of the mesh's devices, which need not be in this machine.
+      platform: platform of the mesh's devices, which need not be in this machine.
       batch: embeddings over all devices.
 
     Raises:
@@ -50,7 +50,7 @@ def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
 
 
 def tiles(head: HeadConfig, *, batch: int, devices: int) -> int:
-    """In how many parts a block meets the batch: a divisor of the samples of a device."""
+    """Returns the number of tiles of the batch: a divisor of the samples of a device."""
     largest = max(_TILE_BYTES // (4 * head.block_size * head.subcenters), 1)
     each = batch // devices
     counts = (count for count in range(1, each + 1) if each % count == 0)

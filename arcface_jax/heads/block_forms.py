@@ -1,14 +1,14 @@
-"""How a block of classes is multiplied with a batch: forms of one computation, chosen at start.
+"""Forms of multiplying a block of classes with a batch, one of which is chosen at start.
 
-All forms give the same sums and gradients up to the rounding of the operands:
+All forms compute the same sums and gradients up to the rounding of the operands:
 
 - `unit` normalizes the block's centers, then multiplies.
 - `scaled` multiplies the centers as they are and divides the cosines by their lengths, and takes
   the gradient's part along a center from the cosines. No normalized copy of the block is written
   or read, which is most of the traffic at small batches.
 - `powers` writes exp(s cosine) in the operands' type at the end of the product, and no cosine.
-  What is particular to a sample is multiplied into the embeddings, not into the block. Fewest bytes
-  at large batches; only for bfloat16, one center per class, and cosines that no margin changes.
+  Factors per sample are multiplied into the embeddings, not into the block. Fewest bytes at large
+  batches; only for bfloat16, one center per class, and cosines that no margin changes.
 """
 
 from collections.abc import Callable
@@ -28,12 +28,12 @@ class Samples(NamedTuple):
     x: jax.Array
     """(t, D) normalized embeddings, in the operands' type."""
     target_slot: jax.Array
-    """(t,) int32 slot of each sample's class; -1 where it is not on this device."""
+    """(t,) int32 slot of each sample's class; -1 if it is not on this device."""
     own_cosine: jax.Array
     """(t,) float32 cosines with the own classes, for margins that compare with them."""
 
     def is_target(self, slots: jax.Array) -> jax.Array:
-        """(t, n) bool."""
+        """Returns (t, n) bool."""
         return slots[None] == self.target_slot[:, None]
 
 
@@ -43,94 +43,100 @@ class Block(NamedTuple):
     rows: jax.Array
     """(n * K, D) float32, as stored; normalized in the form `unit`."""
     length: jax.Array
-    """(n * K, 1) float32 lengths before; their inverse in the forms that multiply by it."""
+    """(n * K, 1) float32 lengths before normalization; their inverse in forms that multiply by
+    it."""
     operand: jax.Array
-    """(n * K, D) what is multiplied."""
+    """(n * K, D) the operand of the product."""
     slots: jax.Array
     """(n,) int32."""
     present: jax.Array
-    """(n,) bool, which slots hold a class to visit."""
+    """(n,) bool: which slots contain a class to visit."""
     first: jax.Array
-    """() int32, the first slot that no other block visits."""
+    """() int32: the first slot that no other block visits."""
 
 
 class Sums(NamedTuple):
-    """What the first visit collects."""
+    """Sums accumulated in the first pass."""
 
     total: jax.Array
     """(t,) float32 sum of exp(s value - shift) over the other classes."""
     hardest: jax.Array
-    """(t,) float32 largest cosine with them; -inf where there are none."""
+    """(t,) float32 largest cosine with them; -inf if there are none."""
     shift: jax.Array | None
-    """(t,) float32 largest logit so far; None where nothing is subtracted."""
+    """(t,) float32 largest logit so far; None if nothing is subtracted."""
 
 
 class Weights(NamedTuple):
-    """What the second visit multiplies each sample by."""
+    """Factors of each sample in the second pass."""
 
     others: jax.Array
     """(t,) float32, a summand of the logits, or a factor of the gradient in the form `powers`."""
     own: jax.Array
-    """(t,) gradient of the target cosines, in the unit of the others' gradient."""
+    """(t,) gradient of the target cosines, in units of the others' gradient."""
     x: jax.Array | None
-    """(t, D) embeddings multiplied by `others`; None where a form does not need them, or forms
-    them tile by tile."""
+    """(t, D) embeddings multiplied by `others`; None if a form does not need them, or computes them
+    tile by tile."""
 
 
 class CentersGradient(NamedTuple):
-    """What the samples contribute to the gradient of a block's centers, over s / samples."""
+    """Contribution of the samples to the gradient of a block's centers, over s / samples."""
 
     centers: jax.Array
     """(n * K, D) float32."""
     along: jax.Array | None
-    """(n * K,) float32 part along each center, where the form takes it from the cosines."""
+    """(n * K,) float32 part along each center, if the form computes it from the cosines."""
 
 
 class Problem(NamedTuple):
-    """What is the same for all blocks and samples."""
+    """Values that are the same for all blocks and samples."""
 
     subcenters: int
-    """K."""
+    """K, the number of centers per class."""
     scale: float
-    """s."""
+    """s, the scale."""
     negative_transform: Callable[[jax.Array, jax.Array], jax.Array] | None
-    """The margin's change of (t, n) cosines with other classes, given (t, 1) own cosines; None
-    leaves them."""
+    """The margin's change of (t, n) cosines with other classes, given (t, 1) own cosines; None if
+    there is none."""
 
 
 class Form(Protocol):
-    """A way to form a block's products."""
+    """A way to compute a block's products."""
 
     moves_centers: bool
-    """Whether the second visit of all classes can move the centers in the same loop."""
+    """Whether the second pass over all classes can update the centers in the same loop."""
 
     def block(
         self, rows: jax.Array, dtype: jax.typing.DTypeLike, *, written: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(rows, length, operand) of a `Block`; `written` where the loop moves the centers too."""
+        """Returns (rows, length, operand) of a `Block`; `written` if the loop also updates the
+        centers.
+        """
         ...
 
     def add(self, problem: Problem, samples: Samples, block: Block, sums: Sums) -> Sums:
-        """The sums with a block's classes added."""
+        """Returns the sums with a block's classes added."""
         ...
 
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
-        """Weights of all samples, from (T, t) log-sum-exps, inf for samples that do not count, and
-        (T, t) gradients of the target cosines."""
+        """Returns weights of all samples from (T, t) log-sum-exps, inf for samples that do not
+        count, and (T, t) gradients of the target cosines.
+        """
         ...
 
     def vjp(
         self, problem: Problem, samples: Samples, weights: Weights, block: Block
     ) -> tuple[jax.Array, CentersGradient]:
-        """(t, D) float32 gradient of the embeddings, before `finish`, and the centers' gradient."""
+        """Returns (t, D) float32 gradient of the embeddings before `finish`, and the centers'
+        gradient.
+        """
         ...
 
     def finish(self, d_x: jax.Array, weights: Weights) -> jax.Array:
-        """The gradient of the embeddings, once all blocks are added up."""
+        """Returns the gradient of the embeddings, once all blocks are summed."""
         ...
 
     def d_rows(self, block: Block, gradient: CentersGradient, factor: jax.Array) -> jax.Array:
-        """(n * K, D) float32 gradient of the centers as stored."""
+        """Returns (n * K, D) float32 gradient of the centers as stored."""
         ...
 
 
@@ -138,7 +144,7 @@ class Cosines(NamedTuple):
     """Forms `unit` and `scaled`: cosines in float32, for every margin and type."""
 
     scale_after: bool
-    """Whether lengths are divided out after the product."""
+    """Whether to divide by the lengths after the product."""
 
     moves_centers = False
 
@@ -152,7 +158,7 @@ class Cosines(NamedTuple):
         return unit, norm, unit.astype(dtype)
 
     def cosines(self, problem: Problem, samples: Samples, block: Block) -> jax.Array:
-        """(t, n, K) float32."""
+        """Returns (t, n, K) float32."""
         cosine = product(samples.x, block.operand, contract=(1, 1))
         if self.scale_after:
             cosine *= block.length[:, 0][None]
@@ -177,7 +183,7 @@ class Cosines(NamedTuple):
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
         unit = unit_of_gradient(samples.x.dtype)
         d_target = d_target * unit
-        if samples.x.dtype == jnp.float16:  # whose largest number is 65504
+        if samples.x.dtype == jnp.float16:  # its largest number is 65504
             limits = jnp.finfo(jnp.float16)
             d_target = jnp.clip(d_target, limits.min, limits.max)
         return Weights(jnp.log(unit) - log_sum, d_target, None)
@@ -195,7 +201,7 @@ class Cosines(NamedTuple):
         d = vjp(d)[0] if vjp else d
         d = jnp.where(samples.is_target(block.slots), weights.own[:, None], d)
         d = jnp.where(block.present[None], d, 0)
-        if problem.subcenters > 1:  # the nearest center of a class takes it all
+        if problem.subcenters > 1:  # the nearest center of a class gets the whole gradient
             nearest = jax.nn.one_hot(jnp.argmax(by_center, axis=2), problem.subcenters)
             d = (d[:, :, None] * nearest).reshape(len(d), -1)
         along = None
@@ -217,10 +223,10 @@ class Cosines(NamedTuple):
 
 
 class Powers(NamedTuple):
-    """Form `powers`: exp(s cosine) in the operands' type, where nothing changes the cosines.
+    """Form `powers`: exp(s cosine) in the operands' type, if nothing changes the cosines.
 
-    Only constants follow the product, so that XLA can make the exponential its end. bfloat16 has
-    the range of float32, and 9 bits are as good as any other operand; they are added in float32.
+    Only constants are applied after the product, so XLA can fuse the exponential into it. bfloat16
+    has the range of float32, and its rounding equals that of the other operands; sums are float32.
     """
 
     moves_centers = True
@@ -228,9 +234,9 @@ class Powers(NamedTuple):
     def block(
         self, rows: jax.Array, dtype: jax.typing.DTypeLike, *, written: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        # Apart from the division, or XLA copies the block for one kernel that does both.
+        # Separate from the division, or XLA copies the block for one kernel that does both.
         squares = jnp.sum(rows * rows, axis=1)
-        if written:  # everything reads one copy of the block, and nothing the array itself
+        if written:  # everything reads one copy of the block instead of the array
             rows, squares = lax.optimization_barrier((rows, squares))
         else:
             squares = lax.optimization_barrier(squares)
@@ -238,7 +244,7 @@ class Powers(NamedTuple):
         return rows, inverse, (rows * inverse).astype(dtype)
 
     def _powers(self, problem: Problem, samples: Samples, block: Block) -> jax.Array:
-        """(t, n) exp(s cosine) in the operands' type."""
+        """Returns (t, n) exp(s cosine) in the operands' type."""
         cosine = jnp.clip(product(samples.x, block.operand, contract=(1, 1)), -1, 1)
         return jnp.exp(problem.scale * cosine).astype(samples.x.dtype)
 
@@ -256,7 +262,7 @@ class Powers(NamedTuple):
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
         weight = jnp.exp(-log_sum)
         own = jnp.where(weight > 0, d_target / weight, 0).astype(samples.x.dtype)
-        one_tile = len(own) == 1  # of several, the weighted would be a second copy of the batch
+        one_tile = len(own) == 1  # more tiles would need a second copy of the batch
         return Weights(weight, own, _weighted(samples.x, weight) if one_tile else None)
 
     def vjp(
@@ -283,7 +289,7 @@ class Powers(NamedTuple):
 
 
 def _weighted(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """(..., D) in the type of x, each sample multiplied by its weight (...)."""
+    """Multiplies each sample (..., D) by its weight (...), in the type of x."""
     return (x.astype(jnp.float32) * weight[..., None]).astype(x.dtype)
 
 
@@ -295,28 +301,28 @@ FORMS: dict[str, Form] = {
 
 
 def unit_of_gradient(dtype: jax.typing.DTypeLike) -> float:
-    """What gradients are multiplied by before they are rounded to the operands' type."""
+    """Returns the factor on gradients before they are rounded to the operands' type."""
     return _FP16_UNIT if dtype == jnp.float16 else 1.0
 
 
 def normalize(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rows of length 1, and (rows, 1) their lengths before; a zero row stays zero."""
+    """Scales rows to length 1; returns them and their (rows, 1) lengths. A zero row stays zero."""
     norm = jnp.sqrt(jnp.maximum(jnp.sum(rows * rows, axis=1, keepdims=True), 1e-24))
     return rows / norm, norm
 
 
 def normalize_vjp(d_unit: jax.Array, unit: jax.Array, norm: jax.Array) -> jax.Array:
-    """Gradient of the rows from the gradient of the normalized rows."""
+    """Returns the gradient of the rows from the gradient of the normalized rows."""
     return (d_unit - unit * jnp.sum(d_unit * unit, axis=1, keepdims=True)) / norm
 
 
 def product(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """A matrix product over one dimension of each, accumulated and returned in float32."""
+    """Returns a matrix product over one dimension of each, accumulated and returned in float32."""
     return lax.dot_general(
         a,
         b,
         (((contract[0],), (contract[1],)), ((), ())),
-        # float32 operands mean float32: recent GPUs would round them to TF32.
+        # Keep float32 operands in float32: recent GPUs would round them to TF32.
         precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )

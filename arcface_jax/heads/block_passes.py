@@ -1,6 +1,6 @@
 """The forward and the backward pass of `margin_softmax` over the local classes, in blocks.
 
-Where the batch is large, a block is multiplied with a tile of it at a time.
+A block is multiplied with one tile of a large batch at a time.
 """
 
 from collections.abc import Callable
@@ -25,37 +25,37 @@ from arcface_jax.heads.block_forms import (
 from arcface_jax.heads.blocks import Walk
 from arcface_jax.heads.centers import Moments, Rule
 
-# Above this, the gradient of the embeddings is formed and reduced a tile at a time, in a pass of
-# its own: one product in five more, and no (B, D) float32 array.
+# Above this, the gradient of the embeddings is computed and reduced one tile at a time, in a
+# separate pass: one more product in five, and no (B, D) float32 array.
 _LARGEST_D_X = 96 * 2**20
 
 
 class Visit(NamedTuple):
-    """What both visits look at."""
+    """Inputs of both passes."""
 
     samples: Samples
-    """Of all devices, in T tiles: (T, t, ...)."""
+    """Samples of all devices, in T tiles: (T, t, ...)."""
     rows: jax.Array
     """(c * K, D) float32 centers of this device, K for each class."""
     walk: Walk
-    """Which classes are visited."""
+    """The classes to visit."""
     problem: Problem
     form: Form
 
     @property
     def tiles(self) -> int:
-        """T."""
+        """Number of tiles, T."""
         return self.samples.target_slot.shape[0]
 
     def block(self, rows: jax.Array, index: jax.Array, *, written: bool = False) -> Block:
-        """Block `index` of the walk, whose centers are `rows`; see `Form.block`."""
+        """Returns block `index` of the walk, with centers `rows`; `written` as in `Form.block`."""
         slots, present = self.walk.slots(index)
         rows, length, operand = self.form.block(rows, self.samples.x.dtype, written=written)
         return Block(rows, length, operand, slots, present, index * self.walk.size)
 
 
 class Update(NamedTuple):
-    """How the centers follow their gradient."""
+    """Update of the centers by their gradient."""
 
     rule: Rule
     learning_rate: jax.Array
@@ -65,11 +65,11 @@ class Update(NamedTuple):
 
 
 def target_cosine(visit: Visit, target: jax.Array) -> jax.Array:
-    """(B,) float32 cosines with the own classes, 0 where these are on another device.
+    """Returns (B,) float32 cosines with the own classes, 0 for classes on another device.
 
     Args:
       visit: the embeddings and centers.
-      target: (B,) int32 class of each sample on this device, -1 where there is none.
+      target: (B,) int32 class of each sample on this device, -1 for none.
     """
 
     def cosine(x: jax.Array, target: jax.Array) -> jax.Array:
@@ -86,10 +86,10 @@ def target_cosine(visit: Visit, target: jax.Array) -> jax.Array:
 
 
 def sum_over_others(visit: Visit, *, shifted: bool) -> Sums:
-    """The first visit.
+    """Runs the first pass: the sums over the other classes.
 
     Args:
-      visit: what to look at.
+      visit: the inputs.
       shifted: whether to subtract the largest logit before exp().
 
     Returns:
@@ -105,7 +105,7 @@ def sum_over_others(visit: Visit, *, shifted: bool) -> Sums:
         return map_tiles(add_tile, visit.samples, sums)
 
     shape = visit.samples.target_slot.shape
-    lowest = -visit.problem.scale  # finite, for the difference of two infinities is not a number
+    lowest = -visit.problem.scale  # finite, because the difference of two infinities is NaN
     start = Sums(
         total=jnp.zeros(shape, jnp.float32),
         hardest=jnp.full(shape, -jnp.inf, jnp.float32),
@@ -126,18 +126,18 @@ def gradients(
     move_centers: bool,
     reduce: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Moments, jax.Array]:
-    """The backward pass: gradients of the loss, and the centers' moments updated with theirs.
+    """Runs the backward pass: gradients of the loss, and updated moments of the centers.
 
     Args:
-      visit: what to look at; classes that are not visited keep their moments.
-      moments: of the centers.
+      visit: the inputs; classes that are not visited keep their moments.
+      moments: moments of the centers.
       log_sum: (B,) float32 log-sum-exp of all logits, inf for samples that do not count.
       d_target: (B,) float32 gradient of the target cosine, over `factor`.
       factor: () float32, s / number of samples that count.
       update: the centers' optimizer.
-      move_centers: whether to move the visited centers as well; see `Form.moves_centers`.
-      reduce: (t, D) this device's part of the embeddings' gradient to (t / N, D), the sum over the
-        devices for this device's samples.
+      move_centers: whether to update the visited centers as well; see `Form.moves_centers`.
+      reduce: maps (t, D), this device's part of the embeddings' gradient, to (t / N, D), the sum
+        over the devices for this device's samples.
 
     Returns:
       (B / N, D) float32 gradient of the normalized embeddings; moments; centers.
@@ -155,7 +155,7 @@ def gradients(
 
     if visit.tiles > 1 and 4 * visit.samples.x.size > _LARGEST_D_X:
         d_x = map_tiles(lambda *tile: finish(_d_x(visit, *tile), tile[1]), visit.samples, weights)
-        # Before the centers are written: else XLA keeps a copy of them.
+        # Before the centers are written, or XLA keeps a copy of them.
         d_x, rows, moments = lax.optimization_barrier((d_x, visit.rows, moments))
         visit = visit._replace(rows=rows)
         _, moments, rows = again(visit, moments, d_x=None)
@@ -176,7 +176,9 @@ def _visit_again(
     move_centers: bool,
     d_x: jax.Array | None,
 ) -> tuple[jax.Array | None, Moments, jax.Array]:
-    """`gradients` in one loop: (T, t, D) d_x with all blocks added, if given; moments; centers."""
+    """Runs `gradients` in one loop: (T, t, D) d_x with all blocks added, if given; moments;
+    centers.
+    """
 
     def add(index, d_x, moments, rows):
         stored = visit.walk.read(rows, index)
@@ -184,20 +186,20 @@ def _visit_again(
         d_x, gradient = _block_vjp(visit, weights, block, d_x)
         d_rows = visit.form.d_rows(block, gradient, factor)
         if move_centers:
-            stored = block.rows  # the copy: nothing may read the array that is written
+            stored = block.rows  # the copy, because nothing may read the array being written
         return d_x, _accumulate(visit, update.rule, index, moments, stored, d_rows), stored
 
     def add_and_move(index, carry):
         d_x, moments, rows = carry
         d_x, moments, stored = add(index, d_x, moments, rows)
-        # Read again after a barrier: else XLA forms them a second time from all they come from.
+        # Read again after a barrier, or XLA recomputes them from their inputs.
         moments, stored = lax.optimization_barrier((moments, stored))
         return d_x, moments, _move_block(visit, update, index, rows, stored, moments)
 
     blocks = visit.walk.num_blocks
     if move_centers:
         return lax.fori_loop(0, blocks, add_and_move, (d_x, moments, visit.rows))
-    # Centers that the loop carried, and did not write, would be copied.
+    # Centers that the loop carried without writing them would be copied.
     d_x, moments = lax.fori_loop(
         0,
         blocks,
@@ -208,7 +210,7 @@ def _visit_again(
 
 
 def _d_x(visit: Visit, samples: Samples, weights: Weights) -> jax.Array:
-    """(t, D) float32 gradient of a tile's embeddings, all blocks added up."""
+    """Returns (t, D) float32 gradient of a tile's embeddings, summed over all blocks."""
 
     def add(index, d_x):
         block = visit.block(visit.walk.read(visit.rows, index), index)
@@ -220,7 +222,9 @@ def _d_x(visit: Visit, samples: Samples, weights: Weights) -> jax.Array:
 def _block_vjp(
     visit: Visit, weights: Weights, block: Block, d_x: jax.Array | None
 ) -> tuple[jax.Array | None, CentersGradient]:
-    """The (T, t, D) gradient of the embeddings plus a block's part, and its centers' gradient."""
+    """Adds a block's part to the (T, t, D) gradient of the embeddings; also returns its centers'
+    gradient.
+    """
 
     def tile(index):
         return jax.tree.map(lambda a: a[index], (visit.samples, weights))
@@ -247,7 +251,7 @@ def _block_vjp(
 
 
 def move(visit: Visit, moments: Moments, update: Update) -> jax.Array:
-    """The centers, those that are visited moved by their moments; the others are not touched."""
+    """Returns the centers with the visited ones updated by their moments."""
 
     def add(index, rows):
         old = visit.walk.read(rows, index)
@@ -257,21 +261,23 @@ def move(visit: Visit, moments: Moments, update: Update) -> jax.Array:
 
 
 def _accumulate(visit: Visit, rule: Rule, index, moments: Moments, rows, d_rows) -> Moments:
-    """The moments, a block's moved by the gradient (n * K, D) of its centers."""
+    """Returns the moments, with a block's updated by the gradient (n * K, D) of its centers."""
     old = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
     new = rule.accumulate(rule.decay(old, rows), d_rows)
     return {name: visit.walk.write(moment, index, new[name]) for name, moment in moments.items()}
 
 
 def _move_block(visit: Visit, update: Update, index, rows, old, moments: Moments) -> jax.Array:
-    """The centers `rows`, a block's, which were `old`, moved by its moments."""
+    """Writes a block's updated centers, formerly `old`, into `rows`."""
     block = {name: visit.walk.read(moment, index) for name, moment in moments.items()}
     moved = update.rule.apply(old, block, update.learning_rate, update.step)
     return visit.walk.write(rows, index, moved)
 
 
 def map_tiles(function: Callable, *trees):
-    """The function of each tile: arrays (T, t, ...) to (T, ...), in a loop where there are more."""
+    """Maps a function over tiles: arrays (T, t, ...) to (T, ...), in a loop if there are
+    several.
+    """
     if len(jax.tree.leaves(trees)[0]) > 1:
         return lax.map(lambda tile: function(*tile), trees)
     out = function(*jax.tree.map(lambda a: a[0], trees))

@@ -1,7 +1,7 @@
-"""How a device walks through its classes, a block at a time: all of them, or a list of them.
+"""Iterate over a device's classes block by block: all of them, or a list of them.
 
-Both walks number the classes that they visit with slots. Block i has the slots of
-`Walk.slots(i)`, and each class has `subcenters` rows in the arrays that are read and written.
+Both walks number the visited classes by slots. Block i has the slots `Walk.slots(i)`, and each
+class has `subcenters` rows in the arrays that are read and written.
 """
 
 from typing import NamedTuple, Protocol
@@ -12,46 +12,48 @@ from jax import lax
 
 
 class Walk(Protocol):
-    """What the head asks of a walk."""
+    """Interface of a walk."""
 
     @property
     def size(self) -> int:
-        """Classes in a block."""
+        """Number of classes in a block."""
         ...
 
     @property
     def num_blocks(self) -> int:
-        """Blocks."""
+        """Number of blocks."""
         ...
 
     def slots(self, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The block's slots, (size,) int32, and which of them hold a class to visit, (size,)."""
+        """Returns the block's slots, (size,) int32, and which contain a class to visit, (size,)
+        bool.
+        """
         ...
 
     def read(self, array: jax.Array, index: jax.Array) -> jax.Array:
-        """The block's rows of an array (rows, D): (size * subcenters, D)."""
+        """Returns the block's rows of an array (rows, D): (size * subcenters, D)."""
         ...
 
     def write(self, array: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
-        """The array with the block's rows replaced, where they are to be visited."""
+        """Returns the array with the rows of the block's visited classes replaced."""
         ...
 
     def only_if(self, condition: jax.Array) -> "Walk":
-        """The same walk, on which nothing is visited unless the condition () bool holds."""
+        """Returns the same walk, but without visits unless the condition, () bool, holds."""
         ...
 
 
 class EveryClass(NamedTuple):
     """All classes in their order; a slot is the class's number on this device.
 
-    The last block ends with the last class, and so may begin inside the block before it, whose
-    classes it does not visit again.
+    The last block ends with the last class, so it may overlap the block before it, whose classes it
+    does not visit again.
     """
 
     classes: int
-    """Classes that are stored on this device."""
+    """Number of classes stored on this device."""
     used: jax.Array
-    """() int32, how many of them there are; the others are padding."""
+    """() int32: number of actual classes; the others are padding."""
     block_size: int
     subcenters: int
 
@@ -86,10 +88,10 @@ class EveryClass(NamedTuple):
 
 
 class ListedClasses(NamedTuple):
-    """The classes of a list, gathered and scattered; a slot is a place in the list."""
+    """The classes of a list, gathered and scattered; a slot is a position in the list."""
 
     listed: jax.Array
-    """(slots,) int32, different classes of this device; -1 where a slot is empty."""
+    """(slots,) int32: distinct classes of this device; -1 for an empty slot."""
     block_size: int
     subcenters: int
 
@@ -110,7 +112,7 @@ class ListedClasses(NamedTuple):
 
     def write(self, array: jax.Array, index: jax.Array, new: jax.Array) -> jax.Array:
         rows = self._rows(index)
-        beyond = len(array) + jnp.arange(len(rows))  # different too, and dropped
+        beyond = len(array) + jnp.arange(len(rows))  # distinct too, and dropped
         return array.at[jnp.where(rows >= 0, rows, beyond)].set(
             new, mode="drop", unique_indices=True
         )
@@ -123,6 +125,6 @@ class ListedClasses(NamedTuple):
         return self.listed.at[slots].get(mode="fill", fill_value=-1)
 
     def _rows(self, index: jax.Array) -> jax.Array:
-        """(size * subcenters,) int32, negative where a slot is empty."""
+        """Returns (size * subcenters,) int32, negative for empty slots."""
         first = self._classes(index) * self.subcenters
         return (first[:, None] + jnp.arange(self.subcenters)[None]).reshape(-1)

@@ -1,8 +1,7 @@
-"""The class centers' rows: how many there are, their first values, and their optimizer.
+"""The class centers' rows: their number, initialization and optimizer.
 
-The optimizer is written in parts, because the head applies it to a block of rows at a time and must
-not hold a second copy of them: `decay` and `accumulate` change a block's moments, `apply` the
-centers.
+The optimizer has separate parts, because the head applies it block by block without a second copy
+of the rows: `decay` and `accumulate` update a block's moments, `apply` the centers.
 """
 
 import math
@@ -18,38 +17,38 @@ from arcface_jax.config import OptimizerConfig
 INIT_STD = 0.01
 
 Moments = dict[str, jax.Array]
-"""What the optimizer remembers of each row, (rows, D) float32 by name."""
+"""Optimizer state of the rows, (rows, D) float32 by name."""
 
 
 def padded_classes(num_classes: int, num_devices: int) -> int:
-    """Classes to store: those there are, and as many unused ones as make the shards equal."""
+    """Returns the number of classes to store: padded to make the shards equal."""
     return -(-num_classes // num_devices) * num_devices
 
 
 def init(key: jax.Array, *, classes: int, subcenters: int, embedding_size: int) -> jax.Array:
-    """(classes * subcenters, D) float32, normal(0, 0.01), insightface's initialization.
+    """Returns (classes * subcenters, D) float32, normal(0, 0.01), insightface's initialization.
 
-    Class c has the rows c * subcenters .. (c + 1) * subcenters - 1. A row's values do not depend
-    on how many rows follow it, and so not on the number of devices.
+    Class c has the rows c * subcenters .. (c + 1) * subcenters - 1. A row's values do not depend on
+    the number of rows, and so not on the number of devices.
     """
     return INIT_STD * jax.random.normal(key, (classes * subcenters, embedding_size), jnp.float32)
 
 
 class Rule(NamedTuple):
-    """An optimizer; every part is element by element."""
+    """An optimizer whose parts are all element by element."""
 
     names: tuple[str, ...]
-    """The moments that it keeps."""
+    """Names of its moments."""
     decay: Callable[[Moments, jax.Array], Moments]
-    """(moments, centers) -> moments, as a gradient of zero would leave them."""
+    """(moments, centers) -> moments after a step with a gradient of zero."""
     accumulate: Callable[[Moments, jax.Array], Moments]
     """(decayed moments, gradient) -> moments."""
     apply: Callable[[jax.Array, Moments, jax.Array, jax.Array], jax.Array]
-    """(centers, moments, learning rate (), steps done before this one ()) -> centers."""
+    """(centers, moments, () learning rate, () number of steps done before) -> centers."""
 
 
 def make_rule(optimizer: OptimizerConfig) -> Rule:
-    """Make the centers' part of the optimizer that a configuration names, `optimizer.kind`.
+    """Makes the centers' part of the optimizer that a configuration names, `optimizer.kind`.
 
     Raises:
       ConfigError: it is neither built in nor importable.
@@ -97,5 +96,7 @@ def adamw_rule(optimizer: OptimizerConfig) -> Rule:
 
 
 def _share_seen(beta: float, steps: jax.Array) -> jax.Array:
-    """() float32 1 - beta^(steps + 1); as a difference, float32 would have it wrong by 5e-5."""
+    """Returns () float32 1 - beta^(steps + 1); a plain difference would be wrong by 5e-5 in
+    float32.
+    """
     return -jnp.expm1((steps + 1).astype(jnp.float32) * math.log(max(beta, 1e-30)))

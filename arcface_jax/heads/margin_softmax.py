@@ -1,14 +1,14 @@
-"""Margin softmax over class centers that are split over the devices which share the batch.
+"""Margin softmax over class centers that are sharded over the devices that share the batch.
 
-Each device keeps a contiguous range of centers. It gathers all embeddings and visits its classes,
-or a sample of them (Partial FC), in blocks, twice: once for the sum of exponentials, and, when the
-log-sum-exp of all classes is known, once more to form the block's gradient and move its moments.
+Each device keeps a contiguous range of centers. It gathers all embeddings and passes twice over its
+classes, or a sample of them (Partial FC), in blocks: first for the sum of exponentials and then,
+with the log-sum-exp of all classes, to compute each block's gradient and update its moments.
 Neither the B x C logits nor the gradient of the centers ever exists as a whole.
 
-No maximum is subtracted before exp() where the others' cosines are at most 1: logits are then at
-most `scale`, which with ln(C) stays far below 88, where float32 overflows (`validation.py` refuses
-larger scales). Margins that go beyond, as CurricularFace, keep a running maximum. docs/head.md has
-the formulas.
+No maximum is subtracted before exp() if the others' cosines are at most 1: logits are then at most
+`scale`, which with ln(C) stays far below 88, where float32 overflows (`validation.py` refuses
+larger scales). Margins with larger values, such as CurricularFace, keep a running maximum.
+docs/head.md has the formulas.
 """
 
 from collections.abc import Callable
@@ -33,37 +33,36 @@ from arcface_jax.heads.margins import Margin, State
 from arcface_jax.heads.softmax import Batch, Loss, Softmax
 from arcface_jax.runtime.devices import AXIS
 
-# A margin whose values stay below this times the scale needs no maximum in front of exp().
+# Margins whose values are below this divided by the scale need no maximum before exp().
 UNSHIFTED_BOUND = 1.0
 
 
 class Centers(NamedTuple):
-    """What the head keeps from step to step."""
+    """State of the head between steps."""
 
     rows: jax.Array
-    """(C_padded * subcenters, D) float32, split over the devices; not normalized."""
+    """(C_padded * subcenters, D) float32, sharded over the devices; not normalized."""
     moments: Moments
-    """The optimizer's memory of each row, the same shape and placement."""
+    """Optimizer state of each row, with the same shape and sharding."""
     state: State
-    """The margin's memory, () float32 on every device."""
+    """State of the margin, () float32 on every device."""
 
 
 class HeadOutput(NamedTuple):
-    """What one visit of the head gives."""
+    """Result of one step of the head."""
 
     loss: jax.Array
     """() float32: mean of -log softmax of the target, over the samples with a known class."""
     d_embeddings: jax.Array
     """(B, D) float32: gradient of the loss."""
     centers: Centers
-    """After the update; as before where the loss is not finite."""
+    """Centers after the update; unchanged if the loss is not finite."""
     metrics: dict[str, jax.Array]
-    """() float32, means over the samples with a known class, by name:
-    accuracy: share of targets whose cosine is the largest of all classes that took part, without
-    margin; target_cosine; hardest_negative_cosine: the largest of another class; below_hardest and
-    below_hardest_with_margin: share of targets below that, without and with margin;
-    largest_cosine: of all, not a mean;
-    invalid_labels: () int32, how many samples have no known class."""
+    """() float32, means over the samples with a known class, by name: accuracy: share of targets
+    whose cosine is the largest of all classes in this step, without margin; target_cosine;
+    hardest_negative_cosine: the largest of another class; below_hardest and
+    below_hardest_with_margin: share of targets below that, without and with margin; largest_cosine:
+    of all, not a mean; invalid_labels: () int32, how many samples have no known class."""
 
 
 def init_centers(
@@ -75,7 +74,7 @@ def init_centers(
     head: HeadConfig,
     optimizer: OptimizerConfig,
 ) -> Centers:
-    """Centers before the first step, each class's the same on any number of devices."""
+    """Makes the initial centers; each class's do not depend on the number of devices."""
     rows = class_centers.init(
         key,
         classes=class_centers.padded_classes(num_classes, num_devices),
@@ -104,27 +103,27 @@ def apply(
     optimizer: OptimizerConfig,
     mesh: Mesh,
 ) -> HeadOutput:
-    """Loss, gradient of the embeddings, and one update of the centers.
+    """Computes loss and gradient of the embeddings, and updates the centers.
 
     loss = mean_i [ log sum_j exp(s z_ij) - s z_iy ] over the classes j that take part, z_ij =
     cos(x_i, w_j), and z_iy = margin(cos(x_i, w_y)).
 
     Args:
-      embeddings: (B, D) float32, not normalized, split over the devices.
-      labels: (B,) int32. A label outside [0, num_classes) takes no part in loss and gradient.
-      centers: what the head keeps.
+      embeddings: (B, D) float32, not normalized, sharded over the devices.
+      labels: (B,) int32. Labels outside [0, num_classes) are excluded from loss and gradient.
+      centers: the head's state.
       learning_rate: () float32.
       step: () int32, steps done before this one.
-      key: of the step; which classes are drawn depends on it and the device.
+      key: random key of the step; which classes are drawn depends on it and the device.
       num_classes: C; classes from C on are padding.
       head: margin, scale, sampling, operand type, block size and form.
-      optimizer: of the centers; its clip_norm applies to the backbone only.
+      optimizer: optimizer of the centers; its clip_norm applies to the backbone only.
       mesh: the devices.
     """
     head = automatic.resolve(head, platform=mesh.devices.flat[0].platform, batch=len(embeddings))
     shard = P(AXIS)
     placed = Centers._make((shard, shard, P()))
-    # Not everything is known to be the same on all devices, for instance what was drawn.
+    # Some values are not known to be equal on all devices, for example the sampled classes.
     return jax.shard_map(
         partial(_on_one_device, num_classes=num_classes, head=head, optimizer=optimizer),
         mesh=mesh,
@@ -163,7 +162,7 @@ def _on_one_device(
     visit, softmax = _first_visit(visit, target, batch, centers.state, margin)
     loss = softmax_loss.evaluate(softmax, batch, margin, scale=head.scale)
 
-    finite = jnp.isfinite(loss.mean)  # nothing that is not a number gets into the centers
+    finite = jnp.isfinite(loss.mean)  # keeps NaN and infinity out of the centers
     d_unit, centers = _second_visit(
         visit,
         centers,
@@ -188,7 +187,7 @@ def _on_one_device(
 
 
 def _gather(unit, norm, labels, *, num_classes: int, head: HeadConfig, margin: Margin) -> Batch:
-    """The samples of all devices, in tiles that hold as many of each device."""
+    """Gathers the samples of all devices, in tiles with equally many from each device."""
     devices = lax.axis_size(AXIS)
     tiles = automatic.tiles(head, batch=len(unit) * devices, devices=devices)
 
@@ -208,7 +207,7 @@ def _gather(unit, norm, labels, *, num_classes: int, head: HeadConfig, margin: M
 
 
 def _reduce(d_x: jax.Array, *, dtype: str) -> jax.Array:
-    """(t, D) float32 to (t / N, D), the sum over the devices for this device's samples."""
+    """Sums (t, D) float32 over the devices, to (t / N, D) for this device's samples."""
     total = lax.psum_scatter(d_x.astype(dtype), AXIS, scatter_dimension=0, tiled=True)
     return total.astype(jnp.float32)
 
@@ -216,7 +215,7 @@ def _reduce(d_x: jax.Array, *, dtype: str) -> jax.Array:
 def _choose(
     target, key, *, stored: int, num_classes: int, head: HeadConfig
 ) -> tuple[Walk, jax.Array]:
-    """The classes of this device that take part, and the (B,) slots of the targets among them."""
+    """Returns this device's classes of the step, and the (B,) slots of the targets among them."""
     num_devices, device = lax.axis_size(AXIS), lax.axis_index(AXIS)
     used = jnp.asarray(partial_fc.classes_by_device(num_classes, num_devices))[device]
     if head.sample_rate == 1:
@@ -236,7 +235,7 @@ def _choose(
 def _first_visit(
     visit: Visit, target, batch: Batch, state: State, margin: Margin
 ) -> tuple[Visit, Softmax]:
-    """The sum over the other classes, and the visit as its second time has to be."""
+    """Runs the first pass over the other classes; also returns the inputs of the second."""
     z_target = block_passes.target_cosine(visit, target)
     if margin.negatives_need_target:
         z_target = lax.psum(z_target, AXIS)
@@ -277,20 +276,20 @@ def _second_visit(
     touch_all: bool,
     reduce: Callable[[jax.Array], jax.Array],
 ) -> tuple[jax.Array, Centers]:
-    """(B / N, D) gradient of this device's normalized embeddings; updated centers.
+    """Returns (B / N, D) gradient of this device's normalized embeddings, and updated centers.
 
     Args:
-      visit: what to look at.
+      visit: the inputs.
       centers: before the update.
-      loss: of the first visit.
+      loss: loss of the first visit.
       finite: () bool, whether to change the centers and their moments at all.
       factor: () float32, s / number of samples that count.
       update: the optimizer of the centers.
-      touch_all: whether momentum and decay move the classes that are not visited too.
+      touch_all: whether momentum and decay also apply to classes that are not visited.
       reduce: see `block_passes.gradients`.
     """
     rows, moments, rule = centers.rows, centers.moments, update.rule
-    # Not `where` on whole arrays at the end, which would keep the old ones alive.
+    # Not `where` on whole arrays at the end, which would keep the old arrays alive.
     visit = visit._replace(walk=visit.walk.only_if(finite))
     update = update._replace(learning_rate=jnp.where(finite, update.learning_rate, 0))
     every = isinstance(visit.walk, EveryClass)
@@ -309,8 +308,8 @@ def _second_visit(
         move_centers=move_centers,
         reduce=reduce,
     )
-    # In a loop of its own, or in none: were centers and moments both written in one, XLA would
-    # copy the shard, but for forms that take care to read the centers once.
+    # In a separate loop, or in none: if one loop wrote both centers and moments, XLA would copy the
+    # shard, except in forms that read the centers only once.
     if touch_all and not move_centers:
         rows = rule.apply(rows, moments, update.learning_rate, update.step)
     elif not move_centers:
@@ -319,6 +318,6 @@ def _second_visit(
 
 
 def _own_part(everywhere: jax.Array, size: int) -> jax.Array:
-    """This device's (size,) of an array (T, t) over all samples."""
+    """Returns this device's (size,) part of an array (T, t) over all samples."""
     parts = everywhere.reshape(len(everywhere), lax.axis_size(AXIS), -1)
     return lax.dynamic_index_in_dim(parts, lax.axis_index(AXIS), axis=1).reshape(size)

@@ -1,8 +1,8 @@
 """Margins: pure functions on cosines. The head multiplies what they return by the scale s.
 
 z is a cosine, theta its angle, y a sample's own class. A margin changes the target's cosine, and
-may change the other classes' cosines, look at the lengths of the embeddings, add a loss of its own,
-and keep a state from step to step. The head differentiates `target` and `negatives` with `jax.vjp`.
+may change the other classes' cosines, use the lengths of the embeddings, add a loss term, and keep
+a state between steps. The head differentiates `target` and `negatives` with `jax.vjp`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,13 +17,13 @@ from arcface_jax.config import HeadConfig
 from arcface_jax.errors import ConfigError
 
 State = dict[str, jax.Array]
-"""What a margin remembers, () float32 by name."""
+"""State of a margin, () float32 by name."""
 
 _SMALLEST_SINE = 1e-6
 
 
 class Margin(NamedTuple):
-    """What a margin does to the cosines of a batch.
+    """Functions of a margin on the cosines of a batch.
 
     Once per step: `update`, with the cosines before the margin; then `negatives`, by every device
     on blocks of its own classes, in both passes; and `target`, by every device for the whole batch.
@@ -37,12 +37,12 @@ class Margin(NamedTuple):
     """((t, n) cosines of t samples with n other classes, (t, 1) with the own one, state) -> (t, n);
     None leaves them as they are. No gradient passes through the (t, 1) cosines."""
     negatives_need_target: bool = False
-    """Whether `negatives` looks at the cosines with the own classes."""
+    """Whether `negatives` uses the cosines with the own classes."""
     negatives_bound: float = 1.0
     """The largest value that `negatives` returns for cosines in [-1, 1]. Above 1 the head tracks a
     running maximum."""
     uses_norms: bool = False
-    """Whether `target` looks at the lengths."""
+    """Whether `target` uses the lengths."""
     extra_loss: Callable[[jax.Array], jax.Array] | None = None
     """(B,) lengths -> (B,), added to the loss of each sample."""
     initial_state: Mapping[str, float] = MappingProxyType({})
@@ -52,7 +52,7 @@ class Margin(NamedTuple):
 
 
 def make(config: HeadConfig) -> Margin:
-    """Make the margin that a configuration names, `head.loss`.
+    """Makes the margin that a configuration names, `head.loss`.
 
     Raises:
       ConfigError: it is neither built in nor importable, or does not return a Margin.
@@ -147,9 +147,9 @@ def combined(
 def adaface(margin: float, *, h: float, ema: float) -> Margin:
     """cos(theta_y + g_angle) - g_add with g_angle = -m q and g_add = m q + m, exact gradient.
 
-    q = (|x| - mean) / (std / h), clipped to [-1, 1], is the quality that an embedding's length |x|
-    shows; no gradient passes through it. Mean and standard deviation are running ones: each batch
-    enters with the share `ema`, beginning at 20 and 100.
+    q = (|x| - mean) / (std / h), clipped to [-1, 1], is the image quality indicated by the
+    embedding's length |x|; no gradient flows through it. Mean and standard deviation are running
+    averages with the batch weight `ema`, starting at 20 and 100.
 
     Source: Kim et al., "AdaFace: Quality Adaptive Margin for Face Recognition" (CVPR 2022); start
     and bounds of the lengths follow its published code.
@@ -183,8 +183,8 @@ def magface(*, norms: tuple[float, float], margins: tuple[float, float], weight:
     """cos(theta_y + m(a)) plus weight * g(a) in the loss; a = |x| clipped to [l, u].
 
     m(a) rises linearly from `margins[0]` at l to `margins[1]` at u, and g(a) = a / u^2 + 1 / a
-    falls up to u. Both have gradients in a, so that easy samples grow longer. Where theta + m(a)
-    exceeds pi, cos(theta) - m(a) sin(m(a)) takes the place of the cosine.
+    falls up to u. Both have gradients in a, so that easy samples grow longer. If theta + m(a)
+    exceeds pi, cos(theta) - m(a) sin(m(a)) replaces the cosine.
 
     Source: Meng et al., "MagFace: A Universal Representation for Face Recognition and Quality
     Assessment" (CVPR 2021); the continuation beyond pi follows its published code.
@@ -208,8 +208,8 @@ def magface(*, norms: tuple[float, float], margins: tuple[float, float], weight:
 def curricularface(margin: float, *, ema: float) -> Margin:
     """cos(theta_y + m), and z (t + z) for the hard others, those with z > cos(theta_y + m).
 
-    t, the running mean of the target cosines, begins at 0; each batch enters with the share `ema`.
-    Where theta + m exceeds pi, cos(theta) - m sin(m) takes the place of the cosine.
+    t, the running mean of the target cosines, starts at 0 with the batch weight `ema`. If theta + m
+    exceeds pi, cos(theta) - m sin(m) replaces the cosine.
 
     Source: Huang et al., "CurricularFace: Adaptive Curriculum Learning Loss for Deep Face
     Recognition" (CVPR 2020); the continuation beyond pi follows its published code.
@@ -236,7 +236,7 @@ def curricularface(margin: float, *, ema: float) -> Margin:
 
 
 def filter_negatives(margin: Margin, *, threshold: float) -> Margin:
-    """The margin, with cosines of other classes above the threshold counted as 0.
+    """Returns the margin, with cosines of other classes above the threshold counted as 0.
 
     For data in which two classes may be one person: arcface_torch's
     `interclass_filtering_threshold`.
@@ -250,18 +250,18 @@ def filter_negatives(margin: Margin, *, threshold: float) -> Margin:
 
 
 def _move(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:
-    """The running mean; a share of zero leaves it, whatever `new` is."""
+    """Updates a running mean; a share of zero keeps the old value, whatever `new` is."""
     return jnp.where(share > 0, old + share * (new - old), old)
 
 
 def _cos_of_angle(
     cosine: jax.Array, *, factor: float = 1.0, offset: jax.Array, limit: float = 0.0
 ) -> jax.Array:
-    """cos(factor * theta + offset), the angle kept within [limit, pi - limit] if there is a limit.
+    """Returns cos(factor * theta + offset), with the angle clipped to [limit, pi - limit] if set.
 
     The derivative in the cosine is factor * sin(angle) / sin(theta), with sin(theta) at least 1e-6
-    and so finite at cosine = +-1; the derivative in the offset is -sin(angle); both are 0 where
-    the angle is held at its limit.
+    and so finite at cosine = +-1; the derivative in the offset is -sin(angle); both are 0 if the
+    angle is clipped.
     """
 
     def angles(cosine: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,9 +1,9 @@
-"""Partial FC: which classes take part in a step.
+"""Partial FC: sample the classes of a step.
 
-Every class of the batch does, and negatives drawn without repetition fill up the rest. Nothing is
-sorted and nothing of the number of classes is stored: a keyed permutation of the device's classes
-is computed element by element, the first k places of it are the sample, and its inverse tells
-whether a class of the batch is among them. Those that are not replace the sample's last negatives.
+The sample consists of every class in the batch, and negatives drawn without replacement. There is
+no sorting and no array over all classes: a keyed permutation of the device's classes is computed
+element by element, its first k places are the sample, and its inverse tells whether a class of the
+batch is among them. Those that are not replace the sample's last negatives.
 
 Source: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face
 Recognition CNNs by Partial FC" (CVPR 2022); the permutation is a Feistel network over Z_a x Z_b,
@@ -21,27 +21,27 @@ from arcface_jax.permutation import ROUNDS, Permutation, grid
 
 
 class Sample(NamedTuple):
-    """The classes that take part on one device."""
+    """The classes of a step on one device."""
 
     listed: jax.Array
-    """(slots,) int32, different classes; -1 where a slot is empty."""
+    """(slots,) int32: distinct classes; -1 for an empty slot."""
     target_slot: jax.Array
-    """(B,) int32 slot of each sample's class; -1 where that is on another device."""
+    """(B,) int32 slot of each sample's class; -1 if it is on another device."""
 
 
 def sample_sizes(num_classes: int, num_devices: int, sample_rate: float) -> np.ndarray:
-    """(N,) int32: on each device int(sample_rate * its classes), the batch's own included."""
+    """Returns (N,) int32: int(sample_rate * classes) of each device, including the batch's own."""
     return (sample_rate * classes_by_device(num_classes, num_devices)).astype(np.int32)
 
 
 def classes_by_device(num_classes: int, num_devices: int) -> np.ndarray:
-    """(N,) int32: how many of the classes stored on each device are not padding."""
+    """Returns (N,) int32: how many of the classes stored on each device are not padding."""
     stored = -(-num_classes // num_devices)
     return np.clip(num_classes - stored * np.arange(num_devices), 0, stored).astype(np.int32)
 
 
 def num_slots(stored: int, batch: int, wanted: int) -> int:
-    """Slots that hold any sample: as many as wanted, or all the classes that a batch can have."""
+    """Returns the number of slots for any sample: the wanted number, or all classes of a batch."""
     return max(wanted, min(batch, stored))
 
 
@@ -54,14 +54,14 @@ def draw(
     stored: int,
     slots: int,
 ) -> Sample:
-    """Draws the classes of a step, on one device.
+    """Draws the classes of a step on one device.
 
     Args:
-      key: of the step and the device.
-      target: (B,) int32 class of each sample on this device; -1 where it is on another.
+      key: random key of the step and the device.
+      target: (B,) int32 class of each sample on this device; -1 if it is on another.
       used: () int32, classes on this device.
-      wanted: () int32, k: how many to draw in total, at most `used`. Where the batch has more
-        classes than that, all of them are taken and nothing else.
+      wanted: () int32, k: total number to draw, at most `used`. If the batch has more classes,
+        exactly these are taken.
       stored: classes on this device, padding included.
       slots: length of the list, see `num_slots`.
     """
@@ -72,7 +72,7 @@ def draw(
     listed = permutation.forward(jnp.minimum(place, permutation.size - 1))
     listed = jnp.where(place < wanted, listed, -1)
 
-    # The batch's different classes, in order; other devices' classes go to the end.
+    # The batch's distinct classes, in order; other devices' classes go to the end.
     order = jnp.argsort(jnp.where(target >= 0, target, stored))
     ordered = target[order]
     positive = (ordered >= 0) & (ordered != jnp.roll(ordered, 1)).at[0].set(True)
@@ -86,23 +86,23 @@ def draw(
     slot = jnp.where(drawn, drawn_at, spare[jnp.maximum(jnp.cumsum(missing) - 1, 0)])
     listed = listed.at[jnp.where(missing, slot, slots)].set(ordered, mode="drop")
 
-    # Samples of one class follow one another, and only the first of them was given a slot above.
+    # Samples of one class are consecutive, and only the first of them was given a slot above.
     first = lax.cummax(jnp.where(positive, jnp.arange(len(target)), 0))
     target_slot = jnp.zeros_like(target).at[order].set(slot[first])
     return Sample(listed, jnp.where(target >= 0, target_slot, -1))
 
 
 def _last_negatives(taken: jax.Array, wanted: jax.Array, slots: int, batch: int) -> jax.Array:
-    """(B,) slots for classes that were not drawn: the last that hold negatives, then empty ones.
+    """Returns (B,) slots for classes that were not drawn: the last with negatives, then empty ones.
 
     Args:
-      taken: (B,) int32 slots that hold classes of the batch; `slots` where there is none.
-      wanted: () int32, slots that hold anything.
+      taken: (B,) int32 slots with classes of the batch; `slots` for none.
+      wanted: () int32 number of used slots.
       slots: length of the list.
       batch: B.
     """
     is_taken = jnp.zeros((slots,), bool).at[taken].set(True, mode="drop")
-    # At most B are taken and at most B are asked for: the last 2 B places have enough.
+    # At most B are taken and at most B are requested: the last 2 B places are enough.
     place = wanted - 1 - jnp.arange(min(slots, 2 * batch))
     free = (place >= 0) & ~is_taken[place]
     rank = jnp.cumsum(free) - 1

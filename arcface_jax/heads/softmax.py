@@ -1,4 +1,4 @@
-"""The loss, once the sums over all classes are known; the same on every device."""
+"""Compute the loss from the sums over all classes; the same on every device."""
 
 from typing import NamedTuple
 
@@ -9,22 +9,22 @@ from arcface_jax.heads.margins import Margin, State
 
 
 class Batch(NamedTuple):
-    """The samples of all devices, on each of them, tile by tile."""
+    """The samples of all devices, on each of them, in tiles."""
 
     x: jax.Array
     """(T, B / T, D) normalized embeddings in tiles, in the operands' type."""
     norms: jax.Array
-    """(B,) float32 lengths before; ones where the margin does not look at them."""
+    """(B,) float32 lengths before normalization; ones if the margin does not use them."""
     labels: jax.Array
     """(B,) int32."""
     valid: jax.Array
-    """(B,) bool, which labels are classes."""
+    """(B,) bool: which labels are classes."""
     num_valid: jax.Array
-    """() int32, how many are, at least 1."""
+    """() int32: number of valid labels, at least 1."""
 
 
 class Softmax(NamedTuple):
-    """What the first visit comes to, on all devices together."""
+    """Result of the first pass, over all devices."""
 
     z_target: jax.Array
     """(B,) float32 cosines with the own classes."""
@@ -33,11 +33,11 @@ class Softmax(NamedTuple):
     hardest: jax.Array
     """(B,) float32 largest cosine with another class."""
     state: State
-    """The margin's, moved."""
+    """Updated state of the margin."""
 
 
 class Loss(NamedTuple):
-    """The loss, and its gradients where they need no second visit."""
+    """The loss, and the gradients that need no second pass."""
 
     mean: jax.Array
     """() float32."""
@@ -52,14 +52,14 @@ class Loss(NamedTuple):
 
 
 def evaluate(softmax: Softmax, batch: Batch, margin: Margin, *, scale: float) -> Loss:
-    """The loss of a batch; where the margin has a loss of its own, with it."""
+    """Returns the loss of a batch, including the margin's extra loss."""
 
     def target(cosine, norms):
         return margin.target(cosine, norms, softmax.state)
 
     value, vjp = jax.vjp(target, softmax.z_target, batch.norms)
-    # How far the others lie above the target. Loss and gradient follow from the difference: taken
-    # from the log-sum-exp, a trained network's small loss would be lost in rounding.
+    # How far the others are above the target. Loss and gradient follow from the difference:
+    # computed from the log-sum-exp, a trained network's small loss would be lost in rounding.
     excess = softmax.log_others - scale * value
     losses = jax.nn.softplus(excess)
     d_target, d_norms = vjp(jnp.where(batch.valid, -jax.nn.sigmoid(excess), 0))
@@ -74,12 +74,12 @@ def evaluate(softmax: Softmax, batch: Batch, margin: Margin, *, scale: float) ->
 
 
 def metrics(softmax: Softmax, loss: Loss, batch: Batch) -> dict[str, jax.Array]:
-    """What a trainer wants to see, () each; see `margin_softmax.HeadOutput`."""
+    """Returns training metrics, () each; `margin_softmax.HeadOutput` describes them."""
 
     def mean(values):
         return jnp.sum(jnp.where(batch.valid, values, 0)) / batch.num_valid
 
-    # Where no other class took part there is no hardest.
+    # If no other class took part there is no hardest one.
     hardest = jnp.maximum(softmax.hardest, -1)
     largest = jnp.maximum(softmax.z_target, hardest)
     return {

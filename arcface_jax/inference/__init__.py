@@ -1,1 +1,1 @@
-"""Trained models at work: open any model, embed faces, compare them, whole folders."""
+"""Inference: open any model, embed faces, compare them, and embed whole folders."""

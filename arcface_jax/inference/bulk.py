@@ -1,6 +1,6 @@
-"""Embeddings of whole folders, in shards of files: streamed, and resumable after any stop.
+"""Embed whole folders into shards of files: streamed, and resumable after any interruption.
 
-OUTPUT is a `Store` of arcface_jax.evaluation.shards: settings.json states what made the shards.
+OUTPUT is a `Store` of arcface_jax.evaluation.shards: settings.json has the settings of the shards.
 Shard i is `embeddings-0000i.npy`, (n, D) float32, and `ids-0000i.json`, whose `ids` are the n files
 in the order of the rows and whose `skipped` are the files without a row, with the reason.
 """
@@ -27,7 +27,7 @@ Decoded = np.ndarray | DataError
 
 
 class FaceEmbedder(Protocol):
-    """What this needs of an `arcface_jax.Embedder`."""
+    """The part of `arcface_jax.Embedder` that this module needs."""
 
     model: Model
     flip: bool
@@ -36,28 +36,28 @@ class FaceEmbedder(Protocol):
     def prepare(
         self, face: Face, points: np.ndarray | None = None, *, in_identity_folder: bool = False
     ) -> np.ndarray:
-        """A face as (112, 112, 3) uint8 RGB; called from threads."""
+        """Returns a face as (112, 112, 3) uint8 RGB; called from threads."""
         ...
 
     def alignment(self) -> Mapping[str, str]:
-        """What `prepare` depends on."""
+        """The settings that `prepare` depends on."""
         ...
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB to (n, D) float32."""
+        """Embeds (n, 112, 112, 3) uint8 RGB as (n, D) float32."""
         ...
 
 
 class Summary(NamedTuple):
-    """What lies in an output folder."""
+    """Contents of an output folder."""
 
     embedded: int
-    """Rows of all shards."""
+    """Number of rows in all shards."""
     skipped: dict[str, str]
-    """Reason by file."""
+    """Reason for each skipped file."""
     shards: int
     kept: int
-    """How many of them were there already."""
+    """Number of shards that already existed."""
 
 
 def embed_folder(
@@ -69,21 +69,21 @@ def embed_folder(
     points: Mapping[str, np.ndarray] | None = None,
     normalized: bool = True,
 ) -> Summary:
-    """Embeds every image below a folder; the same call resumes where it was stopped.
+    """Embeds every image below a folder; the same call resumes after an interruption.
 
     Args:
       embedder: of arcface_jax.
       folder: the images; an id is an image's path from here.
-      output: the folder of the shards, made where there is none.
-      shard_size: files per shard, those that cannot be read included.
+      output: folder of the shards, created if missing.
+      shard_size: files per shard, including unreadable ones.
       points: (5, 2) by id, to align every image by; one without points is skipped.
       normalized: whether the embeddings are of length 1.
 
     Returns:
-      What there is when all is done.
+      Summary of the whole output.
 
     Raises:
-      DataError: there is no such folder, or no image in it.
+      DataError: the folder does not exist, or has no image.
       UserError: the output was made with other settings, or cannot be written.
     """
     if shard_size < 1:
@@ -107,15 +107,15 @@ def embed_folder(
 
 
 def shards(output: Path) -> list[Path]:
-    """The embeddings' files, in order."""
+    """Returns the embeddings' files, in order."""
     return _store(output).present()
 
 
 def read(output: Path) -> tuple[list[str], np.ndarray]:
-    """The ids and embeddings (n, D) of all shards of an output folder, in memory.
+    """Reads the ids and embeddings (n, D) of all shards of an output folder.
 
     Raises:
-      DataError: the folder holds none, or damaged ones.
+      DataError: the folder has no shards, or damaged ones.
     """
     paths = shards(output)
     if not paths:
@@ -132,7 +132,7 @@ def read(output: Path) -> tuple[list[str], np.ndarray]:
 
 
 def _joined(paths: Sequence[Path], count: int) -> np.ndarray:
-    """The rows of all shards.
+    """Concatenates the rows of all shards.
 
     Raises:
       OSError, ValueError: one is damaged, or there are not as many rows as ids.
@@ -146,10 +146,10 @@ def _joined(paths: Sequence[Path], count: int) -> np.ndarray:
 
 
 def settings(output: Path) -> dict[str, Any]:
-    """What the shards of an output folder were made with: model, flip and so on.
+    """Returns the settings of an output folder's shards: model, flip and so on.
 
     Raises:
-      DataError: the folder holds none.
+      DataError: the folder has no shards.
     """
     if not shards(output):
         raise DataError(f"{output} holds no embeddings-*.npy: name the output of a bulk run")
@@ -196,7 +196,7 @@ def _embed_all(
 def _in_batches(
     pool: ThreadPoolExecutor, load, names: Sequence[str], size: int
 ) -> Iterator[tuple[Sequence[str], list[Decoded]]]:
-    """Batches of names with what `load` made of them, the next ones being loaded meanwhile."""
+    """Yields batches of names with the results of `load`, while the next ones are loading."""
     ahead: deque[tuple[Sequence[str], list[Future]]] = deque()
     for start in range(0, len(names), size):
         batch = names[start : start + size]
@@ -227,14 +227,14 @@ def _write_shard(
                 good.append(image)
         if good:
             parts.append(embedder.embed_aligned(np.stack(good), normalized=normalized))
-    if not parts:  # a shard of no rows has columns nevertheless
+    if not parts:  # a shard without rows still has columns
         black = np.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
         parts = [embedder.embed_aligned(black)[:0]]
     store.write(number, np.concatenate(parts), beside={"ids": ids, "skipped": skipped})
 
 
 def _content(path: Path) -> bytes:
-    """A file's bytes; none if it cannot be read, for such files are skipped."""
+    """Reads a file's bytes; returns none if it is unreadable, because such files are skipped."""
     try:
         return foreign.read(path)
     except OSError:

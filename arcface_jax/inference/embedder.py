@@ -27,7 +27,7 @@ Points = np.ndarray | Iterable[np.ndarray | None]
 
 
 class Verdict(NamedTuple):
-    """Whether each pair of faces shows one person."""
+    """Result of verifying n pairs of faces."""
 
     same: np.ndarray
     """(n,) bool: score >= threshold."""
@@ -35,35 +35,35 @@ class Verdict(NamedTuple):
     """(n,) float32 cosines."""
     threshold: float
     verdict: np.ndarray
-    """(n,) strings: same; check, where the score lies between the thresholds; or other."""
+    """(n,) strings: same, other, or check if the score is between the thresholds."""
     threshold_check: float | None = None
     """The lower threshold; None if there is only one."""
 
 
 class Embedder:
-    """A trained network that takes faces in any form; all its embeddings can be compared.
+    """A trained network that embeds faces in any form; all its embeddings are comparable.
 
-    `Embedder("runs/demo")(["a.jpg", "b.jpg"])` gives (2, D) float32 embeddings of length 1.
+    `Embedder("runs/demo")(["a.jpg", "b.jpg"])` returns (2, D) float32 embeddings of length 1.
 
     Args:
       model: the workdir of a training run, a hub folder, a file of weights (`.pth`,
-        `.safetensors`), an ONNX file, or a network that is open already.
-      network: the network of a file of weights; found by its names and shapes when not given.
+        `.safetensors`), an ONNX file, or an open network.
+      network: the network of a file of weights; by default detected from the arrays.
       step: which checkpoint of a workdir.
-      flip: add the embedding of the mirrored face, as verification does; takes twice the time.
-      other_size: what becomes of images that are not 112 x 112 and come without points.
-      detector: finds the points of images that are not 112 x 112 and come without: an ONNX file of
-        the SCRFD or YuNet kind, `module:function`, or a function of `arcface_jax.data.detectors`.
-        An image of 112 x 112 is an aligned face with it too.
-      choose: which face of an image the detector takes; auto is the largest, and in
-        `embed_folder` the one nearest to the center for images in sub-folders.
+      flip: add the embedding of the mirrored face, as verification does; doubles the time.
+      other_size: what to do with images that are not 112 x 112 and have no points.
+      detector: finds the points of images that are not 112 x 112 and have none: an SCRFD or YuNet
+        ONNX file, `module:function`, or a function of `arcface_jax.data.detectors`. 112 x 112
+        images still count as aligned.
+      choose: which face to take if an image has several; auto is the largest, and in `embed_folder`
+        the one nearest to the center for images in sub-folders.
       detector_size: longer side in pixels at which the detector sees an image; 0 for 1280 (YuNet)
         or 640 (SCRFD).
       batch_size: images per forward pass.
-      devices: how many devices of this machine share a batch; all when not given.
+      devices: how many devices of this machine share a batch; by default all.
 
     Raises:
-      UserError: there is no such model or detector, or it cannot be opened.
+      UserError: the model or detector does not exist or cannot be opened.
     """
 
     def __init__(
@@ -99,18 +99,18 @@ class Embedder:
 
         Args:
           faces: one image (H, W, 3), several (n, H, W, 3), uint8 RGB; a file; a PIL image; or an
-            iterable of these, such as a generator, whose images are taken batch by batch.
-          points: five points a face, by which it is aligned.
-          normalized: whether the embeddings are of length 1, or as the network gives them.
+            iterable of these, such as a generator, which is consumed batch by batch.
+          points: five points per face, to align it by.
+          normalized: whether to scale the embeddings to length 1.
 
         Returns:
           (n, D) float32.
 
         Raises:
-          DataError: a face is no such image, or an embedding is not finite.
+          DataError: a face is not such an image, or an embedding is not finite.
 
         Warns:
-          UserWarning: once, where red and blue seem to be exchanged.
+          UserWarning: once, if red and blue seem to be exchanged.
         """
         parts = list(self.stream(faces, points=points, normalized=normalized))
         if not parts:
@@ -123,9 +123,9 @@ class Embedder:
         """Embeds faces batch by batch, with at most `batch_size` of them in memory.
 
         Args:
-          faces: as the call takes them.
-          points: as the call takes them.
-          normalized: as the call takes it.
+          faces: as in `__call__`.
+          points: as in `__call__`.
+          normalized: as in `__call__`.
 
         Yields:
           (b, D) float32, b at most `batch_size`.
@@ -142,25 +142,27 @@ class Embedder:
 
         Args:
           face: the image.
-          points: (5, 2), where they are known.
+          points: (5, 2), if known.
           in_identity_folder: as `Aligner.__call__`.
 
         Raises:
-          DataError: it is no image, shows no face, or is neither aligned nor has points nor a
-            detector.
+          DataError: it is not an image, shows no face, or is not aligned and there are neither
+            points nor a detector.
         """
         return self._aligner(face, points, in_identity_folder=in_identity_folder)
 
     def alignment(self) -> dict[str, str]:
-        """What `prepare` depends on: `other_size`, or the detector and the choice of a face."""
+        """The settings that `prepare` depends on: `other_size`, or the detector and choice of
+        face.
+        """
         return self._aligner.settings()
 
     def embed_aligned(self, images: np.ndarray, *, normalized: bool = True) -> np.ndarray:
-        """Embeds faces that are aligned already, and skips `prepare`.
+        """Embeds aligned faces, without `prepare`.
 
         Args:
           images: (n, 112, 112, 3) uint8 RGB, n at least 1.
-          normalized: whether the embeddings are of length 1, or as the network gives them.
+          normalized: whether to scale the embeddings to length 1.
 
         Returns:
           (n, D) float32.
@@ -186,10 +188,10 @@ class Embedder:
     def similarity(
         self, a: Faces, b: Faces, *, between: Literal["all", "pairs"] = "all"
     ) -> np.ndarray:
-        """Cosines of faces, the higher the more alike.
+        """Returns cosines of faces; higher is more similar.
 
         Args:
-          a: n faces as the call takes them, or embeddings (n, D) float.
+          a: n faces as in `__call__`, or embeddings (n, D) float.
           b: m faces or embeddings.
           between: `all` compares each of a with each of b, `pairs` the i-th with the i-th.
 
@@ -197,7 +199,7 @@ class Embedder:
           (n, m) float32, or (n,) for pairs.
 
         Raises:
-          DataError: as the call, or pairs of unlike numbers.
+          DataError: as `__call__`, or pairs with different numbers of faces.
         """
         first, second = self._embeddings(a), self._embeddings(b)
         if between == "all":
@@ -207,15 +209,15 @@ class Embedder:
         return np.einsum("nd,nd->n", first, second)
 
     def verify(self, a: Faces, b: Faces, *, threshold: float | str | Path | Calibration) -> Verdict:
-        """Whether the i-th face of a and the i-th of b show one person.
+        """Decides whether the i-th face of a and the i-th of b show one person.
 
         Args:
-          a: n faces or embeddings, as `similarity` takes them.
-          b: as many.
-          threshold: the lowest cosine that counts as the same; or a calibration, or its JSON file.
+          a: n faces or embeddings, as in `similarity`.
+          b: n faces or embeddings.
+          threshold: lowest cosine of the same person; or a calibration, or its JSON file.
 
         Raises:
-          UserError: the calibration is of another model, or of faces embedded in another way.
+          UserError: the calibration is for another model, or for faces embedded in another way.
           DataError: as `similarity`.
         """
         if isinstance(threshold, str | Path):
@@ -242,13 +244,13 @@ class Embedder:
 
         Args:
           folder: the folder to make; new or empty.
-          faces: n faces, as the call takes them, or embeddings (n, D) float.
-          names: n names; several faces may have one.
-          points: as the call.
+          faces: n faces as in `__call__`, or embeddings (n, D) float.
+          names: n names; several faces may share one.
+          points: as in `__call__`.
           form: as `gallery.build`.
 
         Raises:
-          DataError: as the call, or there are not as many faces as names.
+          DataError: as `__call__`, or the numbers of faces and names differ.
           UserError: the folder is not empty, or cannot be written.
         """
         if isinstance(faces, np.ndarray) and _are_embeddings(faces):
@@ -264,15 +266,15 @@ class Embedder:
 
         Args:
           saved: a gallery, or its folder.
-          faces: m faces, as the call takes them, or embeddings (m, D) float.
-          k: how many.
+          faces: m faces as in `__call__`, or embeddings (m, D) float.
+          k: number of matches per face.
 
         Returns:
           Names, cosines and rows, each (m, k), the most similar first.
 
         Raises:
-          UserError: the gallery is of another model, or of faces embedded in another way.
-          DataError: as the call, or the gallery is damaged.
+          UserError: the gallery is for another model, or for faces embedded in another way.
+          DataError: as `__call__`, or the gallery is damaged.
         """
         found = saved if isinstance(saved, Gallery) else Gallery(saved)
         self._require(
@@ -296,17 +298,17 @@ class Embedder:
         """Embeds every image below a folder into shards of files; rerun to resume.
 
         Args:
-          folder: of images.
+          folder: folder of images.
           output: folder for the shards, which `bulk.read` joins.
           shard_size: images per shard.
           points: (5, 2) by the image's path below the folder, for images that are not aligned.
-          normalized: whether the embeddings are of length 1, or as the network gives them.
+          normalized: whether to scale the embeddings to length 1.
 
         Returns:
-          Counts of embedded images and of shards, and the reason of each skipped image.
+          Numbers of embedded images and of shards, and the reason for each skipped image.
 
         Raises:
-          DataError: there is no such folder, or no image in it.
+          DataError: the folder does not exist, or has no image.
           UserError: the output was made with other settings, or cannot be written.
         """
         return bulk.embed_folder(
@@ -334,7 +336,7 @@ class Embedder:
         )
 
     def _require(self, model: str, flip: bool, *, what: str, made: str, also: str = "") -> None:
-        """Refuses what was made with other weights, but for `also`, or with other settings."""
+        """Refuses data of other weights (except `also`) or with other settings."""
         digests = (self.model.digest(), self.model.input.digest, *([also] if also else []))
         if model not in digests:
             raise UserError(
@@ -350,5 +352,5 @@ class Embedder:
 
 
 def _are_embeddings(faces: Faces) -> bool:
-    """Whether these are (n, D) embeddings rather than faces."""
+    """Returns whether these are (n, D) embeddings rather than faces."""
     return isinstance(faces, np.ndarray) and faces.ndim == 2

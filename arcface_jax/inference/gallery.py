@@ -1,20 +1,19 @@
 """Exact search in a saved set of embeddings, memory-mapped, as float32 or scanned as int8.
 
 A gallery is a folder:
-  gallery.json      what it was made of: model digest, flip, sizes
-  names.json        a name for each row
+  gallery.json      how it was made: model digest, flip, sizes names.json a name for each row
   embeddings.npy    (N, D) float32 of length 1
   int8.npy          (N, D) int8, of an int8 gallery: row i is about embeddings[i] / scales[i]
   scales.npy        (N,) float32
   residuals.npy     (N,) float32: |embeddings[i] - scales[i] * int8[i]|, rounded up
 
 A search scans all rows in blocks, in float32 or int8, and keeps each row whose score could be among
-the k best given how far the scan can be off. Those few are scored again from the float32 rows in
-float64. Both forms therefore return the same rows, in the same order, with the same scores: the k
-largest inner products of the stored float32 vectors, ties by the lower row. Block size, threads and
-number of queries do not matter.
+the k best within the scan's error bound. These few are rescored in float64 from the float32 rows.
+Both forms therefore return the same rows, in the same order, with the same scores: the k largest
+inner products of the stored float32 vectors; ties go to the lower row. Block size, threads and
+number of queries do not affect the result.
 
-How far a scan can be off, for unit vectors x and q of D numbers:
+Error bounds of a scan, for unit vectors x and q of D numbers:
 - float32 sums in any order: |fl(x . q) - x . q| <= D u / (1 - D u) |x| . |q| <= 1.01 D u, u = 2^-24
   (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, 3.1);
 - int8: |x . q - s (x8 . q)| <= |x - s x8| by Cauchy and Schwarz, and the float32 bound again, for
@@ -46,10 +45,10 @@ _ROWS = "embeddings.npy"
 _INT8, _SCALES, _RESIDUALS = "int8.npy", "scales.npy", "residuals.npy"
 
 BLOCK = 16_384
-"""Rows whose scores are compared together."""
-_CACHED = 512  # rows that all queries meet while they are in the cache: 1 MiB at D = 512
-_QUERIES = 64  # scanned together: BLOCK x 64 float32 scores are 4 MiB in each thread
-_RESCORED = 4096  # rows that become float64 at once
+"""Rows scored together."""
+_CACHED = 512  # rows scored by all queries while in the cache: 1 MiB at D = 512
+_QUERIES = 64  # queries scanned together: BLOCK x 64 float32 scores are 4 MiB per thread
+_RESCORED = 4096  # rows converted to float64 at a time
 _ROUNDING = 2.0**-24
 
 
@@ -61,12 +60,12 @@ class Matches(NamedTuple):
     row: np.ndarray
     """(m, k) int64 rows of the gallery."""
     name: list[list[str]]
-    """The names of those rows, m lists of k."""
+    """Names of those rows, m lists of k."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _About:
-    """gallery.json."""
+    """Contents of gallery.json."""
 
     model: str
     flip: bool
@@ -76,17 +75,17 @@ class _About:
 
 
 _ADAPTER = pydantic.TypeAdapter(_About)
-_MOST_BYTES = 1 << 20  # of gallery.json
+_MOST_BYTES = 1 << 20  # size limit of gallery.json
 
 
 class Gallery:
     """A saved gallery, open for search; made by `build`.
 
     Args:
-      folder: of the gallery.
+      folder: folder of the gallery.
 
     Raises:
-      DataError: there is none, or it is damaged.
+      DataError: the folder has no gallery, or a damaged one.
     """
 
     def __init__(self, folder: str | Path):
@@ -125,14 +124,14 @@ class Gallery:
         return self._names
 
     def search(self, queries: np.ndarray, k: int = 5) -> Matches:
-        """The k rows with the largest cosines, exactly (see the module).
+        """Returns the k rows with the largest cosines; exact, as the module's docstring explains.
 
         Args:
           queries: (m, D) float, of any length.
-          k: rows for each query; all where the gallery has fewer.
+          k: rows per query; all rows if the gallery has fewer.
 
         Raises:
-          DataError: the queries are no finite vectors of D numbers, or k is below 1.
+          DataError: the queries are not finite vectors of D numbers, or k is below 1.
         """
         if queries.ndim != 2 or queries.shape[1] != self.shape[1]:
             raise DataError(
@@ -160,7 +159,7 @@ class Gallery:
         return Matches(score, found, [[names[j] for j in rows] for rows in found])
 
     def _candidates(self, queries: np.ndarray, k: int) -> list[np.ndarray]:
-        """For each query the rows that can be among its k best, in order."""
+        """Returns, for each query, the rows that can be among its k best, in order."""
         workers = max(1, min(os.cpu_count() or 1, len(self) // BLOCK))
         edges = np.linspace(0, len(self), workers + 1).astype(int).tolist()
 
@@ -180,7 +179,7 @@ class Gallery:
     def _scan(
         self, start: int, stop: int, queries: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | float]:
-        """Scores (m, stop - start) and how far each can be from the exact one."""
+        """Returns scores (m, stop - start) and the bound on their errors."""
         scores = np.empty((len(queries), stop - start), np.float32)
         buffer = np.empty((_CACHED, self.shape[1]), np.float32)
         rows = self.embeddings if self.form == "float32" else self._int8
@@ -190,22 +189,22 @@ class Gallery:
             if part.dtype != np.float32:
                 part = buffer[: last - first]
                 np.copyto(part, rows[first:last])
-            # Row by row in this thread. A BLAS product of so few queries is no faster, and its own
-            # threads wait for each other on a machine that does other things too.
+            # Row by row in this thread. For so few queries a BLAS product is no faster, and its
+            # threads wait for each other on a busy machine.
             np.vecdot(part[None], queries[:, None], out=scores[:, first - start : last - start])
-        rounding = (1.01 * self.shape[1] + 8) * _ROUNDING  # 8: of lengths and comparisons
+        rounding = (1.01 * self.shape[1] + 8) * _ROUNDING  # 8: for lengths and comparisons
         if self.form == "float32":
             return scores, rounding
         scores *= self._scales[start:stop]
         residual = self._residuals[start:stop]
-        # Twice the rounding: of the product, and of the scale, the residual and this sum.
+        # Twice the rounding: for the product, and for the scale, the residual and this sum.
         return scores, residual + 2 * rounding * (1 + residual)
 
     def _best(self, rows: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores (k,) and rows (k,) of the best candidates."""
+        """Returns scores (k,) and rows (k,) of the best candidates."""
         wanted = query.astype(np.float64)
         parts = [
-            # Summed row by row in a fixed order: equal rows have equal scores.
+            # Summed row by row in a fixed order, so that equal rows have equal scores.
             (self.embeddings[part].astype(np.float64) * wanted).sum(axis=1)
             for part in (rows[i : i + _RESCORED] for i in range(0, len(rows), _RESCORED))
         ]
@@ -228,7 +227,7 @@ class Gallery:
     def _map(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         path = self.folder / name
         try:
-            # A plain array over the mapping: slices of np.memmap cost microseconds more.
+            # A plain array over the mapping: slicing np.memmap takes microseconds longer.
             found = foreign.load_array(path).view(np.ndarray)
         except (OSError, ValueError) as error:
             raise DataError(f"cannot read {path} ({error}): build the gallery again") from error
@@ -241,7 +240,7 @@ class Gallery:
 
 
 class _Kept:
-    """The rows that can still be among the k best of a query."""
+    """The rows that may still be among the k best of a query."""
 
     def __init__(self, k: int):
         self._k = k
@@ -250,7 +249,7 @@ class _Kept:
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []  # rows, upper bounds
 
     def add(self, start: int, scores: np.ndarray, bound: np.ndarray | float) -> None:
-        """Looks at the next block of scores, whose errors are at most `bound`."""
+        """Adds the next block of scores, whose errors are at most `bound`."""
         found = np.flatnonzero(scores + bound >= self._least)
         if not len(found):
             return
@@ -268,7 +267,7 @@ class _Kept:
 
     @staticmethod
     def together(parts: Sequence["_Kept"]) -> np.ndarray:
-        """The rows that can be among the k best of all parts of a gallery, in order."""
+        """Returns the rows that may be among the k best of all parts of a gallery, in order."""
         least = -np.inf
         best = np.sort(np.concatenate([part._best for part in parts]))[::-1]
         if len(best) >= parts[0]._k:
@@ -291,15 +290,15 @@ def build(
     """Saves a gallery, block by block, and opens it.
 
     Args:
-      folder: the folder to make; new or empty.
-      embeddings: (N, D) float of any length, or parts of it one after another.
-      names: N names; several rows may have one name.
-      model: digest of the network they are from.
-      flip: whether they are sums with the embeddings of the mirrored faces.
-      form: what a search scans. int8 reads a quarter of the memory and takes a quarter more disk.
+      folder: folder to create; new or empty.
+      embeddings: (N, D) float of any length, or consecutive parts of it.
+      names: N names; several rows may share one.
+      model: digest of the network that made them.
+      flip: whether the embeddings of the mirrored faces were added.
+      form: what a search scans. int8 reads a quarter of the bytes and takes a quarter more disk.
 
     Raises:
-      DataError: an embedding is zero or not finite, or there are not as many as names.
+      DataError: an embedding is zero or not finite, or the numbers of embeddings and names differ.
       UserError: the folder is not empty, or cannot be written.
     """
     folder = Path(folder)
@@ -321,7 +320,7 @@ def build(
 
 
 def _parts(embeddings: np.ndarray | Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Blocks of unit vectors."""
+    """Yields blocks of unit vectors."""
     whole = [embeddings] if isinstance(embeddings, np.ndarray) else embeddings
     for each in whole:
         if each.ndim != 2:
@@ -373,7 +372,7 @@ def _new(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
 
 
 def _quantized(part: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """int8 rows, their scales, and the length of what they leave out, rounded up."""
+    """Returns int8 rows, their scales, and the norm of the quantization error, rounded up."""
     scale = (np.abs(part).max(axis=1) / 127).astype(np.float32)
     rows = np.rint(part / scale[:, None]).astype(np.int8)
     left = part.astype(np.float64) - rows * scale[:, None].astype(np.float64)

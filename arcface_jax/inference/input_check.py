@@ -1,4 +1,4 @@
-"""Which color order and normalization a model wants, found by verifying with each."""
+"""Find the color order and normalization that a model expects, by verifying with each."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ _ORDERS: tuple[ColorOrder, ...] = ("RGB", "BGR")
 
 
 class Tried(NamedTuple):
-    """One way to prepare the input, on one set."""
+    """Result of one way to prepare the input on one set."""
 
     color_order: ColorOrder
     mean: float
@@ -28,23 +28,23 @@ class Tried(NamedTuple):
     set_name: str
     accuracy: float
     interval: tuple[float, float]
-    """Of 95 %."""
+    """95 % confidence interval."""
     is_used: bool
     """Whether the model is run in this way."""
     right: np.ndarray
-    """(n,) bool: which pairs the set's threshold decides rightly."""
+    """(n,) bool: which pairs are decided rightly by the set's threshold."""
 
     @property
     def form(self) -> str:
-        """For tables and keys."""
+        """Name for tables and keys."""
         return f"{self.color_order} (x - {self.mean:g}) / {self.scale:g}"
 
 
 def run(model: "Model", sets: Iterable[PairSet]) -> list[Tried]:
-    """Verifies with both color orders, and of a float ONNX model with three normalizations.
+    """Verifies with both color orders and, for a float ONNX model, with three normalizations.
 
     Args:
-      model: open, as `open_model` gives it.
+      model: an open model, from `open_model`.
       sets: verification sets.
     """
     wants, tried = model.input, []
@@ -60,7 +60,7 @@ def run(model: "Model", sets: Iterable[PairSet]) -> list[Tried]:
 
 
 def best(tried: list[Tried]) -> Tried:
-    """The way with the highest mean accuracy over the sets; of equals the one that is used."""
+    """Returns the way with the highest mean accuracy; ties go to the one in use."""
     forms = {one.form: one for one in tried}
 
     def rank(form: str) -> tuple[float, bool]:
@@ -70,9 +70,9 @@ def best(tried: list[Tried]) -> Tried:
 
 
 def is_certain(tried: list[Tried]) -> bool:
-    """Whether the best way beats each other one beyond chance, by a sign test on the same pairs.
+    """Returns whether the best way is significantly better than the others, by a sign test.
 
-    Of the pairs that only one of two ways decides rightly, as many would be each one's by chance.
+    By chance, the pairs that only one of two ways decides rightly would be split evenly.
     """
     winner = best(tried).form
     right = {
@@ -87,7 +87,7 @@ def is_certain(tried: list[Tried]) -> bool:
 
 
 def _by_chance(wins: int, losses: int) -> float:
-    """The probability that fair coins give a majority as large, to either side."""
+    """Returns the two-sided probability that fair coins yield such a majority."""
     tosses = wins + losses
     fewer = sum(math.comb(tosses, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * fewer / 2**tosses)
@@ -109,7 +109,7 @@ def _prepared(model: "Model", order: ColorOrder, mean: float, scale: float) -> "
 
 
 class _Swapped:
-    """A model that gets red and blue exchanged."""
+    """A model with red and blue exchanged in its input."""
 
     def __init__(self, model: "Model"):
         self._model = model

@@ -1,7 +1,7 @@
 """Open any network: a run, a hub folder, torch weights, or an ONNX file.
 
-Commands parse `ModelChoice` before they open anything, so what opens a network is imported by the
-functions that do.
+Commands parse `ModelChoice` before they open anything, so the functions here import what opens a
+network only when needed.
 """
 
 import sys
@@ -39,7 +39,7 @@ class ModelChoice:
 
 
 Kind = Literal["workdir", "hub", "weight", "onnx"]
-"""A training run, a hub folder, a file of torch weights or safetensors, an ONNX file."""
+"""A training run, a hub folder, a file of torch weights or safetensors, or an ONNX file."""
 
 # What belongs to which option of `ModelChoice`.
 _OPTIONS = {"workdir": "--workdir", "hub": "--weight", "weight": "--weight", "onnx": "--onnx"}
@@ -53,15 +53,15 @@ _LISTED = 8
 
 
 def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None = None) -> "Model":
-    """Opens the one network that is named.
+    """Opens the network that the command line names.
 
     Args:
-      choice: the command line's.
+      choice: the parsed options.
       batch_size: images per forward pass, over all devices.
       devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
 
     Raises:
-      UserError: none or several are named, or it cannot be read.
+      UserError: none or several networks are named, or it cannot be read.
     """
     named = [name for name in ("workdir", "weight", "onnx") if getattr(choice, name) is not None]
     if len(named) != 1:
@@ -90,19 +90,19 @@ def open_path(
     batch_size: int = 64,
     devices: int | Literal["own"] | None = None,
 ) -> "Model":
-    """Opens whatever holds a network; what it is, is found by its content.
+    """Opens any kind of model; the kind is detected by content.
 
     Args:
       path: a workdir, a hub folder (`arcface_jax.convert.hub`), a file of torch weights or
         safetensors, or an ONNX file.
-      network: of a file of weights; found by its names and shapes when not given.
+      network: network of a file of weights; by default detected from the arrays.
       step: which checkpoint of a workdir.
-      onnx_options: what an ONNX file does not tell of itself.
+      onnx_options: properties that an ONNX file does not state.
       batch_size: images per forward pass, over all devices.
       devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
 
     Raises:
-      UserError: there is none of these, or it cannot be read.
+      UserError: the path has no model, or it cannot be read.
     """
     path = Path(path)
     if not path.exists():
@@ -123,7 +123,7 @@ def open_path(
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What a path that exists holds; None for a folder of something else."""
+    """Detects what an existing path contains; None for a folder of something else."""
     if not path.is_dir():
         from arcface_jax.convert import file_kinds
 
@@ -186,7 +186,7 @@ def _open(
 
 
 def config_of(choice: ModelChoice) -> Config:
-    """The recipe of the run that is named; the default one where the network is of no run."""
+    """Returns the recipe of the named run; the default one for networks that are not from a run."""
     if choice.workdir is None:
         return Config()
     from arcface_jax.training import checkpoint
@@ -198,7 +198,7 @@ def open_network(choice: ModelChoice, *, batch_size: int = 16) -> "Network":
     """Opens a run or torch weights to export them, on one device.
 
     Raises:
-      UserError: none or several are named, it cannot be read, or it is an ONNX file.
+      UserError: none or several networks are named, it cannot be read, or it is an ONNX file.
     """
     from arcface_jax.training.network import Network
 
@@ -227,10 +227,10 @@ class ModelChoices:
     onnx_options: OmitArgPrefixes[OnnxOptions] = field(default_factory=OnnxOptions)
 
     def each(self) -> list[ModelChoice]:
-        """One by one, in the order of the options.
+        """The choices one by one, in the order of the options.
 
         Raises:
-          UserError: the networks are not as many as the weights.
+          UserError: the numbers of --network and --weight differ.
         """
         networks: tuple[str | None, ...] = self.network or (None,)
         count = len(self.weight)
@@ -247,14 +247,14 @@ class ModelChoices:
 
 
 def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, "Model"]:
-    """Opens several networks, each named after its folder or file, a second of one name NAME-2.
+    """Opens several networks, named after their folders or files; duplicates become NAME-2.
 
     Raises:
-      UserError: none is named, or one cannot be read.
+      UserError: no network is named, or one cannot be read.
     """
     each = choices.each()
     if not each:
-        open_model(ModelChoice())  # whose error tells how to name one
+        open_model(ModelChoice())  # raises the error that explains how to name one
     models: dict[str, Model] = {}
     for choice in each:
         path = choice.workdir or choice.weight or choice.onnx or Path()

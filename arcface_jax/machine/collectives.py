@@ -1,4 +1,4 @@
-"""What the devices of a mesh send to each other in a step, and how long that takes by itself."""
+"""Measure what the devices of a mesh exchange in a step, and how long that takes."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,13 +18,13 @@ class Traffic(NamedTuple):
     """One collective of a step."""
 
     bytes: float
-    """That a device sends in a step where the devices form a ring."""
+    """Bytes that a device sends per step if the devices form a ring."""
     seconds: float
-    """Median."""
+    """Median time."""
 
     @property
     def rate(self) -> float:
-        """Bytes a second of one device."""
+        """Bytes per second sent by one device."""
         return self.bytes / self.seconds
 
 
@@ -44,13 +44,13 @@ def measure(
     in an all-reduce (Patarasuk and Yuan, JPDC 2009).
 
     Args:
-      mesh: two devices at least.
-      batch: B of all devices.
+      mesh: at least two devices.
+      batch: B over all devices.
       size: D of an embedding.
-      parameters: of the backbone, whose gradient is summed.
-      head_dtype: in which the head gathers embeddings.
-      head_reduce_dtype: in which their gradient is summed.
-      reduce_dtype: of the summed gradient.
+      parameters: parameters of the backbone, whose gradient is summed.
+      head_dtype: type in which the head gathers embeddings.
+      head_reduce_dtype: type in which their gradient is summed.
+      reduce_dtype: type in which the backbone's gradient is summed.
     """
     apart = partial(jax.shard_map, mesh=mesh, check_vma=False)
     scatter = partial(lax.psum_scatter, axis_name=AXIS, scatter_dimension=0, tiled=True)

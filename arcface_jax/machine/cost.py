@@ -1,4 +1,4 @@
-"""What a network costs: parameters, and multiplications of its convolutions and products."""
+"""Cost of a network: parameters, and multiply-accumulates of convolutions and products."""
 
 import math
 from collections.abc import Iterator
@@ -13,16 +13,16 @@ from arcface_jax.models import registry
 
 
 class Cost(NamedTuple):
-    """Of one image."""
+    """Cost for one image."""
 
     parameters: int
-    """Numbers in all weights, a frozen scale included, as insightface counts them."""
+    """Numbers in all weights, including a frozen scale, as insightface counts them."""
     macs: int
     """Multiply-accumulates of convolutions, linear layers and attention, in inference."""
 
 
 def measure(network: str, *, embedding_size: int = 512, options: plugins.Options = ()) -> Cost:
-    """Counts from shapes; nothing is drawn or run."""
+    """Counts from shapes; nothing is initialized or run."""
     backbone = registry.build(network, embedding_size=embedding_size, options=options)
     params, batch_stats = backbone.shapes
     frozen = [array.size for name, array in batch_stats.items() if name.endswith(".scale")]
@@ -44,7 +44,7 @@ def _macs(jaxpr: Any) -> int:
         elif name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
             outputs = given["dimension_numbers"].rhs_spec[0]
-            each = math.prod(kernel) // kernel[outputs]  # a group's inputs, and the window
+            each = math.prod(kernel) // kernel[outputs]  # inputs of a group, times the window
             total += equation.outvars[0].aval.size * each
         repeats = given["length"] if name == "scan" else 1
         total += repeats * sum(map(_macs, _programs_in(given)))
@@ -52,7 +52,9 @@ def _macs(jaxpr: Any) -> int:
 
 
 def _programs_in(parameters: dict[str, Any]) -> Iterator[Any]:
-    """What an equation calls: the bodies of loops, jitted and rematerialized functions."""
+    """Yields the programs that an equation calls: loop bodies, jitted and rematerialized
+    functions.
+    """
     for value in parameters.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):
             program = getattr(item, "jaxpr", item)

@@ -1,4 +1,4 @@
-"""Whether a machine can run a recipe, and what will hold it up: everything is measured here.
+"""Check whether a machine can run a recipe, and find its bottleneck, by measurement.
 
 The parts of a step are measured separately: reading and decoding images, the products of backbone
 and head at the speed of one large product, and what the devices send to each other. The longest of
@@ -28,8 +28,8 @@ from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import memory
 from arcface_jax.training import manifest, optim, step, teacher, validation
 
-_SAMPLE = 64 * 2**20  # bytes written to the workdir's disk
-_PRODUCT = {"cpu": 1024}  # side of the matrices that are multiplied; 4096 elsewhere
+_SAMPLE = 64 * 2**20  # bytes to write to the workdir's disk
+_PRODUCT = {"cpu": 1024}  # size of the multiplied matrices; 4096 elsewhere
 
 
 class Check(NamedTuple):
@@ -37,19 +37,19 @@ class Check(NamedTuple):
 
     name: str
     verdict: Literal["ok", "warning", "fails"]
-    """`fails` is what would make a run fail."""
+    """`fails` marks what would make a run fail."""
     words: str
     values: Mapping[str, float] = {}
-    """For RESULT."""
+    """Values for RESULT."""
 
 
 def examine(config: Config, *, num_classes: int | None, seconds: float) -> Iterator[Check]:
-    """All checks, one after the other as they are done.
+    """Yields the checks as they complete.
 
     Args:
-      config: the run; its data and workdir are looked at where they are stated.
-      num_classes: C, where no data tells it.
-      seconds: that reading images is measured for.
+      config: the run; its data and workdir are checked if they are set.
+      num_classes: C, if there is no data.
+      seconds: time for measuring the input pipeline.
     """
     yield check_versions(manifest.versions())
     yield check_driver()
@@ -101,27 +101,27 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
 
 
 def check_versions(found: Mapping[str, str]) -> Check:
-    """JAX, its library and its CUDA plugin have to be of one release."""
+    """Checks that JAX, its library and its CUDA plugin are of one release."""
     listed = ", ".join(f"{name} {version}" for name, version in found.items())
     release = gpu.release(found["jax"])
     apart = [n for n, v in found.items() if n.startswith("jax") and gpu.release(v) != release]
     if not apart:
         return Check("versions", "ok", listed)
-    # An older jaxlib that JAX does not take it refuses itself; a plugin's GPUs would be missing.
+    # jaxlib itself rejects versions that JAX does not support; a mismatched plugin would hide GPUs.
     verdict = "fails" if any("plugin" in name for name in apart) else "warning"
     wanted = " ".join(f"{name}=={found['jax']}" for name in apart)
-    return Check("versions", verdict, f"{listed}: not of one release: pip install {wanted}")
+    return Check("versions", verdict, f"{listed}: versions do not match: pip install {wanted}")
 
 
 def check_driver() -> Check:
-    """What nvidia-smi reports, where installed, and whether JAX sees the same GPUs."""
+    """Reports nvidia-smi's output, if installed, and whether JAX sees the same GPUs."""
     if shutil.which("nvidia-smi") is None:
         return Check("driver", "ok", "no nvidia-smi: no NVIDIA GPU is expected")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("driver", "fails", f"nvidia-smi does not answer: {error}")
+        return Check("driver", "fails", f"nvidia-smi failed: {error}")
     lines = (done.stdout + done.stderr).strip().splitlines() or ["no GPU"]
     if done.returncode:
         return Check("driver", "fails", f"nvidia-smi fails: {' '.join(lines)[:200]}")
@@ -132,7 +132,7 @@ def check_driver() -> Check:
 
 
 def check_data(data: DataConfig, source: Source, *, seconds: float) -> Check:
-    """The speed of the real input pipeline, with the recipe's workers, threads, augmentations."""
+    """Measures the real input pipeline with the recipe's workers, threads and augmentations."""
     if len(source) < data.global_batch_size:
         words = f"{len(source)} images are less than a batch of {data.global_batch_size}"
         return Check("data", "fails", words, {"data_ms": 0.0})
@@ -149,7 +149,7 @@ def check_data(data: DataConfig, source: Source, *, seconds: float) -> Check:
 
 
 def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
-    """The state beside what is free; on CPUs all devices share the machine's."""
+    """Compares the state with the free memory; CPU devices share the machine's."""
     free = timing.free_memory() / (1 if _is_cpu(mesh) else len(jax.local_devices()))
     needed = sum(state.values()) * (len(mesh.local_devices) if _is_cpu(mesh) else 1)
     host = memory.free_on_host()
@@ -167,10 +167,10 @@ def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
 def check_disk(
     workdir: Path, checkpoint: CheckpointConfig, state: Mapping[str, int], mesh: Mesh
 ) -> Check:
-    """Speed and room of the workdir's disk, against the checkpoints that it has to hold."""
+    """Measures the workdir's disk, and compares its free space with the checkpoints to store."""
     backbone = sum(size for name, size in state.items() if not name.startswith("centers"))
     one = backbone + mesh.size * (sum(state.values()) - backbone)
-    copies = checkpoint.keep + 1  # the new one is written before the oldest goes
+    copies = checkpoint.keep + 1  # the new one is written before the oldest is removed
     copies += checkpoint.keep_best if checkpoint.best_metric else 0
     try:
         folder = next(p for p in (workdir, *workdir.absolute().parents) if p.is_dir())
@@ -192,7 +192,7 @@ def check_disk(
 
 
 def check_teacher(config: Config) -> Check:
-    """Room for the teacher's cache, less what is there already."""
+    """Checks the disk space for the teacher's cache, minus what exists already."""
     needed, words = plan.teacher_disk(config)
     if not needed:
         return Check("teacher", "ok", "runs at every step: no cache")
@@ -207,7 +207,7 @@ def check_teacher(config: Config) -> Check:
 
 
 def _disk_speed(folder: Path) -> tuple[float, float]:
-    """Bytes a second written and synced, and read once the page cache has let go of them."""
+    """Measures bytes per second written and synced, and read without the page cache."""
     path = folder / f".doctor_{os.getpid()}"
     data = np.random.default_rng(0).bytes(_SAMPLE)
     try:
@@ -228,13 +228,15 @@ def _disk_speed(folder: Path) -> tuple[float, float]:
 def check_compute(
     model: ModelConfig, head: HeadConfig, *, batch: int, num_classes: int, mesh: Mesh
 ) -> Check:
-    """The step's floating-point operations at the speed of one large product a device."""
+    """Estimates the step's floating-point operations at the speed of one large product per
+    device.
+    """
     platform = mesh.devices.flat[0].platform
     rates = {
         dtype: timing.matmul_flops_per_second(dtype, size=_PRODUCT.get(platform, 4096))
         for dtype in {model.dtype, head.dtype}
     }
-    # CPU devices are parts of one processor, which the product has to itself.
+    # CPU devices are parts of one processor, and a product uses all of it.
     together = 1 if _is_cpu(mesh) else mesh.size
     backbone = plan.backbone_flops_per_image(model) * batch
     products = plan.head_flops(
@@ -257,10 +259,10 @@ def check_compute(
 
 
 def check_traffic(config: Config, mesh: Mesh) -> Check:
-    """Collectives over the devices, at the sizes of this recipe's step."""
+    """Measures collectives over the devices, at the sizes of this recipe's step."""
     if mesh.size == 1:
         nothing = {"head_ms": 0.0, "all_reduce_ms": 0.0}
-        return Check("traffic", "ok", "one device: nothing has to be sent", nothing)
+        return Check("traffic", "ok", "one device: nothing to send", nothing)
     shapes = step.backbone(config).shapes[0]
     found = collectives.measure(
         mesh,
@@ -286,16 +288,16 @@ def check_traffic(config: Config, mesh: Mesh) -> Check:
 
 
 class Step(NamedTuple):
-    """A train step that was run."""
+    """Measurements of a train step."""
 
     seconds: float
-    """Median."""
+    """Median time."""
     peak_bytes: int | None
-    """Most that a device has held since JAX started; None where it does not count."""
+    """Peak bytes of a device since JAX started; None if it does not count."""
 
 
 def check_step(config: Config, *, num_classes: int, mesh: Mesh) -> Check:
-    """The real train step, measured, beside the program that XLA:GPU compiles for this GPU."""
+    """Measures the real train step, and compares it with the program compiled for this GPU."""
     try:
         found = measure_step(config, num_classes=num_classes, mesh=mesh)
     except jax.errors.JaxRuntimeError as error:
@@ -330,7 +332,7 @@ def check_step(config: Config, *, num_classes: int, mesh: Mesh) -> Check:
 
 
 def measure_step(config: Config, *, num_classes: int, mesh: Mesh, repeats: int = 5) -> Step:
-    """Runs the train step on black images of identity 0, after two steps that are not counted."""
+    """Measures the train step on black images of identity 0, after two warm-up steps."""
     state = step.init_state(config, num_classes=num_classes, mesh=mesh)
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)
     run = step.make_train_step(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
@@ -349,7 +351,7 @@ def measure_step(config: Config, *, num_classes: int, mesh: Mesh, repeats: int =
 
 
 def bottleneck(milliseconds: Mapping[str, float], batch: int) -> Check:
-    """Which part of a step takes longest, of those measured."""
+    """Returns the slowest of the measured parts of a step."""
     slowest = max(milliseconds, key=lambda name: milliseconds[name])
     longest = milliseconds[slowest]
     parts = ", ".join(f"{name} {ms:.3g} ms" for name, ms in milliseconds.items())

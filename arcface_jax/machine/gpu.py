@@ -1,8 +1,8 @@
-"""Compile a run's train step for an NVIDIA GPU that is not there, and read the program.
+"""Compile a run's train step for an NVIDIA GPU that need not be present, and read the program.
 
-XLA:GPU needs a description of the card, not the card or its driver. It runs in a process of its own
-(`gpu_worker`), which is the only one that loads the CUDA plugin; this module imports neither JAX
-nor the plugin.
+XLA:GPU needs a description of the card, not the card or its driver. It runs in a separate process
+(`gpu_worker`), the only one that loads the CUDA plugin; this module imports neither JAX nor the
+plugin.
 """
 
 import importlib.util
@@ -35,51 +35,51 @@ _WORKER = "arcface_jax.machine.gpu_worker"
 
 
 class Target(NamedTuple):
-    """What is known of a GPU, from its file in `gpu_targets`."""
+    """Facts about a GPU, from its file in `gpu_targets`."""
 
     name: str
-    """Of `NAMES`."""
+    """One of `NAMES`."""
     device_kind: str
-    """As CUDA spells it."""
+    """Name as CUDA spells it."""
     memory: int
-    """Bytes."""
+    """Memory in bytes."""
     bandwidth: float
-    """Bytes a second of its memory, by the data sheet."""
+    """Memory bandwidth in bytes per second, from the data sheet."""
     l2: int
-    """Bytes of the L2 cache."""
+    """Size of the L2 cache in bytes."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program: what it holds on each device, and its text."""
+    """A compiled program: its memory on each device, and its text."""
 
     text: str
-    """The scheduled HLO module."""
+    """Text of the scheduled HLO module."""
     temporary_bytes: int
-    """Beside arguments and results."""
+    """Temporary bytes besides arguments and results."""
     argument_bytes: int
     output_bytes: int
     alias_bytes: int
-    """Of the results that lie where an argument was."""
+    """Bytes of results that reuse an argument's memory."""
     state: dict[str, int]
-    """Bytes of the train state on each device, by part, and of the batch; empty for a head."""
+    """Bytes of the train state on each device by part, and of the batch; empty for a head."""
     seconds: float
-    """Tracing and compiling."""
+    """Seconds of tracing and compiling."""
 
     @property
     def peak_bytes(self) -> int:
-        """Arguments, results that lie nowhere among them, and temporaries."""
+        """Bytes of arguments, of results without an argument's memory, and of temporaries."""
         beside = self.output_bytes - self.alias_bytes
         return self.argument_bytes + beside + self.temporary_bytes
 
     @cached_property
     def module(self) -> hlo.Module:
-        """Its kernels, loops and collectives."""
+        """The program's kernels, loops and collectives."""
         return hlo.parse(self.text)
 
 
 class Compiler:
-    """A process that compiles for one kind of GPU; `compiler` starts it and ends it."""
+    """A process that compiles for one kind of GPU; `compiler` starts and ends it."""
 
     def __init__(self, process: "subprocess.Popen[str]", folder: Path, log: IO[str]):
         self._process = process
@@ -88,7 +88,7 @@ class Compiler:
         self._count = 0
 
     def compile(self, config: Config, *, num_classes: int, part: Part = "step") -> Program:
-        """The program of a run's train step, or of its head for embeddings that are given.
+        """Compiles a run's train step, or its head for given embeddings.
 
         Args:
           config: the run; workdir and data.path may be empty, `devices` is the compiler's.
@@ -96,7 +96,7 @@ class Compiler:
           part: what to compile.
 
         Raises:
-          UserError: the configuration does not allow the run, or the compiler failed.
+          UserError: the configuration is invalid, or the compiler failed.
         """
         self._count += 1
         path = self._folder / f"{self._count}.hlo"
@@ -141,14 +141,15 @@ def compiler(gpu: str, *, devices: int) -> Iterator[Compiler]:
       devices: GPUs, at most 8 on a host.
 
     Raises:
-      UserError: there is no such GPU or number of them, or no CUDA plugin that fits.
+      UserError: the GPU or the number of GPUs is not supported, or there is no matching CUDA
+          plugin.
     """
     target(gpu)
     topology(devices)
     check_plugin()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # The same package as here, wherever that was imported from.
+    # The same package as here, wherever it was imported from.
     folders = [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
     with (
@@ -178,7 +179,7 @@ def compile_step(
     devices: int,
     part: Part = "step",
 ) -> Program:
-    """One program; `compiler` is for several.
+    """Compiles one program; for several, use `compiler`.
 
     Raises:
       UserError: as `compiler` and `Compiler.compile`.
@@ -188,10 +189,10 @@ def compile_step(
 
 
 def target(name: str) -> Target:
-    """The facts of a GPU that time and memory depend on.
+    """Returns the facts about a GPU that time and memory depend on.
 
     Raises:
-      ConfigError: there is no description of it.
+      ConfigError: the GPU has no description.
     """
     text = description(name)
 
@@ -210,15 +211,15 @@ def target(name: str) -> Target:
 
 
 def name_of(device_kind: str) -> str | None:
-    """The target that describes a real GPU, by the name that CUDA gives it; None without one."""
+    """Returns the target that describes a real GPU, by CUDA's name for it; None without one."""
     return next((name for name in NAMES if target(name).device_kind == device_kind), None)
 
 
 def description(name: str) -> str:
-    """XLA's description of a GPU, a text proto `GpuTargetConfigProto`.
+    """Returns XLA's description of a GPU, a text proto `GpuTargetConfigProto`.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: the name is unknown.
     """
     if name not in NAMES:
         raise ConfigError(f"--gpu {name} is unknown: use one of {', '.join(NAMES)}")
@@ -226,10 +227,10 @@ def description(name: str) -> str:
 
 
 def topology(devices: int) -> str:
-    """XLA's topology: hosts x 1 x GPUs of each, as many of 8 as divide the whole.
+    """Returns XLA's topology: hosts x 1 x GPUs per host, the largest divisor up to 8.
 
     Raises:
-      ConfigError: so many GPUs cannot be planned for.
+      ConfigError: the number of GPUs is out of range.
     """
     if not 1 <= devices <= MOST_DEVICES:
         raise ConfigError(f"--devices {devices} must be 1 to {MOST_DEVICES} GPUs to plan for")
@@ -241,8 +242,8 @@ def check_plugin() -> str:
     """Finds the CUDA plugin that compiles, and returns its distribution's name and version.
 
     Raises:
-      UserError: there is none of jaxlib's version, or what it needs is missing; the message has the
-        command that installs it.
+      UserError: no plugin matches jaxlib's version, or a dependency is missing; the message has the
+        command to install it.
     """
     wanted = metadata.version("jaxlib")
     found = {}
@@ -267,12 +268,14 @@ def check_plugin() -> str:
 
 
 def release(version: str) -> list[str]:
-    """The first three numbers: a plugin's fourth, 0.12.0.1, is a rebuild for the same jaxlib."""
+    """Returns the first three numbers: the fourth, as in 0.12.0.1, marks a rebuild for one
+    jaxlib.
+    """
     return version.split(".")[:3]
 
 
 def install_command(cuda: str) -> str:
-    """How to install what compiles, at versions that fit this environment's jaxlib."""
+    """Returns the command to install the compiler, at versions that match this jaxlib."""
     wanted = ".".join([*release(metadata.version("jaxlib")), "*"])
     nvcc = "nvidia-cuda-nvcc-cu12" if cuda == "12" else "'nvidia-cuda-nvcc<14' 'nvidia-nvvm<14'"
     return (
@@ -282,7 +285,7 @@ def install_command(cuda: str) -> str:
 
 
 def _has_ptxas() -> bool:
-    """Whether a wheel, PATH or CUDA_HOME has the assembler that XLA calls."""
+    """Returns whether a wheel, PATH or CUDA_HOME has the assembler that XLA calls."""
     if (
         shutil.which("ptxas")
         or (Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/ptxas").exists()

@@ -1,7 +1,7 @@
-"""A run's plan from the program that XLA:GPU makes of its step.
+"""Plan a run from the program that XLA:GPU compiles for its step.
 
-Two batches give a straight line to the largest; the step is then compiled at that batch, and the
-line corrected until one fits and the next does not.
+A straight line through two batches predicts the largest one; the step is then compiled at that
+batch, and the line corrected until one batch fits and the next does not.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ ALLOWANCES = (
     f"NCCL's buffers, {NCCL // MIB} MiB (NCCL_BUFFSIZE 4 MiB x 32 channels x 2 directions x ring "
     "and tree)"
 )
-# Compiled at most so often in search of the largest batch, beside the two of the line.
+# Most compilations in search of the largest batch, in addition to the two of the line.
 _CHECKS = 3
 
 
@@ -40,13 +40,13 @@ def make(config: Config, *, num_classes: int, name: str, memory: int | None) -> 
     """Plans a run on GPUs; takes as long as compiling its step three times.
 
     Args:
-      config: the run; `devices` is stated, workdir and data.path may be empty.
+      config: the run; `devices` is set, workdir and data.path may be empty.
       num_classes: C.
-      name: of the GPU, one of `gpu.NAMES`.
-      memory: bytes of a device; None for all that the GPU has.
+      name: name of the GPU, one of `gpu.NAMES`.
+      memory: bytes of a device; None for the GPU's whole memory.
 
     Raises:
-      UserError: the configuration does not allow the run, or nothing can compile it.
+      UserError: the configuration is invalid, or there is no compiler for it.
     """
     devices = config.devices or 1
     target = gpu.target(name)
@@ -93,7 +93,7 @@ def _search(
     usable: int,
     devices: int,
 ) -> tuple[list[_Point], int]:
-    """Batches compiled, in this order, and the largest that was found to fit."""
+    """Returns the compiled batches, in order, and the largest batch found to fit."""
     batch, bn_batch = config.data.global_batch_size, config.model.bn_batch_size
 
     def compiled(size: int) -> _Point:
@@ -133,14 +133,16 @@ def _search(
 
 
 def _slope(one: _Point, other: _Point) -> float:
-    """Bytes of activations for each further image."""
+    """Returns the bytes of activations per additional image."""
     return (other.temporary - one.temporary) / (other.batch - one.batch)
 
 
 def _most_classes(
     process: Compiler, config: Config, needed: Mapping[str, int], *, usable: int, devices: int
 ) -> int:
-    """Most classes that fit, with the temporaries of a head compiled for so many."""
+    """Returns the largest number of classes that fits, with the temporaries of a head of that
+    size.
+    """
     needed = dict(needed)
     values = config.model.embedding_size * config.head.subcenters
     most = 0

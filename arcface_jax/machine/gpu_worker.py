@@ -1,8 +1,8 @@
-"""The process that compiles for a GPU which is not there; `machine.gpu` starts it and talks to it.
+"""The process that compiles for a GPU that need not be present, started by `machine.gpu`.
 
 `python -m arcface_jax.machine.gpu_worker GPU DEVICES` reads one JSON request a line from stdin and
-answers with one line of JSON on stdout. JAX sees only the CPU here: nothing runs on a GPU, and
-nothing can, even where there is one.
+answers with one line of JSON on stdout. JAX only sees the CPU here, so nothing runs on a GPU, even
+if there is one.
 """
 
 import json
@@ -32,8 +32,8 @@ from arcface_jax.training import manifest, optim, step, validation
 
 def main(name: str, devices: int, requests: IO[str], answers: IO[str]) -> None:
     """Answers each request until stdin ends."""
-    # JAX asks cuDNN for its version while it traces attention. None is installed here, and the
-    # program is for one that has it: XLA's target description names version 9.10.
+    # JAX asks cuDNN for its version while it traces attention. None is installed here, but the
+    # program is for a machine that has it: XLA's target description names version 9.10.
     fused_attention_stablehlo.check_cudnn_version = lambda: 91002
     found = topologies.get_topology_desc(
         platform="cuda", topology=gpu.topology(devices), target_config=gpu.description(name)
@@ -45,7 +45,7 @@ def main(name: str, devices: int, requests: IO[str], answers: IO[str]) -> None:
         except UserError as error:
             answer = {"user_error": str(error)}
         except Exception as error:
-            # Whatever the compiler raises: the process that asked reports it in one line.
+            # Any error of the compiler: the requesting process reports it in one line.
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
@@ -81,10 +81,10 @@ def _answer(request: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 
 
 def _lower_step(config: Config, *, num_classes: int, mesh: Mesh) -> tuple[Any, dict[str, int]]:
-    """The train step as training calls it, and the bytes of its arguments."""
+    """Lowers the train step as training calls it, and returns the bytes of its arguments."""
     batch = plan.batch_of(config, mesh)
     state = step.abstract_state(config, num_classes=num_classes, mesh=mesh)
-    # How many steps an epoch has changes constants of the program and nothing else.
+    # The number of steps in an epoch only changes constants of the program.
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)
     run: Any = step.make_train_step(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     sizes = {**manifest.state_bytes(state), "batch": manifest.device_bytes(batch)}
@@ -92,7 +92,7 @@ def _lower_step(config: Config, *, num_classes: int, mesh: Mesh) -> tuple[Any, d
 
 
 def _lower_head(config: Config, *, num_classes: int, mesh: Mesh) -> Any:
-    """The head's loss, gradient and update, for embeddings that are given."""
+    """Lowers the head's loss, gradient and update, for given embeddings."""
     split, whole = meshes.split(mesh), meshes.replicated(mesh)
     state = step.abstract_state(config, num_classes=num_classes, mesh=mesh)
     batch, size = config.data.global_batch_size, config.model.embedding_size
@@ -125,7 +125,7 @@ def _lower_head(config: Config, *, num_classes: int, mesh: Mesh) -> Any:
 
 
 if __name__ == "__main__":
-    # Answers have stdout to themselves; what libraries print goes to stderr.
+    # stdout is reserved for answers; output of libraries goes to stderr.
     stdout = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     main(sys.argv[1], int(sys.argv[2]), sys.stdin, stdout)

@@ -1,9 +1,9 @@
 """Read a program compiled by XLA:GPU: its kernels, their memory traffic and FLOPs, collectives.
 
 The input is the text of the scheduled module, `compiled.as_text()`; nothing here imports JAX. Bytes
-are HBM's if no cache held anything between two kernels: a kernel reads its operands and
-writes its results once, a slice counts as the slice, an update in place as the update. What runs
-in a loop counts as many times as the loop does.
+are HBM traffic under the assumption that no cache retains data between kernels: a kernel reads its
+operands and writes its results once, a slice counts as the slice, an update in place as the update.
+Kernels in a loop count once per iteration.
 """
 
 import math
@@ -36,7 +36,7 @@ _SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](\{[^}]*\
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERAND = re.compile(r"%([\w.\-]+)")
-# Cost no kernel.
+# Instructions without a kernel.
 _FREE = {
     "after-all",
     "bitcast",
@@ -60,11 +60,11 @@ class Shape(NamedTuple):
     dtype: str
     dims: tuple[int, ...]
     layout: str = ""
-    """As HLO prints it, `{3,2,1,0}`: the minor dimension first."""
+    """Layout as HLO prints it, `{3,2,1,0}`: the minor dimension first."""
 
     @property
     def bytes(self) -> int:
-        """Without padding."""
+        """Size without padding."""
         return math.prod(self.dims) * bits(self.dtype) // 8
 
     def __str__(self) -> str:
@@ -77,62 +77,62 @@ class Instruction(NamedTuple):
     name: str
     op: str
     shapes: tuple[Shape, ...]
-    """Of the result: one, or a tuple's leaves."""
+    """Shapes of the result: one, or a tuple's leaves."""
     operands: tuple[str, ...]
     attributes: str
     """The text after the operands."""
     is_root: bool
     arguments: str
-    """The operands as text: a parameter's number."""
+    """Operands as text: a parameter's number."""
 
     @property
     def bytes(self) -> int:
-        """Of the result."""
+        """Bytes of the result."""
         return sum(shape.bytes for shape in self.shapes)
 
     def attribute(self, pattern: str) -> str | None:
-        """The first group of a pattern in the attributes."""
+        """Returns the first group of a pattern in the attributes."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
     @property
     def called(self) -> str | None:
-        """The computation of a fusion, call or asynchronous start."""
+        """Name of the computation of a fusion, call or asynchronous start."""
         return self.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)")
 
 
 class Frame(NamedTuple):
-    """One level of the Python stack that an instruction was traced in."""
+    """One level of the Python stack where an instruction was traced."""
 
     file: str
     function: str
 
 
 class Kernel(NamedTuple):
-    """One instruction that the GPU executes, or one copy or collective."""
+    """An instruction that the GPU executes, or a copy or collective."""
 
     name: str
     kind: Kind
     part: Part
     runs: int
-    """In one call of the program."""
+    """Runs per call of the program."""
     read: int
-    """Bytes, in one run."""
+    """Bytes read per run."""
     written: int
-    """Bytes, in one run."""
+    """Bytes written per run."""
     flops: int
-    """Of its products, in one run: 2 for each multiply-accumulate."""
+    """FLOPs of its products per run: 2 for each multiply-accumulate."""
     dtype: str
-    """Type of the products' operands; of the result where it has none."""
+    """Type of the products' operands; without products, of the result."""
     detail: str
-    """Target of a custom call, kind of a fusion; for convolutions with types and layout."""
+    """Target of a custom call, or kind of a fusion; for convolutions with types and layout."""
     op_name: str
     loops: tuple[str, ...]
-    """Names of the while loops that it lies in, the outermost first."""
+    """Names of the enclosing while loops, the outermost first."""
 
     @property
     def bytes(self) -> int:
-        """HBM traffic in one run."""
+        """HBM traffic per run."""
         return self.read + self.written
 
 
@@ -141,41 +141,43 @@ class Loop(NamedTuple):
 
     name: str
     trip_count: int | None
-    """None where the compiler does not know it: the host then reads the condition each time."""
+    """Number of iterations; None if unknown to the compiler: the host then reads the condition each
+    time."""
     runs: int
-    """How often the loop is entered in one call of the program."""
+    """How often the loop is entered per call of the program."""
     carry: tuple[Shape, ...]
     part: Part
     op_name: str
 
 
 class Collective(NamedTuple):
-    """One exchange between devices."""
+    """An exchange between devices."""
 
     name: str
     kind: str
     """One of `COLLECTIVES`."""
     bytes: int
-    """That a device contributes to an all-reduce or reduce-scatter, or has after an all-gather."""
+    """Bytes that a device contributes to an all-reduce or reduce-scatter, or has after an
+    all-gather."""
     runs: int
     part: Part
     position: float
     """Share of the program's kernels that are scheduled before it starts, 0 to 1."""
     finished: float
-    """The same for its end."""
+    """Share of the kernels that are scheduled before it ends, 0 to 1."""
     dtype: str
     loops: tuple[str, ...]
 
 
 class Done(NamedTuple):
-    """Where asynchronous work has to be complete."""
+    """Point where asynchronous work has to be complete."""
 
     start: str
     """Name of the kernel that started it."""
 
 
 class Totals(NamedTuple):
-    """Sums over kernels, each as often as it runs."""
+    """Sums over kernels, weighted by their number of runs."""
 
     kernels: int
     bytes: int
@@ -183,7 +185,7 @@ class Totals(NamedTuple):
 
 
 def bits(dtype: str) -> int:
-    """Size of one number of an HLO type.
+    """Returns the size in bits of one number of an HLO type.
 
     Raises:
       ValueError: the type is unknown.
@@ -197,13 +199,13 @@ def bits(dtype: str) -> int:
 
 
 def total(kernels: Iterable[Kernel]) -> Totals:
-    """Kernels run, HBM bytes and FLOPs of one call."""
+    """Sums kernel runs, HBM bytes and FLOPs of one call."""
     sums = [(k.runs, k.runs * k.bytes, k.runs * k.flops) for k in kernels]
     return Totals(*map(sum, zip(*sums, strict=True))) if sums else Totals(0, 0, 0)
 
 
 def by_part(kernels: Sequence[Kernel]) -> dict[Part, Totals]:
-    """`total` of each of `PARTS`."""
+    """Returns `total` for each of `PARTS`."""
     return {part: total(k for k in kernels if k.part == part) for part in PARTS}
 
 
@@ -219,12 +221,12 @@ class Module:
 
     @cached_property
     def kernels(self) -> list[Kernel]:
-        """All that run, in the order of their schedule."""
+        """All kernels, in the order of their schedule."""
         return [item for item in self.schedule if isinstance(item, Kernel)]
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """All while loops, the outer ones first."""
+        """All while loops, outer ones first."""
         return [item for item in self.schedule if isinstance(item, Loop)]
 
     @cached_property
@@ -251,16 +253,16 @@ class Module:
 
     @cached_property
     def total(self) -> Totals:
-        """Of all kernels."""
+        """Totals over all kernels."""
         return total(self.kernels)
 
     @cached_property
     def schedule(self) -> "list[Kernel | Loop | Done]":
-        """Kernels, the loops before what runs in them, and where asynchronous work ends."""
+        """Kernels, loops before their contents, and the ends of asynchronous work, in order."""
         return list(_walk(self, self.entry, runs=1, loops=()))
 
     def stack(self, instruction: Instruction) -> tuple[Frame, ...]:
-        """The Python stack of an instruction; a fusion without one has its root's or another's."""
+        """Returns the Python stack of an instruction; a fusion may use its root's or another's."""
         number = instruction.attribute(r"stack_frame_id=(\d+)")
         if number:
             return self.frames.get(int(number), ())
@@ -300,7 +302,7 @@ def parse(text: str) -> Module:
 
 
 def _instruction(name: str, rest: str, *, is_root: bool) -> Instruction:
-    """`TYPE op(operands), attributes`."""
+    """Parses `TYPE op(operands), attributes`."""
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     kind, rest = rest[:end], rest[end:].lstrip()
     opening = rest.index("(")
@@ -313,7 +315,7 @@ def _instruction(name: str, rest: str, *, is_root: bool) -> Instruction:
 
 
 def _closing(text: str, begin: int) -> int:
-    """The index of the parenthesis that closes the one at `begin`."""
+    """Returns the index of the parenthesis that closes the one at `begin`."""
     depth = 0
     for found in re.finditer(r"[()]", text[begin:]):
         depth += 1 if found[0] == "(" else -1
@@ -323,7 +325,7 @@ def _closing(text: str, begin: int) -> int:
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
-    """All arrays of a type as HLO prints it."""
+    """Returns all arrays in a type as HLO prints it."""
     return tuple(
         Shape(dtype, tuple(int(n) for n in dims.split(",") if n), layout)
         for dtype, dims, layout in _SHAPE.findall(text)
@@ -331,7 +333,7 @@ def shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _frames(lines: Sequence[str]) -> dict[int, tuple[Frame, ...]]:
-    """The tables at the top of a module: files, functions, locations, and frames of them."""
+    """Parses the tables at the top of a module: files, functions, locations, and frames."""
     tables: dict[str, dict[int, str]] = defaultdict(dict)
     section = ""
     for line in lines:
@@ -348,7 +350,7 @@ def _frames(lines: Sequence[str]) -> dict[int, tuple[Frame, ...]]:
     places = {i: numbers(text) for i, text in tables["FileLocations"].items()}
     stacks = {i: numbers(text) for i, text in tables["StackFrames"].items()}
     parents = {i: stack.get("parent_frame_id", 0) for i, stack in stacks.items()}
-    # XLA prints the parent's number plus one: then even the outermost frame seems to have one.
+    # XLA prints the parent's number plus one, so even the outermost frame seems to have one.
     shift = 0 if 0 in parents.values() else 1
 
     def frame(number: int) -> Frame:
@@ -369,7 +371,7 @@ def _frames(lines: Sequence[str]) -> dict[int, tuple[Frame, ...]]:
 def _walk(
     module: Module, computation: str, *, runs: int, loops: tuple[str, ...]
 ) -> "Iterator[Kernel | Loop | Done]":
-    """What a computation runs, with what it calls."""
+    """Walks through a computation and what it calls."""
     known = module.computations[computation]
     for found in known.values():
         if found.op in _FREE:
@@ -394,14 +396,14 @@ def _walk(
 
 
 def _is_asynchronous_call(module: Module, found: Instruction) -> bool:
-    """Whether an instruction starts kernels on another stream, and no collective."""
+    """Returns whether an instruction starts kernels on another stream and is not a collective."""
     return found.op == "async-start" and _kind(module, found)[0] != "collective"
 
 
 def _largest_branch(
     module: Module, instruction: Instruction, *, runs: int, loops: tuple[str, ...]
 ) -> "list[Kernel | Loop | Done]":
-    """Of a conditional: what its most expensive branch runs."""
+    """Returns the contents of the most expensive branch of a conditional."""
     listed = instruction.attribute(r"branch_computations=\{([^}]*)\}")
     pair = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.attributes)
     names = re.findall(r"[\w.\-]+", listed) if listed else pair
@@ -436,7 +438,7 @@ def _kernel(
 
 
 def _kind(module: Module, found: Instruction) -> tuple[Kind, str]:
-    """What a kernel does, and the compiler's own name for it."""
+    """Returns a kernel's kind, and the compiler's own name for it."""
     base = found.op.removesuffix("-start")
     inner = list(_inside(module, found.called)) if found.called else []
     if base == "async":
@@ -471,7 +473,7 @@ def _custom_kind(call: Instruction) -> tuple[Kind, str]:
 
 
 def _inside(module: Module, computation: str | None) -> Iterator[Instruction]:
-    """All instructions of a fused computation, nested ones included."""
+    """Yields all instructions of a fused computation, including nested ones."""
     for found in module.computations.get(computation or "", {}).values():
         yield found
         if found.op == "fusion":
@@ -481,7 +483,7 @@ def _inside(module: Module, computation: str | None) -> Iterator[Instruction]:
 def _traffic(
     module: Module, known: dict[str, Instruction], found: Instruction, kind: Kind
 ) -> tuple[int, int]:
-    """Bytes read and written by one run."""
+    """Returns the bytes read and written per run."""
     if found.op == "fusion" and found.called:
         inner = module.computations[found.called]
         given = [x for x in inner.values() if x.op == "parameter"]
@@ -489,7 +491,7 @@ def _traffic(
         return read, sum(_written(inner, x) for x in _roots(inner))
     operands = [known[name].bytes for name in found.operands if name in known]
     if kind == "collective":
-        # An asynchronous start of some kinds lists its operands among its results.
+        # Some kinds of asynchronous starts list their operands among their results.
         result = found.bytes - sum(operands) if _lists_operands(found, operands) else found.bytes
         return sum(operands), result
     if found.op in _SLICES:
@@ -513,7 +515,7 @@ def _roots(inner: dict[str, Instruction]) -> list[Instruction]:
 
 
 def _written(inner: dict[str, Instruction], root: Instruction) -> int:
-    """Bytes that one result of a fusion writes: of an update in place, the update."""
+    """Returns the bytes that a result of a fusion writes: for an update in place, the update's."""
     found = root
     while found.op in (*_VIEWS, "convert") and found.operands:
         found = inner[found.operands[0]]
@@ -524,7 +526,7 @@ def _written(inner: dict[str, Instruction], root: Instruction) -> int:
 
 
 def _read(module: Module, computation: str, parameter: Instruction) -> int:
-    """Bytes that a fusion reads of one operand: all, or the slices that it takes."""
+    """Returns the bytes that a fusion reads of an operand: all, or only slices."""
     taken: dict[tuple[object, ...], int] = {}
     for user, name in _uses(module, computation, parameter.name):
         if user.op in _SLICES and user.operands[0] == name:
@@ -536,7 +538,7 @@ def _read(module: Module, computation: str, parameter: Instruction) -> int:
 
 
 def _uses(module: Module, computation: str, name: str) -> Iterator[tuple[Instruction, str]]:
-    """What uses a value, and by which name: views and nested fusions are looked through."""
+    """Yields the users of a value, and its name there; looks through views and nested fusions."""
     for user in module.computations[computation].values():
         for place, operand in enumerate(user.operands):
             if operand != name:
@@ -555,7 +557,7 @@ def _uses(module: Module, computation: str, name: str) -> Iterator[tuple[Instruc
 def _flops(
     module: Module, known: dict[str, Instruction], found: Instruction
 ) -> tuple[int, str | None]:
-    """Of the products of one kernel, and the type of their operands."""
+    """Returns the FLOPs of a kernel's products, and the type of their operands."""
     if found.op == "custom-call":
         return _custom_flops(known, found)
     if found.op == "dot":
@@ -584,7 +586,7 @@ def _custom_flops(known: dict[str, Instruction], call: Instruction) -> tuple[int
         return _convolution_flops(call, given, target), given[0].dtype
     if "fmha" in target:
         # (B, T, heads, width) queries and (B, S, heads, width) keys: two products forward, five
-        # backward, in which the scores are made again.
+        # backward, which recompute the scores.
         products = 5 if "Backward" in target else 2
         return 2 * products * math.prod(given[0].dims) * given[1].dims[1], given[0].dtype
     if "cublas" in target:
@@ -595,7 +597,7 @@ def _custom_flops(known: dict[str, Instruction], call: Instruction) -> tuple[int
 
 
 def _convolution_flops(call: Instruction, given: list[Shape], target: str) -> int:
-    """2 for each of output positions x window x channels of a group.
+    """Returns 2 x output positions x window x channels of a group.
 
     dim_labels name the axes of (input, kernel -> output), whichever of them is the result.
     """
@@ -616,7 +618,7 @@ def _convolution_flops(call: Instruction, given: list[Shape], target: str) -> in
 def _part(
     module: Module, found: Instruction, kind: Kind, known: dict[str, Instruction] | None = None
 ) -> Part:
-    """Which part of a train step an instruction belongs to, by the files of its Python stack."""
+    """Assigns an instruction to a part of the train step, by the files in its Python stack."""
     origin = _origin(module, found, known or {})
     files = [frame.file.replace("\\", "/") for frame in module.stack(origin)]
     scope = origin.attribute(r'op_name="([^"]*)"') or ""
@@ -635,9 +637,9 @@ def _part(
 
 
 def _origin(module: Module, found: Instruction, known: dict[str, Instruction]) -> Instruction:
-    """The instruction, or where it has no Python stack what its first operand comes from."""
+    """Returns the instruction, or without a Python stack the origin of its first operand."""
     start = found
-    for _ in range(8):  # copies and slices that the compiler made are few after one another
+    for _ in range(8):  # compiler-made chains of copies and slices are short
         if module.stack(found) or "op_name=" in found.attributes:
             return found
         operand = next((known[name] for name in found.operands if name in known), None)
@@ -663,7 +665,7 @@ def _collective(kernel: Kernel, position: float, finished: float) -> Collective:
 
 
 def count_collectives(collectives: Sequence[Collective]) -> dict[str, tuple[int, int]]:
-    """(number, bytes) in one call of the program, by kind."""
+    """Returns (number, bytes) in one call of the program, by kind."""
     number: Counter[str] = Counter()
     size: Counter[str] = Counter()
     for found in collectives:

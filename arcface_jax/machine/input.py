@@ -1,4 +1,4 @@
-"""How fast training images come: each stage beside two bare decode loops, in the same run."""
+"""Measure the speed of the input pipeline: each stage against bare decode loops, in one run."""
 
 import dataclasses
 import multiprocessing
@@ -20,34 +20,34 @@ from arcface_jax.data.source import Source
 from arcface_jax.runtime import devices
 
 BARE_PROCESSES = 2
-_IN_MEMORY = 4096  # images whose bytes the bare loops hold
-_WARM_UP = 4  # batches that are not counted
+_IN_MEMORY = 4096  # images in memory for the bare loops
+_WARM_UP = 4  # batches to skip
 
 
 class Rate(NamedTuple):
-    """What one stage reached."""
+    """Speed of one stage."""
 
     stage: str
-    """bare decode: loops in two processes at once, bytes in memory; read: bytes from the source;
+    """bare decode: loops in two processes at once, from memory; read: bytes from the source;
     decode: images from the source, one thread; pipeline: batches on the host; to device."""
     workers: int
     threads: int
     images_per_second: float
-    """Median of the rounds."""
+    """Median over the rounds."""
     of_bare: float
-    """Median, over the rounds, of the ratio to the bare loops of the same round."""
+    """Median, over the rounds, of the ratio to the bare loops in the same round."""
 
 
 def measure(
     data: DataConfig, *, workers: tuple[int, ...], rounds: int = 5, seconds: float = 2.0
 ) -> list[Rate]:
-    """All stages in turn, round after round, so that all see the same machine.
+    """Measures all stages in turn, round by round, so that all see the same machine load.
 
     Args:
-      data: path, batch size, threads, augmentation; its workers are not looked at.
+      data: path, batch size, threads, augmentation; its workers are ignored.
       workers: numbers of worker processes to try; 0 means threads only.
-      rounds: of all stages.
-      seconds: that each stage is given in a round.
+      rounds: number of rounds over all stages.
+      seconds: time per stage in a round.
 
     Raises:
       DataError: the training set cannot be opened.
@@ -80,19 +80,24 @@ def measure(
 
 
 def bottleneck(rates: list[Rate]) -> str:
-    """A sentence naming the slowest stage."""
+    """Returns a sentence naming the slowest stage."""
     best = max((r for r in rates if r.stage == "pipeline"), key=lambda r: r.images_per_second)
     sent = max((r for r in rates if r.stage == "to device"), key=lambda r: r.images_per_second)
     read, decode = (next(r for r in rates if r.stage == name) for name in ("read", "decode"))
     speed = f"the fastest pipeline, with {best.workers} workers, gives {best.images_per_second:.0f}"
     if sent.images_per_second < 0.8 * best.images_per_second:
-        return f"{speed} images/s, and copying to the device binds: {sent.images_per_second:.0f}"
+        return (
+            f"{speed} images/s; copying to the device is the bottleneck: "
+            f"{sent.images_per_second:.0f} images/s"
+        )
     share = decode.images_per_second / read.images_per_second
     if share > 0.5:
-        return f"{speed} images/s, and reading binds: it takes {share:.0%} of a thread's time"
+        return (
+            f"{speed} images/s; reading is the bottleneck: it takes {share:.0%} of a thread's time"
+        )
     return (
-        f"{speed} images/s, {best.of_bare:.2f} of {BARE_PROCESSES} bare decode loops; decoding "
-        f"binds: reading takes {share:.0%} of a thread's time"
+        f"{speed} images/s, {best.of_bare:.2f} of {BARE_PROCESSES} bare decode loops; "
+        f"decoding is the bottleneck: reading takes {share:.0%} of a thread's time"
     )
 
 
@@ -103,7 +108,7 @@ def _encoded(source: Source) -> list[bytes]:
 
 @contextmanager
 def _bare_loops(encoded: list[bytes], seconds: float) -> Iterator[Callable[[], float]]:
-    """A function that has two processes decode at once; images a second of both together."""
+    """Provides a function that decodes in two processes at once and returns images per second."""
     context = multiprocessing.get_context("spawn")
     loops = []
     for number in range(BARE_PROCESSES):
@@ -141,7 +146,7 @@ def _decode_loop(encoded: list[bytes], seconds: float, pipe: Connection) -> None
 
 
 def one_thread(take: Callable[[int], object], length: int, seconds: float) -> float:
-    """Calls a second of `take` with the numbers 0 .. length - 1 in a shuffled order."""
+    """Measures calls per second of `take` with the numbers 0 .. length - 1 in shuffled order."""
     places = np.random.default_rng(0).permutation(length).tolist()
     done, begin = 0, time.perf_counter()
     while (now := time.perf_counter() - begin) < seconds:
@@ -153,7 +158,7 @@ def one_thread(take: Callable[[int], object], length: int, seconds: float) -> fl
 def pipeline_rate(
     source: Source, data: DataConfig, workers: int, *, device: Mesh | None, seconds: float
 ) -> float:
-    """Images a second of whole batches, once the ones read ahead are used up."""
+    """Measures images per second in whole batches, after the prefetched ones are used up."""
     data = dataclasses.replace(data, workers=workers)
     stream = pipeline.batches(source, data, seed=0, start=0, stop=10**9)
 

@@ -1,6 +1,6 @@
-"""What GPUs can do at most: products of 16-bit numbers, without sparsity, by their data sheets."""
+"""Peak speed of GPUs: products of 16-bit numbers, without sparsity, from data sheets."""
 
-# First match counts; `device_kind` as the CUDA driver spells it. FLOP/s.
+# The first match counts; `device_kind` as the CUDA driver spells it. FLOP/s.
 _PEAKS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA H200": 989e12,
@@ -17,7 +17,7 @@ _PEAKS = {
 
 
 def peak(device_kind: str, dtype: str) -> float | None:
-    """FLOP/s of one device; None where it is not known, as for float32 and for CPUs."""
+    """Returns a device's peak in FLOP/s; None if unknown, as for float32 and for CPUs."""
     if dtype == "float32":
         return None
     return next((value for kind, value in _PEAKS.items() if device_kind.startswith(kind)), None)

@@ -1,9 +1,9 @@
-"""What a run needs on each device, found from shapes and a compiled step before it is allocated.
+"""Plan a run's memory on each device from shapes and a compiled step, before allocation.
 
-The state's bytes come from its abstract arrays. Activations and temporaries are what the real
-train step asks for: compiled for as many CPU devices as the run will have (`make`), or by XLA:GPU
-where a CUDA plugin is installed (`gpu_plan`). It is compiled at the recipe's batch, which takes no
-longer than at a small one, and at another, for a straight line to the largest.
+The state's bytes come from its abstract arrays. Activations and temporaries come from the real
+train step, compiled for the run's number of CPU devices (`make`), or by XLA:GPU if a CUDA plugin is
+installed (`gpu_plan`). It is compiled at the recipe's batch, which takes no longer than a small
+one, and at another, to extrapolate to the largest.
 """
 
 import contextlib
@@ -32,47 +32,47 @@ GIB = 2**30
 # Labels are int32.
 _MOST_CLASSES = 2**31 - 1
 SAMPLE_RATES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
-# What JAX takes of a GPU, and what it can take where nothing else uses it: the rest is for the CUDA
-# context and NCCL.
+# JAX's share of a GPU's memory, and its largest share if nothing else uses the GPU: the rest is for
+# the CUDA context and NCCL.
 DEFAULT_SHARE = 0.75
 LARGE_SHARE = 0.95
 _IMAGE = (IMAGE_SIZE, IMAGE_SIZE, 3)
-# Machine code that never runs need not be fast. Buffers are laid out before this has a say.
+# Code that never runs need not be fast. Buffers are laid out before this option matters.
 _COMPILER_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 class Plan(NamedTuple):
-    """What each device of a run holds, and what would fit."""
+    """Memory of a run on each device, and what would fit."""
 
     needed: dict[str, int]
     """Bytes on each device by name: the parts of the state, batch, activations."""
     memory: int
-    """Bytes of a device."""
+    """Memory of a device in bytes."""
     share: float
-    """Of the memory: what JAX takes for itself, and all that a run can use."""
+    """JAX's share of the memory, which limits a run."""
     backend: str
-    """Whose program the activations are of: `cpu`, or a GPU as CUDA spells it."""
+    """Backend that compiled the step: `cpu`, or a GPU as CUDA spells it."""
     measured: tuple[int, ...]
     """Global batches that the step was compiled for; the first is the recipe's."""
     slope: float
-    """Bytes of activations on a device for each further image of the global batch."""
+    """Bytes of activations on a device per additional image of the global batch."""
     largest_batch: int
-    """Largest valid global batch that fits with the classes as they are; 0 where none does."""
+    """Largest valid global batch that fits with the given classes; 0 if none does."""
     largest_classes: int
-    """Most classes that fit with the batch as it is; 0 where none do."""
+    """Largest number of classes that fits with the given batch; 0 if none does."""
     backbone_flops: float
-    """Of one step, over all devices: forward and backward pass."""
+    """FLOPs of forward and backward pass in one step, over all devices."""
     head_flops: dict[float, float]
-    """The same by sample rate."""
+    """FLOPs of the head in one step, by sample rate."""
     sample_rate: float
-    """The largest of `SAMPLE_RATES` at which the head costs no more than the backbone."""
+    """Largest of `SAMPLE_RATES` at which the head costs no more than the backbone."""
 
     outside: dict[str, int]
-    """Bytes that are allowed for beside JAX's share, by name."""
+    """Bytes allowed for outside JAX's share, by name."""
     program: Roofline | None
-    """Modelled time by part, where the program is a GPU's."""
+    """Modelled time by part, if compiled for a GPU."""
     collectives: dict[str, tuple[int, int]]
-    """(number, bytes) of a step by kind, where the program is a GPU's."""
+    """(number, bytes) of collectives per step by kind, if compiled for a GPU."""
 
     @property
     def total(self) -> int:
@@ -81,16 +81,16 @@ class Plan(NamedTuple):
 
     @property
     def usable(self) -> int:
-        """Bytes of a device that JAX takes for itself."""
+        """Bytes of a device that JAX allocates for itself."""
         return int(self.share * self.memory)
 
     def fits(self, share: float) -> bool:
-        """Whether the run fits where JAX takes this share of the memory."""
+        """Returns whether the run fits if JAX takes this share of the memory."""
         beside = sum(self.outside.values())
         return self.total <= int(share * self.memory) <= self.memory - beside
 
     def results(self) -> dict[str, Any]:
-        """The keys of RESULT."""
+        """Returns the keys of RESULT."""
         return {
             **{f"bytes/{name}": size for name, size in self.needed.items()},
             "bytes/total": self.total,
@@ -123,10 +123,10 @@ class Plan(NamedTuple):
 
 
 def memory_share() -> float:
-    """The share of a GPU's memory that JAX takes at its start: 0.75, or what the environment sets.
+    """Returns JAX's share of a GPU's memory: 0.75, or the environment's setting.
 
     Raises:
-      UserError: the environment variable is no share.
+      UserError: the environment variable is not a share.
     """
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         text = os.environ.get(name)
@@ -144,29 +144,29 @@ def memory_share() -> float:
 def use_cpu_devices(count: int | None) -> None:
     """Lets JAX see at least `count` CPU devices and nothing else.
 
-    Where a backend is up already its devices stay, and `mesh.make` tells whether they suffice.
+    If a backend is already initialized its devices stay, and `devices.make` checks their number.
 
     Raises:
       UserError: the number is missing or impossible.
     """
     if count is None or count < 1:
         found = "is required" if count is None else f"{count} is not a number of devices"
-        raise UserError(f"--devices {found}: state for how many to plan, as --devices 8")
+        raise UserError(f"--devices {found}: set the number to plan for, as --devices 8")
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")
     meshes.ask_for_cpu_devices(count)
 
 
 def count_classes(data: DataConfig, given: int | None, *, seed: int) -> tuple[int, str]:
-    """The number of classes to plan for, and where it comes from.
+    """Returns the number of classes to plan for, and where it comes from.
 
     Args:
-      data: opened when no number is given.
+      data: opened if no number is given.
       given: --num-classes.
-      seed: of the run.
+      seed: random seed of the run.
 
     Raises:
-      UserError: the number is impossible, or neither it nor data is there.
+      UserError: the number is out of range, or there is neither a number nor data.
     """
     if given is not None:
         if not 1 <= given <= _MOST_CLASSES:
@@ -188,12 +188,12 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
     """Plans a run; takes as long as compiling its step twice.
 
     Args:
-      config: the run; `devices` is stated, workdir and data.path may be empty.
+      config: the run; `devices` is set, workdir and data.path may be empty.
       num_classes: C.
       memory: bytes of a device.
 
     Raises:
-      ConfigError: the configuration does not allow the run on so many devices.
+      ConfigError: the configuration does not allow the run on this number of devices.
     """
     mesh = meshes.make(config.devices)
     named = {"workdir": config.workdir or "-", "data__path": config.data.path or "-"}
@@ -243,7 +243,7 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
 
 
 def work(config: Config, *, num_classes: int, num_devices: int) -> dict[str, Any]:
-    """The fields of `Plan` that count operations: FLOPs, and the sample rate they suggest."""
+    """Returns `Plan`'s fields on operations: FLOPs, and the sample rate that they suggest."""
     model, head, batch = config.model, config.head, config.data.global_batch_size
     backbone_flops = backbone_flops_per_image(model) * batch
     flops = {
@@ -263,7 +263,7 @@ def work(config: Config, *, num_classes: int, num_devices: int) -> dict[str, Any
 def abstract_batch(
     size: int, mesh: Mesh, *, taught: tuple[int, int] | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The train step's second argument for a global batch of `size` images.
+    """Returns the train step's second argument for a global batch of `size` images.
 
     Args:
       size: B.
@@ -276,15 +276,15 @@ def abstract_batch(
 
 
 def batch_of(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """`abstract_batch` of a run."""
+    """Returns `abstract_batch` for a run."""
     taught = teacher.shape(config.distill, embedding_size=config.model.embedding_size)
     return abstract_batch(config.data.global_batch_size, mesh, taught=taught)
 
 
 def teacher_disk(config: Config) -> tuple[int, str]:
-    """Bytes of the teacher's cache, and a line about it; 0 and nothing where a run has none.
+    """Returns the bytes of the teacher's cache, and a line about it; 0 and "" without one.
 
-    The teacher is not opened: its embedding size is taken to be the recipe's.
+    The teacher is not opened: its embedding size is assumed to be the recipe's.
 
     Raises:
       UserError: there is no training set at data.path.
@@ -304,9 +304,9 @@ def teacher_disk(config: Config) -> tuple[int, str]:
 def temporary_bytes(
     config: Config, batch: int, state: step.TrainState, *, num_classes: int, mesh: Mesh
 ) -> int:
-    """What the step of a global batch asks for beside its arguments, on each device."""
+    """Returns the step's temporary bytes on each device, besides its arguments."""
     config = configs.replace(config, data__global_batch_size=batch)
-    # The number of steps in an epoch changes only constants of the program.
+    # The number of steps in an epoch only changes constants of the program.
     schedule = optim.make_schedule(config.schedule, base_rate=1.0, steps_per_epoch=1)
     train_step: Any = step.make_train_step(
         config, num_classes=num_classes, schedule=schedule, mesh=mesh
@@ -316,9 +316,9 @@ def temporary_bytes(
 
 
 def backbone_flops_per_image(model: ModelConfig) -> float:
-    """2 for each multiply-accumulate, in the forward pass and for two gradients.
+    """Counts 2 per multiply-accumulate, in the forward pass and for two gradients.
 
-    What rematerialized blocks compute again is not counted.
+    Recomputation in rematerialized blocks is not counted.
     """
     size, options = model.embedding_size, model.options
     return 6.0 * cost.measure(model.network, embedding_size=size, options=options).macs
@@ -333,7 +333,7 @@ def head_flops(
     num_classes: int,
     num_devices: int,
 ) -> float:
-    """8 B D times the rows visited in one step on all devices.
+    """Returns 8 B D times the rows visited in one step on all devices.
 
     Each row takes four products of 2 B D: the cosines in the forward and the backward pass, and the
     gradients of embeddings and centers.
@@ -347,7 +347,7 @@ def head_flops(
 
 
 def second_batch(batch: int, bn_batch: int, *, num_devices: int) -> int:
-    """A valid global batch other than the recipe's, at least twice as large."""
+    """Returns a valid global batch other than the recipe's, at least twice as large."""
     twice = 2 * batch
     unit = num_devices * bn_batch
     return twice if twice <= bn_batch else -(-twice // unit) * unit
@@ -362,7 +362,9 @@ def largest_batch(
     memory: int,
     num_devices: int,
 ) -> int:
-    """With the classes as they are, and the batch in one BatchNorm group or some a device."""
+    """Returns the largest batch for the given classes, in one BatchNorm group or several per
+    device.
+    """
     per_image = slope + needed["batch"] / batch
     limit = max(0, batch + math.floor((memory - sum(needed.values())) / per_image))
     unit = num_devices * bn_batch
@@ -372,7 +374,7 @@ def largest_batch(
 def largest_classes(
     needed: dict[str, int], *, values_per_class: int, memory: int, num_devices: int
 ) -> int:
-    """With the batch as it is; temporaries do not grow with the classes."""
+    """Returns the most classes for the given batch; temporaries do not grow with the classes."""
     kept = needed["centers"] + needed["centers_optimizer"]
     stored = needed["centers"] // (4 * values_per_class)
     room = memory - (sum(needed.values()) - kept)
@@ -380,7 +382,7 @@ def largest_classes(
 
 
 def in_words(plan: Plan, model: ModelConfig, *, num_classes: int) -> list[str]:
-    """A line for each thing that the bytes do not show."""
+    """Returns a line for each fact that the bytes do not show."""
     batch = plan.measured[0]
     compiled = " and ".join(str(size) for size in plan.measured[:2])
     if plan.program is None:

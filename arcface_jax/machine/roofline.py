@@ -1,7 +1,7 @@
-"""What a GPU's program would take at least, by part: a model, nothing is timed.
+"""Model the minimum time of a GPU's program, by part; nothing is timed.
 
-A kernel takes the longest of three times: a launch, its memory traffic, its products. The shares
-of the data sheet's figures are assumptions, which `Assumptions.lines` states.
+A kernel takes the longest of three times: a launch, its memory traffic, its products. The shares of
+the data sheet's figures are assumptions, which `Assumptions.lines` prints.
 """
 
 from collections.abc import Sequence
@@ -11,40 +11,40 @@ from arcface_jax.errors import UserError
 from arcface_jax.machine import gpu, hlo, peaks
 from arcface_jax.machine.hlo import Collective, Kernel, Loop, Part
 
-# Bytes a second that a GPU sends to the others of its host: half of what the data sheets give for
-# both directions. The L40S has PCIe 4.0 x16 and no NVLink.
+# Bytes per second that a GPU sends to the others of its host: half of the bidirectional figure in
+# data sheets. The L40S has PCIe 4.0 x16 and no NVLink.
 _LINKS = {"a100": 300e9, "h100": 450e9, "h200": 450e9, "b200": 900e9, "l40s": 32e9}
-# FLOP/s of the FP32 units by the data sheets.
+# FLOP/s of the FP32 units, from data sheets.
 _FLOAT32 = {"a100": 19.5e12, "h100": 67e12, "h200": 67e12, "b200": 75e12, "l40s": 91.6e12}
 _NETWORK = 400e9 / 8
 
 
 class Assumptions(NamedTuple):
-    """Of the model of one kind of GPU."""
+    """Assumptions of the model for one kind of GPU."""
 
     gpu: gpu.Target
     peak: float
-    """FLOP/s of 16-bit products, by the data sheet."""
+    """FLOP/s of 16-bit products, from the data sheet."""
     peak_float32: float
     link: float
-    """Bytes a second that a device sends to its neighbors."""
+    """Bytes per second that a device sends to its neighbors."""
     bandwidth_share: float = 0.85
-    """Of the memory's bandwidth."""
+    """Achieved share of the memory bandwidth."""
     peak_share: float = 0.45
-    """Of the peak."""
+    """Achieved share of the peak."""
     link_share: float = 0.8
-    """Of the link's bandwidth."""
+    """Achieved share of the link's bandwidth."""
     launch: float = 2.5e-6
-    """Seconds that a kernel takes at least."""
+    """Minimum seconds of a kernel."""
     l2_share: float = 0.6
-    """Of the L2 cache: what the head's loops touch within it comes from there."""
+    """Share of the L2 cache that the head's loops can use; data that fits is read from there."""
     l2_speed: float = 1.93
-    """Of the L2 cache, in units of the memory's bandwidth."""
+    """Speed of the L2 cache relative to the memory bandwidth."""
     latency: float = 20e-6
-    """Seconds that a collective takes at least."""
+    """Minimum seconds of a collective."""
 
     def lines(self) -> list[str]:
-        """What the times rest on, for people."""
+        """Describes the assumptions behind the times."""
         return [
             f"modelled, not timed: each kernel takes the longest of {1e6 * self.launch:g} us, its "
             f"HBM traffic at {self.bandwidth_share:.0%} of {self.gpu.bandwidth / 1e12:.2f} TB/s, "
@@ -64,28 +64,28 @@ class PartTime(NamedTuple):
     bytes: int
     flops: int
     seconds: float
-    """Modelled."""
+    """Modelled seconds."""
 
 
 class Roofline(NamedTuple):
     """A program's modelled time."""
 
     parts: dict[Part, PartTime]
-    """By part; collectives are not in them."""
+    """Times by part, without collectives."""
     collectives: float
     """Seconds of all collectives."""
     exposed: float
-    """Seconds of them that nothing scheduled beside them covers."""
+    """Seconds of collectives that no concurrent kernel hides."""
     assumptions: Assumptions
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """Modelled seconds of a step."""
         return sum(part.seconds for part in self.parts.values()) + self.exposed
 
 
 def assume(name: str, *, devices: int) -> Assumptions:
-    """The assumptions for a GPU.
+    """Returns the assumptions about a GPU.
 
     Raises:
       UserError: the GPU's peak is not known.
@@ -99,7 +99,7 @@ def assume(name: str, *, devices: int) -> Assumptions:
 
 
 def estimate(module: hlo.Module, assumptions: Assumptions, *, devices: int) -> Roofline:
-    """The modelled time of one call of a program on each of `devices` GPUs."""
+    """Models the time of one call of a program on each of `devices` GPUs."""
     parts = {}
     for part in hlo.PARTS:
         kernels = [k for k in module.kernels if k.part == part and k.kind != "collective"]
@@ -112,7 +112,7 @@ def estimate(module: hlo.Module, assumptions: Assumptions, *, devices: int) -> R
 
 
 def kernel_seconds(kernel: Kernel, assumptions: Assumptions) -> float:
-    """One run of a kernel."""
+    """Models one run of a kernel."""
     speed = assumptions.bandwidth_share * assumptions.gpu.bandwidth
     if kernel.part == "head" and kernel.loops:
         in_cache = kernel.bytes < assumptions.l2_share * assumptions.gpu.l2
@@ -123,20 +123,20 @@ def kernel_seconds(kernel: Kernel, assumptions: Assumptions) -> float:
 
 
 def collective_seconds(collective: Collective, assumptions: Assumptions, devices: int) -> float:
-    """One run of a collective over a ring (Patarasuk and Yuan, JPDC 2009)."""
+    """Models one run of a collective over a ring (Patarasuk and Yuan, JPDC 2009)."""
     return assumptions.latency + sent_bytes(collective, devices) / (
         assumptions.link * assumptions.link_share
     )
 
 
 def sent_bytes(collective: Collective, devices: int) -> float:
-    """What a device of a ring sends in one run."""
+    """Returns the bytes that a device of a ring sends per run."""
     share = (devices - 1) / devices
     return collective.bytes * share * (2 if collective.kind == "all-reduce" else 1)
 
 
 def covered(module: hlo.Module, name: str, assumptions: Assumptions) -> float:
-    """Modelled seconds of the kernels that are scheduled between a collective's start and end."""
+    """Returns the modelled seconds of kernels scheduled between a collective's start and end."""
     seconds, running = 0.0, False
     for item in module.schedule:
         if isinstance(item, hlo.Done):
@@ -152,7 +152,7 @@ def covered(module: hlo.Module, name: str, assumptions: Assumptions) -> float:
 
 
 def start_seconds(module: hlo.Module, assumptions: Assumptions) -> Sequence[tuple[str, float]]:
-    """When each collective starts, in modelled seconds of kernels from the begin of the step."""
+    """Returns when each collective starts, in modelled seconds from the start of the step."""
     now, found = 0.0, []
     for kernel in module.kernels:
         if kernel.kind == "collective":

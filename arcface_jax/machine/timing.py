@@ -1,4 +1,4 @@
-"""Timing that a noisy machine does not spoil, and what the machine itself can do."""
+"""Timing that is robust against a noisy machine, and the machine's own speed."""
 
 import os
 import platform
@@ -14,11 +14,11 @@ from arcface_jax.runtime import memory
 
 
 def in_turn(runs: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each run, the runs taking turns so that all see the same machine.
+    """Measures median seconds of each run, in turn, so that all see the same machine load.
 
     Args:
-      runs: by name; each returns arrays, which are waited for.
-      repeats: counted rounds; one more comes first and is not counted.
+      runs: functions by name; each returns arrays to wait for.
+      repeats: counted rounds, after a warm-up round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
@@ -31,7 +31,7 @@ def in_turn(runs: dict[str, Callable[[], object]], *, repeats: int) -> dict[str,
 
 
 def matmul_flops_per_second(dtype: str, *, size: int = 4096, repeats: int = 5) -> float:
-    """Floating-point operations a second of one large matrix product on one device."""
+    """Measures the FLOP/s of one large matrix product on one device."""
     a = jnp.ones((size, size), dtype)
 
     @jax.jit
@@ -42,12 +42,12 @@ def matmul_flops_per_second(dtype: str, *, size: int = 4096, repeats: int = 5) -
 
 
 def precision(dtype: str) -> lax.Precision | None:
-    """float32 means float32: recent GPUs would round the operands to TF32."""
+    """Returns full precision for float32, because recent GPUs would round the operands to TF32."""
     return lax.Precision.HIGHEST if dtype == "float32" else None
 
 
 def machine() -> dict[str, str | int]:
-    """What every table of measurements has to say."""
+    """Returns the facts that every table of measurements has to state."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind if device.platform != "cpu" else _processor(),
@@ -59,7 +59,9 @@ def machine() -> dict[str, str | int]:
 
 
 def free_memory() -> int:
-    """Bytes that the devices together may take; on CPUs they share the machine's memory."""
+    """Returns the bytes that the devices can use together; on CPUs they share the machine's
+    memory.
+    """
     devices = jax.devices()
     shared = devices[0].platform == "cpu"
     return memory.free_on_device(devices[0]) * (1 if shared else len(devices))

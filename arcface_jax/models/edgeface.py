@@ -1,11 +1,10 @@
-"""EdgeFace: EdgeNeXt with an embedding as its output and every linear layer of low rank.
+"""EdgeFace: EdgeNeXt with an embedding as its output and low-rank linear layers.
 
 Convolution blocks and, at the end of stages, attention between channels instead of positions, whose
-cost grows with the number of positions, not with its square. There is no BatchNorm. Names are those
-of EdgeFace's published `state_dict`.
-Source: George et al., "EdgeFace: Efficient Face Recognition Model for Edge Devices" (IEEE T-BIOM
-2024); Maaz et al., "EdgeNeXt" (ECCV Workshops 2022); attention between channels: El-Nouby et al.,
-"XCiT" (NeurIPS 2021).
+cost is linear in the number of positions. There is no BatchNorm. Names are those of EdgeFace's
+published `state_dict`. Source: George et al., "EdgeFace: Efficient Face Recognition Model for Edge
+Devices" (IEEE T-BIOM 2024); Maaz et al., "EdgeNeXt" (ECCV Workshops 2022); attention between
+channels: El-Nouby et al., "XCiT" (NeurIPS 2021).
 """
 
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from arcface_jax.models.layers import FLOAT32, Conv, Initializer, LayerNorm, Lin
 
 _MLP_RATIO = 4
 _EPSILON = 1e-6
-# Of a normal distribution of 0.02 that is cut at two deviations.
+# Standard deviation of the initial normal distribution, truncated at two deviations.
 _STD = 0.02 * 0.8796
 _FIRST_GAMMA = 1e-6
 _KERNELS = (3, 5, 7, 9)
-# Into how many slices a stage's last block cuts its channels; the first stage has no such block.
+# Number of channel slices in a stage's last block; the first stage has no such block.
 _SLICES = (0, 2, 3, 4)
 _WITH_POSITIONS = 1
 _FREQUENCIES = 32
@@ -36,13 +35,13 @@ _SMALLEST_SQUARE = 1e-24
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one EdgeFace from another."""
+    """Parameters of an EdgeFace architecture."""
 
     widths: tuple[int, int, int, int]
     """Channels of each stage."""
     heads: int
     rank: float
-    """Rank of a linear layer, as a part of the smaller of its two widths; EdgeFace's gamma."""
+    """Rank of a linear layer, as a share of the smaller of its two widths; EdgeFace's gamma."""
     depths: tuple[int, int, int, int] = (3, 3, 9, 3)
     """Blocks of each stage."""
 
@@ -55,7 +54,7 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class _Settings:
-    """What all layers of a network have in common."""
+    """Settings shared by all layers of a network."""
 
     heads: int
     rank: float
@@ -64,21 +63,23 @@ class _Settings:
 
 
 def low_rank(inputs: int, outputs: int, ratio: float) -> int:
-    """Rank of a linear layer of EdgeFace."""
+    """Returns the rank of a linear layer of EdgeFace."""
     return max(2, int(min(inputs, outputs) * ratio))
 
 
 def slice_widths(channels: int, slices: int) -> list[int]:
-    """Channels of each slice: equal ones, rounded up, and what is left for the last."""
+    """Returns the channels of each slice: equal ones, rounded up, and the remainder for the
+    last.
+    """
     width = -(-channels // slices)
     return [width] * (slices - 1) + [channels - width * (slices - 1)]
 
 
 def positions(side: int) -> np.ndarray:
-    """Sines and cosines of the place of each token, first of its row, then of its column.
+    """Returns sines and cosines of the position of each token, first its row, then its column.
 
     Args:
-      side: of the square of tokens.
+      side: side of the square of tokens.
 
     Returns:
       (side, side, 64) float32.
@@ -92,7 +93,7 @@ def positions(side: int) -> np.ndarray:
 
 
 class _LowRank(nnx.Module):
-    """A linear layer as the product of two."""
+    """A linear layer as a product of two."""
 
     def __init__(self, inputs: int, outputs: int, settings: _Settings):
         rank = low_rank(inputs, outputs, settings.rank)
@@ -105,7 +106,7 @@ class _LowRank(nnx.Module):
 
 
 class _Mlp(nnx.Module):
-    """Two layers with GELU, computed in float32, between them."""
+    """Two layers with GELU between them, computed in float32."""
 
     def __init__(self, width: int, settings: _Settings):
         self.fc1 = _LowRank(width, _MLP_RATIO * width, settings)
@@ -117,7 +118,7 @@ class _Mlp(nnx.Module):
 
 
 class _ChannelAttention(nnx.Module):
-    """Attention in which the channels of a head look at each other: its scores are width x width.
+    """Attention between the channels of a head: its scores are width x width.
 
     Products take operands of the compute type; scores, lengths and softmax are float32.
     """
@@ -129,7 +130,7 @@ class _ChannelAttention(nnx.Module):
         self.proj = _LowRank(width, width, settings)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(B, tokens, width) to the same."""
+        """Maps (B, tokens, width) to the same shape."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
         mixed = attend_to_channels(qkv, self.temperature[...])
@@ -137,10 +138,11 @@ class _ChannelAttention(nnx.Module):
 
 
 def attend_to_channels(qkv: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Cross-covariance attention.
+    """Computes cross-covariance attention.
 
-    A channel's query and key are divided by their lengths over the tokens. That is done to the
-    scores: they are small, and with 16 bits the operands of the product are rounded once less.
+    A channel's query and key are divided by their lengths over the tokens. The division is applied
+    to the scores: they are small, and with 16 bits it avoids rounding the operands of the product
+    once more.
 
     Args:
       qkv: (B, tokens, 3, heads, channels), queries, keys and values.
@@ -158,13 +160,15 @@ def attend_to_channels(qkv: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def _inverse_lengths(x: jax.Array) -> jax.Array:
-    """(B, tokens, heads, channels) to (B, heads, channels) float32."""
+    """Returns the inverse lengths over the tokens: (B, tokens, heads, channels) to (B, heads,
+    channels).
+    """
     squares = jnp.square(x.astype(jnp.float32)).sum(1)
     return lax.rsqrt(jnp.maximum(squares, _SMALLEST_SQUARE))
 
 
 class _ConvBlock(nnx.Module):
-    """x + gamma * mlp(norm(convolution of each channel))."""
+    """x + gamma * mlp(norm(depthwise convolution))."""
 
     def __init__(self, width: int, settings: _Settings, *, kernel: int):
         self.conv_dw = _channelwise(width, settings, kernel=kernel)
@@ -173,12 +177,12 @@ class _ConvBlock(nnx.Module):
         self.gamma = _layer_scale(width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (B, H, W, width) float32."""
+        """Applies the block to x, (B, H, W, width) float32."""
         return x + _scaled(self.gamma, self.mlp(self.norm(self.conv_dw(x))))
 
 
 class _Positions(nnx.Module):
-    """A linear map of the tokens' sines and cosines."""
+    """A linear map of the sines and cosines of the positions."""
 
     def __init__(self, width: int, settings: _Settings):
         self.token_projection = Conv(
@@ -192,12 +196,12 @@ class _Positions(nnx.Module):
         )
 
     def __call__(self, side: int) -> jax.Array:
-        """(1, side, side, width) float32."""
+        """Returns (1, side, side, width) float32."""
         return self.token_projection(jnp.asarray(positions(side))[None])
 
 
 class _AttentionBlock(nnx.Module):
-    """Convolutions of slices of the channels, one added to the next, then attention and mlp.
+    """Convolutions of channel slices, each added to the next slice, then attention and mlp.
 
     EdgeNeXt's "split depth-wise transpose attention".
     """
@@ -216,7 +220,7 @@ class _AttentionBlock(nnx.Module):
         self.gamma = _layer_scale(width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: (B, H, W, width) float32."""
+        """Applies the block to x, (B, H, W, width) float32."""
         batch, height, _, width = x.shape
         y = self._mix_neighbors(x)
         if self.pos_embd is not None:
@@ -236,7 +240,7 @@ class _AttentionBlock(nnx.Module):
 
 
 class _Stage(nnx.Module):
-    """Half the size, but for the first stage, then blocks."""
+    """Blocks at half the resolution; the first stage keeps it."""
 
     def __init__(self, inputs: int, number: int, architecture: Architecture, settings: _Settings):
         width, depth = architecture.widths[number], architecture.depths[number]
@@ -265,7 +269,7 @@ class _Stage(nnx.Module):
 
 
 class _Head(nnx.Module):
-    """LayerNorm of the mean over all places, and a linear layer; in float32."""
+    """LayerNorm of the spatial mean, and a linear layer; in float32."""
 
     def __init__(self, width: int, embedding_size: int, settings: _Settings):
         self.norm = LayerNorm(width, epsilon=_EPSILON)
@@ -300,7 +304,7 @@ class _EdgeNeXt(nnx.Module):
 
 
 def make(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> "EdgeFace":
-    """Make the network that `model.network` names; it has no BatchNorm for `bn_groups`."""
+    """Makes the network that `model.network` names; it has no BatchNorm for `bn_groups`."""
     return EdgeFace(
         ARCHITECTURES[model.network],
         embedding_size=model.embedding_size,
@@ -315,9 +319,9 @@ class EdgeFace(nnx.Module):
     Args:
       architecture: widths, depths, heads and rank.
       embedding_size: D.
-      dtype: compute type of convolutions, linear layers and the products of the attention; the sum
-        that runs through the blocks, LayerNorm, softmax and the head are float32.
-      init: where the initial weights come from.
+      dtype: compute type of convolutions, linear layers and the products of the attention; the
+        residual stream, LayerNorm, softmax and the head are float32.
+      init: source of the initial weights.
     """
 
     def __init__(
@@ -332,12 +336,12 @@ class EdgeFace(nnx.Module):
         self.model = _EdgeNeXt(architecture, embedding_size, settings)
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
+        """Maps (B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; deterministic."""
         return self.model(x)
 
 
 def _conv_options(settings: _Settings) -> dict[str, Any]:
-    """Of convolutions whose stride is their kernel's size."""
+    """Returns options of a convolution whose stride equals its kernel's size."""
     return {
         "padded": False,
         "std": _STD,
@@ -348,16 +352,16 @@ def _conv_options(settings: _Settings) -> dict[str, Any]:
 
 
 def _channelwise(width: int, settings: _Settings, *, kernel: int) -> Conv:
-    """A convolution of each channel by itself."""
+    """Makes a depthwise convolution."""
     options: dict[str, Any] = _conv_options(settings) | {"padded": True}
     return Conv(width, width, kernel=kernel, groups=width, **options)
 
 
 def _layer_scale(width: int) -> nnx.Param:
-    """A factor for each channel of a branch, which begins close to 0."""
+    """Makes a factor for each channel of a branch, initialized close to 0."""
     return nnx.Param(np.full((width,), _FIRST_GAMMA, np.float32))
 
 
 def _scaled(gamma: nnx.Param, x: jax.Array) -> jax.Array:
-    """The branch times its factors, float32."""
+    """Multiplies a branch by its factors, in float32."""
     return gamma[...].reshape((1,) * (x.ndim - 1) + (-1,)) * x.astype(jnp.float32)

@@ -22,28 +22,28 @@ from arcface_jax.models.layers import BatchNorm, Conv, Initializer, Linear, PReL
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one IResNet from another."""
+    """Parameters of an IResNet architecture."""
 
     blocks: tuple[int, int, int, int]
     """Blocks in each of the four stages."""
     widths: tuple[int, int, int, int] = (64, 128, 256, 512)
-    """Channels of each stage; the stem has the first's."""
+    """Channels of each stage; the stem has the first stage's."""
     stem_stride: int = 1
     strides: tuple[int, int, int, int] = (2, 2, 2, 2)
     """Stride of each stage's first block; 112 pixels become 7 in every network here."""
     blocks_are: Literal["unrolled", "scanned", "nested"] = "unrolled"
-    """Whether the equal blocks of a stage, all but its first, are a scan, or a scan of scans."""
+    """Whether the equal blocks of a stage, all but its first, are a scan, or a nested scan."""
     remat: bool = False
-    """Whether scanned blocks are computed again in the backward pass, to save memory."""
+    """Whether to recompute scanned blocks in the backward pass, to save memory."""
     shortcut: Literal["projected", "subsampled"] = "projected"
-    """What a stage's first block adds: a convolution of its input, or, where the channels stay the
+    """What a stage's first block adds: a convolution of its input, or, if the channels stay the
     same, every other pixel of it."""
     last_bias: bool = True
-    """Whether the last BatchNorm, whose scale is fixed at 1, trains a bias."""
+    """Whether to train a bias of the last BatchNorm, whose scale is fixed at 1."""
 
 
 ARCHITECTURES = {
-    # This project's own, for tests, the demo and CPUs: 5.5 M parameters, 0.08 GMAC.
+    # Not from insightface; for tests, the demo and CPUs: 5.5 M parameters, 0.08 GMAC.
     "r_tiny": Architecture((1, 1, 1, 1), (24, 48, 96, 192), stem_stride=2, strides=(2, 2, 2, 1)),
     "r18": Architecture((2, 2, 2, 2)),
     "r34": Architecture((3, 4, 6, 3)),
@@ -51,7 +51,7 @@ ARCHITECTURES = {
     "r100": Architecture((3, 13, 30, 3), blocks_are="scanned"),
     "r200": Architecture((6, 26, 60, 6), blocks_are="scanned"),
     "r2060": Architecture((3, 128, 896, 3), blocks_are="nested", remat=True),
-    # The IR networks of AdaFace and CVLface (Kim et al., CVPR 2022), by insightface's names.
+    # The IR networks of AdaFace and CVLface (Kim et al., CVPR 2022), under insightface's names.
     "adaface_ir18": Architecture((2, 2, 2, 2), shortcut="subsampled", last_bias=False),
     "adaface_ir50": Architecture((3, 4, 14, 3), shortcut="subsampled", last_bias=False),
     "adaface_ir101": Architecture(
@@ -64,7 +64,7 @@ _STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 class Block(nnx.Module):
-    """bn1 - conv1 - bn2 - prelu - conv2(stride) - bn3, added to the (down-sampled) input."""
+    """bn1 - conv1 - bn2 - prelu - conv2(stride) - bn3, added to the (downsampled) input."""
 
     def __init__(
         self,
@@ -123,9 +123,9 @@ def make(
     stacked: bool = True,
     gpu: float = 0,
 ) -> "IResNet":
-    """Make the network that `model.network` names.
+    """Makes the network that `model.network` names.
 
-    Not `stacked`, each block has its own arrays. On GPUs stacks are applied block by block.
+    If not `stacked`, each block has its own arrays. On GPUs stacks are applied block by block.
     """
     architecture = ARCHITECTURES[model.network]
     if not stacked:
@@ -146,11 +146,11 @@ class IResNet(nnx.Module):
     Args:
       architecture: blocks, widths and strides.
       embedding_size: D.
-      bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
+      bn_groups: slices of a training batch with separate BatchNorm statistics.
       dtype: compute type of the convolutional part; the last two layers are float32.
-      unrolled: whether stacks that are not rematerialized are applied block by block, for GPUs: as
-        a loop, which compiles in a third of the time, they take more than twice the memory there.
-      init: where the initial weights come from.
+      unrolled: whether to apply stacks without rematerialization block by block, for GPUs: a loop
+        compiles in a third of the time, but takes more than twice the memory there.
+      init: source of the initial weights.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class IResNet(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
+        """Maps (B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; deterministic."""
         x = self.conv1(x.astype(self.dtype))
         x = self.bn1(x, train=train, activation=self.prelu)
         for name, blocks in zip(_STAGES, self.architecture.blocks, strict=True):
@@ -207,7 +207,7 @@ class IResNet(nnx.Module):
             for number, lead in _stacks(self.architecture, blocks):
                 x = self._apply(stage[stacks.name(number, lead)], x, axes=len(lead), train=train)
         x = self.bn2(x, train=train)
-        # insightface flattens channels first; with the same order fc needs no permutation on
+        # insightface flattens channels first; with the same order, fc needs no permutation on
         # export.
         x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
         return self.features(self.fc(x), train=train)
@@ -224,7 +224,7 @@ class IResNet(nnx.Module):
 
 
 def _stacks(architecture: Architecture, blocks: int) -> list[tuple[int, tuple[int, ...]]]:
-    """Number and leading axes of the stacks that follow a stage's first block."""
+    """Returns number and leading axes of the stacks after a stage's first block."""
     if architecture.blocks_are == "unrolled":
         return [(number, ()) for number in range(1, blocks)]
     return stacks.plan(1, blocks - 1, nested=architecture.blocks_are == "nested")

@@ -16,23 +16,23 @@ _NHWC = ("NHWC", "HWIO", "NHWC")
 
 
 class Initializer(Protocol):
-    """Where a layer's first weights come from."""
+    """Source of a layer's initial weights."""
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
-        """Normal with mean 0, float32."""
+        """Returns float32 values of a normal distribution with mean 0."""
         ...
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
-        """Uniform in [-bound, bound), float32."""
+        """Returns float32 values uniform in [-bound, bound)."""
         ...
 
     def rngs(self) -> nnx.Rngs:
-        """Random streams for Flax's own layers: `nnx.Conv(..., rngs=init.rngs())`."""
+        """Returns random streams for Flax's own layers: `nnx.Conv(..., rngs=init.rngs())`."""
         ...
 
 
 class RandomInitializer:
-    """Draws with NumPy: the same weights on every backend, and nothing to compile."""
+    """Draws initial weights with NumPy: the same on every backend, and nothing to compile."""
 
     _rngs: nnx.Rngs | None
 
@@ -49,25 +49,25 @@ class RandomInitializer:
         return (self._rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
 
     def rngs(self) -> nnx.Rngs:
-        """Random streams for Flax's own layers: one set, which every call continues."""
+        """Returns one set of random streams for Flax's own layers, which every call continues."""
         if self._rngs is None:  # not before: making keys starts JAX's backend
             self._rngs = nnx.Rngs(self._seed)
         return self._rngs
 
 
 class ShapeInitializer:
-    """Draws nothing: for building a network whose weights come from elsewhere."""
+    """Draws nothing: for building a network whose weights are loaded afterwards."""
 
     def normal(self, shape: tuple[int, ...], *, std: float) -> np.ndarray:
-        """A view of one zero in that shape, float32."""
+        """Returns a view of one zero in that shape, float32."""
         return np.broadcast_to(np.float32(0), shape)
 
     def uniform(self, shape: tuple[int, ...], *, bound: float) -> np.ndarray:
-        """A view of one zero in that shape, float32."""
+        """Returns a view of one zero in that shape, float32."""
         return np.broadcast_to(np.float32(0), shape)
 
     def rngs(self) -> nnx.Rngs:
-        """Streams for Flax's layers, whose values are not used."""
+        """Returns streams for Flax's layers, whose values are not used."""
         return nnx.Rngs(0)
 
 
@@ -75,16 +75,16 @@ class Conv(nnx.Module):
     """A convolution, padded by half its kernel as torch's `padding=kernel//2`.
 
     Args:
-      in_channels: of the input.
-      out_channels: of the output.
+      in_channels: channels of the input.
+      out_channels: channels of the output.
       kernel: side of the square kernel.
-      stride: in both directions.
-      groups: the channels are cut into as many slices, each convolved by itself.
-      padded: whether there is any padding.
-      std: of the initial weights; 0.1 is IResNet's.
-      bias: whether there is a bias, 0 at first.
+      stride: step in both directions.
+      groups: number of channel slices that are convolved separately.
+      padded: whether to pad at all.
+      std: standard deviation of the initial weights; IResNet uses 0.1.
+      bias: whether to add a bias, initialized to 0.
       dtype: compute type.
-      init: where the initial weights come from.
+      init: source of the initial weights.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ def _plain_conv(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(stride: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution whose gradients have forms of their own on CPUs, where JAX's are slow."""
+    """A convolution with custom gradients on CPUs, where the ones that JAX derives are slow."""
     return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2)
 
 
@@ -155,17 +155,17 @@ _conv.defvjp(_conv_forward, _conv_backward)
 def _gradients(
     x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Of a convolution's input and kernel, as JAX derives them."""
+    """Returns the gradients of a convolution's input and kernel, as JAX derives them."""
     return jax.vjp(partial(_plain_conv, stride=stride, half=len(kernel) // 2), x, kernel)[1](d_out)
 
 
 def _gradients_at_once(
     x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The same, neither without the other.
+    """Returns the same gradients, tied together so that XLA computes both at the same time.
 
-    XLA:GPU would compute the kernels' gradients at the end of the step, for which it keeps every
-    `d_out` until then, and only then could the devices begin to sum them.
+    Otherwise XLA:GPU computes the kernels' gradients at the end of the step: it keeps every `d_out`
+    until then, and the devices cannot start to sum the gradients any earlier.
     """
     return lax.optimization_barrier(_gradients(x, kernel, d_out, stride=stride))
 
@@ -173,12 +173,12 @@ def _gradients_at_once(
 def _cpu_gradients(
     x: jax.Array, kernel: jax.Array, d_out: jax.Array, *, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The same where XLA's CPU backend is slow with what JAX derives.
+    """Returns the same gradients in forms that XLA's CPU backend runs fast.
 
-    Inside a loop it runs convolutions fast only if channels come last in all operands; as derived
-    they are 70 times slower (github.com/jax-ml/jax/issues/12868). So at stride 1, the only one in
-    a stack, the input's gradient is the convolution with the turned kernel; the kernel's is no
-    convolution at all.
+    Inside a loop it runs convolutions fast only if channels come last in all operands; the derived
+    ones are 70 times slower (github.com/jax-ml/jax/issues/12868). So at stride 1, the only stride
+    in a stack, the input's gradient is a convolution with the rotated kernel; the kernel's gradient
+    is not computed as a convolution.
     """
     half = len(kernel) // 2
     if stride == 1:
@@ -192,11 +192,11 @@ def _cpu_gradients(
 def _kernel_gradient_by_chunks(
     x: jax.Array, d_out: jax.Array, *, size: int, stride: int
 ) -> jax.Array:
-    """The gradient of a convolution's kernel as a sum of small matrix products.
+    """Computes the gradient of a convolution's kernel as a sum of small matrix products.
 
     On XLA's CPU backend its own form, a convolution whose window is the whole image, takes more
-    than half of a training step. A few images at a time, the patches fit into the cache, and the
-    product is 2 to 18 times faster (docs/benchmarks_appendix.md).
+    than half of a training step. With a few images at a time the patches fit into the cache, and
+    the product is 2 to 18 times faster (docs/benchmarks_appendix.md).
 
     Args:
       x: (B, H, W, channels in), the convolution's input.
@@ -234,16 +234,16 @@ def _kernel_gradient_by_chunks(
 
 
 class _Kept(NamedTuple):
-    """What the backward pass of `_normalize` needs besides the gradient."""
+    """What the backward pass of `_normalize` needs besides the incoming gradient."""
 
     x: jax.Array
-    """(slices, ..., channels) in its own type: nothing of this size is kept in float32."""
+    """(slices, ..., channels) in the input's type; nothing of this size is kept in float32."""
     mean: jax.Array
     """(slices, 1, ..., channels) float32."""
     inverse: jax.Array
-    """1 / sqrt(variance + epsilon), likewise."""
+    """1 / sqrt(variance + epsilon), (slices, 1, ..., channels) float32."""
     factor: jax.Array
-    """scale * inverse, likewise."""
+    """scale * inverse, (slices, 1, ..., channels) float32."""
     bias: jax.Array
     slope: jax.Array | None
 
@@ -257,14 +257,14 @@ def _normalize(
     bias: jax.Array,
     slope: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """BatchNorm in training, followed by PReLU where there is a slope, as one operation.
+    """Applies BatchNorm in training mode and, if a slope is given, PReLU, as one operation.
 
-    The backward pass computes again from x what it needs. Derived by JAX, it would keep float32
-    copies of the activations, and read them several times.
+    The backward pass recomputes what it needs from x. The one that JAX derives would keep float32
+    copies of the activations and read them several times.
 
     Args:
       epsilon: added to the variance.
-      axis: the mesh axis over whose devices a slice goes, if any.
+      axis: mesh axis whose devices share a slice, if any.
       x: (slices, ..., channels).
       scale: (channels,) float32, like the following.
       bias: added after the scale.
@@ -310,12 +310,12 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _statistics(x: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance of each slice, (slices, 1, ..., channels) float32.
+    """Returns mean and biased variance of each slice, (slices, 1, ..., channels) float32.
 
-    float32 inputs are read twice, for the mean and for the distances to it. For others one pass is
-    enough: it sums distances to the mean of a few of the channel's values, and their squares.
-    Without that shift, or shifted by running statistics, which start at 0, the variance would be
-    lost in rounding where the mean is many standard deviations away.
+    float32 inputs are read twice, for the mean and for the distances to it. For other types one
+    pass is enough: it sums the distances to the mean of a few of the channel's values, and their
+    squares. Without that shift, or with a shift by the running statistics, which start at 0,
+    rounding would destroy the variance of a channel whose mean is many standard deviations from 0.
     """
     axes, count = _sliced(x)
     if x.dtype == jnp.float32:
@@ -323,20 +323,20 @@ def _statistics(x: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
         return mean, _over_devices(jnp.square(x - mean).mean(axes, keepdims=True), axis)
     middle = (slice(n // 2, n // 2 + 1) for n in x.shape[2:-1])
     few = x[(slice(None), slice(8), *middle)].astype(jnp.float32)
-    # One by itself might be far from the others. In the type of x, distances have few digits, and
-    # their squares' sums no bias from rounding.
+    # A single value might be far from the others. In the type of x, distances have few digits, and
+    # the sums of their squares no bias from rounding.
     shift = few.mean(1, keepdims=True).astype(x.dtype).astype(jnp.float32)
     distance = x.astype(jnp.float32) - shift
     first, second = (a / count for a in _two_sums(distance, jnp.square(distance), axes))
     own, var = first + shift, jnp.maximum(second - jnp.square(first), 0)
     mean = _over_devices(own, axis)
-    if axis:  # the devices' variances, and how far their means are apart (Chan et al., 1979)
+    if axis:  # combine the devices' means and variances (Chan et al., 1979)
         var = _over_devices(var + jnp.square(own - mean), axis)
     return mean, var
 
 
 def _two_sums(a: jax.Array, b: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Sums of two float32 arrays of one shape; a GPU reads what they are made of once for both."""
+    """Returns the sums of two float32 arrays of one shape; a GPU reads their common inputs once."""
     return lax.platform_dependent(
         a, b, cpu=partial(_separate_sums, axes=axes), default=partial(_complex_sums, axes=axes)
     )
@@ -347,8 +347,8 @@ def _separate_sums(a: jax.Array, b: jax.Array, *, axes: tuple[int, ...]):
 
 
 def _complex_sums(a: jax.Array, b: jax.Array, *, axes: tuple[int, ...]):
-    # Two sums, and a reduction with two operands too, XLA:GPU splits: it writes and reads again
-    # what both have in common. One complex number has nothing to split.
+    # XLA:GPU splits two sums, and also a reduction with two operands: it writes their common inputs
+    # and reads them again. A single complex sum cannot be split.
     total = lax.complex(a, b).sum(axes, keepdims=True)
     return total.real, total.imag
 
@@ -358,18 +358,18 @@ def _over_devices(statistics: jax.Array, axis: str | None) -> jax.Array:
 
 
 def _sliced(x: jax.Array) -> tuple[tuple[int, ...], int]:
-    """The axes that a channel of a slice has, and the number of its values."""
+    """Returns the axes over which a slice's channel is reduced, and the number of its values."""
     return tuple(range(1, x.ndim - 1)), math.prod(x.shape[1:-1])
 
 
 def _affine(kept: _Kept) -> tuple[jax.Array, jax.Array]:
-    """The normalized, scaled and moved input, and the input without its mean; float32."""
+    """Returns the normalized, scaled and shifted input, and the input minus its mean; float32."""
     centered = kept.x.astype(jnp.float32) - kept.mean
     return centered * kept.factor + _per_channel(kept.bias, kept.x), centered
 
 
 def _gradients_of_affine(kept: _Kept, d_y: jax.Array):
-    """The gradient before PReLU, the input without its mean, what the slope's gradient sums."""
+    """Returns the gradient before PReLU, the input minus its mean, and the slope's summands."""
     d_y = d_y.astype(jnp.float32)
     y, centered = _affine(kept)
     if kept.slope is None:
@@ -387,15 +387,14 @@ def _prelu(x: jax.Array, slope: jax.Array) -> jax.Array:
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalization as torch computes it, with statistics in float32 and over groups.
+    """Batch normalization as torch computes it, with float32 statistics over groups of images.
 
-    In training the batch is cut into `groups` slices, each normalized by its own statistics: with a
-    slice per GPU this is insightface's BatchNorm, written without naming devices. Or `groups` is
-    the name of a mesh axis, and the one slice goes over all its devices. The running statistics
-    move by `momentum` towards the groups' mean, the variance unbiased as in torch. Where they are
-    `frozen` they are what normalizes in training too, and do not move. Where they are `measured`,
-    evaluation leaves the statistics of its batch in their place, and does not use them.
-    The output has the input's type.
+    In training the batch is cut into `groups` slices, each normalized by its own statistics; one
+    slice per GPU equals insightface's BatchNorm. If `groups` is the name of a mesh axis, a single
+    slice spans all its devices. The running statistics move by `momentum` towards the groups' mean,
+    with the unbiased variance as in torch. If `frozen`, training also normalizes with the running
+    statistics and does not update them. If `measured`, evaluation stores its batch's statistics in
+    their place, without using them. The output has the input's type.
     """
 
     momentum = 0.1
@@ -410,8 +409,8 @@ class BatchNorm(nnx.Module):
         epsilon: float = 1e-5,
     ):
         scale, bias = np.ones((channels,), np.float32), np.zeros((channels,), np.float32)
-        # insightface freezes the scale of the last layer at 1, and AdaFace its bias at 0 too: both
-        # are state then, not parameters.
+        # insightface freezes the last layer's scale at 1, and AdaFace also its bias at 0: both are
+        # then state, not parameters.
         self.scale = nnx.Param(scale) if train_scale else nnx.BatchStat(scale)
         self.bias = nnx.Param(bias) if train_bias else nnx.BatchStat(bias)
         self.mean: Any = nnx.BatchStat(np.zeros((channels,), np.float32))
@@ -423,7 +422,7 @@ class BatchNorm(nnx.Module):
     def __call__(
         self, x: jax.Array, *, train: bool, activation: "PReLU | None" = None
     ) -> jax.Array:
-        """Normalize x (B, ..., channels), and apply the activation, if given, in float32 too."""
+        """Normalizes x (B, ..., channels), and applies the activation, if given, in float32 too."""
         slope = activation.slope[...] if activation else None
         if self.frozen or not train:
             factor = self.scale[...] * lax.rsqrt(self.var[...] + self.epsilon)
@@ -453,7 +452,7 @@ class BatchNorm(nnx.Module):
 
 
 class PReLU(nnx.Module):
-    """max(x, 0) + slope * min(x, 0), one slope a channel, 0.25 at first."""
+    """max(x, 0) + slope * min(x, 0), with one slope per channel, initialized to 0.25."""
 
     def __init__(self, channels: int):
         self.slope = nnx.Param(np.full((channels,), 0.25, np.float32))
@@ -466,12 +465,12 @@ class Linear(nnx.Module):
     """x @ kernel + bias, over the last axis of x.
 
     Args:
-      in_features: of the input.
-      out_features: of the output.
-      bias: "uniform" within 1 / sqrt(inputs) as torch has it, "zero", or "none" at all.
-      kernel: draws the initial weights; uniform within 1 / sqrt(inputs) when not given.
+      in_features: width of the input.
+      out_features: width of the output.
+      bias: "uniform" within 1 / sqrt(inputs) as in torch, "zero", or "none" for no bias.
+      kernel: draws the initial weights; by default uniform within 1 / sqrt(inputs).
       dtype: compute type.
-      init: where the initial weights come from.
+      init: source of the initial weights.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """MobileFaceNet, as insightface's arcface_torch builds it (with wider layers than the paper).
 
 Module names, and so the dotted names of parameters and statistics, are insightface's `state_dict`
-names; a list holds a place for each of its layers, those without weights too.
-Source: Chen et al., "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on
-Mobile Devices" (CCBR 2018).
+names; a list has a place for each of its layers, including those without weights. Source: Chen et
+al., "MobileFaceNets: Efficient CNNs for Accurate Real-Time Face Verification on Mobile Devices"
+(CCBR 2018).
 """
 
 import math
@@ -21,12 +21,12 @@ from arcface_jax.models.layers import FLOAT32, BatchNorm, Conv, Initializer, Lin
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one MobileFaceNet from another."""
+    """Parameters of a MobileFaceNet architecture."""
 
     blocks: tuple[int, int, int, int]
     """Residual blocks in each of the four stages."""
     scale: int
-    """Factor on the channels."""
+    """Factor on the number of channels."""
 
 
 ARCHITECTURES = {
@@ -41,7 +41,7 @@ _LAST_CHANNELS, _LAST_SIZE = 512, 7
 
 @dataclass(frozen=True)
 class _Settings:
-    """What all convolutions of a network have in common."""
+    """Settings shared by all convolutions of a network."""
 
     bn_groups: int | str
     dtype: jnp.dtype
@@ -49,7 +49,7 @@ class _Settings:
 
 
 class _Unit(nnx.Module):
-    """Convolution - BatchNorm - PReLU, or, if linear, without the PReLU."""
+    """Convolution - BatchNorm - PReLU; without PReLU if linear."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class _Unit(nnx.Module):
 
 
 class _DepthWise(nnx.Module):
-    """1x1 to `width` channels, 3x3 on each of them, 1x1 to the output; added to x if residual."""
+    """1x1 to `width` channels, 3x3 depthwise, 1x1 to the output; added to x if residual."""
 
     def __init__(
         self,
@@ -131,11 +131,11 @@ class _Residual(nnx.Module):
 
 
 class _NoWeights(nnx.Module):
-    """Holds the place of a layer that has none."""
+    """Placeholder for a layer without weights."""
 
 
 class _Features(nnx.Module):
-    """A 7x7 convolution of each channel, to the embedding; in float32."""
+    """A 7x7 depthwise convolution, to the embedding; in float32."""
 
     def __init__(self, embedding_size: int, settings: _Settings):
         channels = _LAST_CHANNELS
@@ -164,7 +164,7 @@ class _Features(nnx.Module):
 
 
 def make(model: ModelConfig, *, bn_groups: int | str, init: Initializer) -> "MobileFaceNet":
-    """Make the network that `model.network` names."""
+    """Makes the network that `model.network` names."""
     return MobileFaceNet(
         ARCHITECTURES[model.network],
         embedding_size=model.embedding_size,
@@ -180,9 +180,10 @@ class MobileFaceNet(nnx.Module):
     Args:
       architecture: blocks and width.
       embedding_size: D.
-      bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
-      dtype: compute type up to the last 1x1 convolution, which is float32 like everything after it.
-      init: where the initial weights come from.
+      bn_groups: slices of a training batch with separate BatchNorm statistics.
+      dtype: compute type up to the last 1x1 convolution; that one and everything after it are
+          float32.
+      init: source of the initial weights.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class MobileFaceNet(nnx.Module):
         self.features = _Features(embedding_size, last)
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; nothing is random."""
+        """Maps (B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized; deterministic."""
         x = x.astype(self.dtype)
         for layer in self.layers:
             x = layer(x, train=train)
@@ -228,5 +229,5 @@ class MobileFaceNet(nnx.Module):
 
 
 def _kaiming_std(fan_out: int) -> float:
-    """Standard deviation of He et al. (ICCV 2015) for what a ReLU follows."""
+    """Returns the standard deviation of He et al. (ICCV 2015) for layers before a ReLU."""
     return math.sqrt(2 / fan_out)

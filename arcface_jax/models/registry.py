@@ -19,8 +19,8 @@ Arrays = dict[str, jax.Array | np.ndarray]
 class Backbone(NamedTuple):
     """A network as functions; all state is in dicts with insightface's dotted names.
 
-    A name is insightface's `state_dict` name with another last word: `kernel`, `scale`, `bias`,
-    `mean`, `var`, `slope`.
+    Names are insightface's `state_dict` names with another last component: `kernel`, `scale`,
+    `bias`, `mean`, `var`, `slope`.
     """
 
     init: Callable[[int], tuple[Arrays, Arrays]]
@@ -29,10 +29,10 @@ class Backbone(NamedTuple):
     """(params, batch_stats) as views of one zero, for their shapes and types."""
     apply: Callable[..., tuple[jax.Array, Arrays]]
     """(params, batch_stats, images (B, 112, 112, 3) in [-1, 1], train=..., keys=...) -> (embeddings
-    (B, D) float32, not normalized; batch_stats, moved if train). The (B,) keys, one for each image,
-    are for what training draws at random; only the vision transformers need them."""
+    (B, D) float32, not normalized; batch_stats, updated if train). The (B,) random keys, one per
+    image, are for training; only the vision transformers need them."""
     unrolled: bool = False
-    """Whether `apply` goes through the layers of stacks one by one and not in a loop."""
+    """Whether `apply` runs the layers of stacks one by one instead of in a loop."""
 
 
 def build(
@@ -47,25 +47,25 @@ def build(
     frozen_statistics: Collection[str] = (),
     measured: bool = False,
 ) -> Backbone:
-    """Make a backbone.
+    """Makes a backbone.
 
     Args:
       network: a name in `NETWORKS`, or `package.module:name` of a `MakeNetwork`.
       embedding_size: D.
-      bn_groups: slices of a training batch with BatchNorm statistics of their own; or the name of
-        the mesh axis over whose devices a single slice goes.
+      bn_groups: number of slices of a training batch with separate BatchNorm statistics; or the
+        name of the mesh axis whose devices share a single slice.
       dtype: compute type of the convolutional part.
       options: settings of a network from outside the package.
-      stacked: whether an IResNet that scans its blocks does so; without, each block has arrays of
-        its own (`stacks.restack` goes from one form to the other), for comparison.
+      stacked: whether an IResNet that scans its blocks does so; otherwise each block has separate
+        arrays (`stacks.restack` converts between the two), for comparison.
       gpu: compute capability of the NVIDIA GPUs that `apply` is for, such as 9.0; 0 for a program
-        that runs on every platform. The arrays are the same, and the results but for rounding.
-      frozen_statistics: names of statistics that training uses and does not move.
-      measured: whether `apply` returns, in evaluation, mean and variance of what each BatchNorm was
-        given, in the place of the statistics that it used.
+        that runs on every platform. Arrays are the same, and results up to rounding.
+      frozen_statistics: names of statistics that training uses without updating them.
+      measured: whether `apply` in evaluation returns mean and variance of each BatchNorm's input
+        instead of the statistics that it used.
 
     Raises:
-      ConfigError: no network has that name, or what it made cannot be trained.
+      ConfigError: no network has that name, or it cannot be trained.
     """
     make = plugins.load(network, field="model.network", options=options)
     model = ModelConfig(
@@ -116,35 +116,35 @@ def build(
 
 
 class MakeNetwork(Protocol):
-    """What `model.network` names: makes a Flax NNX module whose state is Param and BatchStat.
+    """Makes a Flax NNX module whose state is Param and BatchStat; named in `model.network`.
 
     The module is called as `module(x, train=..., keys=...)`: x is (B, 112, 112, 3) float32 RGB in
     [-1, 1], the result (B, D) float32, not normalized. In training `keys` are B random keys, one
-    for each image; in evaluation they are None. The names of its attributes, joined with dots, are
-    its arrays' in checkpoints, patterns and exports.
+    per image; in evaluation None. Attribute names, joined with dots, name its arrays in
+    checkpoints, patterns and exports.
     """
 
     def __call__(
         self, model: ModelConfig, *, bn_groups: int | str, init: layers.Initializer
     ) -> nnx.Module:
-        """Make the module.
+        """Makes the module.
 
         Args:
           model: the section of the recipe: `embedding_size`, `dtype`, `options`.
-          bn_groups: of every `layers.BatchNorm`.
+          bn_groups: `groups` of every `layers.BatchNorm`.
           init: where first weights come from: its `normal` and `uniform`, or `init.rngs()` for
             Flax's own layers.
 
-        If it takes `gpu: float = 0` too, that is the compute capability of the NVIDIA GPUs that
-        train the network, for which it may apply the same arrays in another way. An attribute
-        `unrolled` that is true tells that it applies the layers of its stacks one by one.
+        If it also takes `gpu: float = 0`, that is the compute capability of the NVIDIA GPUs that
+        train the network, for which it may apply the same arrays differently. A true attribute
+        `unrolled` means that it applies the layers of its stacks one by one.
         """
         ...
 
 
 NETWORKS = tuple(plugins.BUILT_IN["model.network"])
 
-# What each family calls the bias of the layer whose output is the embedding.
+# Name of the bias of the layer whose output is the embedding, by family.
 _LAST_BIASES = (
     *("features.bias", "features.layers.3.bias", "feature.3.bias", "fc.bias"),
     "model.head.fc.linear2.bias",
@@ -152,7 +152,7 @@ _LAST_BIASES = (
 
 
 def embedding_size(arrays: Mapping[str, Any]) -> int | None:
-    """D of a network's parameters or torch `state_dict`; None where there is no such layer."""
+    """Returns D from a network's parameters or torch `state_dict`; None without such a layer."""
     return next((len(arrays[name]) for name in _LAST_BIASES if name in arrays), None)
 
 

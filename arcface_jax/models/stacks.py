@@ -1,8 +1,8 @@
-"""Many equal modules as one: their parameters stacked, their application a scan.
+"""Represent many equal modules as one, with stacked parameters, applied by a scan.
 
-A stack of the modules first .. last has the name `first-last` where each of them would have its
-number: `layer3.1-29.conv1.kernel` holds `layer3.1.conv1.kernel` .. `layer3.29.conv1.kernel` along
-its leading axis, or, if its scan is nested, in order along its two leading axes.
+A stack of the modules first .. last has the name `first-last` in place of their numbers:
+`layer3.1-29.conv1.kernel` contains `layer3.1.conv1.kernel` .. `layer3.29.conv1.kernel` along its
+leading axis, or, if its scan is nested, in order along its two leading axes.
 """
 
 import math
@@ -35,33 +35,33 @@ class _Repeated:
         return self._init.uniform((*self._lead, *shape), bound=bound)
 
     def rngs(self) -> nnx.Rngs:
-        """Not for a stack: Flax's layers draw for one module only."""
+        """Refuses, because Flax's own layers draw for a single module only."""
         raise NotImplementedError("stacks.make needs modules that draw from `init` itself")
 
 
 def make(build: Callable[..., nnx.Module], lead: tuple[int, ...], init: Initializer) -> nnx.Module:
-    """Many modules as one whose parameters and statistics have leading axes.
+    """Makes many modules as one whose parameters and statistics have leading axes.
 
     Args:
-      build: makes one of them, given `init`; called twice, however many there are.
+      build: makes one of them, given `init`; called twice, whatever the number.
       lead: the leading axes, whose product is the number of modules; a single module has none.
-      init: what the modules draw their weights from.
+      init: source of the modules' initial weights.
     """
     graph, one = nnx.split(build(init=ShapeInitializer()))
     many = nnx.state(build(init=_Repeated(lead, init)))
 
     def stacked(one: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-        # What is not drawn, as a BatchNorm's scale of one, is the same in all modules.
+        # Constants, such as a BatchNorm's scale of one, are the same in all modules.
         return np.broadcast_to(drawn, (*lead, *one.shape))
 
     return nnx.merge(graph, jax.tree.map(stacked, one, many))
 
 
 def plan(first: int, count: int, *, nested: bool) -> list[tuple[int, tuple[int, ...]]]:
-    """How `count` equal modules are stored: the first number and the leading axes of each stack.
+    """Plans the stacks of `count` equal modules: first number and leading axes of each.
 
-    Nested, about the square root of their number are computed again together, and the rest, which
-    fills no such group, is a stack of its own. A single module has no leading axis.
+    If nested, groups of about the square root of their number are recomputed together, and the
+    remainder is a separate stack. A single module has no leading axis.
     """
     inner = math.isqrt(count) if nested else 1
     outer = count // inner if inner > 1 else 0
@@ -73,7 +73,7 @@ def plan(first: int, count: int, *, nested: bool) -> list[tuple[int, tuple[int, 
 
 
 def name(first: int, lead: tuple[int, ...]) -> str:
-    """Of a stack, or of a single module."""
+    """Returns the name of a stack, or of a single module."""
     return f"{first}-{first + math.prod(lead) - 1}" if lead else str(first)
 
 
@@ -87,16 +87,16 @@ def apply(
     remat: bool,
     unrolled: bool = False,
 ) -> jax.Array:
-    """Applies the modules one after the other; their BatchNorm statistics move in the stack.
+    """Applies the modules one after the other; updates their BatchNorm statistics in the stack.
 
     Args:
-      stack: of modules.
-      x: what the first is given.
-      one: (module, x, its slice of `inputs`) to what the next is given.
+      stack: the stack of modules.
+      x: input of the first module.
+      one: maps (module, x, its slice of `inputs`) to the next module's input.
       inputs: arrays with the stack's leading axes.
-      axes: how many leading axes there are.
-      remat: whether the backward pass computes each module again instead of keeping its insides;
-        with two axes each group of modules too.
+      axes: number of leading axes.
+      remat: whether the backward pass recomputes each module instead of storing its intermediate
+        values; with two axes, also each group of modules.
       unrolled: whether to apply the modules of a stack with one axis without a loop.
     """
     graph, *arrays = nnx.split(stack, nnx.Param, nnx.BatchStat)
@@ -116,18 +116,18 @@ _Body = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def _scan(body: _Body, x: jax.Array, stacked: Any, *, axes: int, remat: bool):
-    """What the last module returns, and the others' statistics, as a loop."""
+    """Applies a stack as a loop: returns the last module's output, and the statistics."""
     for _ in range(axes):
         if remat:
-            body = jax.checkpoint(body, prevent_cse=False)  # a scan's body is merged with no other
+            body = jax.checkpoint(body, prevent_cse=False)  # nothing merges a scan's body
         body = partial(lax.scan, body)
     return body(x, stacked)
 
 
 def _unroll(body: _Body, x: jax.Array, stacked: Any):
-    """The same without a loop, for a stack of one axis.
+    """Applies a stack of one axis without a loop.
 
-    The gradient of `lax.split` is one concatenation; of indexing it would be a sum of arrays as
+    The gradient of `lax.split` is one concatenation; with indexing it would be a sum of arrays as
     large as the stack.
     """
     arrays, tree = jax.tree.flatten(stacked)
@@ -140,7 +140,7 @@ def _unroll(body: _Body, x: jax.Array, stacked: Any):
 
 
 def names_of_members(name: str) -> list[str] | None:
-    """The names that the modules of a stack have one by one; None where the name has no stack."""
+    """Returns the names of a stack's modules one by one; None if the name is not a stack's."""
     found = _RANGE.search(name)
     if found is None:
         return None
@@ -150,7 +150,7 @@ def names_of_members(name: str) -> list[str] | None:
 
 
 def leading_axes(name: str, array: Any) -> int:
-    """How many axes of an array go over the modules of a stack: none, one, or two."""
+    """Returns how many axes of an array go over the modules of a stack: none, one, or two."""
     members = names_of_members(name)
     if members is None:
         return 0
@@ -158,7 +158,7 @@ def leading_axes(name: str, array: Any) -> int:
 
 
 def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """The NumPy arrays of every module under its own name, as views."""
+    """Returns the NumPy arrays of every module under its own name, as views."""
     unstacked = {}
     for name, given in arrays.items():
         array, members = np.asarray(given), names_of_members(name)
@@ -171,10 +171,10 @@ def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters or statistics in the form of `like`: the same modules, stacked in another way.
+    """Converts parameters or statistics to the stacking of `like`, with the same modules.
 
     Args:
-      arrays: by name, stacked in whichever way, or not at all.
+      arrays: arrays by name, in any stacking, or none.
       like: arrays, or their shapes, whose names and leading axes the result has.
 
     Raises:
@@ -186,7 +186,8 @@ def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
         if members is None:
             stacked[name] = unstacked[name]
         else:
-            # Not to the whole wanted shape: a mismatch after the leading axes has to show.
+            # Not reshaped to the whole wanted shape, so that a mismatch after the leading axes
+            # shows.
             each = np.stack([unstacked[member] for member in members])
             lead = 1 if wanted.shape[0] == len(members) else 2
             stacked[name] = each.reshape(*wanted.shape[:lead], *each.shape[1:])

@@ -1,10 +1,10 @@
 """Vision transformers without a class token, as insightface's arcface_torch builds them.
 
-All blocks are alike, so they are one stack of parameters, `blocks.0-11.attn.qkv.kernel` with a
-leading axis over the blocks, and the network a scan over it: tracing and compiling take the time of
-one block. Names are otherwise insightface's `state_dict` names.
-Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (ICLR 2021); stochastic depth: Huang et
-al. (ECCV 2016); masking: He et al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022).
+All blocks are equal, so they are one stack of parameters, `blocks.0-11.attn.qkv.kernel` with a
+leading axis over the blocks, and the network is a scan over it: tracing and compiling take the time
+of one block. Names are otherwise insightface's `state_dict` names. Source: Dosovitskiy et al., "An
+Image is Worth 16x16 Words" (ICLR 2021); stochastic depth: Huang et al. (ECCV 2016); masking: He et
+al., "Masked Autoencoders Are Scalable Vision Learners" (CVPR 2022).
 """
 
 from dataclasses import dataclass
@@ -22,24 +22,25 @@ from arcface_jax.models.layers import BatchNorm, Initializer, LayerNorm, Linear
 _IMAGE, _PATCH, _HEADS, _MLP_RATIO = 112, 9, 8, 4
 _SIDE = _IMAGE // _PATCH
 TOKENS = _SIDE**2
-# insightface cuts this normal distribution at -2 and 2, a hundred deviations away: not at all.
+# insightface truncates this normal distribution at -2 and 2, a hundred deviations away: no effect.
 _STD = 0.02
-# Whatever mask ratio above zero a network's name states, insightface masks a tenth of the tokens.
+# Whatever nonzero mask ratio a network's name states, insightface masks a tenth of the tokens.
 _KEPT = int(TOKENS * 0.9)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What tells one transformer from another."""
+    """Parameters of a transformer architecture."""
 
     width: int
     depth: int
     drop_path: float
-    """Probability that the last block is left out for a sample; it rises from 0 at the first."""
+    """Probability of skipping the last block for a sample; it rises linearly from 0 at the
+    first."""
     masked: bool
-    """Whether a tenth of the tokens is hidden from the blocks, in training."""
+    """Whether to hide a tenth of the tokens from the blocks in training."""
     remat: bool = False
-    """Whether the blocks are computed again in the backward pass, to save memory."""
+    """Whether to recompute the blocks in the backward pass, to save memory."""
 
 
 ARCHITECTURES = {
@@ -55,9 +56,9 @@ ARCHITECTURES = {
 
 
 class _Attention(nnx.Module):
-    """Self-attention of eight heads, its softmax in float32.
+    """Self-attention with eight heads and float32 softmax.
 
-    Its products are float32, or, where it is `fused` on GPUs, in the compute type.
+    Products are float32, or, if `fused` on GPUs, in the compute type.
     """
 
     def __init__(self, width: int, *, dtype: jnp.dtype, fused: bool, init: Initializer):
@@ -74,7 +75,7 @@ class _Attention(nnx.Module):
 
 
 def attend(qkv: jax.Array) -> jax.Array:
-    """Attention in float32.
+    """Computes attention in float32.
 
     Args:
       qkv: (B, tokens, 3, heads, head width), queries, keys and values.
@@ -89,14 +90,14 @@ def attend(qkv: jax.Array) -> jax.Array:
 
 
 def attend_fused(qkv: jax.Array, *, implementation: Literal["cudnn", "xla"] = "cudnn") -> jax.Array:
-    """The same in the operands' type, float16 or bfloat16, by cuDNN: no scores are stored.
+    """Computes attention in the operands' type, float16 or bfloat16, by cuDNN; stores no scores.
 
-    cuDNN takes tokens in multiples of eight, so more are added and not looked at.
+    cuDNN requires multiples of eight tokens, so padding is added and masked.
     """
     batch, tokens = qkv.shape[:2]
     parts, lengths = [qkv[:, :, part] for part in range(3)], {}
     if tokens % 8:
-        # Padded after they are taken apart, else XLA reads all three for each of them.
+        # Padded after splitting, or XLA reads all three for each of them.
         padding = ((0, 0), (0, -tokens % 8), (0, 0), (0, 0))
         parts = [jnp.pad(part, padding) for part in parts]
         names = ("query_seq_lengths", "key_value_seq_lengths")
@@ -109,7 +110,7 @@ def attend_fused(qkv: jax.Array, *, implementation: Literal["cudnn", "xla"] = "c
 
 
 def can_fuse(width: int, *, dtype: jnp.dtype, gpu: float) -> bool:
-    """Whether cuDNN has this attention for GPUs of that compute capability."""
+    """Returns whether cuDNN supports this attention on GPUs of that compute capability."""
     head = width // _HEADS
     return gpu >= 8 and dtype.itemsize == 2 and head <= 128 and head % 8 == 0
 
@@ -128,7 +129,7 @@ class _Mlp(nnx.Module):
 
 
 class _Block(nnx.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x)), each of them left out for some samples."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)), each skipped for some samples."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, fused: bool, init: Initializer):
         self.norm1, self.norm2 = LayerNorm(width), LayerNorm(width)
@@ -136,18 +137,20 @@ class _Block(nnx.Module):
         self.mlp = _Mlp(width, dtype=dtype, init=init)
 
     def __call__(self, x: jax.Array, factors: jax.Array) -> jax.Array:
-        """x: (B, tokens, width); factors: (2, B) float32, 0 where a branch is left out."""
+        """Applies the block to x (B, tokens, width); factors (2, B) float32 are 0 for skipped
+        branches.
+        """
         x = _add(x, factors[0], self.attn(self.norm1(x)))
         return _add(x, factors[1], self.mlp(self.norm2(x)))
 
 
 def _add(x: jax.Array, factors: jax.Array, branch: jax.Array) -> jax.Array:
-    """In float32, rounded to the type of x."""
+    """Adds a branch in float32, rounded to the type of x."""
     return (x + factors[:, None, None] * branch.astype(jnp.float32)).astype(x.dtype)
 
 
 class _Projection(nnx.Module):
-    """The convolution of `_PatchEmbed`: stride as wide as the kernel, with bias."""
+    """The convolution of `_PatchEmbed`: with bias, and a stride equal to its kernel."""
 
     def __init__(self, width: int, *, init: Initializer):
         bound = (3 * _PATCH**2) ** -0.5  # torch's default for convolutions
@@ -155,7 +158,7 @@ class _Projection(nnx.Module):
         self.bias = nnx.Param(init.uniform((width,), bound=bound))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # A convolution without overlap is a product of each square's pixels.
+        # A convolution without overlap is a product with each patch's pixels.
         batch, seen = len(x), _SIDE * _PATCH
         x = x[:, :seen, :seen].reshape(batch, _SIDE, _PATCH, _SIDE, _PATCH, 3)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, TOKENS, 3 * _PATCH**2)
@@ -163,7 +166,7 @@ class _Projection(nnx.Module):
 
 
 class _PatchEmbed(nnx.Module):
-    """Squares of 9 x 9 pixels to tokens; four pixels at the right and the bottom are not seen."""
+    """Maps patches of 9 x 9 pixels to tokens; ignores the last four rows and columns."""
 
     def __init__(self, width: int, *, init: Initializer):
         self.proj = _Projection(width, init=init)
@@ -175,7 +178,7 @@ class _PatchEmbed(nnx.Module):
 def make(
     model: ModelConfig, *, bn_groups: int | str, init: Initializer, gpu: float = 0
 ) -> "VisionTransformer":
-    """Make the network that `model.network` names; on GPUs its attention is fused."""
+    """Makes the network that `model.network` names; on GPUs its attention is fused."""
     return VisionTransformer(
         ARCHITECTURES[model.network],
         embedding_size=model.embedding_size,
@@ -190,14 +193,14 @@ class VisionTransformer(nnx.Module):
     """Images in [-1, 1] to embeddings.
 
     Args:
-      architecture: width, depth, and what training leaves out.
+      architecture: width, depth, and random skipping in training.
       embedding_size: D.
-      bn_groups: slices of the batch with BatchNorm statistics of their own, in training.
-      dtype: compute type of the blocks' linear layers. The attention, unless fused, and all outside
-        the blocks is float32, and so are the tokens between two blocks; but on GPUs, where kernels
-        of a block wait for memory, bfloat16 blocks exchange bfloat16 tokens.
-      gpu: compute capability of the NVIDIA GPUs that apply it, or 0.
-      init: where the initial weights come from.
+      bn_groups: slices of a training batch with separate BatchNorm statistics.
+      dtype: compute type of the blocks' linear layers. Attention, unless fused, everything outside
+        the blocks, and the tokens between blocks are float32; except that on GPUs, where blocks are
+        memory-bound, bfloat16 blocks exchange bfloat16 tokens.
+      gpu: compute capability of the NVIDIA GPUs that run it, or 0.
+      init: source of the initial weights.
     """
 
     def __init__(
@@ -235,8 +238,7 @@ class VisionTransformer(nnx.Module):
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
         """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized.
 
-        In training an image's key decides which of its tokens are hidden and for which branches it
-        is left out.
+        In training an image's key determines its hidden tokens and skipped branches.
         """
         batch = len(x)
         x = self.patch_embed(x.astype(jnp.float32)) + self.pos_embed[...]
@@ -261,7 +263,9 @@ class VisionTransformer(nnx.Module):
         return last_norm(project(x), train=train)
 
     def _draw_paths(self, keys: jax.Array) -> jax.Array:
-        """(depth, 2, B) float32: 0 for what is left out, and 1 / its probability for the rest."""
+        """Draws (depth, 2, B) float32: 0 for skipped branches, and 1 / probability for the
+        others.
+        """
         depth = self.architecture.depth
         stays = 1 - jnp.linspace(0, self.architecture.drop_path, depth)[:, None]
         draw = partial(jax.random.bernoulli, p=stays, shape=(depth, 2))
@@ -269,5 +273,5 @@ class VisionTransformer(nnx.Module):
 
 
 def _draw_kept_tokens(key: jax.Array) -> jax.Array:
-    """(kept,) int32, in random order."""
+    """Draws (kept,) int32 tokens in random order."""
     return jnp.argsort(jax.random.uniform(key, (TOKENS,)))[:_KEPT]

@@ -1,1 +1,1 @@
-"""What a run needs of its machine: devices, processes, signals, files, metrics, the terminal."""
+"""Services of the machine for a run: devices, processes, signals, files, metrics, the terminal."""

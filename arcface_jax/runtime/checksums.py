@@ -1,10 +1,9 @@
-"""Detect damage in a workdir: a hash of each file of a checkpoint, stored before it is complete.
+"""Detect damage in a workdir: hashes of a checkpoint's files, stored before it is complete.
 
-Orbax renames a checkpoint into place once all of it is written, so a half-written one is never
-taken for complete; but a disk may return other bytes than were written, and people delete files.
-WORKDIR/checksums/STEP.json holds the hashes of a checkpoint, the length and hash of what
-metrics.jsonl held up to its step, and a hash of itself. WORKDIR/checksums/config.json holds a copy
-of the configuration.
+Orbax renames a checkpoint into place once it is fully written, so a partial one is never taken for
+complete; but a disk may return other bytes than were written, and people delete files.
+WORKDIR/checksums/STEP.json has the hashes of a checkpoint, the length and hash of metrics.jsonl up
+to its step, and a hash of itself. WORKDIR/checksums/config.json is a copy of the configuration.
 """
 
 import contextlib
@@ -20,17 +19,17 @@ from arcface_jax.runtime.files import complete_steps, unfinished_steps, write_at
 
 _FOLDER = "checksums"
 _CONFIG = "config.json"
-# Orbax adds the commit time to it later.
+# Orbax later adds the commit time to it.
 _METADATA = "_CHECKPOINT_METADATA"
 _SELF = "blake2b"
-# Orbax reads every file of this folder of an item, whatever its name.
+# Orbax reads every file in this folder of an item, whatever its name.
 _READ_WHOLE = "array_metadatas"
 # Every checkpoint of a training run has these items.
 _ITEMS = ("backbone", "dataset", "training")
 
 
 class _Noted(NamedTuple):
-    """What WORKDIR/checksums/STEP.json holds."""
+    """Contents of WORKDIR/checksums/STEP.json."""
 
     files: dict[str, str]
     """Hash by path inside the checkpoint."""
@@ -39,20 +38,20 @@ class _Noted(NamedTuple):
 
 
 class _Unreadable(Exception):
-    """There are no checksums, or they are damaged; the message tells which."""
+    """Raised if the checksums are missing or damaged; the message tells which."""
 
 
 # ---- Written during the run ----------------------------------------------------------------------
 
 
 def note(checkpoints: Path, history: Path) -> None:
-    """Write WORKDIR/checksums/STEP.json of the checkpoint that is about to be renamed into place.
+    """Writes WORKDIR/checksums/STEP.json of a checkpoint just before it is renamed into place.
 
-    So every complete checkpoint has checksums. Those of removed checkpoints are removed.
+    Every complete checkpoint thus has checksums. Checksums of removed checkpoints are removed.
 
     Args:
       checkpoints: the folder of checkpoints.
-      history: metrics.jsonl, which need not exist.
+      history: path of metrics.jsonl, which may be missing.
     """
     folder = checkpoints.parent / _FOLDER
     folder.mkdir(exist_ok=True)
@@ -72,11 +71,11 @@ def note(checkpoints: Path, history: Path) -> None:
 
 
 def _length_up_to(content: bytes, step: int) -> int:
-    """The length of the lines of a metrics.jsonl up to a step; later steps' lines follow it."""
+    """Returns the length of metrics.jsonl up to a step; lines of later steps follow."""
     end = len(content)
     while end:
         begin = content.rfind(b"\n", 0, end - 1) + 1
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is being written
+        with contextlib.suppress(ValueError, TypeError, KeyError):  # an incomplete line
             if json.loads(content[begin:end])["step"] <= step:
                 return end
         end = begin
@@ -84,7 +83,7 @@ def _length_up_to(content: bytes, step: int) -> int:
 
 
 def keep_config(workdir: Path, text: str) -> None:
-    """Keep a copy of the configuration, from which a damaged config.json is restored."""
+    """Keeps a copy of the configuration, from which a damaged config.json is restored."""
     folder = workdir / _FOLDER
     folder.mkdir(exist_ok=True)
     _write_with_hash(folder / _CONFIG, {"config": text})
@@ -94,15 +93,14 @@ def keep_config(workdir: Path, text: str) -> None:
 
 
 def set_aside_damaged(checkpoints: Path) -> list[str]:
-    """Move to WORKDIR/damaged what is no checkpoint, and the newest checkpoints that are corrupt.
+    """Moves stray files and the newest checkpoints, if corrupt, to WORKDIR/damaged.
 
     Returns:
-      A message about each, about checkpoints that are missing, and if the newest remaining
-      checkpoint cannot be verified. It is intact, or was saved without checksums.
+      A message about each, about missing checkpoints, and if the newest remaining checkpoint cannot
+      be verified. That one is intact, or was saved without checksums.
 
     Raises:
-      CheckpointError: no checkpoint is left of those that were saved, or one is a link. Nothing has
-        changed.
+      CheckpointError: none of the saved checkpoints is left, or one is a link. Nothing has changed.
     """
     workdir = checkpoints.parent
     _refuse_links(checkpoints)
@@ -126,11 +124,11 @@ def set_aside_damaged(checkpoints: Path) -> list[str]:
         messages.append(f"{_gone(gone, workdir)}; falling back to step {steps[-1]}")
     for number, (step, wrong) in enumerate(broken):
         target = damaged.set_aside(checkpoints / str(step), workdir)
-        with contextlib.suppress(OSError):  # so that it does not count as missing from now on
+        with contextlib.suppress(OSError):  # so that it no longer counts as missing
             _path_of(workdir, step).rename(target / f"{_FOLDER}.json")
         back = ", falling back to the previous one" if number < newest else ""
         messages.append(f"checkpoint {step} is corrupt ({_listed(wrong)}); moved to {target}{back}")
-    for step in unfinished_steps(workdir):  # else it counts as missing once it is removed
+    for step in unfinished_steps(workdir):  # otherwise it counts as missing once it is removed
         _path_of(workdir, step).unlink(missing_ok=True)
     if steps:
         newest_path = checkpoints / str(steps[-1])
@@ -163,7 +161,7 @@ def _refuse_links(checkpoints: Path) -> None:
 
 
 def _foreign(checkpoints: Path) -> list[Path]:
-    """What Orbax or a person could take for a checkpoint by its name, and is none."""
+    """Lists what has the name of a checkpoint and is not one."""
     if not checkpoints.is_dir():
         return []
     complete = {str(step) for step in complete_steps(checkpoints.parent)}
@@ -177,15 +175,15 @@ def _foreign(checkpoints: Path) -> list[Path]:
 
 
 def missing(workdir: Path) -> list[str]:
-    """A message about the checkpoints after the newest complete one that are gone, if any is."""
+    """Returns a message about lost checkpoints after the newest complete one, if any."""
     return [_gone(steps, workdir)] if (steps := _missing_steps(workdir)) else []
 
 
 def _missing_steps(workdir: Path) -> list[int]:
-    """Steps that were saved after the newest complete checkpoint, and whose checkpoint is gone.
+    """Lists steps saved after the newest complete checkpoint whose checkpoint is gone.
 
-    A run that saves meanwhile does not disturb this: it writes the checksums first, and the order
-    of reading is the same.
+    A run that saves at the same time does not interfere: it writes the checksums first, and they
+    are read first.
     """
     noted = [int(p.stem) for p in (workdir / _FOLDER).glob("*.json") if p.stem.isdecimal()]
     unfinished = unfinished_steps(workdir)
@@ -199,7 +197,7 @@ def _gone(steps: list[int], workdir: Path) -> str:
 
 
 def config_copy(workdir: Path) -> str | None:
-    """The configuration as `keep_config` kept it.
+    """Reads the copy of the configuration that `keep_config` wrote.
 
     Raises:
       ValueError: the copy is damaged.
@@ -217,7 +215,7 @@ def config_copy(workdir: Path) -> str | None:
 
 
 def history(workdir: Path, step: int) -> tuple[int, str] | None:
-    """Bytes and BLAKE2b hash of what metrics.jsonl held up to a saved step; None if unknown."""
+    """Returns bytes and BLAKE2b hash of metrics.jsonl up to a saved step; None if unknown."""
     try:
         return _read(_path_of(workdir, step)).history
     except _Unreadable:
@@ -228,7 +226,7 @@ def history(workdir: Path, step: int) -> tuple[int, str] | None:
 
 
 def require_listable(workdir: Path) -> None:
-    """Verify what Orbax reads of all checkpoints to list them.
+    """Verifies the files that Orbax reads to list checkpoints.
 
     Raises:
       CheckpointError: one is corrupt.
@@ -243,9 +241,9 @@ def require_listable(workdir: Path) -> None:
 
 
 def require_whole(checkpoint: Path, item: str) -> None:
-    """Verify the files of one item of a checkpoint before it is read.
+    """Verifies the files of one item of a checkpoint before it is read.
 
-    Where that is impossible, a line on stderr tells why.
+    If that is impossible, a line on stderr explains why.
 
     Raises:
       CheckpointError: a file is corrupt or missing.
@@ -265,7 +263,7 @@ def require_whole(checkpoint: Path, item: str) -> None:
 
 @contextlib.contextmanager
 def reporting_unreadable(checkpoint: Path) -> Iterator[None]:
-    """Turn whatever the block raises on a checkpoint that cannot be verified into one line.
+    """Turns any error of the block into one line, if the checkpoint cannot be verified.
 
     Raises:
       CheckpointError: it cannot be read.
@@ -275,7 +273,7 @@ def reporting_unreadable(checkpoint: Path) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        # Memory that does not suffice is no damage.
+        # Insufficient memory is not damage.
         if unverifiable(checkpoint) is None or "RESOURCE_EXHAUSTED" in str(error):
             raise
         first = (str(error) or repr(error)).splitlines()[0][:200]
@@ -286,7 +284,7 @@ def reporting_unreadable(checkpoint: Path) -> Iterator[None]:
 
 
 def unverifiable(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be compared with what was written, or None if it can."""
+    """Returns why a checkpoint cannot be verified, or None if it can."""
     try:
         _read(_path_of(checkpoint.parent.parent, int(checkpoint.name)))
     except _Unreadable as error:
@@ -295,11 +293,11 @@ def unverifiable(checkpoint: Path) -> str | None:
 
 
 def _wrong(path: Path, item: str = "") -> list[str]:
-    """Files, of one item or of all, that are missing or differ from their checksum."""
+    """Lists files, of one item or all, that are missing or differ from their checksum."""
     workdir = path.parent.parent
     try:
         expected = _read(_path_of(workdir, int(path.name))).files
-    except _Unreadable:  # nothing to compare with, but a run's checkpoint has all items
+    except _Unreadable:  # no checksums, but a run's checkpoint has all items
         items = _ITEMS if (workdir / "environment.json").exists() else _ITEMS[:1]
         wanted = (item,) if item else items
         return [f"{name}/" for name in wanted if not (path / name).is_dir()]
@@ -309,14 +307,14 @@ def _wrong(path: Path, item: str = "") -> list[str]:
 
 
 def _special(path: Path) -> list[str]:
-    """Pipes and devices of a checkpoint, which a reader would wait for."""
+    """Lists pipes and devices in a checkpoint, which would block a reader."""
     found = (file for file in sorted(path.rglob("*")) if file.exists())
     other = (file for file in found if not (file.is_file() or file.is_dir()))
     return [file.relative_to(path).as_posix() for file in other]
 
 
 def _strays(path: Path, item: str = "*") -> list[Path]:
-    """Files in folders that Orbax reads whole, and which are none of the checkpoint."""
+    """Lists files that are not part of the checkpoint, in folders that Orbax reads as a whole."""
     try:
         expected = _read(_path_of(path.parent.parent, int(path.name))).files
     except _Unreadable:
@@ -326,14 +324,14 @@ def _strays(path: Path, item: str = "*") -> list[Path]:
 
 
 def _unlistable(path: Path) -> list[str]:
-    """Damaged files among those that Orbax reads of every checkpoint to list them."""
+    """Lists damaged files among those that Orbax reads to list checkpoints."""
     wrong = _wrong(path, "metrics") if (path / "metrics").is_dir() else []
     wrong += [name for name in _special(path) if name not in wrong]
     return wrong + [n for n in (_METADATA, "metrics/metrics") if _is_other_json(path / n)]
 
 
 def _is_other_json(path: Path) -> bool:
-    """Whether a file is valid JSON, but no object; Orbax ignores metadata that is no JSON."""
+    """Returns whether a file is valid JSON but not an object; Orbax ignores invalid JSON."""
     with contextlib.suppress(OSError, ValueError):
         return not isinstance(foreign.parse_json(foreign.read(path)), dict)
     return False
@@ -344,10 +342,10 @@ def _path_of(workdir: Path, step: int) -> Path:
 
 
 def _read(path: Path) -> _Noted:
-    """The checksums in a file.
+    """Reads the checksums in a file.
 
     Raises:
-      _Unreadable: there are none, or they are not as they were written.
+      _Unreadable: the file is missing or corrupt.
     """
     if not damaged.is_there(path):
         raise _Unreadable(f"{path} is missing")
@@ -361,10 +359,10 @@ def _read(path: Path) -> _Noted:
 
 
 def _read_with_hash(path: Path) -> dict[str, Any]:
-    """The reverse of `_write_with_hash`; files of earlier versions have no hash of themselves.
+    """Reads what `_write_with_hash` wrote; files of earlier versions have no hash of themselves.
 
     Raises:
-      _Unreadable: the file is not as it was written.
+      _Unreadable: the file is corrupt.
     """
     try:
         content = foreign.parse_json(foreign.read(path))
@@ -418,7 +416,7 @@ def _hashes(path: Path, item: str = "") -> dict[str, str]:
 
 
 def _handlers(metadata: Path) -> bytes:
-    """What of Orbax's metadata stays: how the items are read."""
+    """Returns the part of Orbax's metadata that does not change: how to read the items."""
     try:
         content = foreign.parse_json(foreign.read(metadata))
         return json.dumps(content["item_handlers"]).encode()

@@ -1,4 +1,4 @@
-"""Progress of a run on the terminal: a bar, or plain lines where stderr is not a terminal."""
+"""Progress of a run on the terminal: a bar, or plain lines if stderr is not a terminal."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from arcface_jax.runtime.text import shown
 
 
 class Terminal:
-    """A progress bar, or plain lines where the output is not a terminal."""
+    """A progress bar, or plain lines if the output is not a terminal."""
 
     def __init__(self, *, total_steps: int, start: int):
         self._console = Console(file=streams.plain(sys.stderr), quiet=not launch.is_first())
@@ -33,12 +33,12 @@ class Terminal:
             self._bar.start()
 
     def advance(self) -> None:
-        """Advance the bar by one step."""
+        """Advances the bar by one step."""
         if self._bar is not None:
             self._bar.advance(self._task)
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """Show the metrics of a log step."""
+        """Shows the metrics of a log step."""
         status = [f"loss {values['train/loss']:.3f}"]
         accuracy = train_accuracy(values)
         if not math.isnan(accuracy):
@@ -58,15 +58,15 @@ class Terminal:
             self.print(f"step {step}/{self._total}  {'  '.join(status)}{left}")
 
     def print(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Prints a line above the bar."""
         self._console.print(shown(text), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def print_all(self, *texts: str | None) -> None:
-        """Print a line for each text that is not None."""
+        """Prints a line for each text that is not None."""
         for text in filter(None, texts):
             self.print(text)
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Removes the bar."""
         if self._bar is not None:
             self._bar.stop()

@@ -1,6 +1,6 @@
-"""Set aside what is damaged in a workdir, so that a run resumes without it and nothing is lost.
+"""Move damaged parts of a workdir aside, so a run can resume without them and nothing is lost.
 
-Whatever is moved lies in WORKDIR/damaged under its own name, until somebody removes it.
+Moved files keep their names in WORKDIR/damaged until somebody removes them.
 """
 
 import shutil
@@ -14,27 +14,27 @@ _FOLDERS = ("checkpoints", "checksums", "eval", "profile", "tensorboard")
 
 
 def warn(messages: Iterable[str]) -> None:
-    """Print a line about each to stderr."""
+    """Prints each message as a line on stderr."""
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
 
 
 def set_aside(path: Path, workdir: Path) -> Path:
-    """Move a file, folder or link to WORKDIR/damaged; returns where it is now."""
+    """Moves a file, folder or link to WORKDIR/damaged; returns its new path."""
     target = _free_name(workdir, path)
     path.rename(target)
     return target
 
 
 def keep_copy(path: Path, workdir: Path) -> Path:
-    """Copy a file to WORKDIR/damaged before it is shortened; returns the copy's path."""
+    """Copies a file to WORKDIR/damaged before it is shortened; returns the copy's path."""
     target = _free_name(workdir, path)
     shutil.copyfile(path, target)
     return target
 
 
 def set_aside_wrong_kinds(workdir: Path) -> list[str]:
-    """Move folders in the place of a run's files, files in the place of its folders, dead links.
+    """Moves aside folders in place of files, files in place of folders, and dead links.
 
     A link to a file or folder of the right kind is used like the file or folder.
 
@@ -49,12 +49,12 @@ def set_aside_wrong_kinds(workdir: Path) -> list[str]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything has this name; a dead link counts."""
+    """Returns whether the path exists; a dead link counts."""
     return path.exists() or path.is_symlink()
 
 
 def _free_name(workdir: Path, path: Path) -> Path:
-    """WORKDIR/damaged/NAME, or the first free NAME.N there; the folder exists afterwards."""
+    """Returns WORKDIR/damaged/NAME or the first free NAME.N there, and creates the folder."""
     folders = _numbered(workdir / _FOLDER)
     folder = next(name for name in folders if name.is_dir() or not is_there(name))
     folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The device mesh: one axis, "data", over which the batch and the class centers are both split."""
+"""The device mesh: one axis, "data", over which both the batch and the class centers are split."""
 
 import contextlib
 import re
@@ -20,10 +20,10 @@ _Out = TypeVar("_Out")
 
 
 def make(num_devices: int | Literal["own"] | None = None) -> Mesh:
-    """A mesh of the first `num_devices` devices of all hosts, of all, or of this process's own.
+    """Makes a mesh of the first `num_devices` devices, of all, or of this process's own.
 
     Raises:
-      ConfigError: there are fewer.
+      ConfigError: there are fewer devices.
     """
     devices = jax.local_devices() if num_devices == "own" else jax.devices()
     wanted = num_devices if isinstance(num_devices, int) else len(devices)
@@ -38,27 +38,28 @@ def make(num_devices: int | Literal["own"] | None = None) -> Mesh:
             f"{len(devices)} together, and all take part; leave the option out, or start fewer "
             "processes"
         )
-    # Auto: the partitioner splits the backbone's step; JAX's default would ask for it in the types.
+    # Auto: the partitioner splits the backbone's step; JAX's default would require sharding in
+    # types.
     return jax.make_mesh((wanted,), (AXIS,), (AxisType.Auto,), devices=devices[:wanted])
 
 
 def is_gpu(mesh: Mesh) -> bool:
-    """Whether the mesh is of GPUs: of this machine, or of one that a program is compiled for."""
+    """Returns whether a mesh consists of GPUs, present or only compiled for."""
     return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
 def ask_for_cpu_devices(count: int) -> None:
-    """Make the CPU count as at least `count` devices, if JAX has not initialized it yet."""
-    now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # set by JAX
+    """Makes the CPU count as at least `count` devices, if JAX has not initialized it yet."""
+    now: int = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]  # set
     if count > now:
-        with contextlib.suppress(RuntimeError):  # it has
+        with contextlib.suppress(RuntimeError):  # already initialized
             jax.config.update("jax_num_cpu_devices", count)
 
 
 def compute_capability(mesh: Mesh) -> float:
-    """Of the NVIDIA GPUs that a mesh is of, such as 9.0; 0 for other devices.
+    """Returns the compute capability of a mesh's NVIDIA GPUs, such as 9.0; 0 for other devices.
 
-    The GPUs may be some that a program is compiled for, which are not in this machine.
+    The GPUs need not be in this machine: a program may be compiled for others.
     """
     device = mesh.devices.flat[0]
     found = re.fullmatch(r"\d+\.\d", str(getattr(device, "compute_capability", "")))
@@ -66,23 +67,25 @@ def compute_capability(mesh: Mesh) -> float:
 
 
 def split(mesh: Mesh) -> NamedSharding:
-    """First axis over the devices: batches, embeddings, class centers."""
+    """Returns the sharding of the first axis over the devices: batches, embeddings, class
+    centers.
+    """
     return NamedSharding(mesh, P(AXIS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device: the backbone."""
+    """Returns the sharding of a whole array on every device: the backbone."""
     return NamedSharding(mesh, P())
 
 
 def own_part(array: jax.Array) -> np.ndarray:
-    """This host's part of an array that is split along its first axis."""
+    """Returns this host's part of an array that is split along its first axis."""
     shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This host's part of a batch, (b, ...), as part of the global arrays (B, ...)."""
+    """Places this host's part of a batch, (b, ...), as part of the global arrays (B, ...)."""
     sharding = split(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
@@ -91,12 +94,12 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
 
 
 def ahead(items: Iterator[_In], send: Callable[[_In], _Out], *, count: int) -> Generator[_Out]:
-    """Apply `send` to each item in a thread, while earlier results are in use.
+    """Applies `send` to each item in a thread, while earlier results are in use.
 
     Args:
-      items: for instance batches; read only by the thread.
-      send: for instance `to_devices`.
-      count: how many are kept ready.
+      items: for example batches; only read by the thread.
+      send: for example `to_devices`.
+      count: number of results to keep ready.
 
     Returns:
       A generator; an error of `items` or `send` is raised in place of its item.

@@ -1,11 +1,11 @@
-"""Atomic writes, and one clear error where a disk is full or read-only.
+"""Atomic writes, and one clear error if a disk is full or read-only.
 
 Every file that must never be seen half-written goes through this module: `write_atomic` for text
-and bytes, `atomic` for streams, `atomic_files` for writers that want a name or write several files,
-`atomic_folder` for whole folders. All write to `NAME.HOST-PID.part` beside the target and rename.
+and bytes, `atomic` for streams, `atomic_files` for writers that need a name or write several files,
+`atomic_folder` for whole folders. All write to `NAME.HOST-PID.part` next to the target and rename.
 
-The libraries report a full disk in their own ways, some of them from threads: Orbax logs it several
-times, raises it in the next save, and leaves writes that fail later.
+The libraries report a full disk in different ways, some of them from threads: Orbax logs it several
+times, raises it in the next save, and leaves behind writes that fail later.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import IO, Any
 from arcface_jax.errors import CheckpointError
 
 PART = ".part"
-"""The suffix of everything that is being written."""
+"""Suffix of everything that is being written."""
 
 # These errors always mean that something could not be written.
 _FIXES = {
@@ -37,7 +37,7 @@ _FIXES = {
     errno.EROFS: "Make the disk writable",
     errno.EFBIG: "Raise the file size limit (ulimit -f)",
 }
-# How TensorStore, which writes the arrays, names the system's error.
+# How TensorStore, which writes the arrays, formats the system's error.
 _IN_TEXT = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
 _UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"
 _STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
@@ -47,12 +47,12 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
     """Replaces a file in one move: if that fails, its old content stays.
 
     Args:
-      path: of the file; its folder must exist.
+      path: path of the file; its folder must exist.
       content: text, written as UTF-8, or bytes.
       durable: as in `atomic`.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the file cannot be written.
     """
     with atomic(path, "w" if isinstance(content, str) else "wb", durable=durable) as file:
         file.write(content)
@@ -62,19 +62,19 @@ def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> N
 def atomic(
     path: Path, mode: str = "w", *, newline: str | None = None, durable: bool = True
 ) -> Iterator[IO[Any]]:
-    """Opens a file for writing that takes the place of `path` when the block ends without error.
+    """Opens a file for writing that replaces `path` when the block ends without error.
 
     Args:
       path: of the file; its folder must exist. A device or pipe is written to directly. A symbolic
         link is followed to files in or below its folder; one that leads elsewhere is replaced.
-      mode: "w" (UTF-8; bytes of names that are no UTF-8 stay as they are) or "wb".
+      mode: "w" (UTF-8; bytes of names that are not UTF-8 are kept) or "wb".
       newline: as in `open`.
-      durable: sync the file before the move and its folder after it, so that a power failure
-        leaves the old content or the new one, and remove what killed processes left of it. Turn
-        it off for many small files that can be made again.
+      durable: sync the file before the move and its folder after it, so that a power failure leaves
+        either the old or the new content, and remove leftovers of killed processes. Turn it off for
+        many small files that can be recreated.
 
     Raises:
-      OSError: it cannot be written; the old content stays and no part is left.
+      OSError: the file cannot be written; the old content stays and no partial file is left.
     """
     if path.exists() and not path.is_file():
         with _open(path, mode, newline) as file:
@@ -100,18 +100,18 @@ def atomic(
 
 
 def open_own(path: Path, mode: str, *, newline: str | None = None) -> IO[Any]:
-    """Opens a file for appending, updating or writing anew, without leaving its folder.
+    """Opens a file for appending, updating or rewriting, without leaving its folder.
 
-    A symbolic link that leads out of the folder is replaced by a copy of what it points to, so that
-    a link which somebody else left there has no other file overwritten.
+    A symbolic link that leads out of the folder is replaced by a copy of its target, so that a
+    planted link cannot cause another file to be overwritten.
 
     Args:
-      path: of the file.
+      path: path of the file.
       mode: as in `open`; text is UTF-8, as in `atomic`.
       newline: as in `open`.
 
     Raises:
-      OSError: it cannot be opened.
+      OSError: the file cannot be opened.
     """
     if _leads_out(path):
         if path.is_file() and not mode.startswith("w"):
@@ -123,18 +123,18 @@ def open_own(path: Path, mode: str, *, newline: str | None = None) -> IO[Any]:
 
 
 def _open(path: Path, mode: str, newline: str | None) -> IO[Any]:
-    """As `open`, with text in UTF-8 and the other bytes that names have."""
+    """Opens a file as `open` does, with text in UTF-8 and other bytes in names preserved."""
     if "b" in mode:
         return path.open(mode)
     return path.open(mode, encoding="utf-8", errors="surrogateescape", newline=newline)
 
 
 def below(folder: Path, name: str) -> Path:
-    """The path of a file to write below an output folder; missing folders are made.
+    """Returns the path of a file to write below an output folder, and creates missing folders.
 
     Args:
-      folder: of the output.
-      name: relative, with forward slashes, as the input's folders have it.
+      folder: folder of the output.
+      name: relative path with forward slashes, as below the input's folder.
 
     Raises:
       CheckpointError: a symbolic link among the folders leads out of the output.
@@ -150,9 +150,9 @@ def below(folder: Path, name: str) -> Path:
 
 
 def _leads_out(path: Path) -> bool:
-    """Whether a path is a symbolic link to something outside of its folder.
+    """Returns whether a path is a symbolic link that leads out of its folder.
 
-    Those of the system, such as /dev/stdout, do not count.
+    Links of the system, such as /dev/stdout, do not count.
     """
     if not path.is_symlink():
         return False
@@ -163,11 +163,11 @@ def _leads_out(path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_files(path: Path) -> Iterator[Path]:
-    """For writers that need a name, or that write other files beside it.
+    """Writes files atomically by name, together with other files next to them.
 
     Yields:
       A path of the same name in a temporary folder. When the block ends without error, every file
-      in that folder is moved beside `path`, and the one named `path` last.
+      in that folder is moved next to `path`, and `path` itself last.
 
     Raises:
       OSError: a file cannot be written or moved.
@@ -184,7 +184,7 @@ def atomic_files(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder that takes the place of `path` when the block ends without error.
+    """Creates a folder that replaces `path` when the block ends without error.
 
     If another process puts a folder there in the meantime, that one stays.
 
@@ -192,7 +192,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
       A temporary folder.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the folder cannot be written.
     """
     with _part_folder(path) as folder:
         yield folder
@@ -208,7 +208,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def part_of(path: Path) -> Path:
-    """Where this process writes a file or folder before it is moved into its place."""
+    """Returns the path at which this process writes a file or folder before moving it into
+    place.
+    """
     return path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}{PART}")
 
 
@@ -216,7 +218,7 @@ def part_of(path: Path) -> Path:
 def _part_folder(path: Path) -> Iterator[Path]:
     _remove_stale(path)
     folder = part_of(path)
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier process with this number
+    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier process with this id
     folder.mkdir()
     try:
         yield folder
@@ -230,19 +232,19 @@ def _sync(file: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder last."""
+    """Makes renames in a folder durable."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks have no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks do not support it
             raise
     finally:
         os.close(number)
 
 
 def _remove_stale(path: Path) -> None:
-    """Removes what processes of this host that no longer exist were writing for `path`."""
+    """Removes partial files for `path` of this host's processes that no longer exist."""
     prefix = f"{path.name}.{platform.node()}-"
     for part in path.parent.glob(f"{glob.escape(prefix)}*{PART}"):
         number = part.name.removeprefix(prefix).removesuffix(PART)
@@ -252,7 +254,7 @@ def _remove_stale(path: Path) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process of this number exists on this machine."""
+    """Returns whether a process with this id exists on this machine."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -263,20 +265,22 @@ def is_running(pid: int) -> bool:
 
 
 def complete_steps(workdir: Path) -> list[int]:
-    """The steps of the complete checkpoints, ascending."""
-    # Not isdigit(), which a superscript two is too; nor 007, which Orbax does not take for a 7.
+    """Returns the steps of the complete checkpoints, ascending."""
+    # Not isdigit(), which accepts a superscript two; nor 007, which Orbax does not take for a 7.
     found = (workdir / "checkpoints").glob("[0-9]*")
     return sorted(int(p.name) for p in found if _STEP.fullmatch(p.name) and p.is_dir())
 
 
 def unfinished_steps(workdir: Path) -> list[int]:
-    """The steps of checkpoints that are being written, or that a killed process was writing."""
+    """Returns the steps of checkpoints that are being written, or were when a process was
+    killed.
+    """
     found = (workdir / "checkpoints").glob(_UNFINISHED)
     return sorted(int(step) for p in found if _STEP.fullmatch(step := p.name.partition(".")[0]))
 
 
 def remove_unfinished(workdir: Path) -> None:
-    """Remove checkpoints that an earlier process left half-written: they take disk space."""
+    """Removes checkpoints that an earlier process left incomplete, because they take disk space."""
     for path in (workdir / "checkpoints").glob(_UNFINISHED):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -286,12 +290,12 @@ def remove_unfinished(workdir: Path) -> None:
 
 @contextlib.contextmanager
 def reporting_disk_errors(workdir: Path, writing: Path | None = None) -> Iterator[None]:
-    """Turn a write error of the system into a CheckpointError that names the step to resume from.
+    """Turns a write error of the system into a CheckpointError that names the step to resume from.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       writing: the path that the block writes. With it every OSError counts, without it only those
-        that can come from nothing but writing.
+        that only writing can cause.
     """
     try:
         yield
@@ -305,7 +309,9 @@ def reporting_disk_errors(workdir: Path, writing: Path | None = None) -> Iterato
 
 
 def resume_point(workdir: Path) -> str:
-    """Where the same command would resume: "it resumes from step 40 (WORKDIR/checkpoints)"."""
+    """Describes where the same command would resume: "it resumes from step 40
+    (WORKDIR/checkpoints)".
+    """
     steps = complete_steps(workdir)
     if not steps:
         return "it starts over, because no checkpoint is complete yet"
@@ -314,15 +320,16 @@ def resume_point(workdir: Path) -> str:
 
 @functools.cache
 def quiet_orbax() -> None:
-    """Suppress what Orbax prints about a failed save or read in addition to raising it.
+    """Suppresses messages of Orbax about a failed save or read, which it also raises.
 
-    For the rest of the process: parts of it may fail after the error is raised, as late as at exit.
+    Applies to the rest of the process: parts of a save may fail after the error is raised, as late
+    as at exit.
     """
     hook = sys.unraisablehook
 
     def unraisable(args: "sys.UnraisableHookArgs") -> None:
         of_orbax = inspect.iscoroutine(args.object) and "orbax" in args.object.cr_code.co_filename
-        # TensorStore calls back into the loop that Orbax closed when the first write failed.
+        # TensorStore calls back into the loop that Orbax closed after the first failed write.
         if not of_orbax and str(args.exc_value) != "Event loop is closed":
             hook(args)
 
@@ -340,7 +347,7 @@ def _not_of_a_failed_save(record: logging.LogRecord) -> bool:
 
 
 def _of_the_system(error: BaseException) -> OSError | None:
-    """The OSError that an exception is or describes."""
+    """Returns the OSError that an exception is or describes."""
     if isinstance(error, OSError):
         return error if error.errno is not None else None
     if found := _IN_TEXT.search(str(error)):
@@ -362,7 +369,7 @@ def _message(workdir: Path, error: OSError, writing: Path | None) -> str:
 
 
 def _release_frames(error: BaseException | None) -> None:
-    """Destroy now, rather than at exit, the objects that an exception's frames keep alive."""
+    """Destroys the objects that an exception's frames keep alive, now rather than at exit."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = None

@@ -1,7 +1,7 @@
-"""Files that come from others, read so that none of them can stop or exhaust this process.
+"""Read untrusted files so that none can block or exhaust this process.
 
-A pipe would be waited for, a device has no end, a header may claim any size, and JSON may be nested
-deeper than Python's stack.
+A pipe would block, a device has no end, a header may claim any size, and JSON may be nested deeper
+than Python's stack.
 """
 
 import errno
@@ -15,18 +15,18 @@ import numpy as np
 
 
 def read(path: str | Path, *, most: int | None = None) -> bytes:
-    """The bytes of a regular file.
+    """Reads the bytes of a regular file.
 
     Args:
-      path: of the file.
-      most: bytes that it may have; any number by default.
+      path: path of the file.
+      most: largest size in bytes; unlimited by default.
 
     Raises:
-      OSError: it cannot be read, is no regular file, or has more bytes.
+      OSError: it cannot be read, is not a regular file, or is larger.
     """
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
-    except ValueError as error:  # a NUL, which no file has in its name
+    except ValueError as error:  # a NUL, which no file name contains
         raise FileNotFoundError(errno.ENOENT, "No such file", str(path)) from error
     with open(number, "rb", buffering=0) as file:
         _require_regular(os.fstat(number), path)
@@ -36,10 +36,10 @@ def read(path: str | Path, *, most: int | None = None) -> bytes:
 
 
 def require_regular(path: str | Path) -> None:
-    """Checks a file that a library is going to open by its name.
+    """Checks a file that a library is going to open by name.
 
     Raises:
-      OSError: there is none, or it is a pipe, a device or a folder.
+      OSError: it does not exist, or is a pipe, a device or a folder.
     """
     try:
         _require_regular(os.stat(path), path)
@@ -55,7 +55,7 @@ def _require_regular(found: os.stat_result, path: str | Path) -> None:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is a regular file; False for a name that no file can have, too."""
+    """Returns whether a regular file exists; also False for names that no file can have."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -63,10 +63,10 @@ def is_file(path: str | Path) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of JSON text.
+    """Parses JSON text.
 
     Raises:
-      ValueError: it is no JSON, or is nested too deep.
+      ValueError: it is not JSON, or is nested too deep.
     """
     try:
         return json.loads(text)
@@ -75,16 +75,16 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def load_array(path: str | Path) -> np.ndarray:
-    """The array of a `.npy` file, mapped: its header cannot claim more than the file has.
+    """Maps the array of a `.npy` file: its header cannot claim more than the file has.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is no such file, or is cut short.
+      ValueError: it is not such a file, or is truncated.
     """
     require_regular(path)
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # of many types, where the header is no Python literal
+    except Exception as error:  # many types, if the header is not a Python literal
         raise ValueError(str(error).partition("\n")[0] or "cut short") from None

@@ -1,7 +1,8 @@
-"""Where a process may write beside its output: the folders of caches and of temporary files.
+"""Find folders for caches and temporary files.
 
-In a container that runs under any user number there may be no home, no cache and no /tmp. Each
-command calls `find_temporary` first; caches are left out, with a note, where there is no room.
+A container that runs under an arbitrary user id may have no home, no cache and no /tmp. Each
+command calls `find_temporary` first; caches are skipped, with a note, if there is no place for
+them.
 """
 
 import os
@@ -11,12 +12,12 @@ from pathlib import Path
 
 from arcface_jax.errors import UserError
 
-# Tried where none of Python's own (TMPDIR, /tmp, /var/tmp, the current folder) can be written.
+# Tried if none of Python's own (TMPDIR, /tmp, /var/tmp, the current folder) is writable.
 _OTHER_TEMPORARY = ("XDG_RUNTIME_DIR", "/dev/shm")
 
 
 def find_temporary() -> None:
-    """Make sure that there is a folder for temporary files, for this process and its children.
+    """Makes sure that there is a folder for temporary files, for this process and its children.
 
     Raises:
       UserError: no folder can be written.
@@ -42,7 +43,7 @@ def find_temporary() -> None:
 
 
 def user_cache() -> Path | None:
-    """The folder of the user's caches; None for a user without a home."""
+    """Returns the folder of the user's caches; None for a user without a home."""
     if named := os.environ.get("XDG_CACHE_HOME"):
         return Path(named)
     home = expanded("~")
@@ -50,7 +51,7 @@ def user_cache() -> Path | None:
 
 
 def expanded(folder: str) -> Path | None:
-    """The folder with `~` replaced by the home; None for a user without one."""
+    """Returns the folder with `~` replaced by the home; None for a user without one."""
     try:
         return Path(folder).expanduser()
     except RuntimeError:
@@ -58,12 +59,12 @@ def expanded(folder: str) -> Path | None:
 
 
 def writable(folder: str, *, what: str, fix: str) -> Path | None:
-    """The folder, made where it is missing; None, with a note, where it cannot be written.
+    """Returns the folder, created if missing; None, with a note, if it is not writable.
 
     Args:
-      folder: may begin with `~`.
-      what: would be kept there.
-      fix: how to name another.
+      folder: may start with `~`.
+      what: what would be stored there.
+      fix: how to choose another folder.
     """
     path = expanded(folder)
     try:

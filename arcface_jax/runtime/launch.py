@@ -1,6 +1,6 @@
-"""Start a run's processes: configure JAX, connect them, divide what only one of them does.
+"""Start a run's processes: configure JAX, connect them, and coordinate their work.
 
-Under SLURM, Open MPI and Kubernetes the launcher's own variables hold all that JAX needs; elsewhere
+Under SLURM, Open MPI and Kubernetes the launcher's variables have all that JAX needs; elsewhere
 `--distributed.coordinator`, `--distributed.num-processes` and `--distributed.process-id` do
 (docs/multi_host.md).
 """
@@ -31,7 +31,7 @@ _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 def join_processes(config: DistributedConfig) -> None:
-    """Connect the processes of the run, before anything asks JAX for its devices.
+    """Connects the processes of the run; call it before anything asks JAX for its devices.
 
     Does nothing for a single process without a launcher and without options.
 
@@ -68,7 +68,7 @@ def join_processes(config: DistributedConfig) -> None:
 
 
 def _by_options(config: DistributedConfig) -> bool:
-    """Whether the options name several processes."""
+    """Returns whether the options name several processes."""
     count = config.num_processes
     if count == 1 or (count is None and not config.coordinator and config.process_id is None):
         return False
@@ -87,7 +87,7 @@ def _by_options(config: DistributedConfig) -> bool:
 
 
 def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
-    """The launcher that started this process as one of several, by JAX's name for it.
+    """Returns JAX's name of the launcher that started this process as one of several.
 
     Reads the same variables as JAX's own detection; a job with one task is a single process.
     """
@@ -96,7 +96,7 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
         return "slurm" if int(environment.get("SLURM_NTASKS", 1)) > 1 else None
     if "OMPI_MCA_orte_hnp_uri" in environment:
         return "ompi" if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 else None
-    # Every pod has the first variable, only pods of an indexed job have the second.
+    # Every pod has the first variable; only pods of an indexed job have the second.
     if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys():
         return "k8s"
     return None
@@ -105,14 +105,14 @@ def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
 def local_devices(
     config: DistributedConfig, cluster: Cluster | None, environment: Mapping[str, str]
 ) -> list[int] | None:
-    """The local devices of this process; an empty list is all of them, None leaves it to JAX.
+    """Returns this process's local devices: an empty list for all, None to leave it to JAX.
 
     JAX gives each process of SLURM and Open MPI one device, even if it is the host's only process.
     """
     if config.local_devices:
         return list(config.local_devices)
     if cluster == "slurm":
-        counts = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")  # for instance 8(x2),4
+        counts = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")  # for example 8(x2),4
         single_task = all(int(n) == 1 for n in re.findall(r"(?:^|,)(\d+)", counts))
         return [] if single_task else None
     if cluster == "ompi":
@@ -121,13 +121,13 @@ def local_devices(
 
 
 def is_first() -> bool:
-    """Whether this process writes the run's files (checkpoints are written by all processes)."""
+    """Returns whether this process writes the run's files; all processes write checkpoints."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Run the block in the first process, then in all others."""
+    """Runs the block in the first process, then in all others."""
     if not is_first():
         multihost_utils.sync_global_devices("first")
     yield
@@ -136,7 +136,7 @@ def first_process_first() -> Iterator[None]:
 
 
 def gather_text(text: str) -> list[str]:
-    """A text of every process, in the order of the processes; a collective operation."""
+    """Returns a text from every process, in process order; a collective operation."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
@@ -151,16 +151,16 @@ def gather_text(text: str) -> list[str]:
 
 
 def host_name() -> str:
-    """The name of this machine, for messages."""
+    """Returns the name of this machine, for messages."""
     return platform.node() or "an unnamed host"
 
 
 def should_stop(stop: Stop, step: int) -> bool:
-    """Whether the run stops before this step, in all its processes, because of a signal.
+    """Returns whether the run stops before this step, in all processes, because of a signal.
 
     Args:
       stop: the signals of this process. With several processes JAX watches for SIGTERM, as which
-        others are forwarded, and names the step at which all of them stop.
+        other signals are forwarded, and agrees on the step at which all of them stop.
       step: steps done so far.
     """
     if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
@@ -170,7 +170,7 @@ def should_stop(stop: Stop, step: int) -> bool:
 
 
 def raise_if_stopped_at_start() -> None:
-    """End the start of a run after a signal; call it where that is safe.
+    """Aborts the start of a run after a signal; call it where that is safe.
 
     Does nothing with several processes: the others would wait for this one.
 
@@ -183,11 +183,11 @@ def raise_if_stopped_at_start() -> None:
 
 @contextmanager
 def holding(workdir: Path) -> Iterator[None]:
-    """Hold WORKDIR for this run: its first process does, and all of them fail where that fails.
+    """Locks WORKDIR for this run in its first process; if that fails, all processes fail.
 
     Raises:
       CheckpointError: another run holds it, or it cannot be written.
-      StoppedAtStart: a signal came while the lock of another machine was watched.
+      StoppedAtStart: a signal came while waiting for another machine's lock.
     """
     if jax.process_count() == 1:
         with locks.held(workdir, between=raise_if_stopped_at_start):
@@ -208,16 +208,16 @@ def holding(workdir: Path) -> Iterator[None]:
 
 
 def per_process_name(name: str) -> str:
-    """A file's name for this process: NAME.EXT in the first, NAME_INDEX.EXT in the others."""
+    """Returns this process's file name: NAME.EXT in the first process, NAME_INDEX.EXT in others."""
     stem, dot, ending = name.rpartition(".")
     return name if is_first() else f"{stem}_{jax.process_index()}{dot}{ending}"
 
 
 def start(distributed: DistributedConfig, *, deterministic: bool, compilation_cache: str) -> None:
-    """Configure JAX and connect the processes; called before JAX looks at its devices.
+    """Configures JAX and connects the processes; call it before JAX looks at its devices.
 
     Args:
-      distributed: the processes of the run.
+      distributed: how to connect the processes of the run.
       deterministic: make GPUs sum in a fixed order.
       compilation_cache: folder of compiled programs, unless JAX_COMPILATION_CACHE_DIR names one;
         "" is off.

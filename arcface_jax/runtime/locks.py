@@ -1,9 +1,9 @@
-"""One run at a time holds a workdir: its lock file `run.lock`.
+"""Lock a workdir for one run at a time, with its file `run.lock`.
 
 The file is created by a hard link, which is atomic on local disks and on NFS, and names its holder.
-No lock of the operating system is involved: those vanish with a network connection.
+Locks of the operating system are not used, because they vanish with a network connection.
 
-A holder that was killed leaves its file. Whether it still runs is decided in one of two ways:
+A killed holder leaves its file. There are two ways to decide whether it still runs:
 
 - On the same machine, by its process number and the start time of that process, so that a number
   that was used again is not taken for it.
@@ -11,8 +11,8 @@ A holder that was killed leaves its file. Whether it still runs is decided in on
   `HEARTBEAT_SECONDS`. A file that has not changed for `STALE_SECONDS` is stale. Both times are
   the file system's. A younger file is watched: its holder runs as soon as it changes.
 
-Of several processes that find the same stale lock, one replaces it: the one that holds a second
-lock, named after the stale one.
+If several processes find the same stale lock, the one that gets a second lock, named after the
+stale one, replaces it.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ from arcface_jax.runtime.processes import start_of
 LOCK = "run.lock"
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 180.0
-"""Longer than NFS clients cache a file's times, 60 s."""
+"""Longer than NFS clients cache a file's times, which is 60 s."""
 
-# How a file system without hard links answers.
+# Errors of a file system without hard links.
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 # Attempts of 0.1 s to get past other processes that replace the same stale lock.
 _ATTEMPTS = 100
@@ -45,18 +45,18 @@ _ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Holder:
-    """A process that holds a workdir."""
+    """The process that holds a workdir."""
 
     host: str
     pid: int
     machine: str
-    """The boot and the process namespace in which `pid` is valid."""
+    """Boot and process namespace in which `pid` is valid."""
     started: str
     """Start time of the process in clock ticks since the boot; "" where unknown."""
     since: str
     """When it took the lock."""
     token: str
-    """Of this lock only."""
+    """Unique token of this lock."""
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -64,16 +64,16 @@ class Holder:
 
 @dataclass
 class _Hold:
-    """A lock of this process."""
+    """A lock that this process holds."""
 
     me: Holder
     ended: threading.Event = field(default_factory=threading.Event)
     lost_to: Holder | None = None
-    """Who took the lock over while this process did not respond."""
+    """Process that took the lock over while this one did not respond."""
 
 
 class _HeldError(Exception):
-    """Another process holds the lock."""
+    """Raised if another process holds the lock."""
 
     def __init__(self, holder: Holder):
         super().__init__(str(holder))
@@ -84,19 +84,19 @@ _holds: dict[Path, _Hold] = {}
 
 
 def _nothing() -> None:
-    """Allow the wait for a heartbeat to continue."""
+    """Does nothing, so that waiting for a heartbeat continues."""
 
 
 @contextlib.contextmanager
 def held(workdir: Path, *, between: Callable[[], None] = _nothing) -> Iterator[None]:
-    """Hold WORKDIR, which is created where missing, until the block ends.
+    """Locks WORKDIR, which is created if missing, until the block ends.
 
-    A process that already holds it may hold it again.
+    A process that already has the lock may take it again.
 
     Args:
-      workdir: of a run.
-      between: called every second while the lock of another machine is watched; what it raises
-        ends the wait.
+      workdir: workdir of a run.
+      between: called every second while waiting for another machine's lock; it may raise to end the
+        wait.
 
     Raises:
       CheckpointError: another process holds it, or the folder cannot be written.
@@ -124,15 +124,15 @@ def held(workdir: Path, *, between: Callable[[], None] = _nothing) -> Iterator[N
         hold.ended.set()
         del _holds[key]
         if me.pid == os.getpid():  # not in a fork
-            beat.join(HEARTBEAT_SECONDS)  # longer only where the disk hangs
+            beat.join(HEARTBEAT_SECONDS)  # takes longer only if the disk hangs
             _release(key / LOCK, me)
             _remove_empty(missing)
 
 
 def require(workdir: Path) -> None:
-    """Check, before WORKDIR is written to, that no other process has taken it over.
+    """Checks, before a write to WORKDIR, that no other process has taken it over.
 
-    That happens to a process that was suspended, or cut off from the disk, for `STALE_SECONDS`.
+    That happens to a process that was suspended or disconnected from the disk for `STALE_SECONDS`.
 
     Raises:
       CheckpointError: another process holds it.
@@ -146,7 +146,7 @@ def require(workdir: Path) -> None:
 
 
 def find(workdir: Path) -> tuple[Holder, bool] | None:
-    """Who holds WORKDIR and whether it still runs; None where nobody does. Writes nothing.
+    """Returns the holder of WORKDIR and whether it still runs; None without one. Writes nothing.
 
     The heartbeat of another machine is compared with the clock of this one.
     """
@@ -160,12 +160,12 @@ def find(workdir: Path) -> tuple[Holder, bool] | None:
 
 
 def is_lock_file(path: Path) -> bool:
-    """Whether a file in a workdir belongs to its lock."""
+    """Returns whether a file in a workdir belongs to its lock."""
     return path.name == LOCK or path.name.startswith(f"{LOCK}.")
 
 
 def _take_workdir(workdir: Path, path: Path, between: Callable[[], None]) -> Holder:
-    """Take the lock file, and report whose it was."""
+    """Takes the lock file and reports whose it was."""
     me = _this_process()
     try:
         before = _take(path, me, between)
@@ -187,7 +187,7 @@ def _take_workdir(workdir: Path, path: Path, between: Callable[[], None]) -> Hol
 
 
 def _remove_litter(path: Path) -> None:
-    """Remove what processes left that were killed while they took the lock."""
+    """Removes leftovers of processes that were killed while taking the lock."""
     with contextlib.suppress(OSError):
         now = path.stat().st_mtime
         for file in path.parent.glob(f"{LOCK}.*"):
@@ -196,10 +196,10 @@ def _remove_litter(path: Path) -> None:
 
 
 def _take(path: Path, me: Holder, between: Callable[[], None]) -> Holder | None:
-    """Create the lock file, or replace a stale one, whose holder is returned.
+    """Creates the lock file, or replaces a stale one and returns its holder.
 
     Raises:
-      _HeldError: its holder runs.
+      _HeldError: the holder still runs.
     """
     there = me
     for _ in range(_ATTEMPTS):
@@ -210,8 +210,8 @@ def _take(path: Path, me: Holder, between: Callable[[], None]) -> Holder | None:
             continue
         if not _is_stale(path, there, me, between):
             raise _HeldError(there)
-        # Between judging and replacing it another process may have replaced it: whoever does so
-        # holds this second lock and looks again.
+        # Another process may have replaced the lock since it was judged stale: to replace it, a
+        # process takes this second lock and checks again.
         second = path.with_name(f"{path.name}.{there.token}")
         try:
             _take(second, me, between)
@@ -230,13 +230,13 @@ def _take(path: Path, me: Holder, between: Callable[[], None]) -> Holder | None:
 
 
 def _create(path: Path, me: Holder) -> bool:
-    """Create the file with all its content, unless it exists."""
+    """Creates the file with its full content, unless it exists."""
     with _written(path, me) as part:
         try:
             os.link(part, path)
             return True
         except FileExistsError:
-            # The answer to a link that succeeded may be lost on NFS, and the link tried again.
+            # On NFS the reply to a successful link may be lost, and the link retried.
             with contextlib.suppress(FileNotFoundError):
                 return part.samefile(path)
             return False
@@ -248,8 +248,8 @@ def _create(path: Path, me: Holder) -> bool:
 
 @contextlib.contextmanager
 def _written(path: Path, me: Holder) -> Iterator[Path]:
-    """A file beside `path` that names this process, removed afterwards unless it was moved."""
-    part = path.with_name(f"{LOCK}.{me.token}{PART}")  # containers share host names and pids
+    """Writes a file next to `path` that names this process; removes it afterwards unless moved."""
+    part = path.with_name(f"{LOCK}.{me.token}{PART}")  # containers may share host names and pids
     try:
         with part.open("w", encoding="utf-8") as file:
             file.write(_text(me))
@@ -274,30 +274,30 @@ def _text(me: Holder) -> str:
 
 
 def _read(path: Path) -> Holder | None:
-    """The holder that the file names; None where there is no file."""
+    """Reads the holder that the file names; None without a file."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
     try:
         found = Holder(**json.loads(text))
-        if found.token.isalnum() and found.pid + 0 == found.pid:  # of these types
+        if found.token.isalnum() and found.pid + 0 == found.pid:  # checks the types
             return found
         raise ValueError
     except (ValueError, TypeError, AttributeError):
-        # Empty for a moment where the file system has no links, or damaged: its heartbeat decides.
+        # Empty for a moment on file systems without links, or damaged: the heartbeat decides.
         return Holder("unknown", 0, "", "", "an unknown time", "unreadable")
 
 
 def _is_stale(path: Path, there: Holder, me: Holder, between: Callable[[], None]) -> bool:
-    if _is_this_process(there, me):  # left by an earlier run of a notebook
+    if _is_this_process(there, me):  # left by an earlier run in a notebook
         return True
     runs = _runs(there)
     return _heart_stopped(path, there, me, between) if runs is None else not runs
 
 
 def _heart_stopped(path: Path, there: Holder, me: Holder, between: Callable[[], None]) -> bool:
-    """Watch the heartbeat of a holder on another machine until it moves, or is stale."""
+    """Watches the heartbeat of another machine's holder until it changes, or is stale."""
     beat = _modified(path)
     if beat is None:
         return True
@@ -321,7 +321,7 @@ def _heart_stopped(path: Path, there: Holder, me: Holder, between: Callable[[], 
 
 
 def _modified(path: Path) -> float | None:
-    """When the file was changed; opened first, so that NFS asks its server."""
+    """Returns when the file was changed; opens it first, so that NFS asks its server."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime
@@ -330,7 +330,7 @@ def _modified(path: Path) -> float | None:
 
 
 def _beat(path: Path, hold: _Hold) -> None:
-    """Touch the lock file as long as it is held, and find out if it was taken over."""
+    """Touches the lock file while it is held, and detects whether another run has taken it."""
     while not hold.ended.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
             there = _read(path)
@@ -351,7 +351,7 @@ def _release(path: Path, me: Holder) -> None:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    """Remove the folders that were created for a run which wrote nothing."""
+    """Removes the folders created for a run that wrote nothing."""
     with contextlib.suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -374,7 +374,7 @@ def _is_this_process(there: Holder, me: Holder) -> bool:
 
 
 def _runs(holder: Holder) -> bool | None:
-    """Whether a holder runs; None where it is on another machine or in another container."""
+    """Returns whether a holder runs; None if it is on another machine or in another container."""
     if (holder.host, holder.machine) != (platform.node(), _machine()):
         return None
     if not is_running(holder.pid):
@@ -384,7 +384,7 @@ def _runs(holder: Holder) -> bool | None:
 
 
 def _machine() -> str:
-    """The boot and the namespace of process numbers; "" on a system without /proc."""
+    """Returns the boot and the process namespace; "" on a system without /proc."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

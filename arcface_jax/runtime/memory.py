@@ -1,4 +1,4 @@
-"""Memory that is free: of a device, and of the host within its control groups' limits."""
+"""Free memory: of a device, and of the host within its control groups' limits."""
 
 import os
 import re
@@ -12,7 +12,9 @@ _GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_on_device(device: Any) -> int:
-    """Bytes that a device of JAX can still allocate; CPU devices share the host's memory."""
+    """Returns the bytes that a JAX device can still allocate; CPU devices share the host's
+    memory.
+    """
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
@@ -20,12 +22,12 @@ def free_on_device(device: Any) -> int:
 
 
 def free_on_host() -> int:
-    """Bytes that this process can still allocate: of the machine, or what its groups leave."""
+    """Returns the bytes that this process can still allocate, limited by machine and groups."""
     return min([_free_on_machine(), *_free_in_groups()])
 
 
 def _free_on_machine() -> int:
-    """MemAvailable, which counts caches that the kernel gives up; elsewhere than Linux free pages.
+    """Returns MemAvailable, which includes reclaimable caches; free pages if not on Linux.
 
     Source: proc_meminfo(5).
     """
@@ -39,7 +41,7 @@ def _free_on_machine() -> int:
 
 
 def _free_in_groups() -> Iterator[int]:
-    """What each control group around this process leaves, file caches counted as free.
+    """Yields the free bytes of each control group of this process; file caches count as free.
 
     Version 2 has one tree, version 1 one below memory/. Inside a container the paths in
     /proc/self/cgroup may be the host's; the container's own group is then the root.

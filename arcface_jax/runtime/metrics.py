@@ -24,16 +24,16 @@ _FLUSH_SECONDS = 30.0
 
 
 class MetricsFile:
-    """WORKDIR/metrics.jsonl, one line for each log step and evaluation, and further writers.
+    """WORKDIR/metrics.jsonl, one line per log step and evaluation, and other writers.
 
     Args:
-      workdir: of the run.
-      start: the step that the run resumes from; later lines, of steps that are trained again, are
+      workdir: workdir of the run.
+      start: step that the run resumes from; lines of later steps, which are trained again, are
         dropped.
       tensorboard: whether to write TensorBoard events too.
       csv: whether to write metrics.csv too.
       wandb: project of Weights & Biases to write to; none if empty.
-      settings: of the run, for W&B.
+      settings: settings of the run, for W&B.
 
     Only the first process of a run writes.
     """
@@ -72,10 +72,10 @@ class MetricsFile:
             self._file = open_own(path if first else Path(os.devnull), "a")
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line; it is on disk when this returns. NaN and infinity become null.
+        """Appends one line; it is on disk when this returns. NaN and infinity become null.
 
         Raises:
-          CheckpointError: it cannot be written.
+          CheckpointError: the line cannot be written.
         """
         with reporting_disk_errors(self._workdir, self._workdir / METRICS):
             self._file.write(strict_json.dumps({"step": step, **values}) + "\n")
@@ -85,7 +85,7 @@ class MetricsFile:
                 writer.write(step, values)
 
     def stored(self, prefix: str) -> dict[str, float]:
-        """The last values whose names have this prefix, written before the run was resumed."""
+        """Returns the last values of names with this prefix, written before the run resumed."""
         return {
             name: value
             for line in self._kept
@@ -94,14 +94,14 @@ class MetricsFile:
         }
 
     def has(self, step: int, prefix: str) -> bool:
-        """Whether names with this prefix were written at a step before the run was resumed."""
+        """Returns whether names with this prefix were written at a step before the run resumed."""
         return any(
             line["step"] == step and any(name.startswith(prefix) for name in line)
             for line in self._kept
         )
 
     def close(self) -> None:
-        """Flush and close all writers, even if one of them fails."""
+        """Flushes and closes all writers, even if one of them fails."""
         with ExitStack() as writers:
             for writer in self._writers:
                 writers.enter_context(reporting_disk_errors(self._workdir, writer.path))
@@ -113,11 +113,11 @@ class MetricsFile:
 def _history(
     path: Path, noted: tuple[int, str] | None, *, start: int
 ) -> tuple[list[dict[str, Any]], str | None]:
-    """The lines of a metrics.jsonl up to the first damaged one, and what is wrong with the file.
+    """Reads metrics.jsonl up to the first damaged line; also returns what is wrong with the file.
 
     Args:
-      path: of the file; it may be missing.
-      noted: the bytes and BLAKE2b hash of what the file held up to step `start`, if known.
+      path: path of the file; it may be missing.
+      noted: bytes and BLAKE2b hash of the file's content up to step `start`, if known.
       start: the step that the run resumes from.
     """
     content = path.read_bytes() if path.exists() else b""
@@ -141,14 +141,14 @@ def _history(
 
 
 def _is_cut_line(rest: bytes) -> bool:
-    """Whether this is what a process that was killed in the middle of a line leaves."""
+    """Returns whether this is the partial line of a process that was killed while writing."""
     return b"\n" not in rest
 
 
 def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a JSON Lines file up to the first that is damaged, and their length in bytes.
+    """Parses JSON Lines up to the first damaged line; also returns the length in bytes.
 
-    Each line is an object, with a whole number as its "step"; null is NaN.
+    Each line is an object with an integer "step"; null becomes NaN.
     """
     lines, end = [], 0
     for text in content.splitlines(keepends=True):
@@ -164,7 +164,7 @@ def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl up to the first that is damaged or was cut off."""
+    """Reads metrics.jsonl up to the first damaged or truncated line."""
     return whole_lines(path.read_bytes())[0]
 
 
@@ -173,9 +173,9 @@ def _null_as_nan(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_accuracy(values: Mapping[str, float]) -> float:
-    """The accuracy of a log step, among all classes or among those that Partial FC sampled.
+    """Returns the accuracy of a log step, among all classes or among those that Partial FC sampled.
 
-    NaN where a run has no head.
+    NaN if the run has no head.
     """
     name = "train/accuracy"
     return values[name] if name in values else values.get(f"{name}_sampled", math.nan)
@@ -185,14 +185,14 @@ class Writer(Protocol):
     """Receives each log step and evaluation."""
 
     path: Path
-    """The file or folder that is written."""
+    """The file or folder to write."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of one step; several calls may name the same step."""
+        """Writes the values of a step; may be called several times for one step."""
         ...
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flushes and closes the writer."""
         ...
 
 
@@ -200,12 +200,12 @@ class TensorBoard:
     """WORKDIR/tensorboard; events already there from `start` + 1 on are discarded."""
 
     def __init__(self, workdir: Path, *, start: int):
-        # Imported here, because reading a run's metrics needs neither TensorBoard nor protobuf.
+        # Imported here, because reading a run's metrics does not need TensorBoard or protobuf.
         from tensorboardX.proto import event_pb2
         from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
 
-        self._proto: Any = event_pb2  # its names are made at import
+        self._proto: Any = event_pb2  # its attributes are created at import
         self._scalar = scalar
         self.path = workdir / "tensorboard"
         self.path.mkdir(exist_ok=True)
@@ -218,7 +218,7 @@ class TensorBoard:
         self._add(start + 1, session_log=begin)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write one scalar for each value."""
+        """Writes one scalar for each value."""
         for name, value in values.items():
             self._add(step, summary=self._scalar(shown(name), value))
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
@@ -226,7 +226,7 @@ class TensorBoard:
             self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._events.close()
 
     def _add(self, step: int, **what: Any) -> None:
@@ -235,11 +235,11 @@ class TensorBoard:
 
 
 class Csv:
-    """WORKDIR/metrics.csv: a line for each line of metrics.jsonl, a column for each name.
+    """WORKDIR/metrics.csv: a row for each line of metrics.jsonl, a column for each name.
 
     Args:
-      workdir: of the run.
-      kept: the lines of metrics.jsonl that a resumed run keeps; the file begins with them.
+      workdir: workdir of the run.
+      kept: lines of metrics.jsonl that a resumed run keeps; the file starts with them.
     """
 
     def __init__(self, workdir: Path, *, kept: list[dict[str, float]]):
@@ -249,7 +249,7 @@ class Csv:
         self._rewrite(kept)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a line; new names rewrite the file with their columns added."""
+        """Appends a row; new names rewrite the file with added columns."""
         line = {"step": step, **values}
         if self._add_columns([line]):
             self._file.close()
@@ -259,7 +259,7 @@ class Csv:
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
+        """Closes the file."""
         self._file.close()
 
     def _add_columns(self, lines: list[dict[str, float]]) -> bool:
@@ -269,7 +269,7 @@ class Csv:
         return bool(new)
 
     def _rewrite(self, lines: list[Any]) -> None:
-        """Atomically, so that a run that is killed here keeps its history."""
+        """Rewrites the file atomically, so that a run killed here keeps its history."""
         with atomic(self.path, newline="") as file:
             whole = csv.DictWriter(file, self._names)
             whole.writeheader()
@@ -282,9 +282,9 @@ class Wandb:
     """A run of Weights & Biases, resumed together with the workdir's run.
 
     Args:
-      workdir: of the run; wandb_id in it holds W&B's id of the run.
-      project: of W&B.
-      settings: the configuration by dotted name, shown beside the curves.
+      workdir: workdir of the run; its file wandb_id has W&B's id of the run.
+      project: W&B project.
+      settings: the configuration by dotted name, shown next to the curves.
 
     Raises:
       ConfigError: the package is not installed, or W&B refuses the run.
@@ -318,9 +318,9 @@ class Wandb:
             ) from error
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log at this step; W&B keeps what it already has of later steps."""
+        """Logs at this step; W&B keeps its values of later steps."""
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Finish the W&B run once everything is uploaded."""
+        """Finishes the W&B run once everything is uploaded."""
         self._run.finish()

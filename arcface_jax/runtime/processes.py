@@ -1,10 +1,10 @@
-"""What the system knows about a process: when it started, and whether it is stopped."""
+"""Facts about a process from the system: when it started, and whether it is suspended."""
 
 from pathlib import Path
 
 
 def start_of(pid: int) -> str | None:
-    """When a process started, in clock ticks; "" for one that has ended, None where unknown."""
+    """Returns when a process started, in clock ticks; "" if it has ended, None if unknown."""
     fields = _fields(pid)
     if fields is None:
         return None
@@ -12,15 +12,15 @@ def start_of(pid: int) -> str | None:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a process is suspended, by SIGSTOP or a debugger."""
+    """Returns whether a process is suspended, by SIGSTOP or a debugger."""
     fields = _fields(pid)
     return fields is not None and fields[0] in "Tt"
 
 
 def _fields(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat from the third on, the state."""
+    """Returns the fields of /proc/PID/stat from the third on, the state."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    return text.rpartition(")")[2].split()  # the name before it may hold anything
+    return text.rpartition(")")[2].split()  # the name before it may contain anything

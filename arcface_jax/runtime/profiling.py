@@ -1,4 +1,4 @@
-"""Where the time goes: the step clock, and a profiler trace of some steps."""
+"""Measure where the time goes: the step clock, and a profiler trace of some steps."""
 
 import time
 from collections.abc import Iterator
@@ -17,37 +17,37 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Discard what was measured so far."""
+        """Discards the measurements so far."""
         self._start, self._steps = time.perf_counter(), 0
         self._waited = self._blocked = self._paused = 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around every wait for a batch."""
+        """Measures a wait for a batch; use around every one."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     @contextmanager
     def blocked(self) -> Iterator[None]:
-        """Around every wait for the devices."""
+        """Measures a wait for the devices; use around every one."""
         start = time.perf_counter()
         yield
         self._blocked += time.perf_counter() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: compilation, evaluation, saving."""
+        """Excludes what is not training: compilation, evaluation, saving."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     def count_step(self) -> None:
-        """Count one training step."""
+        """Counts one training step."""
         self._steps += 1
 
     def read(self) -> dict[str, float]:
-        """The `perf/...` metrics since the last call; empty if no step was counted."""
+        """Returns the `perf/...` metrics since the last call; empty if no step was counted."""
         seconds = time.perf_counter() - self._start - self._paused
         steps, waited, blocked = self._steps, self._waited, self._blocked
         self.restart()
@@ -66,7 +66,7 @@ class Trace:
     """Profiles some steps into WORKDIR/profile.
 
     Args:
-      workdir: of the run.
+      workdir: workdir of the run.
       steps: the first and the last step to trace; (0, 0) traces none.
     """
 
@@ -76,13 +76,13 @@ class Trace:
         self._open = False
 
     def before(self, step: int) -> None:
-        """Start the trace if this step is among the traced ones."""
+        """Starts the trace if this step is among the traced ones."""
         if self._first <= step <= self._last and not self._open:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
             self._open = True
 
     def after(self, step: int, metrics: Any) -> str | None:
-        """Stop the trace after its last step, and return how to open it."""
+        """Stops the trace after its last step, and returns how to open it."""
         if not self._open or step < self._last:
             return None
         jax.block_until_ready(metrics)
@@ -94,7 +94,7 @@ class Trace:
         )
 
     def close(self) -> None:
-        """Stop and write the trace if it is running."""
+        """Stops and writes the trace if it is running."""
         if self._open:
             self._open = False
             jax.profiler.stop_trace()

@@ -1,6 +1,6 @@
-"""Digests of arrays and files, and JSON files that carry the digest of their own content.
+"""Digests of arrays and files, and JSON files with a digest of their own content.
 
-A file that decides whether other files are trusted must not be trusted itself after a flipped bit.
+A file that decides whether other files are trusted must itself be protected against bit flips.
 """
 
 import hashlib
@@ -15,29 +15,29 @@ import numpy as np
 from arcface_jax.runtime import foreign
 
 _SEAL = "digest"
-_CHUNK = 1 << 24  # bytes of an array that are hashed together
-_THREADS = 4  # hashing leaves the interpreter lock to others
+_CHUNK = 1 << 24  # bytes of an array hashed at a time
+_THREADS = 4  # hashing releases the GIL
 
 
 class DamagedError(ValueError):
-    """A file is not what was written."""
+    """Raised for a file that is corrupt."""
 
 
 def seal(content: Mapping[str, Any], *, indent: int | None = None) -> str:
-    """JSON text of an object with the digest of all of it, for `read`."""
+    """Formats an object as JSON text with a digest of its content, for `read`."""
     return json.dumps({**content, _SEAL: _digest(content)}, indent=indent) + "\n"
 
 
 def read(path: Path, *, unsealed: bool = False) -> dict[str, Any]:
-    """The object that `seal` wrote.
+    """Reads the object that `seal` wrote.
 
     Args:
-      path: of the file.
+      path: path of the file.
       unsealed: accept an object without a digest, as earlier versions wrote it.
 
     Raises:
-      FileNotFoundError: there is no such file.
-      DamagedError: it is unreadable, no JSON object, or not what was written.
+      FileNotFoundError: the file does not exist.
+      DamagedError: it is unreadable, not a JSON object, or corrupt.
     """
     try:
         content = foreign.parse_json(foreign.read(path))
@@ -61,9 +61,9 @@ def read(path: Path, *, unsealed: bool = False) -> dict[str, Any]:
 
 
 def array_digest(values: np.ndarray) -> str:
-    """SHA-256 over the digests of an array's chunks: its type, length and bytes.
+    """Returns the SHA-256 over the digests of an array's chunks: its type, length and bytes.
 
-    Chunks are hashed in parallel, and a strided array is never copied whole.
+    Chunks are hashed in parallel, and a strided array is never copied as a whole.
 
     Args:
       values: (n,) of any type.
@@ -80,10 +80,10 @@ def array_digest(values: np.ndarray) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file.
+    """Returns the SHA-256 of a file.
 
     Raises:
-      OSError: it cannot be read.
+      OSError: the file cannot be read.
     """
     foreign.require_regular(path)
     with path.open("rb") as file:
@@ -91,7 +91,7 @@ def file_digest(path: Path) -> str:
 
 
 def digest(data: bytes) -> str:
-    """SHA-256 of bytes."""
+    """Returns the SHA-256 of bytes."""
     return hashlib.sha256(data).hexdigest()
 
 

@@ -1,9 +1,9 @@
-"""Shared memory of worker processes: named after its owner, reserved before use, removed after it.
+"""Shared memory of worker processes: named after its owner, reserved before use, removed later.
 
-Workers hand over batches in objects of /dev/shm. Python's own names do not tell the owner, so what
-`kill -9` of a process group leaves stays until a reboot. Here the name of each object begins with
-`arcface_jax-NAMESPACE-PID-START`, of the process that started the workers. The next run removes
-those whose owner has ended. Objects of another namespace of process numbers, a container's, stay.
+Workers pass batches in objects in /dev/shm. Python's names do not identify the owner, so leftovers
+of a process group after `kill -9` stay until a reboot. Here the name of each object starts with
+`arcface_jax-NAMESPACE-PID-START` of the process that started the workers. The next run removes
+those whose owner has ended. Objects of another process namespace, i.e. of a container, stay.
 """
 
 import contextlib
@@ -26,25 +26,25 @@ _MIB = 2**20
 
 
 def name_of_owner(pid: int) -> str:
-    """How the names of a process's objects begin; "" on a system without /proc."""
+    """Returns the prefix of the names of a process's objects; "" on a system without /proc."""
     started, namespace = start_of(pid), _namespace()
     return f"{_PREFIX}-{namespace}-{pid}-{started}" if started and namespace else ""
 
 
 def name_semaphores() -> None:
-    """Name the semaphores that this process will share with workers after it."""
+    """Names the semaphores that this process will share with workers after it."""
     if owner := name_of_owner(os.getpid()):
-        # No public way: multiprocessing.synchronize reads the prefix from here.
+        # There is no public way: multiprocessing.synchronize reads the prefix from here.
         settings = getattr(process.current_process(), "_config", None)
         if isinstance(settings, dict) and "semprefix" in settings:
             settings["semprefix"] = f"/{owner}"
 
 
 def name_blocks(owner: str) -> None:
-    """In a worker: name new blocks after the owner, and reserve their memory.
+    """Makes a worker name new blocks after the owner and reserve their memory.
 
     Args:
-      owner: of `name_of_owner`, in the process that started this one.
+      owner: `name_of_owner` of the process that started this one.
     """
     if owner and FOLDER.is_dir():
         shared_memory.SharedMemory = _class_for(owner)
@@ -69,10 +69,10 @@ def _class_for(owner: str) -> type[shared_memory.SharedMemory]:
 
 
 def _reserve(name: str, size: int) -> None:
-    """Take the memory now: where it is missing, the first write would end the process by SIGBUS.
+    """Allocates the memory now: if it is missing, the first write would kill the process by SIGBUS.
 
     Raises:
-      UserError: there is not enough.
+      UserError: there is not enough memory.
     """
     try:
         number = os.open(FOLDER / name, os.O_RDWR)
@@ -82,7 +82,7 @@ def _reserve(name: str, size: int) -> None:
         os.posix_fallocate(number, 0, size)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-            return  # no such call on this file system
+            return  # not supported on this file system
         found = os.statvfs(FOLDER)
         raise UserError(
             f"{FOLDER} is full: a batch needs {size / _MIB:.1f} MiB, and "
@@ -96,13 +96,13 @@ def _reserve(name: str, size: int) -> None:
 
 
 def remove_leftovers(folder: Path = FOLDER) -> tuple[int, int]:
-    """Remove the objects of owners that no longer run, and report them on stderr.
+    """Removes the objects of owners that no longer run, and reports them on stderr.
 
     Args:
-      folder: of shared memory.
+      folder: folder of shared memory.
 
     Returns:
-      How many were removed, and their bytes.
+      Number of removed objects, and their bytes.
     """
     count = size = 0
     for path, held in _leftovers(folder):
@@ -130,12 +130,12 @@ def _leftovers(folder: Path) -> list[tuple[Path, int]]:
 
 
 def _runs(pid: int, started: str) -> bool:
-    """Whether this very process runs; a number that was used again is not it."""
+    """Returns whether this very process still runs; a reused process id does not count."""
     return is_running(pid) and start_of(pid) in (started, None)
 
 
 def _namespace() -> str:
-    """The number of this process's namespace of process numbers; "" on a system without /proc."""
+    """Returns the number of this process's pid namespace; "" on a system without /proc."""
     with contextlib.suppress(OSError):
         return "".join(filter(str.isdigit, os.readlink("/proc/self/ns/pid")))
     return ""

@@ -1,8 +1,8 @@
 """Stop a run on SIGTERM, SIGHUP and Ctrl-C: the shutdown deadline and the exit code.
 
-`remember` notes signals from the first line of a program on, `watched` during the training loop.
-Neither raises from a handler: Python drops an exception that is raised within a callback of the
-garbage collector or a destructor. Code asks for signals where it can stop.
+`remember` records signals from the start of a program, `watched` during the training loop. Neither
+raises from a handler: Python drops exceptions raised in a callback of the garbage collector or in a
+destructor. Code checks for signals where it can stop.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from arcface_jax.runtime.files import resume_point
 
-if TYPE_CHECKING:  # `remember` comes before whatever takes time to import
+if TYPE_CHECKING:  # `remember` has to run before slow imports
     from arcface_jax.config import CheckpointConfig
 
 # Max seconds to print the shutdown message: it reads a folder, whose disk may be what hangs.
 _MESSAGE_SECONDS = 2.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Those that came outside of `watched`.
+# Signals that came outside of `watched`.
 _remembered: list[signal.Signals] = []
 
 
@@ -33,10 +33,10 @@ class Interrupted(Exception):
 
 
 class StoppedAtStart(Exception):
-    """Raised where a run can end before its first step, after a stop signal.
+    """Raised to end a run before its first step, after a stop signal.
 
     Args:
-      by: the signal.
+      by: the stop signal.
     """
 
     def __init__(self, by: signal.Signals):
@@ -45,29 +45,29 @@ class StoppedAtStart(Exception):
 
 
 def remember() -> None:
-    """Note stop signals for the rest of the process; the second signal of a kind ends it."""
+    """Records stop signals for the rest of the process; a second signal of a kind ends it."""
     for s in _not_ignored():
         signal.signal(s, _remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # see hold_back
 
 
 def hold_back() -> None:
-    """Keep signals waiting until the program that replaces this one calls `remember`.
+    """Blocks signals until the program that replaces this one calls `remember`.
 
     Raises:
-      StoppedAtStart: one has come already.
+      StoppedAtStart: a signal has already come.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     raise_if_remembered()
 
 
 def remembered() -> signal.Signals | None:
-    """The first signal that came since `remember`."""
+    """Returns the first signal that came since `remember`."""
     return _remembered[0] if _remembered else None
 
 
 def raise_if_remembered() -> None:
-    """End the start of a run after a signal; call it where that is safe.
+    """Aborts the start of a run after a signal; call it where that is safe.
 
     Raises:
       StoppedAtStart: a signal has come since `remember`.
@@ -82,23 +82,23 @@ def _remember(number: int, _) -> None:
 
 
 def _not_ignored() -> list[signal.Signals]:
-    """The signals to answer; nohup has SIGHUP ignored."""
+    """Returns the signals to handle; under nohup, SIGHUP is ignored."""
     return [s for s in _SIGNALS if s != signal.SIGHUP or signal.getsignal(s) is not signal.SIG_IGN]
 
 
 class Stop:
-    """The stop signals that a run has received; true once there is one.
+    """The stop signals that a run has received; true after the first one.
 
     Args:
       checkpoint: the shutdown deadline and the exit code.
-      workdir: of the run.
+      workdir: workdir of the run.
       several: whether the run has several processes, which stop together.
     """
 
     def __init__(self, checkpoint: "CheckpointConfig", *, workdir: Path, several: bool):
         self.signals: list[signal.Signals] = []
         self.forwarded: signal.Signals | None = None
-        """The signal that was sent on to JAX as SIGTERM; only with several processes."""
+        """The signal that was forwarded to JAX as SIGTERM; only with several processes."""
         self._several = several
         self._config = checkpoint
         self._workdir = workdir
@@ -108,7 +108,7 @@ class Stop:
         return bool(self.signals)
 
     def raise_if_stopped(self) -> None:
-        """Abandon the current work if a signal has come; call it where that is safe.
+        """Abandons the current work if a signal has come; call it where that is safe.
 
         Does nothing with several processes: they would all have to stop at the same place.
 
@@ -119,7 +119,7 @@ class Stop:
             raise Interrupted
 
     def start_deadline(self, number: int) -> None:
-        """Start the shutdown deadline at the first signal; when it is over the process exits.
+        """Starts the shutdown deadline at the first signal; the process exits when it expires.
 
         Not thread-safe: call it from one thread only.
         """
@@ -131,7 +131,7 @@ class Stop:
             self._deadline.start()
 
     def close(self) -> None:
-        """Cancel the deadline: everything is saved."""
+        """Cancels the deadline: everything is saved."""
         if self._deadline is not None:
             self._deadline.cancel()
 
@@ -139,7 +139,7 @@ class Stop:
         message = threading.Thread(target=self._print_message, args=[by], daemon=True)
         message.start()
         message.join(_MESSAGE_SECONDS)
-        os._exit(exit_code(self._config, by))  # the main thread may be blocked by what hangs
+        os._exit(exit_code(self._config, by))  # the main thread may be blocked
 
     def _print_message(self, by: signal.Signals) -> None:
         print(
@@ -152,7 +152,7 @@ class Stop:
 
 
 def exit_code(config: "CheckpointConfig", by: signal.Signals) -> int:
-    """Exit code of a stopped run: 128 + signal, or for SIGTERM the requeue code if set."""
+    """Returns a stopped run's exit code: 128 + signal, or for SIGTERM the requeue code if set."""
     if by is signal.SIGTERM and config.requeue_exit_code:
         return config.requeue_exit_code
     return 128 + by
@@ -160,9 +160,9 @@ def exit_code(config: "CheckpointConfig", by: signal.Signals) -> int:
 
 @contextmanager
 def watched(checkpoint: "CheckpointConfig", *, workdir: Path) -> Iterator[Stop]:
-    """Collect stop signals in a `Stop`, those remembered included.
+    """Collects stop signals in a `Stop`, including remembered ones.
 
-    The second signal of a kind acts as usual.
+    A second signal of a kind has its usual effect.
     """
     import jax
 
@@ -178,7 +178,7 @@ def watched(checkpoint: "CheckpointConfig", *, workdir: Path) -> Iterator[Stop]:
         signal.signal(number, usual[signal.Signals(number)])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    # With several processes JAX watches for SIGTERM, so that all stop at the same step.
+    # With several processes JAX watches for SIGTERM, so that all of them stop at the same step.
     own = [s for s in _not_ignored() if not (several and s == signal.SIGTERM)]
     previous = {s: signal.getsignal(s) for s in own}
     usual = {s: signal.SIG_DFL if h is _remember else h for s, h in previous.items()}
@@ -203,7 +203,7 @@ def watched(checkpoint: "CheckpointConfig", *, workdir: Path) -> Iterator[Stop]:
 
 @contextmanager
 def _deadline_thread(stop: Stop) -> Iterator[None]:
-    """Start the deadline even while Python's handler waits for a call that never returns."""
+    """Starts the deadline even while Python's handler waits for a call that never returns."""
     read, write = socket.socketpair()
     write.setblocking(False)
     before = signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)

@@ -1,6 +1,6 @@
-"""Standard output and error: text that is safe to show, and readers that leave.
+"""Standard output and error: escape unsafe text, and survive closed readers.
 
-Readers leave with `| head` or a closed ssh connection.
+Readers close with `| head` or a lost ssh connection.
 """
 
 import contextlib
@@ -17,19 +17,19 @@ _READER_GONE = (errno.EPIPE, errno.EIO)
 
 
 class _Escaping:
-    """A text stream that escapes what a terminal would obey, and what it cannot encode.
+    """A text stream that escapes control sequences and unencodable characters.
 
     Args:
-      stream: to write to.
-      colors: let the codes of colors pass.
+      stream: the stream to write to.
+      colors: let color codes pass.
     """
 
     def __init__(self, stream: TextIO, *, colors: bool = False):
         self.plain = stream
-        self._colors = colors or stream.isatty()  # the help of commands has colors there
+        self._colors = colors or stream.isatty()  # commands' help is colored there
 
     def write(self, text: str) -> int:
-        # Progress bars of libraries begin with a carriage return.
+        # Progress bars of libraries start with a carriage return.
         start, rest = ("\r", text[1:]) if text[:1] == "\r" else ("", text)
         safe = start + shown(rest, colors=self._colors)
         try:
@@ -49,9 +49,10 @@ class _Escaping:
 
 @contextlib.contextmanager
 def escaping() -> Iterator[None]:
-    """Let what is printed in the block reach the terminal escaped by `text.shown`.
+    """Escapes everything printed in the block by `text.shown`.
 
-    What writes codes of its own, such as a progress bar, goes to `plain` and escapes names itself.
+    Code that writes control sequences, such as a progress bar, uses `plain` and escapes names
+    itself.
     """
     if isinstance(sys.stdout, _Escaping):
         yield
@@ -68,17 +69,17 @@ def escaping() -> Iterator[None]:
 
 
 def plain(stream: TextIO) -> TextIO:
-    """The stream under one that escapes, for progress bars."""
+    """Returns the stream below an escaping one, for progress bars."""
     return stream.plain if isinstance(stream, _Escaping) else stream
 
 
 def colored(stream: TextIO) -> TextIO:
-    """The stream for tables: as one that escapes, but colors pass."""
+    """Returns the stream for tables: an escaping one that lets colors pass."""
     return cast(TextIO, _Escaping(plain(stream), colors=True))
 
 
 class _Raw(io.FileIO):
-    """Discards what is written once nobody reads it."""
+    """Discards output once nobody reads it."""
 
     def write(self, data, /):
         try:
@@ -91,7 +92,7 @@ class _Raw(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Let this process print for the rest of its life, whether or not anybody reads it."""
+    """Lets this process keep printing for its whole lifetime, even if nobody reads it."""
     _open_missing()
     for number, name in ((1, "stdout"), (2, "stderr")):
         before = getattr(sys, name)
@@ -108,19 +109,19 @@ def outlive_readers() -> None:
 
 
 def _is_unbuffered(stream: TextIO) -> bool:
-    """Whether lines are shown at once: on a terminal, and with python -u."""
+    """Returns whether lines are shown at once: on a terminal, and with python -u."""
     return bool(getattr(stream, "line_buffering", True) or getattr(stream, "write_through", False))
 
 
 def discard(number: int) -> None:
-    """Point a file descriptor to the null device."""
+    """Points a file descriptor to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, number)
     os.close(null)
 
 
 def _open_missing() -> None:
-    """Open closed standard streams: the run's next file would take their numbers and their text."""
+    """Opens closed standard streams, or the run's next file would get their numbers and output."""
     for number in range(3):
         try:
             os.fstat(number)

@@ -1,4 +1,4 @@
-"""JSON that every parser reads: numbers that are not finite become null."""
+"""JSON that every parser accepts: non-finite numbers become null."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from typing import Any
 def dumps(
     value: Any, *, indent: int | None = None, default: Callable[[Any], Any] | None = None
 ) -> str:
-    """Serialize a value. NaN and infinity, for which JSON has no form, become null.
+    """Serializes a value; NaN and infinity, which JSON does not have, become null.
 
     Args:
       value: as for `json.dumps`.

@@ -1,4 +1,4 @@
-"""Small tables for the terminal: names at the left, numbers at the right."""
+"""Small tables for the terminal: names on the left, numbers on the right."""
 
 from collections.abc import Sequence
 
@@ -13,13 +13,13 @@ def new(
     names: Sequence[str] = (),
     name_width: int | None = None,
 ) -> Table:
-    """An empty table; `add_row` takes a cell for each name, then one for each number.
+    """Returns an empty table; `add_row` takes a cell for each name, then one for each number.
 
     Args:
-      title: above it.
-      numbers: heads of the columns at the right, which are never wrapped.
-      names: heads of the columns at the left.
-      name_width: characters of a name that stand in one line.
+      title: title above the table.
+      numbers: headers of the right-hand columns, which are never wrapped.
+      names: headers of the left-hand columns.
+      name_width: characters of a name per line.
     """
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for head in names:
@@ -30,5 +30,5 @@ def new(
 
 
 def share(value: float | None, *, missing: str = "-") -> str:
-    """A number between 0 and 1 with four decimals."""
+    """Formats a number between 0 and 1 with four decimals."""
     return missing if value is None else f"{value:.4f}"

@@ -1,9 +1,10 @@
 """Checkpoints with Orbax: saved in the background, restored on any number of devices.
 
 A checkpoint holds three items: `backbone` (parameters and BatchNorm statistics, all that inference
-needs), `training` (the rest of the state) and `dataset` (what the centers' rows stand for); and,
-if the recipe asks for running means of the weights, `ema`, which inference then uses. A checkpoint
-of imported weights has no `training`: only `backbone`, or also `centers` and `dataset`.
+needs), `training` (the rest of the state) and `dataset` (the training set that the centers' rows
+belong to). If the recipe keeps running means of the weights, `ema` has them, and inference uses
+these. A checkpoint of imported weights has `backbone`, possibly `centers` and `dataset`, and no
+`training`.
 """
 
 import math
@@ -41,14 +42,14 @@ Dataset = dict[str, Any]
 """num_classes and num_images of the training set, and its `fingerprint`."""
 
 EXTENDABLE = ("schedule.epochs:", "schedule.decay_epochs:")
-"""How the differences begin that `schedule.extend` allows."""
+"""Start of the lines that describe differences permitted by `schedule.extend`."""
 
 BACKBONE_FIELDS = ("params", "batch_stats")
-_MOST_BYTES = 1 << 26  # of config.json, which has a few thousand
+_MOST_BYTES = 1 << 26  # limit for config.json, which has a few thousand
 
 
 def describe(source: Source, data: DataConfig) -> Dataset:
-    """What is stored of the training set; a collective operation.
+    """Describes the training set for a checkpoint; a collective operation.
 
     Raises:
       DataError: the set cannot be read, or the processes of this run read different data.
@@ -61,11 +62,11 @@ def describe(source: Source, data: DataConfig) -> Dataset:
 
 
 def open_workdir(config: Config) -> ocp.CheckpointManager:
-    """Create WORKDIR with its config.json, or check that the run in it can be resumed.
+    """Creates WORKDIR with its config.json, or checks that the run in it can be resumed.
 
     Raises:
-      CheckpointError: the folder holds another run (every difference is named), or cannot be
-        written. Nothing in it has changed.
+      CheckpointError: the folder contains another run (every difference is named), or cannot be
+        written. Its contents are unchanged.
     """
     workdir = Path(config.workdir)
     folder = folder_of(workdir)
@@ -97,7 +98,7 @@ def _prepare(config: Config) -> None:
     if text is not None:
         stored = _parse_config(workdir, text)
         different = loading.differences(stored, config)
-        if config.schedule.extend:  # `extension` checks these once it is known how far the run is
+        if config.schedule.extend:  # `extension` checks these once the progress is known
             different = [line for line in different if not line.startswith(EXTENDABLE)]
         if different:
             raise _not_resumable(workdir, different)
@@ -121,19 +122,19 @@ def _prepare(config: Config) -> None:
 
 
 def holds_config(workdir: Path) -> bool:
-    """Whether a run has begun in the workdir: it has a config.json, or the copy of one."""
+    """Returns whether the workdir contains a run: config.json, or its copy."""
     return _stored_config(workdir)[0] is not None
 
 
 def replace_config(workdir: Path, config: Config) -> None:
-    """Write config.json again, with its copy; a run that is killed in between uses the new one."""
+    """Rewrites config.json and its copy; a run that is killed in between uses the new one."""
     text = loading.to_json(config)
     checksums.keep_config(workdir, text)
     write_atomic(workdir / CONFIG, text)
 
 
 def _manager_options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
-    """Keep the newest checkpoints, and with `best_metric` the best ones; of equals the later."""
+    """Keeps the newest checkpoints and, with `best_metric`, the best; ties go to the later one."""
     name = config.best_metric
     if not name:
         return ocp.CheckpointManagerOptions(max_to_keep=config.keep)
@@ -158,10 +159,10 @@ def rank_of(metrics: Mapping[str, float], name: str) -> float:
 
 
 def read_config(workdir: Path) -> Config:
-    """The configuration of a stored run; its copy where config.json is damaged, with a warning.
+    """Reads a stored run's configuration; if config.json is damaged, its copy, with a warning.
 
     Raises:
-      CheckpointError: the folder holds none, or one that is damaged and has no copy.
+      CheckpointError: the folder has none, or a damaged one without a copy.
     """
     text, problem = _stored_config(workdir)
     if text is None and damaged.is_there(workdir / CONFIG):
@@ -175,7 +176,7 @@ def read_config(workdir: Path) -> Config:
 
 
 def _plugins_of(config: Config) -> list[tuple[str, str]]:
-    """Fields of a configuration, and the parts from outside the package that they name."""
+    """Lists the fields of a configuration that name parts from outside the package."""
     named = [
         ("model.network", config.model.network),
         ("head.loss", config.head.loss),
@@ -188,9 +189,9 @@ def _plugins_of(config: Config) -> list[tuple[str, str]]:
 
 
 def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
-    """The text of config.json as it was written, and what is wrong with the file or its copy.
+    """Returns the verified text of config.json, and what is wrong with the file or its copy.
 
-    The text is None where there is none, or none that is whole.
+    The text is None if it is missing, or if neither the file nor its copy is intact.
     """
     path = workdir / CONFIG
     try:
@@ -201,7 +202,7 @@ def _stored_config(workdir: Path) -> tuple[str | None, str | None]:
         copy = checksums.config_copy(workdir)
     except ValueError as error:
         return text, f"{error}: {path} cannot be verified"
-    if copy is None:  # of an earlier version
+    if copy is None:  # workdir of an earlier version
         unreadable = text is None and damaged.is_there(path)
         return text, f"{path} is not a readable text file" if unreadable else None
     if text == copy:
@@ -223,7 +224,7 @@ def _parse_config(workdir: Path, text: str) -> Config:
 
 
 def _write_config(workdir: Path, text: str, *, repaired: bool) -> None:
-    """Write config.json and its copy where they are missing, or both where one was damaged."""
+    """Writes config.json and its copy if they are missing; rewrites both if one was damaged."""
     path = workdir / CONFIG
     if (
         repaired
@@ -243,19 +244,19 @@ def save(
     dataset: Dataset,
     score: dict[str, float] | None = None,
 ) -> None:
-    """Start saving in the background; the next step may donate the state at once.
+    """Starts saving in the background; the next step may donate the state at once.
 
     Does nothing if this step is already saved.
 
     Args:
-      manager: of the workdir.
-      state: to be saved.
+      manager: the workdir's manager.
+      state: the state to save.
       dataset: the training set.
       score: {checkpoint.best_metric: its value}, if it was measured for this state.
 
     Raises:
       CheckpointError: this checkpoint or the previous one cannot be written, or another run has
-        taken the workdir over.
+        taken over the workdir.
     """
     number = int(state.step)
     if number in manager.all_steps():
@@ -270,24 +271,24 @@ def save(
 
 
 def check(manager: ocp.CheckpointManager) -> None:
-    """Check whether a background save has failed, without waiting.
+    """Checks whether a background save has failed, without waiting.
 
     Orbax itself reports it in the next save, which may be hours later.
 
     Raises:
-      CheckpointError: it has failed.
+      CheckpointError: the save has failed.
     """
-    # A collective operation with several processes: they would have to call it at the same time.
+    # With several processes this is a collective operation: they would have to call it together.
     if jax.process_count() == 1 and not manager.is_saving_in_progress():
         with _reporting(manager):
             manager.wait_until_finished()
 
 
 def close(manager: ocp.CheckpointManager) -> None:
-    """Wait for a background save to finish.
+    """Waits for a background save to finish.
 
     Raises:
-      CheckpointError: it has failed.
+      CheckpointError: the save has failed.
     """
     with _reporting(manager):
         manager.close()
@@ -299,13 +300,13 @@ def _reporting(manager: ocp.CheckpointManager) -> AbstractContextManager[None]:
 
 
 def check_data(manager: ocp.CheckpointManager, dataset: Dataset, data: DataConfig) -> None:
-    """Compare the training set with the one of the newest checkpoint, if there is one.
+    """Compares the training set with the one of the newest checkpoint, if there is one.
 
     A change that `data.changed` accepts is printed.
 
     Raises:
-      CheckpointError: they differ, and that is to be refused; or the number of classes has changed,
-        for which the stored class centers do not fit.
+      CheckpointError: the sets differ and `data.changed` does not accept it, or the number of
+        classes has changed, so that the stored class centers do not fit.
     """
     number = manager.latest_step()
     if number is None:
@@ -354,16 +355,15 @@ def _require_classes(manager: ocp.CheckpointManager, stored: Dataset, found: Dat
 def restore(
     manager: ocp.CheckpointManager, fresh: TrainState, dataset: Dataset
 ) -> TrainState | None:
-    """The newest state, placed as `fresh` on however many devices.
+    """Returns the newest state, placed as `fresh` on however many devices.
 
     Args:
-      manager: of the workdir.
-      fresh: a state of the run's shapes, placed on the devices as the restored one shall be; its
-        arrays may be abstract.
-      dataset: the training set, of as many classes as the stored one.
+      manager: the workdir's manager.
+      fresh: a state with the run's shapes and the wanted placement; its arrays may be abstract.
+      dataset: the training set; its number of classes must equal the stored one.
 
     Returns:
-      The state, or None where nothing was saved yet.
+      The state, or None if nothing was saved yet.
 
     Raises:
       CheckpointError: the checkpoint has another number of classes.
@@ -379,9 +379,9 @@ def _restore(
     manager: ocp.CheckpointManager, number: int, fresh: TrainState, dataset: Dataset
 ) -> TrainState:
     _require_classes(manager, _stored_dataset(manager, number), dataset)
-    # The centers are stored with as many rows of padding as the devices wanted that wrote them:
-    # Orbax pads or cuts them to what is wanted here. The classes' rows are all there, for their
-    # number is the stored one.
+    # Centers are stored with the padding rows that the number of devices required when they were
+    # written: Orbax pads or truncates them to the shape wanted here. No class is lost, because the
+    # number of classes is the same.
     items = _split(fresh)
     backbone, form = items["backbone"], checkpoint_forms.stored(manager, number)
     args = {
@@ -408,12 +408,11 @@ def save_weights(
     *,
     centers: np.ndarray | None = None,
 ) -> None:
-    """Write a WORKDIR with weights only: it can be read like any other, but not resumed.
+    """Writes a WORKDIR with weights only: it can be read like a run's, but not resumed.
 
     Args:
-      config: names the workdir, the network and the embedding size; the rest has no meaning for
-        imported weights.
-      params: of the backbone.
+      config: names the workdir, the network and the embedding size; the rest is not used.
+      params: the backbone's parameters.
       batch_stats: its BatchNorm statistics.
       centers: (C, D) float32 class centers, if known.
 
@@ -433,7 +432,7 @@ def _write_weights(
     centers: np.ndarray | None,
 ) -> None:
     workdir = Path(config.workdir)
-    require_empty(workdir)  # again: a run may have ended here before the lock was taken
+    require_empty(workdir)  # a run may have ended here before the lock was taken
     items: dict[str, Any] = {
         "backbone": ocp.args.PyTreeSave({"params": params, "batch_stats": batch_stats})
     }
@@ -450,19 +449,19 @@ def _write_weights(
 
 
 def require_empty(workdir: Path) -> None:
-    """Raise CheckpointError if the path is anything but an empty or missing folder."""
+    """Raises CheckpointError unless the path is an empty or missing folder."""
     if workdir.exists() and (not workdir.is_dir() or _holds_files(workdir)):
         raise CheckpointError(f"{workdir} exists and is not an empty folder: name a new one")
 
 
 def _holds_files(workdir: Path) -> bool:
-    """Whether a folder exists and holds more than the lock of this process."""
+    """Returns whether a folder exists and has files other than this process's lock."""
     return workdir.is_dir() and not all(map(locks.is_lock_file, workdir.iterdir()))
 
 
 def _refuse_imported_weights(workdir: Path) -> None:
-    # Checksums have shown that nothing is missing from the newest checkpoint of a run; of an older
-    # one parts may be, where the run was killed while it was being removed.
+    # The checksums have shown that the newest checkpoint of a run is complete; an older one may be
+    # incomplete if the run was killed while removing it.
     steps = complete_steps(workdir)
     if steps and not (folder_of(workdir) / str(steps[-1]) / "training").is_dir():
         raise CheckpointError(
@@ -472,7 +471,7 @@ def _refuse_imported_weights(workdir: Path) -> None:
 
 
 def folder_of(workdir: Path) -> Path:
-    """The folder of a run's checkpoints, as an absolute path, which Orbax requires."""
+    """Returns the folder of a run's checkpoints, as an absolute path, which Orbax requires."""
     return workdir.absolute() / "checkpoints"
 
 
@@ -486,11 +485,12 @@ def _split(state: TrainState) -> dict[str, dict[str, Any]]:
 
 
 def restore_args(like: Any, *, strict_shapes: bool = True, partial: bool = False) -> Any:
-    """Arguments to restore arrays of the shapes, types and placement of `like`.
+    """Returns the arguments to restore arrays of the shapes, types and placement of `like`.
 
     Args:
       like: the arrays.
-      strict_shapes: whether stored arrays of other shapes are an error; else padded or cut.
+      strict_shapes: whether stored arrays of other shapes are an error; otherwise they are padded
+          or truncated.
       partial: whether `like` is only a part of what is stored.
     """
     abstract = jax.tree.map(

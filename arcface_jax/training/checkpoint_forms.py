@@ -1,4 +1,4 @@
-"""Restore checkpoints whose blocks are stacked differently from this version's networks."""
+"""Restore checkpoints whose blocks are stacked differently than in this version's networks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +10,11 @@ from arcface_jax.models import stacks
 from arcface_jax.models.registry import Arrays
 
 Backbone = dict[str, Arrays]
-"""`params` and `batch_stats`; only names and shapes of the arrays matter."""
+"""`params` and `batch_stats`; only names and shapes of their arrays are used."""
 
 
 def stored(manager: ocp.CheckpointManager, number: int) -> Backbone:
-    """The names and shapes of the backbone in a checkpoint."""
+    """Returns the names and shapes of the backbone in a checkpoint."""
     # The manager's own metadata is empty until it has saved or restored something.
     folder = manager.directory / str(number) / "backbone"
     metadata: Any = ocp.PyTreeCheckpointHandler().metadata(folder)
@@ -22,16 +22,16 @@ def stored(manager: ocp.CheckpointManager, number: int) -> Backbone:
 
 
 def as_stored(tree: Any, backbone: Backbone, stored: Backbone) -> Any:
-    """The shapes of arrays to be restored, in their stored form.
+    """Returns the shapes of the arrays to restore, in their stored form.
 
     Args:
       tree: holds dicts with the names of `backbone`: itself, and the optimizer's moments.
       backbone: in the form of this version.
-      stored: see `stored`.
+      stored: names and shapes in the checkpoint, from `stored`.
     """
 
     def shapes(arrays: Arrays, like: Arrays) -> dict[str, Any]:
-        one: Any = next(iter(arrays.values()))  # all of the same type, on the same devices
+        one: Any = next(iter(arrays.values()))  # all have the same type and devices
         return {
             name: jax.ShapeDtypeStruct(x.shape, one.dtype, sharding=one.sharding)
             for name, x in like.items()
@@ -41,10 +41,10 @@ def as_stored(tree: Any, backbone: Backbone, stored: Backbone) -> Any:
 
 
 def as_wanted(tree: Any, stored: Backbone, backbone: Backbone) -> Any:
-    """The reverse: restored arrays in the form of this version.
+    """Converts restored arrays to the form of this version; the reverse of `as_stored`.
 
     Raises:
-      KeyError: a part of the backbone is not among those stored.
+      KeyError: a part of the backbone is not stored.
     """
 
     def restacked(arrays: Arrays, like: Arrays) -> Arrays:
@@ -57,7 +57,7 @@ def as_wanted(tree: Any, stored: Backbone, backbone: Backbone) -> Any:
 def _change(
     tree: Any, old: Backbone, new: Backbone, change: Callable[[Arrays, Arrays], Arrays]
 ) -> Any:
-    """Convert each dict with the names of a part of `old` to one with the names of `new`."""
+    """Converts each dict with the names of a part of `old` to one with the names of `new`."""
     for part, arrays in old.items():
         names = arrays.keys()
         if names == new[part].keys():

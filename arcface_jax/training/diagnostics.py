@@ -29,15 +29,15 @@ from arcface_jax.runtime.files import reporting_disk_errors, write_atomic
 
 # A loss has plateaued when its mean changes by less than this share of itself.
 _PLATEAU = 0.002
-# Too few distinct labels in a batch: below this share of what a shuffled batch would have.
+# Too few distinct labels: below this share of the number expected in a shuffled batch.
 _FEW_LABELS = 0.5
 # Input-bound: more than this share of the step time is spent waiting for data.
 _MAX_WAIT_SHARE = 0.2
-# A mean cosine above this: all faces look alike to the network.
+# Mean cosine above which all faces look alike to the network.
 _ONE_POINT = 0.9
-# An effective rank below this: the embeddings use few directions.
+# Effective rank below which the embeddings use few directions.
 _FEW_DIRECTIONS = 3.0
-# A cosine below this between training mode and evaluation mode: two different networks.
+# Mean cosine between training and evaluation mode below which they act as different networks.
 _OTHER_NETWORK = 0.5
 # A loss below this share of the chance-level loss: the network has learned something.
 _FALLEN = 0.9
@@ -66,7 +66,7 @@ def chance_loss(
     deviations = np.linspace(-8, 8, 4001)
     density = np.exp(-(deviations**2) / 2)
     below = np.cumsum(density) / density.sum()
-    density = density * below ** (head.subcenters - 1)  # of the largest sub-center
+    density = density * below ** (head.subcenters - 1)  # density of the largest sub-center
     density /= density.sum()
     cosine = np.clip(deviations / math.sqrt(embedding_size), -1, 1)
 
@@ -108,7 +108,7 @@ class HealthMonitor:
         self._reported: set[str] = set()
 
     def few_labels(self, labels: np.ndarray) -> str | None:
-        """Warn if a batch's (b,) labels have few identities: BatchNorm would learn only these."""
+        """Warns if a batch's (b,) labels have few identities: BatchNorm would learn only these."""
         expected = self._num_classes * -np.expm1(
             len(labels) * np.log1p(-1 / max(self._num_classes, 2))
         )
@@ -122,7 +122,7 @@ class HealthMonitor:
         )
 
     def empty_images(self, images: np.ndarray) -> str | None:
-        """Warn if a batch's (b, h, w, 3) images show nothing, or all show the same."""
+        """Warns if a batch's (b, h, w, 3) images are all of one color, or all the same."""
         pixels = images.reshape(len(images), -1, images.shape[-1])
         if (pixels == pixels[:, :1]).all():
             found = "black" if not images.any() else "of a single color"
@@ -136,7 +136,7 @@ class HealthMonitor:
         )
 
     def skipped_steps(self, step: int, values: Mapping[str, float]) -> str | None:
-        """Report the non-finite steps since the last log step."""
+        """Reports the non-finite steps since the last log step."""
         before, self._skipped = self._skipped, values["train/skipped_steps"]
         new = int(self._skipped - before)
         if new <= 0:
@@ -146,7 +146,7 @@ class HealthMonitor:
         return f"step {step}: skipped {new} non-finite step(s){reason}; {self._skipped:.0f} total"
 
     def plateau(self, step: int, loss: float) -> str | None:
-        """Warn if the loss has stopped moving."""
+        """Warns if the loss has stopped moving."""
         self._losses.append((step, loss))
         while self._losses[0][0] <= step - self._plateau_steps:
             self._losses.popleft()
@@ -165,7 +165,7 @@ class HealthMonitor:
         return f"warning: loss plateaued at {late:.2f} for {self._plateau_steps} steps; {meaning}"
 
     def slow_input(self, values: Mapping[str, float], data: DataConfig) -> str | None:
-        """Warn if the devices wait for images."""
+        """Warns if the devices wait for images."""
         share = values.get("perf/data_wait_share", 0.0)
         if share <= _MAX_WAIT_SHARE or not self._first_time("input"):
             return None
@@ -183,10 +183,10 @@ class HealthMonitor:
 
 
 def explain_chance_accuracy(result: Verification, *, loss: float, chance_loss: float) -> str | None:
-    """Explain why verification stays at chance level although the training loss has fallen.
+    """Explains why verification stays at chance level although the training loss has fallen.
 
     Args:
-      result: accuracy on one set, and how its embeddings are spread.
+      result: accuracy on one set, and the spread of its embeddings.
       loss: current training loss.
       chance_loss: expected loss at initialization.
 
@@ -240,15 +240,15 @@ def write_failure(
     gradient_norms: Mapping[str, float],
     scale: float,
 ) -> Path:
-    """Write WORKDIR/failure_STEP.json, where the search for the cause of a failed run starts.
+    """Writes WORKDIR/failure_STEP.json, the starting point to find out why a run failed.
 
     Args:
-      workdir: of the run.
+      workdir: the run's working directory.
       step: the failed step.
-      metrics: of that step.
-      images: the files, and the places in them, of the batch's images.
-      gradient_norms: by name of the backbone's array.
-      scale: of the head; the largest logit is this times the largest cosine.
+      metrics: metrics of that step.
+      images: file and position of each image in the batch.
+      gradient_norms: norm of each array's gradient, by name.
+      scale: the head's scale; the largest logit is this times the largest cosine.
 
     Returns:
       The path; only the first process writes it.
@@ -281,13 +281,13 @@ def failure_error(
     optimizer: OptimizerConfig,
     dtype: str,
 ) -> UserError:
-    """The error that ends a run after too many non-finite steps in a row.
+    """Returns the error that ends a run after too many non-finite steps in a row.
 
     Args:
       step: the failed step.
-      metrics: of that step, with `train/loss` and `train/skipped_in_row`.
-      report: what `write_failure` wrote.
-      optimizer: of the run.
+      metrics: metrics of that step, with `train/loss` and `train/skipped_in_row`.
+      report: the file that `write_failure` wrote.
+      optimizer: the recipe's section.
       dtype: the network's computing type.
     """
     loss, in_row = metrics["train/loss"], metrics["train/skipped_in_row"]
@@ -302,11 +302,11 @@ def failure_error(
 
 
 def untrained_error(skipped: int, *, optimizer: OptimizerConfig, dtype: str) -> UserError:
-    """The error of a complete run in which all steps were skipped.
+    """Returns the error of a complete run in which all steps were skipped.
 
     Args:
       skipped: steps without a finite gradient.
-      optimizer: of the run.
+      optimizer: the recipe's section.
       dtype: the network's computing type.
     """
     return UserError(
@@ -331,12 +331,12 @@ def _failure_fix(loss: float, optimizer: OptimizerConfig, dtype: str) -> str:
 
 
 def slowest_host(own_ms: float) -> tuple[dict[str, float], str | None]:
-    """Find the slowest host. A collective operation: all hosts call it at the same step.
+    """Finds the slowest host. A collective operation: all hosts call it at the same step.
 
     Args:
-      own_ms: this host's time per step that it did not spend waiting for its devices. A step takes
-        every host equally long, because they meet in its collectives; the other hosts' devices wait
-        for the slowest host.
+      own_ms: this host's time per step, in milliseconds, minus the time spent waiting for its
+        devices. A step takes equally long on all hosts, because collectives synchronize them: the
+        devices of the other hosts wait for the slowest one.
 
     Returns:
       `perf/slowest_host_ms` and `perf/slowest_host`, and a warning if that host is a straggler.
@@ -348,7 +348,7 @@ def slowest_host(own_ms: float) -> tuple[dict[str, float], str | None]:
 
 
 def compare_hosts(times: np.ndarray) -> tuple[dict[str, float], str | None]:
-    """As `slowest_host`, from the (hosts,) times of all hosts in milliseconds."""
+    """Finds the slowest host, as `slowest_host`, from the (hosts,) times in milliseconds."""
     slowest = int(times.argmax())
     worst, others = float(times[slowest]), float(np.median(np.delete(times, slowest)))
     values = {"perf/slowest_host_ms": worst, "perf/slowest_host": slowest}
@@ -361,10 +361,10 @@ def compare_hosts(times: np.ndarray) -> tuple[dict[str, float], str | None]:
 
 
 def arm_watchdog(logging: LoggingConfig) -> None:
-    """Dump all stacks to stderr unless the step ends within `logging.watchdog_seconds`.
+    """Dumps all stacks to stderr unless the step ends within `logging.watchdog_seconds`.
 
-    The standard library's own thread waits and writes. It does not need the GIL, so it works even
-    while a call into the devices or the network holds it.
+    A thread of the standard library does this without the GIL, so it works even while a call into
+    the devices or the network holds the GIL.
     """
     if logging.watchdog_seconds:
         faulthandler.dump_traceback_later(
@@ -373,5 +373,5 @@ def arm_watchdog(logging: LoggingConfig) -> None:
 
 
 def disarm_watchdog() -> None:
-    """Stop the countdown: evaluating and saving may take long."""
+    """Stops the countdown, because evaluating and saving may take long."""
     faulthandler.cancel_dump_traceback_later()

@@ -1,8 +1,8 @@
 """Losses that pull the embeddings toward a teacher's, and the weight they have at each step.
 
-They enter the step between head and backward pass, as a gradient of the embeddings that is added
-to the head's. Micro-batches, float16 scaling and the sum over the devices follow it, and need
-nothing of their own.
+They enter the step between head and backward pass, as a gradient of the embeddings that is added to
+the head's. Micro-batching, float16 loss scaling and the sum over devices come later and need no
+special treatment.
 """
 
 from typing import NamedTuple
@@ -16,17 +16,17 @@ from arcface_jax.config import DistillConfig, ScheduleConfig
 from arcface_jax.training.optim import Schedule
 
 CENTERS = "centers"
-"""The loss that is no term of its own: the head's, with the teacher's class means as centers."""
+"""The loss that adds no term: the head's loss, with the teacher's class means as centers."""
 _SHORTEST = 1e-12
 
 
 class Taught(NamedTuple):
-    """What the teacher adds to a step."""
+    """The teacher's contribution to a step."""
 
     loss: jax.Array
     """() float32: the weighted sum of the losses."""
     d_embeddings: jax.Array
-    """(B, D) float32: its gradient."""
+    """(B, D) float32: gradient of `loss`."""
     metrics: dict[str, jax.Array]
     """() float32 by name: `distill_loss`, weighted; `distill_weight`; `teacher_cosine`, the mean
     cosine between embedding and teacher."""
@@ -35,7 +35,7 @@ class Taught(NamedTuple):
 def make_weight(
     distill: DistillConfig, schedule: ScheduleConfig, *, steps_per_epoch: int
 ) -> Schedule:
-    """The weight of the teacher's losses at each step.
+    """Returns the weight of the teacher's losses at each step.
 
     Warm-up gives step k of w the weight weight * k / w. With decay it then falls from step w to the
     last one, linearly or as half a cosine, to zero.
@@ -43,10 +43,10 @@ def make_weight(
     Args:
       distill: the recipe's section.
       schedule: the length of the run.
-      steps_per_epoch: optimizer steps.
+      steps_per_epoch: optimizer steps in an epoch.
 
     Returns:
-      A function from the step, () int32 beginning with 0, to the weight, () float32.
+      A function from the step, () int32 counted from 0, to the weight, () float32.
     """
     total = schedule.epochs * steps_per_epoch
     warmup = round(distill.warmup_epochs * steps_per_epoch)
@@ -62,10 +62,10 @@ def make_weight(
 
 
 def shown(teacher: jax.Array, mirrored: jax.Array | None) -> jax.Array:
-    """(B, D) float32: the teacher's embedding of each image as the network is shown it.
+    """Returns (B, D) float32: the teacher's embedding of each image as it is shown to the network.
 
     Args:
-      teacher: (B, V, D), one view, or those of the image and of its mirror image.
+      teacher: (B, V, D): one view, or the image and its mirror image.
       mirrored: (B,) bool, which images are mirrored; None for none.
     """
     teacher = teacher.astype(jnp.float32)
@@ -77,15 +77,15 @@ def shown(teacher: jax.Array, mirrored: jax.Array | None) -> jax.Array:
 def apply(
     embeddings: jax.Array, teacher: jax.Array, *, weight: jax.Array, distill: DistillConfig
 ) -> Taught:
-    """The teacher's losses of a batch, and their gradient.
+    """Computes the teacher's losses of a batch, and their gradient.
 
-    Images for which the teacher has no embedding, a row of zeros, count in no mean.
+    Images without a teacher embedding (a row of zeros) are excluded from all means.
 
     Args:
       embeddings: (B, D) float32, not normalized.
       teacher: (B, D) float32, of length 1 or zeros.
       weight: () float32.
-      distill: which losses.
+      distill: the recipe's section, which names the losses.
     """
     known = (jnp.sum(jnp.square(teacher), axis=1) > 0).astype(jnp.float32)
     terms = {"cosine": _cosine, "relational": _relational}
@@ -106,14 +106,14 @@ def apply(
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """(n, D) scaled to length 1; rows of zeros stay zeros, with a gradient of zero."""
-    # Not the norm, whose gradient at zero is NaN.
+    """Scales (n, D) rows to length 1; rows of zeros stay zeros, with a gradient of zero."""
+    # Not jnp.linalg.norm, whose gradient at zero is NaN.
     square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
     return x * lax.rsqrt(jnp.maximum(square, _SHORTEST**2))
 
 
 def _cosine(x: jax.Array, teacher: jax.Array, known: jax.Array) -> jax.Array:
-    """Mean over the known of 1 - cos(x_i, t_i); unit vectors (B, D)."""
+    """Returns the mean of 1 - cos(x_i, t_i) over the rows with a teacher; unit vectors (B, D)."""
     distances = 1 - jnp.sum(x * teacher, axis=1)
     return jnp.sum(known * distances) / jnp.maximum(jnp.sum(known), 1)
 
@@ -131,4 +131,4 @@ def _relational(x: jax.Array, teacher: jax.Array, known: jax.Array) -> jax.Array
     theirs = jnp.matmul(teacher, teacher.T, precision=highest)
     squares = jnp.square(ours - theirs) * (known[:, None] * known[None, :])
     once = jnp.sum(squares) / jnp.maximum(jnp.sum(known), 1)
-    return once - lax.stop_gradient(once) / 2  # the value is half of it, the gradient all
+    return once - lax.stop_gradient(once) / 2  # half the value, the full gradient

@@ -19,14 +19,14 @@ from arcface_jax.training import step
 
 
 class Evaluator(Protocol):
-    """What `evaluation.targets` names as `package.module:name[:ARGUMENT]`: measures a network."""
+    """Measures a network; named in `evaluation.targets` as `package.module:name[:ARGUMENT]`."""
 
     def __call__(self, embed: Embed, argument: str, /) -> Mapping[str, float]:
-        """Measure the network.
+        """Measures the network.
 
         Args:
-          embed: (n, 112, 112, 3) uint8 RGB, any n, to (n, D) float32, not normalized. Of several
-            hosts every one has to call it with the same images.
+          embed: (n, 112, 112, 3) uint8 RGB, any n, to (n, D) float32, not normalized. With several
+            hosts, each has to call it with the same images.
           argument: what follows the second colon of the target; "" without one.
 
         Returns:
@@ -37,13 +37,13 @@ class Evaluator(Protocol):
 
 
 class Measured(NamedTuple):
-    """What an `Evaluator` measured."""
+    """Result of an `Evaluator`."""
 
     name: str
     values: dict[str, float]
 
     def metrics(self) -> dict[str, float]:
-        """The numbers, as `eval/NAME/...`."""
+        """The measured numbers, as `eval/NAME/...`."""
         return {f"eval/{self.name}/{key}": value for key, value in self.values.items()}
 
 
@@ -58,7 +58,7 @@ class Evaluate(Protocol):
     def __call__(
         self, state: step.TrainState, between: Callable[[], None] = ..., /
     ) -> list[Result]:
-        """`between` is called before each batch; what it raises ends the evaluation."""
+        """Evaluates; `between` is called before each batch, and may raise to end the evaluation."""
         ...
 
 
@@ -71,13 +71,13 @@ def make(
     batch_size: int,
     mesh: Mesh,
 ) -> Evaluate:
-    """The evaluation of a run.
+    """Returns the evaluation of a run.
 
     Args:
       targets: verification sets.
       measures: evaluators, as `load` gives them.
-      backbone: of the run.
-      one_group: the same with one BatchNorm group, to embed a batch as training does.
+      backbone: backbone of the run.
+      one_group: the backbone with one BatchNorm group, to embed a batch as training does.
       batch_size: images per forward pass, a multiple of the number of devices.
       mesh: the devices.
     """
@@ -107,10 +107,10 @@ def make(
 
 
 def load(names: Sequence[str], sets: list[PairSet], *, best_metric: str) -> list[Measure]:
-    """Load the evaluators among `evaluation.targets`.
+    """Loads the evaluators among `evaluation.targets`.
 
     Args:
-      names: the targets; those that are verification sets are passed over.
+      names: the targets; verification sets among them are skipped.
       sets: the verification sets.
       best_metric: `checkpoint.best_metric`, which an evaluator may have to measure.
 
@@ -156,7 +156,7 @@ def _measure(
 
 
 def check_metric(name: str, targets: Sequence[str], sets: list[PairSet]) -> None:
-    """Refuse a `checkpoint.best_metric` that no set and no evaluator of the run measures.
+    """Refuses a `checkpoint.best_metric` that no set and no evaluator of the run measures.
 
     Args:
       name: the metric.
@@ -164,7 +164,7 @@ def check_metric(name: str, targets: Sequence[str], sets: list[PairSet]) -> None
       sets: the verification sets among them.
 
     Raises:
-      ConfigError: naming the metrics there are.
+      ConfigError: naming the available metrics.
     """
     references = [plugins.parse(target) for target in targets]
     own = [f"eval/{reference.attribute}/" for reference in references if reference]
@@ -173,22 +173,22 @@ def check_metric(name: str, targets: Sequence[str], sets: list[PairSet]) -> None
 
 
 def verifications(results: Sequence[Result]) -> list[Verification]:
-    """The results on verification sets, without evaluators'."""
+    """Returns the results on verification sets, without those of evaluators."""
     return [result for result in results if isinstance(result, Verification)]
 
 
 def baselines(
     targets: list[PairSet], evaluate: Evaluate, untrained: step.TrainState | None
 ) -> dict[str, float]:
-    """Accuracy on the first set without training: what a trained network has to beat.
+    """Measures accuracy on the first set without training: what a trained network has to beat.
 
     Args:
       targets: verification sets.
-      evaluate: of the run.
+      evaluate: the run's evaluation.
       untrained: random weights, or None if the run starts from other weights.
 
     Raises:
-      ConfigError: there is no set.
+      ConfigError: the run has no verification set.
     """
     if not targets:
         raise ConfigError(
@@ -202,7 +202,7 @@ def baselines(
 
 
 def metrics(results: Sequence[Result], prefix: str = "eval") -> dict[str, float]:
-    """All metrics of an evaluation by name, `eval/NAME/accuracy` and so on."""
+    """Returns all metrics of an evaluation by name, `eval/NAME/accuracy` and so on."""
     return {
         f"{prefix}/{name.removeprefix('eval/')}": value
         for result in results
@@ -211,7 +211,7 @@ def metrics(results: Sequence[Result], prefix: str = "eval") -> dict[str, float]
 
 
 def draw(workdir: Path, targets: list[PairSet], results: Sequence[Result]) -> list[Path]:
-    """Plot the run's training curves and a sheet of pairs for each verification set."""
+    """Plots the run's training curves and a sheet of pairs for each verification set."""
     files = [plots.training_curves(workdir)]
     for target, result in zip(
         targets, verifications(results), strict=False

@@ -1,4 +1,4 @@
-"""Give a run that has begun another length: `schedule.extend`."""
+"""Change the length of a run that has begun: `schedule.extend`."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from arcface_jax.runtime import launch
 from arcface_jax.runtime.files import reporting_disk_errors
 from arcface_jax.training import checkpoint, optim
 
-# A rate that changes by less than this share of itself does not jump.
+# A rate that changes by less than this share of itself does not count as a jump.
 _JUMP = 0.01
 
 
 def stored_schedule(config: Config) -> ScheduleConfig | None:
-    """The schedule of the run in the workdir, if `schedule.extend` asks for another.
+    """Returns the schedule of the run in the workdir, if `schedule.extend` asks for another.
 
-    Several processes all read it before the first one replaces it.
+    With several processes, all read it before the first one replaces it.
     """
     workdir = Path(config.workdir)
     if not config.schedule.extend or not checkpoint.holds_config(workdir):
@@ -31,7 +31,7 @@ def stored_schedule(config: Config) -> ScheduleConfig | None:
 
 
 def extend(config: Config, stored: ScheduleConfig, *, start: int, per_epoch: int) -> list[str]:
-    """Record the new schedule in config.json; environment.json keeps every start's.
+    """Records the new schedule in config.json; environment.json keeps the one of every start.
 
     Args:
       config: the run with its new schedule.
@@ -43,7 +43,7 @@ def extend(config: Config, stored: ScheduleConfig, *, start: int, per_epoch: int
       Lines for the terminal: both schedules, and a warning if the learning rate jumps.
 
     Raises:
-      CheckpointError: steps already done would have been others under the new schedule, or
+      CheckpointError: the new schedule would have changed steps that are already done, or
         config.json cannot be written.
     """
     new, workdir = config.schedule, Path(config.workdir)

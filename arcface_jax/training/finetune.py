@@ -32,12 +32,12 @@ Weights = tuple[Arrays, Arrays]
 
 
 def weights(source: Path | Weights, model: ModelConfig, *, name: str) -> Weights:
-    """Backbone weights to start from, checked against the network.
+    """Reads the backbone weights to start from, and checks them against the network.
 
     Args:
       source: the workdir of another run, or the arrays.
       model: network and embedding size of the run.
-      name: what `init_from` names, for errors.
+      name: `init_from` as the user wrote it, for errors.
 
     Raises:
       ConfigError: naming every array that is missing, unexpected or of another shape.
@@ -70,11 +70,11 @@ def weights(source: Path | Weights, model: ModelConfig, *, name: str) -> Weights
 
 
 def centers(config: Config, state: TrainState, source: Source, *, mesh: Mesh) -> jax.Array:
-    """The first class centers by `finetune.centers`, placed like the state's.
+    """Returns the first class centers by `finetune.centers`, placed like the state's.
 
     Args:
       config: the run.
-      state: with the initial backbone and random centers.
+      state: has the initial backbone and random centers.
       source: the training set.
       mesh: the devices.
 
@@ -107,11 +107,11 @@ def _class_means(
     random: jax.Array,
     mesh: Mesh,
 ) -> jax.Array:
-    """(C_padded, D): the direction of each class's mean normalized embedding.
+    """Returns (C_padded, D): the direction of each class's mean normalized embedding.
 
-    The norm equals the random centers', sqrt(D) times their standard deviation, because the
-    effect of the learning rate depends on it. A class without images keeps its random center.
-    Every image is embedded once, without its flip. Needs one more array of the centers' size.
+    The norm equals the random centers', sqrt(D) times their standard deviation, because the effect
+    of the learning rate depends on it. A class without images keeps its random center. Every image
+    is embedded once, without its flip. Memory: one more array of the centers' size.
     """
     split, everywhere = P(AXIS), meshes.split(mesh)
     add = jax.jit(
@@ -128,7 +128,7 @@ def _class_means(
     for batch in batches:
         on_devices = meshes.to_devices(batch, mesh)
         embeddings = embed(on_devices["image"])
-        # Wait, or batches pile up in the devices' memory.
+        # Wait, or batches would pile up in the devices' memory.
         sums = jax.block_until_ready(add(sums, embeddings, on_devices["label"]))
     length = class_centers.INIT_STD * random.shape[1] ** 0.5
 
@@ -140,7 +140,7 @@ def _class_means(
 
 
 def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array) -> jax.Array:
-    """Add the batch's normalized embeddings to the rows of this device's classes."""
+    """Adds the batch's normalized embeddings to the rows of this device's classes."""
     unit = lax.all_gather(normalize(embeddings)[0], AXIS, tiled=True)
     row = lax.all_gather(labels, AXIS, tiled=True) - lax.axis_index(AXIS) * len(sums)
     here = (row >= 0) & (row < len(sums))
@@ -150,7 +150,7 @@ def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array
 def _every_image_once(
     source: Source, data: DataConfig, *, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """This host's part of batches in the order of the source; padding has label -1."""
+    """Yields this host's part of each batch, in the order of the source; padding has label -1."""
     share = batch_size // jax.process_count()
     first = share * jax.process_index()
 

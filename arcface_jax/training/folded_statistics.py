@@ -1,10 +1,10 @@
 """Statistics for BatchNorms that were folded into the layers before them when a file was exported.
 
 Such a BatchNorm comes back from an ONNX file as the identity. In evaluation that is exact. In
-training it would divide by each batch's standard deviation and multiply by 1: the signal's size is
-lost, and with it what the network has learned. So mean and variance are measured in one pass of
-evaluation over images of the training set, and scale and bias are set so that evaluation stays what
-it was: scale = sqrt(var + epsilon), bias = bias + mean.
+training it would divide by each batch's standard deviation and multiply by 1, which loses the
+signal's magnitude and with it what the network has learned. So mean and variance are measured by
+one evaluation pass over images of the training set, and scale and bias are set to leave evaluation
+unchanged: scale = sqrt(var + epsilon), bias = bias + mean.
 """
 
 import jax
@@ -27,7 +27,7 @@ _DECIMALS = 6
 
 
 def folded(batch_stats: Arrays) -> list[str]:
-    """The names of the BatchNorms whose statistics are an identity's."""
+    """Returns the names of the BatchNorms whose statistics are an identity's."""
     layers = [name.removesuffix(".mean") for name in batch_stats if name.endswith(".mean")]
     return [name for name in layers if _is_identity(batch_stats, name)]
 
@@ -38,15 +38,15 @@ def _is_identity(batch_stats: Arrays, layer: str) -> bool:
 
 
 def complete(weights: Weights, config: Config, source: Source) -> tuple[Weights, list[str]]:
-    """Give statistics to the BatchNorms that lack them; those that are frozen stay as they are.
+    """Sets statistics in the BatchNorms that lack them, except frozen ones.
 
     Args:
-      weights: that the run starts from.
+      weights: initial weights of the run.
       config: the run.
-      source: its training set, of which 512 images at regular distances are read.
+      source: its training set, of which 512 evenly spaced images are read.
 
     Returns:
-      The weights, which give the same embeddings, and a sentence about it if there were any.
+      The weights, with unchanged embeddings, and a message if there were such BatchNorms.
 
     Raises:
       DataError: none of these images can be read.
@@ -79,7 +79,7 @@ def complete(weights: Weights, config: Config, source: Source) -> tuple[Weights,
 
 
 def _images(source: Source, name: str) -> np.ndarray:
-    """(n, 112, 112, 3) uint8: images at regular distances, without those that cannot be read."""
+    """Reads evenly spaced images, (n, 112, 112, 3) uint8, skipping unreadable ones."""
     numbers = np.unique(np.linspace(0, len(source) - 1, IMAGES).astype(np.int64))
     images = np.zeros((len(numbers), IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     rows = np.arange(len(numbers))
@@ -91,7 +91,7 @@ def _images(source: Source, name: str) -> np.ndarray:
 
 
 def _measure(weights: Weights, config: Config, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean and variance of what each BatchNorm is given, by name, in float64."""
+    """Measures mean and variance of each BatchNorm's input, by name, in float64."""
     model = config.model
     network = registry.build(
         model.network, embedding_size=model.embedding_size, options=model.options, measured=True

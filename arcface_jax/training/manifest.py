@@ -1,7 +1,7 @@
-"""What a run was: run.txt for people, environment.json for programs, and the bytes of its state.
+"""Record of a run: run.txt for people, environment.json for programs, and the bytes of its state.
 
-A person asks later with which versions, devices and settings a run was started, and from which
-code; both files answer that, and `versions` serves the doctor too.
+Both files record the versions, devices, settings and code that a run was started with. `arcface-jax
+doctor` also uses `versions`.
 """
 
 import json
@@ -39,14 +39,14 @@ PACKAGES = (
     "optax",
     "orbax-checkpoint",
 )
-"""Those that a run's numbers come from. Of the plugins, at most one is installed."""
+"""Packages that affect a run's numbers. At most one of the plugins is installed."""
 MIB = 2**20
 # Environment variables that change what a run does begin with these.
 _VARIABLES = ("XLA_", "JAX_", "SLURM_JOB", "OMPI_COMM", "CUDA_VISIBLE", "NVIDIA_TF32", "GLIBC_TUN")
 
 
 def versions() -> dict[str, str]:
-    """Versions of `PACKAGES`, of those that are installed."""
+    """Returns the versions of the installed `PACKAGES`."""
     found = {}
     for name in PACKAGES:
         try:
@@ -57,10 +57,10 @@ def versions() -> dict[str, str]:
 
 
 def write_environment(config: Config) -> Path:
-    """Appends this start to the list in WORKDIR/environment.json; one that is damaged is set aside.
+    """Appends this start to the list in WORKDIR/environment.json; a damaged file is set aside.
 
     Raises:
-      CheckpointError: it cannot be written.
+      CheckpointError: the file cannot be written.
     """
     workdir = Path(config.workdir)
     path = workdir / "environment.json"
@@ -68,7 +68,7 @@ def write_environment(config: Config) -> Path:
         starts = _earlier_starts(path)
         if starts is None:
             aside = damaged.set_aside(path, workdir)
-            damaged.warn([f"{path} is damaged; moved to {aside}, and begun again"])
+            damaged.warn([f"{path} is damaged; moved to {aside}; starting a new one"])
         elif not starts and complete_steps(workdir):
             damaged.warn([f"{path} is missing: the earlier starts of this run are not on record"])
         starts = [*(starts or []), _this_start(config)]
@@ -77,7 +77,7 @@ def write_environment(config: Config) -> Path:
 
 
 def _earlier_starts(path: Path) -> list[dict[str, Any]] | None:
-    """Those in environment.json; None where it is damaged."""
+    """Reads the starts in environment.json; None where it is damaged."""
     if not path.exists():
         return []
     try:
@@ -104,7 +104,7 @@ def _this_start(config: Config) -> dict[str, Any]:
 
 
 def _checkout() -> dict[str, Any] | None:
-    """Commit and changed files of the code's checkout; None where it is installed without one."""
+    """Returns commit and changed files of the code's checkout; None if installed without one."""
     commit = _git_output("rev-parse", "HEAD")
     if commit is None:
         return None
@@ -113,7 +113,7 @@ def _checkout() -> dict[str, Any] | None:
 
 
 def _git_output(*arguments: str) -> str | None:
-    """What a git command prints about this file's checkout; None if it fails."""
+    """Returns the output of a git command about this file's checkout; None if it fails."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -122,10 +122,10 @@ def _git_output(*arguments: str) -> str | None:
 
 
 def write_summary(config: Config, state: TrainState, devices: Mesh, *, first_lines: str) -> str:
-    """Writes WORKDIR/run.txt; a resumed run's takes the place of the last.
+    """Writes WORKDIR/run.txt; a resumed run replaces it.
 
     Args:
-      config: of the run.
+      config: configuration of the run.
       state: on the devices.
       devices: its mesh.
       first_lines: what the terminal prints of the run.
@@ -162,7 +162,7 @@ def _version_lines() -> list[str]:
 
 
 def mesh_lines(devices: Mesh) -> list[str]:
-    """The axis, and where its devices are."""
+    """Returns lines about the mesh: its axis, and where its devices are."""
     flat = devices.devices.flat
     axes = ", ".join(f"{name} {size}" for name, size in devices.shape.items())
     return [
@@ -178,7 +178,7 @@ def _memory_lines(held: dict[str, int]) -> list[str]:
         "on each device, state only:",
         *rows,
         f"{'total':<20}{sum(held.values()) / MIB:>12,.2f} MiB",
-        "activations are not in it; `arcface-jax plan` reports them before a run",
+        "activations are not included; `arcface-jax plan` reports them before a run",
     ]
 
 
@@ -191,7 +191,7 @@ def _setting_lines(config: Config, changed: dict[str, tuple[object, object]]) ->
 
 
 def _automatic_lines(config: Config, devices: Mesh) -> list[str]:
-    """The settings that were left to the program, with the values that this mesh gets."""
+    """Returns the settings chosen automatically, with their values on this mesh."""
     platform = devices.devices.flat[0].platform
     head = automatic.resolve(config.head, platform=platform, batch=config.data.global_batch_size)
     given = {
@@ -206,7 +206,7 @@ def _automatic_lines(config: Config, devices: Mesh) -> list[str]:
 
 
 def parameter_lines(params: Arrays) -> list[str]:
-    """Every array with its shape and count, under its stage with the stage's sum.
+    """Lists every array with its shape and size, under its stage with the stage's total.
 
     A stage is the first part of the dotted name.
     """
@@ -228,13 +228,13 @@ def _indented(lines: list[str]) -> str:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of abstract arrays on one device of their mesh."""
+    """Returns the bytes of abstract arrays on one device of their mesh."""
     shards = [(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(tree)]
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
 def state_bytes(state: TrainState) -> dict[str, int]:
-    """Bytes on each device of an abstract state, by the names of `Plan.needed`."""
+    """Returns the bytes of an abstract state on each device, by the names in `Plan.needed`."""
     parts = {
         "parameters": state.params,
         "batch_norm": state.batch_stats,

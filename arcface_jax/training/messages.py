@@ -15,7 +15,7 @@ from arcface_jax.training.evaluators import Result
 def headline(
     config: Config, dataset: Mapping[str, Any], devices: Mesh, *, start: int, total: int
 ) -> str:
-    """Network, devices, data and learning rate of a run."""
+    """Returns the lines about a run's network, devices, data and learning rate."""
     kind = devices.devices.flat[0].device_kind
     begin = f"resuming at step {start} of {total}" if start else f"{total} steps"
     batch = config.data.global_batch_size
@@ -32,7 +32,7 @@ def headline(
 
 
 def _scaling_rule(optimizer: OptimizerConfig, batch: int) -> str:
-    """The learning rate, and what it would be at other batch sizes."""
+    """Returns the line with the learning rate, and its value at other batch sizes."""
     if ":" in optimizer.kind:
         return f"learning rate {optimizer.learning_rate:g} at global batch {batch}"
     # SGD's noise scale is proportional to rate / batch, Adam's to rate / sqrt(batch): Goyal et al.,
@@ -45,13 +45,13 @@ def _scaling_rule(optimizer: OptimizerConfig, batch: int) -> str:
 
 
 def initial_loss(loss: float, chance_loss: float, *, pretrained: bool) -> str:
-    """The first loss beside its chance level."""
+    """Returns the line with the first loss and its chance level."""
     level = "chance level with random centers" if pretrained else "chance level"
     return f"initial loss {loss:.2f} ({level}: {chance_loss:.2f})"
 
 
 def accuracies(results: Sequence[Result]) -> str:
-    """One line with the accuracy on every verification set, and what evaluators measured."""
+    """Returns one line with the accuracy on every verification set and the evaluators' numbers."""
     return "  ".join(map(_result, results))
 
 
@@ -64,12 +64,12 @@ def _result(result: Result) -> str:
 
 
 def bad_image(image: BadImage) -> str:
-    """An image that cannot be read, for which the batch holds another."""
+    """Returns the line about an unreadable image that another one replaces in its batch."""
     return f"skipped unreadable image {image.where}: {image.problem} (substituted)"
 
 
 def invalid_labels(count: float, step: int, dataset: Mapping[str, Any]) -> DataError:
-    """The error of a run whose labels are not all classes."""
+    """Returns the error for a run with labels that are not classes."""
     last = dataset["num_classes"] - 1
     return DataError(
         f"{count:.0f} images up to step {step} have labels outside [0, {last}]; they were excluded "

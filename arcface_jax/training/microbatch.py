@@ -1,13 +1,13 @@
 """The backbone's forward and backward pass over a batch, in micro-batches.
 
-Every device processes its own images, one slice of the global batch after the other
-(`optimizer.micro_batches`). The head runs once all slices have been embedded; the backward pass
-then recomputes each slice, with the same random draws, and accumulates its gradient. Slices trade
-time for memory and leave the result unchanged: k of them equal one batch, because BatchNorm's
-groups lie within a slice and every random draw belongs to an image.
+Every device processes its own images in slices, one after the other (`optimizer.micro_batches`).
+The head runs once all slices have been embedded; the backward pass then recomputes each slice, with
+the same random draws, and accumulates its gradient. Slices trade time for memory and leave the
+result unchanged: k of them equal one batch, because BatchNorm's groups lie within a slice and every
+random draw belongs to an image.
 
-A device's gradient stays on the device until the last slice is done, and is summed over the devices
-once. Therefore the parameters enter as one copy per device, whose gradients JAX does not sum.
+A device accumulates its gradient over all slices, and the sum over devices happens once. Therefore
+the parameters enter as one copy per device, whose gradients JAX does not sum.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,7 +34,7 @@ class Forward(NamedTuple):
     """BatchNorm's statistics, updated once, with the mean over all groups."""
     vjp: Callable[[jax.Array], Arrays]
     """(B, D) gradient of the embeddings -> gradient of the moving parameters, float32, summed over
-    all devices; like the parameters on every one."""
+    all devices and replicated on them."""
 
 
 def forward(
@@ -50,16 +50,16 @@ def forward(
     mesh: Mesh,
     order: Sequence[str] = (),
 ) -> Forward:
-    """Run the backbone on a batch, and keep what the backward pass needs.
+    """Runs the backbone on a batch, and keeps what the backward pass needs.
 
     Args:
-      network: made for the images of one slice on one device.
-      moving: the parameters whose gradient is wanted, on every device.
-      params: all of the backbone's, the same way.
-      batch_stats: BatchNorm's statistics, on every device.
+      network: backbone for the images of one slice on one device.
+      moving: the parameters to differentiate by, replicated.
+      params: all parameters of the backbone, replicated.
+      batch_stats: BatchNorm's statistics, replicated.
       images: (B, 112, 112, 3) uint8, split over the devices.
-      key: of the step; an image draws from it and from its place in the global batch.
-      micro_batches: slices that each device processes one after the other.
+      key: random key of the step; combined with an image's position in the global batch.
+      micro_batches: number of slices that each device processes one after the other.
       reduce_dtype: type in which the gradient is summed over the devices.
       mesh: the devices.
       order: names of the moving parameters in the order in which their gradients are ready, to be
@@ -92,10 +92,10 @@ def forward(
 
 
 def _add_up(gradients: Arrays, order: Sequence[str]) -> Arrays:
-    """The gradients summed over the devices, float32; one after the other where they have an order.
+    """Sums the gradients over the devices in float32, in the given order if there is one.
 
-    XLA keeps one all-reduce in flight. Without an order it starts the first when the backward pass
-    is over, for each might be the last; and it merges them, which takes copies.
+    XLA keeps one all-reduce in flight. Without an order it starts the first one only after the
+    backward pass, and it merges them, which takes copies.
     """
     if not order:
         return jax.tree.map(lambda a: a.astype(jnp.float32), lax.psum(gradients, AXIS))
@@ -115,7 +115,7 @@ def _own(copies: Any) -> Any:
 
 
 def _on_one_device(network: Backbone, params, batch_stats, images, places, *, key, slices: int):
-    """(b, D) embeddings, and the updated statistics."""
+    """Returns (b, D) embeddings, and the updated statistics."""
 
     def one(images, places):
         keys = jax.vmap(partial(jax.random.fold_in, key))(places)
@@ -128,7 +128,7 @@ def _on_one_device(network: Backbone, params, batch_stats, images, places, *, ke
     def cut(a):
         return a.reshape(slices, -1, *a.shape[1:])
 
-    again = jax.checkpoint(one, prevent_cse=False)  # a scan's body is not merged with another
+    again = jax.checkpoint(one, prevent_cse=False)  # XLA does not merge a scan's body with others
     _, (embeddings, moved) = lax.scan(
         lambda _, given: (None, again(*given)), None, (cut(images), cut(places))
     )

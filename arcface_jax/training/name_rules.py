@@ -11,12 +11,12 @@ _SHOWN = 5
 
 
 def select(patterns: Iterable[str], names: Sequence[str], *, field: str) -> set[str]:
-    """The names that match at least one of the patterns.
+    """Returns the names that match at least one of the patterns.
 
     Args:
       patterns: names with `*` for any characters, including dots, and `?` for one.
-      names: of all arrays.
-      field: of the configuration that the patterns come from, for the error message.
+      names: names of all arrays.
+      field: field of the configuration that the patterns come from, for the error message.
 
     Raises:
       ConfigError: naming every pattern that matches none.
@@ -35,10 +35,10 @@ def select(patterns: Iterable[str], names: Sequence[str], *, field: str) -> set[
 def factors(
     rates: Iterable[tuple[str, float]], names: Sequence[str], *, field: str
 ) -> dict[str, float]:
-    """The factor on the learning rate by name, from the last pattern that matches, or 1.
+    """Returns the learning-rate factor by name: from the last pattern that matches, or 1.
 
     Raises:
-      ConfigError: as `select`.
+      ConfigError: a pattern matches no name.
 
     Examples:
       >>> factors([("*", 0.1), ("fc.*", 1.0)], ["bn1.scale", "fc.kernel"], field="rates")

@@ -21,7 +21,7 @@ from arcface_jax.training import saved_runs, step, teacher_record
 class Network:
     """A trained backbone in float32.
 
-    `Network.from_workdir("runs/demo")(images)` gives the embeddings of (n, 112, 112, 3) uint8 RGB
+    `Network.from_workdir("runs/demo")(images)` returns the embeddings of (n, 112, 112, 3) uint8 RGB
     images as (n, D) float32, not normalized.
 
     Args:
@@ -32,8 +32,8 @@ class Network:
         as one or eight per device, so that at most three programs are compiled.
       embedding_size: D; by default read from the parameters, which only built-in networks allow.
       options: as `model.options`.
-      devices: how many devices share a batch; by default all of them, and "own" is those of this
-        process only.
+      devices: how many devices share a batch; by default all, and "own" for this process's devices
+        only.
       compatible_with: as `ModelInput.compatible_with`.
     """
 
@@ -67,10 +67,10 @@ class Network:
 
     @classmethod
     def from_workdir(cls, workdir: str | Path, *, which: Which = "latest", **options) -> "Network":
-        """Load a checkpoint of a run, by default the newest; options as in the class.
+        """Loads a checkpoint of a run, by default the newest; options as in the class.
 
         Raises:
-          CheckpointError: the folder holds none.
+          CheckpointError: the folder has no checkpoint.
         """
         config, params, batch_stats, _ = saved_runs.restore_backbone(Path(workdir), which)
         model, taught = config.model, teacher_record.read(Path(workdir))
@@ -85,7 +85,7 @@ class Network:
         )
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
-        """(n, 112, 112, 3) uint8 RGB to (n, D) float32, not normalized."""
+        """Embeds (n, 112, 112, 3) uint8 RGB images as (n, D) float32, not normalized."""
         if images.ndim != 4 or images.shape[1:] != (112, 112, 3) or images.dtype != np.uint8:
             raise ValueError(
                 f"images are {images.shape} {images.dtype}; expected (n, 112, 112, 3) uint8, RGB, "
@@ -94,16 +94,18 @@ class Network:
         return self._runs[self._size(len(images))](images)
 
     def rows_of_this_host(self, count: int) -> np.ndarray:
-        """(count,) bool: which images of a call this host reads; all of them on a single host."""
+        """Returns (count,) bool: which images of a call this host reads; on a single host all."""
         return embed.rows_of_this_host(count, batch_size=self._size(count), mesh=self._mesh)
 
     def _size(self, count: int) -> int:
-        """The batch size of the program that runs `count` images."""
+        """Returns the batch size of the program that runs `count` images."""
         return min((size for size in self._runs if size >= count), default=max(self._runs))
 
     @property
     def input(self) -> ModelInput:
-        """RGB, (x - 127.5) / 127.5, as every network of the registry; hashes the weights once."""
+        """RGB, (x - 127.5) / 127.5, as for every network of the registry, and a hash of the
+        weights.
+        """
         if self._input is None:
             size = self.embedding_size
             self._input = ModelInput(
@@ -112,12 +114,12 @@ class Network:
         return self._input
 
     def digest(self) -> str:
-        """As `weights_digest`: the same for a run and its `.pth` export."""
+        """`weights_digest` of this network: the same for a run and its `.pth` export."""
         return weights_digest(self.network, self.params, self.batch_stats)
 
 
 def weights_digest(network: str, params: Arrays, batch_stats: Arrays) -> str:
-    """A SHA-256 of a network's name and weights, whatever file they are from."""
+    """Returns a SHA-256 of a network's name and weights, independent of their file format."""
     total = hashlib.sha256(network.encode())
     for arrays in (params, batch_stats):
         for name in sorted(arrays):

@@ -22,20 +22,20 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch: int) -> Schedule:
-    """The learning rate of each optimizer step.
+    """Returns the learning rate of each optimizer step.
 
-    Warm-up gives step k of w the rate base * k / w, so the first update has rate 0;
-    arcface_torch's first update has the full base rate, a bug that is not repeated here.
-    Polynomial: base * (1 - (k - w) / (total - w)) ** power. Step: base * factor ** (decay epochs
-    passed). Cosine: base * (1 + cos(pi (k - w) / (total - w))) / 2.
+    Warm-up gives step k of w the rate base * k / w, so the first update has rate 0; arcface_torch's
+    first update has the full base rate, a bug that is not reproduced here. Polynomial: base * (1 -
+    (k - w) / (total - w)) ** power. Step: base * factor ** (decay epochs passed). Cosine: base * (1
+    + cos(pi (k - w) / (total - w))) / 2.
 
     Args:
       schedule: the recipe's section.
       base_rate: rate for the whole global batch.
-      steps_per_epoch: optimizer steps.
+      steps_per_epoch: optimizer steps in an epoch.
 
     Returns:
-      A function from the step, () int32 beginning with 0, to the rate, () float32.
+      A function from the step, () int32 counted from 0, to the rate, () float32.
 
     Examples:
       >>> from arcface_jax.config import ScheduleConfig
@@ -68,19 +68,19 @@ class Optimizer(NamedTuple):
     """One update rule for the backbone and for the class centers, both before the learning rate."""
 
     backbone: tuple[optax.GradientTransformation, ...]
-    """Links of an `optax.chain` over the parameters by dotted name. What comes out is subtracted,
-    times the learning rate; the gradient is clipped before it goes in."""
+    """Links of an `optax.chain` over the parameters by dotted name. Their output is multiplied by
+    the learning rate and subtracted; their input is the clipped gradient."""
     centers: class_centers.Rule
     """The same, element by element, for a block of class centers."""
     elementwise: bool = False
-    """Whether `backbone` too updates every element by itself, whichever array it belongs to: GPUs
-    then update many arrays at once, laid end to end."""
+    """Whether `backbone` also updates every element independently of the array it belongs to: GPUs
+    then update many arrays at once, packed end to end."""
 
 
 def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip the backbone's gradient, then apply the rule that `optimizer.kind` names.
+    """Clips the backbone's gradient, then apply the rule that `optimizer.kind` names.
 
-    What it returns is subtracted, times the learning rate.
+    The result is multiplied by the learning rate and subtracted.
 
     Raises:
       ConfigError: the rule is neither built in nor importable, or is not an `Optimizer`.
@@ -90,7 +90,7 @@ def make_optimizer(optimizer: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def is_elementwise(optimizer: OptimizerConfig) -> bool:
-    """Whether the rule treats every element by itself, see `Optimizer.elementwise`.
+    """Returns whether the rule treats every element independently, as `Optimizer.elementwise`.
 
     Raises:
       ConfigError: as `make_optimizer`.
@@ -133,8 +133,8 @@ def adamw(optimizer: OptimizerConfig) -> Optimizer:
 def lars(optimizer: OptimizerConfig) -> Optimizer:
     """SGD whose sum of gradient and decay is scaled to `trust` times the norm of the array.
 
-    Vectors, BatchNorm's and biases, have neither decay nor scaling; the members of a stack have
-    norms of their own. The centers follow SGD.
+    Vectors (of BatchNorm, and biases) have neither decay nor scaling; the members of a stack have
+    separate norms. The centers follow SGD.
 
     Source: You et al., "Large Batch Training of Convolutional Networks" (2017).
     """
@@ -169,7 +169,7 @@ def _adam(optimizer: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _by_norm(trust: float) -> optax.GradientTransformation:
-    """Scale each matrix's update to `trust` times the matrix's norm."""
+    """Scales each matrix's update to `trust` times the matrix's norm."""
     ratio = optax.scale_by_trust_ratio(trust_coefficient=trust)
 
     def one(update: Any, param: Any) -> Any:
@@ -189,7 +189,7 @@ def _by_norm(trust: float) -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> dict[str, bool]:
-    """Which arrays have more than one axis, not counting a stack's own."""
+    """Returns which arrays have more than one axis, not counting those of stacks."""
     return {
         name: np.ndim(array) - stacks.leading_axes(name, array) > 1
         for name, array in params.items()
@@ -197,14 +197,14 @@ def _matrices(params: Any) -> dict[str, bool]:
 
 
 def first_scale(optimizer: OptimizerConfig, dtype: str) -> Arrays:
-    """The initial loss scale and the steps since it changed, for float16; else empty."""
+    """Returns the initial loss scale and the steps since it changed, for float16; else nothing."""
     if dtype != "float16":
         return {}
     return {"factor": jnp.float32(optimizer.loss_scale), "steps": jnp.int32(0)}
 
 
 def next_scale(scale: Arrays, finite: jax.Array, optimizer: OptimizerConfig) -> Arrays:
-    """Halve the loss scale after an overflow, double it after enough steps without one.
+    """Halves the loss scale after an overflow, and doubles it after enough steps without one.
 
     (Micikevicius et al., "Mixed Precision Training", ICLR 2018.)
     """
@@ -217,7 +217,7 @@ def next_scale(scale: Arrays, finite: jax.Array, optimizer: OptimizerConfig) -> 
 
 
 def update_ema(ema: Arrays, weights: Arrays, *, ema_decay: float, steps: jax.Array) -> Arrays:
-    """Update the running mean of the weights: ema_decay * ema + (1 - ema_decay) * weights.
+    """Updates the running mean of the weights: ema_decay * ema + (1 - ema_decay) * weights.
 
     Early in a run the decay is only (1 + steps) / (10 + steps), so that the initial weights fade
     quickly.

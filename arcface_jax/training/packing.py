@@ -1,10 +1,10 @@
-"""The backbone's many small arrays laid end to end in a few: how the train step holds them on GPUs.
+"""Pack the backbone's many small arrays into a few buffers, for the train step on GPUs.
 
-An IResNet has hundreds of arrays, most of them smaller than what a GPU reads in the time that it
-takes to start a kernel. Packed, the optimizer, the gradient's norm and the check that it is finite
-take a kernel or two for each buffer, and each buffer's gradient is summed over the devices as soon
-as the backward pass has it. Only the train step sees buffers: checkpoints, evaluation and reports
-take named arrays, which `Packing.unpack` returns.
+An IResNet has hundreds of arrays, most of them smaller than what a GPU reads during a kernel
+launch. With packing, the optimizer, the gradient's norm and the check that it is finite take a
+kernel or two per buffer, and each buffer's gradient is summed over the devices as soon as the
+backward pass has computed it. Only the train step uses buffers: checkpoints, evaluation and reports
+use named arrays, which `Packing.unpack` returns.
 """
 
 import math
@@ -21,20 +21,20 @@ from arcface_jax.models import stacks
 from arcface_jax.models.registry import Arrays, Backbone
 
 FEW = 40
-"""A backbone of fewer arrays, as a ViT of stacks, gains nothing and takes more memory."""
-# Bytes of a buffer, at most: enough for an all-reduce at full speed, and few enough that the first
-# ones are summed while the backward pass goes through the layers of the others.
+"""A backbone with fewer arrays, such as a ViT of stacks, gains nothing and uses more memory."""
+# Most bytes of a buffer: enough for an all-reduce at full speed, and few enough that the first
+# buffers are summed while the backward pass computes the others.
 _BUFFER = 28 * 2**20
-# Kernels of a buffer, at most: XLA concatenates as many at once.
+# Most kernels (of convolutions) in a buffer: XLA concatenates this many at once.
 _MEMBERS = 32
-# By number of axes, a stack's own left out: matrices are of the last layers, vectors of all layers.
+# By number of axes without a stack's own: matrices are in the last layers, vectors in all layers.
 _ORDER = {2: 0, 4: 1, 1: 2}
 _Tree = TypeVar("_Tree")
 _Value = TypeVar("_Value")
 
 
 class Buffer(NamedTuple):
-    """Arrays that are one flat array in the step, or one array with its own name and shape."""
+    """Arrays packed into one flat array, or a single array with its own name and shape."""
 
     name: str
     members: tuple[tuple[str, tuple[int, ...]], ...]
@@ -42,7 +42,7 @@ class Buffer(NamedTuple):
 
     @property
     def is_flat(self) -> bool:
-        """Whether its members are laid end to end in it."""
+        """Whether its members are packed end to end."""
         return self.name != self.members[0][0]
 
 
@@ -50,18 +50,18 @@ Layout = tuple[Buffer, ...]
 
 
 def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout:
-    """Which arrays lie in which buffer.
+    """Assigns arrays to buffers.
 
-    Vectors and the kernels of convolutions, which a network has by the hundred, share buffers,
-    those of the last layers, whose gradients are ready first, the first ones. Stacks of them do so
-    where their layers are applied one by one: each layer's gradient is then a piece of the buffer.
-    As an array of its own, a stack of kernels has its gradient transposed in the kernel that
-    updates it, which therefore cannot update in place: XLA copies the new stacks back. Matrices
-    stay as they are, and so do stacks that a loop goes over.
+    Vectors and the kernels of convolutions, of which a network has hundreds, share buffers; the
+    last layers, whose gradients are ready first, get the first buffers. Stacks of these share
+    buffers too if their layers are applied one by one: each layer's gradient is then a piece of the
+    buffer. As a separate array, a stack of kernels has its gradient transposed in the kernel that
+    updates it, which therefore cannot update in place: XLA copies the new stacks back. Matrices,
+    and stacks that a loop iterates over, are not packed.
 
     Args:
       shapes: the arrays, or something with their shapes, by dotted name.
-      groups: a value for each name; only arrays of equal values may share a buffer.
+      groups: a value for each name; only arrays with equal values may share a buffer.
       unrolled: whether the layers of stacks are applied one by one.
     """
     open_buffers: dict[Any, list[str]] = {}
@@ -99,12 +99,12 @@ def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout
 
 
 def separate(shapes: Arrays) -> Layout:
-    """The layout in which every array stays as it is."""
+    """Returns the layout without packing."""
     return tuple(Buffer(name, ((name, tuple(a.shape)),)) for name, a in shapes.items())
 
 
 def _depth(name: str) -> list[tuple[int, str]]:
-    """Sort key: numbers in a name by value, so that block 10 follows block 9."""
+    """Sort key: compares numbers in a name by value, so that block 10 follows block 9."""
     return [(int(part or 0), text) for text, part in re.findall(r"(\D+)(\d*)", "." + name)]
 
 
@@ -117,7 +117,7 @@ def _bytes(array: Any) -> int:
 
 
 def pack(layout: Layout, arrays: Arrays) -> Arrays:
-    """The buffers of the arrays by name; of arrays that are not given there is no buffer."""
+    """Packs arrays into buffers by name; buffers of missing arrays are left out."""
     return {
         buffer.name: (
             jnp.concatenate([_flat(arrays[name]) for name, _ in buffer.members])
@@ -130,7 +130,7 @@ def pack(layout: Layout, arrays: Arrays) -> Arrays:
 
 
 def unpack(layout: Layout, packed: Arrays) -> Arrays:
-    """The reverse of `pack`; the gradient of a buffer is its members' gradients, packed."""
+    """Unpacks buffers; the gradient of a buffer is its members' gradients, packed."""
     arrays: Arrays = {}
     for buffer in layout:
         if buffer.name not in packed:
@@ -146,7 +146,7 @@ def unpack(layout: Layout, packed: Arrays) -> Arrays:
 
 
 def _flat(array: Any) -> jax.Array:
-    # Kernels of convolutions with the output channels first, which is how cuDNN reads them.
+    # Kernels of convolutions have the output channels first, as cuDNN reads them.
     return (jnp.moveaxis(array, -1, -4) if array.ndim >= 4 else array).reshape(-1)
 
 
@@ -158,7 +158,7 @@ def _shaped(flat: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 class Packing(NamedTuple):
-    """How a run's train step holds the parameters and BatchNorm's statistics."""
+    """How a run's train step stores the parameters and BatchNorm's statistics."""
 
     params: Layout
     batch_stats: Layout
@@ -169,7 +169,7 @@ class Packing(NamedTuple):
         return any(buffer.is_flat for layout in self for buffer in layout)
 
     def backbone(self, network: Backbone) -> Backbone:
-        """The network as functions of buffers."""
+        """Returns the network as functions of buffers."""
 
         def apply(params, batch_stats, images, *, train: bool, keys=None):
             named = unpack(self.params, params), unpack(self.batch_stats, batch_stats)
@@ -179,19 +179,19 @@ class Packing(NamedTuple):
         return network._replace(apply=apply)
 
     def holds(self, params: Arrays) -> bool:
-        """Whether the parameters are packed already."""
+        """Returns whether the parameters are packed."""
         return params.keys() == {buffer.name for buffer in self.params}
 
     def pack(self, tree: _Tree) -> _Tree:
-        """A state, or part of one, as the step holds it; what is packed stays as it is.
+        """Packs a state, or part of one; packed parts are returned unchanged.
 
-        Every dict of the backbone's arrays becomes one of buffers: the parameters, and what the
-        optimizer and the running means keep of them.
+        Every dict of the backbone's arrays becomes a dict of buffers: the parameters, and their
+        counterparts in the optimizer and in the running means.
         """
         return self._change(tree, pack, lambda buffer: [member for member, _ in buffer.members])
 
     def unpack(self, tree: _Tree) -> _Tree:
-        """A state, or part of one, with every array by its dotted name again."""
+        """Unpacks a state, or part of one, to arrays by dotted name."""
         return self._change(tree, unpack, lambda buffer: [buffer.name])
 
     def _change(
@@ -216,16 +216,16 @@ class Packing(NamedTuple):
 
 
 def _run(change: Callable[[Layout, Arrays], Arrays], layout: Layout, arrays: Arrays) -> Arrays:
-    """Apply a change to arrays on the devices, or to shapes; the result is placed as they are."""
+    """Applies a change to arrays on the devices, or to shapes; keeps their placement."""
     first: Any = next(iter(arrays.values()))
     if not isinstance(first, jax.ShapeDtypeStruct):
-        # Compiled once for a layout: `change` and `layout` are the same objects at every call.
+        # Compiled once per layout: `change` and `layout` are the same objects at every call.
         return jax.jit(change, static_argnums=0)(layout, arrays)
     shapes = jax.eval_shape(partial(change, layout), arrays)
     return {name: x.update(sharding=first.sharding) for name, x in shapes.items()}
 
 
 def by_buffer(layout: Layout, values: Mapping[str, _Value]) -> dict[str, _Value]:
-    """The values of arrays by name as values of their buffers; of those that have one."""
+    """Maps values of arrays by name to values of their buffers, for arrays that have a value."""
     firsts = {buffer.name: buffer.members[0][0] for buffer in layout}
     return {name: values[first] for name, first in firsts.items() if first in values}

@@ -20,22 +20,22 @@ _FIX = "`arcface-jax plan RECIPE --devices N` shows what each device needs, acti
 
 
 def require(state: TrainState, program: jax.stages.Compiled, *, mesh: Mesh) -> None:
-    """Check that a state fits into the memory of every process's devices while it is made.
+    """Checks that a state fits into the memory of every process's devices while it is made.
 
     A collective operation: all processes raise, or none.
 
     Args:
-      state: abstract, placed on the mesh.
-      program: what makes it, `step.compile_init`.
+      state: abstract state, placed on the mesh.
+      program: the program that makes it, from `step.compile_init`.
       mesh: the devices.
 
     Raises:
-      ConfigError: with what the state needs, what is free and what to change.
+      ConfigError: with the memory needed, the memory free, and what to change.
     """
     held = manifest.state_bytes(state)
     own = mesh.local_devices
     on_cpu = own[0].platform == "cpu"
-    copies = len(own) if on_cpu else 1  # CPU devices take their parts from one memory
+    copies = len(own) if on_cpu else 1  # CPU devices share one memory
     needed = copies * (sum(held.values()) + _temporary(program))
     free = memory.free_on_host() if on_cpu else min(map(memory.free_on_device, own))
     lacking = _most_lacking(needed, free)
@@ -59,16 +59,16 @@ def require(state: TrainState, program: jax.stages.Compiled, *, mesh: Mesh) -> N
 
 
 def _temporary(program: jax.stages.Compiled) -> int:
-    """Bytes on each device that a program takes besides what it returns."""
+    """Returns the bytes on each device that a program uses in addition to its result."""
     sizes: Any = program.memory_analysis()
     return 0 if sizes is None else sizes.temp_size_in_bytes
 
 
 def _most_lacking(needed: int, free: int) -> tuple[int, int, int] | None:
-    """(process, bytes needed, bytes free) where most is lacking; None where all of them fit."""
+    """Returns (process, bytes needed, bytes free) with the largest shortage; None if all fit."""
     if jax.process_count() == 1:
         return (0, needed, free) if needed > free else None
-    mib = np.array([needed, free]) // 2**20  # int32 holds bytes of up to 2 GiB only
+    mib = np.array([needed, free]) // 2**20  # int32 is limited to 2 GiB in bytes
     everywhere = multihost_utils.process_allgather(mib.astype(np.int32))
     lacks = everywhere[:, 0] - everywhere[:, 1]
     worst = int(np.argmax(lacks))
@@ -78,12 +78,12 @@ def _most_lacking(needed: int, free: int) -> tuple[int, int, int] | None:
 
 
 def require_to_read(arrays: Any, workdir: Path, device: Any = None) -> None:
-    """Check that stored arrays fit into this process's memory before they are read.
+    """Checks that stored arrays fit into this process's memory before they are read.
 
     Args:
-      arrays: anything with shapes and types.
-      workdir: of the run that stored them.
-      device: of JAX, that they are read to; None is the host.
+      arrays: objects with shapes and types.
+      workdir: workdir of the run that stored them.
+      device: JAX device to read them to; None is the host.
 
     Raises:
       CheckpointError: they do not fit.
@@ -102,7 +102,7 @@ def require_to_read(arrays: Any, workdir: Path, device: Any = None) -> None:
 
 @contextlib.contextmanager
 def reporting_exhaustion() -> Iterator[None]:
-    """Turn JAX's report that an allocation failed into one line.
+    """Turns JAX's report of a failed allocation into one line.
 
     Raises:
       ConfigError: memory ran out in the block.

@@ -1,4 +1,4 @@
-"""A run while it trains: what happens around each step, and what has to be closed at the end."""
+"""A run while it trains: the work around each step, and closing everything at the end."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -24,22 +24,22 @@ from arcface_jax.training.step import Metrics, TrainState, TrainStep
 Batch = dict[str, jax.Array]
 Batches = Generator[tuple[Batch, tuple[BadImage, ...]]]
 
-# Steps dispatched to the devices before the first of them is done: enough to keep them busy, and
-# few enough that batches do not pile up in their memory.
+# Steps dispatched to the devices before the first of them is done: enough to keep the devices busy,
+# and few enough that batches do not pile up in their memory.
 _STEPS_AHEAD = 2
 
 
 class Steps(NamedTuple):
-    """When a run starts, ends, evaluates and saves, in optimizer steps."""
+    """The steps at which a run starts, ends, evaluates and saves."""
 
     start: int
-    """Steps done before; 0, or the checkpoint that the run resumes from."""
+    """Steps already done: 0, or the step of the checkpoint that the run resumes from."""
     total: int
     per_epoch: int
     evaluate_at: set[int]
-    """Steps after which the state is evaluated; the last step is one of them."""
+    """Steps after which the state is evaluated, including the last one."""
     save_at: set[int]
-    """Steps after which the state is saved; the last step is one of them."""
+    """Steps after which the state is saved, including the last one."""
 
 
 def plan_steps(
@@ -50,7 +50,7 @@ def plan_steps(
     start: int,
     per_epoch: int,
 ) -> Steps:
-    """The steps of a run that starts from step `start` and has `per_epoch` steps per epoch."""
+    """Returns the steps of a run that starts at step `start`, with `per_epoch` steps per epoch."""
     total = per_epoch * schedule.epochs
     evaluate_at = _milestones(evaluation.every_epochs, per_epoch, total)
     save_at = _milestones(checkpoint.every_epochs, per_epoch, total)
@@ -60,14 +60,14 @@ def plan_steps(
 
 
 def _milestones(every_epochs: float, per_epoch: int, total: int) -> set[int]:
-    """The steps after which something periodic is due; the last is one of them."""
+    """Returns the steps after which a periodic event is due, including the last one."""
     interval = max(1, round(every_epochs * per_epoch)) if every_epochs else total
     return {*range(interval, total, interval), total}
 
 
 @dataclass
 class Run:
-    """A run while it trains: what the loop in `train` works with, and how far it is."""
+    """A run while it trains: the working objects and progress of the loop in `train`."""
 
     config: Config
     steps: Steps
@@ -75,7 +75,7 @@ class Run:
     packing: Packing
     evaluate: evaluators.Evaluate
     failure: Callable[[TrainState, Batch, dict[str, float]], UserError]
-    """The error to raise when steps are no longer finite; writes a report."""
+    """Returns the error to raise when steps are no longer finite, and writes a report."""
     manager: ocp.CheckpointManager
     dataset: checkpoint.Dataset
     batches: Batches
@@ -88,28 +88,28 @@ class Run:
     chance_loss: float
     """Expected loss at initialization."""
     pretrained: bool
-    """Whether the run starts from other weights than random ones."""
+    """Whether the run starts from other than random weights."""
 
     held: TrainState
-    """The state as the step holds it."""
+    """The state as the train step stores it."""
     done: int
     """Steps dispatched; `held.step` may still be computed on the devices."""
     in_flight: deque[Metrics] = field(default_factory=deque)
     results: list[evaluators.Result] = field(default_factory=list)
-    """Of the last evaluation."""
+    """Results of the last evaluation."""
     evaluated_at: int | None = None
-    """The step of the last evaluation."""
+    """Step of the last evaluation."""
 
     @property
     def state(self) -> TrainState:
-        """The state with every array by its dotted name; where the step packs it, a copy."""
+        """The state with every array by its dotted name; a copy if the step packs it."""
         return self.packing.unpack(self.held)
 
     def next_batch(self) -> Batch:
-        """Wait for the next batch, on the devices, and report its unreadable images.
+        """Waits for the next batch, on the devices, and report its unreadable images.
 
         Raises:
-          UserError: too many images cannot be read. What was trained so far is saved.
+          UserError: too many images cannot be read. The state so far is saved.
         """
         try:
             with self.clock.waiting():
@@ -117,14 +117,14 @@ class Run:
             for image in self.bad_images.add(bad, step=self.done + 1):
                 self.terminal.print(messages.bad_image(image))
         except UserError:
-            # Several processes save together, and the others do not know of this error.
+            # Several processes save together, and the others do not know about this error.
             if self.done > self.steps.start and jax.process_count() == 1:
                 self.save()
             raise
         return batch
 
     def finish_first_step(self, batch: Batch, metrics: Metrics) -> None:
-        """Wait for the first step, whose compilation does not count as training time."""
+        """Waits for the first step, whose compilation does not count as training time."""
         jax.block_until_ready(metrics)
         self.terminal.print_all(
             self.health.few_labels(meshes.own_part(batch["label"])),
@@ -138,19 +138,19 @@ class Run:
         self.clock.restart()
 
     def limit_steps_ahead(self, metrics: Metrics) -> None:
-        """Wait for an earlier step if too many are in flight."""
+        """Waits for an earlier step if too many are in flight."""
         self.in_flight.append(metrics)
         if len(self.in_flight) > _STEPS_AHEAD:
             with self.clock.blocked():
                 jax.block_until_ready(self.in_flight.popleft())
 
     def log_step(self, metrics: Metrics) -> dict[str, float]:
-        """Log and show the metrics of a step, with warnings about them; returns the values."""
+        """Logs and shows the metrics of a step, with warnings about them; returns the values."""
         with self.clock.blocked():
             values = {name: float(value) for name, value in metrics.items()}
         values |= self.clock.read()
         straggler = None
-        if "perf/host_ms" in values:  # on all hosts, or on none
+        if "perf/host_ms" in values:  # on all hosts or on none
             slowest, straggler = diagnostics.slowest_host(values["perf/host_ms"])
             values |= slowest
         values["epoch"] = self.done / self.steps.per_epoch
@@ -167,9 +167,9 @@ class Run:
         return values
 
     def raise_if_failing(self, batch: Batch, values: dict[str, float]) -> None:
-        """End the run, with a checkpoint, after too many non-finite steps or for invalid labels.
+        """Ends the run, with a checkpoint, after too many non-finite steps or for invalid labels.
 
-        Too many are `optimizer.stop_after_skipped`, or all steps of a shorter run.
+        The limit is `optimizer.stop_after_skipped`, or all steps of a shorter run.
         """
         limit = min(self.config.optimizer.stop_after_skipped, self.steps.total)
         if values["train/skipped_in_row"] >= limit:
@@ -180,7 +180,7 @@ class Run:
             raise messages.invalid_labels(values["train/invalid_labels"], self.done, self.dataset)
 
     def raise_if_untrained(self) -> None:
-        """Refuse the outcome of a run that is complete and never changed its weights."""
+        """Refuses the result of a complete run that never changed its weights."""
         skipped = int(self.state.counters["skipped_steps"])
         if 0 < self.done <= skipped:
             raise diagnostics.untrained_error(
@@ -188,13 +188,13 @@ class Run:
             )
 
     def evaluate_if_missing(self, stop: signals.Stop) -> None:
-        """Make up for an evaluation that a signal interrupted before this run resumed."""
+        """Repeats an evaluation that a signal interrupted before this run resumed."""
         missing = self.done in self.steps.evaluate_at and not self.log.has(self.done, "eval/")
         if missing and self.config.evaluation.targets:
             self.evaluate_and_log(stop)
 
     def evaluate_and_log(self, stop: signals.Stop) -> None:
-        """Evaluate the state on all verification sets.
+        """Evaluates the state on all verification sets.
 
         Raises:
           Interrupted: a signal came.
@@ -207,7 +207,7 @@ class Run:
         )
 
     def explain(self, metrics: Metrics) -> None:
-        """Explain why sets are still verified at chance level, if any is."""
+        """Explains why a set is still at chance level, if one is."""
         loss = float(metrics["train/loss"])
         self.terminal.print_all(
             *(
@@ -224,12 +224,12 @@ class Run:
         return {name: evaluators.metrics(self.results)[name]}
 
     def save(self, score: dict[str, float] | None = None) -> None:
-        """Save the state; `score` is what this step's evaluation gave, see `score`."""
+        """Saves the state with the score of this step's evaluation, from `score`."""
         checkpoint.save(self.manager, self.state, self.dataset, score)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Close everything that the run holds open, however the block ends."""
+        """Closes everything that the run holds open, however the block ends."""
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """Read checkpoints for inference, export and fine-tuning, also while the run trains.
 
-Such a run removes old checkpoints. One that vanishes while it is read is replaced by the next.
+Such a run removes old checkpoints. If one vanishes while it is read, the next one is read.
 """
 
 import time
@@ -22,9 +22,9 @@ from arcface_jax.runtime.files import complete_steps, quiet_orbax
 from arcface_jax.training import checkpoint, checkpoint_forms, room, step
 from arcface_jax.training.checkpoint import CONFIG
 
-# Checkpoints to try, each of which may be removed while it is read.
+# Number of checkpoints to try, each of which may be removed while it is read.
 _ATTEMPTS = 20
-# Removing a checkpoint takes a while, in which some of its files are missing.
+# Removing a checkpoint takes a while, during which some of its files are missing.
 _REMOVAL_SECONDS = 5.0
 _PAUSE_SECONDS = 0.1
 
@@ -34,10 +34,10 @@ T = TypeVar("T")
 def restore_backbone(
     workdir: Path, which: Which = "latest"
 ) -> tuple[Config, registry.Arrays, registry.Arrays, int]:
-    """What inference needs of a run: configuration, params, batch_stats, and their step.
+    """Reads what inference needs of a run: configuration, params, batch_stats, and their step.
 
     Raises:
-      CheckpointError: the folder holds no run, no such checkpoint, or one that is damaged or of
+      CheckpointError: the folder has no run, no such checkpoint, or one that is damaged or of
         another network.
     """
     return _read(workdir, which, _restore_backbone)
@@ -71,7 +71,7 @@ def _restore_backbone(
 
 
 def restore_dataset(workdir: Path, which: Which = "latest") -> tuple[Config, int, dict[str, Any]]:
-    """Configuration of a run, the step of a checkpoint, and what that records of the training set.
+    """Reads a run's configuration, and a checkpoint's step and record of the training set.
 
     The record has num_classes and num_images; it is empty for imported weights.
 
@@ -94,12 +94,12 @@ def _restore_dataset(
 
 
 def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """(C * subcenters, D) float32 class centers of the newest checkpoint, and their SGD momentum.
+    """Reads the newest (C * subcenters, D) float32 class centers, and their SGD momentum.
 
     The momentum is None for another optimizer, and for imported weights.
 
     Raises:
-      CheckpointError: the folder holds no checkpoint, or one without centers.
+      CheckpointError: the folder has no checkpoint, or one without centers.
     """
     return _read(workdir, "latest", _restore_centers)
 
@@ -130,18 +130,18 @@ def restore_kept_centers(
     subcenters: int,
     label_map: np.ndarray | None = None,
 ) -> jax.Array:
-    """The class centers of another run of the same classes, or of classes that a map relates.
+    """Reads the class centers of another run with the same classes, or with mapped ones.
 
     Args:
-      workdir: of that run.
-      like: an array of the shape and placement they are to have.
+      workdir: workdir of that run.
+      like: an array with the wanted shape and placement.
       num_classes: C of the new run.
-      subcenters: per class, of the new run.
-      label_map: (C of the other run,) the new label of each old class, -1 for none; a class made
-        of several gets the mean of their centers.
+      subcenters: centers per class of the new run.
+      label_map: (C of the other run,) the new label of each old class, -1 for none; a merged class
+        gets the mean of its centers.
 
     Raises:
-      CheckpointError: the folder holds no checkpoint, or its centers do not fit.
+      CheckpointError: the folder has no checkpoint, or its centers do not fit.
     """
 
     def restore(
@@ -169,11 +169,11 @@ def restore_kept_centers(
 
 
 def _mapped(old: np.ndarray, label_map: np.ndarray, *, like: jax.Array) -> jax.Array:
-    """The mean of the old centers of each new class; classes without one keep `like`'s."""
+    """Averages the old centers of each new class; classes without any keep those of `like`."""
     size = old.shape[1]
     subcenters = len(old) // len(label_map)
     kept = label_map >= 0
-    rows = like.shape[0] // subcenters  # classes with the padding
+    rows = like.shape[0] // subcenters  # classes including padding
     sums = np.zeros((rows, subcenters, size), np.float32)
     np.add.at(sums, label_map[kept], old.reshape(-1, subcenters, size)[kept])
     parts = np.bincount(label_map[kept], minlength=rows)
@@ -184,12 +184,12 @@ def _mapped(old: np.ndarray, label_map: np.ndarray, *, like: jax.Array) -> jax.A
 
 
 def is_begun(workdir: Path) -> bool:
-    """Whether the workdir holds a checkpoint to resume from."""
+    """Returns whether the workdir has a checkpoint to resume from."""
     return bool(complete_steps(workdir))
 
 
 def _num_classes(manager: ocp.CheckpointManager, centers: Path) -> int:
-    """C of a checkpoint, after its item with the class centers was verified."""
+    """Returns C of a checkpoint, after verifying its item with the class centers."""
     saved = centers.parent
     checksums.require_whole(saved, centers.name)
     checksums.require_whole(saved, "dataset")
@@ -211,11 +211,10 @@ def _read(
     which: Which,
     read: Callable[[Path, Config, ocp.CheckpointManager, int], T],
 ) -> T:
-    """What `read` makes of a checkpoint: of another one if that is removed in the meantime.
+    """Applies `read` to a checkpoint, or to another one if that is removed in the meantime.
 
     Raises:
-      CheckpointError: there is none, `which` names a step that was removed, or each of several
-        was.
+      CheckpointError: there is none, `which` names a removed step, or each of several was removed.
     """
     quiet_orbax()  # of a failed read, some parts fail after its error is raised
     for attempt in range(_ATTEMPTS):
@@ -243,13 +242,13 @@ def _read(
 
 
 def _is_removed(workdir: Path, number: int | None) -> bool:
-    """Whether a checkpoint is gone, or goes in the next seconds; of None the listing failed."""
+    """Returns whether a checkpoint is gone or about to be; None means that listing failed."""
     path = checkpoint.folder_of(workdir) / str(number)
     if number is not None and not path.exists():
         return True
     holder = locks.find(workdir)
     if holder is None or not holder[1]:
-        return False  # no run removes anything here
+        return False  # no run removes checkpoints here
     if number is None:
         time.sleep(_PAUSE_SECONDS)
         return bool(complete_steps(workdir))
@@ -269,7 +268,7 @@ def _manager(workdir: Path) -> ocp.CheckpointManager:
 
 
 def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
-    """The step of one of the checkpoints on disk."""
+    """Returns the step of the requested checkpoint on disk."""
     steps = complete_steps(workdir)
     if not steps:
         raise CheckpointError(
@@ -290,7 +289,7 @@ def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
 
 
 def _best(manager: ocp.CheckpointManager, steps: list[int], workdir: Path) -> int:
-    # A resumed run may rank by another metric than config.json does: it is stored with the value.
+    # A resumed run may rank by another metric than config.json names: it is stored with the value.
     measured = {}
     for number in steps:
         saved = checkpoint.folder_of(workdir) / str(number)
@@ -309,7 +308,7 @@ def _best(manager: ocp.CheckpointManager, steps: list[int], workdir: Path) -> in
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
-    """Options with which each process reads independently of the others."""
+    """Returns options with which each process reads independently of the others."""
     here = jax.process_index()
     if jax.process_count() == 1:
         return ocp.options.MultiprocessingOptions()

@@ -46,42 +46,42 @@ Metrics = dict[str, jax.Array]
 )
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes and a checkpoint holds."""
+    """Everything that a step changes and a checkpoint stores."""
 
     step: jax.Array
     """() int32, optimizer steps done."""
     params: Arrays
-    """Backbone parameters by dotted name, float32, on every device. Between the steps on GPUs they,
-    the statistics and what belongs to them are packed (packing.py)."""
+    """Backbone parameters by dotted name, float32, on every device. On GPUs, they and everything of
+    the same structure are packed between steps (packing.py)."""
     batch_stats: Arrays
-    """BatchNorm's running statistics, the same way."""
+    """BatchNorm's running statistics, by dotted name, float32, on every device."""
     opt_state: optax.OptState
-    """What the backbone's optimizer remembers, the same way."""
+    """State of the backbone's optimizer."""
     centers: jax.Array
-    """(C_padded * subcenters, D) float32 class centers, split over the devices."""
+    """(C_padded * subcenters, D) float32 class centers, sharded over the devices."""
     centers_opt: Moments
-    """What the optimizer remembers of the centers, by name, of their shape and placement."""
+    """Optimizer state of the centers, by name, with their shape and sharding."""
     head_state: State
-    """What the margin remembers, () float32 by name."""
+    """State of the margin, () float32 by name."""
     loss_scale: Arrays
     """float16: () `factor` of the embeddings' gradient and `steps` since it changed; else empty."""
     ema: dict[str, Arrays]
-    """Running means of `params` and `batch_stats` where the recipe asks for them; else empty."""
+    """Running means of `params` and `batch_stats` if the recipe asks for them; else empty."""
     counters: dict[str, jax.Array]
-    """() int32 by name: `invalid_labels` and `skipped_steps` since the first step,
-    `skipped_in_row` up to now."""
+    """() int32 by name: `invalid_labels` and `skipped_steps` since the first step, `skipped_in_row`
+    at present."""
 
 
 def backbone(
     config: Config, *, num_devices: int = 1, one_group: bool = False, gpu: float = 0
 ) -> registry.Backbone:
-    """The backbone of a configuration, for one slice of the batch on one of the devices.
+    """Builds the backbone of a configuration, for one slice of the batch on one device.
 
     Args:
       config: the run.
       num_devices: devices in the mesh.
-      one_group: whether BatchNorm normalizes the whole batch at once, whatever the recipe's groups.
-      gpu: compute capability of the NVIDIA GPUs that apply it, or 0; arrays are the same.
+      one_group: whether BatchNorm normalizes the whole batch at once, ignoring the recipe's groups.
+      gpu: compute capability of the NVIDIA GPUs that run it, or 0; does not change the arrays.
     """
     groups = 1 if one_group else batch_norm_groups(config)
     across = groups == 1 and num_devices > 1
@@ -103,10 +103,10 @@ def backbone(
 
 
 def trained(finetune: FineTuneConfig, params: Arrays) -> dict[str, float]:
-    """The parameters that are trained: each one's factor on the learning rate, by name.
+    """Returns the trained parameters: each one's factor on the learning rate, by name.
 
     Raises:
-      ConfigError: a pattern of `finetune.frozen` or `finetune.rates` fits none.
+      ConfigError: a pattern of `finetune.frozen` or `finetune.rates` matches none.
     """
     names = list(params)
     frozen = name_rules.select(finetune.frozen, names, field="finetune.frozen")
@@ -115,7 +115,7 @@ def trained(finetune: FineTuneConfig, params: Arrays) -> dict[str, float]:
 
 
 def shardings(mesh: Mesh) -> TrainState:
-    """How each part of the state lies on the devices: a prefix of the state's tree."""
+    """Returns the sharding of each part of the state: a prefix of the state's tree."""
     names = [field.name for field in dataclasses.fields(TrainState)]
     placed: dict[str, Any] = dict.fromkeys(names, meshes.replicated(mesh))
     placed["centers"] = placed["centers_opt"] = meshes.split(mesh)
@@ -123,7 +123,7 @@ def shardings(mesh: Mesh) -> TrainState:
 
 
 def compile_init(config: Config, *, num_classes: int, mesh: Mesh) -> jax.stages.Compiled:
-    """The program of `init_state`: (params, batch_stats), which are donated, to the state."""
+    """Compiles `init_state`: (params, batch_stats), which are donated, to the state."""
     start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
     given = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=meshes.replicated(mesh)),
@@ -141,7 +141,7 @@ def init_state(
     weights: tuple[Arrays, Arrays] | None = None,
     program: jax.stages.Compiled | None = None,
 ) -> TrainState:
-    """The state before the first step, on the devices.
+    """Returns the state before the first step, on the devices.
 
     The same seed gives the same weights and centers on any number of devices. `weights`, params
     and batch_stats, replace the random ones. `program` is what `compile_init` returned, if it was
@@ -155,12 +155,14 @@ def init_state(
 
 
 def _copied(weights: tuple[Arrays, Arrays], like: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
-    """A copy of initial weights, because they are donated, in the network's own types."""
+    """Copies initial weights, because they are donated, and converts them to the network's
+    types.
+    """
     return jax.tree.map(lambda x, wanted: np.array(x, wanted.dtype), tuple(weights), tuple(like))
 
 
 def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainState:
-    """The shapes, types and placements of `init_state`, without allocating anything."""
+    """Returns the shapes, types and placements of `init_state`, without allocating anything."""
     start = partial(_first_state, config, num_classes=num_classes, num_devices=mesh.size)
     state = jax.eval_shape(start, *backbone(config).shapes)
 
@@ -200,16 +202,16 @@ def _first_state(
 
 
 def make_packing(config: Config, mesh: Mesh) -> Packing:
-    """How the train step holds the backbone: packed on GPUs, elsewhere every array by itself.
+    """Returns how the train step stores the backbone: packed on GPUs, as separate arrays elsewhere.
 
-    An optimizer that takes norms of single arrays, as LARS does, is given single arrays everywhere.
+    Optimizers that use norms of single arrays, such as LARS, get separate arrays everywhere.
     """
     network = backbone(config, gpu=meshes.compute_capability(mesh))
     params, batch_stats = network.shapes
     many = len(params) >= packing.FEW
     if not (many and meshes.is_gpu(mesh) and optim.is_elementwise(config.optimizer)):
         return Packing(packing.separate(params), packing.separate(batch_stats))
-    # Frozen arrays, and those with a learning rate of their own, have buffers of their own.
+    # Frozen arrays, and those with their own learning rate, have separate buffers.
     factors = trained(config.finetune, params)
     groups = {name: factors.get(name) for name in params}
     plan = partial(packing.plan, unrolled=network.unrolled)
@@ -219,7 +221,7 @@ def make_packing(config: Config, mesh: Mesh) -> Packing:
 class TrainStep(Protocol):
     """(state, {"image": (B, 112, 112, 3) uint8, "label": (B,) int32}) -> (state, metrics).
 
-    With a teacher the batch has its embeddings too, "teacher": (B, V, D), see `distill.shown`.
+    With a teacher the batch also has its embeddings, "teacher": (B, V, D), see `distill.shown`.
 
     The given state is donated. Metrics are () float32 on the devices, named as in metrics.jsonl.
     """
@@ -227,16 +229,18 @@ class TrainStep(Protocol):
     def __call__(
         self, state: TrainState, batch: dict[str, jax.Array], /
     ) -> tuple[TrainState, Metrics]:
-        """Take a state, packed or by name; the one returned is packed, by `make_packing`."""
+        """Applies the step to a state, packed or by name; the returned state is packed by
+        `make_packing`.
+        """
         ...
 
     def lower(self, state: TrainState, batch: Mapping[str, Any], /) -> jax.stages.Lowered:
-        """Trace the step for abstract arguments, to compile it without running it."""
+        """Traces the step for abstract arguments, to compile it without running it."""
         ...
 
 
 class _PackedStep(NamedTuple):
-    """A step whose given state need not be packed yet, as the first one of a run."""
+    """A step that also accepts an unpacked state, as in a run's first call."""
 
     run: Any
     packing: Packing
@@ -260,15 +264,15 @@ def make_train_step(
     mesh: Mesh,
     distill_weight: optim.Schedule | None = None,
 ) -> TrainStep:
-    """The train step of a configuration, compiled at its first call.
+    """Returns the train step of a configuration, compiled at its first call.
 
     Args:
       config: the run.
       num_classes: C.
-      schedule: the learning rate of each step.
+      schedule: learning rate of each step.
       mesh: the devices.
-      distill_weight: the weight of the teacher's losses at each step; by default
-        `distill.weight` at all of them.
+      distill_weight: weight of the teacher's losses at each step; by default constant,
+        `distill.weight`.
     """
     form = make_packing(config, mesh)
     gradients = _make_gradients(
@@ -285,8 +289,8 @@ def make_train_step(
         found = gradients(state, batch)
         head, rate, norm = found.head, found.rate, optax.tree.norm(found.params)
         taught = found.taught.metrics if found.taught else {}
-        # The centers were updated inside the head, by its own check: an overflow in the backbone's
-        # gradient does not make theirs wrong.
+        # The centers were updated inside the head, with its own check: an overflow in the
+        # backbone's gradient does not affect them.
         finite = jnp.isfinite(norm) & jnp.isfinite(found.loss)
         moving = _pick(state.params, factors)
         updates: Any
@@ -311,7 +315,7 @@ def make_train_step(
             "skipped_steps": state.counters["skipped_steps"] + ~finite,
             "skipped_in_row": jnp.where(finite, 0, state.counters["skipped_in_row"] + 1),
         }
-        if config.head.sample_rate < 1 and "accuracy" in head.metrics:  # of the sampled classes
+        if config.head.sample_rate < 1 and "accuracy" in head.metrics:  # over the sampled classes
             head.metrics["accuracy_sampled"] = head.metrics.pop("accuracy")
         metrics: Any = {
             "train/loss": found.loss,
@@ -337,7 +341,7 @@ def make_train_step(
         ), metrics
 
     placed = shardings(mesh)
-    # Stated, because a state with another placement would compile the step again.
+    # Explicit, because a state with another placement would recompile the step.
     run = jax.jit(step, donate_argnums=0, out_shardings=(placed, meshes.replicated(mesh)))
     return _PackedStep(run, form) if form.packs else run
 
@@ -347,15 +351,15 @@ class _Gradients(NamedTuple):
 
     head: HeadOutput
     taught: Taught | None
-    """Of the teacher's losses; None without a teacher."""
+    """Result of the teacher's losses; None without a teacher."""
     loss: jax.Array
-    """() float32: the head's, or, where the head is off, the teacher's."""
+    """() float32: the head's loss, or, if the head is off, the teacher's."""
     params: Arrays
     """Gradient of the trained backbone parameters, float32."""
     batch_stats: Arrays
     """Updated running statistics."""
     rate: jax.Array
-    """() float32."""
+    """() float32 learning rate."""
 
 
 def _make_gradients(
@@ -366,7 +370,7 @@ def _make_gradients(
     mesh: Mesh,
     distill_weight: optim.Schedule | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array]], _Gradients]:
-    """Forward pass, head, and backward pass of a batch; the state is packed."""
+    """Makes forward pass, head, and backward pass of a batch; the state is packed."""
     form, gpu = make_packing(config, mesh), meshes.compute_capability(mesh)
     network = form.backbone(backbone(config, num_devices=mesh.size, gpu=gpu))
     moving_names = list(packing.by_buffer(form.params, trained(config.finetune, network.shapes[0])))
@@ -433,7 +437,7 @@ def _apply_head(
     num_classes: int,
     mesh: Mesh,
 ) -> HeadOutput:
-    """The head's part of a step: none at all where it is off; centers of a teacher stay fixed."""
+    """Applies the head's part of a step: nothing if it is off; a teacher's centers stay fixed."""
     centers = Centers(state.centers, state.centers_opt, state.head_state)
     if config.distill.head == "off":
         nothing = jnp.zeros((), jnp.float32)
@@ -503,8 +507,8 @@ def make_embed(
 ) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
     """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32.
 
-    In training mode BatchNorm uses the statistics of these images, and dropout and the like are
-    active, with the same draws at each call.
+    In training mode BatchNorm uses the statistics of these images, and dropout and similar layers
+    are active, with the same random numbers at each call.
     """
     train = mode == "training"
 

@@ -1,6 +1,6 @@
-"""A teacher's embeddings of the training set: computed once, kept on disk, gathered by image.
+"""A teacher's embeddings of the training set: computed once, stored on disk, read by image.
 
-The cache is a `Store` of arcface_jax.evaluation.shards: CACHE/settings.json states teacher, set and
+The cache is a `Store` of arcface_jax.evaluation.shards: CACHE/settings.json names teacher, set and
 views, and shard i is `teacher-0000i.npy`, (rows, V, Dt) float16 unit vectors of `SHARD` images. A
 row of zeros stands for an image that cannot be read.
 """
@@ -39,39 +39,39 @@ from arcface_jax.training.network import Network
 from arcface_jax.training.teacher_record import Record
 
 SHARD = 2048
-"""Images in a shard; what an interrupted run had of one is lost."""
-_PIECE = 512  # images that are read and embedded together: 19 MB, of which two are in memory
+"""Images in a shard; an interrupted run loses its current shard."""
+_PIECE = 512  # images read and embedded together: 19 MB, two of them in memory
 _BYTES = 2  # of a float16
 _SAMPLE = 65536  # images whose embeddings give the principal components
-_SEED = 20260101  # of the lift and of that sample; any number, but always the same
+_SEED = 20260101  # seed of the lift and of that sample; any fixed number
 VIEWS = {"mean": 1, "both": 2}
 
 
 def bytes_needed(images: int, *, embedding_size: int, views: str) -> int:
-    """Of a cache on disk."""
+    """Returns the size of a cache on disk in bytes."""
     return images * VIEWS[views] * embedding_size * _BYTES
 
 
 def shape(distill: DistillConfig, *, embedding_size: int) -> tuple[int, int] | None:
-    """(V, D) of what a batch holds for an image; None without a teacher."""
+    """Returns (V, D) of the teacher's embeddings per image in a batch; None without a teacher."""
     return (VIEWS[distill.views], embedding_size) if distill.teacher else None
 
 
 def folder_of(distill: DistillConfig, workdir: Path) -> Path:
-    """Where the cache of a run is."""
+    """Returns the folder of a run's cache."""
     return Path(distill.cache) if distill.cache else workdir / "teacher"
 
 
 class Cache(NamedTuple):
-    """The teacher's embeddings of a training set, mapped into memory."""
+    """The teacher's embeddings of a training set, memory-mapped."""
 
     shards: tuple[np.ndarray, ...]
     """(rows, V, Dt) float16 each."""
     projection: np.ndarray | None
-    """(Dt, D) float32 with orthonormal rows or columns; None where the sizes are equal."""
+    """(Dt, D) float32 with orthonormal rows or columns; None if the sizes are equal."""
 
     def __call__(self, numbers: np.ndarray, /) -> np.ndarray:
-        """(n,) int64 image numbers to (n, V, D) float16 of length 1, or zeros."""
+        """Reads (n,) int64 image numbers as (n, V, D) float16 of length 1, or zeros."""
         first = self.shards[0]
         stored = np.empty((len(numbers), *first.shape[1:]), np.float16)
         shards, rows = np.divmod(numbers, SHARD)
@@ -81,10 +81,10 @@ class Cache(NamedTuple):
         return self._projected(stored)
 
     def class_means(self, labels: np.ndarray, num_classes: int) -> np.ndarray:
-        """(C, D) float32: the direction of each class's mean embedding; zeros without images.
+        """Returns (C, D) float32: direction of each class's mean embedding; zeros if it is empty.
 
         Args:
-          labels: (images,) int32; negative ones are left out.
+          labels: (images,) int32; negative ones are skipped.
           num_classes: C.
         """
         sums = np.zeros((num_classes, self.shards[0].shape[2]), np.float32)
@@ -114,7 +114,7 @@ def open_cache(
     embedding_size: int,
     between: Callable[[], None] = lambda: None,
 ) -> Cache:
-    """Computes what the cache lacks, and maps it; the same call resumes where it was stopped.
+    """Completes the cache and maps it; the same call resumes after an interruption.
 
     A collective operation: each host embeds its part of every shard, and the first one writes. All
     hosts need the folder.
@@ -122,16 +122,16 @@ def open_cache(
     Args:
       model: the teacher, on the devices of this host.
       source: the training set.
-      distill: which views of an image are wanted.
-      data: its threads.
-      folder: of the cache.
-      embedding_size: D, the network's; the teacher's is brought to it.
-      between: called between batches; what it raises ends the work.
+      distill: the recipe's section, with the views of an image.
+      data: the recipe's section, with the number of threads.
+      folder: folder of the cache.
+      embedding_size: D of the network, to which the teacher's embeddings are projected.
+      between: called between batches; it may raise to stop.
 
     Raises:
-      DataError: the folder holds embeddings of another teacher, set or kind, an embedding is not
+      DataError: the folder has embeddings of another teacher, set or kind, an embedding is not
         finite, or another host cannot see the folder.
-      UserError: the disk has no room, or the folder cannot be written.
+      UserError: the disk is too small, or the folder cannot be written.
     """
     store = Store(folder, "teacher-{:05d}.npy")
     first = launch.is_first()
@@ -160,7 +160,7 @@ def open_cache(
 
 
 def _require_room(folder: Path, images: int, missing: list[int], *, size: int, views: str) -> None:
-    """Refuses a cache that the disk cannot hold, before anything is computed."""
+    """Refuses a cache that does not fit on the disk, before computing anything."""
     rows = sum(min(SHARD, images - number * SHARD) for number in missing)
     needed = bytes_needed(rows, embedding_size=size, views=views)
     free = shutil.disk_usage(folder).free
@@ -211,7 +211,7 @@ def _fill(
 def _pieces(
     source: Source, numbers: np.ndarray, *, threads: int
 ) -> Iterator[tuple[np.ndarray, list[int]]]:
-    """Images, and the rows of those that cannot be read; the next are read meanwhile."""
+    """Yields images, and the rows of unreadable ones; reads the next ones ahead."""
 
     def begin(start: int) -> tuple[np.ndarray, list[int]]:
         images, failed = pipeline.read_images(
@@ -230,7 +230,7 @@ def _pieces(
 
 
 def _views(model: Model, images: np.ndarray, *, views: str) -> np.ndarray:
-    """(n, V, Dt) float16 unit vectors."""
+    """Embeds the views of images: (n, V, Dt) float16 unit vectors."""
     plain, mirrored = model(images), model(images[:, :, ::-1])
     if not (np.isfinite(plain).all() and np.isfinite(mirrored).all()):
         raise DataError(
@@ -243,7 +243,7 @@ def _views(model: Model, images: np.ndarray, *, views: str) -> np.ndarray:
 
 
 def _of_all_hosts(parts: list[np.ndarray], share: int, size: int, views: str) -> np.ndarray:
-    """(hosts * share, V, Dt): this host's embeddings after those of the hosts before it."""
+    """Gathers (hosts * share, V, Dt): the embeddings of all hosts in their order."""
     own = np.zeros((share, VIEWS[views], size), np.float16)
     start = 0
     for part in parts:
@@ -274,16 +274,17 @@ def _map(store: Store, count: int, *, embedding_size: int) -> Cache:
 
 
 def lift(size: int, larger: int) -> np.ndarray:
-    """(Dt, D) float32 with orthonormal rows, D above Dt: x @ lift keeps all cosines."""
+    """Returns (Dt, D) float32 with orthonormal rows, D above Dt: x @ lift preserves all cosines."""
     random = np.random.default_rng(_SEED).standard_normal((larger, size))
     return np.linalg.qr(random)[0].T.astype(np.float32)
 
 
 def _principal(shards: tuple[np.ndarray, ...], folder: Path, size: int) -> np.ndarray:
-    """(Dt, D) float32 with orthonormal columns: the principal components of the embeddings.
+    """Returns (Dt, D) float32 with orthonormal columns: principal components of the embeddings.
 
-    Of a sample, not centered: cosines are about the origin. They are kept in the cache, because
-    another machine's linear algebra may turn components of nearly equal weight.
+    Computed from a sample without centering, because cosines refer to the origin. They are stored
+    in the cache, because another machine's linear algebra may rotate components of nearly equal
+    weight.
     """
     path = folder / f"principal-{size}.npy"
     with launch.first_process_first():
@@ -299,7 +300,7 @@ def _principal(shards: tuple[np.ndarray, ...], folder: Path, size: int) -> np.nd
 
 
 def centers(cache: Cache, source: Source, random: jax.Array, *, mesh: Mesh) -> jax.Array:
-    """(C_padded, D): the teacher's class means as class centers, of the random ones' length.
+    """Returns (C_padded, D): the teacher's class means, scaled to the norm of random centers.
 
     A class without images keeps its random center.
 
@@ -322,23 +323,23 @@ def centers(cache: Cache, source: Source, random: jax.Array, *, mesh: Mesh) -> j
 
 
 class Online(NamedTuple):
-    """A teacher that is run on each batch, before the step, on the same devices."""
+    """A teacher that runs on each batch, before the step, on the same devices."""
 
     run: Callable[[jax.Array], jax.Array]
     """(B, 112, 112, 3) uint8 RGB to (B, V, D) float16 of length 1, both split over the devices."""
 
 
 def make_online(model: Model, *, views: str, embedding_size: int, mesh: Mesh) -> Online:
-    """Prepares a teacher to run on the images that the network is trained on.
+    """Prepares a teacher to run on the network's training images.
 
     Args:
       model: the teacher, on the devices of the mesh.
       views: as `distill.views`.
-      embedding_size: D, the network's.
+      embedding_size: D of the network.
       mesh: the devices.
 
     Raises:
-      ConfigError: it is no network of this project, or its embeddings are longer than D.
+      ConfigError: it is not a network of this project, or its embeddings are longer than D.
     """
     if not isinstance(model, Network):
         raise ConfigError(
@@ -369,7 +370,7 @@ def make_online(model: Model, *, views: str, embedding_size: int, mesh: Mesh) ->
 
 
 def record(model: Model, projection: np.ndarray | None, *, distill: DistillConfig) -> Record:
-    """What a run notes of its teacher."""
+    """Returns a run's record of its teacher."""
     digest = "" if projection is None else sealed.array_digest(projection)
     return Record(
         model.input.digest, model.input.embedding_size, distill.views, digest, distill.compatible
@@ -377,10 +378,10 @@ def record(model: Model, projection: np.ndarray | None, *, distill: DistillConfi
 
 
 def check_compatible(model: Model, *, embedding_size: int) -> None:
-    """Refuses a student whose embeddings have another length than the teacher's.
+    """Refuses a student whose embedding size differs from the teacher's.
 
     Raises:
-      ConfigError: they have.
+      ConfigError: the sizes differ.
     """
     size = model.input.embedding_size
     if size != embedding_size:

@@ -1,4 +1,4 @@
-"""Which teacher a run has: WORKDIR/teacher.json, read when it resumes and when it is exported."""
+"""Record a run's teacher in WORKDIR/teacher.json, which is read when it resumes or is exported."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -14,17 +14,17 @@ class Record(NamedTuple):
     """The teacher of a run."""
 
     model: str
-    """`digest` of its `Model.input`: the same for a run and its exports."""
+    """`digest` of its `Model.input`: equal for a run and its exports."""
     embedding_size: int
     views: str
     projection: str
-    """SHA-256 of what its embeddings are multiplied with; empty where the sizes are equal."""
+    """SHA-256 of the projection of its embeddings; empty if the sizes are equal."""
     compatible: bool
-    """Whether the run's embeddings can be compared with the teacher's."""
+    """Whether the run's embeddings are comparable with the teacher's."""
 
 
 def agree(workdir: Path, found: Record) -> None:
-    """Notes the teacher in a new run's workdir; refuses another one in a run that resumes.
+    """Records the teacher in a new run's workdir; refuses another one in a run that resumes.
 
     Raises:
       CheckpointError: the stored run has another teacher.
@@ -45,7 +45,7 @@ def agree(workdir: Path, found: Record) -> None:
 
 
 def read(workdir: Path) -> Record | None:
-    """The teacher of a run; None without one.
+    """Reads the teacher of a run; None without one.
 
     Raises:
       CheckpointError: the file is damaged.

@@ -1,4 +1,6 @@
-"""Check what depends on several fields, or on the devices; each field's range is in the schema."""
+"""Check values that depend on several fields or on the devices; the schema has each field's
+range.
+"""
 
 import math
 from typing import Literal
@@ -16,14 +18,14 @@ from arcface_jax.training.distill import CENTERS
 # float32 overflows in exp() above this; the head sums exp(logit) without a shift
 # (heads/block_passes.py).
 _MAX_EXPONENT = 88.0
-# Below this scale all logits are nearly equal, and the loss stays at the logarithm of the classes.
+# Below this scale all logits are nearly equal, and the loss stays near the log of the classes.
 _SMALLEST_SCALE = 1.0
-# The sections whose numbers the step computes with, in float32.
+# Sections whose numbers are used by the step in float32.
 _COMPUTED = ("head.", "optimizer.", "schedule.", "finetune.rates", "distill.")
 
 
 def validate(config: Config, *, num_devices: int) -> None:
-    """Checks that the values fit together, before anything is read or written.
+    """Checks that the values are consistent, before anything is read or written.
 
     Args:
       config: the configuration.
@@ -66,16 +68,16 @@ def validate(config: Config, *, num_devices: int) -> None:
 
 
 def validate_data(source: Source, path: str, *, head: Literal["on", "off"] = "on") -> None:
-    """Check that a training set can teach anything.
+    """Checks that a training set can be learned from.
 
     Args:
       source: the training set.
       path: `data.path`, for the message.
-      head: `distill.head`; off, a single class is enough.
+      head: `distill.head`; if off, a single class is enough.
 
     Raises:
-      DataError: it has one class, so that its loss would be 0 whatever the weights, or its images
-        are not aligned.
+      DataError: it has one class, so that the loss is 0 for any weights, or its images are not
+        aligned.
     """
     if source.num_classes < 2 and head == "on":
         raise DataError(
@@ -85,7 +87,7 @@ def validate_data(source: Source, path: str, *, head: Literal["on", "off"] = "on
     _check_aligned(source, path)
 
 
-_SAMPLE = 16  # images that are looked at before a run begins
+_SAMPLE = 16  # images to check before a run starts
 
 
 def _check_aligned(source: Source, path: str) -> None:
@@ -111,7 +113,7 @@ def _check_aligned(source: Source, path: str) -> None:
 
 
 def _check_float32(config: Config) -> None:
-    """Refuse numbers that become 0 or infinite in the arithmetic of the step."""
+    """Refuses numbers that become 0 or infinite in the arithmetic of the step."""
     smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
     for name, value in loading.flatten(config).items():
         if not name.startswith(_COMPUTED) or name.endswith(".options"):
@@ -186,7 +188,7 @@ def _check_distill(config: Config) -> None:
 
 
 def _check_teacher_centers(config: Config) -> None:
-    """Class centers that are the teacher's class means exclude other ways to set them."""
+    """Checks that no other option sets the class centers if they are the teacher's class means."""
     distill = config.distill
     if distill.head == "off" or not (distill.compatible or CENTERS in distill.loss):
         return
@@ -253,7 +255,7 @@ def _check_batch_norm_groups(config: Config, *, num_devices: int) -> None:
 
 
 def _device_counts(config: Config) -> str:
-    """The numbers of devices that can share this run."""
+    """Returns the numbers of devices that can share this run."""
     batch, groups = config.data.global_batch_size, batch_norm_groups(config)
     slices = config.optimizer.micro_batches
     whole = math.gcd(batch, config.evaluation.batch_size)
@@ -293,7 +295,7 @@ def _check_schedule(schedule: ScheduleConfig) -> None:
 
 
 def _check_drawn_pairs(config: Config) -> None:
-    """The pairs that can be drawn, when `evaluation.targets` asks for them."""
+    """Checks the synthetic pairs, if `evaluation.targets` asks for them."""
     drawn = config.data.synthetic
     if "synthetic" not in config.evaluation.targets:
         return

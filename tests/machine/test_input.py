@@ -20,7 +20,7 @@ def rates(read: float, decode: float, pipeline: float, sent: float) -> list[Rate
     return [Rate(name, 0, 1, rate, rate / 100) for name, rate in stages.items()]
 
 
-def test_the_stage_that_binds_is_named():
-    assert "decoding binds" in input.bottleneck(rates(1000, 60, 90, 89))
-    assert "reading binds" in input.bottleneck(rates(80, 60, 90, 89))
-    assert "copying to the device binds" in input.bottleneck(rates(1000, 60, 90, 30))
+def test_the_bottleneck_is_named():
+    assert "decoding is the bottleneck" in input.bottleneck(rates(1000, 60, 90, 89))
+    assert "reading is the bottleneck" in input.bottleneck(rates(80, 60, 90, 89))
+    assert "copying to the device is the bottleneck" in input.bottleneck(rates(1000, 60, 90, 30))

@@ -12,34 +12,34 @@ from arcface_jax.data.pairs import flags
 from arcface_jax.errors import DataError, meant
 from arcface_jax.runtime import foreign
 
-_LARGE, _EXPANSION = 3 << 28, 200  # bytes that any set may take; times its encoded images
+_LARGE, _EXPANSION = 3 << 28, 200  # bytes that any set may take; factor on its encoded size
 
 
 class Listing(NamedTuple):
-    """What became of a list of pairs."""
+    """Account of a list of pairs."""
 
     account: str
-    """In a line."""
+    """One line for the terminal."""
     images: int
-    """Different ones that the pairs use."""
+    """Number of distinct images in the pairs."""
     ignored: dict[str, int]
-    """Lines that are no pair, by kind."""
+    """Lines that are not pairs, by kind."""
 
 
 class PairSet(NamedTuple):
     """A verification set in memory."""
 
     name: str
-    """As in `eval/NAME/accuracy`."""
+    """The set's name, as in `eval/NAME/accuracy`."""
     images: np.ndarray
     """(2 n, 112, 112, 3) uint8 RGB; images 2 i and 2 i + 1 are pair i."""
     same: np.ndarray
-    """(n,) bool."""
+    """(n,) bool: whether pair i shows one person."""
     listing: Listing | None = None
-    """Of a set that a list names."""
+    """Account of the list, if a list defines the set."""
 
     def account(self) -> str:
-        """What became of everything in the file, in a line."""
+        """One line about what was used from the file and what was ignored."""
         if self.listing:
             return self.listing.account
         same = int(np.sum(self.same))
@@ -49,7 +49,7 @@ class PairSet(NamedTuple):
         )
 
     def counts(self) -> dict[str, int]:
-        """The account's numbers, as `eval/NAME/images` and `eval/NAME/ignored`."""
+        """Returns the account's numbers, as `eval/NAME/images` and `eval/NAME/ignored`."""
         images, ignored = len(self.images), 0
         if self.listing:
             images, ignored = self.listing.images, sum(self.listing.ignored.values())
@@ -59,16 +59,16 @@ class PairSet(NamedTuple):
 def read_bin(path: Path, *, aligner: Aligner | None = None) -> PairSet:
     """Reads insightface's `.bin`: a pickle of (2 n encoded images, n booleans).
 
-    The pickle may come from anywhere: nothing is unpickled but tuples, lists, bytes, strings,
-    numbers, booleans and NumPy arrays. Pickles of Python 2 and 3 are read. By the format its images
-    are aligned: other sizes are cut to their middle square and resized.
+    The pickle is not trusted: only tuples, lists, bytes, strings, numbers, booleans and NumPy
+    arrays are unpickled. Pickles of Python 2 and 3 are supported. The format's images are aligned:
+    other sizes are cropped to their middle square and resized.
 
     Args:
       path: the file.
-      aligner: with a detector, for images of another size that are not aligned.
+      aligner: aligns images of another size if it has a detector.
 
     Raises:
-      DataError: there is no such file, or it is not of that form.
+      DataError: the file does not exist, or has another format.
     """
     if not foreign.is_file(path):
         there = sorted(p.name for p in path.parent.glob("*.bin"))
@@ -112,16 +112,16 @@ def _decoded(data: bytes, where: str, aligner: Aligner | None) -> np.ndarray:
 
 
 def check_reuse(count: int, different: int, *, size: int, where: str) -> None:
-    """Refuses a set whose pairs take far more memory than its images justify.
+    """Refuses a set whose pairs take far more memory than its images explain.
 
     Args:
-      count: images of all pairs.
-      different: of these.
-      size: bytes of the different ones, encoded.
+      count: number of images in all pairs.
+      different: number of distinct images among them.
+      size: encoded bytes of the distinct images.
       where: the set, for the message.
 
     Raises:
-      DataError: they take 200 times that, and more than 768 MiB.
+      DataError: the pairs take more than 200 times `size`, and more than 768 MiB.
     """
     memory = count * IMAGE_SIZE * IMAGE_SIZE * 3
     if memory > max(_LARGE, _EXPANSION * size):

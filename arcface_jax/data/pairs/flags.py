@@ -1,4 +1,4 @@
-"""Whether a pair shows one person, in the words and numbers that files have for it."""
+"""Parse whether a pair shows one person, from the words and numbers used in files."""
 
 _SAME = ("true", "yes", "y", "t", "same", "match", "matched", "positive", "pos", "genuine", "mated")
 _OTHERS = (
@@ -9,7 +9,7 @@ _KNOWN = dict.fromkeys(_SAME, True) | dict.fromkeys(_OTHERS, False)
 
 
 def parse(value: object) -> bool | None:
-    """A flag as a boolean: 1, 1.0, "True", b"same"; 0, -1, "False", b"0"; None for anything else.
+    """Parses a flag: true for 1, 1.0, "True", b"same"; false for 0, -1, "False", b"0"; else None.
 
     Args:
       value: text, bytes, a number or a boolean, of Python or NumPy.

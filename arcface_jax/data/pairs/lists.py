@@ -1,4 +1,4 @@
-"""Pairs of images in a folder, named by a list: LFW's `pairs.txt`, or lines of two paths."""
+"""Pairs of images in a folder, listed in a file: LFW's `pairs.txt`, or lines of two paths."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from arcface_jax.runtime import foreign
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".lst")
 _SHOWN = 5
-_DIGITS = 10  # of a number of images or pairs; larger ones are words
+_DIGITS = 10  # most digits of a count; longer ones are words
 _FOLDS = 10
 
 
@@ -27,32 +27,32 @@ class Pair(NamedTuple):
     """A line of a list."""
 
     line: int
-    """Of the list, from 1."""
+    """Line number in the list, from 1."""
     left: Path
     right: Path
     same: bool
 
 
 class Listed(NamedTuple):
-    """A list of pairs, and what became of its lines."""
+    """A list of pairs, and an account of its lines."""
 
     pairs: list[Pair]
     lines: int
-    """Without blank ones."""
+    """Number of lines that are not blank."""
     comments: int
     headings: int
 
     def ignored(self) -> dict[str, int]:
-        """Lines that are no pair, by kind."""
+        """Number of lines that are not pairs, by kind."""
         kinds = {"comment lines": self.comments, "headings": self.headings}
         return {kind: count for kind, count in kinds.items() if count}
 
     def files(self) -> list[Path]:
-        """The images, each once, in the order of the list."""
+        """Returns the distinct images, in the order of the list."""
         return list(dict.fromkeys(file for x in self.pairs for file in (x.left, x.right)))
 
     def account(self, name: str) -> str:
-        """What became of the lines, in a line."""
+        """Summarizes the use of the list's lines in one line."""
         same = sum(pair.same for pair in self.pairs)
         images, ignored = len(self.files()), self.ignored()
         return (
@@ -62,14 +62,14 @@ class Listed(NamedTuple):
 
 
 def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
-    """The list and the folder of `LIST:FOLDER` or `LIST`; None where it is no list.
+    """Splits `LIST:FOLDER` or `LIST` into list and folder; returns None if it is not a list.
 
     Args:
-      target: a `.txt`, `.csv`, `.tsv` or `.lst` file; without a folder its images lie beside it.
-      base: the folder in which to look for what is not found as it is named.
+      target: a `.txt`, `.csv`, `.tsv` or `.lst` file; without a folder, its images are next to it.
+      base: folder in which to look for paths that do not exist as given.
 
     Raises:
-      DataError: there is no such list.
+      DataError: the list does not exist.
     """
     name, colon, folder = target.rpartition(":")
     if not (colon and name.endswith(SUFFIXES)):
@@ -85,9 +85,9 @@ def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
 
 
 def listed(path: Path, folder: Path) -> Listed:
-    """Reads a list; the order is the list's, which decides the folds.
+    """Reads a list of pairs in the list's order, which determines the folds.
 
-    Its form is found by content, in any separator and encoding that `tables` reads:
+    The format is detected by content, with any separator and encoding that `tables` reads:
 
     - LFW's (http://vis-www.cs.umass.edu/lfw/README.txt), which RFW and XQLFW have too: lines of
       `name n m`, images n and m of one person, and `name n other m`, of two. Image 7 of a person
@@ -99,17 +99,17 @@ def listed(path: Path, folder: Path) -> Listed:
     - CPLFW's and CALFW's: two lines a pair, each `file flag`, where any flag but 0 is one person.
       All pairs of one person come first there, and are put into ten folds with the others.
 
-    Paths are absolute or relative to the folder. A first line of other words is a heading.
+    Paths are absolute or relative to the folder. A first line of other words is a header.
 
     Args:
       path: the list.
-      folder: where the images lie.
+      folder: folder of the images.
 
     Returns:
-      The pairs, whose files exist, and how many lines are none.
+      The pairs, whose files exist, and the number of other lines.
 
     Raises:
-      DataError: naming the lines that are not of that form, or the files that are missing.
+      DataError: naming the lines with another format, or the missing files.
     """
     try:
         table = tables.read(path)
@@ -122,7 +122,7 @@ def listed(path: Path, folder: Path) -> Listed:
     pairs = list(_pairs(rows, path, folder))
     if not pairs:
         raise DataError(f"{path} names no pair: give one a line, {_FORMS}")
-    # CPLFW's two lines make a pair, and its first pair is on the first of them.
+    # Two lines of CPLFW make a pair, and the first pair starts on line 1.
     used = {pair.line for pair in pairs}
     found = Listed(pairs, len(rows) + table.comments, table.comments, int(rows[0].line not in used))
     _check_files(found.files(), pairs, path)
@@ -130,13 +130,13 @@ def listed(path: Path, folder: Path) -> Listed:
 
 
 def read(path: Path, folder: Path, *, aligner: Aligner | None = None) -> PairSet:
-    """Reads a list (`listed`) and the images that it names.
+    """Reads a list (`listed`) and its images.
 
     Args:
       path: the list.
-      folder: where the images lie.
-      aligner: aligns images of another size than 112 x 112; by default they are refused. An image
-        in a sub-folder of `folder` lies in its identity's.
+      folder: folder of the images.
+      aligner: aligns images of another size than 112 x 112; by default they are refused.
+        Sub-folders of `folder` count as identities' folders.
 
     Raises:
       DataError: as `listed` and `Aligner`, or naming an image that cannot be read.
@@ -168,7 +168,7 @@ def _without_blank_end(cells: list[str]) -> list[str]:
 
 
 def _pairs(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
-    """By the form that most rows have."""
+    """Yields the pairs, in the format of most rows."""
     if not rows:
         return iter(())
     part = tables.sample(rows)
@@ -197,7 +197,7 @@ def _counts(word: str) -> bool:
 def _lfw(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
     announced = _announced(rows[0].cells)
     heading = announced is not None or not _is_lfw(rows[0])
-    # Spreadsheets have names for the columns; a first line with numbers is meant to be a pair.
+    # Spreadsheets have column names; a first line with numbers is meant to be a pair.
     if announced is None and heading and any(cell.isdecimal() for cell in rows[0].cells):
         heading = False
     counts = {True: 0, False: 0}
@@ -218,7 +218,7 @@ def _lfw(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _announced(words: list[str]) -> int | None:
-    """Pairs of either kind by LFW's first line, `folds n` or `n`; None where it is none."""
+    """Returns the pairs of either kind by LFW's first line, `folds n` or `n`; None otherwise."""
     if len(words) > 2 or not all(word.isdecimal() and len(word) < _DIGITS for word in words):
         return None
     return math.prod(map(int, words))
@@ -230,7 +230,7 @@ def _image(folder: Path, name: str, number: str) -> Path:
 
 
 def _is_half(row: Row) -> bool:
-    """Whether it is `file flag` or `flag file`, a half of a pair."""
+    """Returns whether it is `file flag` or `flag file`, half of a pair."""
     return len(row.cells) == 2 and sum(map(images.is_image, row.cells)) == 1
 
 
@@ -261,7 +261,7 @@ def _two_lines(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
 
 
 def _in_folds(pairs: list[Pair]) -> list[Pair]:
-    """Ten folds, half of each of one person, of a list that has all pairs of one person first."""
+    """Deals a list that has all pairs of one person first into ten balanced folds."""
     half, odd = divmod(len(pairs), 2)
     first = [pair.same for pair in pairs[:half]]
     if odd or half % _FOLDS or not all(first) or any(pair.same for pair in pairs[half:]):
@@ -272,12 +272,12 @@ def _in_folds(pairs: list[Pair]) -> list[Pair]:
 
 
 def _is_named(row: Row, folder: Path) -> bool:
-    """Whether it is `name file file` or `name file other file`, with files that exist."""
+    """Returns whether it is `name file file` or `name file other file`, with existing files."""
     return 3 <= len(row.cells) <= 4 and _files_of(row, folder) is not None
 
 
 def _files_of(row: Row, folder: Path) -> tuple[Path, Path] | None:
-    """The files of a row of names and files; None where they do not exist, or it is another row."""
+    """Returns the files of a row of names and files; None if missing, or for another format."""
     cells = row.cells
     if len(cells) == 4:
         named = ((cells[0], cells[1]), (cells[2], cells[3]))
@@ -296,7 +296,7 @@ def _named_files(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
     for number, row in enumerate(rows):
         files = _files_of(row, folder) if 3 <= len(row.cells) <= 4 else None
         if files is None and number == 0 and not any(map(images.is_image, row.cells)):
-            continue  # a heading
+            continue  # a header
         if files is None:
             raise _not_a_pair(path, row)
         yield Pair(row.line, *files, len(row.cells) == 3)
@@ -309,14 +309,14 @@ class _Layout(NamedTuple):
 
 
 def _paths(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
-    """Two paths and a flag a row."""
+    """Yields the pairs of rows with two paths and a flag."""
     layout, heading = _layout(rows, folder)
     if layout is None:
         words = [cell for cell in rows[0].cells if cell.lower() not in _HEADINGS]
         if len(rows) == 1 and not any(_means_something(word) for word in words):
-            return  # a heading, and no pair
+            return  # a header, not a pair
         raise _not_a_pair(path, rows[0])
-    below = functools.cache(functools.partial(_below, folder))  # images come in many pairs
+    below = functools.cache(functools.partial(_below, folder))  # images occur in many pairs
     for row in rows[heading:]:
         cells = row.cells
         same = flags.parse(cells[layout.same]) if len(cells) > max(layout) else None
@@ -331,10 +331,10 @@ def _means_something(cell: str) -> bool:
 
 
 def _layout(rows: list[Row], folder: Path) -> tuple[_Layout | None, bool]:
-    """Which columns the paths and the flag are, and whether the first row is a heading."""
+    """Finds the columns of the paths and the flag, and whether the first row is a header."""
     rest = rows[1:] or rows
     layout = _columns(rest, folder, heading=rows[0].cells)
-    if layout is None and len(rows) > 1:  # a list of one pair, of which the first line is it
+    if layout is None and len(rows) > 1:  # a list of one pair, in its first line
         layout = _columns(rows, folder, heading=[])
     if layout is None or len(rows[0].cells) <= max(layout):
         return layout, False
@@ -362,9 +362,9 @@ def _columns(rows: Sequence[Row], folder: Path, *, heading: Sequence[str]) -> _L
 
 
 def _flag_among(rows: Sequence[Row], columns: list[int], heading: Sequence[str]) -> list[int]:
-    """Of columns of zeros and ones, that which the heading names, or that which has both of them.
+    """Finds the flag among columns of zeros and ones: by the header, or because it has both values.
 
-    A running number begins with them too; it has other numbers in the rows that follow.
+    A running number also starts with these, but has other numbers in later rows.
     """
     named = [
         column
@@ -386,7 +386,7 @@ _HEADINGS = ("same", "issame", "is_same", "label", "match", "is_match", "y", "ta
 
 
 def _looks_like_a_path(folder: Path, cell: str) -> bool:
-    # A folder that has a number for its name is no image.
+    # A folder whose name is a number is not an image.
     return images.is_image(cell) or (bool(cell) and foreign.is_file(_below(folder, cell)))
 
 

@@ -20,8 +20,8 @@ def open_targets(targets: Sequence[str], data: DataConfig, *, seed: int) -> list
 
     Args:
       targets: `evaluation.targets`.
-      data: whose path relative targets may be under; its synthetic identities are not in the pairs.
-      seed: of synthetic faces.
+      data: section whose path may contain relative targets; synthetic pairs exclude its identities.
+      seed: random seed of synthetic faces.
 
     Raises:
       ConfigError: two sets have one name.
@@ -31,14 +31,14 @@ def open_targets(targets: Sequence[str], data: DataConfig, *, seed: int) -> list
 
 
 def _files(targets: Sequence[str]) -> list[str]:
-    """The targets that are sets of pairs; the others are evaluators (`training.evaluators`)."""
+    """Returns the targets that are sets of pairs; others are evaluators (`training.evaluators`)."""
     return [target for target in targets if plugins.parse(target) is None]
 
 
 def open_for_runs(
     configs: Sequence[Config], targets: Sequence[str], *, aligner: Aligner | None = None
 ) -> list[PairSet]:
-    """Reads the sets on which several runs are compared.
+    """Reads the sets for comparing several runs.
 
     Args:
       configs: the runs' configurations, or a single default one.
@@ -68,7 +68,7 @@ def open_for_runs(
 
 
 def _home(target: str, configs: Sequence[Config]) -> Config:
-    """The run whose data a target belongs to."""
+    """Returns the run whose data a target belongs to."""
     for config in configs:
         folder, file = Path(config.data.path), target.partition(":")[0]
         if config.data.path == target or (folder / file).is_file():
@@ -102,7 +102,7 @@ def _open_target(
         try:
             images, same = faces.verification_pairs(
                 seed=seed,
-                first_identity=drawn.identities,  # the first that is not trained on
+                first_identity=drawn.identities,  # the first one not used for training
                 identities=drawn.pair_identities,
                 pairs=drawn.pairs,
             )
@@ -114,15 +114,15 @@ def _open_target(
 
 
 def open_file(target: str, *, base: Path = Path(), aligner: Aligner | None = None) -> PairSet:
-    """Reads a set from its file, by the file's ending.
+    """Reads a set from its file, by the file's suffix.
 
     Args:
-      target: a `.bin` file, or a list of pairs, `.txt` or `.csv` (`lists.read`), which may
-        name the folder of its images after a colon; without one they lie beside the list.
-      base: the folder in which to look for what is not found as it is named.
-      aligner: for images of a list that are not 112 x 112, which are refused without one. Those of
-        a `.bin`, aligned by its format, go through it where it has a detector; else their middle
-        square is resized.
+      target: a `.bin` file, or a list of pairs, `.txt` or `.csv` (`lists.read`), optionally with
+        the folder of its images after a colon; by default they are next to the list.
+      base: folder in which to look for paths that do not exist as given.
+      aligner: aligns a list's images that are not 112 x 112; without it they are refused. For a
+        `.bin`, whose images are aligned by definition, it is used only if it has a detector;
+        otherwise the middle square is resized.
 
     Raises:
       DataError: a file is missing or not a verification set, or as `Aligner`.

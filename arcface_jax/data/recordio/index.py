@@ -1,9 +1,9 @@
-"""Where each record of a `.rec` lies: its `.idx` read once, and kept beside it as arrays to map.
+"""Positions of the records in a `.rec`: its `.idx`, read once and cached next to it as arrays.
 
-`train.idx` is text. Its first reading leaves `train.arcface_index/`, a folder with the arrays, and,
-where they were asked for, the labels of all records; later readings map these files, which costs
-memory of its own, and the time to check their digests. A damaged one is made again from the `.idx`
-and the `.rec`. Where the data's folder cannot be written, the user's cache folder holds them.
+`train.idx` is text. Reading it for the first time creates `train.arcface_index/`, a folder with the
+arrays and, if requested, the labels of all records; later these files are mapped into memory after
+a check of their digests. A damaged file is rebuilt from the `.idx` and the `.rec`. If the data's
+folder is not writable, they go to the user's cache folder.
 """
 
 import contextlib
@@ -25,32 +25,32 @@ from arcface_jax.runtime.sealed import DamagedError
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 FRAME = struct.Struct("<II")
-"""Magic; the part's place in the record in the top 3 bits, its length in the others."""
+"""Magic word; 3 bits for the part's position in the record, and 29 for its length."""
 HEADER = struct.Struct("<IfQQ")
-"""How many labels follow, the label where none do, two ids."""
+"""Number of labels that follow, the label if that is 0, and two ids."""
 LENGTH_BITS = 29
 LENGTH_MASK = (1 << LENGTH_BITS) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)
 
 
 _NAN = np.float32(np.nan).view(np.uint32)
-_CHUNK = 1 << 20  # records that are looked at together
+_CHUNK = 1 << 20  # records processed together
 _OFFSETS, _KEYS, _LABELS = "offsets.npy", "keys.npy", "labels.npy"
 
 
 @dataclass(frozen=True, eq=False)
 class RecordIndex:
-    """Keys in ascending order, and the byte at which each one's record begins."""
+    """Keys in ascending order, and the byte offset of each key's record."""
 
     rec: Path
     keys: range | np.ndarray
-    """A range where they are consecutive, which takes no memory."""
+    """A range if they are consecutive, which takes no memory."""
     offsets: np.ndarray
     """(n,) int64."""
     folder: Path | None
-    """Where the arrays are mapped from."""
+    """Folder that the arrays are mapped from."""
     digests: dict[str, str] = field(default_factory=dict)
-    """Of the arrays that are mapped, by file name; they have been checked."""
+    """SHA-256 of the mapped arrays by file name; already checked."""
 
     def __reduce__(self) -> tuple:
         # A mapped array would be copied into the pickle.
@@ -59,7 +59,7 @@ class RecordIndex:
         return RecordIndex, (self.rec, self.keys, self.offsets, None)
 
     def facts(self) -> dict[str, int | str]:
-        """The size of the record file, and digests of keys and offsets, for a fingerprint."""
+        """Size of the record file and digests of keys and offsets, for a fingerprint."""
         digests = dict(self.digests)
         if "offsets.npy" not in digests:
             digests["offsets.npy"] = sealed.array_digest(self.offsets)
@@ -72,7 +72,7 @@ class RecordIndex:
 
 
 def open_index(rec: Path) -> RecordIndex:
-    """The index of a record file, from the kept arrays where they are still right.
+    """Opens the index of a record file, from the cached arrays if they are still valid.
 
     Raises:
       DataError: the `.idx` is not an index, or not of this record file.
@@ -91,18 +91,17 @@ def open_index(rec: Path) -> RecordIndex:
 
 
 def _opened_again(rec: Path, folder: Path) -> RecordIndex:
-    """As in the process that sent it, which has checked the arrays."""
+    """Opens an index in another process, after the sending process has checked the arrays."""
     return _mapped(rec, folder, _stamp(rec), check=False) or open_index(rec)
 
 
 def open_labels(index: RecordIndex, *, which: int = 0) -> np.ndarray:
-    """(n,) int32: a label of each record of the index; the first labels are scanned once and kept.
+    """Returns (n,) int32: a label of each record; the first labels are scanned once and cached.
 
-    -1 stands for a label that is no identity, and for a record that is damaged: reading that record
-    reports what is wrong with it.
+    -1 stands for an invalid label or a damaged record; reading that record reports the problem.
 
     Args:
-      index: of the record file.
+      index: index of the record file.
       which: of several labels, from 0.
     """
     folder = index.folder
@@ -128,18 +127,18 @@ def open_labels(index: RecordIndex, *, which: int = 0) -> np.ndarray:
 
 
 def _stamp(rec: Path) -> dict:
-    """What changes when either file does."""
+    """Returns a stamp that changes if either file changes."""
     files = {"rec": rec.stat(), "idx": rec.with_suffix(".idx").stat()}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()} | {"version": 2}
 
 
 def _folders(rec: Path) -> tuple[Path, ...]:
-    """Beside the data, and in the user's cache."""
+    """Returns the folders to cache in: next to the data, and the user's cache."""
     return sidecar.folders(rec, rec.with_suffix(sidecar.SUFFIX))
 
 
 def _mapped(rec: Path, folder: Path, stamp: dict, *, check: bool = True) -> RecordIndex | None:
-    """The kept arrays; None where there are none, or only of other files."""
+    """Maps the cached arrays; None if there are none, or if they are of other files."""
     if not (folder.exists() or folder.is_symlink()):
         return None
     try:
@@ -166,7 +165,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _keep(index: RecordIndex, stamp: dict) -> Path | None:
-    """Writes the arrays to the first folder that takes them."""
+    """Writes the arrays to the first writable folder."""
     arrays = {_OFFSETS: index.offsets}
     content: dict = {"files": stamp, "count": len(index.offsets)}
     if isinstance(index.keys, range):
@@ -177,7 +176,7 @@ def _keep(index: RecordIndex, stamp: dict) -> Path | None:
 
 
 def _small(keys: np.ndarray) -> np.ndarray:
-    """Keys as they are kept: 32 bits where these are enough."""
+    """Returns keys as they are stored: in 32 bits if possible."""
     return keys.astype(np.uint32) if keys[-1] < 2**32 else keys
 
 
@@ -201,19 +200,19 @@ def _parsed(rec: Path) -> RecordIndex:
                 "recreate the pair"
             )
     first = int(keys[0])
-    if int(keys[-1]) - first == len(keys) - 1:  # they rise, so none is missing
+    if int(keys[-1]) - first == len(keys) - 1:  # ascending, so none is missing
         return RecordIndex(rec, range(first, first + len(keys)), offsets, None)
     return RecordIndex(rec, keys, offsets, None)
 
 
 def _rising(keys: np.ndarray) -> bool:
-    """Whether each key is above the one before it, looked at chunk by chunk."""
+    """Returns whether the keys are strictly ascending, checked chunk by chunk."""
     parts = (keys[i : i + _CHUNK + 1] for i in range(0, len(keys), _CHUNK))
     return all((part[:-1] < part[1:]).all() for part in parts)
 
 
 def _read_text(path: Path) -> np.ndarray:
-    """(n, 2) int64 keys and byte offsets of the lines `key<TAB>offset`."""
+    """Reads lines `key<TAB>offset` as (n, 2) int64 keys and byte offsets."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "loadtxt: input contained no data")
@@ -230,7 +229,7 @@ def _read_text(path: Path) -> np.ndarray:
 
 
 def _scan(rec: Path, offsets: np.ndarray, which: int = 0) -> np.ndarray:
-    """(n,) int32 labels of the records, read in parallel without their images."""
+    """Reads (n,) int32 labels of the records in parallel, without their images."""
     labels = np.full(len(offsets), -1, np.int32)
     size = rec.stat().st_size
     words = np.memmap(rec, "<u4", "r", shape=(size // 4,))
@@ -245,14 +244,14 @@ def _scan(rec: Path, offsets: np.ndarray, which: int = 0) -> np.ndarray:
 
 
 def _labels_of(words: np.ndarray, offsets: np.ndarray, file_size: int, which: int) -> np.ndarray:
-    """Labels of records, -1 where there is none.
+    """Returns the labels of records, -1 if missing.
 
-    A header of several labels that a magic word cuts, one case in billions, counts as damaged.
+    A multi-label header that is split by a magic word, one case in billions, counts as damaged.
     """
     offsets = np.asarray(offsets)
     good, flag, length, count, label = headers(words, offsets, which=which)
     need = HEADER.size + 4 * count
-    # Of a split record the first part may end anywhere after the label.
+    # The first part of a split record may end anywhere after the label.
     need = np.where(flag == FIRST, np.where(count > 0, HEADER.size + 4 * (1 + which), 8), need)
     good &= ((flag == WHOLE) | (flag == FIRST)) & (length >= need)
     good &= offsets + FRAME.size + length <= file_size
@@ -261,22 +260,22 @@ def _labels_of(words: np.ndarray, offsets: np.ndarray, file_size: int, which: in
 
 
 def headers(words: np.ndarray, offsets: np.ndarray, *, which: int = 0) -> tuple[np.ndarray, ...]:
-    """What frames and headers say, by the layout of recordio.py. `take` leaves the GIL to others.
+    """Decodes frames and headers of the RecordIO layout. `take` releases the GIL.
 
     Args:
       words: the file as (n,) little-endian uint32.
-      offsets: (r,) int64, of the records.
+      offsets: (r,) int64 byte offsets of the records.
       which: of several labels, from 0.
 
     Returns:
       Five arrays of (r,): whether there is a frame (bool), the number of the record's part, the
-      length of its data, how many labels its header announces (int64), and one of its labels
-      (float32), NaN where it has fewer. Nothing is known where there is no frame.
+      length of its data, the number of labels in its header (int64), and one of its labels
+      (float32), NaN if it has fewer. Without a frame, the other values are undefined.
     """
     base = offsets >> 2
     magic, size, count, label = (words.take(base + k, mode="clip") for k in range(4))
     several = count > 0
-    after = (FRAME.size + HEADER.size) // 4  # where several labels stand
+    after = (FRAME.size + HEADER.size) // 4  # position of several labels
     label[several] = words.take(base[several] + after + which, mode="clip")
     if which:
         label[count <= which] = _NAN

@@ -33,28 +33,29 @@ from arcface_jax.data.recordio.index import (
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime.files import open_own
 
-# Seconds for a header that show that a disk was waited for. Asking the system to read ahead costs
-# as much as all else that is done for an image, and so is done only for some time after that.
+# Reading a header for longer than this many seconds shows that the disk was slow. Asking the system
+# to read ahead costs as much as all other work on an image, so it is done only for some time after
+# that.
 _SLOW = 20e-6
 _SLOW_CALLS = 1000
 
 
 class Record(NamedTuple):
-    """A payload taken apart."""
+    """A decoded record."""
 
     label: float | np.ndarray
-    """One number, or (n,) float32 where the header's flag announces n."""
+    """One number, or (n,) float32 if the header's flag announces n."""
     id: int
     data: bytes
-    """The encoded image; empty in the records that describe identities."""
+    """The encoded image; empty in records that describe identities."""
 
 
 class RecordReader:
     """Random access to the records of a `.rec` file by the keys of its `.idx`.
 
-    Safe to use from many threads, and to send to another process, where the file is reopened.
+    Safe to use from many threads, and to send to another process, which reopens the file.
 
-    Raises (the constructor): DataError where a file is missing, or does not belong to the other.
+    Raises (the constructor): DataError if a file is missing, or the two do not belong together.
     """
 
     def __init__(self, rec: Path):
@@ -80,10 +81,12 @@ class RecordReader:
         with self.path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._size = len(self._bytes)
-        self._slow = 0  # calls of `images` that ask the system to read ahead
+        self._slow = 0  # remaining calls of `images` that ask for read-ahead
         self._data = np.frombuffer(self._bytes, np.uint8)
         self._words = np.frombuffer(self._bytes, "<u4", self._size // 4)
-        self._offsets = np.asarray(self._index.offsets)  # whose parts cost less than a memmap's
+        self._offsets = np.asarray(
+            self._index.offsets
+        )  # slicing it is cheaper than slicing a memmap
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -96,7 +99,7 @@ class RecordReader:
         self._open()
 
     def read(self, key: int) -> Record:
-        """The record of a key of the index.
+        """Returns the record of a key of the index.
 
         Raises:
           DataError: there is no such key.
@@ -105,7 +108,7 @@ class RecordReader:
         return self.read_at(self.position(key))
 
     def read_at(self, position: int) -> Record:
-        """The record at a position of the ascending keys.
+        """Returns the record at a position of the ascending keys.
 
         Raises:
           ImageError: the bytes at its place are not a whole record.
@@ -118,20 +121,20 @@ class RecordReader:
     def images(
         self, positions: np.ndarray, *, which: int = 0
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """Encoded images of many records, not copied, and a label of each.
+        """Returns the encoded images of many records, not copied, and a label of each.
 
-        No more of it than a few calls for all of them holds Python's lock.
+        The GIL is held only for a few calls that cover all records.
 
         Args:
-          positions: (n,) int64, of the ascending keys.
+          positions: (n,) int64 positions in the ascending keys.
           which: of several labels, from 0.
 
         Returns:
-          n uint8 arrays, and (n,) float32. An array is empty where the record has no image, is in
-          parts or is damaged: `read_at` reads it, or names what is wrong.
+          n uint8 arrays, and (n,) float32. An array is empty if the record has no image, is split
+          or is damaged: `read_at` reads it, or reports the problem.
 
         Raises:
-          DataError: the file has become shorter.
+          DataError: the file was truncated in the meantime.
         """
         if self._bytes.size() < self._size:
             raise DataError(
@@ -155,9 +158,9 @@ class RecordReader:
         return [self._data[begin:end] for begin, end in spans], labels
 
     def labels(self, *, which: int = 0) -> np.ndarray:
-        """(n,) int32: a label of each record, in the order of the keys, scanned once.
+        """Returns (n,) int32: a label of each record in key order, scanned once.
 
-        -1 stands for one that is no identity, and for a record that is damaged.
+        -1 stands for an invalid label or a damaged record.
 
         Args:
           which: of several labels, from 0.
@@ -165,14 +168,14 @@ class RecordReader:
         return record_index.open_labels(self._index, which=which)
 
     def facts(self) -> dict[str, int | str]:
-        """Its size, and digests of its index."""
+        """The file's size, and digests of its index."""
         return self._index.facts()
 
     def position(self, key: int) -> int:
-        """Which of the ascending keys it is.
+        """Returns the position of a key in the ascending keys.
 
         Raises:
-          DataError: there is no such key.
+          DataError: the key does not exist.
         """
         keys, position = self._index.keys, self.below(key)
         if position == len(keys) or keys[position] != key:
@@ -182,14 +185,14 @@ class RecordReader:
         return position
 
     def below(self, key: int) -> int:
-        """How many keys are smaller."""
+        """Returns the number of smaller keys."""
         keys = self._index.keys
-        if isinstance(keys, range):  # of which NumPy would make an array
+        if isinstance(keys, range):  # NumPy would convert it to an array
             return min(max(key - keys.start, 0), len(keys))
         return int(np.searchsorted(keys, key))
 
     def will_need(self, first: np.ndarray, last: np.ndarray) -> None:
-        """Has the system read the records at positions first .. last - 1 ahead, all at once.
+        """Asks the system to read ahead the records at positions first .. last - 1.
 
         Args:
           first: (n,) int64.
@@ -264,15 +267,15 @@ class RecordWriter:
 
     Args:
       path: the `.rec` file.
-      resume: continue after so many records at most of those that an interrupted writer left;
-        `written` counts them.
+      resume: continue after at most this many records of an interrupted writer; `written` counts
+        them.
     """
 
     def __init__(self, path: Path, *, resume: int = 0):
         index = path.with_suffix(".idx")
         offsets = _whole_records(path, index)[: resume + 1] if resume else [0]
         self.written = len(offsets) - 1
-        """Records that are there already."""
+        """Number of records already in the file."""
         self._rec = open_own(path, "r+b" if self.written else "wb")
         self._rec.seek(offsets[-1])
         self._rec.truncate()
@@ -289,7 +292,7 @@ class RecordWriter:
         self._idx.close()
 
     def write(self, key: int, data: bytes, *, label: float | Sequence[float] | np.ndarray) -> None:
-        """Appends a record; `label` is one number, or several, as identity records have."""
+        """Appends a record; `label` is one number or, as in identity records, several."""
         self._idx.write(f"{key}\t{self._rec.tell()}\n")
         if isinstance(label, Sequence | np.ndarray):
             header = HEADER.pack(len(label), 0.0, key, 0) + np.asarray(label, "<f4").tobytes()
@@ -298,7 +301,7 @@ class RecordWriter:
         self._write_payload(header + data)
 
     def overwrite_first(self, label: Sequence[float]) -> None:
-        """Puts other labels into the first record, as many as it was written with."""
+        """Replaces the first record's labels by as many others."""
         self._rec.seek(FRAME.size + HEADER.size)
         self._rec.write(np.asarray(label, "<f4").tobytes())
         self._rec.seek(0, os.SEEK_END)
@@ -314,11 +317,11 @@ class RecordWriter:
 
 
 def _whole_records(rec: Path, index: Path) -> list[int]:
-    """Where the records that are surely whole begin, and where the last of them ends.
+    """Returns the offsets of the records that are known to be complete, and the end of the last.
 
-    A record is if another begins after it: records are written in order. The two files may have
-    been cut at different places, for each has a buffer of its own, and lines that are damaged end
-    what is trusted.
+    A record is complete if another one starts after it, because records are written in order. The
+    two files may be truncated at different records, because each has its own buffer; nothing after
+    a damaged line is trusted.
     """
     if not (rec.is_file() and index.is_file()):
         return [0]

@@ -1,4 +1,4 @@
-"""Training sets in a `train.rec` with its `train.idx`, as insightface's data sets come."""
+"""Training sets in a `train.rec` with its `train.idx`, the format of insightface's data sets."""
 
 import threading
 from collections.abc import Mapping
@@ -12,21 +12,21 @@ from arcface_jax.data.recordio.reader import Record, RecordReader
 from arcface_jax.data.source import Sample, Source, whole_label
 from arcface_jax.errors import DataError, ImageError
 
-_INEXACT = 2**24  # from which float32 cannot tell all whole numbers apart
-_SHARDS_REMEMBERED = 64  # that were asked of the system already
+_INEXACT = 2**24  # from here on float32 does not represent all integers
+_SHARDS_REMEMBERED = 64  # most recent shards requested from the system
 
 
 class RecordSource(Source):
-    """A record file with insightface's identity header or without.
+    """A record file with or without insightface's identity header.
 
-    A header is a record 0 without an image. Of insightface's, with the labels [first identity
-    record, end], images are the keys below the first, and there are as many identities as records
-    that follow. Where it has no identity records, [n, n] for images 1 .. n - 1, and where there is
-    no header, identities are counted by the labels.
+    A header is a record 0 without an image. insightface's has the labels [first identity record,
+    end]: images have the keys below the first number, and each identity has a record from there on.
+    For a header without identity records, [n, n] for images 1 .. n - 1, and for files without a
+    header, identities are counted by the labels.
 
     Args:
       rec: the `.rec` file.
-      shard: where not 0, records are fetched ahead in runs of this many, for `data.order shards`.
+      shard: if not 0, records are prefetched in runs of this length, for `data.order shards`.
       label_index: which of several labels is the identity.
     """
 
@@ -52,7 +52,9 @@ class RecordSource(Source):
         self.notes = self._notes()
 
     def _header(self) -> float | np.ndarray | None:
-        """The labels of record 0, where it is no image; one number where they are no range."""
+        """Returns the labels of record 0 if it is not an image; one number if they are not a
+        range.
+        """
         if self._reader.keys[0] != 0:
             return None
         record = self._reader.read_at(0)
@@ -66,10 +68,10 @@ class RecordSource(Source):
         return 0.0 if formats.sniff(self._reader.read_at(1).data[: formats.HEAD]) else None
 
     def _check_header(self, first: float, end: float) -> None:
-        """Refuses a header that announces no images, or none that are there."""
+        """Refuses a header that announces no images, or images that do not exist."""
         whole = first.is_integer() and end.is_integer()
         count = self._count_images(int(first)) if whole and first > 0 else 0
-        # Without identity records it has to be the end of the images, of which few may be missing.
+        # Without identity records it has to be the end of the images, few of which may be missing.
         images_only = first == end and count == len(self._reader.keys) - 1 >= (first - 1) / 2
         if not (whole and count > 0 and (first < end or images_only)):
             raise DataError(
@@ -79,10 +81,10 @@ class RecordSource(Source):
             )
 
     def _count_identities(self, first: float, end: float) -> int:
-        """By the header, which the identity records confirm; else by the labels."""
+        """Counts identities by the header, confirmed by the identity records, or by the labels."""
         records = len(self._reader.keys) - 1 - self._count
         announced = int(end - first)
-        if end >= _INEXACT and records:  # float32 counts in steps of 2 and more from 2^24 on
+        if end >= _INEXACT and records:  # from 2^24 on, float32 has steps of 2 or more
             return records
         if records == announced > 0:
             return announced
@@ -97,7 +99,7 @@ class RecordSource(Source):
         labels = self._image_labels()
         place = int(np.argmax(labels))
         largest = int(labels[place])
-        if largest < 0:  # no record has a label: the first one's error tells why
+        if largest < 0:  # no record has a label: the first one's error explains why
             whole_label(self._label(self._reader.read_at(self._first)), where=self.where(0))
         where = f"{self.where(place)} has the label {largest}"
         names.check_count(largest + 1, self._count, where=where)
@@ -126,7 +128,7 @@ class RecordSource(Source):
         return self._count
 
     def read(self, index: int) -> Sample:
-        """The image's bytes and its label.
+        """Returns the image's bytes and its label.
 
         Raises:
           ImageError: the record is damaged, or its label out of range.
@@ -147,10 +149,10 @@ class RecordSource(Source):
     def load(
         self, numbers: np.ndarray, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
     ) -> list[tuple[int, ImageError]]:
-        """Reads and decodes many images; of what is unusual `read` is asked.
+        """Reads and decodes many images; unusual records go through `read`.
 
         Raises:
-          DataError: the file has become shorter.
+          DataError: the file was truncated in the meantime.
         """
         if self._shard:
             for shard in np.unique(numbers // self._shard).tolist():
@@ -158,7 +160,7 @@ class RecordSource(Source):
         encoded, given = self._reader.images(self._first + numbers, which=self._which)
         usual = (given >= 0) & (given < self.num_classes) & (given == np.floor(given))
         labels[rows] = np.where(usual, given, 0)
-        # As little as can be between two images: other threads want Python's lock.
+        # As little work as possible between two images, because other threads need the GIL.
         for place, (row, data) in enumerate(zip(rows.tolist(), encoded, strict=True)):
             image = pixels(data)
             if image is not None and image.shape == images.shape[1:]:
@@ -168,16 +170,16 @@ class RecordSource(Source):
         return super().load(numbers[~usual], rows[~usual], images, labels)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32; -1 where a record is damaged, or its label out of range."""
+        """Returns (len,) int32; -1 if a record is damaged, or its label out of range."""
         labels = self._image_labels()
         return labels if labels.max() < self.num_classes else _inside(labels, self.num_classes)
 
     def where(self, index: int) -> str:
-        """The file and the record's key."""
+        """Returns the file and the record's key."""
         return f"{self._reader.path}, record {self._key(index)}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """The size of the record file, and digests of its index."""
+        """Returns the size of the record file, and digests of its index."""
         which = {"label index": self._which} if self._which else {}
         return {"form": "record file", **which, **self._reader.facts()}
 
@@ -194,7 +196,7 @@ class RecordSource(Source):
         return int(self._reader.keys[self._position(index)])
 
     def _count_images(self, first: int) -> int:
-        """How many keys are in front of the first identity record."""
+        """Returns the number of keys before the first identity record."""
         keys = self._reader.keys
         position = self._reader.below(first)
         if first >= _INEXACT:
@@ -205,13 +207,13 @@ class RecordSource(Source):
         return position - 1
 
     def _label(self, record: Record) -> float:
-        """The identity's; insightface stores one label, or several of which the first is it.
+        """Returns the identity's label; insightface stores one label, or several with it in front.
 
         Raises:
-          ImageError: the record has fewer labels than label_index asks for.
+          ImageError: the record has no label number `label_index`.
         """
         if not isinstance(record.label, np.ndarray) and self._which == 0:
-            return record.label  # as nearly all records have it; an array costs 4 us
+            return record.label  # the usual case; an array costs 4 us
         labels = np.atleast_1d(record.label)
         if self._which >= len(labels):
             raise ImageError(

@@ -1,1 +1,3 @@
-"""Synthetic faces: identities drawn from a seed, to train and verify on without any download."""
+"""Synthetic faces: identities generated from a seed, for training and testing without a
+download.
+"""

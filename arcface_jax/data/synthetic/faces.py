@@ -1,9 +1,9 @@
-"""Procedurally synthetic face identities: training and verification images without a download.
+"""Procedural face identities: training and verification images without a download.
 
-An identity fixes what a person keeps (geometry, skin, hair, brows, glasses, beard); a view fixes
-what changes from picture to picture (pose, expression, light, color cast, blur, noise, occlusion).
-Both come from random streams keyed by their numbers, so every image is a pure function of
-`(seed, identity, index)`, whichever thread or process draws it, and in whatever order.
+An identity fixes what is constant for a person (geometry, skin, hair, brows, glasses, beard); a
+view fixes what varies between pictures (pose, expression, light, color cast, blur, noise,
+occlusion). Both come from random streams keyed by their numbers, so every image is a pure function
+of `(seed, identity, index)`, in any thread, process and order.
 """
 
 import cv2
@@ -21,7 +21,7 @@ from arcface_jax.data.synthetic.parts import Part, features, person
 
 _IMAGE_SIZE = 112  # pixels, the input size of every backbone
 _FOLDS = 10  # folds of the verification protocol
-_FIXED_POINT_BITS = 4  # sub-pixel bits that cv2.fillPoly understands
+_FIXED_POINT_BITS = 4  # sub-pixel bits of cv2.fillPoly
 
 
 def draw_face(*, seed: int, identity: int, index: int, size: int = _IMAGE_SIZE) -> np.ndarray:
@@ -77,8 +77,8 @@ def verification_pairs(
         )
     rng = np.random.default_rng([seed, first_identity, identities, pairs, 2])
     half = pairs // 2
-    # Two passes over one shuffled cycle: the same pairs take its first `half` places, the different
-    # ones continue from there, so that `pairs` places reach every identity.
+    # Two passes over one shuffled cycle: the same-person pairs take its first `half` places, and
+    # the different ones continue from there, so that `pairs` places cover every identity.
     people = np.resize(rng.permutation(identities), pairs)
     other = (people[half:] + rng.integers(1, identities, half)) % identities
     left = first_identity + people
@@ -87,7 +87,7 @@ def verification_pairs(
     fold_order = np.arange(pairs).reshape(2, _FOLDS, -1).swapaxes(0, 1).ravel()
     images = np.empty((2 * pairs, _IMAGE_SIZE, _IMAGE_SIZE, 3), np.uint8)
     for place, pair in enumerate(fold_order):
-        # Numbering the images by pair keeps the two of a same pair, and all pairs, distinct.
+        # Numbering the images by pair makes the two images of a pair, and all pairs, distinct.
         index = 2 * int(pair)
         images[2 * place] = draw_face(seed=seed, identity=int(left[pair]), index=index)
         images[2 * place + 1] = draw_face(seed=seed, identity=int(right[pair]), index=index + 1)
@@ -95,7 +95,7 @@ def verification_pairs(
 
 
 def _project(parts: list[Part], p: Identity, v: View, pixels: int) -> list[np.ndarray]:
-    """Image positions of all polygons, (n, 2) int32 in fixed point."""
+    """Returns the image positions of all polygons, (n, 2) int32 in fixed point."""
     polygons = [polygon for part in parts for polygon in part.polygons]
     lengths = [len(polygon) for polygon in polygons]
     depth = np.array([(part.relief, part.lift) for part in parts for _ in part.polygons])
@@ -116,7 +116,7 @@ def _project(parts: list[Part], p: Identity, v: View, pixels: int) -> list[np.nd
 
 
 def _fixed_point(points: Polygon) -> np.ndarray:
-    """(n,) complex128 pixels to the (n, 2) int32 that cv2.fillPoly reads."""
+    """Converts (n,) complex128 pixels to the (n, 2) int32 that cv2.fillPoly reads."""
     return np.rint(points.view(np.float64) * 2**_FIXED_POINT_BITS).astype(np.int32).reshape(-1, 2)
 
 
@@ -138,7 +138,7 @@ def _render(seed: int, identity: int, v: View, size: int) -> np.ndarray:
 
 
 def _photograph(image: np.ndarray, v: View) -> np.ndarray:
-    """Blur, light, color cast and sensor noise on a (H, W, 3) uint8 image."""
+    """Applies blur, light, color cast and sensor noise to a (H, W, 3) uint8 image."""
     if v.blur > 0.3:
         image = cv2.GaussianBlur(image, (5, 5), v.blur)
     levels = 255.0 * np.linspace(0.0, 1.0, 256)[:, None] ** v.gamma

@@ -1,4 +1,4 @@
-"""What a synthetic face is made from: the numbers of a person and of a picture.
+"""Parameters of a synthetic face: the numbers of a person and of a picture.
 
 Face coordinates: x to the right, y down, the origin between nose and eyes, the unit is half the
 height of the head. z points at the viewer; features lie on an ellipsoid, so yaw and pitch move them
@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Polygon = NDArray[np.complex128]
-"""(n,) points x + iy: a shift is a sum, a turn a product, a mirror image -conj."""
+"""(n,) points x + iy: addition shifts, multiplication rotates, and -conj mirrors."""
 LIGHT_UNIT = 128
-"""The value in a light map that leaves a pixel as it is."""
+"""Value in a light map that leaves a pixel unchanged."""
 
 _CIRCLE: Polygon = np.exp(1j * np.linspace(0.0, 2.0 * np.pi, 32, endpoint=False))
 _SKINS = ((255, 224, 196), (241, 194, 155), (214, 160, 116), (172, 116, 78), (122, 80, 56))
@@ -32,23 +32,25 @@ _IRISES = ((58, 38, 26), (52, 96, 156), (60, 124, 74), (120, 124, 130))
 
 
 def _between(low: float, high: float) -> Any:
-    """A dataclass field drawn uniformly from [low, high)."""
+    """Makes a dataclass field drawn uniformly from [low, high)."""
     return field(metadata={"draw": lambda u: low + (high - low) * u})
 
 
 def _one_of(*values: float) -> Any:
-    """A dataclass field with equally likely values."""
+    """Makes a dataclass field with equally likely values."""
     return field(metadata={"draw": lambda u: values[int(u * len(values))]})
 
 
 def _chance(probability: float) -> Any:
-    """A dataclass field that is true with this probability."""
+    """Makes a dataclass field that is true with this probability."""
     return field(metadata={"draw": lambda u: bool(u < probability)})
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Identity:
-    """What all images of one person share. Lengths in face units, colors RGB in [0, 255]."""
+    """Parameters shared by all images of a person. Lengths in face units, colors RGB in [0,
+    255].
+    """
 
     width: float = _between(0.66, 0.86)  # half width of the head
     jaw: float = _between(
@@ -94,7 +96,7 @@ class Identity:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class View:
-    """What changes between images of one person."""
+    """Parameters that vary between images of one person."""
 
     roll: float = _between(-0.08, 0.08)  # radians, in the image plane
     yaw: float = _between(-0.14, 0.14)  # radians, positive turns to the viewer's right
@@ -121,7 +123,7 @@ class View:
 
 
 def blob(x: float, y: float, rx: float, ry: float, *, power: float = 1.0, step: int = 1) -> Polygon:
-    """(32 / step,) superellipse; power 1 is an ellipse, below it approaches a rectangle."""
+    """Returns (32 / step,) points of a superellipse; power 1 is an ellipse, less is squarer."""
     circle = _CIRCLE[::step]
     if power == 1.0:
         return circle.real * rx + circle.imag * (1j * ry) + complex(x, y)
@@ -142,12 +144,12 @@ def _draw_rules(kind: type[Identity] | type[View]) -> list[tuple[str, Callable[[
 
 
 def draw_identity(seed: int, identity: int) -> Identity:
-    """The person of a number, in the population of a seed."""
+    """Draws the parameters of person `identity` in the population of a seed."""
     rng = np.random.default_rng([seed, identity, 0])
     tone = rng.random() * (len(_SKINS) - 1)
     lighter, darker = np.array(_SKINS[int(tone) : int(tone) + 2], float)
     skin = lighter + (tone % 1.0) * (darker - lighter)
-    # Hair, brows and beard stand out from the skin, or their shape could not be seen.
+    # Hair, brows and beard need contrast to the skin, or their shape would not be visible.
     hairs = [hair for hair in _HAIRS if abs(np.mean(hair) - skin.mean()) > 55.0]
     hair = np.array(hairs[rng.integers(len(hairs))]) * rng.uniform(0.85, 1.1)
     return Identity(
@@ -160,8 +162,8 @@ def draw_identity(seed: int, identity: int) -> Identity:
 
 
 def draw_view(seed: int, identity: int, index: int) -> View:
-    """How the picture of a number shows a person."""
-    # The last number keeps this stream apart from `draw_identity`'s, also at index 0.
+    """Draws the parameters of picture `index` of a person."""
+    # The last number separates this stream from `draw_identity`'s, also at index 0.
     rng = np.random.default_rng([seed, identity, index, 1])
     rows, columns = rng.integers(2, 9, 2).tolist()
     backdrop = rng.uniform(0.0, 255.0, 3) + rng.normal(0.0, 40.0, (rows, columns, 3))
@@ -179,7 +181,7 @@ def draw_view(seed: int, identity: int, index: int) -> View:
 
 
 def _light(rng: np.random.Generator) -> np.ndarray:
-    """(3, 3, 3) uint8 map: a gradient in one direction, and weak colored lamps."""
+    """Draws a (3, 3, 3) uint8 light map: a gradient in one direction, and weak colored lamps."""
     angle, strength = rng.uniform(0.0, 2.0 * np.pi), rng.uniform(0.15, 0.45)
     across = np.array((-1.0, 0.0, 1.0))
     gradient = np.cos(angle) * across + np.sin(angle) * across[:, None]
@@ -189,7 +191,7 @@ def _light(rng: np.random.Generator) -> np.ndarray:
 
 
 def _occluder(rng: np.random.Generator) -> Polygon:
-    """A bar, or an ellipse like a hand, over a part of every tenth image."""
+    """Draws a bar, or an ellipse like a hand, over a part of every tenth image."""
     kind, angle, x, y, long, wide = rng.random(6)
     if kind < 0.05:
         shape = blob(0.0, 0.0, 0.8, 0.015 + 0.03 * wide, power=0.6)

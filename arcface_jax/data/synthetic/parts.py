@@ -15,7 +15,7 @@ _EYE_WHITE = np.array((246.0, 244.0, 240.0))
 class Part(NamedTuple):
     """Polygons of one color; z = relief * ellipsoid + lift.
 
-    Points are complex numbers x + iy: a shift is a sum, a turn a product, a mirror image -conj.
+    Points are complex numbers x + iy: addition shifts, multiplication rotates, and -conj mirrors.
     """
 
     color: np.ndarray  # (3,) RGB
@@ -25,12 +25,14 @@ class Part(NamedTuple):
 
 
 def _band(x: np.ndarray, top: np.ndarray, bottom: np.ndarray) -> Polygon:
-    """(2n,) polygon between two curves over the same x."""
+    """Returns a (2n,) polygon between two curves over the same x."""
     return np.concatenate([x + 1j * top, (x + 1j * bottom)[::-1]])
 
 
 def _both(polygon: Polygon) -> list[Polygon]:
-    """The polygon and its mirror image: faces are symmetric, so a flip keeps the identity."""
+    """Returns the polygon and its mirror image: faces are symmetric, so a flip keeps the
+    identity.
+    """
     return [polygon, -polygon.conj()]
 
 
@@ -122,7 +124,7 @@ def _glasses(p: Identity) -> list[Part]:
 
 
 def _body(p: Identity) -> list[Part]:
-    """Neck, ears and head."""
+    """Returns neck, ears and head."""
     neck = np.array([-0.36 + 0.5j, 0.36 + 0.5j, 0.42 + 1.5j, -0.42 + 1.5j])
     parts = [
         Part(p.skin * 0.78, [neck], 0.0, -0.1),
@@ -182,15 +184,16 @@ def _mouth(p: Identity, v: View) -> list[Part]:
 
 
 def features(p: Identity, v: View) -> list[Part]:
-    """The parts that expression moves: mouth, eyes, brows."""
+    """Returns the parts that expression moves: mouth, eyes, brows."""
     return [*_mouth(p, v), *_eyes(p, v), *_brows(p, v)]
 
 
 @lru_cache(maxsize=1024)
 def person(seed: int, identity: int) -> tuple[Identity, list[Part], list[Part], list[Part]]:
-    """The identity and its unchanging parts: behind the shoulders, below and above the features.
+    """Returns the identity and its constant parts: behind the shoulders, below and above the
+    features.
 
-    Remembered because a data set shows each person many times; the parts are never written to.
+    Cached because a data set shows each person many times; the parts are never modified.
     """
     p = draw_identity(seed, identity)
     below = [*_body(p), *_cheeks(p), *_beard(p), *_nose(p)]

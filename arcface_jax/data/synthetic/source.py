@@ -23,25 +23,25 @@ class SyntheticSource(Source):
         return self.num_classes * self._each
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(112, 112, 3) uint8 RGB and its label."""
+        """Returns an image, (112, 112, 3) uint8 RGB, and its label."""
         identity, image = divmod(index, self._each)
         return faces.draw_face(seed=self._seed, identity=identity, index=image), identity
 
     def read(self, index: int) -> Sample:
-        """The face as a PNG, and its label."""
+        """Returns the face as a PNG, and its label."""
         image, label = self[index]
         return Sample(encode(image), label)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32."""
+        """Returns (len,) int32."""
         return np.repeat(np.arange(self.num_classes, dtype=np.int32), self._each)
 
     def where(self, index: int) -> str:
-        """The identity and the image of it."""
+        """Returns the identity and the number of its image."""
         return "drawn identity {}, image {}".format(*divmod(index, self._each))
 
     def facts(self) -> Mapping[str, int | str]:
-        """The parameters."""
+        """Returns the parameters."""
         return {"form": "synthetic", "seed": self._seed, "images per identity": self._each}
 
 
@@ -59,24 +59,24 @@ class NoiseSource(Source):
         return self._images
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(112, 112, 3) uint8 and its label."""
+        """Returns an image, (112, 112, 3) uint8, and its label."""
         shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
         pixels = np.random.default_rng([self._seed, index]).bytes(IMAGE_SIZE * IMAGE_SIZE * 3)
         return np.frombuffer(pixels, np.uint8).reshape(shape), index % self.num_classes
 
     def read(self, index: int) -> Sample:
-        """The pixels as a PNG, and the label."""
+        """Returns the pixels as a PNG, and the label."""
         image, label = self[index]
         return Sample(encode(image), label)
 
     def labels(self) -> np.ndarray:
-        """(len,) int32."""
+        """Returns (len,) int32."""
         return (np.arange(self._images) % self.num_classes).astype(np.int32)
 
     def where(self, index: int) -> str:
-        """The number of the image."""
+        """Returns the number of the image."""
         return f"noise, image {index}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """The parameters."""
+        """Returns the parameters."""
         return {"form": "noise", "seed": self._seed}

@@ -1,1 +1,1 @@
-"""What scripts/data.py does to training sets: look, pack, split, merge, align, make pairs."""
+"""Tools of `arcface-jax data`: inspect, pack, split, merge, align, and make pairs."""

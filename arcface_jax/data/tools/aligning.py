@@ -1,9 +1,9 @@
-"""`data.py align`: photographs to faces of 112 x 112, by five points from a list or a detector.
+"""`data.py align`: align photographs to 112 x 112 by five points from a list or a detector.
 
-OUTPUT holds the faces, `faces.csv` with the measures of each, `rejects.csv` with what was left out,
-and a journal, `.align.jsonl`: the settings, then a line for each photograph that is done. A second
-run into the folder keeps the faces of photographs that have not changed, and removes those whose
-photographs are gone or rejected now.
+OUTPUT gets the faces, `faces.csv` with the measures of each, `rejects.csv` with the rejected
+photographs, and a journal, `.align.jsonl`: the settings, then a line for each finished photograph.
+A second run into the folder keeps the faces of unchanged photographs, and removes those whose
+photographs no longer exist or are now rejected.
 """
 
 import csv
@@ -38,9 +38,9 @@ from arcface_jax.runtime.files import atomic, below, open_own, write_atomic
 from arcface_jax.runtime.text import cells
 
 PointsOf = Callable[[str, np.ndarray], Faces]
-"""The faces of an image, of which the path relative to the folder is given too."""
+"""Finds the faces of an image, given its path relative to the folder and its pixels."""
 Format = Literal["jpeg", "png"]
-"""Of the faces' files; PNG loses nothing."""
+"""Format of the faces' files; PNG is lossless."""
 
 FACES, REJECTS, JOURNAL = "faces.csv", "rejects.csv", ".align.jsonl"
 _MEASURES = ("choice", "faces", "score", "x", "y", "size", "blur", "yaw", "pitch", "roll")
@@ -48,41 +48,41 @@ _SUFFIXES = {"jpeg": ".jpg", "png": ".png"}
 
 
 class Aligned(NamedTuple):
-    """What an output folder holds."""
+    """Contents of an output folder."""
 
     written: int
-    """Faces, earlier runs' included."""
+    """Number of faces, including those of earlier runs."""
     rejected: dict[str, str]
-    """Why, by path."""
+    """Reason for each rejected photograph, by path."""
     report: Path
     """The list of rejects."""
     ignored: dict[str, int]
-    """Entries that are no images, by kind."""
+    """Entries that are not images, by kind."""
     identities: int
-    """Folders that have a face."""
+    """Number of folders that have a face."""
     kept: int
-    """Faces that an earlier run wrote."""
+    """Number of faces kept from an earlier run."""
     removed: int
-    """Faces of an earlier run whose photographs are gone or rejected now."""
+    """Number of faces removed because their photographs are gone or now rejected."""
     choices: dict[FaceChoice, int]
-    """How many faces were chosen in each way."""
+    """How often each way to choose a face was used."""
 
 
 class _Done(NamedTuple):
     """A photograph whose face was written."""
 
     path: str
-    """Relative to the photographs' folder."""
+    """Path relative to the photographs' folder."""
     state: tuple[int, int]
-    """Bytes and time of change of the photograph."""
+    """Size in bytes and modification time of the photograph."""
     face: str
-    """Relative to the output folder."""
+    """Path relative to the output folder."""
     measures: tuple[Any, ...]
-    """As `_MEASURES`."""
+    """Values of the columns in `_MEASURES`."""
 
 
 class _Job(NamedTuple):
-    """How photographs become faces."""
+    """Settings by which photographs become faces."""
 
     folder: Path
     output: Path
@@ -93,7 +93,7 @@ class _Job(NamedTuple):
     format: Format
 
     def settings(self, points: str) -> dict[str, Any]:
-        """What the faces depend on, beside the photographs."""
+        """Returns the settings that determine the faces."""
         return {
             "photographs": str(self.folder.resolve()),
             "points": points,
@@ -107,7 +107,7 @@ class _Job(NamedTuple):
         """Aligns one photograph.
 
         Raises:
-          ImageError: it is no image, shows no face, or a face that is too small.
+          ImageError: the file is not an image, shows no face, or shows a face that is too small.
         """
         state = _state(self.folder / name)
         image = decode_any_size(read_file(self.folder / name), where=name)
@@ -150,22 +150,22 @@ def align_folder(
     """Aligns every image under a folder, and keeps the folders' structure.
 
     Args:
-      folder: of photographs, in sub-folders or not.
-      output: where the faces go, with `faces.csv`, `rejects.csv` and the names of the folders that
-        have faces, which are the identities. The same call into it resumes.
-      points_of: the five points of the faces of an image.
-      points: what identifies `points_of`, such as a digest of the file it reads; another one does
-        not resume.
-      choose: which face where there are several; `auto` takes the images of sub-folders to lie in
-        folders of their identities.
-      min_eyes: smallest distance of the eyes in pixels of the photograph; below, it is rejected.
-      quality: of JPEG files.
-      format: of the faces' files.
-      threads: 0 for as many as there are processors.
+      folder: folder of photographs, in sub-folders or not.
+      output: folder for the faces, `faces.csv`, `rejects.csv` and the names of the identities,
+        which are the folders that have faces. The same call resumes.
+      points_of: finds the five points of an image's faces.
+      points: identifies `points_of`, such as a digest of the file it reads; must match to resume.
+      choose: which face to take if there are several; `auto` assumes that sub-folders are
+        identities.
+      min_eyes: smallest distance of the eyes in pixels of the photograph; smaller faces are
+          rejected.
+      quality: quality of JPEG files.
+      format: format of the faces' files.
+      threads: 0 for one per processor.
 
     Raises:
-      DataError: there is no image, or the output has faces made with other settings, or images that
-        are no such faces, or lies in the folder.
+      DataError: there is no image, or the output has faces made with other settings or foreign
+        images, or is inside the folder.
     """
     job = _Job(folder, output, points_of, choose, min_eyes, quality, format)
     if output.resolve().is_relative_to(folder.resolve()):
@@ -212,7 +212,7 @@ def align_folder(
 
 
 def read_rows(output: Path) -> list[dict[str, str]]:
-    """The lines of `faces.csv` by column, one for each face, with the names as they are."""
+    """Reads the rows of `faces.csv` by column, one for each face, with unescaped names."""
     lines = (output / JOURNAL).read_text(encoding="utf-8").splitlines()[1:]
     columns = ("path", "face", *_MEASURES)
     return [
@@ -223,18 +223,18 @@ def read_rows(output: Path) -> list[dict[str, str]]:
 
 
 def detected(detector: Detector) -> PointsOf:
-    """Points as a detector finds them."""
+    """Returns points as found by a detector."""
     return lambda _, image: detector(image)
 
 
 def listed(path: Path) -> PointsOf:
-    """Points from a file, in any form of `point_files`.
+    """Returns points from a file, in any format of `point_files`.
 
     Paths are relative to the photographs' folder; one may be listed several times, once for each
     face.
 
     Raises:
-      DataError: the file has none of the forms.
+      DataError: the file has another format.
     """
     points = point_files.by_name(path)
 
@@ -247,19 +247,19 @@ def listed(path: Path) -> PointsOf:
 
 
 def _targets(names: list[str], format: Format) -> dict[str, str]:
-    """The face's file for each photograph, both relative to their folders."""
+    """Returns the face's file for each photograph, both relative to their folders."""
     suffix = _SUFFIXES[format]
     stems = Counter(os.path.splitext(name)[0] for name in names)
 
     def target(name: str) -> str:
         stem = os.path.splitext(name)[0]
-        return f"{stem if stems[stem] == 1 else name}{suffix}"  # not a.png's where a.jpg is too
+        return f"{stem if stems[stem] == 1 else name}{suffix}"  # a.png must not overwrite a.jpg
 
     return {name: target(name) for name in names}
 
 
 def _measures(face: np.ndarray, points: np.ndarray, score: float) -> tuple[float, ...]:
-    """Score, center, side of the crop in pixels of the photograph, blur, yaw, pitch and roll."""
+    """Returns score, center, crop side in pixels of the photograph, blur, yaw, pitch and roll."""
     matrix = similarity(points, TEMPLATE)
     x, y = points.mean(axis=0)
     size = IMAGE_SIZE / float(np.hypot(matrix[0, 0], matrix[1, 0]))
@@ -277,7 +277,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _still_good(done: _Done, job: _Job, targets: Mapping[str, str]) -> bool:
-    """Whether the photograph is as it was, and its face is there."""
+    """Returns whether the photograph is unchanged and its face exists."""
     return (
         targets.get(done.path) == done.face
         and _state(job.folder / done.path) == done.state
@@ -286,7 +286,7 @@ def _still_good(done: _Done, job: _Job, targets: Mapping[str, str]) -> bool:
 
 
 def _before(output: Path, settings: Mapping[str, Any]) -> dict[str, _Done]:
-    """What earlier runs did; empty in a new folder.
+    """Returns what earlier runs did; empty in a new folder.
 
     Raises:
       DataError: as `align_folder`.
@@ -316,7 +316,7 @@ def _before(output: Path, settings: Mapping[str, Any]) -> dict[str, _Done]:
 
 
 def _parsed(line: str) -> _Done | None:
-    """None for the last line of a run that was killed while it wrote."""
+    """Parses a journal line; None for the last line of a run that was killed while writing it."""
     try:
         path, state, face, measures = json.loads(line)
         return _Done(path, tuple(state), face, tuple(measures))
@@ -328,7 +328,7 @@ def _parsed(line: str) -> _Done | None:
 def _journal(
     output: Path, settings: Mapping[str, Any], before: Iterable[_Done]
 ) -> Iterator[Callable[[_Done], None]]:
-    """Starts the journal with what is done already; yields what adds a photograph to it."""
+    """Starts the journal with what is already done; yields a function that adds a photograph."""
     _write_journal(output, settings, before)
     with open_own(output / JOURNAL, "a") as file:
 
@@ -345,7 +345,7 @@ def _write_journal(output: Path, settings: Mapping[str, Any], done: Iterable[_Do
 
 
 def _remove(output: Path, faces: Iterable[str]) -> int:
-    """Removes faces, and the folders that are empty then."""
+    """Removes faces, and the folders that become empty."""
     count = 0
     for face in faces:
         path = output / face
@@ -361,7 +361,9 @@ def _remove(output: Path, faces: Iterable[str]) -> int:
 def _write_lists(
     job: _Job, faces: list[_Done], rejected: Mapping[str, str], settings: Mapping[str, Any]
 ) -> int:
-    """Writes the CSV files, the identities' names and the journal; returns the identities."""
+    """Writes the CSV files, the identities' names and the journal; returns the identities'
+    count.
+    """
     output = job.output
     with atomic(output / FACES, newline="") as file:
         rows = ((one.path, one.face, *one.measures) for one in faces)

@@ -1,4 +1,4 @@
-"""`data.py detector`: what a detector's file is, whether it opens, and whether it finds faces."""
+"""`data.py detector`: identify a detector's file, open it, and test that it finds faces."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.synthetic.faces import draw_face
 
 DRAWN = 12
-"""Synthetic faces that a detector is tried on."""
+"""Number of synthetic faces that a detector is tested on."""
 _CANVAS = (480, 640, 3)
-_CORNERS = ((40, 60), (180, 260), (300, 420))  # of the pasted face, y and x
-_TOLERANCE = 0.25  # of the distance of the eyes: a synthetic face is not a photograph
+_CORNERS = ((40, 60), (180, 260), (300, 420))  # corners of the pasted face, y and x
+_TOLERANCE = 0.25  # share of the distance of the eyes: a synthetic face is not a photograph
 
 
 class Known(NamedTuple):
-    """A published file."""
+    """A published detector."""
 
     name: str
     source: str
@@ -53,18 +53,18 @@ KNOWN = {
 
 
 class Checked(NamedTuple):
-    """What a detector's file came to."""
+    """Result of a detector's check."""
 
     sha256: str
     known: Known | None
     found: int
-    """Of `DRAWN` synthetic faces, those whose five points are where they were drawn."""
+    """Number of the `DRAWN` synthetic faces whose five points were found."""
     in_photograph: Faces | None
-    """Of a photograph, where one was given."""
+    """Faces found in the photograph, if one was given."""
 
 
 def check(path: Path, *, photograph: Path | None = None, size: int = 0) -> Checked:
-    """Opens a detector and tries it on synthetic faces, and on a photograph if there is one.
+    """Opens a detector and tests it on synthetic faces, and on a photograph if given.
 
     Args:
       path: the ONNX file.
@@ -72,7 +72,7 @@ def check(path: Path, *, photograph: Path | None = None, size: int = 0) -> Check
       size: as `detectors.load`.
 
     Raises:
-      UserError: the file is missing, or is no detector of a known kind.
+      UserError: the file is missing, or is not a supported detector.
     """
     detect = detectors.load(str(path), size=size)
     digest = detectors.identity(path)
@@ -82,7 +82,7 @@ def check(path: Path, *, photograph: Path | None = None, size: int = 0) -> Check
 
 
 def _finds(detect: Detector, number: int) -> bool:
-    """Whether a synthetic face's points are found, in the order of `faces.POINT_NAMES`."""
+    """Returns whether a synthetic face's points are found, in the order of `faces.POINT_NAMES`."""
     y, x = _CORNERS[number % len(_CORNERS)]
     picture = np.full(_CANVAS, 128, np.uint8)
     picture[y : y + IMAGE_SIZE, x : x + IMAGE_SIZE] = draw_face(seed=0, identity=number, index=0)

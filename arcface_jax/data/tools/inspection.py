@@ -1,4 +1,4 @@
-"""`data.py inspect`: what a training set holds, and what is wrong with it."""
+"""`data.py inspect`: summarize a training set, and find problems in it."""
 
 import hashlib
 import json
@@ -18,9 +18,9 @@ from arcface_jax.data.tools import pictures, reading
 from arcface_jax.errors import ImageError
 from arcface_jax.runtime.files import write_atomic
 
-_SHOWN = 10  # examples that the report names
+_SHOWN = 10  # examples in the report
 FEW = 10
-"""Images per identity below which margin losses have little to learn from, on the average."""
+"""Mean number of images per identity below which margin losses have little to learn from."""
 
 
 class _Look(NamedTuple):
@@ -29,43 +29,43 @@ class _Look(NamedTuple):
     label: int
     gray: bool
     lean: float
-    """The color lean of an aligned face; NaN of other images."""
+    """Color lean of an aligned face; NaN for other images."""
 
 
 @dataclass
 class Report:
-    """What was found. Lists hold places, as `Source.where` names them."""
+    """Findings of `inspect`. Lists contain places, as `Source.where` names them."""
 
     identities: int
     images: int
     looked_at: int
     per_identity: np.ndarray
-    """(identities,) images of each, by their labels."""
+    """(identities,) number of images by label."""
     bad_labels: int
-    """Images whose label is no identity."""
+    """Number of images with an invalid label."""
     bytes_stored: int = 0
-    """Of the images that were looked at."""
+    """Bytes of the images that were read."""
     sizes: Counter = field(default_factory=Counter)
-    """(width, height): images."""
+    """Number of images by (width, height)."""
     unreadable: list[str] = field(default_factory=list)
-    """What is wrong with each image that cannot be read."""
+    """Error of each image that cannot be read."""
     unreadable_kinds: Counter[str] = field(default_factory=Counter)
-    """How many cannot be read, by what is wrong with them."""
+    """Number of unreadable images by error."""
     duplicates: list[list[str]] = field(default_factory=list)
-    """Images that are the same, byte for byte, under one label."""
+    """Groups of images that are identical, byte for byte, under one label."""
     conflicts: list[list[str]] = field(default_factory=list)
-    """The same, under several labels."""
+    """Groups of identical images under several labels."""
     duplicate_numbers: list[list[int]] = field(default_factory=list)
-    """The image numbers of `duplicates`."""
+    """Image numbers of `duplicates`."""
     conflict_numbers: list[list[int]] = field(default_factory=list)
-    """The image numbers of `conflicts`."""
+    """Image numbers of `conflicts`."""
     gray: int = 0
-    """Images whose three channels are equal."""
+    """Number of images whose three channels are equal."""
     is_bgr: bool = False
     """Whether the aligned faces seem to have red and blue exchanged."""
 
     def summary(self) -> dict[str, Any]:
-        """The keys of RESULT."""
+        """Returns the keys of RESULT."""
         counts = self.per_identity
         present = counts[counts > 0]
         return {
@@ -91,9 +91,9 @@ def inspect(source: Source, *, most: int = 0, seed: int = 0, threads: int = 0) -
 
     Args:
       source: the training set.
-      most: look at so many images, chosen at random, where not 0; labels are counted in full.
-      seed: of this choice.
-      threads: 0 for as many as there are processors.
+      most: if not 0, read only this many images, chosen at random; all labels are counted.
+      seed: random seed of this choice.
+      threads: 0 for one per processor.
     """
     labels = source.labels()
     known = labels[labels >= 0]
@@ -143,7 +143,7 @@ def _look(image: np.ndarray, digest: bytes, label: int) -> _Look:
 def _add_copies(
     report: Report, source: Source, groups: Iterable[Sequence[tuple[int, int]]]
 ) -> None:
-    """Notes the groups of equal images that have several members, which are (number, label)."""
+    """Adds the groups of two or more equal images, each a (number, label)."""
     for group in groups:
         if len(group) > 1:
             numbers = [number for number, _ in group]
@@ -157,13 +157,13 @@ def _add_copies(
 
 
 def in_words(report: Report) -> list[str]:
-    """The report as lines of text, warnings last."""
+    """Returns the report as lines of text, warnings last."""
     facts = report.summary()
     sizes = ", ".join(f"{w} x {h}: {n:,}" for (w, h), n in report.sizes.most_common(4))
     lines = [
         f"{report.images:,} images of {report.identities:,} identities, "
-        f"{facts['images_per_identity_mean']} each on the average, "
-        f"{facts['images_per_identity_median']:g} in the middle",
+        f"{facts['images_per_identity_mean']} each on average, "
+        f"{facts['images_per_identity_median']:g} median",
         f"looked at {report.looked_at:,}, {report.bytes_stored / 2**20:,.1f} MiB; sizes {sizes}",
         *_histogram(report.per_identity),
     ]
@@ -171,7 +171,7 @@ def in_words(report: Report) -> list[str]:
 
 
 def _histogram(counts: np.ndarray) -> list[str]:
-    """Identities by their number of images, in powers of two."""
+    """Returns lines with the number of identities by number of images, in powers of two."""
     edges = [0, 1, 2]
     while edges[-1] <= counts.max(initial=0):
         edges.append(2 * edges[-1])
@@ -186,7 +186,7 @@ def _histogram(counts: np.ndarray) -> list[str]:
 
 
 def warnings(report: Report) -> list[str]:
-    """What is wrong, each with its number and a way out."""
+    """Lists the problems found, each with its count and a fix."""
     facts = report.summary()
     few = report.images / max(1, report.identities)
     found = [
@@ -247,7 +247,7 @@ def _some(places: list[str]) -> str:
 
 
 def write(report: Report, source: Source, folder: Path, *, seed: int = 0) -> list[Path]:
-    """The report as JSON, the histogram and a sheet of samples as pictures.
+    """Writes the report as JSON, and the histogram and a sheet of samples as pictures.
 
     Returns:
       The files.

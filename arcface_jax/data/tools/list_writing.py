@@ -16,17 +16,17 @@ from arcface_jax.runtime.files import atomic
 def write(
     source: Source, selection: Selection, path: Path, *, bad: Bad = "stop", threads: int = 0
 ) -> Packed:
-    """Writes the list; the images stay where they are, and their paths are relative to it.
+    """Writes the list; images are not copied, and their paths are relative to the list.
 
     Args:
       source: the training set.
-      selection: which of its images, in which order, under which labels.
+      selection: the images to write, their order and their labels.
       path: the new .csv file.
       bad: has no effect, because no image is read.
       threads: has no effect.
 
     Raises:
-      UserError: the set is not of image files, or the file exists.
+      UserError: the set does not consist of image files, or the file exists.
     """
     del bad, threads
     if not isinstance(source, FilesSource):

@@ -1,7 +1,7 @@
-"""`data pack --format lmdb`: any training set as the LMDB that HSFace and VFace are trained from.
+"""`data pack --format lmdb`: write any training set as an LMDB, in the format of HSFace and VFace.
 
-Entries 0, 1, ... hold (image, label) as MessagePack, beside `__keys__`, `__len__` and
-`__classnum__`. A job that was interrupted starts over.
+Entries 0, 1, ... are (image, label) as MessagePack, next to `__keys__`, `__len__` and
+`__classnum__`. An interrupted job starts over.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime.files import atomic_files
 
 _FILE = "train.lmdb"
-_TOGETHER = 1000  # images of a transaction
+_TOGETHER = 1000  # images per transaction
 
 
 def write(
@@ -30,14 +30,14 @@ def write(
 
     Args:
       source: the training set.
-      selection: which of its images, in which order, under which labels.
-      folder: where to.
-      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
-      threads: that read and check images; 0 for as many as there are processors.
+      selection: the images to write, their order and their labels.
+      folder: output folder.
+      bad: what to do with an image that cannot be read or is not 112 x 112.
+      threads: threads that read and check images; 0 for one per processor.
 
     Raises:
-      UserError: the folder holds an LMDB already, or lmdb is not installed.
-      ImageError: an image is bad, and that is to stop it.
+      UserError: the folder already has an LMDB, or lmdb is not installed.
+      ImageError: an image is bad, and `bad` is "stop".
     """
     if not len(selection.numbers):
         raise DataError("there is no image to pack: nothing is left of the identities asked for")
@@ -57,9 +57,9 @@ def write(
 
 
 def _write_database(path: Path, found: Iterable[tuple[int, Sample]], classes: int) -> int:
-    """Writes the entries; returns how many images there are."""
+    """Writes the entries; returns the number of images."""
     lmdb = import_lmdb()
-    # Without a lock file: nobody else has the database's name yet.
+    # Without a lock file: no other process knows the database's name yet.
     environment = lmdb.open(str(path), subdir=False, lock=False, map_size=1 << 30)
     count = 0
     try:
@@ -83,7 +83,7 @@ def _write_database(path: Path, found: Iterable[tuple[int, Sample]], classes: in
 
 
 def _put(lmdb: Any, environment: Any, entries: Sequence[tuple[bytes, bytes]]) -> None:
-    """Stores entries in one transaction, in a larger map where they do not fit."""
+    """Stores entries in one transaction, in a larger map if they do not fit."""
     while True:
         try:
             with environment.begin(write=True) as transaction:

@@ -1,7 +1,7 @@
-"""`data.py pack`, `split` and `merge`: any training set into a record file that insightface reads.
+"""`data.py pack`, `split` and `merge`: write training sets as record files for insightface.
 
-The images keep their bytes. They stand identity after identity, as the format's identity records
-want it. A pack that was interrupted resumes where it stopped.
+The images' bytes are unchanged. They are ordered by identity, as the format's identity records
+require. An interrupted pack resumes where it stopped.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from arcface_jax.runtime.sealed import DamagedError
 
 
 class Selection(NamedTuple):
-    """Images in the order in which they are written, and their labels there."""
+    """Images in the order in which they are written, and their new labels."""
 
     numbers: np.ndarray
     """(n,) int64 image numbers of the source."""
@@ -37,17 +37,17 @@ class Selection(NamedTuple):
     """(n,) int32, ascending."""
     num_classes: int
     identities: np.ndarray | None = None
-    """(num_classes,) the source's labels of these identities; None where they keep them."""
+    """(num_classes,) labels of these identities in the source; None if they keep them."""
 
 
 class Packed(NamedTuple):
-    """What was written."""
+    """Summary of what was written."""
 
     files: list[Path]
     images: int
     identities: int
     skipped: list[str]
-    """What is wrong with the images that were left out."""
+    """Error of each image that was left out."""
 
 
 def select(
@@ -57,7 +57,7 @@ def select(
 
     Args:
       source: the training set.
-      identities: labels to take; all of them when not given. These are renumbered.
+      identities: labels to take and renumber; by default all, with their labels.
       renumber: number the identities that have images from 0, without gaps.
 
     Raises:
@@ -66,7 +66,7 @@ def select(
     labels = np.asarray(source.labels())
     if len(labels) and labels.min() < 0:
         number = int(np.argmin(labels))
-        source.read(number)  # raises with what is wrong
+        source.read(number)  # raises the actual error
         raise DataError(f"{source.where(number)}: no label; recreate that file")
     order = np.argsort(labels, kind="stable")
     if identities is not None:
@@ -79,7 +79,7 @@ def select(
 
 
 def names_of(source: Source, selection: Selection) -> Names:
-    """The names of a selection's identities: the source's, or its labels where it has none."""
+    """Returns the names of a selection's identities: the source's names, or its labels."""
     old = range(selection.num_classes) if selection.identities is None else selection.identities
     return Names(names.name_of(source.names, int(label)) for label in old)
 
@@ -91,14 +91,14 @@ def pack(
 
     Args:
       source: the training set.
-      selection: which of its images, in which order, under which labels.
-      folder: where to; what an interrupted call left there is gone on with.
-      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
-      threads: that read and check images; 0 for as many as there are processors.
+      selection: the images to write, their order and their labels.
+      folder: where to; continues what an interrupted call left there.
+      bad: what to do with an image that cannot be read or is not 112 x 112.
+      threads: threads that read and check images; 0 for one per processor.
 
     Raises:
-      UserError: the folder holds a finished record file, or another one in the making.
-      ImageError: an image is bad, and that is to stop it.
+      UserError: the folder has a finished record file, or another unfinished one.
+      ImageError: an image is bad, and `bad` is "stop".
     """
     if not len(selection.numbers):
         raise DataError("there is no image to pack: nothing is left of the identities asked for")
@@ -110,7 +110,7 @@ def pack(
     partial = folder / "packing.rec"
     if partial.exists() and not journal.resumed:
         print(f"note: {journal.path} is missing, so packing starts over", file=sys.stderr)
-    most = 1 + len(selection.numbers) - len(journal.skipped)  # without identities' records
+    most = 1 + len(selection.numbers) - len(journal.skipped)  # without the identity records
     with RecordWriter(partial, resume=most if journal.resumed else 0) as writer:
         written = _write_images(writer, source, selection, journal, bad=bad, threads=threads)
         _write_identities(writer, written, selection.num_classes)
@@ -125,10 +125,10 @@ def pack(
 
 
 def checked(source: Source, number: int) -> Sample:
-    """An image as it is stored, which decodes and has the right size.
+    """Returns a stored image after checking that it decodes and has the right size.
 
     Raises:
-      ImageError: it does not, or has not.
+      ImageError: the check fails.
     """
     sample = source.read(number)
     decode(sample.data, where=partial(source.where, number))
@@ -136,24 +136,24 @@ def checked(source: Source, number: int) -> Sample:
 
 
 class Journal:
-    """What an unfinished job has to remember: what it makes, and the images that it left out.
+    """State of an unfinished job: what it writes, and the images that it left out.
 
     Args:
-      path: of the file.
+      path: path of the file.
       job: a digest of the selection and the options.
       data: the source's fingerprint.
 
-    Raises (the constructor): UserError where the folder holds another unfinished job, or the file
-    is damaged.
+    Raises (the constructor): UserError where the folder has another unfinished job, or the file is
+    damaged.
     """
 
     def __init__(self, path: Path, job: str, data: Fingerprint | None = None):
         self.path = path
         self._job, self._data = job, data
         self.skipped: dict[int, str] = {}
-        """By their place in the selection."""
+        """Errors by position in the selection."""
         self.finished: dict[str, str] = {}
-        """Digests of the files that are complete, by name."""
+        """Digests of the complete files, by name."""
         try:
             kept = sealed.read(path)
         except FileNotFoundError:
@@ -177,17 +177,17 @@ class Journal:
         self.finished = kept["finished"]
 
     def skip(self, place: int, text: str) -> None:
-        """Remembers an image that was left out."""
+        """Records an image that was left out."""
         self.skipped[place] = text
         self._save()
 
     def finish(self, path: Path) -> None:
-        """Remembers that a file is complete."""
+        """Records that a file is complete."""
         self.finished[path.name] = sealed.file_digest(path)
         self._save()
 
     def has(self, path: Path) -> bool:
-        """Whether a file is complete and as it was written."""
+        """Returns whether a file is complete and unchanged."""
         try:
             return self.finished.get(path.name) == sealed.file_digest(path)
         except OSError:
@@ -200,7 +200,7 @@ class Journal:
 
 
 def fingerprint(source: Source, selection: Selection, *options: object) -> str:
-    """A digest of which images of a source are to be written, and how."""
+    """Returns a digest of which images of a source are to be written, and how."""
     counts = (len(source), source.num_classes, selection.num_classes)
     digest = hashlib.sha256(repr((*counts, *options)).encode())
     for values in (selection.numbers, selection.labels):
@@ -211,7 +211,7 @@ def fingerprint(source: Source, selection: Selection, *options: object) -> str:
 def images(
     source: Source, selection: Selection, journal: Journal, *, places: range, bad: Bad, threads: int
 ) -> Iterator[tuple[int, Sample]]:
-    """The good images at places of the selection, under their new labels.
+    """Yields the good images of a part of the selection, with their new labels.
 
     Yields:
       The place, and the image.
@@ -247,12 +247,12 @@ def _write_images(
     bad: Bad,
     threads: int,
 ) -> np.ndarray:
-    """Writes what is missing; returns the labels of all that are there, (n,) ascending."""
+    """Writes the missing images; returns the labels of all images in the file, (n,) ascending."""
     total = len(selection.numbers)
     if writer.written == 0:
-        # Its labels are known at the end, for images may be left out.
+        # Its labels are only known at the end, because images may be left out.
         writer.write(0, b"", label=[0.0, 0.0])
-    # Image k is record k + 1. Those left out before the place reached are in the journal.
+    # Image k is record k + 1. The journal has those left out so far.
     done = max(writer.written - 1, 0)
     good = _without(np.arange(total), journal)
     start = int(good[done]) if done < len(good) else total
@@ -266,7 +266,7 @@ def _write_images(
 
 
 def _write_identities(writer: RecordWriter, labels: np.ndarray, num_classes: int) -> None:
-    """The record of each identity, with its key range, and record 0."""
+    """Writes the record of each identity, with its key range, and record 0."""
     first = len(labels) + 1
     begins = np.searchsorted(labels, np.arange(num_classes + 1)) + 1
     for identity in range(num_classes):

@@ -13,18 +13,18 @@ from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime.files import write_atomic
 
 FOLDS = 10
-_TRIES = 100  # draws for each different pair before the images are taken to be too few
+_TRIES = 100  # draws per pair before giving up for lack of images
 
 
 def draw(
     labels: np.ndarray, *, pairs: int, seed: int, disjoint: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses pairs: ten folds, each half same and half different, none twice.
+    """Chooses distinct pairs: ten folds, each half same and half different.
 
     Args:
-      labels: (n,) identity of each image; those below 0 take no part.
-      pairs: how many, a multiple of 20.
-      seed: of the choice.
+      labels: (n,) identity of each image; those below 0 are skipped.
+      pairs: number of pairs, a multiple of 20.
+      seed: random seed of the choice.
       disjoint: whether an identity may be in one fold only, so that folds are independent.
 
     Returns:
@@ -33,7 +33,7 @@ def draw(
 
     Raises:
       UserError: the number of pairs does not make ten even folds.
-      DataError: the images do not have as many pairs.
+      DataError: the images do not yield enough pairs.
     """
     _check_even(pairs)
     rng = np.random.default_rng(seed)
@@ -45,7 +45,7 @@ def draw(
     each = pairs // 2 // len(groups)
     same = [_same_pairs(group, each, rng, disjoint) for group in groups]
     different = [_different_pairs(group, each, rng, disjoint) for group in groups]
-    # Fold after fold: its same pairs, then its different ones.
+    # Fold by fold: its same pairs, then its different ones.
     both = [np.concatenate(kind).reshape(FOLDS, -1, 2) for kind in (same, different)]
     chosen = np.concatenate(both, axis=1).reshape(-1, 2)
     half = pairs // 2 // FOLDS
@@ -58,7 +58,7 @@ def choose(same: np.ndarray, *, pairs: int, seed: int) -> np.ndarray:
     Args:
       same: (n,) bool: whether the listed pairs show one person.
       pairs: how many to choose, a multiple of 20.
-      seed: of the choice.
+      seed: random seed of the choice.
 
     Returns:
       (pairs,) int64 numbers of listed pairs. Each fold has its same pairs first.
@@ -89,7 +89,7 @@ def _check_even(pairs: int) -> None:
 
 
 def _share_out(people: list[np.ndarray]) -> list[list[np.ndarray]]:
-    """Ten groups; those with several images first, so that each group has its part of them."""
+    """Deals people into ten groups, those with several images first to spread them evenly."""
     ordered = sorted(people, key=lambda images: len(images) < 2)
     return [ordered[fold::FOLDS] for fold in range(FOLDS)]
 
@@ -97,7 +97,7 @@ def _share_out(people: list[np.ndarray]) -> list[list[np.ndarray]]:
 def _same_pairs(
     people: list[np.ndarray], count: int, rng: np.random.Generator, disjoint: bool
 ) -> np.ndarray:
-    """(count, 2): one of each person, then another of each, until there are enough."""
+    """Returns (count, 2): one pair of each person, then another of each, until there are enough."""
     several = [images for images in people if len(images) > 1]
     possible = sum(len(images) * (len(images) - 1) // 2 for images in several)
     if possible < count:
@@ -118,10 +118,10 @@ def _same_pairs(
 
 
 def _pairs_of(images: np.ndarray, most: int, rng: np.random.Generator) -> Iterator[tuple[int, int]]:
-    """Distinct pairs of one person's images, at random."""
+    """Yields distinct pairs of one person's images, at random."""
     total = len(images) * (len(images) - 1) // 2
     for number in rng.choice(total, min(total, most), replace=False).tolist():
-        # Pair number i (i - 1) / 2 + j is of images j < i.
+        # Pair number i (i - 1) / 2 + j consists of images j < i.
         i = int((1 + np.sqrt(1 + 8 * number)) / 2)
         yield int(images[i]), int(images[number - i * (i - 1) // 2])
 
@@ -129,7 +129,7 @@ def _pairs_of(images: np.ndarray, most: int, rng: np.random.Generator) -> Iterat
 def _different_pairs(
     people: list[np.ndarray], count: int, rng: np.random.Generator, disjoint: bool
 ) -> np.ndarray:
-    """(count, 2): everybody in turn, with somebody else at random."""
+    """Returns (count, 2): each person in turn, paired with a random other person."""
     chosen: dict[tuple[int, int], None] = {}
     if len(people) > 1:
         for turn in range(_TRIES * count):
@@ -154,7 +154,7 @@ def _too_few(found: str, disjoint: bool, *, most: int = 0) -> DataError:
 
 
 def from_source(source: Source, chosen: np.ndarray, same: np.ndarray, path: Path) -> None:
-    """Writes drawn pairs with their images as they are stored.
+    """Writes drawn pairs with their images as stored.
 
     Args:
       source: the images.
@@ -166,10 +166,10 @@ def from_source(source: Source, chosen: np.ndarray, same: np.ndarray, path: Path
 
 
 def from_list(pairs: Sequence[lists.Pair], path: Path) -> None:
-    """Writes listed pairs; images of 112 x 112 as they are stored, others as PNG of that size.
+    """Writes listed pairs: 112 x 112 images as stored, others as PNG of that size.
 
     Args:
-      pairs: with files that exist.
+      pairs: pairs whose files exist.
       path: the `.bin` file.
 
     Raises:
@@ -185,12 +185,12 @@ def _fitting(file: Path) -> bytes:
     image = decode_any_size(data, where=str(file))
     if image.shape == (IMAGE_SIZE, IMAGE_SIZE, 3):
         return data
-    # insightface's reader takes no image but square ones.
+    # insightface's reader only accepts square images.
     return encode(square(data, where=str(file)))
 
 
 def write(encoded: list[bytes], same: np.ndarray, path: Path) -> None:
-    """Writes a verification set as insightface reads it: a pickle of (images, is-same list).
+    """Writes a verification set in insightface's format: a pickle of (images, is-same list).
 
     Args:
       encoded: 2 n encoded images; 2 i and 2 i + 1 are pair i.

@@ -1,4 +1,4 @@
-"""Pictures of a training set: how many images identities have, and what they look like."""
+"""Plots of a training set: a histogram of images per identity, and sample images."""
 
 import textwrap
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from arcface_jax.errors import ImageError
 from arcface_jax.runtime.files import atomic_files, write_atomic
 
 _ROWS, _COLUMNS = 8, 8
-_SINGLE, _BINS = 31, 20  # numbers of images up to which each is a bin; bins beyond
-_SPREAD = 5  # the largest number over the least, from which on ends grow by a factor
-_NUMBERED, _LETTERS = 16, 90  # bars that have numbers on them; letters of the labels below the axis
-_LOG_ABOVE = 50  # the highest bar over the lowest
-_CAPTION, _LINE = 168, 20  # pixels of the names' column, letters of its lines
+_SINGLE, _BINS = 31, 20  # numbers of images that each have a bin; bins above them
+_SPREAD = 5  # from this ratio of largest to smallest on, bins grow by a factor
+_NUMBERED, _LETTERS = 16, 90  # bars with numbers on them; letters of the axis labels
+_LOG_ABOVE = 50  # ratio of the highest bar to the lowest
+_CAPTION, _LINE = 168, 20  # width of the names' column in pixels, of its lines in letters
 
 
 class Bin(NamedTuple):
@@ -30,7 +30,7 @@ class Bin(NamedTuple):
 
     @property
     def label(self) -> str:
-        """For an axis."""
+        """Label for an axis."""
         # An en dash, as between numbers in print.
         return f"{self.low}" if self.low == self.high else f"{self.low}\N{EN DASH}{self.high}"
 
@@ -39,12 +39,12 @@ def bins(per_identity: np.ndarray) -> list[Bin]:
     """Counts identities by their number of images: a bin for each number, or for growing ranges.
 
     Args:
-      per_identity: (identities,) images of each.
+      per_identity: (identities,) number of images.
 
     Returns:
-      Bins that touch, from the least number to the largest; more than 31 numbers share about 20
+      Adjacent bins, from the smallest number to the largest; more than 31 numbers share about 20
       bins, of one width or, where they spread over more than a factor of 5, with ends that grow by
-      a factor. 0 is then a bin of its own.
+      a factor. 0 then has a bin of its own.
     """
     if not per_identity.size:
         return []
@@ -62,17 +62,17 @@ def bins(per_identity: np.ndarray) -> list[Bin]:
 
 
 def needs_log(counts: Sequence[int]) -> bool:
-    """Whether bars of these heights can only be compared on a logarithmic axis."""
+    """Returns whether bars of these heights need a logarithmic axis."""
     found = [count for count in counts if count]
     return bool(found) and max(found) > _LOG_ABOVE * min(found)
 
 
 def histogram(per_identity: np.ndarray, path: Path) -> Path:
-    """Identities by their number of images, as a PNG.
+    """Plots the number of identities by number of images, as a PNG.
 
     Args:
-      per_identity: (identities,) images of each.
-      path: of the picture.
+      per_identity: (identities,) number of images.
+      path: path of the picture.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -93,7 +93,7 @@ def histogram(per_identity: np.ndarray, path: Path) -> Path:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     longest = 2 + max([0, *(len(one.label) for one in found)])
     shown = range(0, len(found), max(1, -(-longest * len(found) // _LETTERS)))
-    beside = max(0.6, 2.5 - len(found) / 2)  # so that few bars are not as wide as the picture
+    beside = max(0.6, 2.5 - len(found) / 2)  # keeps few bars narrower than the picture
     axes.set_xticks(list(shown), [found[i].label for i in shown])
     axes.set_xlim(-beside, len(found) - 1 + beside)
     axes.set(xlabel="images of an identity", ylabel="identities", title=title(per_identity))
@@ -106,7 +106,7 @@ def histogram(per_identity: np.ndarray, path: Path) -> Path:
 
 
 def title(per_identity: np.ndarray) -> str:
-    """The sizes of a set in a line."""
+    """Returns the sizes of a set in one line."""
     if not per_identity.size:
         return "no identities"
     low, high = per_identity.min(), per_identity.max()
@@ -124,16 +124,16 @@ class Row(NamedTuple):
 
 
 def sample(source: Source, *, seed: int) -> list[Row]:
-    """Up to eight identities drawn at random, with up to eight images of each.
+    """Draws up to eight identities at random, with up to eight images of each.
 
     Args:
       source: the training set.
-      seed: of the choice.
+      seed: random seed of the choice.
     """
     rng = np.random.default_rng(seed)
     labels = source.labels()
     counts = np.bincount(labels[labels >= 0], minlength=source.num_classes)
-    # Those that fill a row show most; where there are too few, any that has an image.
+    # Identities that fill a row show most; if there are too few, take any with an image.
     order = rng.permutation(len(counts))
     chosen = order[np.argsort(-np.minimum(counts[order], _COLUMNS), kind="stable")][:_ROWS]
     return [
@@ -143,14 +143,14 @@ def sample(source: Source, *, seed: int) -> list[Row]:
 
 
 def sheet(source: Source, path: Path, *, seed: int) -> Path:
-    """The images of `sample`, a row for each identity, as a PNG; a red square is unreadable.
+    """Draws the images of `sample`, a row per identity, as a PNG; a red square is unreadable.
 
-    Where identities have names, these stand to the left of the rows.
+    Identities' names, if any, are to the left of the rows.
 
     Args:
       source: the training set.
-      path: of the picture.
-      seed: of the choice.
+      path: path of the picture.
+      seed: random seed of the choice.
     """
     rows = sample(source, seed=seed)
     canvas = np.full((_ROWS * IMAGE_SIZE, _COLUMNS * IMAGE_SIZE, 3), 255, np.uint8)
@@ -169,11 +169,11 @@ def sheet(source: Source, path: Path, *, seed: int) -> Path:
 
 
 def _captions(words: Sequence[str]) -> np.ndarray:
-    """(896, _CAPTION, 3) uint8: a name beside each row, broken into lines."""
+    """Draws (896, _CAPTION, 3) uint8: a name next to each row, broken into lines."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
-    # OpenCV writes ASCII only.
+    # OpenCV's text is ASCII only.
     file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     font = ImageFont.truetype(str(file), 13)
     image = Image.new("RGB", (_CAPTION, _ROWS * IMAGE_SIZE), "white")
@@ -186,17 +186,17 @@ def _captions(words: Sequence[str]) -> np.ndarray:
 
 
 def thumbnail(source: Source, number: int) -> np.ndarray:
-    """(112, 112, 3) uint8 RGB: an image of a set.
+    """Returns an image of a set, (112, 112, 3) uint8 RGB.
 
     Raises:
-      ImageError: it cannot be read.
+      ImageError: the image cannot be read.
     """
     data = source.read(number).data
     return fitted(decode_any_size(data, where=source.where(number)))
 
 
 def fitted(image: np.ndarray) -> np.ndarray:
-    """(112, 112, 3) uint8: an image of any size, scaled to fit, on gray."""
+    """Scales an image of any size to fit into (112, 112, 3) uint8, on gray."""
     height, width = image.shape[:2]
     scale = IMAGE_SIZE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))

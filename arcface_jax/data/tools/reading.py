@@ -1,4 +1,4 @@
-"""Reading a whole training set: in order, by threads, with a progress bar."""
+"""Read a whole training set in order, with threads and a progress bar."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ from arcface_jax.errors import ImageError
 from arcface_jax.runtime import streams
 
 T = TypeVar("T")
-_AHEAD = 64  # images in flight for each thread
+_AHEAD = 64  # images in flight per thread
 
 
 def in_order(
@@ -36,10 +36,10 @@ def in_order(
     """Applies a function to image numbers in parallel and yields the results in their order.
 
     Args:
-      numbers: of the images.
-      look: reads one; it should spend its time outside the GIL, as reading and decoding do.
-      what: what is done, for the progress bar on stderr.
-      threads: 0 for as many as there are processors.
+      numbers: numbers of the images.
+      look: processes one; it should mostly release the GIL, as reading and decoding do.
+      what: label of the progress bar on stderr.
+      threads: 0 for one per processor.
       done: numbers of the whole job that earlier calls have done.
       total: numbers of the whole job, where this call does a part of it.
 

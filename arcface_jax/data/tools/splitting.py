@@ -25,9 +25,9 @@ def divide(
 
     Args:
       labels: (n,) identity of each image.
-      fraction: of the identities that go to evaluation, in (0, 1).
-      seed: of the choice.
-      min_images: identities with fewer are left out of both.
+      fraction: fraction of the identities that go to evaluation, in (0, 1).
+      seed: random seed of the choice.
+      min_images: identities with fewer images are left out of both.
       groups: (C,) int; identities of one group stay on one side. By default each is its own.
 
     Returns:
@@ -58,7 +58,7 @@ def divide(
     evaluated = np.isin(groups[identities], groups[order[:held_out]])
     if evaluated.all():
         raise UserError(
-            f"--fraction {fraction} leaves no identity to train on, for groups of identities stay "
+            f"--fraction {fraction} leaves no identity to train on, because groups stay "
             "on one side: choose a smaller fraction"
         )
     return identities[~evaluated], identities[evaluated]
@@ -67,21 +67,20 @@ def divide(
 def write_folder(
     source: Source, selection: Selection, folder: Path, *, bad: Bad = "stop", threads: int = 0
 ) -> Packed:
-    """Writes a folder for each identity, with the images as they are stored.
+    """Writes a folder per identity, with the images as stored.
 
-    The folders' names are numbers with leading zeros, so that names and labels have one order;
-    identities.txt has the identities' own. Files that are
-    there already stay, so that an interrupted call resumes.
+    Folder names are numbers with leading zeros, so that names and labels sort alike; identities.txt
+    has the identities' names. Existing files are kept, so an interrupted call resumes.
 
     Args:
       source: the training set.
-      selection: which of its images, in which order, under which labels.
-      folder: where to.
-      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
-      threads: that read, check and write; 0 for as many as there are processors.
+      selection: the images to write, their order and their labels.
+      folder: output folder.
+      bad: what to do with an image that cannot be read or is not 112 x 112.
+      threads: threads that read, check and write; 0 for one per processor.
 
     Raises:
-      ImageError: an image is bad, and that is to stop it.
+      ImageError: an image is bad, and `bad` is "stop".
     """
     places = {number: place for place, number in enumerate(selection.numbers.tolist())}
     skipped = []
@@ -95,7 +94,7 @@ def write_folder(
             return
         data = packing.checked(source, number).data
         target = stem.with_suffix(".jpg" if data[:2] == b"\xff\xd8" else ".png")
-        write_atomic(target, data, durable=False)  # a sync for each of millions takes hours
+        write_atomic(target, data, durable=False)  # syncing millions of files takes hours
 
     for _, found in reading.in_order(selection.numbers, copy, what="writing", threads=threads):
         if isinstance(found, ImageError):

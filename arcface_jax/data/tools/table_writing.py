@@ -1,7 +1,7 @@
-"""`data pack --format parquet` and `--format arrow`: any training set as Hugging Face stores it.
+"""`data pack --format parquet` and `--format arrow`: write training sets for Hugging Face.
 
 Both have a column `image`, a struct of bytes and path, and a column `label`, a ClassLabel with the
-identities' names. A job that was interrupted starts over.
+identities' names. An interrupted job starts over.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from arcface_jax.runtime.files import atomic_files, write_atomic
 
 PARQUET, ARROW = "train.parquet", "data-00000-of-00001.arrow"
 _TOGETHER = 100
-"""Images of a row group, which a reader holds whole."""
+"""Images in a row group, which readers keep in memory as a whole."""
 
 
 def write_parquet(
@@ -30,14 +30,14 @@ def write_parquet(
 
     Args:
       source: the training set.
-      selection: which of its images, in which order, under which labels.
-      folder: where to.
-      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
-      threads: that read and check images; 0 for as many as there are processors.
+      selection: the images to write, their order and their labels.
+      folder: output folder.
+      bad: what to do with an image that cannot be read or is not 112 x 112.
+      threads: threads that read and check images; 0 for one per processor.
 
     Raises:
-      UserError: the folder holds one already, or pyarrow is not installed.
-      ImageError: an image is bad, and that is to stop it.
+      UserError: the folder already has one, or pyarrow is not installed.
+      ImageError: an image is bad, and `bad` is "stop".
     """
     open_writer = columnar.import_pyarrow().parquet.ParquetWriter
     return _write(
@@ -48,7 +48,9 @@ def write_parquet(
 def write_arrow(
     source: Source, selection: Selection, folder: Path, *, bad: Bad = "stop", threads: int = 0
 ) -> Packed:
-    """Writes a folder as `save_to_disk` of Hugging Face's datasets does; arguments as the other."""
+    """Writes a folder in the format of Hugging Face's `save_to_disk`; arguments as in
+    `write_parquet`.
+    """
     pyarrow = columnar.import_pyarrow()
     made = _write(
         source,
@@ -111,7 +113,7 @@ def _batches(found: Iterator[tuple[int, Sample]], schema: Any) -> Iterator[Any]:
 
 
 def _features(source: Source, selection: Selection) -> dict[str, Any]:
-    """The columns' types as the library `datasets` describes them."""
+    """Returns the columns' types as the library `datasets` describes them."""
     names = list(packing.names_of(source, selection))
     return {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
 

@@ -1,6 +1,6 @@
-"""`data.py to-tfds`: any training set as ArrayRecord files that TFDS knows by their folder.
+"""`data.py to-tfds`: write any training set as ArrayRecord files that TFDS opens by their folder.
 
-Made of shards that are finished one by one, so that an interrupted job resumes with the next.
+Shards are completed one by one, so an interrupted job resumes with the next.
 """
 
 import re
@@ -23,7 +23,7 @@ from arcface_jax.runtime.files import atomic_files
 
 _VERSION = "1.0.0"
 _SPLIT = "train"
-_OPTIONS = "group_size:1"  # each image is found and read by itself
+_OPTIONS = "group_size:1"  # each image can be read individually
 
 
 def write(
@@ -42,16 +42,16 @@ def write(
 
     Args:
       source: the training set.
-      selection: which of its images, in which order, under which labels.
+      selection: the images to write, their order and their labels.
       folder: data directory of TFDS.
-      name: of the data set.
-      shard_images: images of a shard.
-      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
-      threads: that read and check images; 0 for as many as there are processors.
+      name: name of the data set.
+      shard_images: images per shard.
+      bad: what to do with an image that cannot be read or is not 112 x 112.
+      threads: threads that read and check images; 0 for one per processor.
 
     Raises:
-      UserError: the name is none that TFDS takes, or is taken, or a package is missing.
-      ImageError: an image is bad, and that is to stop it.
+      UserError: TFDS does not accept the name, it is taken, or a package is missing.
+      ImageError: an image is bad, and `bad` is "stop".
     """
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise UserError(f"--name {name}: TFDS takes lower-case letters, digits and underscores")
@@ -85,7 +85,7 @@ def write(
 
 
 def _features(source: Source, selection: Selection) -> Any:
-    """What an example holds; in the first image's encoding."""
+    """Returns the features of an example, in the first image's encoding."""
     tfds = import_tfds()
     jpeg = source.read(int(selection.numbers[0])).data[:2] == b"\xff\xd8"
     shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
@@ -98,7 +98,9 @@ def _features(source: Source, selection: Selection) -> Any:
 
 
 def _class_label(tfds: Any, table: Names) -> Any:
-    """With the identities' names where TFDS can keep them: one a line, and none of them twice."""
+    """Makes the label feature, with the identities' names if TFDS can store them: unique, one a
+    line.
+    """
     words = list(table)
     kept = len(set(words)) == len(words) and all(word == " ".join(word.split()) for word in words)
     if kept and any(word != str(label) for label, word in enumerate(words)):
@@ -109,7 +111,7 @@ def _class_label(tfds: Any, table: Names) -> Any:
 def _write_shard(path: Path, features: Any, found: Any) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    path.with_name(f"{path.name}.incomplete").unlink(missing_ok=True)  # of earlier versions
+    path.with_name(f"{path.name}.incomplete").unlink(missing_ok=True)  # from earlier versions
     with atomic_files(path) as part:
         writer = ArrayRecordWriter(str(part), _OPTIONS)
         try:

@@ -1,6 +1,6 @@
-"""`data pack --format webdataset`: any training set as tar files of `KEY.jpg` and `KEY.cls`.
+"""`data pack --format webdataset`: write any training set as tar files of `KEY.jpg` and `KEY.cls`.
 
-Made of shards that are finished one by one, so that an interrupted job resumes with the next.
+Shards are completed one by one, so an interrupted job resumes with the next.
 """
 
 import io
@@ -17,7 +17,7 @@ from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime.files import atomic_files
 
 SHARD_IMAGES = 10_000
-"""Images of a tar file, some 100 MB."""
+"""Images per tar file, about 100 MB."""
 
 _SUFFIXES = {"JPEG": "jpg", "WebP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
@@ -29,14 +29,14 @@ def write(
 
     Args:
       source: the training set.
-      selection: which of its images, in which order, under which labels.
-      folder: where to; rerun to resume.
-      bad: whether an image that cannot be read, or is not 112 x 112, stops it.
-      threads: that read and check images; 0 for as many as there are processors.
+      selection: the images to write, their order and their labels.
+      folder: output folder; rerun to resume.
+      bad: what to do with an image that cannot be read or is not 112 x 112.
+      threads: threads that read and check images; 0 for one per processor.
 
     Raises:
-      UserError: the folder holds finished shards, or another job in the making.
-      ImageError: an image is bad, and that is to stop it.
+      UserError: the folder has finished shards, or another unfinished job.
+      ImageError: an image is bad, and `bad` is "stop".
     """
     if not len(selection.numbers):
         raise DataError("there is no image to pack: nothing is left of the identities asked for")

@@ -1,9 +1,9 @@
-"""TAR at FAR over all pairs of many images, exact, without storing or sorting their scores.
+"""Exact TAR at FAR over all pairs of many images, without storing or sorting their scores.
 
-The scores are float32, of which there are 2^32. A first pass counts them by their upper 16 bits;
-that tells in which of the 2^16 bins the threshold of a FAR lies. A second pass counts the scores of
-those bins by their lower 16 bits, which tells the threshold itself. So two histograms take the
-place of the sorted scores, whatever their number, and ties and the tail are exact.
+The scores are float32, so there are 2^32 values. A first pass counts them by their upper 16 bits,
+which locates the bin of each FAR's threshold. A second pass counts the scores of those bins by
+their lower 16 bits, which locates the threshold itself. Two histograms thus replace the sorted
+scores, whatever their number, and ties and the tail are exact.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,21 +20,21 @@ _SIDE = 1024
 """Rows and columns of a block of scores."""
 
 Block = tuple[np.ndarray, np.ndarray | bool]
-"""(m,) float32 scores, and (m,) bool whether each is of one person; one bool for all of them."""
+"""(m,) float32 scores, and (m,) bool: whether each is of one person; one bool if all agree."""
 
 
 def pairs_of(features: np.ndarray, labels: np.ndarray) -> Callable[[], Iterator[Block]]:
-    """The cosines of all n (n - 1) / 2 pairs of images, in blocks.
+    """Yields the cosines of all n (n - 1) / 2 pairs of images, in blocks.
 
     Args:
       features: (n, D) float, not normalized.
-      labels: (n,) the person of each.
+      labels: (n,) person of each.
 
     Returns:
-      A function that goes through the blocks once each time it is called.
+      A function that iterates over the blocks each time it is called.
 
     Raises:
-      DataError: a feature is not finite, or there are not as many labels as features.
+      DataError: a feature is not finite, or the numbers of labels and features differ.
     """
     if len(features) != len(labels) or features.ndim != 2:
         raise DataError(
@@ -42,7 +42,7 @@ def pairs_of(features: np.ndarray, labels: np.ndarray) -> Callable[[], Iterator[
         )
     if not np.isfinite(features).all():
         raise DataError("features are not finite: look for NaN in the network's output")
-    # Sorted by person, most blocks are of different people throughout.
+    # Sorted by person, most blocks contain pairs of different people only.
     _, person = np.unique(labels, return_inverse=True)
     order = np.argsort(person, kind="stable")
     person = person[order]
@@ -67,16 +67,16 @@ def pairs_of(features: np.ndarray, labels: np.ndarray) -> Callable[[], Iterator[
 
 
 def tar_at_far(blocks: Callable[[], Iterable[Block]], *, fars: Sequence[float]) -> list[TarAtFar]:
-    """As `roc.tar_at_far`, from scores that come in blocks, in two passes.
+    """Computes `roc.tar_at_far` from blocks of scores, in two passes.
 
     Args:
-      blocks: gives the same blocks each time it is called; scores are finite.
+      blocks: yields the same blocks each time it is called; scores are finite.
       fars: the targets.
 
     Raises:
       DataError: the pairs are all of one kind.
     """
-    # (different | same, bins): bins in the order of the values they hold.
+    # (different | same, bins): bins in the order of their values.
     coarse = np.zeros((2, _BINS), np.int64)
     for score, same in blocks():
         upper, _ = _halves(score)
@@ -99,8 +99,8 @@ def tar_at_far(blocks: Callable[[], Iterable[Block]], *, fars: Sequence[float]) 
 
 
 def _halves(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The upper and the lower 16 bits of each float32, (m,) uint16 both."""
-    bits = (score + np.float32(0)).view(np.uint32)  # -0 becomes 0, its equal
+    """Splits each float32 into its upper and lower 16 bits, both (m,) uint16."""
+    bits = (score + np.float32(0)).view(np.uint32)  # -0 becomes 0, which is equal
     return (bits >> 16).astype(np.uint16), bits.astype(np.uint16)
 
 
@@ -113,19 +113,19 @@ def _count(counts: np.ndarray, halves: np.ndarray, same: np.ndarray | bool) -> N
 
 
 def _ordered(counts: np.ndarray) -> np.ndarray:
-    """Bins of upper bits in the order of their values: negative floats count backwards."""
+    """Orders bins of upper bits by value: negative floats count backwards."""
     half = _BINS // 2
     return np.concatenate([counts[:, half:][:, ::-1], counts[:, :half]], axis=1)
 
 
 def _upper_bits(bin_: int) -> int:
-    """The upper bits of the scores in a bin of the ordered histogram."""
+    """Returns the upper bits of the scores in a bin of the ordered histogram."""
     half = _BINS // 2
     return bin_ - half if bin_ >= half else _BINS - 1 - bin_
 
 
 def _place(different: np.ndarray, count: int) -> tuple[int, int] | None:
-    """Where the (count + 1)-th highest score is: its bin, and its place from the top in there."""
+    """Returns the bin of the (count + 1)-th highest score, and its rank from the top in there."""
     if not count:
         return None
     from_top = different[::-1].cumsum()
@@ -135,7 +135,7 @@ def _place(different: np.ndarray, count: int) -> tuple[int, int] | None:
 
 
 def _with_next(coarse: np.ndarray, bin_: int) -> list[int]:
-    """A bin and the next above it that holds a score, if any."""
+    """Returns a bin and, if any, the next higher one that has a score."""
     above = np.flatnonzero(coarse[:, bin_ + 1 :].any(axis=0))
     return [bin_, *(bin_ + 1 + above[:1]).tolist()]
 
@@ -162,12 +162,12 @@ def _read_off(
 
 
 def _fine_ordered(fine: dict[int, np.ndarray], bin_: int) -> np.ndarray:
-    """The second histogram of a bin, in the order of the scores' values."""
+    """Orders a bin's second histogram by the scores' values."""
     return fine[bin_] if bin_ >= _BINS // 2 else fine[bin_][:, ::-1]
 
 
 def _lowest(bin_: int, counts: np.ndarray, begin: int) -> float | None:
-    """The lowest score of a bin from a place in its order on, if there is one."""
+    """Returns the lowest score of a bin from a position in its order on, if any."""
     there = np.flatnonzero(counts[:, begin:].any(axis=0))
     if not len(there):
         return None

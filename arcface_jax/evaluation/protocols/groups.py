@@ -1,14 +1,13 @@
-"""Verification of several groups of people side by side, as RFW is evaluated, and how they differ.
+"""Compare the verification of several groups of people, as in RFW.
 
-Each group is a verification set, by insightface's ten folds. From the groups' accuracies a_g come
+Each group is a verification set, by insightface's ten folds. The groups' accuracies a_g yield
 
     mean = (1/G) sum a_g
     std = sqrt(sum (a_g - mean)^2 / (G - 1))
     SER = max (1 - a_g) / min (1 - a_g)
 
-the last being the skewed error ratio: how many times the worst group's errors are the best one's
-(M. Wang, W. Deng, "Mitigating bias in face recognition using skewness-aware reinforcement
-learning", 2020).
+SER is the skewed error ratio: the worst group's error rate over the best group's (M. Wang, W. Deng,
+"Mitigating bias in face recognition using skewness-aware reinforcement learning", 2020).
 """
 
 from collections.abc import Sequence
@@ -24,26 +23,26 @@ from arcface_jax.runtime import tables
 
 
 class Bias(NamedTuple):
-    """What the groups' accuracies say together."""
+    """Comparison of the groups' accuracies."""
 
     mean: float
     std: float
     """Sample standard deviation."""
     skewed_error_ratio: float | None
-    """None where a group has no errors."""
+    """Skewed error ratio; None if a group has no errors."""
     at_one_threshold: dict[str, tuple[float, float]]
-    """FAR and TAR of each group at one threshold for all."""
+    """FAR and TAR of each group at one common threshold."""
     threshold: float
-    """That threshold, a cosine, over all groups together."""
+    """The common threshold, a cosine, over all groups together."""
     far: float
-    """Its target."""
+    """Target FAR of the threshold."""
 
 
 def bias(results: Sequence[Verification]) -> Bias:
-    """Mean, spread and skewed error ratio; and what one threshold for all does to each group.
+    """Computes mean, spread and skewed error ratio, and each group's rates at a common threshold.
 
-    Deployed systems have one threshold. It is set at FAR 1e-3 over the pairs of all groups, or
-    at the lowest FAR above it that they can show.
+    Deployed systems have a single threshold. It is set at FAR 1e-3 over the pairs of all groups, or
+    at the lowest higher FAR that the number of pairs allows.
 
     Args:
       results: one for each group, at least two.
@@ -80,7 +79,7 @@ def bias(results: Sequence[Verification]) -> Bias:
 
 
 def table(results: Sequence[Verification], found: Bias) -> Table:
-    """One line a group, and the mean."""
+    """Returns a line per group, and the mean."""
     heads = ["pairs", "accuracy", "EER", "own\nthreshold", "FAR at\none", "TAR at\none"]
     lines = tables.new("groups by ten folds", heads, names=["group"])
     for result in results:
@@ -103,7 +102,7 @@ def table(results: Sequence[Verification], found: Bias) -> Table:
 
 
 def remark(found: Bias) -> str:
-    """What the one threshold is."""
+    """Describes the common threshold."""
     return (
         f"one threshold for all groups: cosine {found.threshold:.3f}, a FAR of {found.far:g} over "
         "their pairs together"
@@ -111,7 +110,7 @@ def remark(found: Bias) -> str:
 
 
 def metrics(results: Sequence[Verification], found: Bias) -> dict[str, Any]:
-    """Each group's own, and `eval/groups/mean`, `std` and `skewed_error_ratio`."""
+    """Returns each group's metrics, and `eval/groups/mean`, `std` and `skewed_error_ratio`."""
     values: dict[str, Any] = {}
     for result in results:
         values |= result.metrics()

@@ -1,8 +1,8 @@
-"""Identification: whose face is this, if anybody's in the gallery?
+"""Identification: which person of the gallery, if any, does a probe show?
 
-A probe is compared with all of a gallery. It is mated where the gallery has its person. Its rank
-is 1 + the number of the gallery's templates of other people that score at least as high as its best
-mate: ties count against the network, so that equal vectors everywhere give no rank 1.
+A probe is compared with a whole gallery. It is mated if the gallery has its person. Its rank is 1 +
+the number of templates of other people that score at least as high as its best mate: ties count
+against the network, so a network with constant output has no rank 1.
 """
 
 import math
@@ -19,33 +19,33 @@ FPIRS = (0.01, 0.1)
 INSIGHTFACE, STANDARD = "insightface", "standard"
 """The two rules."""
 _SCORES = 1 << 23
-"""Scores held at a time."""
+"""Number of scores in memory at a time."""
 
 
 class Search(NamedTuple):
-    """How P probes fared in one gallery."""
+    """Result of P probes in one gallery."""
 
     mate: np.ndarray
-    """(P,) float: the best score of a template of the same person; -inf where there is none."""
+    """(P,) float: best score of a template of the same person; -inf if there is none."""
     rank: np.ndarray
-    """(P,) int64 from 1; 0 where there is no mate."""
+    """(P,) int64 from 1; 0 if there is no mate."""
     best_other: np.ndarray
-    """(P,) float: the best score of a template of another person; -inf where there is none."""
+    """(P,) float: best score of a template of another person; -inf if there is none."""
     highest_others: np.ndarray
-    """(k,) float, falling: the highest of all scores between different people."""
+    """(k,) float, descending: the highest scores between different people."""
 
     @property
     def mated(self) -> np.ndarray:
-        """(P,) bool."""
+        """(P,) bool: whether the gallery has the probe's person."""
         return self.rank > 0
 
     def accuracy(self, rank: int) -> float:
-        """The share of the mated probes whose mate is among the first `rank`."""
+        """Returns the share of the mated probes whose mate is among the first `rank`."""
         return float(np.mean(self.rank[self.mated] <= rank))
 
 
 class Tpir(NamedTuple):
-    """TPIR at one FPIR; `None` where there are too few probes without a mate to show it."""
+    """TPIR at one FPIR; `None` if there are too few non-mated probes to measure it."""
 
     fpir: float
     tpir: float | None
@@ -54,14 +54,16 @@ class Tpir(NamedTuple):
 
 
 class Identification(NamedTuple):
-    """The outcome by one of the two rules."""
+    """Result by one of the two rules."""
 
     rule: str
     ranks: dict[int, float]
     tpirs: tuple[Tpir, ...]
 
     def metrics(self) -> dict[str, float]:
-        """`rank1`, `tpir@fpir=0.01` and so on; insightface's rule has its name in front."""
+        """Returns `rank1`, `tpir@fpir=0.01` and so on, prefixed with the name of insightface's
+        rule.
+        """
         values = {f"rank{rank}": value for rank, value in self.ranks.items()}
         for at in self.tpirs:
             if at.tpir is not None:
@@ -85,7 +87,7 @@ def search(
       probe_subjects: (P,) int: the person of each.
       gallery: (g, D) float, unit vectors.
       gallery_subjects: (g,) int.
-      keep: how many of the highest scores between different people are wanted.
+      keep: how many of the highest scores between different people to return.
     """
     block = max(1, _SCORES // len(gallery))
     highest = np.empty(0, probes.dtype)
@@ -113,12 +115,12 @@ def insightface_rule(
     gallery_subjects: np.ndarray,
     fpirs: Sequence[float] = FPIRS,
 ) -> Identification:
-    """As insightface's tools: one gallery of both, and a threshold from all scores at once.
+    """Applies insightface's rule: both galleries as one, and a threshold from all scores.
 
     Of Q probes, each with exactly one mate, the threshold at an FPIR is the ceil(FPIR Q)-th highest
     of all scores between different people; TPIR is the share of the probes whose mate scores
-    strictly above it, at whatever rank. No probe is without a mate, so that this FPIR counts wrong
-    scores for a probe rather than probes that nobody should have been found for.
+    strictly above it, at any rank. Every probe has a mate, so this FPIR counts wrong scores rather
+    than non-mated probes for which somebody was found.
 
     Args:
       probes, probe_subjects, gallery, gallery_subjects: as `search`.
@@ -161,16 +163,16 @@ def _check_one_mate(probe_subjects: np.ndarray, gallery_subjects: np.ndarray) ->
 
 
 def standard_rule(searches: Sequence[Search], *, fpirs: Sequence[float] = FPIRS) -> Identification:
-    """As IJB-B and IJB-C define it: each gallery by itself, then the mean over the galleries.
+    """Applies the rule that IJB-B and IJB-C define: each gallery separately, then their mean.
 
-    FPIR is the share of the probes without a mate in the gallery whose highest score is accepted,
-    and TPIR that of the mated probes whose mate has rank 1 and is accepted. Of m probes without a
-    mate k = floor(FPIR m) may be accepted, so that the threshold is the (k + 1)-th highest of their
-    highest scores, and what is strictly above it is accepted (B. Maze et al., "IARPA Janus
-    Benchmark - C", 2018; P. Grother, M. Ngan, NIST IR 8009, with rank R = 1).
+    FPIR is the share of non-mated probes whose highest score is accepted; TPIR is the share of
+    mated probes whose mate has rank 1 and is accepted. Of m non-mated probes, k = floor(FPIR m) may
+    be accepted, so the threshold is the (k + 1)-th highest of their highest scores, and scores
+    strictly above it are accepted (B. Maze et al., "IARPA Janus Benchmark - C", 2018; P. Grother,
+    M. Ngan, NIST IR 8009, with rank R = 1).
 
     Args:
-      searches: one for each gallery, of the same probes.
+      searches: the same probes in each gallery.
       fpirs: the targets.
 
     Raises:

@@ -1,11 +1,11 @@
-"""IJB-B and IJB-C: pairs of templates, and identification, as insightface's tools and as defined.
+"""IJB-B and IJB-C, 1:1 and 1:N, by insightface's rules and by the standard ones.
 
 Templates are pooled as in `templates.pool`; a pair's score is the dot product of its templates. TAR
-at FAR stands in two forms, for published figures follow the first:
+at FAR has two forms; published figures use the first:
 
 - insightface's: of the points of scikit-learn's `roc_curve`, collinear ones dropped, the one whose
-  FAR is nearest to the target, above it or below; of equally near ones that with the higher FAR,
-  and of one FAR the highest TAR.
+  FAR is nearest to the target, above it or below; ties go to the higher FAR, and for one FAR to the
+  highest TAR.
 - the standard one: the largest TAR whose FAR does not exceed the target, `roc.tar_at_far`.
 """
 
@@ -28,25 +28,25 @@ from arcface_jax.evaluation.shards import Features
 from arcface_jax.evaluation.verification import FARS
 
 _POINTS = 200
-"""Points of a curve that are kept to draw it."""
+"""Points of a curve that are kept for plotting."""
 
 
 class Options(NamedTuple):
-    """How images become templates; insightface's tools have all three on."""
+    """How images become templates; insightface's tools turn on all three."""
 
     keep_norm: bool = True
-    """N: a feature counts with its length."""
+    """N: features are weighted by their length."""
     use_detector: bool = True
-    """D: a feature counts times the detector's score."""
+    """D: features are weighted by the detector's score."""
     flip: bool = True
     """F: f(image) + f(flipped image)."""
 
     @classmethod
     def parse(cls, letters: str) -> "Options":
-        """From letters of NDF, in any order; `none` for none of them.
+        """Parses letters of NDF, in any order; `none` turns all off.
 
         Raises:
-          ConfigError: there is another letter, or one twice.
+          ConfigError: a letter is unknown or repeated.
         """
         wanted = "" if letters == "none" else letters.upper()
         if not set(wanted) <= set("NDF") or len(set(wanted)) < len(wanted):
@@ -58,7 +58,7 @@ class Options(NamedTuple):
 
     @property
     def label(self) -> str:
-        """`NDF`, or what is left of it; `none`."""
+        """The active letters of `NDF`, or `none`."""
         return "".join(letter for letter, on in zip("NDF", self, strict=True) if on) or "none"
 
 
@@ -66,20 +66,20 @@ class Nearest(NamedTuple):
     """insightface's TAR at one FAR."""
 
     far: float
-    """The target."""
+    """Target FAR."""
     reached: float
-    """The FAR of the point that is taken."""
+    """FAR of the chosen point."""
     tar: float
 
 
 class IjbResult(NamedTuple):
-    """The outcome of one network on one set with some options."""
+    """Result of one network on one set with the given options."""
 
     name: str
-    """`ijbc`, and `ijbc_NF` with other options than NDF: as in `eval/NAME/...`."""
+    """`ijbc`, or `ijbc_NF` with other options than NDF: the NAME in `eval/NAME/...`."""
     options: Options
     same: int
-    """Pairs of one person."""
+    """Number of pairs of one person."""
     different: int
     auc: float
     eer: float
@@ -88,12 +88,14 @@ class IjbResult(NamedTuple):
     tars: tuple[TarAtFar, ...]
     """The standard rule, at each of `FARS`."""
     identification: tuple[Identification, ...]
-    """The standard rule and insightface's; none where the set has no galleries."""
+    """The standard rule and insightface's; empty if the set has no galleries."""
     curve: Roc
-    """The ROC at some hundred points, for a picture."""
+    """The ROC at some hundred points, for plotting."""
 
     def metrics(self) -> dict[str, float]:
-        """As `eval/ijbc/tar@far=1e-4`; what is by insightface's rule begins with `insightface_`."""
+        """Returns metrics such as `eval/ijbc/tar@far=1e-4`; insightface's rule has the prefix
+        `insightface_`.
+        """
         values = {"auc": self.auc, "eer": self.eer}
         for standard, nearest in zip(self.tars, self.nearest, strict=True):
             values[f"insightface_tar@far={standard.label}"] = nearest.tar
@@ -104,7 +106,7 @@ class IjbResult(NamedTuple):
         return {f"eval/{self.name}/{name}": value for name, value in values.items()}
 
     def summary(self) -> dict[str, Any]:
-        """All of it but the curve, as plain JSON; a threshold that nothing reaches is None."""
+        """Returns everything but the curve as plain JSON; an unreachable threshold is None."""
         return {
             "options": self.options.label,
             "pairs": {"same": self.same, "different": self.different},
@@ -119,7 +121,7 @@ class IjbResult(NamedTuple):
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no infinity."""
+    """Replaces infinities, which JSON does not have."""
     return {name: None if value == np.inf else value for name, value in values.items()}
 
 
@@ -132,7 +134,7 @@ def embed_images(
     threads: int = 4,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Features:
-    """Aligns and embeds all images of a set, but for those whose features are in the folder.
+    """Aligns and embeds all images of a set, except those whose features are in the folder.
 
     Args and errors as `features.extract`.
     """
@@ -155,7 +157,7 @@ def embed_images(
 
 
 def evaluate(ijb_set: IjbSet, extracted: Features, options: Options) -> IjbResult:
-    """Both protocols, from the features of all images.
+    """Evaluates both protocols from the features of all images.
 
     Raises:
       DataError: the pairs are all of one kind, or a rule cannot be applied.
@@ -184,10 +186,10 @@ def evaluate(ijb_set: IjbSet, extracted: Features, options: Options) -> IjbResul
 
 
 def nearest_tars(curve: Roc, *, fars: Sequence[float]) -> list[Nearest]:
-    """insightface's TAR at FAR, see the top of this file.
+    """Computes insightface's TAR at FAR, which the module's docstring defines.
 
     Args:
-      curve: all points, as `roc.roc`.
+      curve: all points, from `roc.roc`.
       fars: the targets.
     """
     false, true = curve.false_accepts[1:], curve.true_accepts[1:]
@@ -208,7 +210,7 @@ def nearest_tars(curve: Roc, *, fars: Sequence[float]) -> list[Nearest]:
 
 
 def identify(ijb_set: IjbSet, pooled: Templates) -> tuple[Identification, ...]:
-    """Identification by the standard rule and by insightface's; nothing without galleries.
+    """Evaluates identification by the standard and by insightface's rule, if there are galleries.
 
     Raises:
       DataError: a rule cannot be applied to these galleries and probes.
@@ -242,7 +244,7 @@ def identify(ijb_set: IjbSet, pooled: Templates) -> tuple[Identification, ...]:
 
 
 def thinned(curve: Roc, points: int = _POINTS) -> Roc:
-    """A curve's points at FARs that are spread evenly on a log axis, the highest TAR of each."""
+    """Thins a curve to FARs evenly spaced on a log axis, with the highest TAR of each."""
     lowest = 1 / curve.false_accepts[-1]
     wanted = np.concatenate([[0], np.geomspace(lowest, 1, points)])
     rows = np.searchsorted(curve.far, wanted * (1 + 1e-12), side="right") - 1

@@ -4,9 +4,8 @@ FOLDER/loose_crop holds the images and FOLDER/meta, with P for `ijbb` or `ijbc`:
 
     P_name_5pts_score.txt       file x1 y1 x2 y2 x3 y3 x4 y4 x5 y5 detector_score
     P_face_tid_mid.txt          file template media
-    P_template_pair_label.txt   template template 0|1
-    P_1N_gallery_G1.csv, P_1N_gallery_G2.csv (IJB-B: S1 and S2), P_1N_probe_mixed.csv
-                                TEMPLATE_ID,SUBJECT_ID,... under a heading
+    P_template_pair_label.txt template template 0|1 P_1N_gallery_G1.csv, P_1N_gallery_G2.csv (IJB-B:
+    S1 and S2), P_1N_probe_mixed.csv TEMPLATE_ID,SUBJECT_ID,... with a header
 
 The first two describe the same images in the same order. The csv files are for identification and
 may be missing together.
@@ -28,42 +27,42 @@ META = "meta"
 
 
 class Enrolled(NamedTuple):
-    """Templates with the person that each shows: a gallery, or the probes."""
+    """Templates and the person that each shows: a gallery, or the probes."""
 
     name: str
-    """`G1`, `probe_mixed` and so on."""
+    """Name: `G1`, `probe_mixed` and so on."""
     templates: np.ndarray
-    """(t,) int64, rising."""
+    """(t,) int64, ascending."""
     subjects: np.ndarray
     """(t,) int64."""
 
 
 class IjbSet(NamedTuple):
-    """What the files say about n images, T templates and p pairs."""
+    """Contents of the files: n images, T templates and p pairs."""
 
     name: IjbProtocol
     images: tuple[Path, ...]
     landmarks: np.ndarray
-    """(n, 5, 2) float32, x and y in pixels: eyes, nose, corners of the mouth."""
+    """(n, 5, 2) float32: x and y in pixels of eyes, nose and mouth corners."""
     detector: np.ndarray
-    """(n,) float32: how sure the detector was of each face."""
+    """(n,) float32: the detector's score of each face."""
     templates: np.ndarray
     """(n,) int64: the template of each image."""
     media: np.ndarray
-    """(n,) int64: the photo or video it is from; frames of one video share it."""
+    """(n,) int64: the photo or video of each image; frames of a video share it."""
     first: np.ndarray
-    """(p,) int64: a template of each pair."""
+    """(p,) int64: first template of each pair."""
     second: np.ndarray
-    """(p,) int64: the other."""
+    """(p,) int64: second template of each pair."""
     same: np.ndarray
-    """(p,) bool."""
+    """(p,) bool: whether a pair shows one person."""
     galleries: tuple[Enrolled, ...]
-    """Two, or none where the folder has no files for identification."""
+    """Two galleries; empty if the folder has no files for identification."""
     probes: Enrolled | None
 
 
 def read(folder: Path, protocol: IjbProtocol) -> IjbSet:
-    """Reads all of meta/; images are only looked for by name, and not opened.
+    """Reads all of meta/; checks that images exist without opening them.
 
     Raises:
       DataError: a file is missing, or a line is not as expected; the error names file and line.
@@ -109,7 +108,7 @@ def _check_there(path: Path, folder: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines from 1, empty ones left out."""
+    """Yields the lines with their numbers from 1, without empty ones."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -175,7 +174,7 @@ def _read_templates(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
 
 
 def _read_pairs(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Many millions of lines: read in C, and line by line only to say where it is wrong."""
+    """Reads millions of lines in C; reads them one by one only to locate an error."""
     if not path.stat().st_size:
         raise DataError(f"{path} is empty: fetch it again")
     try:
@@ -239,7 +238,7 @@ def _read_enrolled(
 
 
 def _read_csv(path: Path, name: str) -> Enrolled:
-    """The first two columns; a template has a line for each of its images."""
+    """Reads the first two columns; a template has a line for each of its images."""
     expected = "TEMPLATE_ID,SUBJECT_ID,..."
     subject_of: dict[int, int] = {}
     for number, line in _lines(path):

@@ -1,7 +1,7 @@
-"""Makes a small data set in the file formats of IJB-B and IJB-C, out of any labeled faces.
+"""Generate a small data set in the file formats of IJB-B and IJB-C from any labeled faces.
 
-The real images are not free to pass on. These sets let the whole protocol run, and show what files
-it reads; their figures say nothing about IJB.
+The real images cannot be redistributed. These sets run the whole protocol and show the files that
+it reads; their figures are not comparable with IJB.
 """
 
 from collections import defaultdict
@@ -19,16 +19,16 @@ from arcface_jax.errors import DataError
 from arcface_jax.evaluation.protocols import ijb_files
 
 _LARGEST = 8
-"""Images of a person that are used."""
+"""Most images of a person to use."""
 _FEWEST = 3
-"""A gallery template and two probe templates of one image each."""
+"""A gallery template and two probe templates with one image each."""
 
 
 class _Image(NamedTuple):
     """A line of the lists of images."""
 
     source: int
-    """Its number in the source."""
+    """The image's number in the source."""
     template: int
     medium: int
 
@@ -37,7 +37,7 @@ class _Template(NamedTuple):
     number: int
     subject: int
     gallery: int | None
-    """0 or 1; None for a probe."""
+    """Number of the gallery, 0 or 1; None for a probe."""
 
 
 def generate(
@@ -52,19 +52,19 @@ def generate(
     """Writes FOLDER/meta and FOLDER/loose_crop.
 
     Each person has a gallery template, in one of the two galleries, and two probe templates. A
-    template's images are single photos and frames of videos. Faces lie turned, scaled and shifted
+    template's images are single photos and frames of videos. Faces are rotated, scaled and shifted
     in larger pictures, with the five points that undo it.
 
     Args:
       source: aligned faces with labels; people with three images or more are used.
-      folder: made where it is missing; an existing meta/ is an error.
-      protocol: whose names the files have.
-      subjects: how many people; the first that have images enough.
-      pairs: how many pairs of different people; pairs of one person are all there.
-      seed: the same seed, the same files.
+      folder: created if missing; an existing meta/ is an error.
+      protocol: prefix of the files' names.
+      subjects: number of people; the first ones with enough images.
+      pairs: number of pairs of different people; all pairs of one person are included.
+      seed: random seed; determines the files.
 
     Raises:
-      DataError: the source has too few people, or the folder holds a set already.
+      DataError: the source has too few people, or the folder already has a set.
     """
     meta = folder / ijb_files.META
     if meta.exists():
@@ -86,7 +86,7 @@ def _name(number: int) -> str:
 
 
 def _people(source: Source, subjects: int) -> list[list[int]]:
-    """The image numbers of each person."""
+    """Returns the image numbers of each person."""
     images: dict[int, list[int]] = defaultdict(list)
     full = 0
     for number in range(len(source)):
@@ -109,13 +109,13 @@ def _arrange(
     people: list[list[int]], rng: np.random.Generator
 ) -> tuple[list[_Image], list[_Template]]:
     """Deals each person's images to a gallery template and two probe templates."""
-    # As in the real sets, the numbers have gaps and no order.
+    # As in the real sets, the numbers have gaps and are unordered.
     numbers = iter(rng.permutation(10 * len(people))[: 3 * len(people)] + 1)
     subject_numbers = rng.permutation(10 * len(people))[: len(people)] + 1
     images, templates = [], []
     medium = 0
     for place, owned in enumerate(people):
-        # Templates of one image and of many.
+        # Templates with one image and with many.
         cuts = np.sort(rng.choice(np.arange(1, len(owned)), 2, replace=False))
         deal = np.split(rng.permutation(owned), cuts)
         for part, gallery in zip(deal, (place % 2, None, None), strict=True):
@@ -130,7 +130,7 @@ def _arrange(
 
 
 def _write_crop(source: Source, image: _Image, path: Path, rng: np.random.Generator) -> np.ndarray:
-    """Puts a face into a larger picture; returns its five points, (5, 2) float64."""
+    """Places a face in a larger picture; returns its five points, (5, 2) float64."""
     face, _ = source[image.source]
     side = int(rng.integers(190, 280))
     turn = rng.uniform(1.0, 1.5) * np.exp(1j * np.deg2rad(rng.uniform(-30, 30)))
@@ -177,7 +177,7 @@ def _write_pairs(
 def _write_csvs(
     meta: Path, protocol: IjbProtocol, images: list[_Image], templates: list[_Template]
 ) -> None:
-    """A line for each image, as the real files have it."""
+    """Writes a line for each image, as in the real files."""
     names = [f"gallery_{name}" for name in ijb_files.GALLERIES[protocol]]
     for name, gallery in [*zip(names, (0, 1), strict=True), ("probe_mixed", None)]:
         chosen = {t.number: t.subject for t in templates if t.gallery == gallery}

@@ -1,4 +1,4 @@
-"""IJB results for the terminal: a table of pairs and one of identification, and words."""
+"""IJB results for the terminal: tables of 1:1 and 1:N results, and remarks."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ _NAMES = ("options", "rule")
 
 
 def tables(results: Sequence[IjbResult]) -> list[Table]:
-    """Pairs, and identification where the set has galleries; a line for each rule and options.
+    """Makes tables of 1:1 and, if there are galleries, 1:N results; a line per rule and options.
 
     Args:
-      results: of `ijb.evaluate`, all on one set.
+      results: from `ijb.evaluate`, all on one set.
     """
     first = results[0]
     title = f"{first.name.split('_')[0]} pairs: {first.same:,} same, {first.different:,} different"
@@ -42,7 +42,7 @@ def tables(results: Sequence[IjbResult]) -> list[Table]:
 
 
 def remarks(result: IjbResult) -> list[str]:
-    """What the set is too small for, and what insightface's rule does there."""
+    """Lists what the set is too small to measure, and what insightface's rule then does."""
     lines = []
     missing = [at for at in result.tars if at.tar is None]
     if missing:

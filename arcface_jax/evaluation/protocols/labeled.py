@@ -1,10 +1,10 @@
-"""Faces with their people's names, as images or as features: the input of retrieval and all-to-all.
+"""Named faces, as images or as features: the input of retrieval and all-to-all.
 
-Three forms are read:
+Three formats are supported:
 
-- a folder of aligned faces: FOLDER/PERSON/image, and FOLDER/image for faces of nobody in particular
+- a folder of aligned faces: FOLDER/PERSON/image, and FOLDER/image for unnamed faces
 - a text file with lines `image person`, or only `image`, in any encoding and with any separator
-  that `data.tables` reads; images lie beside it
+  that `data.tables` reads; images are relative to it
 - an `.npz` with `features` (n, D) and `labels` (n,), the people as text or numbers
 """
 
@@ -23,7 +23,7 @@ from arcface_jax.evaluation import shards
 from arcface_jax.evaluation.embed import Model
 
 NOBODY = ""
-"""The person of a face that belongs to nobody in particular."""
+"""The person of a face without a name."""
 
 
 class Labeled(NamedTuple):
@@ -32,21 +32,21 @@ class Labeled(NamedTuple):
     features: np.ndarray
     """(n, D) float32, not normalized."""
     people: np.ndarray
-    """(n,) str; `NOBODY` where no person is named."""
+    """(n,) str; `NOBODY` for an unnamed face."""
     unit: str = "features"
     """What the faces were read from, in the plural."""
     ignored: Mapping[str, int] = MappingProxyType({})
-    """Entries that are not used, by kind."""
+    """Number of unused entries, by kind."""
 
     def account(self) -> str:
-        """What became of everything in the set, in a line."""
+        """One line about what was used from the set and what was ignored."""
         people = np.unique(self.people[self.people != NOBODY])
         return account_of(
             self.unit,
             images=len(self.people),
             identities=len(people),
             ignored=self.ignored,
-            unreadable={},  # one that cannot be read is an error
+            unreadable={},  # an unreadable image is an error
         )
 
 
@@ -68,18 +68,18 @@ def read(
     threads: int = 4,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Labeled:
-    """Reads one of the three forms; images are embedded, and their features kept on disk.
+    """Reads one of the three formats; embeds images, and keeps their features on disk.
 
     Args:
       path: a folder, a list, or an `.npz`.
-      open_model: gives the network, where images are to be embedded.
-      output: the folder where features are kept, so that a killed run resumes.
-      flip: f(image) + f(flipped image), rather than f(image).
-      threads: that read images.
-      progress: told how many images are done.
+      open_model: opens the network, if there are images to embed.
+      output: folder for the features, from which a killed run resumes.
+      flip: use f(image) + f(flipped image) instead of f(image).
+      threads: number of threads that read images.
+      progress: called with the number of finished images.
 
     Raises:
-      DataError: the path is none of the three, or as `features.extract`.
+      DataError: the path has none of the three formats, or as `shards.extract`.
     """
     if path.suffix == ".npz":
         return _read_npz(path)
@@ -105,10 +105,10 @@ def read(
 
 
 def face(path: Path) -> np.ndarray:
-    """An image as (112, 112, 3) uint8 RGB; one of another size is stretched to this one.
+    """Reads an image as (112, 112, 3) uint8 RGB; other sizes are stretched.
 
     Raises:
-      DataError: it cannot be read.
+      DataError: the image cannot be read.
     """
     return resize(decode_any_size(shards.read_bytes(path), where=str(path)))
 
@@ -152,7 +152,7 @@ def _list(path: Path) -> _Faces:
 
 
 def _cells(row: tables.Row) -> list[str]:
-    """The words of a line; where lines differ, one with a tab is divided only there."""
+    """Splits a line into words; if some lines have tabs, only there."""
     if len(row.cells) > 1:
         return row.cells
     text = row.cells[0]

@@ -1,4 +1,4 @@
-"""Tables and figures of retrieval, of groups and of all pairs of images, for a command to print."""
+"""Tables and metrics of retrieval, of groups and of all pairs of images, for printing."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from arcface_jax.runtime import tables
 
 
 class Report(NamedTuple):
-    """What a protocol found."""
+    """Results of a protocol."""
 
     table: Table
     notes: list[str]
@@ -22,7 +22,7 @@ class Report(NamedTuple):
 
 
 def ranks(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None) -> Report:
-    """`retrieval.retrieve`."""
+    """Runs `retrieval.retrieve` and reports it."""
     found = retrieval.retrieve(probes, gallery, distractors=distractors)
     counts = (
         f"{found.probes:,} probes in {found.gallery:,} images of people and "
@@ -35,7 +35,7 @@ def ranks(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None) -> 
 
 
 def compared_groups(model: Model, sets: Sequence[PairSet]) -> Report:
-    """`groups.bias` of verification sets."""
+    """Runs `groups.bias` on verification sets and reports it."""
     results = [verification.verify(model, pair_set) for pair_set in sets]
     found = groups.bias(results)
     return Report(
@@ -44,7 +44,7 @@ def compared_groups(model: Model, sets: Sequence[PairSet]) -> Report:
 
 
 def all_pairs(faces: Labeled, *, fars: Sequence[float]) -> Report:
-    """`all_to_all.tar_at_far`; faces of nobody in particular are left out."""
+    """Runs `all_to_all.tar_at_far`, without unnamed faces, and reports it."""
     named = faces.people != NOBODY
     vectors, people = faces.features[named], faces.people[named]
     found = all_to_all.tar_at_far(all_to_all.pairs_of(vectors, people), fars=fars)

@@ -1,8 +1,8 @@
-"""Retrieval by rank, as TinyFace is evaluated: is a probe's person among the first of a gallery?
+"""Retrieval by rank, as in TinyFace: is a probe's person among the first k of a gallery?
 
-The gallery may hold several images of a person and any number of distractors, faces that no probe
-shows. A probe's rank is 1 + the number of images of others that score at least as high as the best
-of its own; rank-k accuracy is the share of the probes whose rank is at most k.
+The gallery may have several images of a person and any number of distractors, faces of people that
+no probe shows. A probe's rank is 1 + the number of images of others that score at least as high as
+its best mate; rank-k accuracy is the share of probes whose rank is at most k.
 """
 
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ RANKS = (1, 5, 10, 20)
 
 
 class Retrieval(NamedTuple):
-    """The outcome of P probes in a gallery."""
+    """Result of P probes in a gallery."""
 
     probes: int
     gallery: int
-    """Images with a name."""
+    """Number of images with a name."""
     distractors: int
     accuracy: dict[int, float]
-    """By rank."""
+    """Share of the probes found, by rank."""
     rank: np.ndarray
-    """(P,) int64 from 1: of each probe."""
+    """(P,) int64 from 1: rank of each probe."""
 
 
 def retrieve(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None = None) -> Retrieval:
@@ -39,7 +39,7 @@ def retrieve(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None =
     """
     parts = [gallery] if distractors is None else [gallery, distractors]
     vectors = np.concatenate([part.features for part in parts])
-    # Distractors are of nobody whatever their names; nobody is no probe's mate.
+    # Distractors have no person, whatever their names, so they are no probe's mate.
     names = [gallery.people] + [np.full(len(p.people), NOBODY) for p in parts[1:]]
     _, number = np.unique(np.concatenate([*names, probes.people]), return_inverse=True)
     wrong = np.flatnonzero((probes.people == NOBODY) | ~np.isin(probes.people, gallery.people))
@@ -66,5 +66,5 @@ def retrieve(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None =
 
 
 def accuracies(rank: np.ndarray, ranks: Sequence[int]) -> dict[int, float]:
-    """The share of the probes that are found at each rank or before it."""
+    """Returns the share of the probes that are found at each rank or before it."""
     return {k: float(np.mean(rank <= k)) for k in ranks}

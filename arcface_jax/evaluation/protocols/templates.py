@@ -1,4 +1,4 @@
-"""Templates: one vector for all the images of a person that belong together, and their scores."""
+"""Templates: pool all images of a person that belong together into one vector, and score pairs."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,16 +8,16 @@ from arcface_jax.errors import DataError
 from arcface_jax.evaluation.embeddings import SHORTEST, lengths, normalize
 
 _ROWS = 32768
-"""Images that are pooled at a time, more where one template has more."""
+"""Images pooled at a time; more if one template has more."""
 _PAIRS = 16384
-"""Pairs that are scored at a time by a thread."""
+"""Pairs scored at a time by a thread."""
 
 
 class Templates:
-    """T unit vectors, found by the templates' numbers.
+    """T unit vectors, indexed by the templates' numbers.
 
     Args:
-      numbers: (T,) int64, rising.
+      numbers: (T,) int64, ascending.
       vectors: (T, D) float64 of length 1, or 0 where a template's images cancel out.
     """
 
@@ -26,14 +26,14 @@ class Templates:
         self.vectors = vectors
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of `vectors` with these numbers, each of which must be there."""
+        """Returns the rows of `vectors` with these numbers, all of which must exist."""
         row = np.minimum(np.searchsorted(self.numbers, numbers), len(self.numbers) - 1)
         if not np.array_equal(self.numbers[row], numbers):
             raise DataError("a template is asked for that no image belongs to")
         return row
 
     def scores(self, first: np.ndarray, second: np.ndarray, *, threads: int = 2) -> np.ndarray:
-        """(p,) float64: the dot product of the vectors of each pair of template numbers."""
+        """Returns (p,) float64: the dot product of the vectors of each pair of template numbers."""
         one, other = self.rows(first), self.rows(second)
         score = np.empty(len(one))
 
@@ -50,13 +50,13 @@ class Templates:
 def image_weights(
     features: np.ndarray, detector: np.ndarray, *, keep_norm: bool, use_detector: bool
 ) -> np.ndarray:
-    """What each image counts: options N and D.
+    """Returns the weight of each image, by options N and D.
 
     Args:
       features: (n, D) float32.
       detector: (n,) detector scores.
-      keep_norm: N: a feature counts with its length; without it, features are normalized.
-      use_detector: D: times the detector's score.
+      keep_norm: N: features keep their length; otherwise they are normalized.
+      use_detector: D: multiply by the detector's score.
 
     Returns:
       (n,) float64.
@@ -70,18 +70,18 @@ def image_weights(
 def pool(
     features: np.ndarray, weights: np.ndarray, *, templates: np.ndarray, media: np.ndarray
 ) -> Templates:
-    """Images of a medium are averaged, media are summed, and the sum is normalized.
+    """Pools images: averages those of a medium, sums media, and normalizes the sum.
 
         t = sum over media m of (1 / |m|) sum over images i in m of w_i f_i,    t / ||t||
 
-    so that an image counts w_i / |m|, and one weighted sum over the images of a template, sorted
-    to lie side by side, does it. float64, some ten thousand images at a time.
+    so image i has weight w_i / |m|, and one weighted sum over a template's images, sorted to be
+    contiguous, is enough. Computed in float64, some ten thousand images at a time.
 
     Args:
       features: (n, D) float32.
-      weights: (n,) float64, see `image_weights`.
+      weights: (n,) float64, from `image_weights`.
       templates: (n,) int64: the template of each image.
-      media: (n,) int64: its medium; the same number in two templates is two media.
+      media: (n,) int64: its medium; a number in two templates stands for two media.
     """
     order = np.lexsort((media, templates))
     template, medium = templates[order], media[order]
@@ -100,7 +100,7 @@ def pool(
 
 
 def _blocks(starts: np.ndarray, total: int) -> list[tuple[int, int]]:
-    """Ranges of templates with about `_ROWS` images each, and one template at least."""
+    """Returns ranges of templates with about `_ROWS` images each, and at least one template."""
     ends = np.append(starts[1:], total)
     blocks, first = [], 0
     while first < len(starts):

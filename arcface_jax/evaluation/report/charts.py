@@ -1,6 +1,6 @@
-"""Charts as SVG text, colored by the page they stand in: light, dark, and as wide as it lets them.
+"""Charts as SVG text, with colors and width from the surrounding page.
 
-Lines and areas carry classes (`line-0`, `area-0`, ...) and no colors of their own.
+Lines and areas have classes (`line-0`, `area-0`, ...) and no colors of their own.
 """
 
 import math
@@ -14,50 +14,50 @@ from arcface_jax.evaluation import roc
 from arcface_jax.evaluation.page import COLORS
 from arcface_jax.evaluation.roc import Roc
 
-# Units are a phone screen's pixels, at which a chart is drawn about this large.
+# Units are pixels of a phone's screen, on which a chart has about this size.
 _WIDTH, _HEIGHT = 360, 236
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42, 8, 8, 38
 _POINTS = 200
 _BINS = 48
-_LETTERS = 48  # of all labels below an axis, with a blank each, so that none touch
+_LETTERS = 48  # most letters of all axis labels, so that none overlap
 
 
 class Curve(NamedTuple):
-    """A ROC curve as it is drawn: m steps, the first at the least FAR that the set can show."""
+    """A ROC curve for plotting: m steps, the first at the lowest FAR that the set can measure."""
 
     far: np.ndarray
-    """(m,) rising, above 0, at most 1."""
+    """(m,) ascending, in (0, 1]."""
     tar: np.ndarray
     """(m,)."""
     low: np.ndarray
-    """(m,) the lower end of Wilson's 95 % interval of TAR."""
+    """(m,) lower end of Wilson's 95 % interval of TAR."""
     high: np.ndarray
-    """(m,) the upper end."""
+    """(m,) upper end of the interval."""
 
 
 class Series(NamedTuple):
-    """Values to be counted, and the class number of their color."""
+    """Values for a histogram, and the class number of their color."""
 
     values: np.ndarray
     color: int
 
 
 def thin(curve: Roc) -> Curve:
-    """A curve of any length at no more FARs than a chart has room for, evenly on the log axis."""
+    """Thins a curve to the FARs that a chart has room for, evenly on the log axis."""
     far, tar = curve.far, curve.tar
     same = int(curve.true_accepts[-1])
     targets = np.geomspace(1 / curve.false_accepts[-1], 1, _POINTS)
-    # The last point whose FAR does not exceed the target, as TAR at FAR is defined.
+    # The last point whose FAR does not exceed the target, as in the definition of TAR at FAR.
     chosen = np.unique(np.searchsorted(far, targets * (1 + 1e-12), side="right") - 1)
     low, high = np.array([roc.wilson(float(rate), same) for rate in tar[chosen]]).T
     return Curve(np.maximum(far[chosen], targets[0]), tar[chosen], low, high)
 
 
 def roc_chart(curves: Sequence[Curve], *, alt: str) -> Markup:
-    """TAR over FAR, FAR on a log axis, each curve with its confidence band.
+    """Draws TAR over FAR on a log axis, each curve with its confidence band.
 
     Args:
-      curves: one a model, colored in this order.
+      curves: one per model, colored in this order.
       alt: what the chart shows, for those who do not see it.
     """
     first = math.floor(math.log10(min(curve.far[0] for curve in curves)) + 1e-9)
@@ -80,17 +80,17 @@ def roc_chart(curves: Sequence[Curve], *, alt: str) -> Markup:
 def histogram(
     series: Sequence[Series], *, x_label: str, alt: str, mark: tuple[float, str] | None = None
 ) -> Markup:
-    """How values are spread, each series in percent of its own count.
+    """Draws a histogram, each series in percent of its own count.
 
     Args:
-      series: drawn over one another.
-      x_label: what the values are.
+      series: the values; histograms overlap.
+      x_label: label of the values.
       alt: what the chart shows, for those who do not see it.
       mark: a value to draw a line at, and its name.
     """
     everything = np.concatenate([one.values for one in series])
     low, high = float(everything.min()), float(everything.max())
-    if high - low < 1e-9 * max(1.0, abs(high)):  # all are one value
+    if high - low < 1e-9 * max(1.0, abs(high)):  # all values are equal
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, _BINS + 1)
     counts = [100 * np.histogram(one.values, edges)[0] / len(one.values) for one in series]
@@ -123,7 +123,7 @@ def bars(
     alt: str,
     log: bool,
 ) -> Markup:
-    """Counts as bars side by side.
+    """Draws counts as bars side by side.
 
     Args:
       labels: below the bars, of which some are left out where they are many.
@@ -131,11 +131,11 @@ def bars(
       x_label: what the labels are.
       y_label: what is counted.
       alt: what the chart shows, for those who do not see it.
-      log: whether heights are drawn by their logarithm.
+      log: whether the axis of heights is logarithmic.
     """
     most = max([1, *heights])
     low, top = (math.log10(0.7), math.log10(1.5 * most)) if log else (0.0, 1.08 * most)
-    beside = max(0.6, 2.5 - len(labels) / 2)  # so that few bars are not as wide as the chart
+    beside = max(0.6, 2.5 - len(labels) / 2)  # keeps few bars narrower than the chart
     frame = _Frame(-beside, len(labels) - 1 + beside, low, top)
     every = max(1, -(-(1 + max(map(len, labels), default=0)) * len(labels) // _LETTERS))
     x_ticks = [(float(i), labels[i]) for i in range(0, len(labels), every)]
@@ -157,7 +157,7 @@ def bars(
 
 
 class _Frame(NamedTuple):
-    """The ranges of the two axes, and where on the chart a value lies."""
+    """Ranges of the two axes, and the mapping from values to positions."""
 
     x_low: float
     x_high: float
@@ -173,7 +173,7 @@ class _Frame(NamedTuple):
         )
 
     def steps(self, x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
-        """Corners of a line that stays at y[i] from x[i] to x[i + 1]."""
+        """Returns the corners of a line that stays at y[i] from x[i] to x[i + 1]."""
         corners = [self.at(x[0], y[0])]
         for i in range(1, len(x)):
             corners += [self.at(x[i], y[i - 1]), self.at(x[i], y[i])]
@@ -188,7 +188,7 @@ class _Frame(NamedTuple):
         y_label: str,
         upright: bool = True,
     ) -> str:
-        """Ticks, labels and the grid, whose upright lines may be left out."""
+        """Draws ticks, labels and the grid, optionally without vertical lines."""
         bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
         parts = []
         for value, text in x_ticks:
@@ -214,7 +214,7 @@ class _Frame(NamedTuple):
 
 
 def _round_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """About five round numbers."""
+    """Returns about five round numbers as ticks."""
     rough = (high - low) / 5
     size = 10 ** math.floor(math.log10(rough))
     step = size * next(m for m in (1, 2, 5, 10) if m * size >= rough)

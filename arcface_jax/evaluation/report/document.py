@@ -1,4 +1,4 @@
-"""One page, without any other file, that shows how models verify sets of pairs."""
+"""A self-contained page with the verification results of models on sets of pairs."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,7 +19,7 @@ _SAME, _DIFFERENT, _LENGTH = 0, 1, 2
 
 
 class Evaluated(NamedTuple):
-    """What one model came to on one set."""
+    """Results of one model on one set."""
 
     model: str
     pairs: PairSet
@@ -30,9 +30,9 @@ def write(folder: Path, evaluated: Sequence[Evaluated], *, made: datetime) -> Pa
     """Writes FOLDER/index.html.
 
     Args:
-      folder: made where it is missing.
-      evaluated: every model on every set; at least one.
-      made: when, as shown on the page.
+      folder: created if missing.
+      evaluated: results of every model on every set; at least one.
+      made: date shown on the page.
 
     Returns:
       The page.
@@ -58,7 +58,7 @@ def _summary(one: Evaluated) -> dict:
 
 
 def _set(evaluated: Sequence[Evaluated]) -> dict:
-    """One set: the ROC of all models, and each model's own part."""
+    """Describes one set: the ROC of all models, and each model's own part."""
     same = evaluated[0].result.same
     curves = [
         charts.thin(roc.roc(1 - one.result.distance / 2, one.result.same)) for one in evaluated
@@ -122,7 +122,7 @@ def _part(one: Evaluated) -> dict:
 
 
 def _hardest(one: Evaluated, cosine: np.ndarray, *, kind: bool) -> list[dict]:
-    """The same pairs of the lowest cosine, or the different ones of the highest."""
+    """Returns the same pairs with the lowest cosine, or the different ones with the highest."""
     where = np.flatnonzero(one.result.same == kind)
     order = np.argsort(cosine[where] if kind else -cosine[where], kind="stable")
     words = "one person" if kind else "two people"

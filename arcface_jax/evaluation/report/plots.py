@@ -1,4 +1,4 @@
-"""Pictures of a run: the curves of training, and a sheet of verification pairs."""
+"""Plots of a run: training curves, and a sheet of verification pairs."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def training_curves(workdir: Path) -> Path | None:
     """Draws WORKDIR/metrics.jsonl as WORKDIR/eval/curves.png: loss, accuracies, learning rate.
 
     Returns:
-      The picture's path, or None where no step was logged.
+      The picture's path, or None if no step was logged.
     """
     lines = metrics.read(workdir / metrics.METRICS)
     steps = [line for line in lines if "train/loss" in line]
@@ -53,14 +53,14 @@ def training_curves(workdir: Path) -> Path | None:
 def pair_sheet(
     pairs: PairSet, distance: np.ndarray, *, threshold: float, path: Path, examples: int = 5
 ) -> Path:
-    """Draws pairs of a set with their cosines: typical ones, and those that went wrong.
+    """Draws pairs of a set with their cosines: typical ones, and wrongly decided ones.
 
     Args:
       pairs: the set.
       distance: (n,) squared distances of its pairs.
       threshold: squared distance below which a pair counts as the same.
       path: the PNG to write.
-      examples: pairs in a row.
+      examples: pairs per row.
     """
     cosine = 1 - distance / 2
     called_same = distance < threshold
@@ -82,7 +82,7 @@ def pair_sheet(
             shown = min(examples, len(where))
             if column >= shown:
                 continue
-            # Spread over the set rather than its first few.
+            # Spread over the set rather than its first few pairs.
             pair = where[column * len(where) // shown]
             axis.imshow(np.hstack([pairs.images[2 * pair], pairs.images[2 * pair + 1]]))
             axis.text(
@@ -97,7 +97,7 @@ def pair_sheet(
 
 
 def _figure(rows: int, columns: int, *, width: float, height: float):
-    # A canvas of its own: no window system is touched, and no global state of pyplot.
+    # A separate canvas: no window system and no global state of pyplot is involved.
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=rows == 1)
 

@@ -1,4 +1,4 @@
-"""A picture of ROC curves: TAR over FAR on a log axis."""
+"""Plot of ROC curves: TAR over FAR on a log axis."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from arcface_jax.runtime.text import drawn
 
 
 def draw(curves: Mapping[str, Roc], *, title: str, path: Path | None = None) -> Figure:
-    """Draws curves as steps, from the lowest FAR that their pairs can show to 1.
+    """Draws curves as steps, from the lowest FAR that their pairs can measure to 1.
 
     Args:
       curves: by the name that the legend shows.
@@ -23,7 +23,7 @@ def draw(curves: Mapping[str, Roc], *, title: str, path: Path | None = None) -> 
     axis = figure.subplots()
     lowest = min(1 / curve.false_accepts[-1] for curve in curves.values())
     for name, curve in curves.items():
-        far = np.maximum(curve.far, lowest / 10)  # a FAR of 0 has no place on a log axis
+        far = np.maximum(curve.far, lowest / 10)  # a log axis has no FAR of 0
         axis.step(far, curve.tar, where="post", label=drawn(name))
     axis.set_xscale("log")
     axis.set_xlim(lowest, 1)

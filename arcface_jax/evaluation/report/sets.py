@@ -1,4 +1,4 @@
-"""Pages that show a training set: what `data inspect` found, and what `data align` made."""
+"""Pages about a training set: the findings of `data inspect`, and the faces of `data align`."""
 
 import re
 from collections import Counter
@@ -20,11 +20,11 @@ from arcface_jax.evaluation.report import charts
 from arcface_jax.evaluation.report.charts import Series
 
 INSPECTED, ALIGNED = "index.html", "align.html"
-_GROUPS, _MEMBERS = 24, 4  # groups of copies on a page, images of a group
+_GROUPS, _MEMBERS = 24, 4  # groups of copies on a page, images per group
 _LISTED = 200  # lines of a table
-_REJECTS = 24  # rejected photographs that are shown
-_EXTREMES = 8  # faces at the end of a measure
-# Of the measures in faces.csv, what they are and the end at which faces are doubtful.
+_REJECTS = 24  # rejected photographs to show
+_EXTREMES = 8  # faces at the extreme of a measure
+# Measures in faces.csv: their meaning, and the end at which faces are doubtful.
 _MEASURES = {
     "score": ("score of the detector", "lowest"),
     "size": ("side of the crop in pixels of the photograph", "lowest"),
@@ -41,12 +41,12 @@ def inspected(
     """Writes FOLDER/index.html: counts, the histogram, samples, bad images and copies.
 
     Args:
-      folder: made where it is missing.
-      report: of the set.
+      folder: created if missing.
+      report: report of the set.
       source: the set.
-      name: of the set, as its title.
-      made: when, as shown on the page.
-      seed: of the samples.
+      name: name of the set, as its title.
+      made: date shown on the page.
+      seed: random seed of the samples.
 
     Returns:
       The page.
@@ -98,15 +98,15 @@ def aligned(
     *,
     made: datetime,
 ) -> Path:
-    """Writes FOLDER/align.html: the faces that were cut out, and the photographs without one.
+    """Writes FOLDER/align.html: the aligned faces, and the photographs without one.
 
     Args:
-      folder: of the faces.
+      folder: folder of the faces.
       photographs: the folder that they come from.
-      rows: a line of faces.csv for each face: `face` is its file below the folder, `path` the
-        photograph; the measures among the other columns are drawn.
-      rejected: why each photograph without a face was left out, by its path.
-      made: when, as shown on the page.
+      rows: a row of faces.csv for each face: `face` is its file below the folder, `path` the
+        photograph; the measures are plotted.
+      rejected: reason for each rejected photograph, by path.
+      made: date shown on the page.
 
     Returns:
       The page.
@@ -195,7 +195,7 @@ def _from_file(path: Path, alt: str) -> dict[str, str]:
 
 
 def _samples(folder: Path, paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Eight folders spread over all, with up to eight faces of each."""
+    """Samples eight folders spread over all, with up to eight faces of each."""
     by_name: dict[str, list[str]] = {}
     for path in paths:
         by_name.setdefault(path.rpartition("/")[0], []).append(path)
@@ -211,7 +211,7 @@ def _samples(folder: Path, paths: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _measures(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Each measure: how it is spread, and the faces at its doubtful end."""
+    """Describes each measure: its histogram, and the faces at its doubtful end."""
     found = []
     for column, (label, end) in _MEASURES.items():
         values = _numbers([row.get(column, "") for row in rows])
@@ -234,7 +234,7 @@ def _measures(folder: Path, rows: Sequence[Mapping[str, str]]) -> list[dict[str,
 
 
 def _numbers(cells: Sequence[str]) -> np.ndarray | None:
-    """(n,) float64; None where a cell is no finite number, or there is none."""
+    """Returns (n,) float64; None if there are no cells, or one is not a finite number."""
     try:
         values = np.array(cells, np.float64)
     except ValueError:
@@ -243,10 +243,10 @@ def _numbers(cells: Sequence[str]) -> np.ndarray | None:
 
 
 def _with_code(text: str) -> Markup:
-    """Commands between backquotes in a typewriter's letters."""
+    """Marks commands between backquotes as code."""
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _general(reason: str) -> str:
-    """A reason without its numbers, so that like ones are counted together."""
+    """Removes the numbers from a reason, so that similar ones are counted together."""
     return re.sub(r"\d+(\.\d+)?", "N", reason)

@@ -1,4 +1,4 @@
-"""Verification results for the terminal: two tables of at most 100 columns, and words."""
+"""Verification results for the terminal: two tables of at most 100 columns, and remarks."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,21 +12,21 @@ from arcface_jax.runtime.tables import share
 
 _LONGEST_NAME = 16
 _LONGEST_OF_TWO = 11
-"""Where a model's name stands beside the set's."""
+"""Longest model name that fits next to the set's name."""
 _COMPARED = r"accuracy|auc|eer|tar@far=.*"
 
 
 def summary(results: Sequence[Verification]) -> list[Table]:
-    """The ten folds, and the ROC over all pairs; each set is a line in both, or each model on it.
+    """Makes tables of the ten folds and of the ROC over all pairs, a line per set and model.
 
     Args:
-      results: of `verification.verify`.
+      results: from `verification.verify`.
     """
     return [_folds(results), _roc(results)]
 
 
 def before_and_after(values: Mapping[str, float]) -> Table | None:
-    """What fine-tuning changed, a line for each set; None where nothing was fine-tuned.
+    """Makes a table of fine-tuning's effect, a line per set; None without fine-tuning.
 
     Args:
       values: `before/NAME/accuracy`, `eval/NAME/accuracy` and so on.
@@ -44,7 +44,7 @@ def before_and_after(values: Mapping[str, float]) -> Table | None:
 
 
 def remarks(results: Sequence[Verification]) -> list[str]:
-    """In words, for each set, the FARs that its different pairs are too few to show."""
+    """Lists, for each set, the FARs for which it has too few different pairs."""
     lines = []
     for result in {result.name: result for result in results}.values():
         missing = [at for at in result.tars if at.tar is None]
@@ -59,7 +59,7 @@ def remarks(results: Sequence[Verification]) -> list[str]:
 
 
 def forms(results: Sequence[Verification]) -> list[str]:
-    """The ten-fold threshold of each set for either form of embedding, which is named."""
+    """Returns the ten-fold threshold of each set for both forms of embedding, which are named."""
     lines = []
     for result in results:
         whose = f"{result.name}, {result.model}" if result.model else result.name
@@ -72,13 +72,13 @@ def forms(results: Sequence[Verification]) -> list[str]:
 
 
 def _folds(results: Sequence[Verification]) -> Table:
-    """Accuracy and its kin, and insightface's TAR where one set at least has pairs enough."""
+    """Makes the table of ten-fold metrics, with insightface's TAR if a set has enough pairs."""
     at = FARS.index(FOLD_FAR)
     heads = ["accuracy", "95 %\ninterval", "threshold:\ncosine (d²)", "XNorm"]
     with_tar = _any_measured(results, at)
     if with_tar:
         heads.append(f"TAR at\n{results[0].tars[at].label}")
-    several = len(_names(results[0])) > 1  # then models fill the line, not the number of pairs
+    several = len(_names(results[0])) > 1  # no room for the number of pairs
     counts = [] if several else ["same +\ndifferent"]
     table = _named("ten folds, as insightface", [*counts, *heads], _columns(results))
     table.columns[1].no_wrap = False
@@ -99,7 +99,7 @@ def _folds(results: Sequence[Verification]) -> Table:
 
 
 def _roc(results: Sequence[Verification]) -> Table:
-    """TAR at those FARs that one set at least can show."""
+    """Makes the table of TAR at the FARs that at least one set can measure."""
     shown = [at for at in range(len(FARS)) if _any_measured(results, at)]
     heads = [f"TAR at\n{results[0].tars[at].label}" for at in shown]
     table = _named("all pairs, TAR at FAR", ["AUC", "EER", *heads], _columns(results))
