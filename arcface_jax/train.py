@@ -341,7 +341,9 @@ def _initial_weights(config: Config, init: finetune.Weights | None) -> finetune.
     if config.finetune.centers == "kept" and not isinstance(source, Path):
         raise ConfigError(
             f"finetune.centers kept: init_from {config.init_from} is not the workdir of a run and "
-            "has no class centers; use --finetune.centers class_means or random"
+            "has no class centers; import them with `arcface-jax import torch --weight FILE "
+            "--centers FOLDER --output WORKDIR` and start from that, or use --finetune.centers "
+            "class_means or random"
         )
     return finetune.weights(source, config.model, name=config.init_from)
 

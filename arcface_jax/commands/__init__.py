@@ -120,8 +120,8 @@ def dispatch(
     return functions[first](words[1:], prog=f"{prog} {first}")
 
 
-def copy_new(source: Path, target: Path) -> None:
-    """Copies a file, and creates its folder if missing.
+def write_new(content: bytes, target: Path) -> None:
+    """Writes a new file, and creates its folder if missing.
 
     Raises:
       UserError: the file already exists, or cannot be written.
@@ -129,7 +129,7 @@ def copy_new(source: Path, target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("xb") as file:
-            file.write(source.read_bytes())
+            file.write(content)
     except FileExistsError as error:
         raise errors.UserError(f"{target} exists already: choose another name") from error
     except OSError as error:

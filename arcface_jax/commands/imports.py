@@ -134,7 +134,7 @@ def torch(words: Sequence[str], *, prog: str = "arcface-jax import torch") -> Re
     for note in made.notes:
         print(f"{arguments.weight}: {note}")
     print(f"{arguments.output}: embeddings equal torch's to {made.error:.1e} (relative)")
-    print(_next(arguments.output))
+    print(_next(arguments.output, centers=arguments.centers is not None))
     return Result({"parity": made.error, "network": made.network}, [arguments.output])
 
 
@@ -159,13 +159,14 @@ def onnx(words: Sequence[str], *, prog: str = "arcface-jax import onnx") -> Resu
     return Result(values, [arguments.output])
 
 
-def _next(workdir: Path) -> str:
+def _next(workdir: Path, *, centers: bool = False) -> str:
     """Returns how to train from a workdir of weights."""
     from arcface_jax.training import checkpoint
 
     model = checkpoint.read_config(workdir).model
     size = "" if model.embedding_size == 512 else f" --model.embedding-size {model.embedding_size}"
-    return f"to train from it: --init-from {workdir} --model.network {model.network}{size}"
+    kept = " --finetune.centers kept" if centers else ""
+    return f"to train from it: --init-from {workdir} --model.network {model.network}{size}{kept}"
 
 
 @command
@@ -189,7 +190,8 @@ def centers(words: Sequence[str], *, prog: str = "arcface-jax import centers") -
             arguments.output, found, ranks=arguments.ranks, layout=arguments.layout
         )
     classes, size = found.rows.shape
-    print(f"{classes} class centers of length {size}, in {len(files)} files")
+    written = f"{len(files)} files" if len(files) > 1 else str(files[0])
+    print(f"{classes:,} class centers of length {size} written to {written}")
     return Result({"classes": classes, "embedding_size": size}, files)
 
 

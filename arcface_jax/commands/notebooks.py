@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from arcface_jax import errors
-from arcface_jax.commands import Result, command, copy_new
+from arcface_jax.commands import Result, command, write_new
 from arcface_jax.config import command_line, loading
 
 
@@ -36,6 +36,6 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax notebooks") -> Result
         return Result({"notebooks": names})
     copies = [arguments.copy / path.name for path in notebooks]
     for path, copied in zip(notebooks, copies, strict=True):
-        copy_new(path, copied)
+        write_new(path.read_bytes(), copied)
     print(f"{arguments.copy}: {len(copies)} notebooks; they need {errors.install('notebook,onnx')}")
     return Result({"notebooks": names}, copies)

@@ -6,17 +6,18 @@ arcface-jax recipes ms1mv3_r50 --copy my_recipe.py
 """
 
 import ast
+import dataclasses
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional
 
-from arcface_jax.commands import Result, command, copy_new
-from arcface_jax.config import command_line, loading
+from arcface_jax.commands import Result, command, write_new
+from arcface_jax.config import command_line, loading, recipes
 from arcface_jax.errors import UserError
 
 
@@ -40,13 +41,43 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax recipes") -> Result:
         return _list()
     path = loading.find_recipe(arguments.name)
     if arguments.copy is None:
-        print(path.read_text())
+        print(text_of(path))
         return Result(describe(path))
     if arguments.copy.suffix != ".py":
         raise UserError(f"--copy {arguments.copy} must end in .py")
-    copy_new(path, arguments.copy)
+    write_new(text_of(path).encode(), arguments.copy)
     print(f"{arguments.copy}: edit it, then: arcface-jax train {arguments.copy} --workdir FOLDER")
     return Result(describe(path), [arguments.copy])
+
+
+def text_of(path: Path) -> str:
+    """Returns a recipe to read and to edit, with every setting that differs from its default.
+
+    That is the file itself, or, if the file only calls a function that several recipes share, its
+    docstring and the resulting configuration.
+    """
+    source = path.read_text()
+    if recipes.__name__ not in source:
+        return source
+    docstring = source[: source.index("\nfrom ")]
+    config = _constructor(loading.read_recipe(path), indent=4)
+    return (
+        f"{docstring}\nfrom arcface_jax import config as c\n\n\n"
+        f"def get_config() -> c.Config:\n    return {config}\n"
+    )
+
+
+def _constructor(value: Any, *, indent: int) -> str:
+    """Returns the expression that constructs a configuration or one of its values."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value).replace("'", '"')
+    name, default = type(value).__name__, type(value)()
+    lines = [
+        f"{' ' * (indent + 4)}{field.name}={_constructor(own, indent=indent + 4)},\n"
+        for field in dataclasses.fields(value)
+        if (own := getattr(value, field.name)) != getattr(default, field.name)
+    ]
+    return f"c.{name}(\n{''.join(lines)}{' ' * indent})"
 
 
 def describe(path: Path) -> dict[str, str]:

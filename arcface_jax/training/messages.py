@@ -23,11 +23,15 @@ def headline(
     if config.distill.teacher:
         losses = f"{' + '.join(config.distill.loss)} to {config.distill.teacher}"
         margin = losses if config.distill.head == "off" else f"{margin} and {losses}"
+    initial = ""
+    if config.init_from and not start:
+        centers = config.finetune.centers.replace("_", " ")
+        initial = f"\ninitial weights from {config.init_from}, class centers: {centers}"
     return (
         f"{config.model.network} ({config.model.dtype}) on {devices.size} x {kind}: "
         f"{dataset['num_images']} images of {dataset['num_classes']} identities, "
         f"{margin}, batch {batch}, {begin}; writing to "
-        f"{config.workdir}\n{_scaling_rule(config.optimizer, batch)}"
+        f"{config.workdir}{initial}\n{_scaling_rule(config.optimizer, batch)}"
     )
 
 

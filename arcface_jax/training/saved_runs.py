@@ -202,7 +202,10 @@ def _item_of_centers(workdir: Path, number: int) -> str:
     saved = checkpoint.folder_of(workdir) / str(number)
     item = next((name for name in ("training", "centers") if (saved / name).is_dir()), None)
     if item is None:
-        raise CheckpointError(f"{workdir} holds a backbone and no class centers")
+        raise CheckpointError(
+            f"{workdir} has a backbone but no class centers: import it with `arcface-jax import "
+            "torch --centers FOLDER`, or use --finetune.centers class_means or random"
+        )
     return item
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from arcface_jax import cli
+from arcface_jax.commands import recipes
 from arcface_jax.config import loading
 from arcface_jax.errors import ConfigError
 
@@ -65,6 +66,17 @@ def test_a_recipe_is_shown_and_copied_but_replaces_nothing(tmp_path, capsys):
         assert stop.value.code == 2
     assert "exists already" in capsys.readouterr().err
     assert copied.read_text() == "mine"
+
+
+def test_every_recipe_shows_its_settings_and_stays_the_same_as_a_copy(tmp_path):
+    for name, path in loading.recipe_files().items():
+        text = recipes.text_of(path)
+        (tmp_path / path.name).write_text(text)
+        assert loading.read_recipe(tmp_path / path.name) == loading.read_recipe(name), name
+        assert "Config(" in text and "arcface_jax.config.recipes" not in text, name
+    text = recipes.text_of(loading.find_recipe("ms1mv3_r50"))
+    assert "learning_rate=0.2," in text and "global_batch_size=1024," in text
+    assert text.startswith('"""r50 on MS1MV3') and "94.79 / 96.46" in text
 
 
 def test_notebooks_are_copied_but_replace_nothing(tmp_path, capsys):
