@@ -238,6 +238,32 @@ def test_the_python_of_the_page_compiles(page: Path):
         compile(text, page.name, "exec")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_what_the_python_of_the_page_imports_exists(page: Path):
+    for text in pages.blocks(page, "python"):
+        tree, modules = ast.parse(text), {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("arcface_jax"):
+                for alias in node.names:
+                    found = imported(node.module or "", alias.name)
+                    if inspect.ismodule(found):
+                        modules[alias.asname or alias.name] = found
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = modules.get(node.value.id)
+                assert module is None or hasattr(module, node.attr), ast.unparse(node)
+
+
+def imported(module: str, name: str) -> Any:
+    """What `from module import name` binds."""
+    found = importlib.import_module(module)
+    return (
+        getattr(found, name)
+        if hasattr(found, name)
+        else importlib.import_module(f"{module}.{name}")
+    )
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=page_id)
 def test_every_link_leads_somewhere(page: Path):
     """Of the files that mkdocs does not check."""

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 from commands import HANG, ROOT
+
+from arcface_jax import config as configs
+from arcface_jax.config import loading
+from arcface_jax.training import validation
 
 SCHEDULERS = ROOT / "docs" / "schedulers"
 WITH_SLURM = Path(__file__).parent / "with_slurm.sh"
@@ -133,6 +138,18 @@ def blocks(text: str, language: str) -> list[str]:
 def test_the_documentation_shows_the_tested_files(name: str, language: str):
     text = (ROOT / "docs" / "multi_host.md").read_text()
     assert (SCHEDULERS / name).read_text() in blocks(text, language)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"), [("train.sbatch", 2 * 8), ("mpirun.sh", 2 * 8), ("kubernetes.yaml", 4 * 8)]
+)
+def test_the_recipe_shown_runs_on_the_devices_shown(name: str, devices: int):
+    text = (SCHEDULERS / name).read_text()
+    counts = [int(n) for n in re.findall(r"(?:--nodes=|per-node=|completions: |gpu: )(\d+)", text)]
+    assert not counts or math.prod(counts) == devices
+    (recipe,) = re.findall(r"configs/(\w+)\.py", text)
+    config = configs.replace(loading.read_recipe(recipe), workdir="run")
+    validation.validate(config, num_devices=devices)
 
 
 @pytest.mark.skipif(
