@@ -287,15 +287,14 @@ def make_train_step(
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
         found = gradients(state, batch)
-        head, rate, norm = found.head, found.rate, optax.tree.norm(found.params)
-        taught = found.taught.metrics if found.taught else {}
+        norm = optax.tree.norm(found.params)
         # The centers were updated inside the head, with its own check: an overflow in the
         # backbone's gradient does not affect them.
         finite = jnp.isfinite(norm) & jnp.isfinite(found.loss)
         moving = _pick(state.params, factors)
         updates: Any
         updates, opt_state = optimizer.update(found.params, state.opt_state, moving)
-        updates = {name: -rate * factors[name] * update for name, update in updates.items()}
+        updates = {name: -found.rate * factors[name] * update for name, update in updates.items()}
         moved, batch_stats, opt_state = jax.tree.map(
             partial(jnp.where, finite),
             (optax.apply_updates(moving, updates), found.batch_stats, opt_state),
@@ -310,31 +309,17 @@ def make_train_step(
                 name: optim.update_ema(ema[name], new[name], ema_decay=decay, steps=state.step)
                 for name in ema
             }
-        counters = {
-            "invalid_labels": state.counters["invalid_labels"] + head.metrics.pop("invalid_labels"),
-            "skipped_steps": state.counters["skipped_steps"] + ~finite,
-            "skipped_in_row": jnp.where(finite, 0, state.counters["skipped_in_row"] + 1),
-        }
-        if config.head.sample_rate < 1 and "accuracy" in head.metrics:  # over the sampled classes
-            head.metrics["accuracy_sampled"] = head.metrics.pop("accuracy")
-        metrics: Any = {
-            "train/loss": found.loss,
-            **{f"train/{name}": value for name, value in head.metrics.items()},
-            **{f"train/{name}": value for name, value in taught.items()},
-            "train/gradient_norm": norm,
-            "train/lr": rate,
-            **{f"train/{name}": count for name, count in counters.items()},
-        }
-        if state.loss_scale:
-            metrics["train/loss_scale"] = state.loss_scale["factor"]
+        counters = _count(state.counters, found.head, finite)
+        metrics = _metrics(found, counters, norm, state, sampled=config.head.sample_rate < 1)
+        centers = found.head.centers
         return TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            centers=head.centers.rows,
-            centers_opt=head.centers.moments,
-            head_state=head.centers.state,
+            centers=centers.rows,
+            centers_opt=centers.moments,
+            head_state=centers.state,
             loss_scale=optim.next_scale(state.loss_scale, finite, config.optimizer),
             ema=ema,
             counters=counters,
@@ -360,6 +345,37 @@ class _Gradients(NamedTuple):
     """Updated running statistics."""
     rate: jax.Array
     """() float32 learning rate."""
+
+
+def _count(counters: Metrics, head: HeadOutput, finite: jax.Array) -> Metrics:
+    """Returns the counters of a state after a step."""
+    return {
+        "invalid_labels": counters["invalid_labels"] + head.metrics["invalid_labels"],
+        "skipped_steps": counters["skipped_steps"] + ~finite,
+        "skipped_in_row": jnp.where(finite, 0, counters["skipped_in_row"] + 1),
+    }
+
+
+def _metrics(
+    found: _Gradients, counters: Metrics, norm: jax.Array, state: TrainState, *, sampled: bool
+) -> Metrics:
+    """Returns the metrics of a step.
+
+    Args:
+      found: gradients of the step.
+      counters: counters after the step.
+      norm: () float32 norm of the backbone's gradient.
+      state: state before the step.
+      sampled: whether the head's accuracy is over a sample of the classes.
+    """
+    of_head = dict(found.head.metrics)
+    if sampled and "accuracy" in of_head:
+        of_head["accuracy_sampled"] = of_head.pop("accuracy")
+    of_teacher = found.taught.metrics if found.taught else {}
+    scale = {"loss_scale": state.loss_scale["factor"]} if state.loss_scale else {}
+    named = {"loss": found.loss, "gradient_norm": norm, "lr": found.rate}
+    parts: Any = of_head | of_teacher | counters | named | scale
+    return {f"train/{name}": value for name, value in parts.items()}
 
 
 def _make_gradients(
