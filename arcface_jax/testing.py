@@ -40,7 +40,7 @@ _THREADS = 8
 
 
 def check_loss(name: str, head: HeadConfig | None = None) -> None:
-    """Checks a loss: its functions alone, then in the real head against dense autodiff.
+    """Checks a loss: its functions in isolation, then in the real head against dense autodiff.
 
     Args:
       name: as `head.loss`.

@@ -220,7 +220,7 @@ _UNUSABLE = {
 
 
 def _make(name: str, arguments: tuple[Any, ...]) -> object:
-    """A `safe_pickle.Make` for torch's tensors."""
+    """Implements `safe_pickle.Make` for torch's tensors."""
     module, _, last = name.rpartition(".")
     if module == "torch._utils" and last in _UNUSABLE:
         return Unusable(_UNUSABLE[last])

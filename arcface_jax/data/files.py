@@ -70,7 +70,7 @@ class FilesSource(Source):
         return str(self._path(index))
 
     def facts(self) -> Mapping[str, int | str]:
-        """Digests of the images' names, relative to the set's folder, and of the labels."""
+        """Returns digests of the images' names, relative to the set's folder, and of the labels."""
         names = np.frombuffer(self._names, np.uint8)
         return {
             "form": "image files",

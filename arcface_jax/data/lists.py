@@ -308,9 +308,7 @@ def _shared(data: Sequence[Row], column: int) -> bool:
 
 
 def _apart(data: Sequence[Row], candidates: list[int]) -> list[int]:
-    """Of columns that divide the images alike, such as an identity's number and name, keeps the
-    first.
-    """
+    """Drops columns that divide the images like an earlier one, such as number and name."""
     first = candidates[0]
     kept = [first]
     for column in candidates[1:]:

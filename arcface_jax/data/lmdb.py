@@ -126,7 +126,9 @@ class LmdbSource(IndexedSource):
         return f"{self._path}, key {_shown(self._key(index))}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """Digests of keys, sizes and labels; the file's own size depends on how it was written."""
+        """Returns digests of keys, sizes and labels; the file's own size depends on how it was
+        written.
+        """
         found = self._arrays
         return {
             "form": "LMDB",

@@ -168,7 +168,7 @@ def in_words(found: Calibration) -> str:
     """Formats the result for a terminal."""
     form = "f(image) + f(mirrored image)" if found.flip else "single embeddings"
     if found.against:
-        form += f", compared with those of the model {found.against[:12]}..."
+        form += f", compared with embeddings of the model {found.against[:12]}..."
     lines = [
         f"threshold: cosine {found.threshold_cosine:.4f}, squared distance "
         f"{found.threshold_squared_distance:.4f}, for {form}",

@@ -347,7 +347,7 @@ def _write(folder: Path, parts: Iterator[np.ndarray], names: Sequence[str], form
             scaled = _new(folder / _INT8, shape, np.int8) if form == "int8" else None
         if part.shape[1] != rows.shape[1]:
             raise DataError(
-                f"embeddings have {rows.shape[1]} and {part.shape[1]} numbers: use those of one "
+                f"embeddings have {rows.shape[1]} and {part.shape[1]} numbers: use embeddings of one "
                 "model"
             )
         if end > len(names):

@@ -44,7 +44,7 @@ class Assumptions(NamedTuple):
     """Minimum seconds of a collective."""
 
     def lines(self) -> list[str]:
-        """Describes the assumptions behind the times."""
+        """Describes the assumptions of the model."""
         return [
             f"modelled, not timed: each kernel takes the longest of {1e6 * self.launch:g} us, its "
             f"HBM traffic at {self.bandwidth_share:.0%} of {self.gpu.bandwidth / 1e12:.2f} TB/s, "

@@ -236,7 +236,7 @@ class VisionTransformer(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized.
+        """Maps (B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized.
 
         In training an image's key determines its hidden tokens and skipped branches.
         """

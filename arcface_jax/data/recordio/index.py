@@ -59,7 +59,7 @@ class RecordIndex:
         return RecordIndex, (self.rec, self.keys, self.offsets, None)
 
     def facts(self) -> dict[str, int | str]:
-        """Size of the record file and digests of keys and offsets, for a fingerprint."""
+        """Returns the record file's size and digests of keys and offsets, for a fingerprint."""
         digests = dict(self.digests)
         if "offsets.npy" not in digests:
             digests["offsets.npy"] = sealed.array_digest(self.offsets)

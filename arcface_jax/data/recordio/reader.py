@@ -168,7 +168,7 @@ class RecordReader:
         return record_index.open_labels(self._index, which=which)
 
     def facts(self) -> dict[str, int | str]:
-        """The file's size, and digests of its index."""
+        """Returns the file's size, and digests of its index."""
         return self._index.facts()
 
     def position(self, key: int) -> int:
