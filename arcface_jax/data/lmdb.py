@@ -187,7 +187,7 @@ class _Environment:
         if there < pages * size:  # reading a page that is missing would kill the process
             self.close()
             raise DataError(
-                f"{path} is cut short: {there:,} bytes of {pages * size:,}: copy it again"
+                f"{path} is truncated ({there:,} of {pages * size:,} bytes): copy it again"
             )
 
     @contextlib.contextmanager
@@ -391,7 +391,7 @@ def _labels_elsewhere(
     first = next(entry.key for entry in entries if entry.label is None)
     raise DataError(
         f"{path}, key {_shown(first)}: the image has no label with it: put a list of 'key label' "
-        f"lines beside the database as {path.with_suffix('.txt').name}"
+        f"lines next to the database as {path.with_suffix('.txt').name}"
     )
 
 

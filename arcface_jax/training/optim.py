@@ -151,8 +151,7 @@ def lars(optimizer: OptimizerConfig) -> Optimizer:
 
 
 def lamb(optimizer: OptimizerConfig) -> Optimizer:
-    """Makes AdamW with its sum scaled to the array's norm; vectors as in `lars`, centers as in
-    AdamW.
+    """Makes AdamW with its sum scaled to the array's norm; vectors and centers as plain AdamW.
 
     Source: You et al., "Large Batch Optimization for Deep Learning" (ICLR 2020).
     """

@@ -77,7 +77,7 @@ class RecordSource(Source):
             raise DataError(
                 f"{self._reader.path}, record 0: the header [{first}, {end}] is not [first "
                 "identity record, end], whole numbers with images below the first; recreate the "
-                "anew"
+                "file"
             )
 
     def _count_identities(self, first: float, end: float) -> int:
