@@ -40,7 +40,7 @@ _THREADS = 8
 
 
 def check_loss(name: str, head: HeadConfig | None = None) -> None:
-    """Checks a loss: its functions alone, then in the real head against dense autodiff.
+    """Checks a loss: its functions in isolation, then in the real head against dense autodiff.
 
     Args:
       name: as `head.loss`.
@@ -507,15 +507,17 @@ def _check_sample(source: Any, number: int, image: Any, label: int, *, listed: i
         0 <= label < source.num_classes,
         f"image {number} has the label {label}; expected 0 to {source.num_classes - 1}",
     )
-    _require(listed == label, f"image {number} has the label {label}, and labels() gives {listed}")
+    _require(
+        listed == label, f"image {number} has the label {label}, but labels() returns {listed}"
+    )
     sample = source.read(number)
     _require(
         sample.label == label,
-        f"read({number}) has the label {sample.label}, and indexing gives {label}",
+        f"read({number}) has the label {sample.label}, but indexing returns {label}",
     )
     _require(
         np.array_equal(decode(sample.data, where=partial(source.where, number)), image),
-        f"read({number}) holds another image than indexing gives",
+        f"read({number}) returns another image than indexing",
     )
 
 
@@ -536,7 +538,7 @@ def _require_same(
     for (image, label), (other, its_label) in zip(expected, found, strict=True):
         _require(
             label == its_label and np.array_equal(image, other),
-            f"{what} gives another image or label than indexing",
+            f"{what} returns another image or label than indexing",
         )
 
 
@@ -582,7 +584,7 @@ def check_evaluator(target: str, *, embedding_size: int = 32) -> None:
     for name, value in first.items():
         _require(isinstance(name, str), f"{target} returned the name {name!r}; expected a text")
         _require(math.isfinite(float(value)), f"{target} returned {name} = {value}")
-    _require(first == second, f"{target} gives {first} and then {second} for one network")
+    _require(first == second, f"{target} returns {first} and then {second} for one network")
     try:
         evaluator(stopped, reference.argument)
     except _Stop:

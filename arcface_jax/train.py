@@ -74,7 +74,7 @@ class Outcome(NamedTuple):
 
 
 def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
-    """Train, or resume from workdir.
+    """Trains, or resumes from workdir.
 
     Args:
       config: the whole run.

@@ -146,8 +146,7 @@ def run_head(arguments: tyro.conf.OmitArgPrefixes[Head]) -> None:
 
 @app.command(name="blocks")
 def run_blocks(batch: int = 8, count: int = 8, dtype: Dtype = "float32", repeats: int = 7) -> None:
-    """Measures blocks of a large IResNet, forward and backward, with and without a scan
-    (docs/backbones.md).
+    """Measures blocks of a large IResNet, with and without a scan (docs/backbones.md).
 
     Args:
       batch: Images.
@@ -268,8 +267,7 @@ def run_gallery(
 def run_neighbors(
     size: int = 100_000, dimensions: int = 512, projections: tuple[int, ...] = (0, 128)
 ) -> None:
-    """Measures the search for near pairs of unit vectors, extrapolated to a million
-    (docs/cleaning.md).
+    """Measures the search for near pairs of unit vectors (docs/cleaning.md).
 
     Args:
       size: Number of vectors.

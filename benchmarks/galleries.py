@@ -32,8 +32,8 @@ def measure(*, rows: int, size: int, k: int, repeats: int, queries: tuple[int, .
     Args:
       rows: N.
       size: D.
-      k: rows that are asked for.
-      repeats: counted searches of each; two more come first, which read the files.
+      k: number of rows to find.
+      repeats: timed searches of each, after two that read the files.
       queries: numbers of queries searched together.
 
     Raises:

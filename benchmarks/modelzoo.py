@@ -51,8 +51,8 @@ def measure(network: str, faces: np.ndarray) -> dict[str, Any]:
       faces: (n, 112, 112, 3) uint8 RGB.
 
     Returns:
-      parameters, macs; torch_difference, onnx_difference: the largest relative one over the faces;
-      onnx_bytes; compile_seconds: of the gradient of a training pass over the faces, traced,
+      parameters, macs; torch_difference, onnx_difference: the largest relative difference over the
+      faces; onnx_bytes; compile_seconds: of the gradient of a training pass over the faces, traced,
       lowered and compiled, in float32.
     """
     seconds = _compile_seconds(network, faces)

@@ -12,9 +12,9 @@ def replace(page: Path, text: str, *, begin: str, end: str = END) -> None:
 
     Args:
       page: a Markdown file.
-      text: goes between the marks.
-      begin: the mark before it.
-      end: the next mark after it.
+      text: text to put between the marks.
+      begin: mark before it.
+      end: mark after it.
 
     Raises:
       UserError: the page lacks a mark.

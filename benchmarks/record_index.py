@@ -99,8 +99,8 @@ def main(
 
     Args:
       records: Images in the file.
-      identities: Of these images.
-      folder: Where to write for the while; the system's place for it when not given.
+      identities: Number of identities in them.
+      folder: Temporary folder; by default the system's.
     """
     assert _RECORD.itemsize == FRAME.size + HEADER.size
     place = Path(tempfile.mkdtemp(dir=folder))

@@ -1,7 +1,7 @@
 """Compile r50 for 8 to 1,024 H100s: the traffic of its collectives, and the scaling it implies.
 
-Each device has 128 images and a share of the identities that keeps the head's work per device equal
-at every size. Times are modelled from the compiled program; nothing is timed.
+Each device has 128 images and a share of 100 M identities, so the head's work per device is the
+same at every size. Times are modelled from the compiled program; nothing is timed.
 """
 
 import json

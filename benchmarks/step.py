@@ -173,8 +173,8 @@ def measure(
     Args:
       case: the size.
       programs: by implementation, this project's first, and part.
-      product_flops: of one large matrix product on one device, a second.
-      repeats: counted runs of each.
+      product_flops: FLOP/s of one large matrix product on one device.
+      repeats: timed runs of each.
     """
     runs = {(who, part): p for who, parts in programs.items() for part, p in parts.items()}
     named = {f"{who}/{part}": program.run for (who, part), program in runs.items()}

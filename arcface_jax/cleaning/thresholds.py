@@ -35,7 +35,7 @@ class Threshold:
     """Number of scores at or above the threshold."""
 
     def text(self) -> str:
-        """For the terminal."""
+        """Formats the threshold for the terminal."""
         precision = "-" if self.precision is None else f"{self.precision:.2f}"
         return (
             f"threshold {self.threshold:.3f} (expected recall {self.recall:.2f}, "

@@ -38,7 +38,7 @@ class Arguments:
     memory: float | None = None
     """Memory of one device in GiB; by default the GPU's, 79.1 for an H100 of 80 GB."""
     num_classes: int | None = None
-    """Number of identities to plan for, 93431 in MS1MV3; by default that of data.path."""
+    """Number of identities to plan for, 93431 in MS1MV3; by default taken from data.path."""
     output: Path | None = None
     """Folder for plan.json, and for plan.png if the program is a GPU's."""
 

@@ -422,7 +422,7 @@ class DistillConfig:
     to be a network of this project."""
     views: Literal["mean", "both"] = "mean"
     """The teacher's embedding of an image: the mean over the image and its
-    mirror image, or that of the one shown to the network."""
+    mirror image, or of the one shown to the network."""
     loss: Annotated[
         tuple[Literal["cosine", "relational", "centers"], ...], AfterValidator(_all_different)
     ] = ("cosine",)

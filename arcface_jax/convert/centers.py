@@ -170,8 +170,8 @@ def _join(folder: Path, name: str, ranks: list[int]) -> np.ndarray:
     if len(widths) > 1 or counts != expected:
         each = ", ".join(f"{name.format(r)} {p.shape}" for r, p in zip(ranks, parts, strict=True))
         raise UserError(
-            f"the files in {folder} are not of one training, in which all have one width and the "
-            f"first GPUs one row more: {each}"
+            f"inconsistent head files in {folder} (equal widths expected, and one more row on "
+            f"the first GPUs): {each}"
         )
     return np.concatenate(parts)
 

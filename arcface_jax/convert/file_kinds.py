@@ -139,8 +139,8 @@ def _refuse_other_archives(path: Path) -> None:
     ) as error:
         size = path.stat().st_size
         raise UserError(
-            f"{path} is cut short or damaged ({size:,} bytes, and no table of contents at its "
-            "end): download or copy it again"
+            f"{path} is truncated or damaged ({size:,} bytes, without a table of contents at "
+            f"its end): download or copy it again"
         ) from error
     last = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in last and any("/code/" in f"/{name}" for name in names):
@@ -151,7 +151,8 @@ def _refuse_other_archives(path: Path) -> None:
     if "data.pkl" not in last:
         first = ascii(names[0])[:60] if names else "nothing"
         raise UserError(
-            f"{path} is a zip archive that torch.save did not write (it holds {first}): unpack it "
+            f"{path} is a zip archive that torch.save did not write (it contains {first}): "
+            f"unpack it "
             "and name the weights in it"
         )
 

@@ -205,8 +205,8 @@ def _first_kernel(path: Path, found: OnnxLayers, model: OnnxModel) -> np.ndarray
     if abs(mean - preprocess.MEAN) > _SAME_MEAN * preprocess.SCALE:
         raise UserError(
             f"{path} takes (x - {mean:.4g}) / {scale:.4g}; expected a mean of {preprocess.MEAN}: "
-            "the zeros with which convolutions pad stand for the mean, so another one cannot be "
-            "carried over. If it was guessed wrongly, give --mean and --scale"
+            "zero padding stands for the mean, so another mean cannot be converted. If it was "
+            "guessed wrongly, set --mean and --scale"
         )
     kernel = np.asarray(found.layers[0].weight, np.float64) * (preprocess.SCALE / scale)
     return kernel[:, ::-1] if outside.color_order == "BGR" else kernel

@@ -42,8 +42,8 @@ def convert(weight: Path, where: Where, output: Path, *, centers: Path | None = 
     rows = None if centers is None else center_files.read(centers).rows
     if rows is not None and rows.shape[1] != size:
         raise errors.UserError(
-            f"{centers} has centers of length {rows.shape[1]}, and {weight} gives embeddings of "
-            f"length {size}: they are not of one training"
+            f"{centers} has centers of length {rows.shape[1]}, and {weight} has embeddings of "
+            f"length {size}: they are from different training runs"
         )
     backbone = Network(network, params, batch_stats, batch_size=16, devices=1)
     # The file's own tensors, plus the batch counters that files of old torch lack.

@@ -150,8 +150,8 @@ def _read_own(folder: Path) -> Loaded:
     size = registry.embedding_size(model.params)
     if size != config.embedding_size:
         raise DataError(
-            f"{path} has embedding_size {config.embedding_size}, and the weights give {size}: the "
-            "files are of two models; download or export the folder again"
+            f"{path} has embedding_size {config.embedding_size}, and the weights have {size}: "
+            f"the files are from different models; download or export the folder again"
         )
     if weights_digest(model.network, model.params, model.batch_stats) != config.input.digest:
         raise DataError(
@@ -172,7 +172,7 @@ def _read_cvlface(folder: Path) -> Loaded:
             "for images of [3, 112, 112], RGB or BGR"
         ) from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise DataError(f"{path} is no YAML file: download the folder again") from error
+        raise DataError(f"{path} is not a YAML file: download the folder again") from error
     found = next((folder / name for name in _CVLFACE_WEIGHTS if (folder / name).is_file()), None)
     if found is None:
         raise DataError(
@@ -198,12 +198,10 @@ def _text(path: Path) -> str:
         return foreign.read(path, most=_MOST_BYTES).decode()
     except OSError as error:
         if error.errno == errno.EFBIG:
-            raise DataError(
-                f"{path} has more than 1 MiB: it is no description of a model"
-            ) from None
+            raise DataError(f"{path} has more than 1 MiB: it does not describe a model") from None
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text file: download the folder again") from error
+        raise DataError(f"{path} is not a text file: download the folder again") from error
 
 
 def _preprocessor(described: ModelInput) -> dict:
@@ -232,7 +230,7 @@ def _require_built_in(network: str, fix: str) -> None:
     """Refuses a network from outside the package, because loading the folder would import code."""
     if network not in registry.NETWORKS:
         raise UserError(
-            f"{network} is no network of this package, and a hub folder holds no code: {fix}"
+            f"{network} is not a network of this package, and a hub folder contains no code: {fix}"
         )
 
 

@@ -152,8 +152,8 @@ def _check_sizes(path: Path) -> None:
             count *= dim.dim_value if dim.dim_value > 0 else 1
         if count > most:
             raise UserError(
-                f"{path} makes an array of {count:,} numbers ({value.name[:60]}) of a batch of "
-                f"{batch}, at most {most:,} are computed: it is no network for faces"
+                f"{path} makes an array of {count:,} numbers ({value.name[:60]}) for a batch of "
+                f"{batch}, and at most {most:,} are allowed: it is not a face network"
             )
 
 

@@ -218,7 +218,7 @@ class _Reader:
         return tuple(limits)
 
     def _unknown(self, why: str) -> UnknownGraph:
-        return UnknownGraph(f"{self._path} is no network that can be trained here: it {why}")
+        return UnknownGraph(f"{self._path} is not a network that can be trained here: it {why}")
 
 
 def _embedding_width(layers: list[Layer]) -> int:

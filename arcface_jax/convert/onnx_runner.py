@@ -220,7 +220,8 @@ class OnnxModel:
         rows = _rows(out)
         if rows.ndim != 2 or len(rows) < len(part):
             raise UserError(
-                f"{self._path} gives {out.shape} for {len(part)} faces; expected (N, D): export it "
+                f"{self._path} returns {out.shape} for {len(part)} faces; expected (N, D): "
+                f"export it "
                 "again"
             )
         return rows[: len(part)].astype(np.float32)
@@ -252,7 +253,8 @@ class OnnxModel:
         kinds = (self._session.get_inputs(), self._session.get_outputs())
         shapes = [[(x.name, x.type, x.shape) for x in kind] for kind in kinds]
         return UserError(
-            f"{self._path} takes {shapes[0]} and gives {shapes[1]}; expected one float input of "
+            f"{self._path} takes {shapes[0]} and returns {shapes[1]}; expected one float input "
+            f"of "
             f"(N, 3, {IMAGE_SIZE}, {IMAGE_SIZE}) or uint8, also with channels last, and one output "
             f"(N, D): {fix}"
         )

@@ -199,7 +199,7 @@ class _Machine:
         if isinstance(top, list):
             top.extend(more)
         elif not isinstance(top, Skipped):
-            raise DamagedPickleError("items for what is no list")
+            raise DamagedPickleError("items for something that is not a list")
 
     def _dict(self, _: object) -> None:
         items = self._to_mark()
@@ -217,7 +217,7 @@ class _Machine:
         top = self._top()
         target = top.items if isinstance(top, Skipped) else top
         if not isinstance(target, dict) or len(items) % 2:
-            raise DamagedPickleError("keys and values for what is no dict")
+            raise DamagedPickleError("keys and values for something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if isinstance(key, _KEYS):
                 target[key] = value
@@ -229,12 +229,12 @@ class _Machine:
     def _stack_global(self, _: object) -> None:
         name, module = self.pop(), self.pop()
         if not isinstance(name, str) or not isinstance(module, str):
-            raise DamagedPickleError("the name of a class is no text")
+            raise DamagedPickleError("a class name that is not text")
         self._stack.append(Global(f"{module}.{name}"))
 
     def _call(self, function: object, arguments: object) -> None:
         if not isinstance(arguments, tuple):
-            raise DamagedPickleError("arguments that are no tuple")
+            raise DamagedPickleError("arguments that are not a tuple")
         name = getattr(function, "name", type(function).__name__)
         made = self._make(name, arguments) if isinstance(function, Global) else NotImplemented
         self._stack.append(Skipped(str(name)) if made is NotImplemented else made)

@@ -112,7 +112,7 @@ def find(held: Contents, where: Where, *, source: str) -> Found:
         state = _turned_to_rgb(state)
     notes = [*_notes(best, fits, where), *_color_notes(best, order)]
     if held.skipped:
-        notes.append(f"skipped objects that are no tensors: {_some(held.skipped)}")
+        notes.append(f"skipped objects that are not tensors: {_some(held.skipped)}")
     return Found(best.network, state, tuple(notes))
 
 
@@ -365,7 +365,7 @@ def _mismatch(attempts: list[_Fit], dicts: list[Stored], where: Where, source: s
     else:
         nearest = min(attempts, key=_distance, default=None)
     if where.network is None:
-        begin = f"{source} holds no backbone that is known here"
+        begin = f"{source} has no known backbone"
     else:
         begin = f"{source} does not hold weights of {where.network}"
     shown = min(attempts, key=_distance, default=nearest)

@@ -124,7 +124,7 @@ class _Storage:
 def _storage_of(identity: object) -> tuple[str, torch.dtype | None, int]:
     """Parses a persistent id: key, type, and size in elements (bytes for an untyped storage)."""
     if not isinstance(identity, tuple) or len(identity) < 5 or identity[0] != "storage":
-        raise DamagedPickleError("a reference that is no storage of torch")
+        raise DamagedPickleError("a reference that is not a torch storage")
     kind, key, count = identity[1], identity[2], identity[4]
     if not isinstance(kind, Global) or not isinstance(key, str) or not _is_size(count):
         raise DamagedPickleError("a storage without type, name or size")
@@ -220,7 +220,7 @@ _UNUSABLE = {
 
 
 def _make(name: str, arguments: tuple[Any, ...]) -> object:
-    """A `safe_pickle.Make` for torch's tensors."""
+    """Implements `safe_pickle.Make` for torch's tensors."""
     module, _, last = name.rpartition(".")
     if module == "torch._utils" and last in _UNUSABLE:
         return Unusable(_UNUSABLE[last])

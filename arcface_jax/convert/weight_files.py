@@ -102,7 +102,7 @@ def read(path: Path) -> StateDict:
 def no_tensors(found: Contents, source: str) -> str:
     """Returns the message for a file without any dict of tensors."""
     held = f": it holds {', '.join(found.skipped[:5])}" if found.skipped else ""
-    return f"{source} holds no dict of tensors by name{held}; expected a state_dict, at any depth"
+    return f"{source} has no dict of tensors by name{held}; expected a state_dict, at any depth"
 
 
 def tensors(entries: dict[str, Entry | Unusable], held: Contents, *, source: str) -> StateDict:

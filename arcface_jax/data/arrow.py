@@ -164,7 +164,7 @@ class ArrowSource(Source):
         return f"{self._files[file]}, row {row}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """Sizes of the files, and digests of their labels and row counts."""
+        """Returns sizes of the files, and digests of their labels and row counts."""
         return {
             "form": "Arrow",
             "bytes": sum(file.stat().st_size for file in self._files),

@@ -97,8 +97,8 @@ def check_rows(rows: int, size: int, *, where: str) -> None:
     """
     if rows > _ROWS_A_BYTE * size + 10_000:
         raise DataError(
-            f"{where} announces {rows:,} rows in {size:,} bytes, more than images or their paths "
-            "can take: it is damaged, or made to fill the memory; write it again"
+            f"{where} announces {rows:,} rows in {size:,} bytes, too many for images or their "
+            f"paths: it is damaged or malicious; write it again"
         )
 
 
@@ -115,8 +115,8 @@ def check_expansion(expanded: int, size: int, *, where: str) -> None:
     """
     if expanded > max(_LARGE, _EXPANSION * size):
         raise DataError(
-            f"{where} expands to {expanded:,} bytes from a file of {size:,}: encoded images hardly "
-            "compress, so this is no training set; write it again with encoded images"
+            f"{where} expands to {expanded:,} bytes from a file of {size:,}: encoded images "
+            f"hardly compress, so this is not a training set; write it again with encoded images"
         )
 
 

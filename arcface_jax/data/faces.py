@@ -85,7 +85,7 @@ def _paired(flat: Iterator[Face], points: Iterable) -> Iterator[tuple[Face, np.n
 
 
 def _unequal(found: str) -> str:
-    return f"{found}: give one a face, (n, 5, 2), or None for a face that is aligned"
+    return f"{found}: pass one per face, (n, 5, 2), or None for an aligned face"
 
 
 def _is_picture(face: object) -> bool:
@@ -149,13 +149,13 @@ def prepare(
     if other_size == "refuse":
         raise DataError(
             f"{where} is {image.shape[1]} x {image.shape[0]}; expected an aligned face of "
-            f"{IMAGE_SIZE} x {IMAGE_SIZE}: align it first (`arcface-jax data align`), or give its "
-            "five points or, to a command that takes one, a detector (--detector FILE)"
+            f"{IMAGE_SIZE} x {IMAGE_SIZE}: align it first (`arcface-jax data align`), or pass "
+            f"its five points or, to commands that take one, a detector (--detector FILE)"
         )
     # One text for all images, so that Python shows it once.
     warnings.warn(
-        f"images that are not {IMAGE_SIZE} x {IMAGE_SIZE} are resized; the network expects aligned "
-        "faces: give five points each to have them aligned",
+        f"images that are not {IMAGE_SIZE} x {IMAGE_SIZE} are resized; the network expects "
+        f"aligned faces: pass five points per face to align them",
         stacklevel=2,
     )
     return images.resize(image)
@@ -263,8 +263,9 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     if degenerate.any():
         faces = np.broadcast_to(source, (*degenerate.shape, *source.shape[-2:]))
         raise DataError(
-            f"the points of {np.count_nonzero(degenerate)} of {degenerate.size} faces determine no "
-            "similarity (they coincide, or no rotation fits better than another); the first are "
+            f"the points of {np.count_nonzero(degenerate)} of {degenerate.size} faces do not "
+            f"determine a similarity transform (they coincide, or no rotation fits better than "
+            f"another); the first are "
             f"{faces[degenerate][0].tolist()}; give {', '.join(POINT_NAMES)}"
         )
     a = product / spread

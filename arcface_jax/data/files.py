@@ -70,7 +70,7 @@ class FilesSource(Source):
         return str(self._path(index))
 
     def facts(self) -> Mapping[str, int | str]:
-        """Digests of the images' names, relative to the set's folder, and of the labels."""
+        """Returns digests of the images' names, relative to the set's folder, and of the labels."""
         names = np.frombuffer(self._names, np.uint8)
         return {
             "form": "image files",
@@ -125,7 +125,7 @@ def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
         if found.loose:
             raise DataError(
                 f"{folder} holds {len(found.loose)} loose images ({sorted(found.loose)[0]}) and no "
-                "folder with images: put the images of each identity into a folder of its own"
+                "folder with images: put the images of each identity into a separate folder"
             )
         return None
     people = found.people
@@ -190,7 +190,7 @@ def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
         group = min(name for name, files in people.items() if "/" in files[0])
         person = people[group][0].partition("/")[0]
         raise DataError(
-            f"{folder}: the images lie two folders deep, as {group}/{people[group][0]}: is the "
+            f"{folder}: the images are two folders deep, as {group}/{people[group][0]}: is the "
             f"identity {group} ({len(people)} of them) or {person} ({len(second)})? Give "
             "--data.identity-level 1 or 2"
         )

@@ -308,9 +308,7 @@ def _shared(data: Sequence[Row], column: int) -> bool:
 
 
 def _apart(data: Sequence[Row], candidates: list[int]) -> list[int]:
-    """Of columns that divide the images alike, such as an identity's number and name, keeps the
-    first.
-    """
+    """Drops columns that divide the images like an earlier one, such as number and name."""
     first = candidates[0]
     kept = [first]
     for column in candidates[1:]:
@@ -349,7 +347,7 @@ def _check_widths(path: Path, rows: Sequence[Row], data: Sequence[Row], found: _
         # im2rec allows any number of labels; the path comes last.
         if len(row.cells) != width and not (found.path == -1 and len(row.cells) > 2):
             raise DataError(
-                f"{path}, line {row.line}: {len(row.cells)} columns where the first line has "
+                f"{path}, line {row.line}: {len(row.cells)} columns, but the first line has "
                 f"{width}: quote names that contain the separator, and give every image a label"
             )
 

@@ -126,7 +126,9 @@ class LmdbSource(IndexedSource):
         return f"{self._path}, key {_shown(self._key(index))}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """Digests of keys, sizes and labels; the file's own size depends on how it was written."""
+        """Returns digests of keys, sizes and labels; the file's own size depends on how it was
+        written.
+        """
         found = self._arrays
         return {
             "form": "LMDB",
@@ -185,7 +187,7 @@ class _Environment:
         if there < pages * size:  # reading a page that is missing would kill the process
             self.close()
             raise DataError(
-                f"{path} is cut short: {there:,} bytes of {pages * size:,}: copy it again"
+                f"{path} is truncated ({there:,} of {pages * size:,} bytes): copy it again"
             )
 
     @contextlib.contextmanager
@@ -389,7 +391,7 @@ def _labels_elsewhere(
     first = next(entry.key for entry in entries if entry.label is None)
     raise DataError(
         f"{path}, key {_shown(first)}: the image has no label with it: put a list of 'key label' "
-        f"lines beside the database as {path.with_suffix('.txt').name}"
+        f"lines next to the database as {path.with_suffix('.txt').name}"
     )
 
 

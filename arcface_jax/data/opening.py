@@ -196,7 +196,7 @@ def _folder(path: str) -> Path:
 
 
 class JoinedSource(Source):
-    """Several training sets, concatenated; the labels of each follow those of the one before."""
+    """Several training sets, concatenated; each set's labels follow those before it."""
 
     def __init__(self, parts: Sequence[Source]):
         self._parts = list(parts)

@@ -126,7 +126,7 @@ class ParquetSource(Source):
         return f"{self._files[file]}, group {number}, row {index - int(self._ends[group]) + rows}"
 
     def facts(self) -> Mapping[str, int | str]:
-        """Sizes of the files, and digests of their labels and row groups."""
+        """Returns sizes of the files, and digests of their labels and row groups."""
         return {
             "form": "Parquet",
             "bytes": int(self._sizes.sum()),

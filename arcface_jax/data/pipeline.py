@@ -117,7 +117,7 @@ def _iterate(read: "_BatchReader", data: DataConfig, *, start: int, stop: int) -
         raise UserError(
             f"a process that reads images died ({error}): if the system ended it for lack of "
             f"memory, use fewer --data.workers (now {data.workers}) or --data.prefetch-batches; "
-            "--data.workers 0 reads in this process, and shows what happens"
+            "--data.workers 0 reads in this process, and shows the error"
         ) from error
     finally:
         iterator.close()

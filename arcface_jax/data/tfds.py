@@ -215,8 +215,8 @@ def _check_features(path: Path, content: Any) -> None:
             named = isinstance(item, str) and (name != "type" or "." in item)
             if name in _CLASS_NAMES and named and not _FEATURES.fullmatch(item):
                 raise DataError(
-                    f"{path} names the class {item[:80]!r}, which is none of TFDS's features: it "
-                    "is not imported; write the data set with features of TFDS"
+                    f"{path} names the class {item[:80]!r}, which is not one of TFDS's features "
+                    f"and is not imported; write the data set with features of TFDS"
                 )
 
 

@@ -205,7 +205,7 @@ def _index(shards: Sequence[Path], field: str) -> dict[str, np.ndarray]:
     if not images:
         raise DataError(
             f"{shards[0]}: no image in {len(shards)} tar files: WebDataset has NAME.jpg (.png, "
-            ".webp) beside NAME.cls or NAME.json"
+            f".webp) with NAME.cls or NAME.json"
         )
     return {
         "offsets": np.array([image.offset for image in images], np.int64),
@@ -229,8 +229,8 @@ def _numbered(
         folders = [os.path.dirname(image.name.removeprefix("./")) for image in images]
         if not all(folders):
             raise DataError(
-                f"{where(folders.index(''))} has neither a label (NAME.cls, NAME.json) beside it "
-                "nor a folder: add one of them"
+                f"{where(folders.index(''))} has neither a label (NAME.cls, NAME.json) nor a "
+                f"folder: add one of them"
             )
         labels = of_folders(folders)
     known = [place for place, label in enumerate(labels) if label is not None]
@@ -319,12 +319,12 @@ def _members(shard: Path, notes: list[str]) -> Iterator[tarfile.TarInfo]:
         raise _cut_short(shard, f"no file begins at byte {end:,} of {size:,}")
     if len(rest) < _BLOCK:
         notes.append(
-            f"warning: {shard} has no end mark: a file cut short between two images looks the same"
+            f"warning: {shard} has no end mark: it may have been truncated between two images"
         )
 
 
 def _cut_short(shard: Path, found: str) -> DataError:
-    return DataError(f"{shard} is cut short or damaged ({found}): copy it again")
+    return DataError(f"{shard} is truncated or damaged ({found}): copy it again")
 
 
 def _label(content: bytes, suffix: str, field: str, *, where: str) -> str | None:

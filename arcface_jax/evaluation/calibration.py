@@ -109,8 +109,8 @@ def calibrate(
     """
     if far_check is not None and not far < far_check < 1:
         raise DataError(
-            f"a FAR of {far_check:g} for pairs to check is not between {far:g}, the FAR of those "
-            "called the same, and 1: give a higher --far-check"
+            f"a FAR of {far_check:g} for pairs to check is not between {far:g}, the FAR of "
+            f"accepted pairs, and 1: use a higher --far-check"
         )
     score = np.round(1 - verification.pair_distances(embeddings) / 2, _DECIMALS)
     at = _operating_point(score, pairs, far)
@@ -150,8 +150,8 @@ def _operating_point(score: np.ndarray, pairs: PairSet, far: float) -> _Point:
     if at.threshold is None:
         raise DataError(
             f"{pairs.name}: {len(different):,} pairs of different people cannot show a FAR of "
-            f"{at.label}: that takes {at.pairs_needed:,} at least, and {ENOUGH_ERRORS / far:,.0f} "
-            "to be sure of it; give more pairs, or a higher --far"
+            f"{at.label}: that needs at least {at.pairs_needed:,}, and "
+            f"{ENOUGH_ERRORS / far:,.0f} to be reliable; use more pairs, or a higher --far"
         )
     if not np.isfinite(at.threshold):
         raise DataError(
@@ -168,7 +168,7 @@ def in_words(found: Calibration) -> str:
     """Formats the result for a terminal."""
     form = "f(image) + f(mirrored image)" if found.flip else "single embeddings"
     if found.against:
-        form += f", compared with those of the model {found.against[:12]}..."
+        form += f", compared with embeddings of the model {found.against[:12]}..."
     lines = [
         f"threshold: cosine {found.threshold_cosine:.4f}, squared distance "
         f"{found.threshold_squared_distance:.4f}, for {form}",
@@ -185,8 +185,9 @@ def in_words(found: Calibration) -> str:
         )
     if not found.enough_pairs:
         lines.append(
-            f"too few pairs of different people to be sure: {found.different_pairs:,}, where a FAR "
-            f"of {found.far_target:.0e} wants {ENOUGH_ERRORS / found.far_target:,.0f} "
+            f"too few pairs of different people for a reliable threshold: "
+            f"{found.different_pairs:,}, a FAR of "
+            f"{found.far_target:.0e} needs {ENOUGH_ERRORS / found.far_target:,.0f} "
             f"({ENOUGH_ERRORS} / FAR)"
         )
     return "\n".join(lines)

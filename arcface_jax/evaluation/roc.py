@@ -70,8 +70,8 @@ def checked(score: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray
     score, same = np.asarray(score), np.asarray(same, bool)
     if score.ndim != 1 or score.shape != same.shape:
         raise DataError(
-            f"scores of shape {score.shape} and labels of shape {same.shape}: give one score and "
-            "one label a pair"
+            f"scores of shape {score.shape} and labels of shape {same.shape}: pass one score "
+            f"and one label per pair"
         )
     wrong = len(score) - np.count_nonzero(np.isfinite(score))
     if wrong:

@@ -58,7 +58,7 @@ def make_rule(optimizer: OptimizerConfig) -> Rule:
 
 
 def sgd_rule(optimizer: OptimizerConfig) -> Rule:
-    """SGD with momentum and weight decay, as `torch.optim.SGD` without dampening."""
+    """Makes SGD with momentum and weight decay, as `torch.optim.SGD` without dampening."""
 
     def decay(moments: Moments, centers: jax.Array) -> Moments:
         kept = optimizer.momentum * moments["momentum"]
@@ -74,7 +74,7 @@ def sgd_rule(optimizer: OptimizerConfig) -> Rule:
 
 
 def adamw_rule(optimizer: OptimizerConfig) -> Rule:
-    """AdamW, as `torch.optim.AdamW`."""
+    """Makes AdamW, as `torch.optim.AdamW`."""
     first, second = optimizer.betas
 
     def decay(moments: Moments, centers: jax.Array) -> Moments:

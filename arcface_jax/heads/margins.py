@@ -70,34 +70,34 @@ def make(config: HeadConfig) -> Margin:
 
 
 def make_arcface(config: HeadConfig) -> Margin:
-    """cos(theta_y + m)."""
+    """Makes cos(theta_y + m)."""
     return combined(1.0, config.margin, 0.0, gradient=config.gradient, beyond_pi=config.beyond_pi)
 
 
 def make_cosface(config: HeadConfig) -> Margin:
-    """cos(theta_y) - m."""
+    """Makes cos(theta_y) - m."""
     return cosface(config.margin)
 
 
 def make_combined(config: HeadConfig) -> Margin:
-    """cos(m1 theta_y + m2) - m3."""
+    """Makes cos(m1 theta_y + m2) - m3."""
     return combined(*config.margins, gradient=config.gradient, beyond_pi=config.beyond_pi)
 
 
 def make_adaface(config: HeadConfig) -> Margin:
-    """`adaface` with the fields of `head`."""
+    """Makes `adaface` with the fields of `head`."""
     return adaface(config.margin, h=config.adaface_h, ema=config.ema)
 
 
 def make_magface(config: HeadConfig) -> Margin:
-    """`magface` with the fields of `head`."""
+    """Makes `magface` with the fields of `head`."""
     return magface(
         norms=config.magface_norms, margins=config.magface_margins, weight=config.magface_weight
     )
 
 
 def make_curricularface(config: HeadConfig) -> Margin:
-    """`curricularface` with the fields of `head`."""
+    """Makes `curricularface` with the fields of `head`."""
     return curricularface(config.margin, ema=config.ema)
 
 

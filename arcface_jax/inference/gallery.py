@@ -151,7 +151,7 @@ class Gallery:
                 best, at = self._best(rows, unit[i], k)
                 if len(best) < k:
                     raise DataError(
-                        f"{self.folder} has embeddings or scales that are no finite numbers: build "
+                        f"{self.folder} has embeddings or scales that are not finite: build "
                         "the gallery again"
                     )
                 score[i], found[i] = best, at
@@ -218,7 +218,7 @@ class Gallery:
             return _ADAPTER.validate_json(foreign.read(path, most=_MOST_BYTES))
         except OSError as error:
             raise DataError(
-                f"{self.folder} is no gallery ({_ABOUT}: {error.strerror}): make one with "
+                f"{self.folder} is not a gallery ({_ABOUT}: {error.strerror}): make one with "
                 "`arcface-jax gallery build`"
             ) from error
         except pydantic.ValidationError as error:
@@ -347,8 +347,8 @@ def _write(folder: Path, parts: Iterator[np.ndarray], names: Sequence[str], form
             scaled = _new(folder / _INT8, shape, np.int8) if form == "int8" else None
         if part.shape[1] != rows.shape[1]:
             raise DataError(
-                f"embeddings have {rows.shape[1]} and {part.shape[1]} numbers: use those of one "
-                "model"
+                f"embeddings have {rows.shape[1]} and {part.shape[1]} numbers: use embeddings "
+                "of one model"
             )
         if end > len(names):
             raise _unequal(f"at least {end:,}", names)

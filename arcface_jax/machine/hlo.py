@@ -297,7 +297,7 @@ def parse(text: str) -> Module:
             instruction = _instruction(found[2], found[3], is_root=bool(found[1]))
             current[instruction.name] = instruction
     if entry is None:
-        raise ValueError("this is no HLO module: it has no ENTRY computation")
+        raise ValueError("not an HLO module: it has no ENTRY computation")
     return Module(computations, entry, _frames(lines))
 
 

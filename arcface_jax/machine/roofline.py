@@ -44,7 +44,7 @@ class Assumptions(NamedTuple):
     """Minimum seconds of a collective."""
 
     def lines(self) -> list[str]:
-        """Describes the assumptions behind the times."""
+        """Describes the assumptions of the model."""
         return [
             f"modelled, not timed: each kernel takes the longest of {1e6 * self.launch:g} us, its "
             f"HBM traffic at {self.bandwidth_share:.0%} of {self.gpu.bandwidth / 1e12:.2f} TB/s, "
@@ -53,7 +53,7 @@ class Assumptions(NamedTuple):
             f"kernels of the head's loops that touch less than {self.l2_share:.0%} of the "
             f"{self.gpu.l2 / 2**20:.0f} MiB of L2 run at {self.l2_speed:g} x HBM bandwidth; "
             f"collectives form a ring at {self.link_share:.0%} of {self.link / 1e9:.0f} GB/s a "
-            "GPU and overlap with the kernels scheduled beside them",
+            "GPU and overlap with concurrently scheduled kernels",
         ]
 
 

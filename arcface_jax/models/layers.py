@@ -132,7 +132,7 @@ def _plain_conv(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _conv(stride: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution with custom gradients on CPUs, where the ones that JAX derives are slow."""
+    """Convolves, with custom gradients on CPUs, where the ones that JAX derives are slow."""
     return _plain_conv(x, kernel, stride=stride, half=len(kernel) // 2)
 
 

@@ -236,7 +236,7 @@ class VisionTransformer(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
-        """(B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized.
+        """Maps (B, 112, 112, 3) in [-1, 1] to (B, D) float32, not normalized.
 
         In training an image's key determines its hidden tokens and skipped branches.
         """
@@ -245,7 +245,7 @@ class VisionTransformer(nnx.Module):
         factors = jnp.ones((self.architecture.depth, 2, batch), jnp.float32)
         kept = None
         if train:
-            assert keys is not None, "training this network draws random numbers: give keys"
+            assert keys is not None, "training this network needs random keys: pass keys"
             mask_keys, path_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
             factors = self._draw_paths(path_keys)
             if self.architecture.masked:

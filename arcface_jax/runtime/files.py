@@ -5,7 +5,7 @@ and bytes, `atomic` for streams, `atomic_files` for writers that need a name or 
 `atomic_folder` for whole folders. All write to `NAME.HOST-PID.part` next to the target and rename.
 
 The libraries report a full disk in different ways, some of them from threads: Orbax logs it several
-times, raises it in the next save, and leaves behind writes that fail later.
+times, raises it in the next save, and leaves pending writes that fail later.
 """
 
 import contextlib

@@ -50,7 +50,7 @@ def read(path: Path, *, unsealed: bool = False) -> dict[str, Any]:
     except ValueError:
         raise DamagedError(f"{path} is not JSON") from None
     if not isinstance(content, dict):
-        raise DamagedError(f"{path} holds no JSON object")
+        raise DamagedError(f"{path} is not a JSON object")
     if _SEAL not in content:
         if unsealed:
             return content

@@ -151,7 +151,7 @@ def _manager_options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
 
 
 def rank_of(metrics: Mapping[str, float], name: str) -> float:
-    """Rank of a checkpoint: higher is better; -inf if the metric was not measured."""
+    """Ranks a checkpoint: higher is better; -inf if the metric was not measured."""
     value = metrics.get(name, math.nan)
     if math.isnan(value):
         return -math.inf
@@ -476,7 +476,7 @@ def folder_of(workdir: Path) -> Path:
 
 
 def _split(state: TrainState) -> dict[str, dict[str, Any]]:
-    """The state by checkpoint item."""
+    """Splits the state into checkpoint items."""
     fields = dict(vars(state))
     items = {"backbone": {name: fields.pop(name) for name in BACKBONE_FIELDS}}
     if ema := fields.pop("ema"):

@@ -53,7 +53,7 @@ def chance_loss(
     global_batch_size: int,
     num_devices: int,
 ) -> float:
-    """Expected loss at initialization, with random embeddings and random centers.
+    """Returns the expected loss at initialization, with random embeddings and random centers.
 
     Cosines are then normal with variance 1 / D. With n classes in the softmax the negatives' sum of
     exponentials is n exp(s^2 / (2 D)), and the loss is -s psi(0) + ln(n) + s^2 / (2 D), where psi

@@ -119,7 +119,7 @@ def _cosine(x: jax.Array, teacher: jax.Array, known: jax.Array) -> jax.Array:
 
 
 def _relational(x: jax.Array, teacher: jax.Array, known: jax.Array) -> jax.Array:
-    """Sum over all pairs of (cos(x_i, x_j) - cos(t_i, t_j))^2 / (2 n); unit vectors (B, D).
+    """Sums (cos(x_i, x_j) - cos(t_i, t_j))^2 / (2 n) over all pairs; unit vectors (B, D).
 
     The pairwise form of relational distillation (Park et al., "Relational Knowledge Distillation",
     CVPR 2019), with cosines. Both roles of an embedding have the same gradient, so one is held

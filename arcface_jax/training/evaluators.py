@@ -173,7 +173,7 @@ def check_metric(name: str, targets: Sequence[str], sets: list[PairSet]) -> None
 
 
 def verifications(results: Sequence[Result]) -> list[Verification]:
-    """Returns the results on verification sets, without those of evaluators."""
+    """Returns the results on verification sets, without the evaluators' results."""
     return [result for result in results if isinstance(result, Verification)]
 
 

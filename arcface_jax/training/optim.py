@@ -110,7 +110,9 @@ def _load(optimizer: OptimizerConfig) -> Optimizer:
 
 
 def sgd(optimizer: OptimizerConfig) -> Optimizer:
-    """buf = momentum * buf + gradient + decay * parameter, as `torch.optim.SGD` undampened."""
+    """Makes buf = momentum * buf + gradient + decay * parameter, undampened as
+    `torch.optim.SGD`.
+    """
     return Optimizer(
         (optax.add_decayed_weights(optimizer.weight_decay), optax.trace(optimizer.momentum)),
         class_centers.sgd_rule(optimizer),
@@ -119,7 +121,7 @@ def sgd(optimizer: OptimizerConfig) -> Optimizer:
 
 
 def adamw(optimizer: OptimizerConfig) -> Optimizer:
-    """m / (sqrt(v) + epsilon) + decay * parameter, as `torch.optim.AdamW`.
+    """Makes m / (sqrt(v) + epsilon) + decay * parameter, as `torch.optim.AdamW`.
 
     m and v are the bias-corrected running means of the gradient and of its square.
     """
@@ -131,7 +133,7 @@ def adamw(optimizer: OptimizerConfig) -> Optimizer:
 
 
 def lars(optimizer: OptimizerConfig) -> Optimizer:
-    """SGD whose sum of gradient and decay is scaled to `trust` times the norm of the array.
+    """Makes SGD whose sum of gradient and decay is scaled to `trust` times the array's norm.
 
     Vectors (of BatchNorm, and biases) have neither decay nor scaling; the members of a stack have
     separate norms. The centers follow SGD.
@@ -149,7 +151,7 @@ def lars(optimizer: OptimizerConfig) -> Optimizer:
 
 
 def lamb(optimizer: OptimizerConfig) -> Optimizer:
-    """AdamW's sum scaled to the norm of the array; vectors as in `lars`. The centers follow AdamW.
+    """Makes AdamW with its sum scaled to the array's norm; vectors and centers as plain AdamW.
 
     Source: You et al., "Large Batch Optimization for Deep Learning" (ICLR 2020).
     """

@@ -217,7 +217,7 @@ class Run:
         )
 
     def score(self) -> dict[str, float] | None:
-        """{checkpoint.best_metric: its value}, if this step was evaluated."""
+        """Returns {checkpoint.best_metric: its value}, if this step was evaluated."""
         name = self.config.checkpoint.best_metric
         if not name or self.done not in self.steps.evaluate_at:
             return None

@@ -481,7 +481,7 @@ def make_gradient_norms(
     mesh: Mesh,
     distill_weight: optim.Schedule | None = None,
 ) -> Callable[[TrainState, dict[str, jax.Array]], dict[str, jax.Array]]:
-    """(state, batch) -> the norm of each array's gradient, for failure reports.
+    """Makes (state, batch) -> the norm of each array's gradient, for failure reports.
 
     `(embeddings)` is the head's gradient of the embeddings, `(teacher)` the teacher's.
     """
@@ -506,7 +506,7 @@ def make_gradient_norms(
 
 
 def weights(state: TrainState) -> dict[str, Arrays]:
-    """`params` and `batch_stats` for evaluation and export: the running means, if kept."""
+    """Returns `params` and `batch_stats` for evaluation and export: the running means, if kept."""
     return state.ema or _weights(state.params, state.batch_stats)
 
 
@@ -521,7 +521,7 @@ def _pick(arrays: Arrays, names: Iterable[str]) -> Arrays:
 def make_embed(
     network: registry.Backbone, *, mode: Literal["evaluation", "training"] = "evaluation"
 ) -> Callable[[Arrays, Arrays, jax.Array], jax.Array]:
-    """Inference: (params, batch_stats, uint8 images (B, 112, 112, 3)) to (B, D) float32.
+    """Makes (params, batch_stats, uint8 images (B, 112, 112, 3)) -> (B, D) float32 for inference.
 
     In training mode BatchNorm uses the statistics of these images, and dropout and similar layers
     are active, with the same random numbers at each call.

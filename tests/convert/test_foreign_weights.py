@@ -113,7 +113,7 @@ def test_a_mismatch_names_the_nearest_network_and_five_arrays(tmp_path, state):
     damaged = {n: t for n, t in state.items() if not n.startswith("layer4.0.bn")}
     with pytest.raises(UserError, match=r"nearest network is r_tiny, 12 arrays differ"):
         load(tmp_path, damaged, network=None)
-    with pytest.raises(UserError, match=r"holds no backbone that is known here: it has a\.weight"):
+    with pytest.raises(UserError, match=r"has no known backbone: it has a\.weight"):
         load(tmp_path, {"a.weight": torch.zeros(3)}, network=None)
 
 
@@ -190,7 +190,7 @@ def test_import_takes_the_file_as_its_first_word(tmp_path, state, capsys):
     assert imports.main([str(tmp_path / "namespace.pth"), "--output", str(tmp_path / "W")]) == 0
     out = capsys.readouterr().out
     assert result(out)["network"] == "r_tiny" and result(out)["parity"] < 1e-5
-    assert "skipped objects that are no tensors: argparse.Namespace, numpy scalar" in out
+    assert "skipped objects that are not tensors: argparse.Namespace, numpy scalar" in out
 
 
 def test_what_is_no_file_of_weights_is_one_line_of_the_command(tmp_path, capsys):

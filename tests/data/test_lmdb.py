@@ -165,7 +165,9 @@ def test_what_is_not_understood_is_refused_with_what_was_found(tmp_path: Path, e
 def test_a_database_that_is_cut_short_is_refused(tmp_path: Path):
     path = database(tmp_path / "a.lmdb", FORMS["pickle"])
     os.truncate(path, path.stat().st_size - 4096)
-    with pytest.raises(DataError, match=r"a\.lmdb is cut short: [0-9,]+ bytes of [0-9,]+: copy it"):
+    with pytest.raises(
+        DataError, match=r"a\.lmdb is truncated \([0-9,]+ of [0-9,]+ bytes\): copy it"
+    ):
         opened(path)
 
 

@@ -214,7 +214,7 @@ def test_a_wrong_header_is_refused(tmp_path: Path, what: str):
         with pytest.raises(DataError) as error:
             opened(str(tmp_path))
         assert f"train.rec, record 0: the header [{shown}] is not" in str(error.value)
-        assert "make the file anew" in str(error.value)
+        assert "recreate the file" in str(error.value)
 
 
 @pytest.mark.parametrize(("height", "width"), [(112, 96), (96, 112), (224, 224), (1, 1)])

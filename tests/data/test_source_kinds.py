@@ -184,7 +184,7 @@ def test_lists_of_every_form(tmp_path: Path, form: str):
         ("", "x.csv is empty"),
         ("a.png\n", "first line 'a.png' is neither"),
         ("a.png,b,c\n", "first line 'a.png,b,c' is neither"),
-        ("a.png,0\nb.png\n", "line 2: 1 columns where the first line has 2"),
+        ("a.png,0\nb.png\n", "line 2: 1 columns, but the first line has 2"),
         ("a.png,0\nb.png,-1\n", "line 2: label -1.0 is not an identity"),
         ("path,label\na.png,0\nb.png,0.5\n", "line 3: label 0.5 is not an identity"),
         ("a.png,0\nb.png,nan\n", "line 2: label nan is not an identity"),

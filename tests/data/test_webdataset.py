@@ -112,9 +112,9 @@ def test_an_image_without_a_label_is_unreadable_and_the_others_are_not(tmp_path:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (30, r"a\.tar is cut short or damaged \(truncated header after byte 0 of 30\)"),
-        (1000, r"cut short or damaged \(00000\.jpg ends at byte [0-9,]+ of 1,000\): copy it again"),
-        (-11_000, r"cut short or damaged"),
+        (30, r"a\.tar is truncated or damaged \(truncated header after byte 0 of 30\)"),
+        (1000, r"truncated or damaged \(00000\.jpg ends at byte [0-9,]+ of 1,000\): copy it again"),
+        (-11_000, r"truncated or damaged"),
     ],
 )
 def test_a_tar_that_is_cut_short_is_named(tmp_path: Path, size: int, message: str):

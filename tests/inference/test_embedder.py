@@ -157,7 +157,7 @@ def test_generators_are_taken_batch_by_batch(embedder, expected):
         embedder(iter(FACES[:2]), points=iter([None] * 2)), both[:2], atol=1e-5
     )
     for points in ([None] * 3, [None]):
-        with pytest.raises(DataError, match="not as many sets of points as faces"):
+        with pytest.raises(DataError, match="the numbers of faces and of sets of points differ"):
             embedder(iter(FACES[:2]), points=points)
     with pytest.raises(DataError, match="no faces"):
         embedder(iter([]))
@@ -324,7 +324,7 @@ def test_a_calibration_of_other_weights_is_refused(embedder, tmp_path):
     with pytest.raises(DataError, match="no calibration at"):
         embedder.verify(FACES[0], FACES[1], threshold=tmp_path / "c.json")
     (tmp_path / "c.json").write_text('{"threshold_cosine": 0.5}')
-    with pytest.raises(DataError, match="is no calibration"):
+    with pytest.raises(DataError, match="is not a calibration"):
         embedder.verify(FACES[0], FACES[1], threshold=tmp_path / "c.json")
 
 

@@ -94,7 +94,7 @@ def test_a_photograph_without_points_is_refused_by_every_command(run, words):
     error = run(*words)["error"]
     assert (
         "ada/0.png is 140 x 130; expected an aligned face of 112 x 112: align it first "
-        "(`arcface-jax data align`), or give" in error
+        "(`arcface-jax data align`), or pass" in error
     )
     assert "--detector FILE" in error
     assert len(error.splitlines()) == 1

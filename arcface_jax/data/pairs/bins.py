@@ -143,5 +143,5 @@ def _encoded(item: Any) -> bytes:
 def _flag(value: Any) -> bool:
     same = flags.parse(value)
     if same is None:
-        raise DataError(f"{value!r} is no answer to whether a pair shows one person: give 1 or 0")
+        raise DataError(f"{value!r} does not tell whether a pair shows one person: use 1 or 0")
     return same

@@ -212,8 +212,8 @@ def _lfw(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
     if announced is not None and set(counts.values()) != {announced}:
         raise DataError(
             f"{path}: its first line announces {announced} pairs of either kind, and it has "
-            f"{counts[True]} of one person and {counts[False]} of two: it was cut short or "
-            "edited; take it whole, or take its first line away"
+            f"{counts[True]} of one person and {counts[False]} of two: it was truncated or "
+            f"edited; use the whole list, or remove its first line"
         )
 
 
@@ -243,8 +243,8 @@ def _two_lines(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
             raise _not_a_pair(path, row)
     if len(halves) % 2:
         raise DataError(
-            f"{path}, line {halves[-1].line}: {len(halves)} lines of one image; two lines make a "
-            "pair, and the last has no other: it was cut short"
+            f"{path}, line {halves[-1].line}: {len(halves)} lines of one image; two lines make "
+            f"a pair, and the last line has no partner: the list was truncated"
         )
     pairs = []
     below = functools.cache(functools.partial(_below, folder))

@@ -59,7 +59,7 @@ class RecordIndex:
         return RecordIndex, (self.rec, self.keys, self.offsets, None)
 
     def facts(self) -> dict[str, int | str]:
-        """Size of the record file and digests of keys and offsets, for a fingerprint."""
+        """Returns the record file's size and digests of keys and offsets, for a fingerprint."""
         digests = dict(self.digests)
         if "offsets.npy" not in digests:
             digests["offsets.npy"] = sealed.array_digest(self.offsets)
@@ -187,8 +187,8 @@ def _parsed(rec: Path) -> RecordIndex:
     size, last = rec.stat().st_size, offsets.max()
     if last > size - FRAME.size:
         raise DataError(
-            f"{path} points to byte {last} but {rec} has {size}: the record file is cut short, or "
-            "the index belongs to another; copy both again"
+            f"{path} points to byte {last} but {rec} has {size}: the record file is truncated, "
+            f"or the index belongs to another one; copy both again"
         )
     if not _rising(keys):
         order = np.argsort(keys, kind="stable")

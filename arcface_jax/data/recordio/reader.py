@@ -168,7 +168,7 @@ class RecordReader:
         return record_index.open_labels(self._index, which=which)
 
     def facts(self) -> dict[str, int | str]:
-        """The file's size, and digests of its index."""
+        """Returns the file's size, and digests of its index."""
         return self._index.facts()
 
     def position(self, key: int) -> int:
@@ -238,8 +238,8 @@ class RecordReader:
     def _damaged(self, key: int, offset: int, what: str) -> ImageError:
         return ImageError(
             f"{self.path}, record {key}",
-            f"at byte {offset} it {what}: the file is cut short or damaged, or the .idx belongs to "
-            f"another file; copy {self.path.name} and its .idx again",
+            f"at byte {offset} it {what}: the file is truncated or damaged, or the .idx belongs "
+            f"to another file; copy {self.path.name} and its .idx again",
         )
 
 

@@ -76,8 +76,8 @@ class RecordSource(Source):
         if not (whole and count > 0 and (first < end or images_only)):
             raise DataError(
                 f"{self._reader.path}, record 0: the header [{first}, {end}] is not [first "
-                "identity record, end], whole numbers with images below the first; make the file "
-                "anew"
+                "identity record, end], whole numbers with images below the first; recreate the "
+                "file"
             )
 
     def _count_identities(self, first: float, end: float) -> int:

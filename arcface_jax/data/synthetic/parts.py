@@ -190,8 +190,7 @@ def features(p: Identity, v: View) -> list[Part]:
 
 @lru_cache(maxsize=1024)
 def person(seed: int, identity: int) -> tuple[Identity, list[Part], list[Part], list[Part]]:
-    """Returns the identity and its constant parts: behind the shoulders, below and above the
-    features.
+    """Returns the identity and its constant parts: back of the shoulders, below and above features.
 
     Cached because a data set shows each person many times; the parts are never modified.
     """

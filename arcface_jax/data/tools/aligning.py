@@ -169,7 +169,7 @@ def align_folder(
     """
     job = _Job(folder, output, points_of, choose, min_eyes, quality, format)
     if output.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{output} lies in {folder}, whose images are aligned: name another folder")
+        raise DataError(f"{output} is inside {folder}, the folder to align: name another folder")
     ignored: Counter[str] = Counter()
     files = find_below(folder, ignored=ignored)
     targets = _targets([path.relative_to(folder).as_posix() for path in files], format)

@@ -164,7 +164,7 @@ def in_words(report: Report) -> list[str]:
         f"{report.images:,} images of {report.identities:,} identities, "
         f"{facts['images_per_identity_mean']} each on average, "
         f"{facts['images_per_identity_median']:g} median",
-        f"looked at {report.looked_at:,}, {report.bytes_stored / 2**20:,.1f} MiB; sizes {sizes}",
+        f"read {report.looked_at:,} images, {report.bytes_stored / 2**20:,.1f} MiB; sizes {sizes}",
         *_histogram(report.per_identity),
     ]
     return lines + [f"warning: {text}" for text in warnings(report)]
@@ -206,7 +206,7 @@ def warnings(report: Report) -> list[str]:
             f"{facts['identities_without_images']:,} labels have no image: gaps only cost memory "
             "of the head; `arcface-jax data pack --renumber` closes them",
         ),
-        (facts["bad_labels"], f"{facts['bad_labels']:,} images have a label that is no identity"),
+        (facts["bad_labels"], f"{facts['bad_labels']:,} images have an invalid label"),
         (
             report.unreadable,
             f"{len(report.unreadable):,} images cannot be read: " + _some(report.unreadable),
@@ -218,8 +218,8 @@ def warnings(report: Report) -> list[str]:
         ),
         (
             report.gray and 2 * report.gray > report.looked_at,
-            f"{report.gray:,} of {report.looked_at:,} images are gray: a network that is trained "
-            "on them sees no color, and fits cameras that give gray images best",
+            f"{report.gray:,} of {report.looked_at:,} images are gray: a network trained on "
+            f"them learns no color, and is best suited for gray cameras",
         ),
         (
             report.is_bgr,
@@ -234,7 +234,7 @@ def warnings(report: Report) -> list[str]:
         ),
         (
             report.conflicts,
-            f"{len(report.conflicts):,} images stand under several identities: "
+            f"{len(report.conflicts):,} images are under several identities: "
             + _some([" = ".join(group) for group in report.conflicts]),
         ),
     ]

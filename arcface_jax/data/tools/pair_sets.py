@@ -73,8 +73,8 @@ def choose(same: np.ndarray, *, pairs: int, seed: int) -> np.ndarray:
     if min(map(len, kinds)) < pairs // 2:
         raise DataError(
             f"the list has {len(kinds[0])} pairs of one person and {len(kinds[1])} of two, and "
-            f"--pairs {pairs} needs {pairs // 2} of either kind: use fewer --pairs, or leave it "
-            "away to take the list as it is"
+            f"--pairs {pairs} needs {pairs // 2} of either kind: use fewer --pairs, or omit it "
+            f"to use the whole list"
         )
     halves = [kind[: pairs // 2].reshape(FOLDS, -1) for kind in kinds]
     return np.concatenate(halves, axis=1).ravel()

@@ -38,7 +38,7 @@ def pairs_of(features: np.ndarray, labels: np.ndarray) -> Callable[[], Iterator[
     """
     if len(features) != len(labels) or features.ndim != 2:
         raise DataError(
-            f"features of shape {features.shape} and {len(labels)} labels: give one label a row"
+            f"features of shape {features.shape} and {len(labels)} labels: pass one label per row"
         )
     if not np.isfinite(features).all():
         raise DataError("features are not finite: look for NaN in the network's output")

@@ -161,7 +161,7 @@ def _read_templates(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
             raise _malformed(path, number, line, expected) from None
         if len(rows) <= len(names) and name != names[len(rows) - 1]:
             raise DataError(
-                f"{path}, line {number}: {name} stands where the file with the landmarks has "
+                f"{path}, line {number}: {name} is where the file with the landmarks has "
                 f"{names[len(rows) - 1]}; both must list the same images in the same order"
             )
     if len(rows) != len(names):
@@ -205,8 +205,8 @@ def _check_known(wanted: np.ndarray, known: np.ndarray, path: Path, template_fil
         template = wanted[wrong[0]]
         line = _first_line(path, lambda fields: str(template) in fields)
         raise DataError(
-            f"{path}, line {line}: template {template} has no image in {template_file.name}; the "
-            "two files belong to different releases, or one is cut short"
+            f"{path}, line {line}: template {template} has no image in {template_file.name}; "
+            f"the two files belong to different releases, or one is truncated"
         )
 
 
@@ -225,8 +225,8 @@ def _read_enrolled(
     if len(there) < len(paths):
         missing = ", ".join(path.name for path in paths if path not in there)
         raise DataError(
-            f"{meta}: identification needs {len(paths)} csv files, and {missing} is missing; put "
-            "it beside the others, or remove the others to verify pairs only"
+            f"{meta}: identification needs {len(paths)} csv files, and {missing} is missing; "
+            f"add it, or remove the others to verify pairs only"
         )
     read = [
         _read_csv(path, name.removeprefix("gallery_"))
