@@ -175,7 +175,7 @@ def test_cvlface_folders(trained, faces, tmp_path, color, file):
     for text, words in (
         ("color_space: YUV", "color_space: Input should be 'RGB' or 'BGR'"),
         ("input_size: [3, 160, 160]", "input_size"),
-        ("!!python/object/apply:os.system [ls]", "no YAML file"),
+        ("!!python/object/apply:os.system [ls]", "not a YAML file"),
         ("[1, 2]", "cannot be used"),
     ):
         yaml_file.write_text(text)
