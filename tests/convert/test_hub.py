@@ -125,7 +125,7 @@ def _changed(folder: Path, target: Path, **values) -> Path:
 def test_a_damaged_folder_is_one_error(folder, tmp_path, faces):
     state = weight_files.read(folder / "model.safetensors")
     cases = {
-        "network": ({"network": "os:system"}, "holds no code"),
+        "network": ({"network": "os:system"}, "contains no code"),
         "unknown": ({"network": "r7"}, "not a network of this package"),
         "size": ({"embedding_size": 128}, "embedding_size 128, and the weights have 512"),
         "library": ({"library_name": "timm"}, "of the library 'timm'"),
