@@ -191,7 +191,7 @@ def prepare(case: str, folder: Path) -> list[str]:
         ("missing path", ["does not exist", "--data.path"]),
         ("empty path", ["holds no training set", "--data.path"]),
         ("no rec", ["train.rec is missing", "copy both"]),
-        ("truncated", ["train.rec", "cut short", "again"]),
+        ("truncated", ["train.rec", "truncated", "again"]),
         ("label", ["label 9", "2 identities", "0 .. 1"]),
     ],
 )

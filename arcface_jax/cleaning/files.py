@@ -36,7 +36,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     ),
     MERGE: ("label_a", "label_b", "score", "decision"),
 }
-"""Columns of each file; those of label_issues.csv are cleanlab's."""
+"""Columns of each file; label_issues.csv has cleanlab's columns."""
 DECISIONS: Mapping[str, tuple[str, ...]] = {
     DUPLICATES: ("merge", "drop", "keep", "review"),
     MIXED: ("drop", "keep", "review"),

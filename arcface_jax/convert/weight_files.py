@@ -37,9 +37,9 @@ class Stored(NamedTuple):
     @property
     def likeliness(self) -> tuple[bool, int, int]:
         """Sort key: likeliest to be the backbone first; averaged weights before others."""
-        words = self.key.split(".")
-        known = min((_KEYS.index(w) for w in words if w in _KEYS), default=len(_KEYS))
-        return not is_averaged(self.key), known if self.key else -1, len(words)
+        keys = self.key.split(".")
+        known = min((_KEYS.index(key) for key in keys if key in _KEYS), default=len(_KEYS))
+        return not is_averaged(self.key), known if self.key else -1, len(keys)
 
 
 class Contents(NamedTuple):

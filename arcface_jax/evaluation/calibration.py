@@ -186,7 +186,7 @@ def in_words(found: Calibration) -> str:
     if not found.enough_pairs:
         lines.append(
             f"too few pairs of different people for a reliable threshold: "
-            f"{found.different_pairs:,}, a FAR of "
+            f"{found.different_pairs:,}; a FAR of "
             f"{found.far_target:.0e} needs {ENOUGH_ERRORS / found.far_target:,.0f} "
             f"({ENOUGH_ERRORS} / FAR)"
         )

@@ -144,8 +144,8 @@ def check_metric(name: str, sets: Sequence[PairSet]) -> None:
         tars = [
             at.label for at in roc.tar_at_far(nothing, pairs.same, fars=FARS) if at.tar is not None
         ]
-        words = ["accuracy", "auc", "eer", *(f"tar@far={label}" for label in tars)]
-        known += [f"eval/{pairs.name}/{word}" for word in words]
+        metrics = ["accuracy", "auc", "eer", *(f"tar@far={label}" for label in tars)]
+        known += [f"eval/{pairs.name}/{metric}" for metric in metrics]
     if name not in known:
         raise ConfigError(
             f"checkpoint.best_metric {name} is not measured in this run: use one of "

@@ -1,10 +1,10 @@
 """EdgeFace: EdgeNeXt with an embedding as its output and low-rank linear layers.
 
 Convolution blocks and, at the end of stages, attention between channels instead of positions, whose
-cost is linear in the number of positions. There is no BatchNorm. Names are those of EdgeFace's
-published `state_dict`. Source: George et al., "EdgeFace: Efficient Face Recognition Model for Edge
-Devices" (IEEE T-BIOM 2024); Maaz et al., "EdgeNeXt" (ECCV Workshops 2022); attention between
-channels: El-Nouby et al., "XCiT" (NeurIPS 2021).
+cost is linear in the number of positions. There is no BatchNorm. Names follow EdgeFace's published
+`state_dict`. Source: George et al., "EdgeFace: Efficient Face Recognition Model for Edge Devices"
+(IEEE T-BIOM 2024); Maaz et al., "EdgeNeXt" (ECCV Workshops 2022); attention between channels:
+El-Nouby et al., "XCiT" (NeurIPS 2021).
 """
 
 from dataclasses import dataclass

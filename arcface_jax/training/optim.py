@@ -191,7 +191,7 @@ def _by_norm(trust: float) -> optax.GradientTransformation:
 
 
 def _matrices(params: Any) -> dict[str, bool]:
-    """Returns which arrays have more than one axis, not counting those of stacks."""
+    """Returns which arrays have more than one axis, excluding stack axes."""
     return {
         name: np.ndim(array) - stacks.leading_axes(name, array) > 1
         for name, array in params.items()

@@ -169,7 +169,7 @@ def restore_kept_centers(
 
 
 def _mapped(old: np.ndarray, label_map: np.ndarray, *, like: jax.Array) -> jax.Array:
-    """Averages the old centers of each new class; classes without any keep those of `like`."""
+    """Averages the old centers of each new class; classes without any keep the rows of `like`."""
     size = old.shape[1]
     subcenters = len(old) // len(label_map)
     kept = label_map >= 0

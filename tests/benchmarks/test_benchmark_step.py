@@ -94,7 +94,7 @@ def test_the_table_counts_the_state_of_a_device():
 def test_what_cannot_be_run_is_said(tmp_path, capsys):
     (tmp_path / "partial_fc_v2.py").touch()
     cases = {
-        "CUDA alone": ["--reference", str(tmp_path)],
+        "requires CUDA": ["--reference", str(tmp_path)],
         "one device, not 2": ["--against", "torch", "--devices", "2"],
         "cannot be divided by 3 devices": ["--devices", "3"],
     }

@@ -125,7 +125,7 @@ def _changed(folder: Path, target: Path, **values) -> Path:
 def test_a_damaged_folder_is_one_error(folder, tmp_path, faces):
     state = weight_files.read(folder / "model.safetensors")
     cases = {
-        "network": ({"network": "os:system"}, "holds no code"),
+        "network": ({"network": "os:system"}, "contains no code"),
         "unknown": ({"network": "r7"}, "not a network of this package"),
         "size": ({"embedding_size": 128}, "embedding_size 128, and the weights have 512"),
         "library": ({"library_name": "timm"}, "of the library 'timm'"),
@@ -175,7 +175,7 @@ def test_cvlface_folders(trained, faces, tmp_path, color, file):
     for text, words in (
         ("color_space: YUV", "color_space: Input should be 'RGB' or 'BGR'"),
         ("input_size: [3, 160, 160]", "input_size"),
-        ("!!python/object/apply:os.system [ls]", "no YAML file"),
+        ("!!python/object/apply:os.system [ls]", "not a YAML file"),
         ("[1, 2]", "cannot be used"),
     ):
         yaml_file.write_text(text)

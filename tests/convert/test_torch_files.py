@@ -135,7 +135,7 @@ OTHERS = {
         "a TorchScript program",
     ),
     "arrays.pth": (zipped(**{"a.npy": b"x"}), "torch.save did not write"),
-    "cut.pth": (b"PK\x03\x04" + bytes(100), "cut short"),
+    "cut.pth": (b"PK\x03\x04" + bytes(100), "truncated"),
     "plain.pth": (pickle.dumps({"a": 1}), "a pickle that torch.save did not write"),
     "keras.pth": (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     "config.pth": (b'{"a": 1}', "a JSON file"),

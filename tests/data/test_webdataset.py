@@ -137,7 +137,7 @@ def test_a_tar_without_its_end_is_read_with_a_warning(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("a.tar", b"no tar" * 200, r"a\.tar is not a tar file"),
-        ("a.tar", b"", "cut short"),
+        ("a.tar", b"", "truncated"),
         ("a.tar.gz", b"\x1f\x8b", r"is compressed and has no random access: unpack it"),
     ],
 )

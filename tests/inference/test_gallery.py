@@ -130,7 +130,7 @@ def test_a_damaged_gallery_is_one_error(tmp_path: Path, name: str):
         (tmp_path / "g" / name).write_bytes(damaged)
         with pytest.raises(DataError, match="gallery"):
             Gallery(tmp_path / "g").search(people(1))
-    with pytest.raises(DataError, match="no gallery"):
+    with pytest.raises(DataError, match="not a gallery"):
         Gallery(tmp_path / "none")
 
 

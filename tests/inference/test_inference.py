@@ -99,7 +99,7 @@ def test_calibrated_then_verified(run, twin, flip):
     words = ["--pairs", "pairs.bin", "--far", "0.1", "--output", "c.json", *(["--flip"] * flip)]
     found = run("calibrate", *words)
     assert found["different_pairs"] == 20 and not found["enough_pairs"]
-    assert "too few pairs of different people to be sure: 20" in found["out"]
+    assert "too few pairs of different people for a reliable threshold: 20" in found["out"]
     verdict = run("inference", "--verify", "faces/0.png", "faces/1.png", "--calibration", "c.json")
     raw = twin(FACES[:2]) + (twin(FACES[:2, :, ::-1]) if flip else 0)
     cosine = 1 - verification.pair_distances(raw)[0] / 2

@@ -312,8 +312,8 @@ def _paths(rows: list[Row], path: Path, folder: Path) -> Iterator[Pair]:
     """Yields the pairs of rows with two paths and a flag."""
     layout, heading = _layout(rows, folder)
     if layout is None:
-        words = [cell for cell in rows[0].cells if cell.lower() not in _HEADINGS]
-        if len(rows) == 1 and not any(_means_something(word) for word in words):
+        others = [cell for cell in rows[0].cells if cell.lower() not in _HEADINGS]
+        if len(rows) == 1 and not any(_means_something(cell) for cell in others):
             return  # a header, not a pair
         raise _not_a_pair(path, rows[0])
     below = functools.cache(functools.partial(_below, folder))  # images occur in many pairs

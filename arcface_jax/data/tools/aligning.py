@@ -51,7 +51,7 @@ class Aligned(NamedTuple):
     """Contents of an output folder."""
 
     written: int
-    """Number of faces, including those of earlier runs."""
+    """Number of faces, including earlier runs'."""
     rejected: dict[str, str]
     """Reason for each rejected photograph, by path."""
     report: Path

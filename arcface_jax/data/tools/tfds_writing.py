@@ -101,11 +101,11 @@ def _class_label(tfds: Any, table: Names) -> Any:
     """Makes the label feature, with the identities' names if TFDS can store them: unique, one a
     line.
     """
-    words = list(table)
-    kept = len(set(words)) == len(words) and all(word == " ".join(word.split()) for word in words)
-    if kept and any(word != str(label) for label, word in enumerate(words)):
-        return tfds.features.ClassLabel(names=words)
-    return tfds.features.ClassLabel(num_classes=len(words))
+    names = list(table)
+    kept = len(set(names)) == len(names) and all(name == " ".join(name.split()) for name in names)
+    if kept and any(name != str(label) for label, name in enumerate(names)):
+        return tfds.features.ClassLabel(names=names)
+    return tfds.features.ClassLabel(num_classes=len(names))
 
 
 def _write_shard(path: Path, features: Any, found: Any) -> None:

@@ -70,7 +70,7 @@ def image_weights(
 def pool(
     features: np.ndarray, weights: np.ndarray, *, templates: np.ndarray, media: np.ndarray
 ) -> Templates:
-    """Pools images: averages those of a medium, sums media, and normalizes the sum.
+    """Pools images: averages each medium's images, sums media, and normalizes the sum.
 
         t = sum over media m of (1 / |m|) sum over images i in m of w_i f_i,    t / ||t||
 

@@ -145,5 +145,5 @@ def test_flags_of_a_bin_are_read_as_what_they_say(tmp_path: Path, same, protocol
 
 def test_a_flag_of_a_bin_that_says_nothing_is_refused(tmp_path: Path):
     (tmp_path / "a.bin").write_bytes(pickle.dumps(([JPEG] * 4, ["1", "maybe"])))
-    with pytest.raises(DataError, match=r"a\.bin: 'maybe' is no answer"):
+    with pytest.raises(DataError, match=r"a\.bin: 'maybe' does not tell"):
         read_bin(tmp_path / "a.bin")

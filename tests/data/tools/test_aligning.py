@@ -237,7 +237,7 @@ def test_other_settings_and_folders_of_other_images_are_refused(photos: Path, tm
     (tmp_path / "mine" / "a.png").write_bytes(encode(smooth(1)))
     with pytest.raises(DataError, match=r"mine holds images that align did not write, such as a\."):
         aligning.align_folder(photos, tmp_path / "mine", lambda *_: faces)
-    with pytest.raises(DataError, match="lies in"):
+    with pytest.raises(DataError, match="is inside"):
         aligning.align_folder(photos, photos / "faces", lambda *_: faces)
 
 
@@ -459,7 +459,7 @@ def test_what_is_no_detector_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="No module named 'nothing_of_the_kind'"):
         detectors.load("nothing_of_the_kind:find")
     (tmp_path / "x.onnx").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match="is no ONNX file that can be run"):
+    with pytest.raises(UserError, match="is not an ONNX file that can be run"):
         detectors.load(str(tmp_path / "x.onnx"))
     (tmp_path / "x.onnx").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
     with pytest.raises(UserError, match="is a Git LFS pointer, not the file"):
