@@ -46,6 +46,7 @@ class Margin(NamedTuple):
     extra_loss: Callable[[jax.Array], jax.Array] | None = None
     """(B,) lengths -> (B,), added to the loss of each sample."""
     initial_state: Mapping[str, float] = MappingProxyType({})
+    """The state before the first step, by name: () float32 on every device and in checkpoints."""
     update: Callable[[State, jax.Array, jax.Array, jax.Array], State] = lambda state, *_: state
     """(state, (B,) target cosines, (B,) lengths, (B,) bool, which of them count) -> state, before
     `target` and `negatives` see it."""
