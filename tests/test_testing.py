@@ -263,7 +263,7 @@ def unpicklable(argument, data, *, seed):
     ("make", "problem"),
     [
         (shifted, "values from 1 to 3; expected 0 to 2"),
-        (contrary, r"label 0, and labels\(\) gives 2"),
+        (contrary, r"label 0, but labels\(\) returns 2"),
         (unpicklable, r"another process \(pickle\)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

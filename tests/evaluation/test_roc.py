@@ -203,7 +203,7 @@ def test_the_interval_holds_the_truth_in_95_of_100_experiments():
         ([0.1, 0.2], [True, True], "2 of 2 pairs show one person, 0 two: .* both kinds"),
         ([0.1, 0.2], [False, False], "0 of 2 pairs show one person, 2 two: .* both kinds"),
         ([], [], "0 of 0 pairs"),
-        ([0.1, 0.2, 0.3], [True, False], r"shape \(3,\) and labels of shape \(2,\): .* a pair"),
+        ([0.1, 0.2, 0.3], [True, False], r"shape \(3,\) and labels of shape \(2,\): .* per pair"),
         ([[0.1], [0.2]], [True, False], r"shape \(2, 1\)"),
         ([0.1, np.nan, np.inf], [True, False, True], "2 of 3 scores are not finite: .*NaN"),
     ],

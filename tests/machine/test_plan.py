@@ -111,7 +111,7 @@ def test_bytes_are_named_and_nothing_is_allocated(planned):
     assert outcome["files"] == [] and outcome["seconds"] > 0
     assert planned.grown < 2**30
     assert "XLA's CPU backend" in planned.text and "10,000,000 classes" in planned.text
-    assert "not of h100: no plugin: install it" in planned.text and outcome["backend"] == "cpu"
+    assert "not for h100: no plugin: install it" in planned.text and outcome["backend"] == "cpu"
 
 
 def test_the_largest_batch_is_valid_and_as_large_as_a_direct_compile_says(planned):

@@ -209,11 +209,11 @@ def test_a_truncated_record_is_an_error_wherever_it_is_cut(tmp_path: Path, data:
         rec.write_bytes(whole[:size])
         reader = RecordReader(rec)
         assert reader.read(1).data == b"first"
-        with pytest.raises(DataError, match=r"a\.rec, record 2: at byte \d+ .*cut short.*again"):
+        with pytest.raises(DataError, match=r"a\.rec, record 2: at byte \d+ .*truncated.*again"):
             reader.read(2)
     for size in range(second + 8):
         rec.write_bytes(whole[:size])
-        with pytest.raises(DataError, match="cut short"):
+        with pytest.raises(DataError, match="truncated"):
             RecordReader(rec)
     rec.write_bytes(whole[:-padding])  # without its padding the last record is whole
     assert RecordReader(rec).read(2).data == data
