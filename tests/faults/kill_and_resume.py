@@ -2,6 +2,7 @@
 
 python tests/faults/kill_and_resume.py --kills 50
 python tests/faults/kill_and_resume.py --kills 25 --processes 2 --folder kills
+python tests/faults/kill_and_resume.py --kills 10 --teacher model.onnx
 
 Each start is scripts/train.py on synthetic faces with AdamW, sampled negatives, a running mean of
 the weights and micro-batches, and a checkpoint after every step. One of its processes, drawn at
@@ -185,6 +186,13 @@ def weights(workdir: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def taught(asked: argparse.Namespace, folder: Path) -> list[str]:
+    """The options of a run with a teacher, whose embeddings are computed once for all starts."""
+    if not asked.teacher:
+        return []
+    return ["--distill.teacher", asked.teacher, "--distill.cache", str(folder / "teacher")]
+
+
 def kill_repeatedly(asked: argparse.Namespace, folder: Path, recipe: Path) -> list[Kill]:
     """Start and kill the run until there are enough kills, those of an earlier call included."""
     journal = folder / "kills.jsonl"
@@ -193,7 +201,7 @@ def kill_repeatedly(asked: argparse.Namespace, folder: Path, recipe: Path) -> li
     run = folder / "killed"
     while len(kills) < asked.kills:
         draw = random.Random(f"{asked.seed} {len(kills)}")
-        processes = start(recipe, run, processes=asked.processes)
+        processes = start(recipe, run, *taught(asked, folder), processes=asked.processes)
         try:
             killed = kill_once(processes, run, draw, grace=asked.grace)
         finally:
@@ -227,6 +235,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--grace", type=float, default=120.0)
+    parser.add_argument("--teacher", default="", help="--distill.teacher of the run")
     parser.add_argument("--folder", default="")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(argv)
@@ -238,7 +247,7 @@ def main(argv: list[str]) -> int:
         kills = kill_repeatedly(asked, folder, recipe)
         # A few steps after the last kill, both end.
         epochs = max(map(int, complete(folder / "killed")), default=0) // STEPS_PER_EPOCH + 1
-        last = ("--schedule.epochs", str(epochs))
+        last = (*taught(asked, folder), "--schedule.epochs", str(epochs))
         for run, more in (("killed", ("--schedule.extend",)), ("undisturbed", ())):
             running = start(recipe, folder / run, *last, *more, processes=asked.processes)
             finish(running, folder / run)
