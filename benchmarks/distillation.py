@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from arcface_jax.data.pairs.opening import open_file
 from arcface_jax.errors import UserError
@@ -25,6 +26,11 @@ EPOCHS = 5
 _RESULT = "result.json"
 _PICTURE = "![Accuracy after each epoch; dashed: ten epochs](images/distillation.png)"
 _METRICS = ("accuracy", "tar@far=1e-2")
+_NAMES = {
+    "alone": "labels only",
+    "taught": "labels and teacher",
+    "compatible": "compatible, 128 numbers",
+}
 
 
 class Case(NamedTuple):
@@ -125,16 +131,11 @@ def table(runs: list[Run]) -> str:
         "| training | epochs | seeds | accuracy | TAR at FAR 1e-2 | accuracy against the teacher |",
         "|---|---|---|---|---|---|",
     ]
-    names = {
-        "alone": "labels only",
-        "taught": "labels and teacher",
-        "compatible": "compatible, 128 numbers",
-    }
     for kind, epochs in dict.fromkeys((run.case.kind, run.case.epochs) for run in runs):
         same = [run for run in runs if (run.case.kind, run.case.epochs) == (kind, epochs)]
         mixed = same[0].mixed
         lines.append(
-            f"| {names[kind]} | {epochs} | {len(same)} | {_each(same, 'accuracy')} | "
+            f"| {_NAMES[kind]} | {epochs} | {len(same)} | {_each(same, 'accuracy')} | "
             f"{_each(same, 'tar')} | {'' if mixed is None else f'{mixed:.3f}'} |"
         )
     return "\n".join(lines)
@@ -178,10 +179,11 @@ def draw(runs: list[Run], path: Path) -> None:
             run.accuracy,
             color=colors[kind],
             linestyle="-" if run.case.epochs == EPOCHS else "--",
-            label=None if kind in named else kind,
+            label=None if kind in named else _NAMES[kind],
         )
         named.add(kind)
     axes.set(xlabel="epoch", ylabel="accuracy on lfw_dev.bin")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
