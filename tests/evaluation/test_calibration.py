@@ -68,8 +68,8 @@ def test_says_whether_the_pairs_suffice():
     enough, weak = calibrate(cosine, same, 0.1), calibrate(cosine, same, 0.09)
     assert enough.enough_pairs and not weak.enough_pairs
     assert "too few" not in calibration.in_words(enough)
-    assert "300, where a FAR of 9e-02 wants 333" in calibration.in_words(weak)
-    with pytest.raises(DataError, match=r"300 pairs .* FAR of 1e-3: .* 1,000 .* 30,000"):
+    assert "300; a FAR of 9e-02 needs 333" in calibration.in_words(weak)
+    with pytest.raises(DataError, match=r"300 pairs .* FAR of 1e-3: .* 1,000, .* 30,000"):
         calibrate(cosine, same, 1e-3)
     with pytest.raises(DataError, match="most alike pairs are of different people"):
         calibrate(np.where(same, 0.1, 0.9), same, 0.1)

@@ -59,7 +59,9 @@ def test_the_first_line_announces_as_many_of_either_kind(people: Path, heading: 
     lines = "Bob\t1\t12\nAnn_Lee\t1\t3\nAnn_Lee\t1\tBob\t1\n"
     whole = open_file(write(people, "pairs.txt", f"{heading}{lines}Ann_Lee\t2\tBob\t12\n"))
     assert whole.same.tolist() == [True, True, False, False]
-    with pytest.raises(DataError, match=r"announces 2 .* has 2 of one person and 1 of two: .* cut"):
+    with pytest.raises(
+        DataError, match=r"announces 2 .* has 2 of one person and 1 of two: .* truncated"
+    ):
         open_file(write(people, "pairs.txt", heading + lines))
 
 
