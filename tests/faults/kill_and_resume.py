@@ -46,7 +46,7 @@ def get_config():
             global_batch_size=8,
             synthetic=c.SyntheticConfig(identities=8, images_per_identity=5),
         ),
-        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=4),
+        model=c.ModelConfig(network="r_tiny", dtype="float32", embedding_size=32, bn_batch_size=2),
         head=c.HeadConfig(dtype="float32", margin=0.2, scale=16.0, sample_rate=0.5),
         optimizer=c.OptimizerConfig(
             kind="adamw", learning_rate=0.001, weight_decay=0.05, micro_batches=2, ema=0.99
