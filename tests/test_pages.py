@@ -271,6 +271,7 @@ def test_every_link_leads_somewhere(page: Path):
     targets = re.findall(r'(?:\]\(|src="|srcset=")([^)"\s]+)', text)
     for target in targets:
         file, _, anchor = target.partition("#")
+        file = file or page.name
         assert (page.parent / file).exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", (page.parent / file).read_text(), re.MULTILINE)
