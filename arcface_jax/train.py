@@ -22,6 +22,7 @@ from arcface_jax.data.pipeline import BadImage, BadImages
 from arcface_jax.data.source import Source, account
 from arcface_jax.errors import ConfigError, DataError, UserError, install
 from arcface_jax.evaluation import verification
+from arcface_jax.evaluation.embed import Model
 from arcface_jax.inference.open_model import open_path
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import launch, signals
@@ -111,9 +112,10 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         init_program = step.compile_init(config, num_classes=source.num_classes, mesh=mesh)
         room.require(abstract, init_program, mesh=mesh)
         stored_schedule = extension.stored_schedule(config)
+        teacher_model = _open_teacher(config)  # before a refused one leaves a workdir
         manager = checkpoint.open_workdir(config)
         checkpoint.check_data(manager, dataset, config.data)
-        taught = _open_teacher(config, source, mesh)
+        taught = _open_teaching(config, teacher_model, source, mesh)
         with room.reporting_exhaustion():
             state = jax.block_until_ready(
                 step.init_state(
@@ -411,16 +413,13 @@ def _log_start(
     return before
 
 
-def _open_teacher(
-    config: Config, source: Source, mesh: Mesh
-) -> teacher.Cache | teacher.Online | None:
-    """Opens the teacher, and computes the embeddings missing from its cache; None without one.
+def _open_teacher(config: Config) -> Model | None:
+    """Opens the teacher's model; None without one.
 
     Raises:
-      UserError: the teacher cannot be read, does not fit the recipe, or is not the one that the run
-        started with; or its cache cannot be created.
+      UserError: the teacher cannot be read or does not fit the recipe.
     """
-    settings, size, workdir = config.distill, config.model.embedding_size, Path(config.workdir)
+    settings = config.distill
     if not settings.teacher:
         return None
     own = jax.process_count() > 1 and not settings.online
@@ -433,7 +432,22 @@ def _open_teacher(
     except UserError as error:
         raise ConfigError(f"distill.teacher {settings.teacher}: {error}") from error
     if settings.compatible:
-        teacher.check_compatible(model, embedding_size=size)
+        teacher.check_compatible(model, embedding_size=config.model.embedding_size)
+    return model
+
+
+def _open_teaching(
+    config: Config, model: Model | None, source: Source, mesh: Mesh
+) -> teacher.Cache | teacher.Online | None:
+    """Computes the embeddings missing from the teacher's cache, or prepares to run the teacher.
+
+    Raises:
+      UserError: the teacher is not the one that the run started with, or its cache cannot be
+        created.
+    """
+    if model is None:
+        return None
+    settings, size, workdir = config.distill, config.model.embedding_size, Path(config.workdir)
     if settings.online:
         opened = teacher.make_online(model, views=settings.views, embedding_size=size, mesh=mesh)
         projection = None

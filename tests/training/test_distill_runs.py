@@ -178,3 +178,16 @@ def test_a_threshold_against_the_teacher_and_its_gallery(compatible, taught_by, 
     assert student.model.input.compatible_with == old.model.input.digest
     record = teacher_record.read(compatible)
     assert record is not None and record.model == old.model.input.digest
+
+
+def test_a_refused_teacher_leaves_no_workdir(tiny_recipe, taught_by, tmp_path, capsys):
+    workdir, size = tmp_path / "run", ["--model.embedding-size", "24"]
+    compatible = ["--distill.teacher", str(taught_by), "--distill.compatible", *size]
+    for options, message in (
+        (["--distill.teacher", str(tmp_path / "none.onnx")], "no model at"),
+        (compatible, "needs the teacher's embedding size"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            script("train").main(arguments(tiny_recipe, workdir, *options))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert not workdir.exists()
