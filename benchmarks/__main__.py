@@ -438,7 +438,7 @@ def run_gpu_program(only: tuple[str, ...] = ()) -> None:
 
 @app.command(name="gpu-scale")
 def run_gpu_scale() -> None:
-    """Reports collectives and modelled scaling of r50 on up to 1,024 H100s (docs/gpu.md).
+    """Reports collectives and modeled scaling of r50 on up to 1,024 H100s (docs/gpu.md).
 
     Needs a CUDA plugin and no GPU. Writes docs/gpu_scale.json and docs/gpu.md's tables.
     """
@@ -459,7 +459,7 @@ def run_gpu_table(
     most: int | None = None,
     output: Path = Path("runs/gpu_table"),
 ) -> None:
-    """Reports memory, traffic and modelled speed on absent GPUs (docs/benchmarks_appendix.md).
+    """Reports memory, traffic and modeled speed on absent GPUs (docs/benchmarks_appendix.md).
 
     Needs a CUDA plugin and no GPU. The same command resumes.
 

@@ -208,7 +208,7 @@ _TITLES = {
     "networks": "Networks at 1,000,000 identities, full softmax, 128 images on each of 8 GPUs",
     "large": "r50 and many identities, full softmax, 128 images a GPU",
 }
-_COMMON = "state GiB | temporary GiB | total GiB | HBM GB a step | kernels | modelled images/s |"
+_COMMON = "state GiB | temporary GiB | total GiB | HBM GB a step | kernels | modeled images/s |"
 _HEADS = {
     "speed": f"| GPU | run | sample rate | {_COMMON} V100 GB | V100 images/s |",
     "networks": f"| GPU | network | {_COMMON}",

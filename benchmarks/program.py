@@ -155,7 +155,7 @@ def measure(names: Sequence[str] = ()) -> dict[str, Any]:
 def table(kept: dict[str, Any]) -> str:
     """Returns a Markdown table with before, now and bar."""
     lines = [
-        "| program | before | now | bar | modelled ms |",
+        "| program | before | now | bar | modeled ms |",
         "|---|---|---|---|---|",
     ]
     for name, subject in SUBJECTS.items():
@@ -187,12 +187,12 @@ _PARTS = {
 
 
 def draw(kept: dict[str, Any], path: Path) -> None:
-    """Plots traffic and modelled time of each program, by part."""
+    """Plots traffic and modeled time of each program, by part."""
     names = [name for name in SUBJECTS if name in kept["programs"]]
     figure = Figure(figsize=(10, 0.62 * len(names) + 1.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axis, (field, unit, title) in zip(
-        panels, (("bytes", 1e9, "HBM traffic a step, GB"), ("seconds", 1e-3, "modelled ms a step")),
+        panels, (("bytes", 1e9, "HBM traffic a step, GB"), ("seconds", 1e-3, "modeled ms a step")),
         strict=True,
     ):  # fmt: skip
         left = [0.0] * len(names)

@@ -1,7 +1,7 @@
 """Compile r50 for 8 to 1,024 H100s: the traffic of its collectives, and the scaling it implies.
 
 Each device has 128 images and a share of 100 M identities, so the head's work per device is the
-same at every size. Times are modelled from the compiled program; nothing is timed.
+same at every size. Times are modeled from the compiled program; nothing is timed.
 """
 
 import json
@@ -57,7 +57,7 @@ def measure() -> list[Row]:
     rows = []
     for devices in DEVICES:
         rows.append(_row(devices))
-        print(f"{devices} GPUs: {rows[-1].images_per_second:,.0f} images/s a GPU, modelled")
+        print(f"{devices} GPUs: {rows[-1].images_per_second:,.0f} images/s a GPU, modeled")
     _RECORD.write_text(json.dumps([_as_json(row) for row in rows], indent=1) + "\n")
     pages.replace(program.PAGE, tables(rows), begin=_BEGIN, end=_END)
     return rows

@@ -115,14 +115,14 @@ def _make(
     planned = gpu_plan.make(config, num_classes=num_classes, name=arguments.gpu, memory=memory)
     assert planned.program is not None  # a GPU's plan has a program
     found = planned.program
-    modelled = (
-        f"modelled step: {1e3 * found.seconds:.1f} ms, "
+    modeled = (
+        f"modeled step: {1e3 * found.seconds:.1f} ms, "
         f"{planned.measured[0] / found.seconds:,.0f} images/s on {config.devices} GPU(s); "
         f"collectives take {1e3 * found.collectives:.2f} ms, of which "
         f"{1e3 * found.exposed:.2f} are exposed"
     )
     assumed = found.assumptions.lines()
-    return planned, [gpu_plan.ALLOWANCES, modelled, *assumed, f"compiled with {plugin}"]
+    return planned, [gpu_plan.ALLOWANCES, modeled, *assumed, f"compiled with {plugin}"]
 
 
 def _table(planned: "Plan") -> "Table":
@@ -145,10 +145,10 @@ def _table(planned: "Plan") -> "Table":
 
 
 def _parts_table(found: "Roofline") -> "Table":
-    """Makes the table of kernels, traffic, operations and modelled time by part of a step."""
+    """Makes the table of kernels, traffic, operations and modeled time by part of a step."""
     from arcface_jax.runtime import tables
 
-    heads = ["kernels", "HBM GB", "GFLOP", "modelled ms"]
+    heads = ["kernels", "HBM GB", "GFLOP", "modeled ms"]
     rows = tables.new(None, heads, names=["a step, on each device"])
     for name, part in found.parts.items():
         rows.add_row(
@@ -220,7 +220,7 @@ def _draw(planned: "Plan", found: "Roofline", path: Path) -> Path:
     upper.set_xlim(0, 1.05 * max(limit, planned.total / 2**30))
     upper.set_title(f"memory of each device, GiB; dashed: the {planned.share:.0%} that JAX takes")
     _bar(lower, time, unit="ms")
-    lower.set_title("modelled time of a step, ms")
+    lower.set_title("modeled time of a step, ms")
     figure.suptitle(f"global batch {planned.measured[0]}, {planned.backend}", fontsize=11)
     with atomic_files(path) as part:
         figure.savefig(part, dpi=120)

@@ -322,11 +322,11 @@ def check_step(config: Config, *, num_classes: int, mesh: Mesh) -> Check:
             "step", "ok", f"{words}; not compared with the compiled program: {error}", values
         )
     assumed = roofline.assume(name, devices=mesh.size)
-    modelled = roofline.estimate(program.module, assumed, devices=mesh.size).seconds
-    values |= {"compiled_bytes": program.peak_bytes, "modelled_ms": 1e3 * modelled}
+    modeled = roofline.estimate(program.module, assumed, devices=mesh.size).seconds
+    values |= {"compiled_bytes": program.peak_bytes, "modelled_ms": 1e3 * modeled}
     words += (
         f"; compiled for {kind}: {_gib(program.peak_bytes)}, without cuDNN's workspace, and "
-        f"modelled {1e3 * modelled:.2f} ms (measured / modelled {found.seconds / modelled:.2f})"
+        f"modeled {1e3 * modeled:.2f} ms (measured / modeled {found.seconds / modeled:.2f})"
     )
     return Check("step", "ok", words, values)
 

@@ -46,7 +46,7 @@ class Assumptions(NamedTuple):
     def lines(self) -> list[str]:
         """Describes the assumptions of the model."""
         return [
-            f"modelled, not timed: each kernel takes the longest of {1e6 * self.launch:g} us, its "
+            f"modeled, not timed: each kernel takes the longest of {1e6 * self.launch:g} us, its "
             f"HBM traffic at {self.bandwidth_share:.0%} of {self.gpu.bandwidth / 1e12:.2f} TB/s, "
             f"and its FLOPs at {self.peak_share:.0%} of the peak ({self.peak / 1e12:.0f} TFLOP/s "
             f"in 16 bits, {self.peak_float32 / 1e12:.3g} in float32)",
@@ -68,7 +68,7 @@ class PartTime(NamedTuple):
 
 
 class Roofline(NamedTuple):
-    """A program's modelled time."""
+    """A program's modeled time."""
 
     parts: dict[Part, PartTime]
     """Times by part, without collectives."""
@@ -136,7 +136,7 @@ def sent_bytes(collective: Collective, devices: int) -> float:
 
 
 def covered(module: hlo.Module, name: str, assumptions: Assumptions) -> float:
-    """Returns the modelled seconds of kernels scheduled between a collective's start and end."""
+    """Returns the modeled seconds of kernels scheduled between a collective's start and end."""
     seconds, running = 0.0, False
     for item in module.schedule:
         if isinstance(item, hlo.Done):
@@ -152,7 +152,7 @@ def covered(module: hlo.Module, name: str, assumptions: Assumptions) -> float:
 
 
 def start_seconds(module: hlo.Module, assumptions: Assumptions) -> Sequence[tuple[str, float]]:
-    """Returns when each collective starts, in modelled seconds from the start of the step."""
+    """Returns when each collective starts, in modeled seconds from the start of the step."""
     now, found = 0.0, []
     for kernel in module.kernels:
         if kernel.kind == "collective":

@@ -1,4 +1,4 @@
-"""The modelled time of a program, against sums made by hand."""
+"""The modeled time of a program, against sums made by hand."""
 
 from pathlib import Path
 
