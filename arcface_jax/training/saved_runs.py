@@ -107,17 +107,20 @@ def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
 def _restore_centers(
     workdir: Path, config: Config, manager: ocp.CheckpointManager, number: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    path = checkpoint.folder_of(workdir) / str(number) / _item_of_centers(workdir, number)
+    item = _item_of_centers(workdir, number)
+    path = checkpoint.folder_of(workdir) / str(number) / item
     classes = _num_classes(manager, path)
     rows = classes * config.head.subcenters  # the rest is padding
-    with checksums.reporting_unreadable(path.parent), ocp.PyTreeCheckpointer() as reader:
-        tree = reader.metadata(path).item_metadata.tree
+    with checksums.reporting_unreadable(path.parent):
+        # A Checkpointer would warn that this item has no metadata of a whole checkpoint.
+        tree: Any = ocp.PyTreeCheckpointHandler().metadata(path)
         wanted = {"centers": tree["centers"]}
         if "momentum" in tree.get("centers_opt", {}):
             wanted["centers_opt"] = {"momentum": tree["centers_opt"]["momentum"]}
         room.require_to_read(wanted, workdir)
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        found = reader.restore(path, item=wanted, restore_args=as_numpy, partial_restore=True)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+        found = manager.restore(number, args=ocp.args.Composite(**{item: args}))[item]
     momentum = found.get("centers_opt", {}).get("momentum")
     return found["centers"][:rows], None if momentum is None else momentum[:rows]
 
