@@ -48,7 +48,7 @@ class Findings(NamedTuple):
     mixed: Mixed | None
     outliers: Outliers | None
     rank_one: float | None
-    """Rank-1 accuracy from `separation.rank_one`."""
+    """Rank-1 accuracy from `separation.rank_one`, without the errors that were found."""
 
     @property
     def weak(self) -> bool:
@@ -73,17 +73,20 @@ def find(
       candidates: as `duplicates.find`.
     """
     same = duplicates.find(images, seed=seed, candidates=candidates)
+    groups = same.groups(images.num_classes)
     two = mixed.find(images, seed=seed) if {"mixed", "outliers"} & set(kinds) else None
-    wrong = None
-    if two is not None and "outliers" in kinds:
-        groups = same.groups(images.num_classes)
-        skipped = two.label[two.mixed]
-        wrong = outliers.find(images, groups=groups, mixed=skipped, seed=seed)
+    several = None if two is None else two.label[two.mixed]
+    wrong, rest = None, images
+    if several is not None and "outliers" in kinds:
+        wrong = outliers.find(images, groups=groups, mixed=several, seed=seed)
+        dropped = np.zeros(len(images.labels), bool)
+        dropped[wrong.image[wrong.wrong]] = True
+        rest = images.without(dropped)
     return Findings(
         same if "duplicates" in kinds else None,
         two if "mixed" in kinds else None,
         wrong,
-        separation.rank_one(images, seed=seed),
+        separation.rank_one(rest, seed=seed, groups=groups, mixed=several),
     )
 
 
