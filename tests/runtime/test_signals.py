@@ -53,8 +53,10 @@ class Run:
         )
         self.workdir = folder / "run"
         words = [str(folder / "recipe.py"), "--workdir", str(self.workdir), *options]
+        # `nohup make test` ignores SIGHUP, and a shell's background job SIGINT.
+        start = ["env", "--default-signal=HUP,INT"]
         self.process = subprocess.Popen(
-            [sys.executable, "scripts/train.py", *words],
+            [*start, sys.executable, "scripts/train.py", *words],
             **{"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
         )
