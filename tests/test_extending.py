@@ -144,6 +144,7 @@ def test_the_run_is_opened_for_evaluation(run, config, folder):
     assert np.mean(found == labels[probes]) == pytest.approx(run.results["eval/rank1/accuracy"])
 
 
+@pytest.mark.slow
 def test_a_run_fine_tunes_by_the_names_of_the_network(run, config, folder):
     tuned = configs.replace(
         config,
@@ -172,7 +173,9 @@ def test_onnx_without_jax2onnx_names_the_extra(run, config, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("normalization", ["outside", "inside"])
+@pytest.mark.parametrize(
+    "normalization", ["outside", pytest.param("inside", marks=pytest.mark.slow)]
+)
 def test_onnx_by_way_of_jax2onnx_gives_jaxs_embeddings(
     run, config, folder, tmp_path, normalization
 ):

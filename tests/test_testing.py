@@ -29,7 +29,9 @@ def named(part) -> str:
 @pytest.mark.parametrize(
     "head",
     [
-        HeadConfig(loss="curricularface", subcenters=2, scale=16.0),
+        pytest.param(
+            HeadConfig(loss="curricularface", subcenters=2, scale=16.0), marks=pytest.mark.slow
+        ),
         HeadConfig(loss="adaface", interclass_filtering_threshold=0.4),
     ],
     ids=lambda head: head.loss,

@@ -43,6 +43,7 @@ def test_it_writes_a_table_a_file_and_a_plot(tmp_path, capsys):
     assert (tmp_path / "head.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_all_methods_over_all_classes_take_the_same_step(devices):
     case = Case(classes=101, batch=16, devices=devices, size=16, block_size=8)
@@ -92,6 +93,7 @@ def test_a_folder_that_is_no_checkout_is_named(tmp_path, capsys):
     assert "partial_fc_v2.py" in message and str(tmp_path) in message
 
 
+@pytest.mark.slow
 def test_blocks_are_timed_in_every_form(capsys):
     benchmark("blocks", "--batch", "1", "--count", "2", "--repeats", "1")
     outcome = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))

@@ -66,6 +66,7 @@ def test_peaks_go_by_the_devices_name(kind, dtype, expected):
     assert peaks.peak(kind, dtype) == expected
 
 
+@pytest.mark.slow
 def test_the_host_overhead_is_reported(tmp_path, capsys):
     benchmark(*TINY, "--host-overhead", "--output", str(tmp_path))
     found = outcome(capsys)["host_overhead"]

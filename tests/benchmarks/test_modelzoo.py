@@ -9,6 +9,7 @@ from arcface_jax.errors import UserError
 from benchmarks import modelzoo, pages, weight_forms
 
 
+@pytest.mark.slow
 def test_a_network_is_measured_and_its_row_put_into_the_page(tmp_path):
     row = modelzoo.measure("r_tiny", parity.drawn_faces()) | {"faces": "drawn"}
     assert max(row["torch_difference"], row["onnx_difference"]) < 1e-5

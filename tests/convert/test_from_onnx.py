@@ -118,7 +118,9 @@ def test_weights_that_were_not_folded_are_the_exported_ones(unfolded):
             np.testing.assert_allclose(out[name], array, rtol=1e-6, atol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("normalization", ["outside", "inside"])
+@pytest.mark.parametrize(
+    "normalization", ["outside", pytest.param("inside", marks=pytest.mark.slow)]
+)
 def test_this_projects_own_files_come_back(folder, normalization):
     path = folder / f"{normalization}.onnx"
     model = Network("r_tiny", *settled("r_tiny"), batch_size=16, devices=1)
@@ -354,6 +356,7 @@ def test_the_command_makes_a_workdir_that_knows_which_statistics_it_lacks(folded
     assert len(folded_statistics.folded(batch_stats)) == told["folded"]
 
 
+@pytest.mark.slow
 def test_training_starts_from_the_file(folded, tmp_path, capsys, tiny_recipe):
     options = ["--workdir", str(tmp_path / "run"), "--init-from", str(folded), *R_TINY]
     assert script("train").main([str(tiny_recipe), *options, "--schedule.epochs", "1"]) == 0

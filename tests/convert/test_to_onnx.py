@@ -91,6 +91,7 @@ def test_every_family(network, faces, tmp_path):
     assert to_onnx.export(embedder, tmp_path / "model.onnx").error < 1e-5
 
 
+@pytest.mark.slow
 def test_files_of_lower_precision(embedder, faces, tmp_path):
     half, small = tmp_path / "half.onnx", tmp_path / "small.onnx"
     error = to_onnx.export(
@@ -117,6 +118,7 @@ def test_files_of_lower_precision(embedder, faces, tmp_path):
         assert parity.largest_error(outs, embedder(faces[:3])) < 0.15
 
 
+@pytest.mark.slow
 def test_the_command_compares_before_and_after(workdir, pairs_file, tmp_path, capsys):
     argv = ["--checkpoint", str(workdir), "--output", str(tmp_path / "m.onnx")]
     export.onnx([*argv, "--targets", str(pairs_file)])

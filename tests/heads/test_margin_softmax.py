@@ -123,6 +123,7 @@ def test_a_sampled_head_is_the_dense_formula_of_its_classes(given, unsampled, op
             np.testing.assert_array_equal(out[name][rest], moment[rest])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["subcenters-curricular-filtered", "magface-subcenters"])
 def test_sampling_goes_with_every_margin(name):
     config = head(**vars(EVERY_LOSS[name]) | {"sample_rate": 0.3})

@@ -1,10 +1,13 @@
 """The bench of the input: every stage is measured, and the slowest is named."""
 
+import pytest
+
 from arcface_jax.commands import data
 from arcface_jax.machine import input
 from arcface_jax.machine.input import Rate
 
 
+@pytest.mark.slow
 def test_every_stage_is_measured_beside_the_bare_loops():
     result = data.bench("synthetic", workers=(0,), batch_size=16, rounds=1, seconds=0.1)
     rates = {rate["stage"]: rate for rate in result["rates"]}

@@ -184,6 +184,7 @@ def build_small(monkeypatch, **changes) -> registry.Backbone:
     return registry.build("vit_t", embedding_size=8)
 
 
+@pytest.mark.slow
 def test_training_draws_the_same_for_the_same_key_alone(monkeypatch, faces):
     backbone = build_small(monkeypatch)
     params, batch_stats = backbone.init(0)
@@ -247,6 +248,7 @@ def test_paths_are_dropped_as_often_as_stated_and_kept_in_expectation():
     assert not np.array_equal(factors[2, 0], factors[2, 1])  # the branches are drawn apart
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(monkeypatch, faces):
     gradients = []
     for remat in (False, True):
@@ -274,6 +276,7 @@ def test_names_of_a_stack():
     assert stacks.names_of_members("layer3.1.conv1.kernel") is None
 
 
+@pytest.mark.slow
 def test_the_train_step_of_a_transformer_on_several_devices(monkeypatch):
     monkeypatch.setitem(vit.ARCHITECTURES, "vit_t", ARCHITECTURE)
     config = configs.replace(

@@ -220,6 +220,7 @@ def gradient_bytes(backbone: Backbone, batch: int) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_nested_scan_keeps_few_blocks_activations(monkeypatch):
     """Of 400 blocks twenty and twenty inputs are kept, not 400 times all insides."""
     deep = replace(SHALLOW, blocks=(1, 1, 401, 1))

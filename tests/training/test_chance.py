@@ -44,13 +44,18 @@ def test_it_is_the_closed_formula_where_there_is_one(head, at_zero):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss": "arcface"},
         {"loss": "cosface", "margin": 0.4},
         {"loss": "adaface", "margin": 0.4},
-        {"loss": "magface"},
-        {"loss": "curricularface"},
-        {"subcenters": 3},
         {"interclass_filtering_threshold": 0.1},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"loss": "arcface"},
+                {"loss": "magface"},
+                {"loss": "curricularface"},
+                {"subcenters": 3},
+            )
+        ),
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )

@@ -49,6 +49,7 @@ class Killed(BaseException):
     """Nobody catches it."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(tiny_recipe, taught_by, tmp_path, monkeypatch):
     """In its second epoch, without a save; cache and weight are then as they were."""
     options = (
@@ -85,6 +86,7 @@ def killing(run, *, after: int):
     return stepping
 
 
+@pytest.mark.slow
 def test_a_teacher_of_every_step_equals_the_cache(tiny_recipe, taught_by, tmp_path, capsys):
     data = DataConfig(
         path="synthetic", synthetic=SyntheticConfig(identities=3, images_per_identity=4)
@@ -109,6 +111,7 @@ def test_a_teacher_of_every_step_equals_the_cache(tiny_recipe, taught_by, tmp_pa
         teacher.make_online(model, views="mean", embedding_size=16, mesh=mesh)
 
 
+@pytest.mark.slow
 def test_unlabeled_images_train_a_network_that_labels_then_tune(tiny_recipe, taught_by, tmp_path):
     for number in range(9):
         path = tmp_path / "faces" / ("." if number % 2 else "deep/er") / f"{number}.png"

@@ -87,6 +87,7 @@ def test_what_is_frozen_is_exported_unchanged(source_run, tuned):
     assert same == still | {"features.weight"}
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_resumes_without_the_weights_it_began_with(
     recipe, tuned, tmp_path, capsys
 ):

@@ -156,6 +156,7 @@ def test_one_group_over_several_devices_has_their_common_statistics(batch):
     np.testing.assert_allclose(plain.batch_stats["bn1.mean"], direct["bn1.mean"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_may_be_summed_in_bfloat16(batch):
     plain = configs.replace(CONFIG, head__sample_rate=1.0)
     before, expected, _, _ = one_step(plain, batch, devices=2)

@@ -128,6 +128,7 @@ def test_steps_follow_one_another_without_a_copy_to_or_from_the_host():
     assert np.isfinite(float(metrics["train/loss"]))
 
 
+@pytest.mark.slow
 def test_the_call_of_a_step_of_r100_takes_the_host_little_time(monkeypatch):
     """In CPU time of the calling thread, which other work on this machine does not lengthen."""
     monkeypatch.setattr(time, "perf_counter", time.thread_time)
