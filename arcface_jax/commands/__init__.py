@@ -1,6 +1,7 @@
 """The commands of `arcface-jax`, one module each; they parse options before heavy imports."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 import sys
@@ -82,6 +83,26 @@ def own_names(text: str, names: Mapping[str, str]) -> str:
         field = "[-_]".join(map(re.escape, name.split("-")))
         text = re.sub(rf"(?<![\w./-])(?:--)?{field}(?![\w-])", own, text)
     return text
+
+
+def refuse_changed(options: Any, *fields: str, because: str) -> None:
+    """Refuses options that this call would ignore.
+
+    Args:
+      options: dataclass of the options.
+      fields: names of those that would be ignored.
+      because: end of the message after the option: why it is ignored, and the fix.
+
+    Raises:
+      UserError: one of them differs from its default.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in fields and value != field.default:
+            option = f"--{field.name.replace('_', '-')}"
+            several = value if isinstance(value, tuple) else (value,)
+            shown = "" if value is True else f" {' '.join(map(str, several))}"
+            raise errors.UserError(f"{option}{shown} {because}")
 
 
 def console() -> "Console":

@@ -197,7 +197,8 @@ def merge(
     from arcface_jax.data import opening
     from arcface_jax.data.tools import packing
 
-    parts = [open_set(path, reading) for path in paths]
+    with own_options({"data.path": "--paths"}):
+        parts = [open_set(path, reading) for path in paths]
     source = opening.JoinedSource(parts)
     selection = packing.select(source)
     if same is not None:
@@ -283,7 +284,8 @@ def pairs(
                 "--disjoint does not apply to pair lists, whose pairs are fixed; draw the pairs "
                 "from the folder of their images instead"
             )
-        whole = lists.listed(*found)
+        with own_options({"evaluation.targets": "PATH"}):
+            whole = lists.listed(*found)
         listed, ignored = whole.pairs, whole.ignored()
         print(whole.account(found[0].name))
         if pairs:

@@ -93,9 +93,7 @@ def _restore_dataset(
         return config, number, manager.restore(number, args=items)["dataset"]
 
 
-def restore_centers(
-    workdir: Path, which: Which = "latest"
-) -> tuple[np.ndarray, np.ndarray | None]:
+def restore_centers(workdir: Path, which: Which = "latest") -> tuple[np.ndarray, np.ndarray | None]:
     """Reads the (C * subcenters, D) float32 class centers of a run, and their SGD momentum.
 
     The momentum is None for another optimizer, and for imported weights.
