@@ -141,17 +141,37 @@ def dispatch(
     return functions[first](words[1:], prog=f"{prog} {first}")
 
 
-def write_new(content: bytes, target: Path) -> None:
-    """Writes a new file, and creates its folder if missing.
+def write_new(files: Mapping[Path, bytes]) -> None:
+    """Writes new files, and creates their folders if missing; if one fails, none is left.
+
+    Args:
+      files: content by path.
 
     Raises:
-      UserError: the file already exists, or cannot be written.
+      UserError: a file already exists, or cannot be written.
     """
+    written: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
-            file.write(content)
+        with _removing(written):
+            for path, content in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("xb") as file:
+                    written.append(path)
+                    file.write(content)
     except FileExistsError as error:
-        raise errors.UserError(f"{target} exists already: choose another name") from error
+        raise errors.UserError(f"{error.filename} exists already: choose another name") from error
     except OSError as error:
-        raise errors.UserError(f"cannot write {target}: {error.strerror}") from error
+        path = error.filename or written[-1]
+        raise errors.UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _removing(written: list[Path]) -> Iterator[None]:
+    """Removes the listed files if the block fails."""
+    try:
+        yield
+    except BaseException:
+        for path in written:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                path.unlink()
+        raise

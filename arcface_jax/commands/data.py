@@ -466,7 +466,8 @@ def bench(
         augment=AugmentConfig(sets=augment),
         **asdict(reading),
     )
-    rates = input.measure(data, workers=workers, rounds=rounds, seconds=seconds)
+    found = input.measure(data, workers=workers, rounds=rounds, seconds=seconds)
+    rates = found.rates
     heads = ["workers", "threads", "images/s", "of bare decode"]
     table = tables.new(None, heads, names=["stage"])
     for rate in rates:
@@ -475,8 +476,19 @@ def bench(
     console().print(table)
     bottleneck = input.bottleneck(rates)
     print(bottleneck)
+    if found.damaged:
+        print(
+            f"{len(found.damaged):,} of {found.sampled:,} sampled images are damaged and were "
+            f"skipped, the first is {found.damaged[0]}"
+        )
     print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
-    return {"rates": [rate._asdict() for rate in rates], "bottleneck": bottleneck, "files": []}
+    return {
+        "rates": [rate._asdict() for rate in rates],
+        "bottleneck": bottleneck,
+        "damaged": len(found.damaged),
+        "sampled": found.sampled,
+        "files": [],
+    }
 
 
 def _ignored(source: "Source") -> Values:

@@ -3,7 +3,8 @@
     arcface-jax doctor ms1mv3_r50 --data.path FOLDER
     arcface-jax doctor my_recipe.py --num-classes 93431 --seconds 10
 
-Takes all options of `train`, and those below. Exit code 1 if a run would fail.
+Takes all options of `train`, and those below. Exit code 1 if a check finds that a run would fail;
+training itself checks more, such as the content of weights and verification sets.
 """
 
 import math

@@ -151,7 +151,7 @@ def check_driver() -> Check:
 def check_files(config: Config) -> Check:
     """Checks that the models and verification sets that the recipe names exist, unopened."""
     places = {"distill.teacher": config.distill.teacher}
-    if not saved_runs.is_begun(Path(config.workdir)):  # a resumed run does not read them
+    if not (config.workdir and saved_runs.is_begun(Path(config.workdir))):  # not to resume
         places["init_from"] = config.init_from
     places = {name: place for name, place in places.items() if place}
     problems = [
