@@ -155,7 +155,9 @@ def check_files(config: Config) -> Check:
         places["init_from"] = config.init_from
     places = {name: place for name, place in places.items() if place}
     problems = [
-        f"{name} {place} does not exist" for name, place in places.items() if not _exists(place)
+        f"{name} {place} does not exist, or has no checkpoint: name another model"
+        for name, place in places.items()
+        if not _exists(place)
     ]
     # Without a training set, where relative ones may lie is not known.
     targets = config.evaluation.targets if config.data.path else ()
