@@ -52,7 +52,7 @@ def test_a_damaged_image_is_counted_and_ends_nothing(no_bare_loops, tmp_path: Pa
         (["--seconds", "0"], "--seconds 0 must be above 0"),
         (["--seconds", "nan"], "--seconds nan must be above 0"),
         (["--workers"], "--workers is empty"),
-        (["--batch-size", "5000"], "fewer than one batch of 5000: use --batch-size"),
+        (["--batch-size", "1000000"], "fewer than one batch of 1000000: use --batch-size"),
     ],
 )
 def test_bad_options_are_one_message(no_bare_loops, capsys, words: list[str], named: str):
