@@ -87,6 +87,11 @@ def run(arguments: Step, others: Callable[[], Others]) -> dict[str, Any]:
             f"--against and --reference compare on one device, not {arguments.devices}: "
             "say --devices 1"
         )
+    if arguments.sample_rate != 1 and arguments.against == "torch":
+        raise ConfigError(
+            f"--against torch has a head of all classes, not of --sample-rate "
+            f"{arguments.sample_rate:g}: leave that out, or compare with --reference"
+        )
     case = Case(
         arguments.network,
         arguments.batch,

@@ -1,6 +1,7 @@
 """The commands of `arcface-jax`, one module each; they parse options before heavy imports."""
 
 import contextlib
+import dataclasses
 import functools
 import re
 import sys
@@ -84,6 +85,26 @@ def own_names(text: str, names: Mapping[str, str]) -> str:
     return text
 
 
+def refuse_changed(options: Any, *fields: str, because: str) -> None:
+    """Refuses options that this call would ignore.
+
+    Args:
+      options: dataclass of the options.
+      fields: names of those that would be ignored.
+      because: end of the message after the option: why it is ignored, and the fix.
+
+    Raises:
+      UserError: one of them differs from its default.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name in fields and value != field.default:
+            option = f"--{field.name.replace('_', '-')}"
+            several = value if isinstance(value, tuple) else (value,)
+            shown = "" if value is True else f" {' '.join(map(str, several))}"
+            raise errors.UserError(f"{option}{shown} {because}")
+
+
 def console() -> "Console":
     """Returns a console for tables: as wide as the terminal, or 100 columns if redirected."""
     from rich.console import Console
@@ -120,17 +141,37 @@ def dispatch(
     return functions[first](words[1:], prog=f"{prog} {first}")
 
 
-def write_new(content: bytes, target: Path) -> None:
-    """Writes a new file, and creates its folder if missing.
+def write_new(files: Mapping[Path, bytes]) -> None:
+    """Writes new files, and creates their folders if missing; if one fails, none is left.
+
+    Args:
+      files: content by path.
 
     Raises:
-      UserError: the file already exists, or cannot be written.
+      UserError: a file already exists, or cannot be written.
     """
+    written: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("xb") as file:
-            file.write(content)
+        with _removing(written):
+            for path, content in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("xb") as file:
+                    written.append(path)
+                    file.write(content)
     except FileExistsError as error:
-        raise errors.UserError(f"{target} exists already: choose another name") from error
+        raise errors.UserError(f"{error.filename} exists already: choose another name") from error
     except OSError as error:
-        raise errors.UserError(f"cannot write {target}: {error.strerror}") from error
+        path = error.filename or written[-1]
+        raise errors.UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _removing(written: list[Path]) -> Iterator[None]:
+    """Removes the listed files if the block fails."""
+    try:
+        yield
+    except BaseException:
+        for path in written:
+            with contextlib.suppress(OSError):  # the first error is the one to report
+                path.unlink()
+        raise

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
+from arcface_jax.commands import own_options
 from arcface_jax.commands.training_sets import (
     AS_FOUND,
     How,
@@ -18,6 +19,8 @@ from arcface_jax.config.choices import Bad, OnnxOptions, Which
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from arcface_jax.cleaning.apply import Applied
     from arcface_jax.cleaning.pipeline import Findings
     from arcface_jax.data.source import Source
@@ -74,7 +77,7 @@ def clean(
         report.html to review them on; rerun the same command to resume.
       level: Embed all images; or search duplicates among the class centers of a run, and embed 5
         images of each candidate.
-      find: What to search for.
+      find: What to search for; among class centers only duplicates.
       network: The network of PyTorch weights; by default detected by names and shapes.
       step: The checkpoint of a run to use.
       onnx_options: Properties of an ONNX file that it does not state.
@@ -84,14 +87,21 @@ def clean(
     """
     from arcface_jax.cleaning import pipeline, review
 
+    if level == "centers" and "duplicates" not in find:
+        raise UserError(
+            f"--find {' '.join(find)} needs the embeddings of all images, and --level centers "
+            "searches only for duplicates: use --level images"
+        )
     opening = _Opening(model, network, step, onnx_options, batch_size)
-    source = open_set(data, reading)
+    with own_options({"data.path": "--data"}):
+        source = open_set(data, reading)
     if level == "images":
         options = {"kinds": find, "seed": seed}
         findings, files = pipeline.by_images(opening.open(), source, output, **options)
     else:
-        centers = _centers(opening.path, source)
-        findings, files = pipeline.by_centers(opening.open(), centers, source, output, seed=seed)
+        centers, number = _centers(model, step, source)
+        opened = opening._replace(step=number).open()
+        findings, files = pipeline.by_centers(opened, centers, source, output, seed=seed)
     print(*_lines(findings), sep="\n")
     print(f"review them on {output / review.PAGE}")
     return {**_values(findings), "files": files}
@@ -124,13 +134,17 @@ def overlap(
       reading: Properties of the sets that their files do not state.
     """
     from arcface_jax.cleaning import leaks
+    from arcface_jax.data.pairs import lists
 
     opening = _Opening(model, network, step, onnx_options, batch_size)
-    training_set = open_set(first, reading)
-    if second.endswith(".bin") or ":" in second:
-        found = leaks.in_pairs(opening.open(), training_set, second, output, seed=seed)
+    with own_options({"data.path": "A"}):
+        training_set = open_set(first, reading)
+    if second.endswith(".bin") or (":" in second and lists.split(second)):
+        with own_options({"evaluation.targets": "B"}):
+            found = leaks.in_pairs(opening.open(), training_set, second, output, seed=seed)
     else:
-        other = open_set(second, reading)
+        with own_options({"data.path": "B"}):
+            other = open_set(second, reading)
         found = leaks.in_set(opening.open(), training_set, other, output, seed=seed)
     print(
         f"{found.images:,} images of {found.people:,} people of the training set, "
@@ -181,18 +195,19 @@ def apply(
     return _report(done, output)
 
 
-def _centers(path: Path, source: "Source"):
+def _centers(path: Path, which: Which, source: "Source") -> "tuple[np.ndarray, int]":
+    """Reads the (C, D) class centers of a checkpoint, and returns its step too."""
     from arcface_jax.training import saved_runs
 
-    centers, _ = saved_runs.restore_centers(path)
-    config, _, _ = saved_runs.restore_dataset(path)
+    config, number, _ = saved_runs.restore_dataset(path, which)
+    centers, _ = saved_runs.restore_centers(path, number)
     subcenters = config.head.subcenters
     if len(centers) != source.num_classes * subcenters:
         raise UserError(
             f"{path} has centers of {len(centers) // subcenters:,} classes, and the training set "
             f"has {source.num_classes:,}: name the set of that run ({config.data.path})"
         )
-    return centers.reshape(source.num_classes, subcenters, -1).mean(axis=1)
+    return centers.reshape(source.num_classes, subcenters, -1).mean(axis=1), number
 
 
 def _lines(found: "Findings") -> list[str]:

@@ -197,7 +197,8 @@ def merge(
     from arcface_jax.data import opening
     from arcface_jax.data.tools import packing
 
-    parts = [open_set(path, reading) for path in paths]
+    with own_options({"data.path": "--paths"}):
+        parts = [open_set(path, reading) for path in paths]
     source = opening.JoinedSource(parts)
     selection = packing.select(source)
     if same is not None:
@@ -283,7 +284,8 @@ def pairs(
                 "--disjoint does not apply to pair lists, whose pairs are fixed; draw the pairs "
                 "from the folder of their images instead"
             )
-        whole = lists.listed(*found)
+        with own_options({"evaluation.targets": "PATH"}):
+            whole = lists.listed(*found)
         listed, ignored = whole.pairs, whole.ignored()
         print(whole.account(found[0].name))
         if pairs:
@@ -464,7 +466,8 @@ def bench(
         augment=AugmentConfig(sets=augment),
         **asdict(reading),
     )
-    rates = input.measure(data, workers=workers, rounds=rounds, seconds=seconds)
+    found = input.measure(data, workers=workers, rounds=rounds, seconds=seconds)
+    rates = found.rates
     heads = ["workers", "threads", "images/s", "of bare decode"]
     table = tables.new(None, heads, names=["stage"])
     for rate in rates:
@@ -473,8 +476,19 @@ def bench(
     console().print(table)
     bottleneck = input.bottleneck(rates)
     print(bottleneck)
+    if found.damaged:
+        print(
+            f"{len(found.damaged):,} of {found.sampled:,} sampled images are damaged and were "
+            f"skipped, the first is {found.damaged[0]}"
+        )
     print(", ".join(f"{name} {value}" for name, value in timing.machine().items()))
-    return {"rates": [rate._asdict() for rate in rates], "bottleneck": bottleneck, "files": []}
+    return {
+        "rates": [rate._asdict() for rate in rates],
+        "bottleneck": bottleneck,
+        "damaged": len(found.damaged),
+        "sampled": found.sampled,
+        "files": [],
+    }
 
 
 def _ignored(source: "Source") -> Values:

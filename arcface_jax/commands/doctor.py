@@ -3,9 +3,11 @@
     arcface-jax doctor ms1mv3_r50 --data.path FOLDER
     arcface-jax doctor my_recipe.py --num-classes 93431 --seconds 10
 
-Takes all options of `train`, and those below. Exit code 1 if a run would fail.
+Takes all options of `train`, and those below. Exit code 1 if a check finds that a run would fail;
+training itself checks more, such as the content of weights and verification sets.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,14 +33,16 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax doctor") -> Result:
         Arguments, words, prog=f"{prog} RECIPE", description=__doc__ or ""
     )
     config = loading.load(others, prog=prog)
-    if arguments.seconds <= 0 or (arguments.num_classes or 1) < 1:
+    if not 0 < arguments.seconds < math.inf:
         raise errors.UserError(
-            f"--seconds {arguments.seconds:g} and --num-classes {arguments.num_classes} must "
-            "be above 0"
+            f"--seconds {arguments.seconds:g} must be above 0: seconds to measure, for instance 3"
         )
-    from arcface_jax.machine import doctor
-    from arcface_jax.runtime import tables
+    from arcface_jax.machine import doctor, plan
+    from arcface_jax.runtime import launch, tables
 
+    if arguments.num_classes is not None:
+        plan.check_num_classes(arguments.num_classes)
+    launch.set_deterministic(config.deterministic)
     found = list(
         doctor.examine(config, num_classes=arguments.num_classes, seconds=arguments.seconds)
     )

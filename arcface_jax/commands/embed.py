@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
-from arcface_jax.commands import Result, command
+from arcface_jax.commands import Result, command, refuse_changed
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import AlignOptions
 from arcface_jax.errors import DataError, UserError
@@ -149,9 +149,18 @@ def inference(words: Sequence[str], *, prog: str = "inference.py") -> Result:
     )
     images, decision = arguments.images, arguments.decision
     if arguments.verify is not None:
+        refuse_changed(
+            images,
+            *("img", "output", "normalized", "shard_size", "batch_size"),
+            because="does not go with --verify, which only compares two images: give one of the "
+            "two",
+        )
         return _verify(arguments.model, arguments.verify, decision, images)
-    if decision.calibration is not None:
-        raise UserError("--calibration goes with --verify, and without --threshold")
+    refuse_changed(
+        decision,
+        *("threshold", "calibration"),
+        because="goes with --verify: name two images to compare, or leave the option out",
+    )
     return _embed(arguments.model, images)
 
 
@@ -177,7 +186,10 @@ def _verify(
     threshold, flip = decision.threshold, how.flip
     if decision.calibration is not None:
         if threshold is not None:
-            raise UserError("--calibration goes with --verify, and without --threshold")
+            raise UserError(
+                f"--threshold {threshold:g} does not go with --calibration {decision.calibration}, "
+                "which has a threshold: give one of the two"
+            )
         threshold = calibration.read(decision.calibration)
         flip = threshold.flip
     how = dataclasses.replace(how, flip=flip)

@@ -18,7 +18,14 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from arcface_jax import errors
-from arcface_jax.commands import Result, command, console, dispatch, own_options
+from arcface_jax.commands import (
+    Result,
+    command,
+    console,
+    dispatch,
+    own_options,
+    refuse_changed,
+)
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import GraphInput, Normalization, Precision
 from arcface_jax.inference.open_model import ModelChoice, open_network
@@ -223,6 +230,12 @@ def _free_batch(arguments: Onnx) -> Result:
             "--dynamic-batch is for an ONNX file (--onnx FILE.onnx): exports of runs and weights "
             "have a free batch axis anyway"
         )
+    refuse_changed(
+        arguments,
+        *("normalization", "input", "opset", "ir_version", "precision", "calibration", "targets"),
+        because="does not go with --dynamic-batch, which keeps the graph of the file: give one of "
+        "the two",
+    )
     error = onnx_batch.free(source, arguments.output, options=arguments.model.onnx_options)
     print(
         f"{arguments.output}: at batch 1, 3 and 64 embeddings differ by {error:.1e} (relative) "

@@ -34,8 +34,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax notebooks") -> Result
     if arguments.copy is None:
         print(*names, sep="\n")
         return Result({"notebooks": names})
-    copies = [arguments.copy / path.name for path in notebooks]
-    for path, copied in zip(notebooks, copies, strict=True):
-        write_new(path.read_bytes(), copied)
+    copies = {arguments.copy / path.name: path.read_bytes() for path in notebooks}
+    write_new(copies)
     print(f"{arguments.copy}: {len(copies)} notebooks; they need {errors.install('notebook,onnx')}")
-    return Result({"notebooks": names}, copies)
+    return Result({"notebooks": names}, [*copies])

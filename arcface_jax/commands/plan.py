@@ -82,6 +82,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax plan") -> Result:
 
     plan.use_cpu_devices(config.devices)
     num_classes, origin = plan.count_classes(config.data, arguments.num_classes, seed=config.seed)
+    cache, of_cache = _teacher_cache(config, needs_data=arguments.num_classes is None)
     planned, notes = _make(config, arguments, num_classes=num_classes)
     print(f"{config.model.network}, {num_classes:,} classes ({origin}), devices {config.devices}")
     console().print(_table(planned))
@@ -90,12 +91,28 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax plan") -> Result:
         if planned.collectives:
             console().print(_collectives_table(planned))
     lines = plan.in_words(planned, config.model, num_classes=num_classes)
-    values = planned.results()
-    if config.data.path and (found := plan.teacher_disk(config))[0]:
-        values["disk/teacher"] = found[0]
-        lines = [*lines, found[1]]
-    print(*lines, *notes, sep="\n")
-    return Result(values, files=_write(planned, arguments.output))
+    print(*lines, *of_cache, *notes, sep="\n")
+    return Result(planned.results() | cache, files=_write(planned, arguments.output))
+
+
+def _teacher_cache(config: Config, *, needs_data: bool) -> tuple[dict[str, int], list[str]]:
+    """Returns the disk space of the teacher's cache for RESULT, and lines about it.
+
+    Args:
+      config: the run.
+      needs_data: whether the plan depends on the training set; with --num-classes it does not.
+    """
+    from arcface_jax.machine import plan
+
+    if not config.data.path:
+        return {}, []
+    try:
+        size, line = plan.teacher_disk(config)
+    except errors.UserError as error:
+        if needs_data:
+            raise
+        return {}, [f"teacher's cache: its disk space is unknown without the data ({error})"]
+    return ({"disk/teacher": size}, [line]) if size else ({}, [])
 
 
 def _make(

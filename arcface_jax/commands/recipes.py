@@ -45,7 +45,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax recipes") -> Result:
         return Result(describe(path))
     if arguments.copy.suffix != ".py":
         raise UserError(f"--copy {arguments.copy} must end in .py")
-    write_new(text_of(path).encode(), arguments.copy)
+    write_new({arguments.copy: text_of(path).encode()})
     print(f"{arguments.copy}: edit it, then: arcface-jax train {arguments.copy} --workdir FOLDER")
     return Result(describe(path), [arguments.copy])
 
@@ -59,10 +59,10 @@ def text_of(path: Path) -> str:
     source = path.read_text()
     if recipes.__name__ not in source:
         return source
-    docstring = source[: source.index("\nfrom ")]
+    docstring = "\n".join(source.splitlines()[: ast.parse(source).body[0].end_lineno])
     config = _constructor(loading.read_recipe(path), indent=4)
     return (
-        f"{docstring}\nfrom arcface_jax import config as c\n\n\n"
+        f"{docstring}\n\nfrom arcface_jax import config as c\n\n\n"
         f"def get_config() -> c.Config:\n    return {config}\n"
     )
 

@@ -40,6 +40,10 @@ OPTIONS = {
     "data.columns": "--columns",
     "data.label-index": "--label-index",
     "data.identity-level": "--identity-level",
+    "data.threads": "--threads",
+    "data.workers": "--workers",
+    "data.global-batch-size": "--batch-size",
+    "data.augment.sets": "--augment",
 }
 
 

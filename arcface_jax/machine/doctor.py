@@ -18,17 +18,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from arcface_jax import config as configs
-from arcface_jax.config import CheckpointConfig, Config, DataConfig, HeadConfig, ModelConfig
+from arcface_jax import plugins
+from arcface_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DistributedConfig,
+    HeadConfig,
+    ModelConfig,
+)
 from arcface_jax.data import opening, pipeline
+from arcface_jax.data.pairs import bins, lists
 from arcface_jax.data.source import Source
 from arcface_jax.errors import UserError, install
 from arcface_jax.machine import collectives, gpu, plan, roofline, timing
 from arcface_jax.machine import input as data_benchmark
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import memory
-from arcface_jax.training import manifest, optim, step, teacher, validation
+from arcface_jax.training import manifest, optim, saved_runs, step, teacher, validation
 
 _SAMPLE = 64 * 2**20  # bytes to write to the workdir's disk
+_ONE_PROCESS = (
+    "the options --distributed.* are not applied: this examines the devices of this host as one "
+    "process; run it on each host with --devices set to the devices there"
+)
 _PRODUCT = {"cpu": 1024}  # size of the multiplied matrices; 4096 elsewhere
 
 
@@ -63,10 +76,13 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
     first = mesh.devices.flat[0]
     words = f"{mesh.size} x {first.device_kind} ({first.platform}): OK for this recipe"
     yield Check("devices", "ok", words, {"devices": mesh.size})
+    if config.distributed != DistributedConfig():
+        yield Check("processes", "warning", _ONE_PROCESS)
     milliseconds: dict[str, float] = {}
     if config.data.path:
         try:
             source = opening.open_source(config.data, seed=config.seed)
+            validation.validate_data(source, config.data.path, head=config.distill.head)
             data = check_data(config.data, source, seconds=seconds)
         except UserError as error:
             yield Check("data", "fails", str(error))
@@ -74,6 +90,7 @@ def examine(config: Config, *, num_classes: int | None, seconds: float) -> Itera
         yield data
         milliseconds["reading and decoding images"] = data.values["data_ms"]
         num_classes = num_classes or source.num_classes
+    yield check_files(config)
     if not num_classes:
         yield Check("step", "warning", "not looked at: name --data.path or --num-classes")
         return
@@ -131,11 +148,60 @@ def check_driver() -> Check:
     return Check("driver", "ok", f"{len(lines)} x {lines[0]}")
 
 
+def check_files(config: Config) -> Check:
+    """Checks that the models and verification sets that the recipe names exist, unopened."""
+    places = {"distill.teacher": config.distill.teacher}
+    if not (config.workdir and saved_runs.is_begun(Path(config.workdir))):  # not to resume
+        places["init_from"] = config.init_from
+    places = {name: place for name, place in places.items() if place}
+    problems = [
+        f"{name} {place} does not exist, or has no checkpoint: name another model"
+        for name, place in places.items()
+        if not _exists(place)
+    ]
+    # Without a training set, where relative ones may lie is not known.
+    targets = config.evaluation.targets if config.data.path else ()
+    for target in targets:
+        try:
+            _find_target(target, config.data)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        return Check("files", "fails", "; ".join(problems))
+    return Check("files", "ok", ", ".join((*places.values(), *targets)) or "none are named")
+
+
+def _exists(place: str) -> bool:
+    path = Path(place)
+    return saved_runs.is_begun(path) if (path / "checkpoints").is_dir() else path.exists()
+
+
+def _find_target(target: str, data: DataConfig) -> None:
+    """Finds one of `evaluation.targets` as an evaluation does.
+
+    Raises:
+      UserError: it does not exist.
+    """
+    reference = plugins.parse(target)
+    if reference is not None:
+        plugins.load(reference.name, field="evaluation.targets")
+        return
+    if target == opening.SYNTHETIC:
+        return
+    base = opening.folder_with(data.path, target.partition(":")[0])
+    listed = lists.split(target, base=base)
+    if listed is not None:
+        lists.listed(*listed)
+    elif not Path(target).is_file() and not (base / target).is_file():
+        bins.read_bin(base / target)  # raises an error that names similar files
+
+
 def check_data(data: DataConfig, source: Source, *, seconds: float) -> Check:
-    """Measures the real input pipeline with the recipe's workers, threads and augmentations."""
-    if len(source) < data.global_batch_size:
-        words = f"{len(source)} images are less than a batch of {data.global_batch_size}"
-        return Check("data", "fails", words, {"data_ms": 0.0})
+    """Measures the real input pipeline with the recipe's workers, threads and augmentations.
+
+    Raises:
+      DataError: the training set is too small for the recipe.
+    """
     rate = data_benchmark.pipeline_rate(source, data, data.workers, device=None, seconds=seconds)
     one = data_benchmark.one_thread(source.read, len(source), seconds)
     words = (
@@ -167,7 +233,9 @@ def check_memory(state: Mapping[str, int], mesh: Mesh) -> Check:
 def check_disk(
     workdir: Path, checkpoint: CheckpointConfig, state: Mapping[str, int], mesh: Mesh
 ) -> Check:
-    """Measures the workdir's disk, and compares its free space with the checkpoints to store."""
+    """Measures the workdir's disk, and compares its free space with the checkpoints to store,
+    minus those that exist already.
+    """
     backbone = sum(size for name, size in state.items() if not name.startswith("centers"))
     one = backbone + mesh.size * (sum(state.values()) - backbone)
     copies = checkpoint.keep + 1  # the new one is written before the oldest is removed
@@ -176,15 +244,19 @@ def check_disk(
         folder = next(p for p in (workdir, *workdir.absolute().parents) if p.is_dir())
         write, read = _disk_speed(folder)
         free = shutil.disk_usage(folder).free
+        stored = (workdir / "checkpoints").rglob("*")
+        there = sum(path.stat().st_size for path in stored if path.is_file())
     except OSError as error:
         return Check("disk", "fails", f"cannot write to {workdir}: {error.strerror}")
     seconds = one / write
     words = (
         f"writes {write / 2**20:,.0f} MiB/s, reads {read / 2**20:,.0f}; a checkpoint of "
         f"{_gib(one)} takes {seconds:.1f} s; {copies} of them fit into {_gib(free)} free"
+        f"{f' and {_gib(there)} of checkpoints that exist' if there else ''}"
     )
     values = {"disk_write": write, "disk_read": read, "checkpoint_bytes": one, "disk_free": free}
-    if copies * one > free:
+    # The next one is written before an old one is removed, even if too many are there.
+    if max(one, copies * one - there) > free:
         fix = "free some, or keep fewer with --checkpoint.keep"
         words = words.replace(" fit into", " do not fit into") + f": {fix}"
         return Check("disk", "fails", words, values)
@@ -333,7 +405,9 @@ def check_step(config: Config, *, num_classes: int, mesh: Mesh) -> Check:
 
 def measure_step(config: Config, *, num_classes: int, mesh: Mesh, repeats: int = 5) -> Step:
     """Measures the train step on black images of identity 0, after two warm-up steps."""
-    state = step.init_state(config, num_classes=num_classes, mesh=mesh)
+    packing = step.make_packing(config, mesh)
+    # Without a name for the unpacked state, which would duplicate its arrays.
+    state = packing.pack(step.init_state(config, num_classes=num_classes, mesh=mesh))
     schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=10**6)
     run = step.make_train_step(config, num_classes=num_classes, schedule=schedule, mesh=mesh)
     batch = {

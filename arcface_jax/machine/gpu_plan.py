@@ -74,7 +74,6 @@ def make(config: Config, *, num_classes: int, name: str, memory: int | None) -> 
         share=share,
         backend=target.device_kind,
         measured=tuple(point.batch for point in points),
-        slope=_slope(points[0], points[1]),
         largest_batch=largest,
         largest_classes=most,
         outside={"cuda_context": CUDA_CONTEXT, "nccl": NCCL if devices > 1 else 0},
@@ -118,6 +117,7 @@ def _search(
             _slope(last, near),
             batch=last.batch,
             bn_batch=bn_batch,
+            micro_batches=config.optimizer.micro_batches,
             memory=usable,
             num_devices=devices,
         )

@@ -465,7 +465,7 @@ def _custom_kind(call: Instruction) -> tuple[Kind, str]:
     if "__cudnn$conv" in target:
         labels = call.attribute(r"dim_labels=([\w?>\-]+)") or ""
         return "convolution", f"{target} {call.shapes[0].dtype} {labels} {call.shapes[0].layout}"
-    if "fmha" in target or "sdpa" in target:
+    if "fmha" in target:
         return "attention", target
     if "cublas" in target or "gemm" in target.lower():
         return "gemm", target

@@ -1,10 +1,11 @@
 """Measure the speed of the input pipeline: each stage against bare decode loops, in one run."""
 
 import dataclasses
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from statistics import median
@@ -17,6 +18,7 @@ from jax.sharding import Mesh
 from arcface_jax.config import DataConfig
 from arcface_jax.data import images, opening, pipeline
 from arcface_jax.data.source import Source
+from arcface_jax.errors import DataError, ImageError, UserError
 from arcface_jax.runtime import devices
 
 BARE_PROCESSES = 2
@@ -38,9 +40,18 @@ class Rate(NamedTuple):
     """Median, over the rounds, of the ratio to the bare loops in the same round."""
 
 
+class Measured(NamedTuple):
+    """The rates of all stages, and the damaged images among the sample for the bare loops."""
+
+    rates: list[Rate]
+    damaged: list[ImageError]
+    sampled: int
+    """Number of images in the sample."""
+
+
 def measure(
     data: DataConfig, *, workers: tuple[int, ...], rounds: int = 5, seconds: float = 2.0
-) -> list[Rate]:
+) -> Measured:
     """Measures all stages in turn, round by round, so that all see the same machine load.
 
     Args:
@@ -50,10 +61,22 @@ def measure(
       seconds: time per stage in a round.
 
     Raises:
-      DataError: the training set cannot be opened.
+      UserError: an argument is out of range, the training set cannot be opened or is smaller than
+        a batch, or a decode loop died.
     """
+    if rounds < 1:
+        raise UserError(f"--rounds {rounds} must be 1 or more")
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--seconds {seconds:g} must be above 0: seconds per stage, as 2")
+    if not workers:
+        raise UserError("--workers is empty: name numbers of processes, for instance --workers 0 2")
     source = opening.open_source(data, seed=0)
-    encoded = _encoded(source)
+    if len(source) < data.global_batch_size:
+        raise DataError(
+            f"{data.path} has {len(source)} images, fewer than one batch of "
+            f"{data.global_batch_size}: use --batch-size {len(source)} or less"
+        )
+    encoded, damaged = _encoded(source)
     threads = pipeline.num_threads(data)
     one_device = devices.make(1)
     found: dict[tuple[str, int, int], list[float]] = {}
@@ -69,7 +92,7 @@ def measure(
                     rate = pipeline_rate(source, data, count, device=device, seconds=seconds)
                     found.setdefault((stage, count, threads), []).append(rate)
     reference = next(iter(found.values()))
-    return [
+    rates = [
         Rate(
             *case,
             images_per_second=median(rates),
@@ -77,6 +100,7 @@ def measure(
         )
         for case, rates in found.items()
     ]
+    return Measured(rates, damaged, len(encoded) + len(damaged))
 
 
 def bottleneck(rates: list[Rate]) -> str:
@@ -101,9 +125,22 @@ def bottleneck(rates: list[Rate]) -> str:
     )
 
 
-def _encoded(source: Source) -> list[bytes]:
-    places = np.random.default_rng(0).permutation(len(source))[:_IN_MEMORY]
-    return [source.read(int(place)).data for place in places]
+def _encoded(source: Source) -> tuple[list[bytes], list[ImageError]]:
+    """Reads a sample of the images; returns the intact ones, and the errors of the others.
+
+    Raises:
+      DataError: none is intact.
+    """
+    intact, damaged = [], []
+    for place in np.random.default_rng(0).permutation(len(source))[:_IN_MEMORY].tolist():
+        try:
+            source[place]
+            intact.append(source.read(place).data)
+        except ImageError as error:
+            damaged.append(error)
+    if not intact:
+        raise DataError(f"none of {len(damaged)} sampled images can be read; one is {damaged[0]}")
+    return intact, damaged
 
 
 @contextmanager
@@ -116,18 +153,29 @@ def _bare_loops(encoded: list[bytes], seconds: float) -> Iterator[Callable[[], f
         arguments = (encoded[number::BARE_PROCESSES], seconds, theirs)
         process = context.Process(target=_decode_loop, args=arguments, daemon=True)
         process.start()
+        theirs.close()  # so that `recv` ends with the process
         loops.append((ours, process))
 
     def run() -> float:
-        for pipe, _ in loops:
-            pipe.send(True)
-        return sum(pipe.recv() for pipe, _ in loops)
+        try:
+            for pipe, _ in loops:
+                pipe.send(True)
+            return sum(pipe.recv() for pipe, _ in loops)
+        except (EOFError, OSError) as error:
+            for _, process in loops:
+                process.join(timeout=1)
+            codes = [process.exitcode for _, process in loops if process.exitcode is not None]
+            raise UserError(
+                f"a process of the bare decode loops died (exit code {', '.join(map(str, codes))}):"
+                " if the system ended it for lack of memory, free some"
+            ) from error
 
     try:
         yield run
     finally:
         for pipe, process in loops:
-            pipe.send(False)
+            with suppress(OSError):  # it died
+                pipe.send(False)
             process.join()
 
 
@@ -146,11 +194,15 @@ def _decode_loop(encoded: list[bytes], seconds: float, pipe: Connection) -> None
 
 
 def one_thread(take: Callable[[int], object], length: int, seconds: float) -> float:
-    """Measures calls per second of `take` with the numbers 0 .. length - 1 in shuffled order."""
+    """Measures calls per second of `take` with the numbers 0 .. length - 1 in shuffled order.
+
+    Damaged images count too: training skips them, up to data.max_bad_share.
+    """
     places = np.random.default_rng(0).permutation(length).tolist()
     done, begin = 0, time.perf_counter()
     while (now := time.perf_counter() - begin) < seconds:
-        take(places[done % length])
+        with suppress(ImageError):
+            take(places[done % length])
         done += 1
     return done / now
 

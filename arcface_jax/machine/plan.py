@@ -54,8 +54,6 @@ class Plan(NamedTuple):
     """Backend that compiled the step: `cpu`, or a GPU as CUDA spells it."""
     measured: tuple[int, ...]
     """Global batches that the step was compiled for; the first is the recipe's."""
-    slope: float
-    """Bytes of activations on a device per additional image of the global batch."""
     largest_batch: int
     """Largest valid global batch that fits with the given classes; 0 if none does."""
     largest_classes: int
@@ -157,6 +155,16 @@ def use_cpu_devices(count: int | None) -> None:
     meshes.ask_for_cpu_devices(count)
 
 
+def check_num_classes(given: int) -> None:
+    """Checks --num-classes.
+
+    Raises:
+      UserError: the number is out of range.
+    """
+    if not 1 <= given <= _MOST_CLASSES:
+        raise UserError(f"--num-classes {given} must be 1 to {_MOST_CLASSES} (int32 labels)")
+
+
 def count_classes(data: DataConfig, given: int | None, *, seed: int) -> tuple[int, str]:
     """Returns the number of classes to plan for, and where it comes from.
 
@@ -169,8 +177,7 @@ def count_classes(data: DataConfig, given: int | None, *, seed: int) -> tuple[in
       UserError: the number is out of range, or there is neither a number nor data.
     """
     if given is not None:
-        if not 1 <= given <= _MOST_CLASSES:
-            raise UserError(f"--num-classes {given} must be 1 to {_MOST_CLASSES} (int32 labels)")
+        check_num_classes(given)
         return given, "--num-classes"
     try:
         if not data.path:
@@ -217,6 +224,7 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
         slope,
         batch=batch,
         bn_batch=config.model.bn_batch_size,
+        micro_batches=config.optimizer.micro_batches,
         memory=usable,
         num_devices=mesh.size,
     )
@@ -232,7 +240,6 @@ def make(config: Config, *, num_classes: int, memory: int) -> Plan:
         share=share,
         backend="cpu",
         measured=measured,
-        slope=slope,
         largest_batch=largest,
         largest_classes=most,
         outside={},
@@ -348,7 +355,7 @@ def head_flops(
 
 def second_batch(batch: int, bn_batch: int, *, num_devices: int) -> int:
     """Returns a valid global batch other than the recipe's, at least twice as large."""
-    twice = 2 * batch
+    twice = 2 * batch  # with micro-batches too, for which the recipe's batch is valid
     unit = num_devices * bn_batch
     return twice if twice <= bn_batch else -(-twice // unit) * unit
 
@@ -359,16 +366,31 @@ def largest_batch(
     *,
     batch: int,
     bn_batch: int,
+    micro_batches: int,
     memory: int,
     num_devices: int,
 ) -> int:
-    """Returns the largest batch for the given classes, in one BatchNorm group or several per
-    device.
+    """Returns the largest valid batch for the given classes: whole BatchNorm groups in each
+    micro-batch of a device, or, without micro-batches, a single group over all devices.
+
+    Args:
+      needed: bytes by name at `batch`, with `batch` and `activations`.
+      slope: bytes of activations per additional image. A negative one comes from a compiler that
+        treats the two batches differently; all activations then count as proportional to the batch.
+      batch: the global batch of `needed`.
+      bn_batch: images of a BatchNorm group.
+      micro_batches: slices of a device's share of the batch.
+      memory: bytes of a device.
+      num_devices: number of devices that share the batch.
     """
+    if slope < 0:
+        slope = needed["activations"] / batch
     per_image = slope + needed["batch"] / batch
     limit = max(0, batch + math.floor((memory - sum(needed.values())) / per_image))
-    unit = num_devices * bn_batch
-    return limit // unit * unit or min(limit, bn_batch) // num_devices * num_devices
+    unit = num_devices * micro_batches * bn_batch
+    if limit >= unit or micro_batches > 1:
+        return limit // unit * unit
+    return min(limit, bn_batch) // num_devices * num_devices
 
 
 def largest_classes(

@@ -4,12 +4,11 @@ A kernel takes the longest of three times: a launch, its memory traffic, its pro
 the data sheet's figures are assumptions, which `Assumptions.lines` prints.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from arcface_jax.errors import UserError
 from arcface_jax.machine import gpu, hlo, peaks
-from arcface_jax.machine.hlo import Collective, Kernel, Loop, Part
+from arcface_jax.machine.hlo import Collective, Kernel, Part
 
 # Bytes per second that a GPU sends to the others of its host: half of the bidirectional figure in
 # data sheets. The L40S has PCIe 4.0 x16 and no NVLink.
@@ -146,17 +145,4 @@ def covered(module: hlo.Module, name: str, assumptions: Assumptions) -> float:
             if running and item.kind != "collective":
                 seconds += item.runs * kernel_seconds(item, assumptions)
             running = running or item.name == name
-        elif isinstance(item, Loop):
-            continue
     return 0.0  # it ends where it starts
-
-
-def start_seconds(module: hlo.Module, assumptions: Assumptions) -> Sequence[tuple[str, float]]:
-    """Returns when each collective starts, in modeled seconds from the start of the step."""
-    now, found = 0.0, []
-    for kernel in module.kernels:
-        if kernel.kind == "collective":
-            found.append((kernel.name, now))
-        else:
-            now += kernel.runs * kernel_seconds(kernel, assumptions)
-    return found

@@ -213,6 +213,13 @@ def per_process_name(name: str) -> str:
     return name if is_first() else f"{stem}_{jax.process_index()}{dot}{ending}"
 
 
+def set_deterministic(wanted: bool) -> None:
+    """Makes GPUs sum in a fixed order if wanted; call it before JAX looks at its devices."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if wanted and _DETERMINISTIC not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
+
+
 def start(distributed: DistributedConfig, *, deterministic: bool, compilation_cache: str) -> None:
     """Configures JAX and connects the processes; call it before JAX looks at its devices.
 
@@ -225,9 +232,7 @@ def start(distributed: DistributedConfig, *, deterministic: bool, compilation_ca
     Raises:
       ConfigError: the processes of the run cannot connect.
     """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if deterministic and _DETERMINISTIC not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_DETERMINISTIC}".strip()
+    set_deterministic(deterministic)
     if compilation_cache and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = homes.writable(
             compilation_cache,

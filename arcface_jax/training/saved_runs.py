@@ -93,15 +93,15 @@ def _restore_dataset(
         return config, number, manager.restore(number, args=items)["dataset"]
 
 
-def restore_centers(workdir: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads the newest (C * subcenters, D) float32 class centers, and their SGD momentum.
+def restore_centers(workdir: Path, which: Which = "latest") -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads the (C * subcenters, D) float32 class centers of a run, and their SGD momentum.
 
     The momentum is None for another optimizer, and for imported weights.
 
     Raises:
-      CheckpointError: the folder has no checkpoint, or one without centers.
+      CheckpointError: the folder has no such checkpoint, or one without centers.
     """
-    return _read(workdir, "latest", _restore_centers)
+    return _read(workdir, which, _restore_centers)
 
 
 def _restore_centers(

@@ -58,6 +58,12 @@ def test_model_flops_are_those_that_xla_counts():
         ("NVIDIA A100-SXM4-80GB", "bfloat16", 312e12),
         ("NVIDIA A10G", "float16", 70e12),
         ("NVIDIA L40S", "bfloat16", 362e12),
+        ("NVIDIA A100 80GB PCIe", "bfloat16", 312e12),
+        ("NVIDIA A100-PCIE-40GB", "bfloat16", 312e12),
+        ("NVIDIA L4", "bfloat16", 121e12),
+        ("NVIDIA L40", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),
         ("NVIDIA A100-SXM4-80GB", "float32", None),
         ("cpu", "bfloat16", None),
     ],
@@ -97,6 +103,7 @@ def test_what_cannot_be_run_is_said(tmp_path, capsys):
     cases = {
         "requires CUDA": ["--reference", str(tmp_path)],
         "one device, not 2": ["--against", "torch", "--devices", "2"],
+        "not of --sample-rate 0.1": ["--against", "torch", "--sample-rate", "0.1"],
         "cannot be divided by 3 devices": ["--devices", "3"],
     }
     for words, options in cases.items():

@@ -11,9 +11,12 @@ import pytest
 from commands import result, script
 
 from arcface_jax.cleaning import files, photos
-from arcface_jax.config import DataConfig
+from arcface_jax.config import Config, DataConfig
 from arcface_jax.data.opening import open_source
 from arcface_jax.data.source import Source
+from arcface_jax.errors import UserError
+from arcface_jax.inference import open_model
+from arcface_jax.training import saved_runs
 
 PEOPLE, SHOTS = 40, 6
 TWICE, MIXED, LOST = 3, (5, 6), (9, 2)  # one person as two; two as one; an image under another
@@ -59,6 +62,51 @@ def opened(path: Path) -> Source:
 
 def label_of(source: Source, name: str) -> int:
     return list(source.names or ()).index(name)
+
+
+def test_centers_and_network_are_of_one_checkpoint(model, faces, tmp_path, monkeypatch):
+    read = {}
+
+    def restore_dataset(path, which):
+        assert (path, which) == (model, "best")
+        return Config(), 7, {}
+
+    def restore_centers(path, which):
+        read["centers"] = which
+        return np.ones((opened(faces).num_classes, 4), np.float32), None
+
+    def open_path(path, *, step, **options):
+        read["network"] = step
+        raise UserError("far enough")
+
+    monkeypatch.setattr(saved_runs, "restore_dataset", restore_dataset)
+    monkeypatch.setattr(saved_runs, "restore_centers", restore_centers)
+    monkeypatch.setattr(open_model, "open_path", open_path)
+    words = ("clean", model, "--data", faces, "--level", "centers", "--step", "best")
+    with pytest.raises(SystemExit):
+        run(*words, "--output", tmp_path / "out")
+    assert read == {"centers": 7, "network": 7}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("clean MODEL --data FACES --level centers --find mixed", "--find mixed needs the embedd"),
+        ("clean MODEL --data nowhere", "--data nowhere does not exist: set --data to"),
+        ("overlap nowhere FACES --model MODEL", "A nowhere does not exist: set A to"),
+        ("overlap FACES no_module:name --model MODEL", "B no_module:name: cannot import no_module"),
+        ("overlap FACES no.bin --model MODEL", "name an existing set with B"),
+        ("pairs PAIRS:gone x.bin", "append the folder: PATH "),
+    ],
+)
+def test_errors_name_the_options_of_the_command(model, faces, tmp_path, capsys, words, named):
+    (tmp_path / "pairs.csv").write_text("a.jpg,b.jpg,1\n")
+    named_files = {"MODEL": model, "FACES": faces, "PAIRS:gone": f"{tmp_path / 'pairs.csv'}:gone"}
+    with pytest.raises(SystemExit) as stop:
+        run(*(named_files.get(word, word) for word in words.split()))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert named in message and "--data." not in message and "targets" not in message
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from arcface_jax import cli
-from arcface_jax.commands import recipes
+from arcface_jax.commands import recipes, write_new
 from arcface_jax.config import loading
-from arcface_jax.errors import ConfigError
+from arcface_jax.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +77,20 @@ def test_every_recipe_shows_its_settings_and_stays_the_same_as_a_copy(tmp_path):
     text = recipes.text_of(loading.find_recipe("ms1mv3_r50"))
     assert "learning_rate=0.2," in text and "global_batch_size=1024," in text
     assert text.startswith('"""r50 on MS1MV3') and "94.79 / 96.46" in text
+    assert "import dataclasses" not in recipes.text_of(loading.find_recipe("ms1mv3_mbf_from_r100"))
+
+
+def test_a_failed_copy_leaves_nothing_that_blocks_the_next(tmp_path):
+    (tmp_path / "2").write_text("mine")
+    with pytest.raises(UserError, match="2 exists already"):
+        write_new({tmp_path / "1": b"1", tmp_path / "2": b"2"})
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    (tmp_path / "2").unlink()
+    with pytest.raises(UserError, match=r"cannot write .*File name too long"):
+        write_new({tmp_path / "1": b"1", tmp_path / ("x" * 300): b"2"})
+    with pytest.raises(TypeError):  # an error in the middle of a file
+        write_new({tmp_path / "1": "text"})  # pyright: ignore[reportArgumentType]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_notebooks_are_copied_but_replace_nothing(tmp_path, capsys):

@@ -339,6 +339,12 @@ def test_a_renamed_field_has_one_name_in_what_is_written():
         configs.AugmentConfig(dali_colour=3)  # pyright: ignore[reportCallIssue]  # tested
 
 
+@pytest.mark.parametrize("name", ["nope", "heads__x", "data__nope", "data__path__x"])
+def test_replacing_an_unknown_field_is_a_config_error(name: str):
+    with pytest.raises(ConfigError, match=name.split("__")[-1]):
+        configs.replace(Config(), **{name: 1})
+
+
 def test_changed_settings_are_those_that_differ_from_the_defaults():
     config = configs.replace(Config(), data__path="faces", schedule__decay_epochs=(3, 5))
     assert loading.changed_settings(Config()) == {}

@@ -246,6 +246,11 @@ def test_other_peoples_files_get_a_free_batch(embedder, exported, faces, tmp_pat
     with pytest.raises(Exception, match="Got invalid dimensions"):
         x = np.zeros((2, 3, 112, 112), np.float32)
         onnxruntime.InferenceSession(fixed).run(None, {"input": x})
+    for ignored in (["--opset", "13"], ["--precision", "int8"], ["--targets", "a.bin", "b.bin"]):
+        with pytest.raises(SystemExit):
+            export.main([str(fixed), "--dynamic-batch", "--output", str(free), *ignored])
+        words = " ".join(ignored)
+        assert f"{words} does not go with --dynamic-batch" in capsys.readouterr().err
     assert export.main([str(fixed), "--dynamic-batch", "--output", str(free)]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1][7:])["parity"] < 1e-5
     x = faces.transpose(0, 3, 1, 2).astype(np.float32)

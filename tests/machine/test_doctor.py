@@ -1,5 +1,8 @@
 """scripts/doctor.py on eight CPU devices, and what it would find on a machine with faults."""
 
+import dataclasses
+import os
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -11,6 +14,7 @@ from commands import result, script
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config, loading
+from arcface_jax.data.opening import open_source
 from arcface_jax.errors import UserError
 from arcface_jax.machine import collectives, doctor, gpu, plan
 from arcface_jax.runtime import devices as meshes
@@ -37,13 +41,17 @@ def examine(folder: Path, capsys, *more: str) -> tuple[int, dict, str]:
     return code, result(out), out
 
 
-def test_a_sound_machine_gets_its_bottleneck_named(tmp_path, capsys):
+def test_a_sound_machine_gets_its_bottleneck_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
     more = ("--workdir", str(tmp_path / "new" / "run"), "--seconds", "0.2")
+    more += ("--deterministic", "--distributed.local-devices", "0")
     code, found, out = examine(tmp_path, capsys, *more)
     assert code == 0 and found["fails"] == []
     for name in ("versions", "driver", "data", "memory", "disk", "compute", "traffic"):
         assert name in out
     assert found["devices"] == 8
+    assert "--xla_gpu_deterministic_ops=true" in os.environ["XLA_FLAGS"]
+    assert "--distributed.* are not applied" in out
     # A ring of 8 sends 7/8 of the (16, 32) float32 embeddings, and back.
     assert found["all_gather_bytes"] == found["reduce_scatter_bytes"] == 7 / 8 * 16 * 32 * 4
     parts = ("data_ms", "compute_ms", "head_ms", "all_reduce_ms")
@@ -66,6 +74,109 @@ def test_what_would_make_a_run_fail_is_the_exit_code(tmp_path, capsys, more, nam
     code, found, out = examine(tmp_path, capsys, "--seconds", "0.1", *more)
     assert code == 1 and found["fails"] == [name]
     assert words in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--num-classes", "0"), "--num-classes 0 must be 1 to 2147483647"),
+        (("--num-classes", "2147483648"), "--num-classes 2147483648 must be 1 to 2147483647"),
+        (("--seconds", "nan"), "--seconds nan must be above 0"),
+        (("--seconds", "0"), "--seconds 0 must be above 0"),
+    ],
+)
+def test_bad_options_are_one_message(tmp_path, capsys, more, words):
+    with pytest.raises(SystemExit) as stop:
+        examine(tmp_path, capsys, *more)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_what_the_recipe_names_has_to_exist(tmp_path):
+    there = tmp_path / "there.bin"
+    there.touch()
+    config = configs.replace(
+        Config(workdir=str(tmp_path / "run")),
+        data__path=str(tmp_path),
+        init_from=str(there),
+        distill__teacher=str(there),
+        evaluation__targets=("there.bin", "synthetic", "arcface_jax.testing:check_head"),
+    )
+    assert doctor.check_files(config).verdict == "ok"
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    missing = configs.replace(
+        config,
+        init_from=str(tmp_path / "empty"),
+        distill__teacher="nowhere.onnx",
+        evaluation__targets=("there.bin", "ther.bin", "pairs.txt:faces", "no_such_module:it"),
+    )
+    check = doctor.check_files(missing)
+    assert check.verdict == "fails"
+    for words in (
+        f"init_from {tmp_path / 'empty'} does not exist",
+        "distill.teacher nowhere.onnx does not exist",
+        "did you mean there.bin?",
+        "no list of pairs at",
+        "cannot import no_such_module",
+    ):
+        assert words in check.words
+    assert "there.bin does not exist" not in check.words
+    # Without data, relative targets cannot be found.
+    unknown = configs.replace(config, data__path="", evaluation__targets=("ther.bin",))
+    assert doctor.check_files(unknown).verdict == "ok"
+
+
+def test_fewer_images_than_a_batch_do_if_it_is_padded():
+    noise = configs.NoiseConfig(classes=3, images=18)
+    data = configs.DataConfig(path="noise", noise=noise, global_batch_size=50, last_batch="pad")
+    source = open_source(data, seed=0)
+    assert doctor.check_data(data, source, seconds=0.02).verdict == "ok"
+    with pytest.raises(UserError, match="18 images, fewer than one batch of 50"):
+        doctor.check_data(dataclasses.replace(data, last_batch="drop"), source, seconds=0.02)
+
+
+def test_checkpoints_that_exist_need_no_more_room(tmp_path, monkeypatch):
+    def check(free: int, keep: int = 2) -> str:
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+        settings = configs.CheckpointConfig(keep=keep)
+        return doctor.check_disk(tmp_path, settings, {"parameters": 100}, meshes.make(1)).verdict
+
+    monkeypatch.setattr(doctor, "_disk_speed", lambda folder: (1e9, 1e9))
+    assert (check(299), check(300)) == ("fails", "ok")
+    for step in ("10", "20"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+        (tmp_path / "checkpoints" / step / "arrays").write_bytes(bytes(100))
+    assert (check(99), check(100)) == ("fails", "ok")
+    assert (check(99, keep=1), check(100, keep=1)) == ("fails", "ok")  # written before one goes
+
+
+def test_a_measured_step_holds_one_state(monkeypatch):
+    class State:
+        """Stands for the arrays of a state."""
+
+    alive: list[weakref.ref] = []
+
+    def made() -> State:
+        state = State()
+        alive.append(weakref.ref(state))
+        return state
+
+    def run(state, batch):
+        assert sum(ref() is not None for ref in alive) == 1
+        return state, {}
+
+    packing = SimpleNamespace(pack=lambda state: made())
+    fakes = {
+        "init_state": lambda *a, **k: made(),
+        "make_packing": lambda *a: packing,
+        "make_train_step": lambda *a, **k: run,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(doctor.step, name, fake)
+    monkeypatch.setattr(doctor.jax, "block_until_ready", lambda tree: tree)
+    config = configs.replace(Config(), data__global_batch_size=2)
+    doctor.measure_step(config, num_classes=9, mesh=meshes.make(1), repeats=1)
+    assert len(alive) == 2
 
 
 def test_the_versions_are_those_that_a_run_writes():

@@ -12,6 +12,7 @@ from arcface_jax import config as configs
 from arcface_jax.config import Config
 from arcface_jax.machine import gpu, gpu_plan, plan
 from arcface_jax.machine.gpu import Program
+from arcface_jax.training import validation
 
 GIB = 2**30
 CONFIG = configs.replace(
@@ -71,8 +72,10 @@ def compiler(monkeypatch) -> FakeCompiler:
     return found
 
 
-def made(classes: int = 1_000_000, memory: int | None = 16 * GIB) -> plan.Plan:
-    return gpu_plan.make(CONFIG, num_classes=classes, name="h100", memory=memory)
+def made(
+    classes: int = 1_000_000, memory: int | None = 16 * GIB, config: Config = CONFIG
+) -> plan.Plan:
+    return gpu_plan.make(config, num_classes=classes, name="h100", memory=memory)
 
 
 def test_memory_is_named_and_held_against_jaxs_share(compiler):
@@ -101,6 +104,24 @@ def test_the_largest_batch_is_compiled_and_the_next_one_would_not_fit(compiler):
     assert largest in [call.batch for call in compiler.calls if call.part == "step"]
     assert total(largest) <= found.usable < total(largest + 64)
     assert found.measured[:2] == (64, 128) and largest in found.measured[2:]
+
+
+def test_with_micro_batches_every_compiled_batch_is_valid(compiler):
+    config = configs.replace(
+        CONFIG,
+        workdir="-",
+        data__path="-",
+        data__global_batch_size=8 * 8 * 3,
+        optimizer__micro_batches=3,
+    )
+    largest = made(config=config).largest_batch
+    steps = [call.batch for call in compiler.calls if call.part == "step"]
+    assert largest in steps and len(steps) > 2
+    for batch in steps:
+        sized = configs.replace(config, data__global_batch_size=batch)
+        validation.validate(sized, num_devices=8)
+    # Without room for a batch that can be sliced, a smaller one does not help.
+    assert made(config=config, memory=3 * GIB // 2).largest_batch == 0
 
 
 def test_the_most_classes_are_compiled_too(compiler):
@@ -141,6 +162,7 @@ def test_the_command_prints_tables_and_writes_a_picture(compiler, monkeypatch, t
         'model=c.ModelConfig(network="r_tiny", bn_batch_size=8))\n'
     )
     more = ("--num-classes", "1000000", "--memory", "16", "--output", str(tmp_path / "plan"))
+    more += ("--data.path", "nowhere", "--distill.teacher", "any.onnx")
     assert script("plan").main([str(recipe), *more]) == 0
     text = capsys.readouterr().out
     for words in (
@@ -151,6 +173,7 @@ def test_the_command_prints_tables_and_writes_a_picture(compiler, monkeypatch, t
         "TF_CUDNN_WORKSPACE_LIMIT_IN_MB",
         "images/s on 8 GPU(s)",
         "compiled with jax-cuda12-plugin 1.2.3",
+        "teacher's cache: its disk space is unknown without the data (data.path nowhere does not",
     ):
         assert words in text
     outcome = result(text)

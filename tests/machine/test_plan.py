@@ -130,6 +130,22 @@ def test_the_largest_batch_is_valid_and_as_large_as_a_direct_compile_says(planne
     assert rest + 1.1 * direct * (largest + unit) / largest > memory
 
 
+def largest(slope: float, *, memory: int, **changes: int) -> int:
+    """Of a run with 100 bytes at batch 32, of which 64 are activations and 32 the batch."""
+    needed = {"rest": 4, "activations": 64, "batch": 32}
+    sizes = {"batch": 32, "bn_batch": 16, "micro_batches": 1, "num_devices": 2, **changes}
+    return plan.largest_batch(needed, slope, memory=memory, **sizes)
+
+
+def test_the_largest_batch_has_whole_groups_in_each_slice():
+    assert [largest(2.0, memory=memory) for memory in (100, 195, 196, 55, 9)] == [32, 32, 64, 16, 0]
+    assert largest(2.0, memory=484, micro_batches=2) == 128  # 160 without
+    assert largest(2.0, memory=100, micro_batches=2) == 0
+    # The activations shrink in the second measurement: no reason to name more than what fits.
+    assert largest(-4.0, memory=99) == 16
+    assert largest(-4.0, memory=196) == 64
+
+
 def test_the_most_classes_fill_the_memory(planned):
     outcome = planned.outcome
     each = 2 * D * 4 / DEVICES  # a center and its momentum
