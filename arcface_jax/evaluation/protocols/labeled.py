@@ -190,9 +190,13 @@ def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
       DataError: it is damaged or has other arrays.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            held = list(arrays.files)
-            found = {name: arrays[name] for name in _ARRAYS if name in held}
+        with path.open("rb") as file:  # which np.load leaves open after an error
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("it is a single array, as in a .npy file")
+            with arrays:
+                held = list(arrays.files)
+                found = {name: arrays[name] for name in _ARRAYS if name in held}
     except Exception as error:  # many types, as the zip archive or the headers in it are damaged
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
         raise DataError(
