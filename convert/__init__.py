@@ -1,7 +1,7 @@
 """Conversion commands for a checkout: `python -m convert.to_torch` and others.
 
-The code is in `arcface_jax.convert`. Importing a module from here still works, with a warning, and
-stops working in the release after 0.2.
+The code is in `arcface_jax.convert`. Importing its modules from here still works, with a warning,
+and stops working in the release after 0.2.
 """
 
 import importlib
@@ -24,10 +24,17 @@ def moved(name: str) -> ModuleType:
     """Returns the present module of `convert.NAME`, with a warning.
 
     Raises:
-      ModuleNotFoundError: there never was such a module.
+      ModuleNotFoundError: there is no such module, or no longer.
     """
     new = _ELSEWHERE.get(name, f"arcface_jax.convert.{name}")
-    module = importlib.import_module(new)
+    try:
+        module = importlib.import_module(new)
+    except ModuleNotFoundError as error:
+        if error.name != new:
+            raise
+        raise ModuleNotFoundError(
+            f"convert.{name} has no successor: the modules are now in arcface_jax.convert", name=new
+        ) from None
     warnings.warn(
         f"convert.{name} is now {new}; the old name goes with the release after 0.2",
         DeprecationWarning,
@@ -46,6 +53,12 @@ class _Moved(MetaPathFinder, Loader):
     def exec_module(self, module: ModuleType) -> None:
         name = module.__name__
         sys.modules[name] = moved(name.rpartition(".")[2])
+
+    def get_code(self, fullname: str) -> None:
+        """Refuses `python -m convert.NAME`, which reports the message in one line."""
+        raise ImportError(
+            f"{fullname} is not a command: use `arcface-jax import` or `arcface-jax export`"
+        )
 
 
 sys.meta_path.append(_Moved())

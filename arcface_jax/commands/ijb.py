@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes
 from arcface_jax.commands import Result, command, console
 from arcface_jax.config import DistributedConfig, command_line
 from arcface_jax.config.choices import IjbProtocol
+from arcface_jax.errors import UserError
 from arcface_jax.inference.open_model import ModelChoice, open_model
 
 
@@ -68,11 +69,13 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax ijb") -> Result:
     results = [ijb.evaluate(ijb_set, extracted, option) for option in options]
     console().print(*ijb_tables.tables(results), *ijb_tables.remarks(results[0]), sep="\n")
     report = arguments.output / f"{arguments.protocol}.json"
-    write_atomic(
-        report, strict_json.dumps([result.summary() for result in results], indent=2) + "\n"
-    )
     picture = report.with_name(f"{arguments.protocol}_roc.png")
     curves = {result.options.label: result.curve for result in results}
-    roc_plot.draw(curves, title=f"{arguments.protocol}, pairs of templates", path=picture)
+    summary = strict_json.dumps([result.summary() for result in results], indent=2) + "\n"
+    try:
+        write_atomic(report, summary)
+        roc_plot.draw(curves, title=f"{arguments.protocol}, pairs of templates", path=picture)
+    except OSError as error:
+        raise UserError(f"cannot write to {arguments.output}: {error.strerror}") from error
     metrics = {name: value for result in results for name, value in result.metrics().items()}
     return Result(metrics, [report, picture])

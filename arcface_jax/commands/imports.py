@@ -7,6 +7,7 @@ arcface-jax import centers read FOLDER --output centers.npy
 arcface-jax import centers write centers.npy --output FOLDER --ranks 8 --layout 2021
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -188,6 +189,12 @@ def centers(words: Sequence[str], *, prog: str = "arcface-jax import centers") -
         found = center_files.read(arguments.source)
         files = center_files.write(
             arguments.output, found, ranks=arguments.ranks, layout=arguments.layout
+        )
+    if found.momentum is not None and (isinstance(arguments, Read) or arguments.layout != "2021"):
+        print(
+            "note: the momentum of the centers was not written: only --layout 2021 has a file "
+            "for it",
+            file=sys.stderr,
         )
     classes, size = found.rows.shape
     written = f"{len(files)} files" if len(files) > 1 else str(files[0])

@@ -75,6 +75,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax protocol") -> Result:
 def _run(arguments: Arguments, counts: dict[str, int]) -> "Report":
     """Runs the protocol; `counts` gets the account of the images, for RESULT."""
     from arcface_jax.data.pairs.opening import open_for_runs
+    from arcface_jax.evaluation import roc
     from arcface_jax.evaluation.protocols import labeled, reports
 
     protocol, options = arguments.protocol, arguments.options
@@ -114,4 +115,5 @@ def _run(arguments: Arguments, counts: dict[str, int]) -> "Report":
                 counts.update(one.counts())
             return reports.compared_groups(model, sets)
         case "all-to-all":
+            roc.check_fars(options.fars)  # before hours of embedding
             return reports.all_pairs(read("data"), fars=options.fars)

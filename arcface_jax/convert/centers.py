@@ -13,7 +13,7 @@ from arcface_jax.convert import weight_files
 from arcface_jax.convert.torch_files import Entry
 from arcface_jax.errors import UserError
 from arcface_jax.runtime import foreign
-from arcface_jax.runtime.files import atomic, atomic_files
+from arcface_jax.runtime.files import atomic, require_place
 from arcface_jax.training import checkpoint, saved_runs
 
 # File names of a rank, by layout. 2021 has a bare tensor, and the momentum in a separate file;
@@ -61,10 +61,10 @@ def read(source: Path, *, num_classes: int | None = None) -> Centers:
 def write(folder: Path, centers: Centers, *, ranks: int, layout: CenterLayout) -> list[Path]:
     """Writes a file per GPU, or two in 2021's layout, and returns their paths.
 
-    In 2021's layout, an unknown momentum is written as zero.
+    In 2021's layout, an unknown momentum is written as zero. The other layouts have none.
 
     Raises:
-      UserError: there are fewer classes than GPUs, or a file already exists.
+      UserError: there are fewer classes than GPUs, a file already exists, or one cannot be written.
     """
     if not 1 <= ranks <= len(centers.rows):
         raise UserError(f"--ranks {ranks} must be 1 to {len(centers.rows)}, the number of classes")
@@ -79,13 +79,17 @@ def write(folder: Path, centers: Centers, *, ranks: int, layout: CenterLayout) -
         else:
             state = {"weight": rows}
             contents[path] = {_HEAD_KEY: state} if layout == "head" else state
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file: name a folder for the files of the GPUs")
     there = [str(path) for path in contents if path.exists()]
     if there:
         raise UserError(f"there already: {', '.join(there)}; name another --output")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
     for path, content in contents.items():
-        with atomic_files(path) as part:
-            torch.save(content, part)
+        weight_files.write_torch(path, content)
     return list(contents)
 
 
@@ -93,12 +97,16 @@ def write_array(path: Path, centers: Centers) -> Path:
     """Writes the rows as a .npy file of (C, D) float32; returns its path.
 
     Raises:
-      UserError: the name does not end in .npy.
+      UserError: the name does not end in .npy, or the file cannot be written.
     """
     if path.suffix != ".npy":
         raise UserError(f"--output {path} must end in .npy")
-    with atomic(path, "wb") as file:
-        np.save(file, centers.rows)
+    require_place(path)
+    try:
+        with atomic(path, "wb") as file:
+            np.save(file, centers.rows)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
     return path
 
 

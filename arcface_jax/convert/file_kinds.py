@@ -33,7 +33,6 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\b")
 # The first bytes of torch.save before PyTorch 1.6: its magic number as a pickle.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x8a\x0a" + LEGACY_MAGIC.to_bytes(10, "little")
-_CUT = (EOFError, struct.error)
 _ZIP_START = b"PK\x03\x04"
 _HEAD = 4096
 

@@ -7,7 +7,6 @@ from arcface_jax import config, errors
 from arcface_jax.convert import centers as center_files
 from arcface_jax.convert import parity, state_dicts, weight_files, weights
 from arcface_jax.convert.state_dicts import Where
-from arcface_jax.models import registry
 from arcface_jax.training import checkpoint
 from arcface_jax.training.network import Network
 
@@ -38,14 +37,14 @@ def convert(weight: Path, where: Where, output: Path, *, centers: Path | None = 
     found = state_dicts.find(weight_files.contents(weight), where, source=str(weight))
     network = found.network
     params, batch_stats = weights.arrays_of(found)
-    size = registry.embedding_size(found.state) or 0
+    backbone = Network(network, params, batch_stats, batch_size=16, devices=1)
+    size = backbone.embedding_size
     rows = None if centers is None else center_files.read(centers).rows
     if rows is not None and rows.shape[1] != size:
         raise errors.UserError(
             f"{centers} has centers of length {rows.shape[1]}, and {weight} has embeddings of "
             f"length {size}: they are from different training runs"
         )
-    backbone = Network(network, params, batch_stats, batch_size=16, devices=1)
     # The file's own tensors, plus the batch counters that files of old torch lack.
     whole = weights.to_state_dict(params, batch_stats) | found.state
     error = parity.check(backbone, whole, network=network)

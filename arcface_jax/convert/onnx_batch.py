@@ -10,7 +10,7 @@ from arcface_jax.convert import onnx_input, parity
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.convert.packages import require
 from arcface_jax.errors import UserError
-from arcface_jax.runtime.files import atomic_files
+from arcface_jax.runtime.files import atomic_files, require_place
 
 BATCH = "batch"
 _BATCHES = (1, 3, 64)
@@ -33,19 +33,20 @@ def free(source: Path, output: Path, *, options: OnnxOptions) -> float:
       UserError: `source` is not a face model, its graph fixes the batch in a way that cannot be
         rewritten, or the file cannot be written.
     """
+    require_place(output)
     onnx = require("onnx")
     original = onnx_embedder(source, batch_size=1, options=options)
     faces = parity.drawn_faces(max(_BATCHES))
     expected = np.concatenate([original(face[None]) for face in faces])
     model = onnx.load(str(source))
     _rewrite(model.graph)
-    if not output.parent.is_dir():
-        raise UserError(f"cannot write {output}: there is no folder {output.parent}")
-    with atomic_files(output) as part:
-        onnx.save(
-            model, part, save_as_external_data=model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF
-        )
-        return max(_check(part, faces[:size], expected[:size], options) for size in _BATCHES)
+    large = model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF
+    try:
+        with atomic_files(output) as part:
+            onnx.save(model, part, save_as_external_data=large)
+            return max(_check(part, faces[:size], expected[:size], options) for size in _BATCHES)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
 
 
 def _check(path: Path, faces: np.ndarray, expected: np.ndarray, options: OnnxOptions) -> float:

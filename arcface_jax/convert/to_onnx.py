@@ -18,7 +18,7 @@ from arcface_jax.data.pairs.opening import open_targets
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.verification import Verification
-from arcface_jax.runtime.files import atomic_files, write_atomic
+from arcface_jax.runtime.files import atomic_files, require_place, write_atomic
 from arcface_jax.training.network import Network
 
 # Largest relative difference that counts as rounding; above it the export is refused.
@@ -58,24 +58,33 @@ def export(
     Raises:
       UserError: packages are missing, the embeddings differ, or the file cannot be written.
     """
+    require_place(output)
     form = form or Form()
     form.check()
     if (precision == "int8") != (calibration is not None):
         raise UserError("--precision int8 and --calibration FOLDER go together")
     parity.require_finite(model)
-    if not output.parent.is_dir():
-        raise UserError(f"cannot write {output}: there is no folder {output.parent}")
+    try:
+        with atomic_files(output) as path:  # the graph refers to external data by the file's name
+            return _write(path, model, form, precision=precision, calibration=calibration)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror or error}") from error
+
+
+def _write(
+    path: Path, model: Network, form: Form, *, precision: Precision, calibration: np.ndarray | None
+) -> Exported:
+    """Writes the graph and checks it."""
     layers = []
-    with atomic_files(output) as path:  # the graph refers to external data by the file's name
-        onnx_graph.write(path, model, form)
-        if precision == "float16":
-            onnx_precision.to_float16(path)
-        elif calibration is not None:
-            layers = onnx_precision.to_int8(path, calibration)
-        faces = parity.drawn_faces() if calibration is None else calibration[:16]
-        error = check(path, model, faces, bound=_BOUNDS[precision])
-        if precision == "int8" or error > _SAME_MODEL:
-            onnx_graph.disown(path)
+    onnx_graph.write(path, model, form)
+    if precision == "float16":
+        onnx_precision.to_float16(path)
+    elif calibration is not None:
+        layers = onnx_precision.to_int8(path, calibration)
+    faces = parity.drawn_faces() if calibration is None else calibration[:16]
+    error = check(path, model, faces, bound=_BOUNDS[precision])
+    if precision == "int8" or error > _SAME_MODEL:
+        onnx_graph.disown(path)
     return Exported(error, layers)
 
 

@@ -18,7 +18,7 @@ from arcface_jax import errors
 from arcface_jax.convert import parity
 from arcface_jax.convert.packages import require
 from arcface_jax.data.images import IMAGE_SIZE
-from arcface_jax.runtime.files import write_atomic
+from arcface_jax.runtime.files import require_place, write_atomic
 from arcface_jax.training import step
 from arcface_jax.training.network import Network
 
@@ -37,6 +37,7 @@ def export(model: Network, output: Path) -> float:
       UserError: the network is too large for the format, the embeddings differ, or the file cannot
         be written.
     """
+    require_place(output)
     parity.require_finite(model)
     arrays = [np.asarray(a) for a in (*model.params.values(), *model.batch_stats.values())]
     if sum(array.nbytes for array in arrays) > _LARGEST_FILE:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from arcface_jax.convert import parity, twins, weight_files, weights
 from arcface_jax.evaluation import model_input
+from arcface_jax.runtime.files import require_place
 from arcface_jax.training.network import Network
 
 
@@ -19,6 +20,7 @@ def export(workdir: Path, output: Path) -> float:
       UserError: the workdir cannot be read, the network has no torch twin, weights are not finite,
         the embeddings differ, or the file cannot be written.
     """
+    require_place(output)
     model = Network.from_workdir(workdir, devices="own")  # other processes may have ended
     twins.require(model.network)
     parity.require_finite(model)

@@ -106,7 +106,7 @@ def no_tensors(found: Contents, source: str) -> str:
 
 
 def tensors(entries: dict[str, Entry | Unusable], held: Contents, *, source: str) -> StateDict:
-    """Reads tensors, each as a separate copy.
+    """Reads tensors, contiguous on the CPU; those that are in memory already may not be copied.
 
     Raises:
       UserError: a tensor's kind is not supported, or their total size exceeds the file's.
@@ -162,15 +162,33 @@ def write(path: Path, state: StateDict, *, metadata: Mapping[str, str] | None = 
     Raises:
       UserError: the file cannot be written.
     """
+    if path.suffix != ".safetensors":
+        write_torch(path, state)
+        return
+    save = require("safetensors.torch").save_file
     try:
         with atomic_files(path) as part:
-            if path.suffix == ".safetensors":
-                known = {"format": "pt", **(metadata or {})}
-                require("safetensors.torch").save_file(state, part, metadata=known)
-            else:
-                torch.save(state, part)
+            save(state, part, metadata={"format": "pt", **(metadata or {})})
+    except (OSError, RuntimeError, require("safetensors").SafetensorError) as reason:
+        raise _unwritable(path, reason) from reason
+
+
+def write_torch(path: Path, content: object) -> None:
+    """Writes any content atomically with torch.save.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    try:
+        with atomic_files(path) as part:
+            torch.save(content, part)
     except (OSError, RuntimeError) as reason:
-        raise UserError(f"cannot write {path}: {reason}") from reason
+        raise _unwritable(path, reason) from reason
+
+
+def _unwritable(path: Path, reason: Exception) -> UserError:
+    text = getattr(reason, "strerror", None) or str(reason).partition("\n")[0][:200]
+    return UserError(f"cannot write {path}: {text}")
 
 
 def _dicts(

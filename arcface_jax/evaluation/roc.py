@@ -157,6 +157,17 @@ def eer(curve: Roc) -> float:
     return (low * after + high * before) / (different * (before + after))
 
 
+def check_fars(fars: Sequence[float]) -> None:
+    """Checks FAR targets.
+
+    Raises:
+      DataError: one is outside (0, 1).
+    """
+    for far in fars:
+        if not 0 < far < 1:
+            raise DataError(f"a FAR target must be between 0 and 1, such as 1e-3, got {far}")
+
+
 def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) -> list[TarAtFar]:
     """Returns, for each target, the largest TAR among thresholds whose FAR does not exceed it.
 
@@ -192,9 +203,7 @@ def tar_at_far(score: np.ndarray, same: np.ndarray, *, fars: Sequence[float]) ->
     """
     score, same = checked(score, same)
     check_both_kinds(same)
-    for far in fars:
-        if not 0 < far < 1:
-            raise DataError(f"a FAR target must be between 0 and 1, such as 1e-3, got {far}")
+    check_fars(fars)
     genuine, impostor = score[same], score[~same]
     begin = len(impostor) - 1 - max((allowed(far, len(impostor)) for far in fars), default=0)
     top = np.sort(np.partition(impostor, begin)[begin:])

@@ -11,7 +11,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from arcface_jax.data import faces
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.embed import Embed
 from arcface_jax.runtime import foreign, sealed
 from arcface_jax.runtime.files import PART, write_atomic
@@ -322,18 +322,22 @@ def extract(
       folder: folder of the shards; created if missing.
       settings: what the embeddings depend on: network and list of images; plain JSON.
       flip: whether f(flipped image) is wanted too.
-      threads: that read images.
+      threads: that read images; at least 1.
       host_rows: with several hosts, the rows of a shard that this one reads.
       progress: called with the number of finished images after each shard.
 
     Raises:
       DataError: the folder has embeddings of another network, list or kind, an image cannot be
         read, or an embedding is not finite.
+      UserError: the folder cannot be written, or there are no threads.
     """
+    if threads < 1:
+        raise UserError(f"--threads {threads} must be at least 1: images are read in threads")
     count = len(names)
     first_host = jax.process_index() == 0
     store = Store(folder)
-    views = _agreed_views(store, {**settings, "images": count}, flip=flip, write=first_host)
+    with _writing(folder):
+        views = _agreed_views(store, {**settings, "images": count}, flip=flip, write=first_host)
     starts = range(0, count, ROWS)
     missing = of_first_host(store.missing(len(starts), report=first_host), len(starts))
     progress(count - sum(min(ROWS, count - starts[number]) for number in missing))
@@ -362,9 +366,19 @@ def extract(
             shard = _embed_views(embed, images, views=views)
             _check_finite(shard, names[starts[number] : starts[number] + len(shard)])
             if first_host:
-                store.write(number, shard)
+                with _writing(folder):
+                    store.write(number, shard)
             progress(count - sum(min(ROWS, count - starts[n]) for n in missing[place + 1 :]))
     return Features(store, count)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Reports a write error of the system as a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def _embed_views(embed: Embed, images: np.ndarray, *, views: int) -> np.ndarray:

@@ -148,13 +148,12 @@ class Gallery:
         for start in range(0, len(unit), _QUERIES):
             part = unit[start : start + _QUERIES]
             for i, rows in enumerate(self._candidates(part, k), start):
-                best, at = self._best(rows, unit[i], k)
-                if len(best) < k:
+                if len(rows) < k:
                     raise DataError(
                         f"{self.folder} has embeddings or scales that are not finite: build "
                         "the gallery again"
                     )
-                score[i], found[i] = best, at
+                score[i], found[i] = self._best(rows, unit[i], k)
         names = self.names
         return Matches(score, found, [[names[j] for j in rows] for rows in found])
 
@@ -273,6 +272,8 @@ class _Kept:
         if len(best) >= parts[0]._k:
             least = best[parts[0]._k - 1]
         found = [pair for part in parts for pair in part._parts]
+        if not found:  # no score is a number
+            return np.empty(0, np.int64)
         rows = np.concatenate([rows for rows, _ in found])
         upper = np.concatenate([upper for _, upper in found])
         return rows[upper >= least]

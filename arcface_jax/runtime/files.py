@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from arcface_jax.errors import CheckpointError
+from arcface_jax.errors import CheckpointError, UserError
 
 PART = ".part"
 """Suffix of everything that is being written."""
@@ -41,6 +41,18 @@ _FIXES = {
 _IN_TEXT = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
 _UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"
 _STEP = re.compile(r"0|[1-9][0-9]*", re.ASCII)
+
+
+def require_place(path: Path) -> None:
+    """Checks, before slow work, that a path can be the name of a new file.
+
+    Raises:
+      UserError: it is a folder, or its folder does not exist.
+    """
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
 
 
 def write_atomic(path: Path, content: str | bytes, *, durable: bool = True) -> None:

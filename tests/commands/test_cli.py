@@ -1,5 +1,6 @@
 """The command `arcface-jax`: what it offers, how fast it answers, and what it accepts."""
 
+import importlib
 import json
 import os
 import resource
@@ -215,6 +216,18 @@ def test_the_commands_of_convert_work_in_a_checkout(module: str, usage: str):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"usage: python -m {module}" in done.stdout and usage in done.stdout
+
+
+def test_a_module_of_convert_that_is_no_command_is_one_line():
+    command = [sys.executable, "-m", "convert.from_onnx", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "convert.from_onnx is not a command: use `arcface-jax import`" in done.stderr
+
+
+def test_a_module_of_convert_without_a_successor_is_named():
+    with pytest.raises(ModuleNotFoundError, match=r"convert\.trained has no successor"):
+        importlib.import_module("convert.trained")
 
 
 def test_imports_from_convert_work_with_a_warning():

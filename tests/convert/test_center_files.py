@@ -1,6 +1,7 @@
 """Class centers: arcface_torch's files of three generations, for any number of GPUs."""
 
 import collections
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +90,35 @@ def test_the_command_goes_there_and_back(tmp_path, capsys):
     imports.centers(["write", str(tmp_path / "c.npy"), *written])
     assert '"classes": 11, "embedding_size": 6' in capsys.readouterr().out.splitlines()[-1]
     np.testing.assert_array_equal(centers.read(tmp_path / "new").rows, ROWS)
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path, capsys):
+    np.save(tmp_path / "c.npy", ROWS)
+    (tmp_path / "folder.npy").mkdir()
+    for output, expected in (
+        (tmp_path / "none" / "c.npy", "there is no folder"),
+        (tmp_path / "folder.npy", "it is a folder"),
+        ("/proc/c.npy", "cannot write /proc/c.npy: "),
+    ):
+        with pytest.raises(SystemExit):
+            imports.centers(["read", str(tmp_path / "c.npy"), "--output", str(output)])
+        assert expected in capsys.readouterr().err
+    for folder, expected in (
+        (tmp_path / "c.npy", "is a file: name a folder"),
+        (tmp_path / "c.npy" / "below", "cannot write .*below: Not a directory"),
+        (Path("/proc"), "cannot write /proc/checkpoint_gpu_0.pt: "),
+    ):
+        with pytest.raises(UserError, match=expected) as error:
+            centers.write(folder, Centers(ROWS), ranks=2, layout="head")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["2021", "2022", "head"])
+def test_momentum_that_is_not_written_is_announced(tmp_path, capsys, layout):
+    as_reference_does(tmp_path, "2021", 2)
+    out = ["--output", str(tmp_path / "new"), "--ranks", "3", "--layout", layout]
+    imports.centers(["write", str(tmp_path), *out])
+    assert ("momentum" in capsys.readouterr().err) == (layout != "2021")
 
 
 def test_missing_and_strange_files_are_named(tmp_path):

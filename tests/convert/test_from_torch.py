@@ -1,7 +1,10 @@
 """A released backbone as a workdir: read by everything, resumed by nothing, checked first."""
 
+import resource
+import signal
 from pathlib import Path
 
+import headed_network
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,15 @@ from commands import result, script
 
 from arcface_jax import config as configs
 from arcface_jax.commands import imports
-from arcface_jax.convert import centers, from_torch, parity, to_torch, weight_files, weights
+from arcface_jax.convert import (
+    centers,
+    from_torch,
+    parity,
+    to_torch,
+    twins,
+    weight_files,
+    weights,
+)
 from arcface_jax.convert.state_dicts import Where
 from arcface_jax.errors import CheckpointError, UserError
 from arcface_jax.models import registry
@@ -81,6 +92,31 @@ def test_evaluation_reads_it(imported, pairs_file, capsys):
     argv = ["--checkpoint", str(imported), "--targets", str(pairs_file), "--batch-size", "16"]
     script("evaluate").main(argv)
     assert 0 <= result(capsys.readouterr().out)["eval/few/accuracy"] <= 1
+
+
+def test_a_network_with_a_last_layer_of_any_name(tmp_path):
+    made = twins.build(headed_network.NAME, embedding_size=512)
+    torch.save(made.state_dict(), tmp_path / "b.pth")
+    where = Where(network=headed_network.NAME)
+    from_torch.convert(tmp_path / "b.pth", where, tmp_path / "W")
+    assert checkpoint.read_config(tmp_path / "W").model.embedding_size == 512
+    embedder = Network.from_workdir(tmp_path / "W", batch_size=16, devices=1)
+    faces = parity.drawn_faces()
+    assert parity.largest_error(embedder(faces), parity.torch_embeddings(made, faces)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_weights_past_the_file_size_limit_are_one_line(tmp_path, name):
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(UserError, match=f"cannot write .*{name}: ") as error:
+            weight_files.write(tmp_path / name, {"a": torch.zeros(5000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_what_exists_stays(state, tmp_path):

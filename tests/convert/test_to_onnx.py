@@ -1,6 +1,7 @@
 """ONNX files: JAX's embeddings at any batch, and accepted by insightface's own client."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,8 @@ import onnxruntime
 import pytest
 
 from arcface_jax.commands import export
-from arcface_jax.convert import onnx_graph, parity, to_onnx
+from arcface_jax.config.choices import OnnxOptions
+from arcface_jax.convert import onnx_batch, onnx_graph, parity, to_onnx, to_stablehlo, to_torch
 from arcface_jax.convert.onnx_graph import Form
 from arcface_jax.convert.onnx_runner import onnx_embedder
 from arcface_jax.errors import UserError
@@ -153,6 +155,28 @@ def test_what_cannot_be_done_is_said_before(embedder, exported, tmp_path):
         to_onnx.export(embedder, tmp_path / "none" / "m.onnx")
     with pytest.raises(UserError, match="exported already"):
         open_network(ModelChoice(onnx=exported[1]))
+
+
+def test_a_folder_as_output_is_refused_first(embedder, exported, tmp_path, monkeypatch):
+    def slow(*_, **__):
+        pytest.fail("slow work before the check of the output")
+
+    monkeypatch.setattr(parity, "drawn_faces", slow)
+    monkeypatch.setattr(onnx_graph, "write", slow)
+    free = lambda output: onnx_batch.free(exported[1], output, options=OnnxOptions())  # noqa: E731
+    for write in (partial(to_onnx.export, embedder), partial(to_stablehlo.export, embedder), free):
+        with pytest.raises(UserError, match=f"cannot write {tmp_path}: it is a folder"):
+            write(tmp_path)
+    with pytest.raises(UserError, match="it is a folder"):
+        to_torch.export(tmp_path / "none", tmp_path)
+    with pytest.raises(UserError, match=r"cannot write /proc/x\.onnx: "):
+        to_onnx.export(embedder, Path("/proc/x.onnx"))
+
+
+def test_a_file_that_cannot_be_freed_in_place_is_one_line(exported, monkeypatch):
+    monkeypatch.setattr(onnx_batch, "_BATCHES", (1,))
+    with pytest.raises(UserError, match=r"cannot write /proc/x\.onnx: "):
+        onnx_batch.free(exported[1], Path("/proc/x.onnx"), options=OnnxOptions())
 
 
 OPSETS = [13, 15, 17, 18, onnx.defs.onnx_opset_version()]

@@ -13,7 +13,7 @@ from commands import wait_until
 from damage import DAMAGES, extra_file, folder_in_place, symlink_away
 from damage import name as damage_name
 
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation import embed as embeds
 from arcface_jax.evaluation import shards
 from arcface_jax.runtime import devices as meshes
@@ -36,7 +36,7 @@ def embed(images: np.ndarray) -> np.ndarray:
     return images[:, 5, [0, 111], 0].astype(np.float32) * np.array([2, 1], np.float32)
 
 
-def extract(folder: Path, *, count: int = 21, load=load, embed=embed, flip=True, model="a"):
+def extract(folder: Path, *, count: int = 21, load=load, embed=embed, flip=True, model="a", **more):
     return shards.extract(
         embed,
         load,
@@ -44,7 +44,21 @@ def extract(folder: Path, *, count: int = 21, load=load, embed=embed, flip=True,
         folder=folder,
         settings={"model": model},
         flip=flip,
+        **more,
     )
+
+
+def test_a_folder_that_cannot_be_written_and_no_threads_are_one_line(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for folder, expected in (
+        (tmp_path / "file", "Not a directory"),
+        (Path("/proc/features"), "cannot write to /proc/features: "),
+    ):
+        with pytest.raises(UserError, match=expected) as error:
+            extract(folder)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--threads 0 must be at least 1"):
+        extract(tmp_path / "out", threads=0)
 
 
 @pytest.mark.parametrize("count", [1, 8, 21])

@@ -134,6 +134,13 @@ def test_a_damaged_gallery_is_one_error(tmp_path: Path, name: str):
         Gallery(tmp_path / "none")
 
 
+def test_scales_that_are_no_numbers_are_one_error(tmp_path: Path):
+    gallery.build(tmp_path / "g", people(200), ["a"] * 200, model="m", form="int8")
+    np.save(tmp_path / "g" / "scales.npy", np.full(200, np.nan, np.float32))
+    with pytest.raises(DataError, match="not finite: build the gallery again"):
+        Gallery(tmp_path / "g").search(people(1))
+
+
 class Blocks:
     """A model that needs no time: means of 16 blocks of the pixels."""
 

@@ -71,11 +71,12 @@ def tar_at_far(blocks: Callable[[], Iterable[Block]], *, fars: Sequence[float]) 
 
     Args:
       blocks: yields the same blocks each time it is called; scores are finite.
-      fars: the targets.
+      fars: the targets, each in (0, 1).
 
     Raises:
-      DataError: the pairs are all of one kind.
+      DataError: the pairs are all of one kind, or a target is outside (0, 1).
     """
+    roc.check_fars(fars)
     # (different | same, bins): bins in the order of their values.
     coarse = np.zeros((2, _BINS), np.int64)
     for score, same in blocks():

@@ -136,7 +136,7 @@ def embed_images(
 ) -> Features:
     """Aligns and embeds all images of a set, except those whose features are in the folder.
 
-    Args and errors as `features.extract`.
+    Args and errors as `shards.extract`.
     """
     names = [path.name for path in ijb_set.images]
     return shards.extract(

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from arcface_jax.config.choices import IjbProtocol
-from arcface_jax.data import point_files
+from arcface_jax.data import point_files, tables
 from arcface_jax.errors import DataError
 
 GALLERIES: dict[IjbProtocol, tuple[str, str]] = {"ijbb": ("S1", "S2"), "ijbc": ("G1", "G2")}
@@ -62,7 +62,7 @@ class IjbSet(NamedTuple):
 
 
 def read(folder: Path, protocol: IjbProtocol) -> IjbSet:
-    """Reads all of meta/; checks that images exist without opening them.
+    """Reads all of meta/; whether the images exist is noticed only when they are read.
 
     Raises:
       DataError: a file is missing, or a line is not as expected; the error names file and line.
@@ -108,11 +108,15 @@ def _check_there(path: Path, folder: Path) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines with their numbers from 1, without empty ones."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
+    """Yields the lines with their numbers from 1, without empty ones.
+
+    Raises:
+      DataError: the file is not text.
+    """
+    text = tables.read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield number, line
 
 
 def _fields(path: Path, number: int, line: str, *, expected: str) -> list[str]:
@@ -156,7 +160,7 @@ def _read_templates(path: Path, names: list[str]) -> tuple[np.ndarray, np.ndarra
     for number, line in _lines(path):
         name, *values = _fields(path, number, line, expected=expected)
         try:
-            rows.append([int(value) for value in values])
+            rows.append([_number(value) for value in values])
         except ValueError:
             raise _malformed(path, number, line, expected) from None
         if len(rows) <= len(names) and name != names[len(rows) - 1]:
@@ -193,6 +197,18 @@ def _first_wrong_pair(path: Path) -> DataError | None:
         if len(fields) != 3 or not _whole(fields) or fields[2] not in ("0", "1"):
             return _malformed(path, number, line, expected)
     return None
+
+
+def _number(text: str) -> int:
+    """Parses an int64.
+
+    Raises:
+      ValueError: it is not one.
+    """
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{text} does not fit into 64 bits")
+    return value
 
 
 def _whole(fields: Iterable[str]) -> bool:
@@ -249,7 +265,10 @@ def _read_csv(path: Path, name: str) -> Enrolled:
             continue
         if len(fields) < 2 or not _whole(fields):
             raise _malformed(path, number, line, expected)
-        template, subject = int(fields[0]), int(fields[1])
+        try:
+            template, subject = _number(fields[0]), _number(fields[1])
+        except ValueError:
+            raise _malformed(path, number, line, expected) from None
         if subject_of.setdefault(template, subject) != subject:
             raise DataError(
                 f"{path}, line {number}: template {template} shows subject {subject} here and "

@@ -15,13 +15,15 @@ from arcface_jax.config.choices import IjbProtocol
 from arcface_jax.data import faces
 from arcface_jax.data.images import encode_jpeg
 from arcface_jax.data.source import Source
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, UserError
 from arcface_jax.evaluation.protocols import ijb_files
 
 _LARGEST = 8
 """Most images of a person to use."""
 _FEWEST = 3
 """A gallery template and two probe templates with one image each."""
+_FEWEST_SUBJECTS = 2
+"""A person in each gallery, or one would be empty."""
 
 
 class _Image(NamedTuple):
@@ -59,13 +61,21 @@ def generate(
       source: aligned faces with labels; people with three images or more are used.
       folder: created if missing; an existing meta/ is an error.
       protocol: prefix of the files' names.
-      subjects: number of people; the first ones with enough images.
-      pairs: number of pairs of different people; all pairs of one person are included.
+      subjects: number of people, at least 2; the first ones with enough images.
+      pairs: number of pairs of different people, at least 1; all pairs of one person are included.
       seed: random seed; determines the files.
 
     Raises:
       DataError: the source has too few people, or the folder already has a set.
+      UserError: `subjects` or `pairs` is too small.
     """
+    if subjects < _FEWEST_SUBJECTS:
+        raise UserError(
+            f"--subjects {subjects} must be at least {_FEWEST_SUBJECTS}: each of the two galleries "
+            "needs a person"
+        )
+    if pairs < 1:
+        raise UserError(f"--pairs {pairs} must be at least 1: FAR needs pairs of different people")
     meta = folder / ijb_files.META
     if meta.exists():
         raise DataError(f"{meta} exists already: name another folder, or delete this one")
@@ -94,13 +104,13 @@ def _people(source: Source, subjects: int) -> list[list[int]]:
         if len(images[label]) < _LARGEST:
             images[label].append(number)
             full += len(images[label]) == _LARGEST
-        if full == max(subjects, 4):
+        if full == subjects:
             break
     people = [numbers for numbers in images.values() if len(numbers) >= _FEWEST]
-    if len(people) < max(subjects, 4):
+    if len(people) < subjects:
         raise DataError(
             f"the source has {len(people)} people with {_FEWEST} images or more, and {subjects} "
-            "are asked for, at least 4: ask for fewer subjects, or name a larger source"
+            "are asked for: ask for fewer subjects, or name a larger source"
         )
     return people[:subjects]
 

@@ -22,6 +22,8 @@ from arcface_jax.errors import DataError
 from arcface_jax.evaluation import shards
 from arcface_jax.evaluation.embed import Model
 
+_ARRAYS = ("features", "labels")
+
 NOBODY = ""
 """The person of a face without a name."""
 
@@ -54,6 +56,8 @@ class _Faces(NamedTuple):
     """Images, before they are embedded."""
 
     images: list[Path]
+    names: list[str]
+    """Paths as the list has them, or below the folder: they identify the images after a move."""
     people: np.ndarray
     unit: str
     ignored: Mapping[str, int]
@@ -80,12 +84,12 @@ def read(
 
     Raises:
       DataError: the path has none of the three formats, or as `shards.extract`.
+      UserError: as `shards.extract`.
     """
     if path.suffix == ".npz":
         return _read_npz(path)
     faces = _folder(path) if path.is_dir() else _list(path)
     images = faces.images
-    base = path if path.is_dir() else path.parent
     model = open_model()
     extracted = shards.extract(
         model,
@@ -94,7 +98,7 @@ def read(
         folder=output,
         settings={
             "model": model.digest(),
-            "list": fingerprint.of_names([str(image.relative_to(base)) for image in images]),
+            "list": fingerprint.of_names(faces.names),
             "sample": fingerprint.of_files(images, read=shards.read_bytes),
         },
         flip=flip,
@@ -123,7 +127,7 @@ def _folder(folder: Path) -> _Faces:
             f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}), neither itself nor in a "
             "folder for each person"
         )
-    return _Faces(images, np.array(people), "files", dict(walk.ignored))
+    return _Faces(images, names, np.array(people), "files", dict(walk.ignored))
 
 
 def _list(path: Path) -> _Faces:
@@ -131,7 +135,7 @@ def _list(path: Path) -> _Faces:
         raise DataError(f"{path} does not exist: name a folder of faces, a list, or an .npz")
     table = tables.read(path)
     ignored = {"comment lines": table.comments} if table.comments else {}
-    images, people = [], []
+    names, images, people = [], [], []
     for place, row in enumerate(table.rows):
         cells = _cells(row)
         if len(cells) > 2:
@@ -140,15 +144,17 @@ def _list(path: Path) -> _Faces:
                 f"{path}, line {row.line}: {line[:80]!r} is not `image person`; where a name has "
                 "blanks in it, put a tab between the two"
             )
-        image = path.parent / tables.native(cells[0])
+        name = Path(tables.native(cells[0]))
+        image = path.parent / name
         if place == 0 and cells[0].lower() in lists.PATHS and not image.is_file():
             ignored["headings"] = 1
             continue
+        names.append(str(name))
         images.append(image)
         people.append(cells[1] if len(cells) == 2 else NOBODY)
     if not images:
         raise DataError(f"{path} lists no images: give lines `image person`")
-    return _Faces(images, np.array(people), "lines", ignored)
+    return _Faces(images, names, np.array(people), "lines", ignored)
 
 
 def _cells(row: tables.Row) -> list[str]:
@@ -162,17 +168,44 @@ def _cells(row: tables.Row) -> list[str]:
 def _read_npz(path: Path) -> Labeled:
     if not path.is_file():
         raise DataError(f"{path} does not exist: name a folder of faces, a list, or an .npz")
-    with np.load(path, allow_pickle=False) as arrays:
-        missing = {"features", "labels"} - set(arrays.files)
-        if missing:
-            raise DataError(
-                f"{path} holds {', '.join(arrays.files) or 'nothing'}; expected `features` (n, D) "
-                "and `labels` (n,)"
-            )
-        read, labels = arrays["features"], arrays["labels"]
-    if read.ndim != 2 or labels.shape != read.shape[:1] or not np.isfinite(read).all():
+    read, labels = _arrays(path)
+    right = read.ndim == 2 and read.size and read.dtype.kind in "fiu"
+    if not right or labels.shape != read.shape[:1] or labels.dtype.kind not in "USfiu":
         raise DataError(
-            f"{path}: features of shape {read.shape} and labels of shape {labels.shape}; expected "
-            "(n, D) finite numbers and (n,) labels"
+            f"{path}: features {read.shape} {read.dtype} and labels {labels.shape} "
+            f"{labels.dtype}; expected (n, D) numbers and (n,) labels, n and D at least 1"
         )
-    return Labeled(read.astype(np.float32), labels.astype(str))
+    with np.errstate(over="ignore"):
+        features = read.astype(np.float32)
+    if not np.isfinite(features).all():
+        raise DataError(f"{path}: features must be finite numbers: leave those faces out")
+    people = np.char.decode(labels, "utf-8", "replace") if labels.dtype.kind == "S" else labels
+    return Labeled(features, people.astype(str))
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads `features` and `labels` of an `.npz`.
+
+    Raises:
+      DataError: it is damaged or has other arrays.
+    """
+    try:
+        with path.open("rb") as file:  # which np.load leaves open after an error
+            arrays = np.load(file, allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("it is a single array, as in a .npy file")
+            with arrays:
+                held = list(arrays.files)
+                found = {name: arrays[name] for name in _ARRAYS if name in held}
+    except Exception as error:  # many types, as the zip archive or the headers in it are damaged
+        reason = str(error).partition("\n")[0][:200] or type(error).__name__
+        raise DataError(
+            f"cannot read {path} ({reason}): save it with np.savez(FILE, features=..., labels=...) "
+            "and the labels as text or numbers"
+        ) from error
+    if len(found) < len(_ARRAYS):
+        raise DataError(
+            f"{path} holds {', '.join(held) or 'nothing'}; expected `features` (n, D) "
+            "and `labels` (n,)"
+        )
+    return found["features"], found["labels"]

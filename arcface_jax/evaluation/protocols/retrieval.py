@@ -35,9 +35,11 @@ def retrieve(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None =
     """Searches every probe in the gallery, distractors included.
 
     Raises:
-      DataError: a probe has no name, or its person is not in the gallery.
+      DataError: there are no probes, a probe has no name, its person is not in the gallery, or the
+        features have different lengths.
     """
     parts = [gallery] if distractors is None else [gallery, distractors]
+    _check_features(probes, gallery, distractors)
     vectors = np.concatenate([part.features for part in parts])
     # Distractors have no person, whatever their names, so they are no probe's mate.
     names = [gallery.people] + [np.full(len(p.people), NOBODY) for p in parts[1:]]
@@ -63,6 +65,18 @@ def retrieve(probes: Labeled, gallery: Labeled, *, distractors: Labeled | None =
         accuracy=accuracies(found.rank, RANKS),
         rank=found.rank,
     )
+
+
+def _check_features(probes: Labeled, gallery: Labeled, distractors: Labeled | None) -> None:
+    if not len(probes.people):
+        raise DataError("there are no probes: name at least one face to search for")
+    width = probes.features.shape[1]
+    for name, part in (("gallery", gallery), ("distractors", distractors)):
+        if part is not None and part.features.shape[1] != width:
+            raise DataError(
+                f"the probes have features of length {width}, the {name} of length "
+                f"{part.features.shape[1]}: embed both with the same network"
+            )
 
 
 def accuracies(rank: np.ndarray, ranks: Sequence[int]) -> dict[int, float]:

@@ -60,7 +60,8 @@ def roc_chart(curves: Sequence[Curve], *, alt: str) -> Markup:
       curves: one per model, colored in this order.
       alt: what the chart shows, for those who do not see it.
     """
-    first = math.floor(math.log10(min(curve.far[0] for curve in curves)) + 1e-9)
+    # At most 0.1: a single different pair measures no FAR below 1, and the axis needs a length.
+    first = min(-1, math.floor(math.log10(min(curve.far[0] for curve in curves)) + 1e-9))
     floor = math.floor(10 * min(curve.low[0] for curve in curves)) / 10
     frame = _Frame(first, 0, floor, 1.0)
     x_ticks = [(float(k), f"1e{k}" if k else "1") for k in range(first, 1)]

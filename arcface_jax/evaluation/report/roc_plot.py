@@ -26,7 +26,7 @@ def draw(curves: Mapping[str, Roc], *, title: str, path: Path | None = None) -> 
         far = np.maximum(curve.far, lowest / 10)  # a log axis has no FAR of 0
         axis.step(far, curve.tar, where="post", label=drawn(name))
     axis.set_xscale("log")
-    axis.set_xlim(lowest, 1)
+    axis.set_xlim(min(lowest, 0.1), 1)  # a single different pair measures no FAR below 1
     axis.set_ylim(min(curve.tar[curve.far <= lowest].max() for curve in curves.values()) - 0.05, 1)
     axis.set_ylim(max(0.0, axis.get_ylim()[0]), 1.005)
     axis.set_xlabel("FAR: different people accepted")

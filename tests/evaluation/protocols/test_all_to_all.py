@@ -56,6 +56,13 @@ def test_all_pairs_of_images_equal_the_whole_matrix(monkeypatch, count: int):
     assert all_to_all.tar_at_far(blocks, fars=FARS) == roc.tar_at_far(score, same, fars=FARS)
 
 
+@pytest.mark.parametrize("far", [0.0, -0.5, 1.0, 2.0, float("nan")])
+def test_a_target_that_is_no_rate_is_refused(far: float):
+    blocks = all_to_all.pairs_of(np.eye(4), np.array(["a", "a", "b", "c"]))
+    with pytest.raises(DataError, match=f"FAR target must be between 0 and 1.*got {far}"):
+        all_to_all.tar_at_far(blocks, fars=[0.1, far])
+
+
 def test_names_serve_as_labels_and_odd_input_is_refused():
     features = np.eye(4)
     blocks = all_to_all.pairs_of(features, np.array(["a", "a", "b", "c"]))

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import roc_curve
 
 from arcface_jax.data import opening
-from arcface_jax.errors import ConfigError, DataError
+from arcface_jax.errors import ConfigError, DataError, UserError
 from arcface_jax.evaluation import roc, shards
 from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.evaluation.protocols import identification, ijb, ijb_files, ijb_generator
@@ -147,6 +147,24 @@ def test_the_same_seed_makes_the_same_files(generated, tmp_path):
         assert all(p.read_bytes() == (tmp_path / name / p.name).read_bytes() for p in files)
     with pytest.raises(DataError, match="exists already"):
         ijb_generator.generate(source, tmp_path, subjects=20)
+
+
+def test_the_smallest_generated_set_is_read_and_evaluated(tmp_path):
+    source = opening.SyntheticSource(seed=1, identities=3, images_per_identity=4)
+    for options, expected in (
+        ({"subjects": 1}, "--subjects 1 must be at least 2"),
+        ({"subjects": 0}, "--subjects 0 must"),
+        ({"subjects": 2, "pairs": 0}, "--pairs 0 must be at least 1"),
+        ({"subjects": 4}, "the source has 3 people .* and 4 are asked for"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            ijb_generator.generate(source, tmp_path / "none", **options)
+    assert not (tmp_path / "none").exists()
+    ijb_generator.generate(source, tmp_path / "two", subjects=2, pairs=10)
+    found = ijb_files.read(tmp_path / "two", "ijbc")
+    assert [len(gallery.subjects) for gallery in found.galleries] == [1, 1]
+    extracted = ijb.embed_images(found, embed, folder=tmp_path / "features", flip=False)
+    assert ijb.evaluate(found, extracted, ijb.Options(flip=False)).identification
 
 
 def test_generated_crops_align_back_to_the_faces_they_were_made_of(generated):

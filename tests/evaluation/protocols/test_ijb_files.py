@@ -101,6 +101,32 @@ def test_a_list_that_is_cut_short_is_named(tmp_path: Path):
         ijb_files.read(tmp_path, "ijbc")
 
 
+@pytest.mark.parametrize("name", [MEDIA, PAIRS, G1])
+def test_a_file_that_is_not_text_is_named(tmp_path: Path, name: str):
+    write(tmp_path, FILES)
+    (tmp_path / "meta" / name).write_bytes(b"1.jpg 1 1\n\xff\x81 2\0\x01\n")
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        ijb_files.read(tmp_path, "ijbc")
+
+
+def test_names_in_latin_1_are_read(tmp_path: Path):
+    files = {
+        name: [line.replace("2.jpg", "é.jpg") for line in lines] for name, lines in FILES.items()
+    }
+    (tmp_path / "meta").mkdir()
+    for name, lines in files.items():
+        (tmp_path / "meta" / name).write_text("\n".join(lines), encoding="latin-1")
+    assert ijb_files.read(tmp_path, "ijbc").images[1].name == "é.jpg"
+
+
+@pytest.mark.parametrize(("name", "text"), [(MEDIA, "2.jpg 7 {}"), (PAIRS, "7 {} 1"), (G1, "7,{}")])
+def test_a_number_of_more_than_64_bits_is_named(tmp_path: Path, name: str, text: str):
+    lines = [*FILES[name][:1], text.format(10**30), *FILES[name][2:]]
+    write(tmp_path, FILES | {name: lines})
+    with pytest.raises(DataError, match=name.replace(".", r"\.")):
+        ijb_files.read(tmp_path, "ijbc")
+
+
 def test_large_numbers_and_blank_lines_are_read(tmp_path: Path):
     write(tmp_path, FILES | {PAIRS: ["1 7 1", "", "7 7 0"]})
     assert np.array_equal(ijb_files.read(tmp_path, "ijbc").second, [7, 7])

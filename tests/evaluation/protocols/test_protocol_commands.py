@@ -161,6 +161,7 @@ def test_groups_of_two_sets(run, weight, tmp_path):
         (["all-to-all"], "all-to-all needs --data"),
         (["groups"], "0 networks are named"),
         (["all-to-all", "--data", "gone"], "gone does not exist"),
+        (["all-to-all", "--data", "gone", "--fars", "0.1", "2"], "between 0 and 1"),
     ],
 )
 def test_what_is_missing_is_named(arguments, expected, capsys):

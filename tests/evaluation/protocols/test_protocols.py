@@ -98,6 +98,17 @@ def test_a_list_may_have_any_encoding_separator_and_a_header(tmp_path: Path):
     assert found.account() == f"4 lines: 2 images used of 2 identities, {line}"
 
 
+def test_a_list_may_name_images_by_absolute_paths(tmp_path: Path):
+    write_faces(tmp_path / "faces")
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{tmp_path}/faces/Ann/0.png Ann\nfaces/Bob/2.png Bob\n")
+    found = labeled.read(listed, Mean, output=tmp_path / "out")
+    np.testing.assert_array_equal(found.features[:, 0], [20, 100])
+    listed.write_text(f"{tmp_path}/faces/Ann/1.png Ann\nfaces/Bob/2.png Bob\n")
+    with pytest.raises(DataError, match="other settings"):
+        labeled.read(listed, Mean, output=tmp_path / "out")
+
+
 def test_features_of_an_npz_need_no_network(tmp_path: Path):
     path = tmp_path / "f.npz"
     np.savez(path, features=np.eye(3), labels=np.array([4, 5, 4]))
@@ -131,6 +142,57 @@ def test_input_that_is_no_such_list_is_named(tmp_path: Path):
     np.savez(tmp_path / "x.npz", features=np.full((2, 2), np.nan), labels=[1, 2])
     with pytest.raises(DataError, match="finite numbers"):
         read(tmp_path / "x.npz")
+
+
+ODD_ARRAYS = {
+    "labels of objects": (np.eye(2), np.array(["a", "b"], object), "Object arrays"),
+    "text": (np.array([["a", "b"]]), np.array(["a"]), r"\(1, 2\) <U1 .*expected \(n, D\) numbers"),
+    "complex": (np.eye(2) * 1j, np.array(["a", "b"]), "complex128"),
+    "no faces": (np.ones((0, 4)), np.array([], str), "n and D at least 1"),
+    "no width": (np.ones((2, 0)), np.array(["a", "b"]), "n and D at least 1"),
+    "too large": (np.full((1, 2), 1e300), np.array(["a"]), "finite numbers"),
+    "labels of dates": (np.eye(1), np.array(["2020"], "M8[Y]"), "datetime64"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_ARRAYS)
+def test_odd_arrays_in_an_npz_are_one_line(tmp_path: Path, case: str):
+    features, labels, expected = ODD_ARRAYS[case]
+    np.savez(tmp_path / "f.npz", features=features, labels=labels)
+    with pytest.raises(DataError, match=rf"f\.npz.*{expected}") as error:
+        labeled.read(tmp_path / "f.npz", Mean, output=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_npz_is_one_line(tmp_path: Path):
+    path = tmp_path / "f.npz"
+    np.savez(path, features=np.eye(2), labels=np.array(["a", "b"]))
+    whole = path.read_bytes()
+    np.save(tmp_path / "f.npy", np.eye(2))
+    array = (tmp_path / "f.npy").read_bytes()
+    for content in (b"", b"PK\x03\x04 broken", whole[: len(whole) // 2], array, b"\x80\x04N."):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"f\.npz") as error:
+            labeled.read(path, Mean, output=tmp_path)
+        assert "\n" not in str(error.value)
+
+
+def test_people_in_an_npz_may_be_bytes_and_other_arrays_are_not_read(tmp_path: Path):
+    names = np.array(["Zoë".encode(), b"Bob"])
+    odd = np.array([{}], object)
+    np.savez(tmp_path / "f.npz", features=np.eye(2), labels=names, odd=odd)
+    assert labeled.read(tmp_path / "f.npz", Mean, output=tmp_path).people.tolist() == ["Zoë", "Bob"]
+
+
+def test_features_of_another_length_and_no_probes_are_named():
+    people = np.array(["a", "b"])
+    wide, narrow = (Labeled(np.ones((2, n), np.float32), people) for n in (8, 4))
+    with pytest.raises(DataError, match=r"probes have features of length 8, the gallery of len.*4"):
+        retrieval.retrieve(wide, narrow)
+    with pytest.raises(DataError, match="the distractors of length 4"):
+        retrieval.retrieve(wide, wide, distractors=narrow)
+    with pytest.raises(DataError, match="no probes"):
+        retrieval.retrieve(Labeled(wide.features[:0], people[:0]), wide)
 
 
 def result(name: str, accuracy: float, *, shift: float, seed: int = 0) -> Verification:

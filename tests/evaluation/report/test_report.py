@@ -12,7 +12,7 @@ import pytest
 from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import UserError
 from arcface_jax.evaluation import roc
-from arcface_jax.evaluation.report import charts, document
+from arcface_jax.evaluation.report import charts, document, roc_plot
 from arcface_jax.evaluation.report.document import Evaluated
 from arcface_jax.evaluation.verification import verify
 
@@ -133,6 +133,18 @@ def test_a_set_with_few_pairs_and_a_model_that_is_always_right_have_a_page_too(t
     constant = Evaluated("c", pairs, verify(lambda _: np.ones_like(person), pairs))
     text = document.write(tmp_path, [perfect, constant], made=datetime.now()).read_text()
     assert Page(text).open == [] and "nan" not in Page(text).text.lower()
+
+
+def test_one_different_pair_is_enough_for_a_page(tmp_path):
+    rng = np.random.default_rng(0)
+    same = np.arange(12) > 0
+    pairs = PairSet("one", np.zeros((24, 112, 112, 3), np.uint8), same)
+    result = verify(lambda _: rng.normal(size=(24, 4)).astype(np.float32), pairs)
+    text = document.write(tmp_path, [Evaluated("m", pairs, result)], made=datetime.now())
+    assert Page(text.read_text()).open == [] and "NaN" not in text.read_text()
+    curve = roc.roc(-result.distance, same)
+    figure = roc_plot.draw({"m": curve}, title="one", path=tmp_path / "roc.png")
+    assert figure.axes[0].get_xlim() == (0.1, 1) and (tmp_path / "roc.png").stat().st_size
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, rows):
