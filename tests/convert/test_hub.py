@@ -178,7 +178,7 @@ def test_cvlface_folders(trained, faces, tmp_path, color, file):
     own = parity.torch_embeddings(twins.load("r_tiny", state), given)
     assert parity.largest_error(parity.torch_embeddings(read, faces), own) < 1e-5
     kept = hub.read(tmp_path, color_order="RGB")  # goes before the file
-    assert np.array_equal(kept.params["conv1.weight"], params["conv1.weight"])
+    assert np.array_equal(kept.params["conv1.kernel"], params["conv1.kernel"])
     for text, words in (
         ("color_space: YUV", "color_space: Input should be 'RGB' or 'BGR'"),
         ("input_size: [3, 160, 160]", "input_size"),
