@@ -153,6 +153,12 @@ def _check_input(arguments: Arguments) -> Result:
 
     from arcface_jax.inference import input_check
 
+    for option, value in (("--report", arguments.report), ("--against", arguments.against)):
+        if value is not None:
+            raise errors.UserError(
+                f"{option} {value} does not go with --check-input, which only prints a table: "
+                "leave one of them out"
+            )
     models, sets = _open(arguments)
     values: dict[str, object] = {}
     for name, model in models.items():
@@ -162,10 +168,12 @@ def _check_input(arguments: Arguments) -> Result:
         for one in tried:
             low, high = one.interval
             marks = " (used)" * one.is_used
-            table.add_row(
-                one.set_name, one.form + marks, f"{one.accuracy:.4f} ({low:.4f}-{high:.4f})"
-            )
-            values[f"check_input/{name}/{one.set_name}/{one.form}"] = one.accuracy
+            measured = f"{one.accuracy:.4f} ({low:.4f}-{high:.4f})"
+            if one.failed:
+                measured = "failed: embeddings are not finite"
+            table.add_row(one.set_name, one.form + marks, measured)
+            accuracy = None if one.failed else one.accuracy
+            values[f"check_input/{name}/{one.set_name}/{one.form}"] = accuracy
         certain = input_check.is_certain(tried)
         values[f"check_input/{name}/wants"] = best.form
         values[f"check_input/{name}/certain"] = certain
@@ -173,7 +181,7 @@ def _check_input(arguments: Arguments) -> Result:
         fix = (
             f"--color-order {best.color_order} --mean {best.mean:g} --scale {best.scale:g}"
             if hasattr(model, "taking")
-            else "convert its weights again with --color-order BGR"
+            else "open or import its weights with the other --color-order"
         )
         verdict = "as it is run" if best.is_used else f"not as it is run: {fix}"
         doubt = "" if certain else "; these pairs are too few to tell it from the next best"

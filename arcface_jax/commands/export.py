@@ -28,7 +28,7 @@ from arcface_jax.commands import (
 )
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import GraphInput, Normalization, Precision
-from arcface_jax.inference.open_model import ModelChoice, open_network
+from arcface_jax.inference.open_model import ModelChoice, open_network, refuse_unused
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -236,7 +236,10 @@ def _free_batch(arguments: Onnx) -> Result:
         because="does not go with --dynamic-batch, which keeps the graph of the file: give one of "
         "the two",
     )
-    error = onnx_batch.free(source, arguments.output, options=arguments.model.onnx_options)
+    choice = arguments.model
+    how = {name: getattr(choice, name) for name in ("network", "step", "onnx_options")}
+    refuse_unused(source, "onnx", **how)
+    error = onnx_batch.free(source, arguments.output, options=choice.onnx_options)
     print(
         f"{arguments.output}: at batch 1, 3 and 64 embeddings differ by {error:.1e} (relative) "
         f"from {source}'s at batch 1"

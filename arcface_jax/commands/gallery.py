@@ -76,7 +76,7 @@ def build(words: Sequence[str], *, prog: str = "arcface-jax gallery build") -> R
         arguments.output,
         embeddings,
         names,
-        model=made["model"],
+        model=made["gallery_model"],
         flip=made["flip"],
         form=arguments.form,
     )

@@ -44,10 +44,10 @@ ColorOrder = Literal["RGB", "BGR"]
 
 @dataclass(frozen=True)
 class OnnxOptions:
-    """Properties that an ONNX file does not state; those not given are detected."""
+    """Properties that a file does not state; those not given are detected."""
 
     color_order: ColorOrder | None = None
-    """Channel order of --onnx: RGB or BGR."""
+    """Channel order that an ONNX file, or weights, expect: RGB or BGR."""
     mean: float | None = None
     """--onnx takes (x - mean) / scale of 0 .. 255; 0 if it normalizes its input."""
     scale: float | None = None

@@ -107,15 +107,25 @@ def export(model: Network, output: Path, *, card: model_card.Card) -> float:
     return error
 
 
-def read(folder: str | Path) -> Loaded:
+def read(folder: str | Path, *, color_order: ColorOrder | None = None) -> Loaded:
     """Reads the network and weights of a folder.
+
+    Args:
+      folder: of `export`, or in CVLface's layout.
+      color_order: channel order that CVLface's weights expect; by default what the folder states.
 
     Raises:
       UserError: it has neither layout, is damaged, or needs code or an input that this project does
         not support.
     """
     folder = Path(folder)
-    return _read_cvlface(folder) if is_cvlface(folder) else _read_own(folder)
+    if is_cvlface(folder):
+        return _read_cvlface(folder, color_order)
+    if color_order == "BGR":
+        raise UserError(
+            f"--color-order BGR is for weights of other projects: {folder} takes RGB; leave it out"
+        )
+    return _read_own(folder)
 
 
 def load_torch(folder: str | Path) -> torch.nn.Module:
@@ -161,7 +171,7 @@ def _read_own(folder: Path) -> Loaded:
     return model._replace(notes=(), compatible_with=config.input.compatible_with)
 
 
-def _read_cvlface(folder: Path) -> Loaded:
+def _read_cvlface(folder: Path, color_order: ColorOrder | None) -> Loaded:
     path = folder / _CVLFACE_YAML
     yaml = require("yaml")
     try:
@@ -179,7 +189,7 @@ def _read_cvlface(folder: Path) -> Loaded:
             f"{folder} holds no weights: expected {' or '.join(map(str, _CVLFACE_WEIGHTS))}; "
             "download the whole repository"
         )
-    return weights.load(found, color_order=config.color_space)
+    return weights.load(found, color_order=color_order or config.color_space)
 
 
 def _first(error: pydantic.ValidationError) -> str:

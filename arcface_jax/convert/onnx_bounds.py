@@ -68,20 +68,18 @@ def _operators(data: memoryview) -> set[bytes]:
     """Returns the operators of a model, of its functions and of the graphs in attributes."""
     found: set[bytes] = set()
     waiting: list[tuple[memoryview, int]] = []
-    for field in _fields(data):
+    for field in fields(data):
         if field.number == _MODEL_GRAPH:
             waiting += [(node, 0) for node in _all(field.content, _GRAPH_NODE)]
         elif field.number == _MODEL_FUNCTIONS:
             waiting += [(node, 0) for node in _all(field.content, _FUNCTION_NODE)]
     while waiting:
         node, depth = waiting.pop()
-        for field in _fields(node):
+        for field in fields(node):
             if field.number == _NODE_KIND:
                 found.add(bytes(field.content[:64]))
             elif field.number == _NODE_ATTRIBUTE:
-                graphs = [
-                    x.content for x in _fields(field.content) if x.number in _ATTRIBUTE_GRAPHS
-                ]
+                graphs = [x.content for x in fields(field.content) if x.number in _ATTRIBUTE_GRAPHS]
                 if graphs and depth >= _DEEPEST:
                     raise ValueError(f"graphs in graphs, more than {_DEEPEST} deep")
                 waiting += [(n, depth + 1) for graph in graphs for n in _all(graph, _GRAPH_NODE)]
@@ -89,10 +87,10 @@ def _operators(data: memoryview) -> set[bytes]:
 
 
 def _all(message: memoryview, number: int) -> list[memoryview]:
-    return [field.content for field in _fields(message) if field.number == number]
+    return [field.content for field in fields(message) if field.number == number]
 
 
-def _fields(message: memoryview) -> Iterator[_Field]:
+def fields(message: memoryview) -> Iterator[_Field]:
     """Yields the fields of a message that are messages, text or bytes; skips numbers."""
     at, size = 0, len(message)
     while at < size:

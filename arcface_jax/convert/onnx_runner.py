@@ -6,17 +6,16 @@ which of several it is, and whether the batch axis is as free as declared.
 
 import copy
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from arcface_jax.config.choices import ColorOrder, OnnxOptions
-from arcface_jax.convert import onnx_bounds, onnx_input
+from arcface_jax.convert import onnx_bounds, onnx_digest, onnx_input
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.errors import UserError, install
-from arcface_jax.evaluation import model_input
+from arcface_jax.evaluation import embed, model_input
 from arcface_jax.evaluation.model_input import Layout, ModelInput
 
 _INSTALL = install("onnx")
@@ -37,8 +36,10 @@ class OnnxModel:
     """An open model; calling it returns the embeddings. Made by `onnx_embedder`."""
 
     def __init__(self, path: Path, *, batch_size: int, options: OnnxOptions):
+        embed.check_batch_size(batch_size)
         self._path = path
         self._session = _session(path)
+        self._file_digest = onnx_digest.of_file(path)
         self._entry = self._only_input()
         self.guessed = ""
         """Describes guesses about undocumented properties of the file; empty if there are none."""
@@ -52,10 +53,12 @@ class OnnxModel:
             )
         self._batch_size: int = first if self._fixed else batch_size
         metadata = self._session.get_modelmeta().custom_metadata_map
+        self._own: ModelInput
+        self.input: ModelInput
         if model_input.METADATA_KEY in metadata:
-            self.input = self._described(metadata[model_input.METADATA_KEY], options)
+            self._read_description(metadata[model_input.METADATA_KEY], options)
         else:
-            self.input = self._explored(metadata, options)
+            self._explore(metadata, options)
 
     def __call__(self, images: np.ndarray, /) -> np.ndarray:
         """Embeds (n, 112, 112, 3) uint8 RGB as (n, D) float32, not normalized."""
@@ -70,32 +73,42 @@ class OnnxModel:
         return self._batch_size
 
     def digest(self) -> str:
-        """Returns a SHA-256 of the file."""
-        with self._path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """Returns `model_input.identity`: the file's SHA-256 unless options override it."""
+        return model_input.identity(self._file_digest, own=self._own, used=self.input)
 
     def taking(self, *, color_order: ColorOrder, mean: float, scale: float) -> "OnnxModel":
         """Returns the same open model with another preparation of its input."""
         other = copy.copy(self)
-        other.input = dataclasses.replace(
-            self.input, color_order=color_order, mean=mean, scale=scale
-        )
+        changed = {"color_order": color_order, "mean": mean, "scale": scale}
+        other.input = self._changed(**changed, output=self.input.output)
         return other
 
-    def _described(self, text: str, options: OnnxOptions) -> ModelInput:
+    def _changed(self, **changed: Any) -> ModelInput:
+        """Returns the file's own description with the caller's overrides, and their digest.
+
+        Raises:
+          UserError: they normalize the input of a model that takes uint8.
+        """
+        own = self._own
+        used = dataclasses.replace(own, **changed)
+        if own.dtype == "uint8" and (used.mean, used.scale) != (own.mean, own.scale):
+            raise UserError(
+                f"{self._path} takes uint8, so --mean and --scale do not apply: leave them out"
+            )
+        digest = model_input.identity(self._file_digest, own=own, used=used)
+        if digest == self._file_digest:
+            return used
+        return dataclasses.replace(used, digest=digest, compatible_with="")
+
+    def _read_description(self, text: str, options: OnnxOptions) -> None:
         """Reads the description in this project's exports, with the caller's overrides."""
         found = model_input.from_json(text, source=str(self._path))
         if options.output_name not in (None, found.output):
             raise self._no_output(options.output_name)
-        told = {
-            "color_order": options.color_order,
-            "mean": options.mean,
-            "scale": options.scale,
-            "digest": None if found.digest else self.digest(),
-        }
-        return dataclasses.replace(found, **{k: v for k, v in told.items() if v is not None})
+        self._own = dataclasses.replace(found, digest=found.digest or self._file_digest)
+        self.input = self._changed(**_overrides(options))
 
-    def _explored(self, metadata: dict[str, str], options: OnnxOptions) -> ModelInput:
+    def _explore(self, metadata: dict[str, str], options: OnnxOptions) -> None:
         """Infers the description of any other model from its graph and two runs."""
         dtype = np.dtype(_NUMBERS[self._entry.type]).name
         layout = self._layout()
@@ -105,23 +118,22 @@ class OnnxModel:
             if dtype == "uint8":
                 why = ("it takes 0 .. 255, as its input is uint8", found.guesses[-1])
                 found = onnx_input.Preparation(0, 1, found.color_order, why)
-        given = (options.mean, options.scale)
-        self.input = ModelInput(
-            color_order=options.color_order or found.color_order,
-            mean=found.mean if options.mean is None else options.mean,
-            scale=found.scale if options.scale is None else options.scale,
+        self._own = ModelInput(
+            color_order=found.color_order,
+            mean=found.mean,
+            scale=found.scale,
             layout=layout,
             dtype=cast("Any", dtype),
             embedding_size=0,  # unknown before it runs
-            digest=self.digest(),
+            digest=self._file_digest,
         )
-        if dtype == "uint8" and (self.input.mean, self.input.scale) != (0, 1):
-            raise UserError(
-                f"{self._path} takes uint8, so --mean and --scale do not apply: leave them out"
-            )
-        output, width, why_output = self._find_output(options.output_name)
+        overrides = _overrides(options)
+        self.input = self._changed(**overrides)
+        usual, output, width, why_output = self._find_output(options.output_name)
+        self._own = dataclasses.replace(self._own, output=usual, embedding_size=width)
+        self.input = self._changed(**overrides, output=output)
         asked = (
-            *([] if given != (None, None) else found.guesses[:1]),
+            *([] if overrides.keys() & {"mean", "scale"} else found.guesses[:1]),
             *([] if options.color_order else found.guesses[1:]),
         )
         if asked or why_output:
@@ -129,7 +141,6 @@ class OnnxModel:
                 f"{'; '.join((*asked, *why_output))} (--mean, --scale, --color-order and "
                 "--output-name override; `evaluate --check-input` tries them)"
             )
-        return dataclasses.replace(self.input, output=output, embedding_size=width)
 
     def _only_input(self) -> Any:
         entries = self._session.get_inputs()
@@ -156,9 +167,9 @@ class OnnxModel:
             )
         return layout
 
-    def _find_output(self, wanted: str | None) -> tuple[str, int, list[str]]:
-        """Finds the output's name and width, with notes on guesses; sets a batch size that
-        works.
+    def _find_output(self, wanted: str | None) -> tuple[str, str, int, list[str]]:
+        """Finds the outputs taken by default and now, with the width of the latter and notes on
+        guesses; sets a batch size that works.
         """
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (2, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
@@ -171,31 +182,36 @@ class OnnxModel:
                 f"{self._path} does not run on a face of {IMAGE_SIZE} x {IMAGE_SIZE}: {reason}; "
                 "export it again for such faces"
             ) from error
-        name, why = self._choose(arrays, wanted)
+        usual, name, why = self._choose(arrays, wanted)
         first = _rows(arrays[name])
         if not self._fixed and not self._runs_two(name, images, first):
             self._batch_size = 1
             why.append("images run one by one, as it declares a free batch and fails at two")
-        return name, first.shape[1], why
+        return usual, name, first.shape[1], why
 
-    def _choose(self, arrays: dict[str, np.ndarray], wanted: str | None) -> tuple[str, list[str]]:
+    def _choose(
+        self, arrays: dict[str, np.ndarray], wanted: str | None
+    ) -> tuple[str, str, list[str]]:
+        """Returns the output taken by default (empty for none), the one to take, and notes."""
         rows = {name: _rows(array) for name, array in arrays.items()}
-        if wanted is not None:
-            if wanted not in rows or rows[wanted].ndim != 2:
-                raise self._no_output(wanted)
-            return wanted, []
+        if wanted is not None and (wanted not in rows or rows[wanted].ndim != 2):
+            raise self._no_output(wanted)
         widths = {name: row.shape[1] for name, row in rows.items() if row.ndim == 2}
         if len(rows) > 1:
             widths = {name: width for name, width in widths.items() if width >= _LEAST_WIDTH}
-        if not widths:
+        best = max(widths, key=lambda name: widths[name], default="")
+        if wanted is not None:
+            return best, wanted, []
+        if not best:
             raise self._unlike("name the output that is the embedding with --output-name")
-        best = max(widths, key=lambda name: widths[name])
         if len(rows) == 1:
-            return best, []
+            return best, best, []
         others = ", ".join(name for name in rows if name != best)
-        return best, [
-            f"the embedding is its output {best} of {widths[best]} numbers (others: {others})"
-        ]
+        return (
+            best,
+            best,
+            [f"the embedding is its output {best} of {widths[best]} numbers (others: {others})"],
+        )
 
     def _runs_two(self, name: str, images: np.ndarray, first: np.ndarray) -> bool:
         """Returns whether two images in a batch have the same embeddings as separately."""
@@ -268,7 +284,7 @@ def onnx_embedder(
     Args:
       path: the .onnx file: one input of faces, of float or uint8, channels first or last, fixed
         or free height and width of 112, and an output (N, D) or (N, D, 1, 1).
-      batch_size: images per call; models with a fixed batch use theirs.
+      batch_size: images per call, at least 1; models with a fixed batch use theirs.
       options: known properties of input and output; the others are detected.
 
     Returns:
@@ -278,6 +294,12 @@ def onnx_embedder(
       UserError: ONNX Runtime is not installed, the file does not exist, or it is not such a model.
     """
     return OnnxModel(Path(path), batch_size=batch_size, options=options or OnnxOptions())
+
+
+def _overrides(options: OnnxOptions) -> dict[str, Any]:
+    """Returns the fields of `ModelInput` that the caller gives, except for the output."""
+    given = {name: getattr(options, name) for name in ("color_order", "mean", "scale")}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _rows(out: np.ndarray) -> np.ndarray:

@@ -95,7 +95,7 @@ def _is_picture(face: object) -> bool:
 
 def _is_one(faces: object) -> bool:
     if isinstance(faces, np.ndarray):
-        return faces.ndim == 3
+        return faces.ndim in (2, 3)  # a gray image is one face, which is refused as such
     return isinstance(faces, str | Path) or _is_picture(faces)
 
 

@@ -99,7 +99,7 @@ def calibrate(
       pairs: n pairs.
       far: target false accept rate.
       flip: whether the mirrored faces' embeddings are added.
-      model: digest of the network that made them.
+      model: `digest` of the `Model.input` of the network that made them.
       far_check: target of a second, lower threshold; pairs between the two need a check.
       against: digest of the network that embedded the first face of each pair, if different.
 

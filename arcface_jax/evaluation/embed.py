@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from arcface_jax.errors import ConfigError
 from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.runtime import devices as meshes
 
@@ -25,7 +26,10 @@ class Model(Protocol):
         ...
 
     def digest(self) -> str:
-        """Returns a SHA-256 of exactly these weights; an export's differs from its run's."""
+        """Returns a SHA-256 of exactly these weights and of how their input is prepared.
+
+        Stored embeddings are keyed on it. An export's differs from its run's.
+        """
         ...
 
 
@@ -47,6 +51,19 @@ _BATCHES_AHEAD = 3
 
 def nothing() -> None:
     """Does nothing between two batches; for callers that do not wait for signals."""
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuses a batch without images.
+
+    Raises:
+      ConfigError: the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(
+            f"batch_size must be at least 1, got {batch_size}: give the images per forward pass, "
+            "such as 64"
+        )
 
 
 def batched(

@@ -6,6 +6,7 @@ Evaluation, calibration, embedding, distillation and cleaning read it from the o
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,7 @@ from arcface_jax.models import preprocess
 METADATA_KEY = "model_input"
 """Key of the JSON in ONNX and safetensors files."""
 Layout = Literal["NCHW", "NHWC"]
+_PREPARATION = ("color_order", "mean", "scale", "output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +45,29 @@ class ModelInput:
     """Whether operating points are for f(image) + f(mirrored image)."""
     digest: str
     """SHA-256 of the weights of the exported run, so that a calibration of the run is valid for its
-    exact exports; for a model of unknown origin, of its file."""
+    exact exports; for a model of unknown origin, or prepared in another way than its file states,
+    `identity`."""
     compatible_with: str = ""
     """`digest` of the teacher with which its embeddings are compatible; empty for none."""
 
     def to_json(self) -> str:
         """Returns one line of JSON."""
         return json.dumps(dataclasses.asdict(self))
+
+
+def identity(file: str, *, own: ModelInput, used: ModelInput) -> str:
+    """Returns a SHA-256 of a file and of how its input is prepared.
+
+    Args:
+      file: SHA-256 of the file; returned if `used` prepares the input as `own` does.
+      own: the description that the file states or implies.
+      used: the description in use, with the caller's overrides.
+    """
+    values = {name: getattr(used, name) for name in _PREPARATION}
+    if values == {name: getattr(own, name) for name in _PREPARATION}:
+        return file
+    values |= {"mean": float(used.mean), "scale": float(used.scale)}  # 0 and 0.0 are one mean
+    return hashlib.sha256(json.dumps([file, values]).encode()).hexdigest()
 
 
 _ADAPTER = pydantic.TypeAdapter(ModelInput)

@@ -100,7 +100,9 @@ def embed_folder(
         "sample": fingerprint.of_files([folder / name for name in ids], read=_content),
     }
     try:
-        _store(output).agree(settings)
+        # A store of an exact export is resumed only by that file, while a gallery of it serves its
+        # run and all of the run's exact exports.
+        _store(output).agree(settings, gallery_model=embedder.model.input.digest)
         return _embed_all(embedder, folder, output, ids, points, settings)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}") from error
@@ -148,12 +150,15 @@ def _joined(paths: Sequence[Path], count: int) -> np.ndarray:
 def settings(output: Path) -> dict[str, Any]:
     """Returns the settings of an output folder's shards: model, flip and so on.
 
+    `gallery_model` is the model for `gallery.build`.
+
     Raises:
       DataError: the folder has no shards.
     """
     if not shards(output):
         raise DataError(f"{output} holds no embeddings-*.npy: name the output of a bulk run")
-    return _store(output).settings()
+    found = _store(output).settings()
+    return {"gallery_model": found.get("model"), **found}  # earlier versions did not store it
 
 
 def _store(output: Path) -> Store:

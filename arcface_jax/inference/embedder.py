@@ -15,7 +15,7 @@ from arcface_jax.data.aligner import Aligner
 from arcface_jax.data.detectors import Detector
 from arcface_jax.data.faces import Face, Faces, OtherSize
 from arcface_jax.errors import DataError, UserError
-from arcface_jax.evaluation import calibration
+from arcface_jax.evaluation import calibration, embed
 from arcface_jax.evaluation.calibration import Calibration
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.embeddings import normalize
@@ -63,7 +63,8 @@ class Embedder:
       devices: how many devices of this machine share a batch; by default all.
 
     Raises:
-      UserError: the model or detector does not exist or cannot be opened.
+      UserError: the model or detector does not exist or cannot be opened, an option does not apply
+        to this kind of model, or the batch size is below 1.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Embedder:
             model = open_model.open_path(
                 model, network=network, step=step, batch_size=batch_size, devices=devices
             )
+        embed.check_batch_size(batch_size)
         self.model: Model = model
         self.flip = flip
         self.batch_size = batch_size
@@ -352,5 +354,9 @@ class Embedder:
 
 
 def _are_embeddings(faces: Faces) -> bool:
-    """Returns whether these are (n, D) embeddings rather than faces."""
-    return isinstance(faces, np.ndarray) and faces.ndim == 2
+    """Returns whether these are (n, D) embeddings; integers are images, such as a gray one."""
+    return (
+        isinstance(faces, np.ndarray)
+        and faces.ndim == 2
+        and np.issubdtype(faces.dtype, np.floating)
+    )

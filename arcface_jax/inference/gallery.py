@@ -294,7 +294,7 @@ def build(
       folder: folder to create; new or empty.
       embeddings: (N, D) float of any length, or consecutive parts of it.
       names: N names; several rows may share one.
-      model: digest of the network that made them.
+      model: `digest` of the `Model.input` of the network that made them.
       flip: whether the embeddings of the mirrored faces were added.
       form: what a search scans. int8 reads a quarter of the bytes and takes a quarter more disk.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from arcface_jax.data.pairs.bins import PairSet
+from arcface_jax.errors import DataError
 from arcface_jax.evaluation import verification
 from arcface_jax.evaluation.model_input import ColorOrder, ModelInput
 
@@ -27,12 +28,15 @@ class Tried(NamedTuple):
     scale: float
     set_name: str
     accuracy: float
+    """0 if it failed."""
     interval: tuple[float, float]
     """95 % confidence interval."""
     is_used: bool
     """Whether the model is run in this way."""
     right: np.ndarray
     """(n,) bool: which pairs are decided rightly by the set's threshold."""
+    failed: bool = False
+    """Whether embeddings were not finite, such as float16's where it overflows."""
 
     @property
     def form(self) -> str:
@@ -46,25 +50,55 @@ def run(model: "Model", sets: Iterable[PairSet]) -> list[Tried]:
     Args:
       model: an open model, from `open_model`.
       sets: verification sets.
+
+    Raises:
+      DataError: every way fails on a set, or the set cannot be used for verification.
     """
-    wants, tried = model.input, []
+    tried = []
     for pairs in sets:
-        for order in _ORDERS:
-            for mean, scale in _normalizations(model):
-                result = verification.verify(_prepared(model, order, mean, scale), pairs)
-                used = (order, mean, scale) == (wants.color_order, wants.mean, wants.scale)
-                measured = (pairs.name, result.accuracy, result.interval)
-                right = (result.distance < result.threshold) == result.same
-                tried.append(Tried(order, mean, scale, *measured, used, right))
+        verification.check(pairs)
+        ways = [
+            _try(model, order, normalization, pairs)
+            for order in _ORDERS
+            for normalization in _normalizations(model)
+        ]
+        if all(way.failed for way in ways):
+            raise DataError(
+                f"{pairs.name}: the network's embeddings are not finite in any color order or "
+                "normalization: its weights are damaged"
+            )
+        tried += ways
     return tried
 
 
+def _try(
+    model: "Model", order: ColorOrder, normalization: tuple[float, float], pairs: PairSet
+) -> Tried:
+    """Verifies with one preparation of the input."""
+    mean, scale = normalization
+    wants = model.input
+    used = (order, mean, scale) == (wants.color_order, wants.mean, wants.scale)
+    try:
+        result = verification.verify(_prepared(model, order, mean, scale), pairs)
+    except DataError:
+        wrong = np.zeros(len(pairs.same), bool)
+        return Tried(order, mean, scale, pairs.name, 0.0, (0.0, 0.0), used, wrong, failed=True)
+    right = (result.distance < result.threshold) == result.same
+    measured = (pairs.name, result.accuracy, result.interval)
+    return Tried(order, mean, scale, *measured, used, right)
+
+
 def best(tried: list[Tried]) -> Tried:
-    """Returns the way with the highest mean accuracy; ties go to the one in use."""
+    """Returns the way with the highest mean accuracy; ties go to the one in use.
+
+    A way that failed on one set comes after all that failed on none.
+    """
     forms = {one.form: one for one in tried}
 
-    def rank(form: str) -> tuple[float, bool]:
-        return float(np.mean([t.accuracy for t in tried if t.form == form])), forms[form].is_used
+    def rank(form: str) -> tuple[bool, float, bool]:
+        of_form = [one for one in tried if one.form == form]
+        accuracy = float(np.mean([one.accuracy for one in of_form]))
+        return not any(one.failed for one in of_form), accuracy, forms[form].is_used
 
     return forms[max(forms, key=rank)]
 

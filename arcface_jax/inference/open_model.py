@@ -49,6 +49,15 @@ _ARE = {
     "weight": "a file of weights",
     "onnx": "an ONNX file",
 }
+# Options that apply to some kinds only, with what the others are told.
+_FOR = {
+    "--network": ({"weight"}, "a file of weights"),
+    "--step": ({"workdir"}, "the workdir of a run"),
+    "--color-order": ({"hub", "weight", "onnx"}, "weights or an ONNX file"),
+    "--mean": ({"onnx"}, "an ONNX file"),
+    "--scale": ({"onnx"}, "an ONNX file"),
+    "--output-name": ({"onnx"}, "an ONNX file"),
+}
 _LISTED = 8
 
 
@@ -61,7 +70,8 @@ def open_model(choice: ModelChoice, *, batch_size: int = 64, devices: int | None
       devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
 
     Raises:
-      UserError: none or several networks are named, or it cannot be read.
+      UserError: none or several networks are named, one cannot be read, or an option does not apply
+        to its kind.
     """
     named = [name for name in ("workdir", "weight", "onnx") if getattr(choice, name) is not None]
     if len(named) != 1:
@@ -97,12 +107,13 @@ def open_path(
         safetensors, or an ONNX file.
       network: network of a file of weights; by default detected from the arrays.
       step: which checkpoint of a workdir.
-      onnx_options: properties that an ONNX file does not state.
+      onnx_options: properties that an ONNX file does not state; of weights, the color order.
       batch_size: images per forward pass, over all devices.
       devices: as in `arcface_jax.training.network.Network`; an ONNX file chooses for itself.
 
     Raises:
-      UserError: the path has no model, or it cannot be read.
+      UserError: the path has no model, it cannot be read, or an argument does not apply to its
+        kind.
     """
     path = Path(path)
     if not path.exists():
@@ -135,6 +146,36 @@ def kind_of(path: Path) -> Kind | None:
     return "workdir" if (path / "config.json").exists() else None
 
 
+def refuse_unused(
+    path: Path,
+    kind: str,
+    *,
+    network: str | None,
+    step: Which,
+    onnx_options: OnnxOptions | None,
+) -> None:
+    """Refuses options that have no effect on this kind of model; arguments as `open_path`.
+
+    Raises:
+      UserError: there is one.
+    """
+    properties = onnx_options or OnnxOptions()
+    given = {
+        "--network": network,
+        "--step": None if step == "latest" else step,
+        "--color-order": properties.color_order,
+        "--mean": properties.mean,
+        "--scale": properties.scale,
+        "--output-name": properties.output_name,
+    }
+    for option, value in given.items():
+        kinds, name = _FOR[option]
+        if value is not None and kind not in kinds:
+            raise UserError(
+                f"{option} {value} is for {name}, and {path} is {_ARE[kind]}: leave it out"
+            )
+
+
 def _contents(folder: Path) -> str:
     names = sorted(entry.name for entry in folder.iterdir())
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
@@ -151,6 +192,7 @@ def _open(
     batch_size: int,
     devices: int | Literal["own"] | None,
 ) -> "Model":
+    refuse_unused(path, kind, network=network, step=step, onnx_options=onnx_options)
     if kind == "onnx":
         from arcface_jax.convert.onnx_runner import onnx_embedder
 
@@ -163,16 +205,15 @@ def _open(
     if kind == "workdir":
         return Network.from_workdir(path, which=step, batch_size=batch_size, devices=devices)
     require("torch", "torch")
+    color_order = onnx_options.color_order if onnx_options else None
     if kind == "hub":
         from arcface_jax.convert import hub  # only these files need torch
 
-        if network is not None:
-            raise UserError(f"--network {network} is for a file: {path} names its own network")
-        found = hub.read(path)
+        found = hub.read(path, color_order=color_order)
     else:
         from arcface_jax.convert import weights
 
-        found = weights.load(path, network)
+        found = weights.load(path, network, color_order=color_order)
     for note in found.notes:
         print(f"{path}: {note}", file=sys.stderr)
     arrays = (found.params, found.batch_stats)
@@ -229,6 +270,10 @@ class ModelChoices:
     def each(self) -> list[ModelChoice]:
         """The choices one by one, in the order of the options.
 
+        --step goes to the runs, --network to the weights, and the properties of files to the ONNX
+        files or, without any, to the weights. Where there is nothing that an option applies to, all
+        get it, and `open_model` refuses it.
+
         Raises:
           UserError: the numbers of --network and --weight differ.
         """
@@ -238,11 +283,24 @@ class ModelChoices:
             raise UserError(
                 f"{count} --weight and {len(networks)} --network: name one network, or one for each"
             )
+        step: Which = "latest" if self.workdir else self.step
+        network = None if self.weight else networks[0]
+        of_weights = OnnxOptions() if self.onnx else self.onnx_options
+        of_runs = OnnxOptions() if self.weight else of_weights
         networks = networks * count if len(networks) == 1 else networks
         return [
-            *(ModelChoice(workdir=path, step=self.step) for path in self.workdir),
-            *(ModelChoice(weight=w, network=n) for w, n in zip(self.weight, networks, strict=True)),
-            *(ModelChoice(onnx=path, onnx_options=self.onnx_options) for path in self.onnx),
+            *(
+                ModelChoice(workdir=path, step=self.step, network=network, onnx_options=of_runs)
+                for path in self.workdir
+            ),
+            *(
+                ModelChoice(weight=path, step=step, network=name, onnx_options=of_weights)
+                for path, name in zip(self.weight, networks, strict=True)
+            ),
+            *(
+                ModelChoice(onnx=path, step=step, network=network, onnx_options=self.onnx_options)
+                for path in self.onnx
+            ),
         ]
 
 

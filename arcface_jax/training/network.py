@@ -28,13 +28,16 @@ class Network:
       network: as `model.network`.
       params: the backbone's parameters.
       batch_stats: its BatchNorm statistics.
-      batch_size: images per forward pass, a multiple of the number of devices. Fewer images run
-        as one or eight per device, so that at most three programs are compiled.
+      batch_size: images per forward pass, rounded up to a multiple of the number of devices. Fewer
+        images run as one or eight per device, so that at most three programs are compiled.
       embedding_size: D; by default read from the parameters, which only built-in networks allow.
       options: as `model.options`.
       devices: how many devices share a batch; by default all, and "own" for this process's devices
         only.
       compatible_with: as `ModelInput.compatible_with`.
+
+    Raises:
+      ConfigError: the batch size is below 1, or there are fewer devices.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class Network:
         devices: int | Literal["own"] | None = None,
         compatible_with: str = "",
     ):
+        embed.check_batch_size(batch_size)
         self.network = network
         self._compatible_with = compatible_with
-        self._input: ModelInput | None = None
+        self._digest = ""
         device_mesh = self._mesh = meshes.make(devices)
+        batch_size = -(-batch_size // device_mesh.size) * device_mesh.size
         self.params, self.batch_stats = jax.device_put(
             (params, batch_stats), meshes.replicated(device_mesh)
         )
@@ -106,16 +111,17 @@ class Network:
         """RGB, (x - 127.5) / 127.5, as for every network of the registry, and a hash of the
         weights.
         """
-        if self._input is None:
-            size = self.embedding_size
-            self._input = ModelInput(
-                embedding_size=size, digest=self.digest(), compatible_with=self._compatible_with
-            )
-        return self._input
+        return ModelInput(
+            embedding_size=self.embedding_size,
+            digest=self.digest(),
+            compatible_with=self._compatible_with,
+        )
 
     def digest(self) -> str:
         """`weights_digest` of this network: the same for a run and its `.pth` export."""
-        return weights_digest(self.network, self.params, self.batch_stats)
+        if not self._digest:
+            self._digest = weights_digest(self.network, self.params, self.batch_stats)
+        return self._digest
 
 
 def weights_digest(network: str, params: Arrays, batch_stats: Arrays) -> str:

@@ -70,6 +70,11 @@ def test_weights_and_embeddings_come_back_bit_for_bit(trained, folder, faces):
     assert parity.largest_error(own, run(faces)) < 1e-5
 
 
+def test_a_folder_of_this_project_takes_rgb(folder):
+    with pytest.raises(UserError, match=r"--color-order BGR is for weights of other projects"):
+        hub.read(folder, color_order="BGR")
+
+
 def test_the_description_is_what_transformers_reads(folder, faces):
     config = json.loads((folder / "config.json").read_text())
     assert (config["network"], config["embedding_size"]) == ("r_tiny", 512)
@@ -172,6 +177,8 @@ def test_cvlface_folders(trained, faces, tmp_path, color, file):
     given = faces if color == "RGB" else faces[..., ::-1]
     own = parity.torch_embeddings(twins.load("r_tiny", state), given)
     assert parity.largest_error(parity.torch_embeddings(read, faces), own) < 1e-5
+    kept = hub.read(tmp_path, color_order="RGB")  # goes before the file
+    assert np.array_equal(kept.params["conv1.kernel"], params["conv1.kernel"])
     for text, words in (
         ("color_space: YUV", "color_space: Input should be 'RGB' or 'BGR'"),
         ("input_size: [3, 160, 160]", "input_size"),

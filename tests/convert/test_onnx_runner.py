@@ -1,16 +1,23 @@
 """The ONNX runner on small graphs whose embeddings NumPy computes too."""
 
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
+from arcface_jax.cleaning import embedding
 from arcface_jax.config.choices import OnnxOptions
 from arcface_jax.convert import onnx_batch
-from arcface_jax.convert.onnx_runner import onnx_embedder
+from arcface_jax.convert.onnx_runner import OnnxModel, onnx_embedder
+from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import UserError
+from arcface_jax.evaluation.model_input import METADATA_KEY, ModelInput
+from arcface_jax.evaluation.protocols import labeled
+from arcface_jax.inference.embedder import Embedder
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -166,6 +173,113 @@ def test_options_go_before_guesses(tmp_path: Path):
     assert not opened.guessed
     with pytest.raises(UserError, match="takes uint8, so --mean"):
         onnx_embedder(graph(tmp_path / "u.onnx", kind="UINT8"), options=OnnxOptions(mean=1))
+
+
+def described(path: Path, **values) -> Path:
+    """A file with this project's description of its input."""
+    made = ModelInput(embedding_size=4, output="embedding", digest="run", **values)
+    return graph(path, kind=made.dtype.upper()[:5], metadata={METADATA_KEY: made.to_json()})
+
+
+def test_a_described_file_of_uint8_takes_no_normalization(tmp_path: Path):
+    path = described(tmp_path / "u.onnx", dtype="uint8", mean=0, scale=1)
+    assert onnx_embedder(path, options=OnnxOptions(mean=0, scale=1)).input.digest == "run"
+    with pytest.raises(UserError, match="takes uint8, so --mean"):
+        onnx_embedder(path, options=OnnxOptions(mean=127.5, scale=127.5))
+
+
+def test_the_digest_tells_how_the_input_is_prepared(tmp_path: Path):
+    """It is the file's where the options change nothing, so that what is stored stays valid."""
+    wide = np.tile(np.eye(4, dtype=np.float32), 16)
+    path = graph(
+        tmp_path / "m.onnx",
+        end=[("Flatten",), ("MatMul", wide)],
+        outputs={"after0": ["N", 4], "embedding": ["N", 64]},
+    )
+    file = hashlib.sha256(path.read_bytes()).hexdigest()
+    same = ({}, {"color_order": "RGB", "mean": 127.5}, {"output_name": "embedding"})
+    for options in same:
+        opened = onnx_embedder(path, options=OnnxOptions(**options))
+        assert opened.digest() == opened.input.digest == file
+    others = (
+        *({"color_order": "BGR"}, {"mean": 0}, {"scale": 128.0}, {"output_name": "after0"}),
+        {"color_order": "BGR", "mean": 0},
+    )
+    found = [onnx_embedder(path, options=OnnxOptions(**options)) for options in others]
+    digests = [opened.digest() for opened in found]
+    assert len({file, *digests}) == 1 + len(others)
+    assert [opened.input.digest for opened in found] == digests
+    taking = opened.taking(color_order="BGR", mean=127.5, scale=127.5)
+    assert taking.digest() == taking.input.digest == digests[0]
+
+
+def test_an_export_that_is_prepared_in_another_way_is_not_its_run(tmp_path: Path):
+    path = described(tmp_path / "m.onnx", compatible_with="teacher")
+    exact = onnx_embedder(path)
+    assert (exact.input.digest, exact.input.compatible_with) == ("run", "teacher")
+    assert exact.digest() == hashlib.sha256(path.read_bytes()).hexdigest()
+    other = onnx_embedder(path, options=OnnxOptions(color_order="BGR"))
+    assert other.input.digest == other.digest() not in ("run", exact.digest())
+    assert not other.input.compatible_with
+
+
+def stored_folder(model: OnnxModel, images: Path, output: Path) -> None:
+    Embedder(model).embed_folder(images, output)
+
+
+def stored_features(model: OnnxModel, images: Path, output: Path) -> None:
+    labeled.read(images, lambda: model, output=output)
+
+
+def stored_for_cleaning(model: OnnxModel, images: Path, output: Path) -> None:
+    pairs = PairSet("pairs", IMAGES[:4], np.array([True, False]))
+    embedding.embed(model, embedding.of_pairs(pairs), output, name="pairs")
+
+
+@pytest.mark.parametrize("store", [stored_folder, stored_features, stored_for_cleaning])
+def test_embeddings_of_another_preparation_are_not_reused(tmp_path: Path, store: Callable):
+    (tmp_path / "images").mkdir()
+    cv2.imwrite(str(tmp_path / "images" / "0.png"), IMAGES[0])
+    path, where = model(tmp_path / "m.onnx"), (tmp_path / "images", tmp_path / "out")
+    store(onnx_embedder(path), *where)
+    store(onnx_embedder(path, options=OnnxOptions(mean=127.5)), *where)  # as without it
+    with pytest.raises(UserError, match="other settings: model was"):
+        store(onnx_embedder(path, options=OnnxOptions(color_order="BGR")), *where)
+
+
+def test_a_gallery_of_another_preparation_is_refused(tmp_path: Path):
+    path = model(tmp_path / "m.onnx")
+    bgr = Embedder(onnx_embedder(path, options=OnnxOptions(color_order="BGR")))
+    made = bgr.build_gallery(tmp_path / "gallery", list(IMAGES), list("abcde"))
+    assert bgr.search(made, IMAGES[1], k=1).name == [["b"]]
+    with pytest.raises(UserError, match="the gallery is of another model"):
+        Embedder(onnx_embedder(path)).search(made, IMAGES[1], k=1)
+
+
+def test_the_digest_covers_weights_in_other_files(tmp_path: Path):
+    """As torch's exporter writes them; the file itself is the same for all weights."""
+    digests, files = [], []
+    for factor in (1, 2):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        loaded = onnx.load(model(folder / "m.onnx"))
+        (tensor,) = loaded.graph.initializer
+        tensor.CopyFrom(onnx.numpy_helper.from_array(factor * WEIGHT, tensor.name))
+        onnx.save(loaded, folder / "m.onnx", save_as_external_data=True, location="m.onnx.data")
+        files.append((folder / "m.onnx").read_bytes())
+        opened = onnx_embedder(folder / "m.onnx")
+        digests.append(opened.digest())
+        assert opened.input.digest == digests[-1]
+    assert files[0] == files[1] and digests[0] != digests[1]
+    (tmp_path / "2" / "m.onnx.data").rename(tmp_path / "1" / "m.onnx.data")
+    assert onnx_embedder(tmp_path / "1" / "m.onnx").digest() == digests[1]
+    assert opened.digest() == digests[1]  # of the weights that are in memory
+
+
+def test_a_batch_without_images_is_refused(tmp_path: Path):
+    for batch in ("N", 4):
+        with pytest.raises(UserError, match="batch_size must be at least 1, got 0"):
+            onnx_embedder(model(tmp_path / "m.onnx", batch=batch), batch_size=0)
 
 
 def test_the_widest_of_several_outputs_or_the_one_that_is_named(tmp_path: Path):

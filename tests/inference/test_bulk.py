@@ -13,10 +13,13 @@ from commands import wait_until
 from damage import DAMAGES, extra_file, folder_in_place, symlink_away
 from damage import name as damage_name
 
+from arcface_jax.commands import gallery as gallery_command
 from arcface_jax.data.faces import TEMPLATE
 from arcface_jax.errors import DataError, UserError
+from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.inference import bulk
 from arcface_jax.inference.embedder import Embedder
+from arcface_jax.inference.gallery import Gallery
 
 COUNT = 45
 
@@ -124,6 +127,26 @@ def test_other_settings_or_images_are_refused(folder, expected, tmp_path):
     (output / "settings.json").unlink()
     with pytest.raises(UserError, match=r"no settings\.json"):
         embedder.embed_folder(folder, output)
+
+
+def test_the_gallery_of_an_exports_embeddings_serves_its_run(folder, tmp_path):
+    """The shards are resumed by the export only; the gallery also serves run and other exports."""
+
+    class Export(Model):
+        input = ModelInput(embedding_size=16, digest="blocks")
+
+        def digest(self) -> str:
+            return "file"
+
+    Embedder(Export(), batch_size=32).embed_folder(folder, tmp_path / "out")
+    with pytest.raises(UserError, match="model was 'file' and is 'blocks'"):
+        Embedder(Model()).embed_folder(folder, tmp_path / "out")
+    words = [str(tmp_path / "out"), "--output", str(tmp_path / "gallery")]
+    assert gallery_command.build(words) == 0
+    for model in (Model(), Export()):
+        found = Embedder(model).search(tmp_path / "gallery", folder / "00.png", k=1)
+        assert found.name == [["00.png"]]
+    assert Gallery(tmp_path / "gallery").model == "blocks"
 
 
 def test_a_shard_without_any_image_has_no_rows(folder, tmp_path):

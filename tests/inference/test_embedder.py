@@ -14,6 +14,7 @@ import torch
 
 import arcface_jax
 from arcface_jax.config import Config, ModelConfig
+from arcface_jax.config.choices import OnnxOptions
 from arcface_jax.convert import parity, torch_iresnet, weights
 from arcface_jax.data import detectors
 from arcface_jax.data.faces import TEMPLATE
@@ -24,8 +25,9 @@ from arcface_jax.evaluation import calibration
 from arcface_jax.evaluation.model_input import ModelInput
 from arcface_jax.inference import bulk, open_model
 from arcface_jax.inference.embedder import Embedder
+from arcface_jax.inference.open_model import ModelChoice, ModelChoices
 from arcface_jax.runtime import devices
-from arcface_jax.training import checkpoint, saved_runs, step
+from arcface_jax.training import checkpoint, network, saved_runs, step
 from arcface_jax.training.network import Network
 
 FACES = np.stack([draw_face(seed=5, identity=i, index=0) for i in range(11)])
@@ -78,6 +80,20 @@ def test_any_number_of_faces(embedder, expected, count: int):
     close(embedder(FACES[:count]), unit(expected(FACES[:count])))
 
 
+def test_any_batch_size_on_any_number_of_devices(monkeypatch):
+    """64 on three, five, six or seven; the pixels stand for embeddings, which compiles quickly."""
+    pixels = lambda params, batch_stats, x: x[:, 50, 50:60, 0].astype(np.float32)  # noqa: E731
+    monkeypatch.setattr(step, "make_embed", lambda backbone: pixels)
+    three = Embedder(Network("r_tiny", {}, {}, batch_size=64, devices=3))
+    many = np.tile(FACES, (3, 1, 1, 1))  # more than the 24 of the second program
+    close(three(many), unit(many[:, 50, 50:60, 0].astype(np.float32)))
+    for size in (0, -1):
+        with pytest.raises(UserError, match=f"batch_size must be at least 1, got {size}"):
+            Embedder(three.model, batch_size=size)
+        with pytest.raises(UserError, match=f"batch_size must be at least 1, got {size}"):
+            Network("r_tiny", {}, {}, batch_size=size)
+
+
 def test_raw_length_and_flip(workdir, embedder, expected):
     raw = expected(FACES[:3])
     close(embedder(FACES[:3], normalized=False), raw)
@@ -128,6 +144,7 @@ def test_other_sizes_are_refused_or_resized_with_a_note(workdir, embedder, expec
         (FACES[:2].astype(np.float32), None, r"float32; expected \(height, width, 3\) uint8"),
         (FACES[:2], np.stack([TEMPLATE]), "1 sets of points for 2 faces"),
         (FACES[:1], np.zeros((5, 2)), "coincide"),
+        (FACES[0, :, :, 0], None, r"a face is \(112, 112\) uint8; expected"),
     ],
 )
 def test_what_is_no_face(embedder, faces, points, words: str):
@@ -258,6 +275,77 @@ def test_any_model_by_its_path(workdir, tmp_path, expected, capsys):
     choice = open_model.ModelChoice(onnx=tmp_path / "b.bin")
     with pytest.raises(UserError, match="name it with --weight"):
         open_model.open_model(choice)
+
+
+COLOR = OnnxOptions(color_order="BGR")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("workdir", {"network": "r_tiny"}, "--network r_tiny is for a file of weights, and "),
+        ("workdir", {"onnx_options": COLOR}, "--color-order BGR is for weights or an ONNX file"),
+        ("weight", {"step": 7}, "--step 7 is for the workdir of a run, and .* a file of weights"),
+        ("weight", {"onnx_options": OnnxOptions(mean=0)}, "--mean 0 is for an ONNX file, and"),
+        ("weight", {"onnx_options": OnnxOptions(scale=2.0)}, r"--scale 2\.0 is for an ONNX"),
+        ("weight", {"onnx_options": OnnxOptions(output_name="y")}, "--output-name y is for an"),
+        ("onnx", {"step": "best"}, "--step best is for the workdir of a run, and .* an ONNX file"),
+        ("onnx", {"network": "r50"}, "--network r50 is for a file of weights, and .* leave it out"),
+    ],
+)
+def test_options_of_other_kinds_of_models_are_refused(workdir, kind, options, words):
+    path = workdir if kind == "workdir" else workdir / f"none.{kind}"
+    with pytest.raises(UserError, match=words):
+        open_model.open_model(ModelChoice(**{kind: path}, **options))
+    several = {name: (value,) if name == "network" else value for name, value in options.items()}
+    with pytest.raises(UserError, match=words):
+        open_model.open_models(ModelChoices(**{kind: (path,)}, **several))
+
+
+def test_each_of_several_models_gets_the_options_of_its_kind():
+    run, weight, onnx = Path("run"), Path("b.pth"), Path("m.onnx")
+    named = {"step": 7, "network": ("r50",), "onnx_options": COLOR}
+    three = ModelChoices(workdir=(run,), weight=(weight,), onnx=(onnx,), **named)
+    assert three.each() == [
+        ModelChoice(workdir=run, step=7),
+        ModelChoice(weight=weight, network="r50"),
+        ModelChoice(onnx=onnx, onnx_options=COLOR),
+    ]
+    two = ModelChoices(workdir=(run,), weight=(weight,), **named)
+    assert two.each()[1] == ModelChoice(weight=weight, network="r50", onnx_options=COLOR)
+
+
+def test_weights_that_expect_bgr_are_turned(workdir, tmp_path):
+    run = Network.from_workdir(workdir, devices=1, batch_size=1)
+    torch.save(weights.to_state_dict(run.params, run.batch_stats), tmp_path / "b.pth")
+    choice = ModelChoice(weight=tmp_path / "b.pth", onnx_options=COLOR)
+    turned = open_model.open_network(choice)
+    kernel = np.asarray(run.params["conv1.kernel"])  # (3, 3, 3, D): rows, columns, channels
+    np.testing.assert_array_equal(turned.params["conv1.kernel"], kernel[:, :, ::-1])
+    assert turned.digest() != run.digest()
+
+
+def test_gray_images_are_not_embeddings(embedder):
+    gray = FACES[0, :, :, 0]
+    for call in (embedder.similarity, lambda a, b: embedder.verify(a, b, threshold=0.5)):
+        with pytest.raises(DataError, match=r"a face is \(112, 112\) uint8"):
+            call(gray, gray)
+
+
+def test_the_weights_are_hashed_once(workdir, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(*given) -> str:
+        calls.append(given)
+        return "digest"
+
+    monkeypatch.setattr(network, "weights_digest", counted)
+    fresh = Embedder(workdir, batch_size=1, devices=1)
+    rows = np.eye(16, dtype=np.float32)
+    made = fresh.build_gallery(tmp_path / "gallery", rows, [str(row) for row in range(16)])
+    for row in range(2):
+        assert fresh.search(made, rows[row : row + 1], k=1).name == [[str(row)]]
+    assert len(calls) == 1
 
 
 def test_similarity_and_verdict(embedder, expected):

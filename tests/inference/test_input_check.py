@@ -40,6 +40,11 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Rows of the last channel that it gets, so it wants BGR."""
+    return rows(tmp_path / "rows.onnx")
+
+
+def rows(path: Path, *, overflows: bool = False) -> Path:
+    """As `model`; if it overflows, sums of 448 bytes are infinite in it, those of -1 .. 1 not."""
     helper, kinds = onnx.helper, onnx.TensorProto
     weight = np.zeros((28, 3, 4, 112), np.float32)
     weight[0, 2] = 1
@@ -47,7 +52,16 @@ def model(tmp_path: Path) -> Path:
         [
             helper.make_node("Conv", ["x", "w"], ["rows"], strides=[4, 4]),
             helper.make_node("Slice", ["rows", "zero", "one", "one"], ["first"]),
-            helper.make_node("Flatten", ["first"], ["embedding"]),
+            *(
+                [
+                    helper.make_node("Mul", ["first", "fifty"], ["large"]),
+                    helper.make_node("Cast", ["large"], ["half"], to=kinds.FLOAT16),
+                    helper.make_node("Cast", ["half"], ["end"], to=kinds.FLOAT),
+                ]
+                if overflows
+                else [helper.make_node("Identity", ["first"], ["end"])]
+            ),
+            helper.make_node("Flatten", ["end"], ["embedding"]),
         ],
         "rows",
         [helper.make_tensor_value_info("x", kinds.FLOAT, ["n", 3, 112, 112])],
@@ -58,12 +72,13 @@ def model(tmp_path: Path) -> Path:
                 ("w", weight),
                 ("zero", np.array([0])),
                 ("one", np.array([1])),
+                ("fifty", np.array([50], np.float32)),
             )
         ],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    onnx.save(made, tmp_path / "rows.onnx")
-    return tmp_path / "rows.onnx"
+    onnx.save(made, path)
+    return path
 
 
 def test_the_color_order_that_a_model_wants_is_found(model, targets, capsys):
@@ -76,6 +91,28 @@ def test_the_color_order_that_a_model_wants_is_found(model, targets, capsys):
     assert result["check_input/rows/red/RGB (x - 127.5) / 127.5"] < 0.9
     forms = [key for key in result if key.startswith("check_input/rows/red/")]
     assert len(forms) == 6  # two orders, three normalizations
+
+
+def test_a_way_that_overflows_is_a_failed_one(tmp_path, targets, capsys):
+    """float16 on 0 .. 255, as networks for (x - 127.5) / 127.5 are."""
+    path = rows(tmp_path / "half.onnx", overflows=True)
+    assert evaluate.main(["--onnx", str(path), "--targets", str(targets), "--check-input"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1].removeprefix("RESULT "))
+    accuracies = {key: value for key, value in result.items() if "/red/" in key}
+    failed = {key for key, value in accuracies.items() if value is None}
+    assert failed == {f"check_input/half/red/{o} (x - 0) / 1" for o in ("RGB", "BGR")}
+    assert "not finite" in out and len(accuracies) == 6
+    assert result["check_input/half/wants"].startswith("BGR (x - ")
+
+
+@pytest.mark.parametrize("option", ["--report", "--against"])
+def test_what_it_does_not_do_is_refused(model, targets, capsys, option):
+    words = ["--onnx", str(model), "--targets", str(targets), "--check-input"]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*words, option, "somewhere"])
+    assert stop.value.code == 2
+    assert f"{option} somewhere does not go with --check-input" in capsys.readouterr().err
 
 
 def tried(order: ColorOrder, right: list[bool], *, used: bool) -> input_check.Tried:
