@@ -52,7 +52,7 @@ class Listed(NamedTuple):
     comments: int
 
     def number(self, path: Path) -> names.Numbered:
-        """Numbers the labels as identities.
+        """Numbers the labels as identities, with the names in the table of a packed list.
 
         Args:
           path: path of the list, for messages.
@@ -60,7 +60,20 @@ class Listed(NamedTuple):
         Raises:
           ImageError: naming the line of an invalid label.
         """
-        return names.number(self.labels, where=lambda i: f"{path}, line {self.lines[i]}")
+        table = table_of(path)
+        numbered = names.number(
+            self.labels,
+            where=lambda i: f"{path}, line {self.lines[i]}",
+            count=names.declared(path.parent, file=table),
+        )
+        if numbered.names is None:
+            return names.with_table(numbered, path.parent, file=table)
+        return numbered
+
+
+def table_of(path: Path) -> str:
+    """Returns the name of the table of a list's identities, which `data pack` writes next to it."""
+    return f"{path.name}.{names.FILE}"
 
 
 def open_list(path: Path, *, columns: str = "") -> FilesSource:
