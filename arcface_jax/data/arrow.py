@@ -114,13 +114,13 @@ class ArrowSource(Source):
         for path, table in zip(self._files, tables, strict=True):
             found = columnar.find_columns(path, table.schema, columns=columns)
             _validate(path, table, found)
-            labels.append(table[found.label])
+            labels.append(columnar.Labels(path, table[found.label], found.class_names))
             lengths.append(len(table))
         self._ends = np.cumsum(lengths, dtype=np.int64)
         if found is None or not sum(lengths):
             raise DataError(f"{self._files[0].parent}: no row in the Arrow files")
         self._column = found.image
-        numbered = columnar.number(labels, found.class_names, where=self.where)
+        numbered = columnar.number(labels, where=self.where)
         self._labels, self.num_classes, self.names = numbered
 
     def _prepare(self) -> None:

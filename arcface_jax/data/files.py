@@ -83,6 +83,8 @@ class FilesSource(Source):
         return self._folder / os.fsdecode(self._names[begin : self._ends[index]])
 
 
+LOOSE = "loose images"
+"""Kind of ignored images: those above the identities' folders."""
 _STRAY = 0.05  # share of a group's images that lie directly in its folder
 
 
@@ -130,10 +132,10 @@ def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
         return None
     people = found.people
     if level == 0:
-        _check_level(folder, people)
+        check_level(folder, people)
     elif level > 1:
         people = _deeper(folder, found, level)
-    ignored = found.ignored | ({"loose images": len(found.loose)} if found.loose else {})
+    ignored = found.ignored | ({LOOSE: len(found.loose)} if found.loose else {})
     order = sorted(people)
     labels = np.repeat(np.arange(len(order)), [len(people[name]) for name in order])
     paths = [f"{name}/{file}" for name in order for file in people[name]]
@@ -175,7 +177,7 @@ def _walk(folder: Path) -> _Found:
     return _Found(people, loose, dict(walk.ignored))
 
 
-def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
+def check_level(folder: Path | str, people: Mapping[str, Sequence[str]]) -> None:
     """Refuses a folder if it is ambiguous which level of sub-folders is the identities.
 
     Folders of sessions or years are few and recur for many people; people's folders are many.

@@ -50,6 +50,15 @@ def is_image(path: str | Path) -> bool:
     return os.path.splitext(path)[1].lower() in _IMAGES
 
 
+def is_hidden(path: str) -> bool:
+    """Returns whether a path in an archive leads through an entry that `Walk` takes as hidden."""
+    return any(
+        part[0] == "." or (not is_image(part) and part.lower() in _SYSTEM)
+        for part in path.split("/")
+        if part not in ("", ".", "..")
+    )
+
+
 class Walk:
     """The image files below a folder, found by name, or by content if the name is inconclusive.
 

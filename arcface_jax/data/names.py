@@ -123,9 +123,7 @@ def number(labels: Sequence[str], *, where: Callable[[int], str], count: int = 0
     return Numbered(numbers.astype(np.int32), declared or largest + 1, None)
 
 
-def number_integers(
-    values: np.ndarray, *, where: Callable[[int], str], count: int = 0
-) -> Numbered:
+def number_integers(values: np.ndarray, *, where: Callable[[int], str], count: int = 0) -> Numbered:
     """Numbers integer labels as identities, by the rule of this module.
 
     Args:
@@ -240,7 +238,11 @@ def read(folder: Path, *, count: int, file: str = FILE) -> Names | None:
     path = folder / file
     if not path.is_file():
         return None
-    table = read_sparse(folder, file=file)
+    return _complete(read_sparse(folder, file=file), count=count, path=path)
+
+
+def _complete(table: Mapping[int, str], *, count: int, path: Path) -> Names | None:
+    """Returns the names in a table, as `read` does."""
     if table.keys() != set(range(count)):
         print(
             f"note: {path} is not a table of {count} lines 'number<TAB>name' and is not used",
@@ -260,10 +262,13 @@ def with_table(found: Numbered, folder: Path, *, file: str = FILE) -> Numbered:
       folder: folder of the set.
       file: the table's name.
     """
-    count = max(found.num_classes, len(read_sparse(folder, file=file)))
-    if table := read(folder, count=count, file=file):
-        return found._replace(num_classes=count, names=table)
-    return found
+    path = folder / file
+    if not path.is_file():
+        return found
+    table = read_sparse(folder, file=file)
+    count = max(found.num_classes, len(table))
+    names = _complete(table, count=count, path=path)
+    return found._replace(num_classes=count, names=names) if names else found
 
 
 def declared(folder: Path, *, file: str = FILE) -> int:
@@ -288,13 +293,18 @@ def read_sparse(folder: Path, *, file: str = FILE) -> dict[int, str]:
     return table
 
 
+def is_plausible(count: int, images: int) -> bool:
+    """Returns whether a number of classes is not far above the number of images."""
+    return count <= 10 * images + 10_000
+
+
 def check_count(count: int, images: int, *, where: str) -> None:
     """Refuses a number of classes far above the number of images: a wrong header or label.
 
     Raises:
       DataError: naming the place.
     """
-    if count > 10 * images + 10_000:
+    if not is_plausible(count, images):
         raise DataError(
             f"{where}: {count:,} classes for {images:,} images: a header or a label is wrong; "
             "correct it, and write the file again with labels counted from 0"

@@ -149,12 +149,16 @@ def _arrow(path: str, data: DataConfig, *, seed: int) -> Source | None:
 
 def _lmdb(path: str, data: DataConfig, *, seed: int) -> Source | None:
     place = find_lmdb(_folder(path))
-    return None if place is None else LmdbSource(place, columns=data.columns)
+    if place is None:
+        return None
+    return LmdbSource(place, columns=data.columns, level=data.identity_level)
 
 
 def _webdataset(path: str, data: DataConfig, *, seed: int) -> Source | None:
     shards = webdataset.find_shards(path)
-    return WebDatasetSource(shards, columns=data.columns) if shards else None
+    if not shards:
+        return None
+    return WebDatasetSource(shards, columns=data.columns, level=data.identity_level)
 
 
 def _list(path: str, data: DataConfig, *, seed: int) -> Source | None:

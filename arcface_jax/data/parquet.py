@@ -73,13 +73,14 @@ class ParquetSource(Source):
                 columnar.check_rows(rows, path.stat().st_size, where=str(path))
                 for group in range(meta.num_row_groups):
                     _check_group(path, meta, group, found.label)
-                labels.append(file.read(columns=[found.label])[found.label])
+                column = file.read(columns=[found.label])[found.label]
+                labels.append(columnar.Labels(path, column, found.class_names))
         self._groups = np.array(groups, np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
-        if found is None or not sum(map(len, labels)):
+        if found is None or not sum(len(part.column) for part in labels):
             raise DataError(f"{self._files}: no row in the Parquet files")
         self._column, self._leaf = found.image, found.leaf
-        numbered = columnar.number(labels, found.class_names, where=self.where)
+        numbered = columnar.number(labels, where=self.where)
         self._labels, self.num_classes, self.names = numbered
         self._prepare()
 

@@ -124,6 +124,23 @@ def test_a_list_beside_has_the_labels(tmp_path: Path, folder: bool):
     assert source.names is not None and list(source.names) == TABLE
 
 
+def test_folders_in_keys_follow_the_rules_of_an_image_folder(tmp_path: Path):
+    nested = ["f/p0/0.jpg", "f/p0/more/1.jpg", "f/p1/2020/2.jpg", "f/p2/3.jpg"]
+    others = ["__MACOSX/p0/0.jpg", "f/.thumbs/0.jpg", "f/cover.jpg"]
+    entries = [(name.encode(), JPEGS[i % 6]) for i, name in enumerate([*nested, *others])]
+    source = opened(database(tmp_path / "a.lmdb", entries))
+    assert source.num_classes == 3 and source.ignored == {"hidden": 2, "loose images": 1}
+    found = {source.read(i).data: source.labels()[i] for i in range(len(source))}
+    assert found == dict(zip(JPEGS[:4], [0, 0, 1, 2], strict=True))
+
+
+def test_sparse_labels_below_the_writers_count_are_numbers(tmp_path: Path):
+    entries = [(b"%d" % i, pickle.dumps((JPEGS[i], y))) for i, y in enumerate((0, 1, 99))]
+    path = database(tmp_path / "a.lmdb", [*entries, (b"__classnum__", b"\x64")])
+    source = opened(path)
+    assert source.labels().tolist() == [0, 1, 99] and source.num_classes == 100
+
+
 def test_other_texts_beside_are_passed_by(tmp_path: Path):
     path = database(tmp_path / "a.lmdb", FORMS["folders"], folder=True)
     (path / "README.txt").write_text(

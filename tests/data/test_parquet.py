@@ -81,6 +81,53 @@ def test_columns_and_labels_of_every_form(tmp_path: Path, form: str):
     assert source.num_classes == (len(names) if names else max(labels) + 1)
 
 
+def class_label(names: list[str]) -> dict:
+    return {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "labels", "expected", "names"),
+    [
+        ((["al", "bo"], ["ca", "di"]), [0, 1], [0, 1, 2, 3], ["al", "bo", "ca", "di"]),
+        ((["al", "bo"], ["bo", "al", "ca"]), [0, 1], [0, 1, 1, 0], ["al", "bo", "ca"]),
+        ((["al", "bo"], ["bo", "al"]), [0, -1], [0, -1, 1, -1], ["al", "bo"]),
+        ((["al", "bo"], ["al", "bo"]), [0, 1], [0, 1, 0, 1], ["al", "bo"]),
+        # All names count, and the labels are numbers, however far apart.
+        (([f"p{i}" for i in range(1000)],) * 2, [0, 995], [0, 995] * 2, 1000),
+        (([str(i) for i in range(1000)],) * 2, [0, 995], [0, 995] * 2, None),
+    ],
+)
+def test_files_share_the_identities_whose_names_they_share(
+    tmp_path: Path, tables, labels, expected, names
+):
+    for number, table in enumerate(tables):
+        columns = {"image": IMAGES[2 * number : 2 * number + 2], "label": labels}
+        write(tmp_path / f"train-{number}.parquet", columns, metadata=class_label(table))
+    source = opened(tmp_path)
+    assert source.labels().tolist() == expected
+    assert source.num_classes == len(set().union(*tables))
+    found = None if source.names is None else list(source.names)
+    assert found == (names if isinstance(names, list | None) else tables[0])
+
+
+@pytest.mark.parametrize(
+    ("table", "labels", "message"),
+    [
+        (None, [0, 1], r"train-1\.parquet has no ClassLabel with names, and .*train-0.* has"),
+        (["ca", "ca"], [0, 1], r"train-1\.parquet and .*train-0.* have different ClassLabels"),
+        (["ca", "di"], [0, 2], r"names that occur twice, or labels without a name"),
+    ],
+)
+def test_class_labels_that_cannot_be_joined_are_refused(tmp_path: Path, table, labels, message):
+    columns = {"image": IMAGES[:2], "label": [0, 1]}
+    write(tmp_path / "train-0.parquet", columns, metadata=class_label(["al", "bo"]))
+    metadata = None if table is None else class_label(table)
+    columns = {"image": IMAGES[2:], "label": labels}
+    write(tmp_path / "train-1.parquet", columns, metadata=metadata)
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path)
+
+
 def test_columns_that_are_not_clear_are_asked_about(tmp_path: Path):
     columns = {"image": IMAGES, "who": NAMES, "where": ["x", "x", "y", "y"]}
     path = write(tmp_path / "x.parquet", columns)

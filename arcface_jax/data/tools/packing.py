@@ -236,7 +236,9 @@ def images(
 
 def remaining(places: range, journal: Journal) -> np.ndarray:
     """Returns a part of a selection without the images that the journal left out."""
-    return np.setdiff1d(np.arange(places.start, places.stop), np.array([*journal.skipped], np.int64))
+    return np.setdiff1d(
+        np.arange(places.start, places.stop), np.array([*journal.skipped], np.int64)
+    )
 
 
 def _write_images(
