@@ -361,7 +361,9 @@ def _lists_beside(path: Path) -> list[Path]:
     found = sorted(path.iterdir()) if path.is_dir() else []
     stems = (path.with_suffix(""), path)
     found += [stem.with_name(stem.name + suffix) for stem in stems for suffix in lists.SUFFIXES]
-    usual = {x for x in found if x.suffix.lower() in lists.SUFFIXES and not x.name.endswith(names.FILE)}
+    usual = {
+        x for x in found if x.suffix.lower() in lists.SUFFIXES and not x.name.endswith(names.FILE)
+    }
     return sorted(file for file in usual if file.is_file())
 
 
