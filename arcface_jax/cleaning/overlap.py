@@ -12,6 +12,7 @@ import numpy as np
 from arcface_jax.cleaning import duplicates, neighbors, outliers, thresholds
 from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
+from arcface_jax.errors import DataError
 
 FALSE = 0.0005
 """Highest share of the training set's own images with such a score for another identity."""
@@ -41,8 +42,16 @@ def find(train: Identities, others: np.ndarray, *, seed: int) -> Overlap:
       train: the training set.
       others: (m, D) float32 of length 1, from the other set; zeros for unreadable images.
       seed: of the search for the training set's own duplicates, which would count as false.
+
+    Raises:
+      DataError: the training set has too few readable images.
     """
     centroids, counts = train.centroids(), train.counts()
+    if not counts.any():
+        raise DataError(
+            "the training set has no readable image to compare with: `arcface-jax data inspect` "
+            "lists what is wrong with its images"
+        )
     present = np.where(counts > 0, np.arange(train.num_classes), -1)
     best = neighbors.best_other(others, np.full(len(others), -2), centroids, present)
     threshold = _threshold(train, best.score, seed=seed)
@@ -69,6 +78,11 @@ def _threshold(train: Identities, scores: np.ndarray, *, seed: int) -> Threshold
     own, other, _ = outliers.compare(train, groups=groups)
     right = own > other  # NaN for the only image of an identity
     false = other[right & (own >= np.nanmedian(own) / 2)] if right.any() else other
+    if not np.isfinite(false).any():
+        raise DataError(
+            "the training set has no two identities with two readable images each, from which the "
+            "threshold is found: name a set with more images"
+        )
     threshold = float(np.quantile(false, 1 - FALSE))
     found = int((scores >= threshold).sum())
     wrong = FALSE * len(scores)

@@ -132,8 +132,9 @@ def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
       ImageError: it has neither, or the file cannot be read.
     """
     data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and value.get("path"):
-        return read_file(folder / value["path"])
+    path = value.get("path") if isinstance(value, dict) else None
+    if data is None and path and isinstance(path, str):
+        return read_file(folder / path)
     if data is None:
         raise ImageError(
             where(), "has no bytes in its image: write the file with them", kind="no image"
@@ -169,6 +170,8 @@ def _class_names(schema: Any, label: str) -> list[str] | None:
         info = foreign.parse_json((schema.metadata or {})[b"huggingface"])
         table = info["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):
+        return None
+    if not isinstance(table, list):
         return None
     numbers = all(name == str(i) for i, name in enumerate(table))
     return None if numbers or not all(isinstance(name, str) for name in table) else table

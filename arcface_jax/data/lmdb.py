@@ -365,8 +365,10 @@ def _labels_elsewhere(
     if all(entry.key.startswith(_IMAGE) for entry in entries):
         found = [values.get(_LABEL + entry.key.removeprefix(_IMAGE)) for entry in entries]
         if all(value is not None for value in found):
-            text: list[int | str | None] = [bytes(value).decode() for value in found]
-            return text, "labels: the entries label-NUMBER"
+            own = zip(entries, found, strict=True)
+            return [
+                _label(path, e.key, bytes(x)) for e, x in own
+            ], "labels: the entries label-NUMBER"
     refused: DataError | None = None
     for file in beside:
         try:
@@ -393,6 +395,22 @@ def _labels_elsewhere(
         f"{path}, key {_shown(first)}: the image has no label with it: put a list of 'key label' "
         f"lines next to the database as {path.with_suffix('.txt').name}"
     )
+
+
+def _label(path: Path, image: bytes, value: bytes) -> int | str:
+    """Returns the label in an entry of its own, next to the entry of its image.
+
+    Raises:
+      DataError: it is neither text nor a number in a known format.
+    """
+    key = _shown(_LABEL + image.removeprefix(_IMAGE))
+    label = lmdb_values.parse_label(value, where=f"{path}, key {key}")
+    if label is None:
+        raise DataError(
+            f"{path}, key {key}: {value[:12].hex(' ')} is not a label: write it as text, as in "
+            "b'17', or as a pickled number"
+        )
+    return label
 
 
 def _listed(file: Path, values: Any, columns: str) -> dict[bytes, str]:
