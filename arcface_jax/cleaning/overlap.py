@@ -75,14 +75,14 @@ def _threshold(train: Identities, scores: np.ndarray, *, seed: int) -> Threshold
     chosen = same.score >= min(likely, same.threshold.threshold)
     for a, b in same.pairs[chosen].tolist():  # likely pairs count as one person here
         groups[groups == groups[b]] = groups[a]
-    own, other, _ = outliers.compare(train, groups=groups)
-    right = own > other  # NaN for the only image of an identity
-    false = other[right & (own >= np.nanmedian(own) / 2)] if right.any() else other
-    if not np.isfinite(false).any():
+    own, other, row = outliers.compare(train, groups=groups)
+    if not (row >= 0).any():
         raise DataError(
-            "the training set has no two identities with two readable images each, from which the "
+            "the training set has no two people with two readable images each, from which the "
             "threshold is found: name a set with more images"
         )
+    right = own > other  # NaN for the only image of an identity
+    false = other[right & (own >= np.nanmedian(own) / 2)] if right.any() else other
     threshold = float(np.quantile(false, 1 - FALSE))
     found = int((scores >= threshold).sum())
     wrong = FALSE * len(scores)

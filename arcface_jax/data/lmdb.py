@@ -365,10 +365,9 @@ def _labels_elsewhere(
     if all(entry.key.startswith(_IMAGE) for entry in entries):
         found = [values.get(_LABEL + entry.key.removeprefix(_IMAGE)) for entry in entries]
         if all(value is not None for value in found):
-            own = zip(entries, found, strict=True)
-            return [
-                _label(path, e.key, bytes(x)) for e, x in own
-            ], "labels: the entries label-NUMBER"
+            pairs = zip(entries, map(bytes, found), strict=True)
+            labels = [_label(path, entry.key, value) for entry, value in pairs]
+            return [*labels], "labels: the entries label-NUMBER"
     refused: DataError | None = None
     for file in beside:
         try:

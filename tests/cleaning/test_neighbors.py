@@ -93,7 +93,7 @@ def test_a_set_without_enough_images_is_no_training_set_to_compare_with(vectors)
     with pytest.raises(DataError, match="has no readable image to compare with"):
         overlap.find(nobody, vectors[:4], seed=0)
     one = Identities(vectors, np.zeros(len(vectors), np.int32), 1)
-    with pytest.raises(DataError, match="no two identities with two readable images each"):
+    with pytest.raises(DataError, match="no two people with two readable images each"):
         overlap.find(one, vectors[:4], seed=0)
 
 

@@ -158,7 +158,7 @@ def test_a_first_image_that_is_missing_is_no_header(folder: Path):
             "filename,id,person_name\n"
             + "".join(f"{file},{i // 3},p{i // 3}\n" for i, file in enumerate(FILES))
             + "last.jpg,1\n",
-            "a.csv, line 9: 2 columns, but the first line has 3",
+            "a.csv, line 8: 2 columns, but the first line has 3",
         ),
         (
             "filename,id\n"

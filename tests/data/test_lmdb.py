@@ -77,7 +77,10 @@ FORMS = {
     "pickled labels beside": [
         entry
         for k, x, y in PAIRS
-        for entry in ((b"image-" + k, x), (b"label-" + k, pickle.dumps(np.int64(y))))
+        for entry in (
+            (b"image-" + k.zfill(9), x),
+            (b"label-" + k.zfill(9), pickle.dumps(np.int64(y))),
+        )
     ],
     "folders": [(f"s/{TABLE[y]}/{i}.jpg".encode(), x) for i, (_, x, y) in enumerate(PAIRS)],
     "names": [(k, pickle.dumps((x, TABLE[y]))) for k, x, y in PAIRS],

@@ -68,7 +68,7 @@ def test_a_split_is_chosen_by_name_and_the_others_are_counted(tmp_path: Path, ki
         source = opened(path)
         assert len(source) == 3 and "1 ignored (files of other splits 1)" in account(source)
     assert len(opened(f"{tmp_path}#test")) == 2
-    with pytest.raises(DataError, match="(has no file of the split|has no split) dev"):
+    with pytest.raises(DataError, match=r"(has no file of the split|has no split) dev"):
         opened(f"{tmp_path}#dev")
 
 
