@@ -180,8 +180,9 @@ def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
       ImageError: it has neither, or the file cannot be read.
     """
     data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and value.get("path"):
-        return read_file(folder / value["path"])
+    path = value.get("path") if isinstance(value, dict) else None
+    if data is None and path and isinstance(path, str):
+        return read_file(folder / path)
     if data is None:
         raise ImageError(
             where(), "has no bytes in its image: write the file with them", kind="no image"

@@ -97,7 +97,7 @@ class _Found(NamedTuple):
     ignored: dict[str, int]
 
 
-def open_folder(folder: Path, *, level: int = 0) -> FilesSource:
+def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
     """Opens a folder with one sub-folder per identity, in the order of the names.
 
     An identity has all images below its folder, at any depth.
@@ -106,17 +106,8 @@ def open_folder(folder: Path, *, level: int = 0) -> FilesSource:
       folder: folder of the identities' folders.
       level: depth of the identities' folders, from 1; 0 detects it.
 
-    Raises:
-      DataError: no sub-folder has an image, or it is ambiguous which folders are the identities.
-    """
-    source = try_folder(folder, level=level)
-    if source is None:
-        raise DataError(f"{folder} has no sub-folder with images: make one for each identity")
-    return source
-
-
-def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
-    """Opens a folder as `open_folder` does; None if no sub-folder has an image.
+    Returns:
+      The set; None if no sub-folder has an image.
 
     Raises:
       DataError: the images are not in sub-folders, or it is ambiguous which folders are the
@@ -189,10 +180,10 @@ def check_level(folder: Path | str, people: Mapping[str, Sequence[str]]) -> None
     direct = sum(map(len, people.values())) - len(deep)
     second = {file.partition("/")[0] for file in deep}
     if len(second) > len(people) and direct <= _STRAY * len(deep):
-        group = min(name for name, files in people.items() if "/" in files[0])
-        person = people[group][0].partition("/")[0]
+        group, file = min((g, file) for g, files in people.items() for file in files if "/" in file)
+        person = file.partition("/")[0]
         raise DataError(
-            f"{folder}: the images are two folders deep, as {group}/{people[group][0]}: is the "
+            f"{folder}: the images are two folders deep, as {group}/{file}: is the "
             f"identity {group} ({len(people)} of them) or {person} ({len(second)})? Give "
             "--data.identity-level 1 or 2"
         )

@@ -100,10 +100,16 @@ def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
         return []
     names = {entry.name for entry in found}
     with os.scandir(folder) as entries:
-        own = (entry for entry in entries if entry.name not in names and entry.is_dir())
+        own = (entry for entry in entries if entry.name not in names and _is_folder(entry))
         if any(entry.name[0] != "." and not entry.name.endswith(SUFFIX) for entry in own):
             return []
     return sorted(Path(entry.path) for entry in found if entry.name[0] != ".")
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    """Returns whether an entry leads to a folder; `entry.is_dir` raises on a link to itself."""
+    linked = entry.is_symlink() and os.path.isdir(entry.path)
+    return linked or entry.is_dir(follow_symlinks=False)
 
 
 def of_paths(paths: Sequence[str], *, level: int, where: str) -> list[str | None]:

@@ -383,8 +383,9 @@ def _labels_elsewhere(
     if all(entry.key.startswith(_IMAGE) for entry in entries):
         found = [values.get(_LABEL + entry.key.removeprefix(_IMAGE)) for entry in entries]
         if all(value is not None for value in found):
-            text: list[int | str | None] = [bytes(value).decode() for value in found]
-            return text, "labels: the entries label-NUMBER"
+            pairs = zip(entries, map(bytes, found), strict=True)
+            labels = [_label(path, entry.key, value) for entry, value in pairs]
+            return [*labels], "labels: the entries label-NUMBER"
     refused: DataError | None = None
     for file in beside:
         try:
@@ -423,6 +424,22 @@ def _labeled(
     ignored.update(HIDDEN if is_hidden(_shown(entry.key)) else LOOSE for entry in unused)
     kept = [(x, label) for x, label in zip(entries, labels, strict=True) if label is not None]
     return [entry for entry, _ in kept], [label for _, label in kept]
+
+
+def _label(path: Path, image: bytes, value: bytes) -> int | str:
+    """Returns the label in an entry of its own, next to the entry of its image.
+
+    Raises:
+      DataError: it is neither text nor a number in a known format.
+    """
+    key = _shown(_LABEL + image.removeprefix(_IMAGE))
+    label = lmdb_values.parse_label(value, where=f"{path}, key {key}")
+    if label is None:
+        raise DataError(
+            f"{path}, key {key}: {value[:12].hex(' ')} is not a label: write it as text, as in "
+            "b'17', or as a pickled number"
+        )
+    return label
 
 
 def _listed(file: Path, values: Any, columns: str) -> dict[bytes, str]:

@@ -11,17 +11,19 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcface_jax.data import lists, names, sidecar
+from arcface_jax.data import lists, names, sidecar, splits
 from arcface_jax.data.files import LOOSE
 from arcface_jax.data.images import HIDDEN, SPECIAL, is_hidden, is_image
 from arcface_jax.data.indexed import IndexedSource, described, files_of, of_paths
 from arcface_jax.data.source import Sample
+from arcface_jax.data.splits import Chosen
 from arcface_jax.errors import DataError, ImageError
-from arcface_jax.runtime import foreign
+from arcface_jax.runtime import foreign, sealed
 
 _LAYOUT = 2  # version of the cached arrays
 _BLOCK = 512
@@ -31,20 +33,38 @@ _LABELS = ("cls", "json")  # in order of preference
 _OPEN = 128  # shards whose files stay open in a process
 
 
-def find_shards(path: str) -> list[Path]:
+def find_shards(place: Path, *, split: str = "") -> Chosen:
     """Finds the tar files that a path names: one, all in a folder, or `shard-{0000..0042}.tar`.
 
-    In a folder with several splits, takes those whose names start with "train".
+    Args:
+      place: the path.
+      split: the split to read in a folder with several; "train" by default.
 
     Returns:
-      The files in order; an empty list if the path names something else.
+      The files in order; none if the path names something else.
 
     Raises:
-      DataError: shards of a range are missing, or they are compressed.
+      DataError: shards of a range are missing, they are compressed, or the split does not exist.
     """
-    place = Path(path)
+    if place.is_dir():
+        found = files_of(place, _SUFFIXES)
+        chosen = splits.by_name(place, found, split) if found else splits.NOTHING
+    else:
+        chosen = Chosen([] if split else _named(place), {})
+    if packed := next((shard for shard in chosen.files if shard.suffix.lower() != ".tar"), None):
+        raise DataError(
+            f"{packed} is compressed and has no random access: unpack it to a .tar (gunzip "
+            f"{packed.name}); images in it are compressed already"
+        )
+    return chosen
+
+
+def _named(place: Path) -> list[Path]:
+    """Returns the tar file at a path, or those of a range."""
+    if not place.name.lower().endswith(_SUFFIXES):
+        return []
     if found := _RANGE.search(place.name):
-        if not (place.parent.is_dir() and place.name.lower().endswith(_SUFFIXES)):
+        if not place.parent.is_dir():
             return []
         first, last = found[1], found[2]
         numbers = (f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
@@ -52,21 +72,11 @@ def find_shards(path: str) -> list[Path]:
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing or not shards:
             raise DataError(
-                f"{path} names {len(shards)} shards, of which {len(missing)} do not exist "
+                f"{place} names {len(shards)} shards, of which {len(missing)} do not exist "
                 f"({', '.join(missing[:3]) or 'an empty range'}): correct the range, or copy them"
             )
-    elif place.is_dir():
-        shards = files_of(place, _SUFFIXES)
-        shards = [shard for shard in shards if shard.name.startswith("train")] or shards
-    else:
-        known = place.is_file() and place.name.lower().endswith(_SUFFIXES)
-        shards = [place] if known else []
-    if packed := next((shard for shard in shards if shard.suffix.lower() != ".tar"), None):
-        raise DataError(
-            f"{packed} is compressed and has no random access: unpack it to a .tar (gunzip "
-            f"{packed.name}); images in it are compressed already"
-        )
-    return shards
+        return shards
+    return [place] if place.is_file() else []
 
 
 class WebDatasetSource(IndexedSource):
@@ -81,6 +91,7 @@ class WebDatasetSource(IndexedSource):
       shards: the tar files, in their order.
       columns: as `data.columns`; label is a field of the JSON.
       level: as `data.identity_level`.
+      ignored: files of the folder that are not used, by kind.
 
     Raises (the constructor): DataError if a file is not a tar or is truncated, or it is ambiguous
     which folders are the identities.
@@ -88,11 +99,20 @@ class WebDatasetSource(IndexedSource):
 
     unit = "samples"
 
-    def __init__(self, shards: Sequence[Path], *, columns: str = "", level: int = 0):
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        *,
+        columns: str = "",
+        level: int = 0,
+        ignored: Mapping[str, int] = MappingProxyType({}),
+    ):
         self._shards = [shard.absolute() for shard in shards]
         self._level = level
         self._field = lists.parse_columns(columns).get("label", "")
+        self._part = _part_of_folder(self._shards)
         super().__init__(self._shards[0].parent)
+        self.ignored = {**self.ignored, **ignored}
 
     def _open_arrays(self, *, check: bool) -> sidecar.Arrays:
         first = self._shards[0]
@@ -102,6 +122,7 @@ class WebDatasetSource(IndexedSource):
             lambda: _index(self._shards, self._field, level=self._level, declared=self._declared),
             options=f"webdataset {_LAYOUT} {self._level} {self._declared} {self._field}",
             check=check,
+            part=self._part,
         )
 
     def _prepare(self) -> None:
@@ -184,6 +205,13 @@ class _File:
     def __del__(self):
         if self._number >= 0:
             os.close(self._number)
+
+
+def _part_of_folder(shards: Sequence[Path]) -> str:
+    """Returns a name for a part of a folder's shards, whose index is cached separately."""
+    if len(shards) == 1 or list(shards) == files_of(shards[0].parent, _SUFFIXES):
+        return ""
+    return f".{sealed.digest(os.fsencode('/'.join(x.name for x in shards)))[:12]}"
 
 
 # ---- The index --------------------------------------------------------------------------------

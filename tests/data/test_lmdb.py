@@ -74,6 +74,14 @@ FORMS = {
         for entry in ((b"image-" + k.zfill(9), x), (b"label-" + k.zfill(9), b"%d" % y))
     ]
     + [(b"num-samples", b"6")],
+    "pickled labels beside": [
+        entry
+        for k, x, y in PAIRS
+        for entry in (
+            (b"image-" + k.zfill(9), x),
+            (b"label-" + k.zfill(9), pickle.dumps(np.int64(y))),
+        )
+    ],
     "folders": [(f"s/{TABLE[y]}/{i}.jpg".encode(), x) for i, (_, x, y) in enumerate(PAIRS)],
     "names": [(k, pickle.dumps((x, TABLE[y]))) for k, x, y in PAIRS],
 }
@@ -168,6 +176,10 @@ class Malicious:
             r"holds 2 entries and no image that can be read: key 7 has 5 bytes that begin with 68",
         ),
         ([(b"__len__", b"0")], "holds no entry"),
+        (
+            [(b"image-7", JPEGS[0]), (b"label-7", struct.pack("<i", 200))],
+            r"key label-7: c8 00 00 00 is not a label: write it as text",
+        ),
         (
             [(b"%d" % i, pickle.dumps((JPEGS[0], i if i < 9 else 20_000_000))) for i in range(10)],
             r"key 9: label 20000000 is far beyond the others",

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from arcface_jax.config import DataConfig
+from arcface_jax.data import columnar
 from arcface_jax.data.opening import open_source
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet as pq  # noqa: E402  # only where pyarrow is installed
@@ -159,3 +160,30 @@ def test_a_row_without_a_name_and_a_number_far_beyond_are_named(tmp_path: Path):
     many = {"image": IMAGES * 2, "label": [0, 1, 2, 3, 4, 5, 6, 2_000_000]}
     with pytest.raises(DataError, match=r"group 2, row 1: label 2000000 is far beyond"):
         opened(write(tmp_path / "y.parquet", many))
+
+
+@pytest.mark.parametrize("names", [None, 5, "ab", {"0": "a"}])
+def test_class_names_that_are_no_list_are_not_used(tmp_path: Path, names):
+    metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    columns = {"image": IMAGES, "label": [0, 1, 1, 0]}
+    source = opened(write(tmp_path / "x.parquet", columns, metadata=metadata))
+    assert source.num_classes == 2 and source.names is None
+
+
+def test_an_image_path_that_is_no_text_is_no_image(tmp_path: Path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
+    images = pa.array([{"bytes": None, "path": 5}], kind)
+    source = opened(write(tmp_path / "x.parquet", {"image": images, "label": [0]}))
+    with pytest.raises(ImageError, match="row 0: has no bytes in its image"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("name", ["face", "face.jpg"])
+def test_a_column_that_expands_is_refused_whatever_its_name(tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.setattr(columnar, "_LARGE", 1 << 16)
+    columns = {name: [bytes(1 << 20)], "label": [0]}
+    table = pa.table(columns)
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
+    source = opened(tmp_path / "x.parquet")
+    with pytest.raises(ImageError, match=r"group 0: cannot be read: expands to 1,0"):
+        source.read(0)
