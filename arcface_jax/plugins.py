@@ -73,7 +73,7 @@ Options = Iterable[tuple[str, float]]
 _WORD = r"[A-Za-z_]\w*"
 _REFERENCE = re.compile(rf"({_WORD}(?:\.{_WORD})*:{_WORD})(?::(.*))?", re.DOTALL)
 # `pairs.txt:FOLDER` is a list of pairs and the folder of its images, not a module.
-_FILES = (".txt", ".csv")
+_FILES = (".txt", ".csv", ".tsv", ".lst")
 
 
 class Reference(NamedTuple):
@@ -96,7 +96,7 @@ def parse(text: str) -> Reference | None:
     if found is None:
         return None
     module = found[1].partition(":")[0]
-    if module.endswith(_FILES) or Path(text).exists():
+    if module.lower().endswith(_FILES) or os.path.exists(text):
         return None
     return Reference(found[1], found[2] or "")
 

@@ -389,7 +389,8 @@ def test_options_are_for_parts_of_ones_own():
     [
         ("a.b:c", ("a.b:c", "")),
         ("a:c:/data/x:y", ("a:c", "/data/x:y")),
-        ("pairs.txt:images", None),
+        *((f"{name}:images", None) for name in ("pairs.txt", "p.tsv", "p.lst", "PAIRS.CSV")),
+        (f"a:c:{'x' * 300}", ("a:c", "x" * 300)),
         ("lfw.bin", None),
         ("/data/train", None),
         ("synthetic", None),

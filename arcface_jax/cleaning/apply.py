@@ -114,12 +114,7 @@ def apply(
         packed = list_writing.write(source, selection, output)
     else:
         packed = packing.pack(source, selection, output, bad=bad, threads=threads)
-    final = [
-        change
-        if change.new_label == ""
-        else change._replace(new_label=int(mapped[change.new_label]))
-        for change in plan.changes
-    ]
+    final = [_renumbered(change, mapped) for change in plan.changes]
     new_names = packing.names_of(source, selection)
     provenance = _provenance(source, clean, about, actions)
     written = [
@@ -267,6 +262,19 @@ def _settled(change: Change, group: np.ndarray) -> Change:
     if change.new_label == "":
         return change
     return change._replace(new_label=int(group[change.new_label]))
+
+
+def _renumbered(change: Change, mapped: np.ndarray) -> Change:
+    """Replaces the label that an image was moved to by its number in the new set.
+
+    Moved to an identity that was dropped, the image was dropped with it.
+    """
+    if change.new_label == "":
+        return change
+    new = int(mapped[change.new_label])
+    return (
+        change._replace(new_label=new) if new >= 0 else change._replace(action="drop", new_label="")
+    )
 
 
 def _largest_of_each(group: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -115,7 +115,7 @@ def number(path: Path, row: Row, column: str, *, below: int) -> int:
     Raises:
       DataError: it is not a number in the range.
     """
-    text = row[column]
+    text = row[column] or ""  # None in a row that is too short
     if not (text.isascii() and text.isdecimal() and int(text) < below):
         raise DataError(
             f"{path}: {column} {text!r} is not a whole number from 0 to {below - 1}: restore the "

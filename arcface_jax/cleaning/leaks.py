@@ -1,6 +1,6 @@
 """List the images of another set that show people of a training set (`overlap`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from arcface_jax.cleaning.overlap import Overlap
 from arcface_jax.cleaning.thresholds import Threshold
 from arcface_jax.data.pairs.opening import open_file
 from arcface_jax.data.source import Source
-from arcface_jax.errors import ImageError
+from arcface_jax.errors import DataError, ImageError
 from arcface_jax.evaluation.embed import Model
 
 
@@ -79,20 +79,31 @@ def in_set(model: Model, train: Source, other: Source, output: Path, *, seed: in
     return leaks._replace(files=[*leaks.files, files.write(output, files.MERGE, merged)])
 
 
-def left_out(path: Path, *, name: str, images: int) -> np.ndarray:
-    """Returns the image numbers of a verification set that overlap.csv flags, except `keep`.
+def left_out(path: Path, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Returns the image numbers that overlap.csv flags, except `keep`, by verification set.
 
     Args:
       path: path of overlap.csv.
-      name: name of the verification set.
-      images: its number of images.
+      sizes: number of images of each set.
 
     Raises:
-      DataError: it is not such a file, or is of another set.
+      DataError: it is not such a file, or lists images of none of these sets.
     """
-    rows = [row for row in files.read(path, files.OVERLAP) if row["set"] == name]
+    rows = files.read(path, files.OVERLAP)
+    listed = {row["set"] or "" for row in rows}
+    if listed and not listed & sizes.keys():
+        raise DataError(
+            f"{path} lists images of {', '.join(sorted(listed))[:200]}, not of "
+            f"{', '.join(sizes)}: name the overlap.csv of a set that is evaluated"
+        )
     kept = [row for row in rows if row["decision"] != "keep"]
-    return np.array([files.number(path, row, "index", below=images) for row in kept], np.int64)
+    return {
+        name: np.array(
+            [files.number(path, row, "index", below=n) for row in kept if row["set"] == name],
+            np.int64,
+        )
+        for name, n in sizes.items()
+    }
 
 
 def _embedded(model: Model, source: Source, folder: Path, *, name: str) -> Identities:

@@ -63,7 +63,8 @@ def find(images: Identities, *, seed: int) -> Mixed:
       images: the training set.
       seed: random seed for joining identities to find the threshold.
     """
-    compact = _COMPACT * float(np.median(within_cosines(images)[1]))
+    _, cosines = within_cosines(images)
+    compact = _COMPACT * float(np.median(cosines)) if len(cosines) else 1.0
     joined = _joined(images, compact=compact, seed=seed)
     true = np.array([division.score for division in joined])
     apart = float(np.quantile([division.cross for division in joined], _APART)) if joined else 1.0
@@ -125,8 +126,6 @@ def within_cosines(images: Identities) -> tuple[np.ndarray, np.ndarray]:
     """
     counts = images.counts()
     labels = np.flatnonzero(counts >= 2)
-    if not len(labels):
-        return labels, np.zeros(1)
     n = counts[labels].astype(np.float64)
     squares = np.square(images.sums()[labels].astype(np.float64)).sum(axis=1)
     return labels, (squares - n) / (n * (n - 1))

@@ -12,6 +12,7 @@ import numpy as np
 from arcface_jax.cleaning import duplicates, neighbors, outliers, thresholds
 from arcface_jax.cleaning.identities import Identities
 from arcface_jax.cleaning.thresholds import Threshold
+from arcface_jax.errors import DataError
 
 FALSE = 0.0005
 """Highest share of the training set's own images with such a score for another identity."""
@@ -41,8 +42,16 @@ def find(train: Identities, others: np.ndarray, *, seed: int) -> Overlap:
       train: the training set.
       others: (m, D) float32 of length 1, from the other set; zeros for unreadable images.
       seed: of the search for the training set's own duplicates, which would count as false.
+
+    Raises:
+      DataError: the training set has too few readable images.
     """
     centroids, counts = train.centroids(), train.counts()
+    if not counts.any():
+        raise DataError(
+            "the training set has no readable image to compare with: `arcface-jax data inspect` "
+            "lists what is wrong with its images"
+        )
     present = np.where(counts > 0, np.arange(train.num_classes), -1)
     best = neighbors.best_other(others, np.full(len(others), -2), centroids, present)
     threshold = _threshold(train, best.score, seed=seed)
@@ -66,7 +75,12 @@ def _threshold(train: Identities, scores: np.ndarray, *, seed: int) -> Threshold
     chosen = same.score >= min(likely, same.threshold.threshold)
     for a, b in same.pairs[chosen].tolist():  # likely pairs count as one person here
         groups[groups == groups[b]] = groups[a]
-    own, other, _ = outliers.compare(train, groups=groups)
+    own, other, row = outliers.compare(train, groups=groups)
+    if not (row >= 0).any():
+        raise DataError(
+            "the training set has no two people with two readable images each, from which the "
+            "threshold is found: name a set with more images"
+        )
     right = own > other  # NaN for the only image of an identity
     false = other[right & (own >= np.nanmedian(own) / 2)] if right.any() else other
     threshold = float(np.quantile(false, 1 - FALSE))

@@ -24,6 +24,8 @@ from arcface_jax.config.choices import AlignOptions
 from arcface_jax.inference.open_model import ModelChoices, open_models, open_path
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from arcface_jax.data.pairs.bins import PairSet
     from arcface_jax.evaluation.embed import Embed, Model
     from arcface_jax.evaluation.report.document import Evaluated
@@ -68,17 +70,22 @@ def _open(arguments: Arguments) -> "tuple[dict[str, Model], list[PairSet]]":
             "nothing to evaluate on: name verification sets with --targets a.bin b.bin"
         )
     if arguments.leave_out is not None:
-        sets = [each for one in sets for each in (one, *_without_overlap(one, arguments.leave_out))]
+        sets = _without_overlap(sets, arguments.leave_out)
     return models, sets
 
 
-def _without_overlap(pairs: "PairSet", path: Path) -> "list[PairSet]":
-    """Returns the set without pairs that overlap.csv flags; empty if none is flagged."""
-    import numpy as np
-
+def _without_overlap(sets: "Sequence[PairSet]", path: Path) -> "list[PairSet]":
+    """Returns each set and, if overlap.csv flags some of its pairs, the set without them."""
     from arcface_jax.cleaning import leaks
 
-    flagged = leaks.left_out(path, name=pairs.name, images=len(pairs.images))
+    flagged = leaks.left_out(path, {pairs.name: len(pairs.images) for pairs in sets})
+    return [x for one in sets for x in (one, *_without(one, flagged[one.name], path))]
+
+
+def _without(pairs: "PairSet", flagged: "np.ndarray", path: Path) -> "list[PairSet]":
+    """Returns the set without pairs of flagged images; empty if there is none."""
+    import numpy as np
+
     kept = np.setdiff1d(np.arange(len(pairs.same)), flagged // 2)
     dropped = len(pairs.same) - len(kept)
     print(f"{pairs.name}: {dropped:,} of {len(pairs.same):,} pairs are flagged in {path}")

@@ -3,13 +3,15 @@
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from arcface_jax.data import arrow_messages, columnar
+from arcface_jax.data import arrow_messages, columnar, splits
 from arcface_jax.data.indexed import files_of
 from arcface_jax.data.source import Sample, Source
+from arcface_jax.data.splits import Chosen
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime import foreign
 from arcface_jax.runtime.sealed import array_digest
@@ -25,8 +27,8 @@ def is_saved(folder: Path) -> bool:
     return folder.is_dir() and bool(files_of(folder, (".arrow",)))
 
 
-def arrow_files(place: Path, *, split: str = "") -> list[Path]:
-    """Returns the Arrow files of a data set, in their order.
+def arrow_files(place: Path, *, split: str = "") -> Chosen:
+    """Returns the Arrow files of one split, in their order.
 
     Args:
       place: the folder of `save_to_disk`, of one split or of several, a folder of the hub's cache,
@@ -34,22 +36,32 @@ def arrow_files(place: Path, *, split: str = "") -> list[Path]:
       split: the split to read if there are several; "train" by default.
 
     Returns:
-      The files; an empty list if the place is something else.
+      The files; none if the place is something else.
 
     Raises:
       DataError: the split does not exist, or separate index files select the rows.
     """
     if place.is_file():
-        return [place] if place.suffix == ".arrow" else []
+        return Chosen([place], {}) if place.suffix == ".arrow" and not split else splits.NOTHING
     if (place / _SPLITS).is_file():
         return arrow_files(place / _chosen(place, split))
     if not is_saved(place):
-        return []
+        return splits.NOTHING
     if not (place / _STATE).is_file():
         files = files_of(place, (".arrow",))
         files = [file for file in files if not file.name.startswith(("cache-", "tmp"))]
-        return [file for file in files if f"-{split or 'train'}" in file.name] or files
+        return splits.by_name(place, files, split)
+    return Chosen(_saved(place, split), {})
+
+
+def _saved(place: Path, split: str) -> list[Path]:
+    """Returns the files of a folder of `save_to_disk` with one split."""
     state = _read(place / _STATE)
+    if split and split != state.get("_split"):
+        raise DataError(
+            f"{place} is a single split (its name: {state.get('_split') or 'none'}), not {split}: "
+            f"name it without #{split}"
+        )
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise DataError(
             f"{place} selects rows by indices: save it again with "
@@ -99,14 +111,21 @@ class ArrowSource(Source):
     Args:
       files: files of one set, in their order.
       columns: as `data.columns`; path is the column of images.
+      ignored: files of the folder that are not used, by kind.
 
     Raises (the constructor): DataError where a file is damaged, or has other columns.
     """
 
     unit = "rows"
 
-    def __init__(self, files: Sequence[Path], *, columns: str = ""):
-        self._files = [file.absolute() for file in files]
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        columns: str = "",
+        ignored: Mapping[str, int] = MappingProxyType({}),
+    ):
+        self._files, self.ignored = [file.absolute() for file in files], dict(ignored)
         self._prepare()
         tables = [_mapped(file) for file in self._files]
         found = None
@@ -114,13 +133,13 @@ class ArrowSource(Source):
         for path, table in zip(self._files, tables, strict=True):
             found = columnar.find_columns(path, table.schema, columns=columns)
             _validate(path, table, found)
-            labels.append(table[found.label])
+            labels.append(columnar.Labels(path, table[found.label], found.class_names))
             lengths.append(len(table))
         self._ends = np.cumsum(lengths, dtype=np.int64)
         if found is None or not sum(lengths):
             raise DataError(f"{self._files[0].parent}: no row in the Arrow files")
         self._column = found.image
-        numbered = columnar.number(labels, found.class_names, where=self.where)
+        numbered = columnar.number(labels, where=self.where)
         self._labels, self.num_classes, self.names = numbered
 
     def _prepare(self) -> None:

@@ -26,9 +26,19 @@ class Columns(NamedTuple):
     image: str
     label: str
     class_names: list[str] | None
-    """Names of a ClassLabel; None for other labels, or if the names are numbers."""
+    """Names of a ClassLabel; None for other labels."""
     leaf: str
     """Column with the images' bytes; `image.bytes` if they are in a struct."""
+
+
+class Labels(NamedTuple):
+    """The labels of a file."""
+
+    file: Path
+    column: Any
+    """Column of pyarrow, numbers or names."""
+    class_names: list[str] | None
+    """As in `Columns`."""
 
 
 def import_pyarrow() -> Any:
@@ -65,23 +75,61 @@ def find_columns(path: Path, schema: Any, *, columns: str) -> Columns:
     return Columns(image, label, _class_names(schema, label), leaf)
 
 
-def number(
-    labels: Sequence[Any], table: list[str] | None, *, where: Callable[[int], str]
-) -> names.Numbered:
+def number(files: Sequence[Labels], *, where: Callable[[int], str]) -> names.Numbered:
     """Numbers the labels of all files as identities.
 
+    All names of a ClassLabel count as identities, even without images. Files whose ClassLabels
+    differ share an identity where they share a name.
+
     Args:
-      labels: columns of pyarrow, numbers or names, one after another.
-      table: the names of a ClassLabel; all of them count as identities, even without images.
+      files: the labels of each file, in their order.
       where: describes a row, given its number, for messages.
 
     Raises:
+      DataError: a file has a ClassLabel, and another one has none.
       ImageError: naming an invalid label.
     """
-    found = _numbered(labels, where)
-    if table is not None and found.num_classes <= len(table) and found.names is None:
-        return names.Numbered(found.labels, len(table), Names(table))
-    return found
+    filled = [file for file in files if len(file.column)]
+    columns, tables = [file.column for file in filled], [file.class_names for file in filled]
+    if any(map(_is_words, columns)) or not any(tables):
+        return _numbered(columns, where)
+    if any(table != tables[0] for table in tables):
+        values, table = _by_name(filled)
+    else:
+        values, table = _integers(columns), tables[0] or []
+    found = names.number_integers(values, where=where, count=len(table))
+    numbers = all(name == str(label) for label, name in enumerate(table))
+    if numbers or found.names is not None or found.num_classes > len(table):
+        return found
+    return found._replace(names=Names(table))
+
+
+def _by_name(files: Sequence[Labels]) -> tuple[np.ndarray, list[str]]:
+    """Numbers labels of files with different ClassLabels by their names.
+
+    Returns:
+      (n,) int64, -1 for an invalid label; and the names of all files, in order of appearance.
+
+    Raises:
+      DataError: a file has no names, too few, or one of them twice.
+    """
+    place: dict[str, int] = {}
+    parts = []
+    for file, column, table in files:
+        other = next(x.file for x in files if x.class_names != table)
+        if not table:
+            raise DataError(
+                f"{file} has no ClassLabel with names, and {other} has: write all files with one"
+            )
+        values = _integers([column])
+        if len(set(table)) < len(table) or values.max(initial=-1) >= len(table):
+            raise DataError(
+                f"{file} and {other} have different ClassLabels, and this one has names that occur "
+                "twice, or labels without a name: write all files with one ClassLabel"
+            )
+        own = [place.setdefault(name, len(place)) for name in table]
+        parts.append(np.append(own, -1)[values])
+    return np.concatenate(parts), list(place)
 
 
 def check_rows(rows: int, size: int, *, where: str) -> None:
@@ -132,8 +180,9 @@ def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
       ImageError: it has neither, or the file cannot be read.
     """
     data = value.get("bytes") if isinstance(value, dict) else value
-    if data is None and isinstance(value, dict) and value.get("path"):
-        return read_file(folder / value["path"])
+    path = value.get("path") if isinstance(value, dict) else None
+    if data is None and path and isinstance(path, str):
+        return read_file(folder / path)
     if data is None:
         raise ImageError(
             where(), "has no bytes in its image: write the file with them", kind="no image"
@@ -149,18 +198,25 @@ def no_label(where: str) -> ImageError:
 
 def _numbered(labels: Sequence[Any], where: Callable[[int], str]) -> names.Numbered:
     """Numbers the labels of all files, numbers or names, as identities."""
-    from pyarrow import types
-
-    kinds = [column.type for column in labels]
-    words = [types.is_dictionary(kind) or _is_text(kind) for kind in kinds]
-    if any(words):
+    if any(map(_is_words, labels)):
         text = [
             "" if value is None else str(value) for column in labels for value in column.to_pylist()
         ]
         return names.number(text, where=where)
-    values = np.concatenate([column.to_numpy() for column in labels])
+    return names.number_integers(_integers(labels), where=where)
+
+
+def _is_words(column: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_dictionary(column.type) or _is_text(column.type)
+
+
+def _integers(columns: Sequence[Any]) -> np.ndarray:
+    """Returns (n,) int64 labels of columns of numbers; -1 for an invalid label."""
+    values = np.concatenate([column.to_numpy() for column in columns])
     fits = (values >= 0) & (values < 2**62) & (values % 1 == 0)  # a null is NaN
-    return names.number_integers(np.where(fits, values, -1).astype(np.int64), where=where)
+    return np.where(fits, values, -1).astype(np.int64)
 
 
 def _class_names(schema: Any, label: str) -> list[str] | None:
@@ -170,8 +226,8 @@ def _class_names(schema: Any, label: str) -> list[str] | None:
         table = info["info"]["features"][label]["names"]
     except (KeyError, ValueError, TypeError):
         return None
-    numbers = all(name == str(i) for i, name in enumerate(table))
-    return None if numbers or not all(isinstance(name, str) for name in table) else table
+    known = isinstance(table, list) and all(isinstance(name, str) for name in table)
+    return table if known and table else None
 
 
 def _is_text(kind: Any) -> bool:

@@ -21,6 +21,8 @@ from arcface_jax.errors import ImageError, UserError, install
 SCRFD_SIZE, YUNET_SIZE = 640, 1280
 """Default longer side, in pixels, of the images that a detector sees: SCRFD's as in insightface,
 YuNet's as measured in docs/data.md."""
+THRESHOLD = 0.5
+"""Default lowest score of a face."""
 _STRIDES = (8, 16, 32)
 _LFS = b"version https://git-lfs"
 _NMS_OVERLAP = 0.4  # boxes with a larger overlap are the same face
@@ -30,7 +32,7 @@ class Faces(NamedTuple):
     """Faces found in an image."""
 
     points: np.ndarray
-    """(n, 5, 2) float: x, y in pixels, in the order of `align.POINT_NAMES`."""
+    """(n, 5, 2) float: x, y in pixels, in the order of `faces.POINT_NAMES`."""
     scores: np.ndarray
     """(n,) float detection scores; higher is more certain."""
 
@@ -39,13 +41,13 @@ Detector = Callable[[np.ndarray], Faces]
 """Takes a (H, W, 3) uint8 RGB image; safe to call from many threads."""
 
 
-def load(name: str, *, threshold: float = 0.5, size: int = 0) -> Detector:
+def load(name: str, *, threshold: float = THRESHOLD, size: int = 0) -> Detector:
     """Opens a detector by name.
 
     Args:
       name: an ONNX file, or `module:function`; the function takes a (H, W, 3) uint8 RGB image and
         returns the (n, 5, 2) points of its faces.
-      threshold: lowest score of a face.
+      threshold: lowest score of a face, of an ONNX file's faces.
       size: longer side in pixels of the images that the network sees, a multiple of 32; a larger
         size finds smaller faces. For SCRFD, smaller images are also scaled up to it. 0 for
         `YUNET_SIZE` or `SCRFD_SIZE`.
@@ -56,6 +58,11 @@ def load(name: str, *, threshold: float = 0.5, size: int = 0) -> Detector:
     if ":" in name and not Path(name).exists():
         if size:
             raise UserError(f"--detector-size {size} is for ONNX files, and {name} is a function")
+        if threshold != THRESHOLD:
+            raise UserError(
+                f"--threshold {threshold:g} is for ONNX files, and {name} is a function, which "
+                "returns points without scores: leave the option out"
+            )
         return _own(name)
     if not Path(name).is_file():
         raise UserError(f"--detector {name}: no such ONNX file, and not module:function")

@@ -118,7 +118,7 @@ def prepare(
 
     Args:
       face: the image.
-      points: (5, 2), as `align.align`; None where the image is an aligned face.
+      points: (5, 2), as for `align`; None where the image is an aligned face.
       other_size: for images of another size without points.
       find_points: gives the points of images of another size that come without; such images are
         neither refused nor resized.

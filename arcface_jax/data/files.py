@@ -83,6 +83,8 @@ class FilesSource(Source):
         return self._folder / os.fsdecode(self._names[begin : self._ends[index]])
 
 
+LOOSE = "loose images"
+"""Kind of ignored images: those above the identities' folders."""
 _STRAY = 0.05  # share of a group's images that lie directly in its folder
 
 
@@ -95,7 +97,7 @@ class _Found(NamedTuple):
     ignored: dict[str, int]
 
 
-def open_folder(folder: Path, *, level: int = 0) -> FilesSource:
+def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
     """Opens a folder with one sub-folder per identity, in the order of the names.
 
     An identity has all images below its folder, at any depth.
@@ -104,17 +106,8 @@ def open_folder(folder: Path, *, level: int = 0) -> FilesSource:
       folder: folder of the identities' folders.
       level: depth of the identities' folders, from 1; 0 detects it.
 
-    Raises:
-      DataError: no sub-folder has an image, or it is ambiguous which folders are the identities.
-    """
-    source = try_folder(folder, level=level)
-    if source is None:
-        raise DataError(f"{folder} has no sub-folder with images: make one for each identity")
-    return source
-
-
-def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
-    """Opens a folder as `open_folder` does; None if no sub-folder has an image.
+    Returns:
+      The set; None if no sub-folder has an image.
 
     Raises:
       DataError: the images are not in sub-folders, or it is ambiguous which folders are the
@@ -130,10 +123,10 @@ def try_folder(folder: Path, *, level: int = 0) -> FilesSource | None:
         return None
     people = found.people
     if level == 0:
-        _check_level(folder, people)
+        check_level(folder, people)
     elif level > 1:
         people = _deeper(folder, found, level)
-    ignored = found.ignored | ({"loose images": len(found.loose)} if found.loose else {})
+    ignored = found.ignored | ({LOOSE: len(found.loose)} if found.loose else {})
     order = sorted(people)
     labels = np.repeat(np.arange(len(order)), [len(people[name]) for name in order])
     paths = [f"{name}/{file}" for name in order for file in people[name]]
@@ -175,7 +168,7 @@ def _walk(folder: Path) -> _Found:
     return _Found(people, loose, dict(walk.ignored))
 
 
-def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
+def check_level(folder: Path | str, people: Mapping[str, Sequence[str]]) -> None:
     """Refuses a folder if it is ambiguous which level of sub-folders is the identities.
 
     Folders of sessions or years are few and recur for many people; people's folders are many.
@@ -187,10 +180,10 @@ def _check_level(folder: Path, people: Mapping[str, Sequence[str]]) -> None:
     direct = sum(map(len, people.values())) - len(deep)
     second = {file.partition("/")[0] for file in deep}
     if len(second) > len(people) and direct <= _STRAY * len(deep):
-        group = min(name for name, files in people.items() if "/" in files[0])
-        person = people[group][0].partition("/")[0]
+        group, file = min((g, file) for g, files in people.items() for file in files if "/" in file)
+        person = file.partition("/")[0]
         raise DataError(
-            f"{folder}: the images are two folders deep, as {group}/{people[group][0]}: is the "
+            f"{folder}: the images are two folders deep, as {group}/{file}: is the "
             f"identity {group} ({len(people)} of them) or {person} ({len(second)})? Give "
             "--data.identity-level 1 or 2"
         )

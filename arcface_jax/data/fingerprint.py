@@ -21,7 +21,7 @@ import numpy as np
 
 from arcface_jax.data.order import Order
 from arcface_jax.data.source import Source
-from arcface_jax.errors import DataError, ImageError
+from arcface_jax.errors import DataError, ImageError, UserError
 from arcface_jax.runtime import launch
 
 Fingerprint = dict[str, Any]
@@ -62,11 +62,24 @@ def agreed(source: Source, *, name: str) -> Fingerprint:
       name: `data.path`, for the message.
 
     Raises:
-      DataError: processes read different data; the message names their hosts.
+      DataError: processes read different data, or one cannot read its own; the message names
+        their hosts.
     """
-    found = of_source(source)
-    everyone = launch.gather_text(json.dumps({"host": launch.host_name(), "data": found}))
-    first, *others = map(json.loads, everyone)
+    found: Fingerprint = {}
+    failure: Exception | None = None
+    try:
+        found = of_source(source)
+    except (UserError, OSError) as error:  # reported in all processes, which wait for this one
+        failure = error
+    own = {"host": launch.host_name(), "data": found, "problem": str(failure or "")}
+    first, *others = everyone = [json.loads(text) for text in launch.gather_text(json.dumps(own))]
+    if failure is not None and not others:
+        raise failure
+    if unread := [f"{x['host']}: {x['problem']}" for x in everyone if x.get("problem")]:
+        raise DataError(
+            f"data.path {name} cannot be read in {len(unread)} of {len(everyone)} processes "
+            f"({'; '.join(unread)}): restore the data on these hosts"
+        )
     wrong = []
     for number, other in enumerate(others, start=1):
         then, now = f"in process 0 ({first['host']})", f"in process {number} ({other['host']})"

@@ -50,6 +50,15 @@ def is_image(path: str | Path) -> bool:
     return os.path.splitext(path)[1].lower() in _IMAGES
 
 
+def is_hidden(path: str) -> bool:
+    """Returns whether a path in an archive leads through an entry that `Walk` takes as hidden."""
+    return any(
+        part[0] == "." or (not is_image(part) and part.lower() in _SYSTEM)
+        for part in path.split("/")
+        if part not in ("", ".", "..")
+    )
+
+
 class Walk:
     """The image files below a folder, found by name, or by content if the name is inconclusive.
 
@@ -78,12 +87,12 @@ class Walk:
             suffix = name[dot:].lower() if dot > 0 else ""
             if name[0] == "." or (suffix not in _IMAGES and name.lower() in _SYSTEM):
                 self.ignored[HIDDEN] += 1
-            elif entry.is_file():
+            elif _is(entry.is_file):
                 if suffix in _IMAGES or self._is_image(entry.path, suffix):
                     yield prefix + name
                 else:
                     self.ignored[suffix or "no suffix"] += 1
-            elif entry.is_dir():
+            elif _is(entry.is_dir):
                 folders.append(entry)
             else:
                 self.ignored["broken links" if entry.is_symlink() else SPECIAL] += 1
@@ -141,6 +150,14 @@ class Walk:
         found = is_image_by_content(path)
         self._alike[suffix] = (found, count + 1 if found == alike else 1)
         return found
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Returns whether an entry is of a kind; False for a link to itself, which raises."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _identity(folder: str) -> tuple[int, int]:

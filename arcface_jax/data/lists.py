@@ -52,7 +52,7 @@ class Listed(NamedTuple):
     comments: int
 
     def number(self, path: Path) -> names.Numbered:
-        """Numbers the labels as identities.
+        """Numbers the labels as identities, with the names in the table of a packed list.
 
         Args:
           path: path of the list, for messages.
@@ -60,7 +60,20 @@ class Listed(NamedTuple):
         Raises:
           ImageError: naming the line of an invalid label.
         """
-        return names.number(self.labels, where=lambda i: f"{path}, line {self.lines[i]}")
+        table = table_of(path)
+        numbered = names.number(
+            self.labels,
+            where=lambda i: f"{path}, line {self.lines[i]}",
+            count=names.declared(path.parent, file=table),
+        )
+        if numbered.names is None:
+            return names.with_table(numbered, path.parent, file=table)
+        return numbered
+
+
+def table_of(path: Path) -> str:
+    """Returns the name of the table of a list's identities, which `data pack` writes next to it."""
+    return f"{path.name}.{names.FILE}"
 
 
 def open_list(path: Path, *, columns: str = "") -> FilesSource:
@@ -116,8 +129,9 @@ def read_list(path: Path, *, columns: str, exists: Callable[[str], bool]) -> Lis
         raise DataError(f"{path} has a header and no image: add a line 'path,label' for each")
     _check_widths(path, rows, data, found)
     files = [row.cells[found.path] for row in data]
-    if blank := next((i for i, file in enumerate(files) if not file), None):
-        raise DataError(f"{path}, line {data[blank].line}: has no path: write it, or drop the line")
+    blank = next((row for row, file in zip(data, files, strict=True) if not file), None)
+    if blank is not None:
+        raise DataError(f"{path}, line {blank.line}: has no path: write it, or drop the line")
     width = len(data[0].cells)
     return Listed(
         files,
@@ -312,8 +326,10 @@ def _apart(data: Sequence[Row], candidates: list[int]) -> list[int]:
     first = candidates[0]
     kept = [first]
     for column in candidates[1:]:
-        pairs = {(row.cells[first], row.cells[column]) for row in data}
-        alike = len(pairs) == len(_different(data, first)) == len(_different(data, column))
+        # A row that is too short is reported afterwards, with its line.
+        rows = [row.cells for row in data if len(row.cells) > max(first, column)]
+        pairs = {(cells[first], cells[column]) for cells in rows}
+        alike = len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
         kept += [] if alike else [column]
     return kept
 
@@ -326,10 +342,11 @@ def _unclear(path: Path, first: Row, header: Sequence[str], candidates: Sequence
             "a header with the names path and label: name the columns by their number, for "
             "instance --data.columns path=1,label=2"
         )
-    named = " or ".join(header[column] for column in candidates) or "none"
+    # Rows may have more columns than the header, which are then named by number.
+    words = [header[c] if c < len(header) else str(c + 1) for c in candidates]
     return DataError(
-        f"{path}: which column is the identity ({named})? Its header is {','.join(header)}: name "
-        f"it with --data.columns label={header[candidates[-1]] if candidates else 'COLUMN'}"
+        f"{path}: which column is the identity ({' or '.join(words) or 'none'})? Its header is "
+        f"{','.join(header)}: name it with --data.columns label={words[-1] if words else 'COLUMN'}"
     )
 
 

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arcface_jax.data import lists, lmdb_values, names, sidecar
-from arcface_jax.data.indexed import IndexedSource, described, files_of, of_folders
+from arcface_jax.data.files import LOOSE
+from arcface_jax.data.images import HIDDEN, is_hidden
+from arcface_jax.data.indexed import IndexedSource, described, files_of, of_paths
 from arcface_jax.data.source import Sample
 from arcface_jax.errors import DataError, ImageError, UserError, install
 
-_LAYOUT = 1  # version of the cached arrays
+_LAYOUT = 2  # version of the cached arrays
 _MAGIC = b"\xde\xc0\xef\xbe"  # at byte 16 of the first page
 _KEYS, _CLASSES = b"__keys__", b"__classnum__"
 _OTHER_FACTS = (b"num-samples", b"num_samples", b"length", b"classnum", b"class_num")
@@ -70,15 +72,16 @@ class LmdbSource(IndexedSource):
     Args:
       path: the file, or the folder with `data.mdb`.
       columns: as `data.columns`, for a list of keys and labels.
+      level: as `data.identity_level`, for labels from the keys' folders.
 
     Raises (the constructor): DataError where it is damaged, or has images without labels.
     """
 
     unit = "entries"
 
-    def __init__(self, path: Path, *, columns: str = ""):
+    def __init__(self, path: Path, *, columns: str = "", level: int = 0):
         self._path = path.absolute()
-        self._columns = columns
+        self._columns, self._level = columns, level
         super().__init__(path if path.is_dir() else path.parent)
 
     def _open_arrays(self, *, check: bool) -> sidecar.Arrays:
@@ -86,8 +89,10 @@ class LmdbSource(IndexedSource):
         return sidecar.open_arrays(
             self._path,
             [_data_file(self._path), *beside],
-            lambda: _index(self._path, beside, self._columns),
-            options=f"lmdb {_LAYOUT} {self._columns}",
+            lambda: _index(
+                self._path, beside, self._columns, level=self._level, declared=self._declared
+            ),
+            options=f"lmdb {_LAYOUT} {self._level} {self._declared} {self._columns}",
             check=check,
         )
 
@@ -242,7 +247,9 @@ class _Entry(NamedTuple):
     label: int | str | None
 
 
-def _index(path: Path, beside: Sequence[Path], columns: str) -> dict[str, np.ndarray]:
+def _index(
+    path: Path, beside: Sequence[Path], columns: str, *, level: int, declared: int
+) -> dict[str, np.ndarray]:
     """Reads every entry once, and returns the index's arrays."""
     ignored: Counter[str] = Counter()
     environment = _open(path)
@@ -251,9 +258,12 @@ def _index(path: Path, beside: Sequence[Path], columns: str) -> dict[str, np.nda
         announced = _fact(path, values, _CLASSES)
         given = [entry.label for entry in entries]
         if any(label is None for label in given):
-            given, note = _labels_elsewhere(path, values, entries, beside, columns)
+            given, note = _labels_elsewhere(path, values, entries, beside, columns, level)
             notes.append(note)
-    found = _numbered(given, lambda i: f"{path}, key {_shown(entries[i].key)}")
+            entries, given = _labeled(entries, given, ignored)
+    if isinstance(announced, int) and names.is_plausible(announced, len(entries)):
+        declared = max(declared, announced)
+    found = _numbered(given, lambda i: f"{path}, key {_shown(entries[i].key)}", declared)
     classes = found.num_classes
     if found.names is None and isinstance(announced, int) and announced > classes:
         names.check_count(announced, len(entries), where=f"{path}, key {_CLASSES.decode()}")
@@ -268,11 +278,12 @@ def _index(path: Path, beside: Sequence[Path], columns: str) -> dict[str, np.nda
     }
 
 
-def _numbered(labels: Sequence[int | str | None], where: Any) -> names.Numbered:
+def _numbered(labels: Sequence[int | str | None], where: Any, declared: int) -> names.Numbered:
     if all(isinstance(label, int) for label in labels):
         fit = [label if isinstance(label, int) and 0 <= label < 2**62 else -1 for label in labels]
-        return names.number_integers(np.array(fit, np.int64), where=where)
-    return names.number(["" if label is None else str(label) for label in labels], where=where)
+        return names.number_integers(np.array(fit, np.int64), where=where, count=declared)
+    text = ["" if label is None else str(label) for label in labels]
+    return names.number(text, where=where, count=declared)
 
 
 def _entries(path: Path, values: Any, ignored: Counter[str]) -> tuple[list[_Entry], list[str]]:
@@ -350,14 +361,21 @@ def _lists_beside(path: Path) -> list[Path]:
     found = sorted(path.iterdir()) if path.is_dir() else []
     stems = (path.with_suffix(""), path)
     found += [stem.with_name(stem.name + suffix) for stem in stems for suffix in lists.SUFFIXES]
-    usual = {x for x in found if x.suffix.lower() in lists.SUFFIXES and x.name != names.FILE}
+    usual = {
+        x for x in found if x.suffix.lower() in lists.SUFFIXES and not x.name.endswith(names.FILE)
+    }
     return sorted(file for file in usual if file.is_file())
 
 
 def _labels_elsewhere(
-    path: Path, values: Any, entries: Sequence[_Entry], beside: Sequence[Path], columns: str
+    path: Path,
+    values: Any,
+    entries: Sequence[_Entry],
+    beside: Sequence[Path],
+    columns: str,
+    level: int,
 ) -> tuple[list[int | str | None], str]:
-    """Returns the label of each bare image, and a note about its source.
+    """Returns the label of each bare image, or None if it is not used, and a note about the source.
 
     Raises:
       DataError: no labels are found.
@@ -365,8 +383,9 @@ def _labels_elsewhere(
     if all(entry.key.startswith(_IMAGE) for entry in entries):
         found = [values.get(_LABEL + entry.key.removeprefix(_IMAGE)) for entry in entries]
         if all(value is not None for value in found):
-            text: list[int | str | None] = [bytes(value).decode() for value in found]
-            return text, "labels: the entries label-NUMBER"
+            pairs = zip(entries, map(bytes, found), strict=True)
+            labels = [_label(path, entry.key, value) for entry, value in pairs]
+            return [*labels], "labels: the entries label-NUMBER"
     refused: DataError | None = None
     for file in beside:
         try:
@@ -383,9 +402,11 @@ def _labels_elsewhere(
                 f"({_shown(missing[0])}): add them, or remove these entries"
             )
         return [by_key[entry.key] for entry in entries], f"labels: {file}"
-    folders = [_shown(os.path.dirname(entry.key)) for entry in entries]
-    if all(folders):
-        return [*of_folders(folders)], "labels: the folders of the keys"
+    keys = [_shown(entry.key) for entry in entries]
+    visible = [key for key in keys if not is_hidden(key)]
+    if visible and all(map(os.path.dirname, visible)):
+        identity = dict(zip(visible, of_paths(visible, level=level, where=str(path)), strict=True))
+        return [identity.get(key) for key in keys], "labels: the folders of the keys"
     if refused:
         raise refused
     first = next(entry.key for entry in entries if entry.label is None)
@@ -393,6 +414,32 @@ def _labels_elsewhere(
         f"{path}, key {_shown(first)}: the image has no label with it: put a list of 'key label' "
         f"lines next to the database as {path.with_suffix('.txt').name}"
     )
+
+
+def _labeled(
+    entries: Sequence[_Entry], labels: Sequence[int | str | None], ignored: Counter[str]
+) -> tuple[list[_Entry], list[int | str | None]]:
+    """Drops the images that `_labels_elsewhere` gave no label, and counts them."""
+    unused = [entry for entry, label in zip(entries, labels, strict=True) if label is None]
+    ignored.update(HIDDEN if is_hidden(_shown(entry.key)) else LOOSE for entry in unused)
+    kept = [(x, label) for x, label in zip(entries, labels, strict=True) if label is not None]
+    return [entry for entry, _ in kept], [label for _, label in kept]
+
+
+def _label(path: Path, image: bytes, value: bytes) -> int | str:
+    """Returns the label in an entry of its own, next to the entry of its image.
+
+    Raises:
+      DataError: it is neither text nor a number in a known format.
+    """
+    key = _shown(_LABEL + image.removeprefix(_IMAGE))
+    label = lmdb_values.parse_label(value, where=f"{path}, key {key}")
+    if label is None:
+        raise DataError(
+            f"{path}, key {key}: {value[:12].hex(' ')} is not a label: write it as text, as in "
+            "b'17', or as a pickled number"
+        )
+    return label
 
 
 def _listed(file: Path, values: Any, columns: str) -> dict[bytes, str]:

@@ -4,14 +4,15 @@ Each parser returns None for other formats. No code in a value is run: pickles g
 `plain_pickle`, MessagePack and protocol buffers are parsed here.
 """
 
+import contextlib
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from arcface_jax.data import formats, plain_pickle
-from arcface_jax.errors import DataError
+from arcface_jax.data import arrow_messages, columnar, formats, plain_pickle
+from arcface_jax.errors import DataError, UserError
 
 
 class Value(NamedTuple):
@@ -34,6 +35,7 @@ def parse(value: Any, *, where: str) -> Value | None:
 
     Raises:
       DataError: a pickle refers to types that images and labels do not need.
+      UserError: the value needs pyarrow, which is not installed.
     """
     if formats.sniff(bytes(value[: formats.HEAD])) is not None:
         return Value(bytes(value), 0, None)
@@ -43,6 +45,8 @@ def parse(value: Any, *, where: str) -> Value | None:
             found = _image_and_label(decode(data))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+        except UserError:  # a package that is not installed
+            raise
         except Exception:  # nearly any type, if it is another format
             continue
         if found is not None:
@@ -59,14 +63,34 @@ def parse_fact(data: bytes, *, where: str) -> Any:
     """
     if data.isdigit():
         return int(data) if len(data) < _DIGITS else None
+    return _first_of(int | list | tuple, data, where=where)
+
+
+def parse_label(data: bytes, *, where: str) -> int | str | None:
+    """Parses a label that is stored apart from its image; None if the format is unknown.
+
+    Raises:
+      DataError: a pickle refers to types that a label does not need.
+    """
+    with contextlib.suppress(UnicodeDecodeError):
+        text = data.decode()
+        if text.strip().isprintable():  # an integer's bytes may be text too, but not printable
+            return text
+    return _first_of(int | str, data, where=where)
+
+
+def _first_of(kind: Any, data: bytes, *, where: str) -> Any:
+    """Decodes a value in the first format that gives one of a type; None if there is none."""
     for decode in _FORMS:
         try:
-            found = decode(data)
+            found = _plain(decode(data))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
+        except UserError:
+            raise
         except Exception:
             continue
-        if isinstance(found, int | list | tuple):
+        if isinstance(found, kind):
             return found
     return None
 
@@ -195,9 +219,12 @@ def _serialized(data: bytes) -> Any:
     begin = data.find(b"\xff\xff\xff\xff", 0, 64)
     if begin < 4 or any(data[:begin]):  # counts of tensors and buffers, which follow the stream
         raise ValueError("no plain serialized object")
-    import pyarrow
-
-    with pyarrow.ipc.open_stream(pyarrow.BufferReader(data[begin:])) as stream:
+    pyarrow = columnar.import_pyarrow()
+    file = pyarrow.BufferReader(data[begin:])
+    expanded = arrow_messages.expanded(file, whole=False)
+    columnar.check_expansion(expanded, len(data), where="the Arrow stream in it")
+    file.seek(0)
+    with pyarrow.ipc.open_stream(file) as stream:
         rows = stream.read_all().column(0).to_pylist()
     return rows[0]
 

@@ -2,7 +2,8 @@
 
 The rule: labels are numbers if all of them are plain decimal digits without leading zeros ("0",
 "17", and "17.0" as im2rec writes it) and nearly dense: the largest is below twice the number of
-different labels plus ten. Otherwise they are names, and identities are numbered in the names'
+different labels plus ten, or all are below the number of identities that the set declares.
+Otherwise they are names, and identities are numbered in the names'
 order: alphabetical, or by value if all are digits. A few numbers far beyond otherwise dense ones
 are an error that names the line, and so is a blank label.
 
@@ -79,12 +80,14 @@ class Numbered(NamedTuple):
     """Names of the identities; None if the labels are numbers."""
 
 
-def number(labels: Sequence[str], *, where: Callable[[int], str]) -> Numbered:
+def number(labels: Sequence[str], *, where: Callable[[int], str], count: int = 0) -> Numbered:
     """Numbers text labels as identities, by the rule of this module.
 
     Args:
       labels: (n,) label of each image.
       where: describes a label's line, given its index, for messages.
+      count: number of identities that the set declares; 0 if it declares none. Labels that are all
+        below it are numbers, however sparse.
 
     Raises:
       ImageError: naming the line of a label that is blank, invalid, or far beyond the others.
@@ -111,22 +114,28 @@ def number(labels: Sequence[str], *, where: Callable[[int], str]) -> Numbered:
     if max(map(len, digits.values())) > _DIGITS:
         return _named(labels, sorted(different, key=lambda label: (len(digits[label]), label)))
     value = {label: int(text) for label, text in digits.items()}
-    if max(value.values()) >= 2**62 or not _dense(value.values(), labels, value, where):
+    largest = max(value.values())
+    declared = count if largest < count else 0
+    dense = declared or (largest < 2**62 and _dense(value.values(), labels, value, where))
+    if not dense:
         return _named(labels, sorted(different, key=value.__getitem__))
     numbers = np.fromiter(map(value.__getitem__, labels), np.int64, len(labels))
-    return Numbered(numbers.astype(np.int32), int(numbers.max(initial=-1)) + 1, None)
+    return Numbered(numbers.astype(np.int32), declared or largest + 1, None)
 
 
-def number_integers(values: np.ndarray, *, where: Callable[[int], str]) -> Numbered:
+def number_integers(values: np.ndarray, *, where: Callable[[int], str], count: int = 0) -> Numbered:
     """Numbers integer labels as identities, by the rule of this module.
 
     Args:
       values: (n,) int64 label of each image; negative for none.
       where: describes an image's place, given its number, for messages.
+      count: as in `number`.
 
     Raises:
       ImageError: naming a label that is far beyond the others.
     """
+    if values.max(initial=-1) < count:
+        return Numbered(values.astype(np.int32), count, None)
     known = values >= 0
     different = np.unique(values[known])
     far = _far(different)
@@ -199,23 +208,24 @@ def joined(parts: Sequence[tuple[Names | None, int]]) -> Names | None:
     )
 
 
-def write(folder: Path, names: Iterable[str] | Mapping[int, str]) -> Path:
+def write(folder: Path, names: Iterable[str] | Mapping[int, str], *, file: str = FILE) -> Path:
     """Writes the table next to a set, and returns the file.
 
     Args:
       folder: folder of the set.
       names: names of identities 0, 1, ..., or by number.
+      file: the table's name.
     """
     table = str.maketrans(_ESCAPES)
     pairs = names.items() if isinstance(names, Mapping) else enumerate(names)
     lines = (f"{label}\t{name.translate(table)}\n" for label, name in pairs)
     # A name that is not UTF-8, as folders may have, keeps its bytes.
     content = "".join(lines).encode("utf-8", "surrogateescape")
-    write_atomic(folder / FILE, content)
-    return folder / FILE
+    write_atomic(folder / file, content)
+    return folder / file
 
 
-def read(folder: Path, *, count: int) -> Names | None:
+def read(folder: Path, *, count: int, file: str = FILE) -> Names | None:
     """Reads the table next to a set; None if there is none, or if it only repeats the numbers.
 
     A file of this name that is not such a table is skipped, with a note on stderr.
@@ -223,11 +233,16 @@ def read(folder: Path, *, count: int) -> Names | None:
     Args:
       folder: folder of the set.
       count: count of its identities.
+      file: the table's name.
     """
-    path = folder / FILE
+    path = folder / file
     if not path.is_file():
         return None
-    table = read_sparse(folder)
+    return _complete(read_sparse(folder, file=file), count=count, path=path)
+
+
+def _complete(table: Mapping[int, str], *, count: int, path: Path) -> Names | None:
+    """Returns the names in a table, as `read` does."""
     if table.keys() != set(range(count)):
         print(
             f"note: {path} is not a table of {count} lines 'number<TAB>name' and is not used",
@@ -239,23 +254,33 @@ def read(folder: Path, *, count: int) -> Names | None:
     return Names(table[label] for label in range(count))
 
 
-def with_table(found: Numbered, folder: Path) -> Numbered:
+def with_table(found: Numbered, folder: Path, *, file: str = FILE) -> Numbered:
     """Adds the names in a set's table, which may include identities without images.
 
     Args:
       found: identities without names.
       folder: folder of the set.
+      file: the table's name.
     """
-    count = max(found.num_classes, len(read_sparse(folder)))
-    if table := read(folder, count=count):
-        return found._replace(num_classes=count, names=table)
-    return found
+    path = folder / file
+    if not path.is_file():
+        return found
+    table = read_sparse(folder, file=file)
+    count = max(found.num_classes, len(table))
+    names = _complete(table, count=count, path=path)
+    return found._replace(num_classes=count, names=names) if names else found
 
 
-def read_sparse(folder: Path) -> dict[int, str]:
+def declared(folder: Path, *, file: str = FILE) -> int:
+    """Returns the number of identities in the table next to a set; 0 without a complete one."""
+    table = read_sparse(folder, file=file)
+    return len(table) if max(table, default=-1) == len(table) - 1 else 0
+
+
+def read_sparse(folder: Path, *, file: str = FILE) -> dict[int, str]:
     """Reads the table next to a set, by number; empty if there is no valid one."""
     try:
-        text = foreign.read(folder / FILE).decode("utf-8", "surrogateescape")
+        text = foreign.read(folder / file).decode("utf-8", "surrogateescape")
     except OSError:
         return {}
     back = {escaped[1]: plain for plain, escaped in _ESCAPES.items()}
@@ -268,13 +293,18 @@ def read_sparse(folder: Path) -> dict[int, str]:
     return table
 
 
+def is_plausible(count: int, images: int) -> bool:
+    """Returns whether a number of classes is not far above the number of images."""
+    return count <= 10 * images + 10_000
+
+
 def check_count(count: int, images: int, *, where: str) -> None:
     """Refuses a number of classes far above the number of images: a wrong header or label.
 
     Raises:
       DataError: naming the place.
     """
-    if count > 10 * images + 10_000:
+    if not is_plausible(count, images):
         raise DataError(
             f"{where}: {count:,} classes for {images:,} images: a header or a label is wrong; "
             "correct it, and write the file again with labels counted from 0"

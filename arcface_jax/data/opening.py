@@ -1,5 +1,6 @@
 """Detect which kind of training set is at a path, and open it."""
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 
 from arcface_jax import plugins
 from arcface_jax.config import DataConfig
-from arcface_jax.data import arrow, lists, names, parquet, tfds, webdataset
+from arcface_jax.data import arrow, lists, names, parquet, splits, tfds, webdataset
 from arcface_jax.data.arrow import ArrowSource
 from arcface_jax.data.files import open_unlabeled, try_folder
 from arcface_jax.data.lmdb import LmdbSource, find_lmdb
@@ -35,20 +36,26 @@ def open_source(data: DataConfig, *, seed: int) -> Source:
     Raises:
       DataError: the path does not exist, or is not a supported training set.
     """
-    opened = [_open_one(path, data, seed=seed) for path in split_paths(data.path)]
+    paths = split_paths(data.path)
+    if not all(paths):
+        raise DataError(
+            f"data.path {data.path!r} has an empty path: set --data.path to a training set, or to "
+            f"several with a comma between two ({_KNOWN})"
+        )
+    opened = [_open_one(path, data, seed=seed) for path in paths]
     return opened[0] if len(opened) == 1 else JoinedSource(opened)
 
 
 def split_paths(path: str) -> list[str]:
     """Splits `data.path` into its training sets; an existing path may contain commas."""
-    return [path] if Path(path).exists() else [part.strip() for part in path.split(",")]
+    # os.path.exists is False for a path that is longer than the system's.
+    return [path] if os.path.exists(path) else [part.strip() for part in path.split(",")]
 
 
 def folder_with(path: str, name: str) -> Path:
     """Returns a training set's folder; of several sets, the first that has the file."""
-    folders = [
-        Path(part) if Path(part).is_dir() else Path(part).parent for part in split_paths(path)
-    ]
+    places = [_folder(part) for part in split_paths(path)]
+    folders = [place if os.path.isdir(place) else place.parent for place in places]
     return next((folder for folder in folders if (folder / name).is_file()), folders[0])
 
 
@@ -71,10 +78,15 @@ def _open_one(path: str, data: DataConfig, *, seed: int) -> Source:
         source = open_if_known(path, data, seed=seed)
         if source is not None:
             return source
-    folder = _folder(path)
+    folder, (_, split) = _folder(path), tfds.without_split(path)
     if not folder.exists():
         raise DataError(
-            f"data.path {folder} does not exist: set --data.path to a training set ({_KNOWN})"
+            f"data.path {path} does not exist: set --data.path to a training set ({_KNOWN})"
+        )
+    if split:
+        raise DataError(
+            f"data.path {path}: {folder} has no split {split}: leave out #{split}, or name a split "
+            "that it has"
         )
     if not (folder.is_file() or folder.is_dir()):
         raise DataError(f"data.path {folder} is neither a file nor a folder ({_KNOWN})")
@@ -123,7 +135,7 @@ def _plugin(path: str, data: DataConfig, *, seed: int) -> Source | None:
 
 
 def _recordio(path: str, data: DataConfig, *, seed: int) -> Source | None:
-    place = _folder(path)
+    place = Path(path)
     shard = data.shard_images if data.order == "shards" else 0
     if any((place / name).is_file() for name in ("train.rec", "train.idx")):
         return RecordSource(place / "train.rec", shard=shard, label_index=data.label_index)
@@ -134,38 +146,49 @@ def _recordio(path: str, data: DataConfig, *, seed: int) -> Source | None:
 
 
 def _parquet(path: str, data: DataConfig, *, seed: int) -> Source | None:
-    place = _folder(path)
-    if place.is_file() and place.suffix == ".parquet":
+    place, split = _folder(path), tfds.without_split(path)[1]
+    if place.is_file() and place.suffix == ".parquet" and not split:
         return ParquetSource([place], columns=data.columns)
-    files = parquet.parquet_files(place) if place.is_dir() else []
-    return ParquetSource(files, columns=data.columns) if files else None
+    found = parquet.parquet_files(place, split=split) if place.is_dir() else splits.NOTHING
+    if not found.files:
+        return None
+    return ParquetSource(found.files, columns=data.columns, ignored=found.ignored)
 
 
 def _arrow(path: str, data: DataConfig, *, seed: int) -> Source | None:
     place, split = _folder(path), tfds.without_split(path)[1]
-    files = arrow.arrow_files(place, split=split)
-    return ArrowSource(files, columns=data.columns) if files else None
+    found = arrow.arrow_files(place, split=split)
+    if not found.files:
+        return None
+    return ArrowSource(found.files, columns=data.columns, ignored=found.ignored)
 
 
 def _lmdb(path: str, data: DataConfig, *, seed: int) -> Source | None:
-    place = find_lmdb(_folder(path))
-    return None if place is None else LmdbSource(place, columns=data.columns)
+    place = find_lmdb(Path(path))
+    if place is None:
+        return None
+    return LmdbSource(place, columns=data.columns, level=data.identity_level)
 
 
 def _webdataset(path: str, data: DataConfig, *, seed: int) -> Source | None:
-    shards = webdataset.find_shards(path)
-    return WebDatasetSource(shards, columns=data.columns) if shards else None
+    place, split = _folder(path), tfds.without_split(path)[1]
+    found = webdataset.find_shards(place, split=split)
+    if not found.files:
+        return None
+    return WebDatasetSource(
+        found.files, columns=data.columns, level=data.identity_level, ignored=found.ignored
+    )
 
 
 def _list(path: str, data: DataConfig, *, seed: int) -> Source | None:
-    place = _folder(path)
+    place = Path(path)
     if not (place.is_file() and place.suffix.lower() in lists.SUFFIXES):
         return None
     return lists.open_list(place, columns=data.columns)
 
 
 def _identity_folders(path: str, data: DataConfig, *, seed: int) -> Source | None:
-    place = _folder(path)
+    place = Path(path)
     if not place.is_dir():
         return None
     if data.unlabeled:

@@ -1,16 +1,19 @@
 """Parquet files with image bytes and labels, as Hugging Face stores them."""
 
 import contextlib
+import glob
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from arcface_jax.data import columnar
+from arcface_jax.data import columnar, splits
 from arcface_jax.data.source import Sample, Source
+from arcface_jax.data.splits import Chosen
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime import foreign
 from arcface_jax.runtime.sealed import array_digest
@@ -18,25 +21,38 @@ from arcface_jax.runtime.sealed import array_digest
 _GROUPS_KEPT = 8  # row groups kept in memory
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    """Returns the Parquet files of a folder, of the training split if there are splits.
+def parquet_files(folder: Path, *, split: str = "") -> Chosen:
+    """Returns the Parquet files of one split.
 
-    They are in the folder, in its `data`, or in CONFIG/train as on the hub's Parquet branch.
+    They are in the folder, in its `data`, or in CONFIG/SPLIT as on the hub's Parquet branch.
+
+    Args:
+      folder: the folder.
+      split: the split; "" for `train`, or for all files if they belong to one split.
 
     Raises:
-      DataError: there are several configurations and no default one.
+      DataError: there are several configurations and no default one, or several splits and no
+        `train`, or the files have other splits.
     """
-    places = ("*.parquet", "data/*.parquet", "train/*.parquet", "*/train/*.parquet")
-    found = (sorted(folder.glob(place)) for place in places)
-    visible = ([file for file in files if not file.name.startswith(".")] for files in found)
-    files = next(filter(None, visible), [])
+    flat = _visible(folder, "*.parquet") or _visible(folder, "data/*.parquet")
+    if flat:
+        return splits.by_name(folder, flat, split)
+    own = glob.escape(split or splits.DEFAULT)
+    files = _visible(folder, f"{own}/*.parquet") or _visible(folder, f"*/{own}/*.parquet")
     folders = sorted({file.parent for file in files})
     if len(folders) > 1:  # several configurations
         files = [file for file in files if file.parent.parent.name == "default"]
         if not files:
             several = ", ".join(map(str, folders))
             raise DataError(f"{folder} holds several sets: name one of {several}")
-    return [file for file in files if file.name.startswith("train")] or files
+    if not files:
+        return splits.NOTHING
+    others = _visible(files[0].parent.parent, "*/*.parquet")
+    return splits.counted(files, others=len(others) - len(files))
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
 class ParquetSource(Source):
@@ -51,14 +67,21 @@ class ParquetSource(Source):
     Args:
       files: files of one set, in their order.
       columns: as `data.columns`; path is the column of images.
+      ignored: files of the folder that are not used, by kind.
 
     Raises (the constructor): DataError where a file is damaged, or has other columns.
     """
 
     unit = "rows"
 
-    def __init__(self, files: Sequence[Path], *, columns: str = ""):
-        self._files = list(files)
+    def __init__(
+        self,
+        files: Sequence[Path],
+        *,
+        columns: str = "",
+        ignored: Mapping[str, int] = MappingProxyType({}),
+    ):
+        self._files, self.ignored = list(files), dict(ignored)
         groups, labels, found = [], [], None
         self._sizes = np.zeros(len(files), np.int64)
         for number, path in enumerate(self._files):
@@ -73,13 +96,14 @@ class ParquetSource(Source):
                 columnar.check_rows(rows, path.stat().st_size, where=str(path))
                 for group in range(meta.num_row_groups):
                     _check_group(path, meta, group, found.label)
-                labels.append(file.read(columns=[found.label])[found.label])
+                column = file.read(columns=[found.label])[found.label]
+                labels.append(columnar.Labels(path, column, found.class_names))
         self._groups = np.array(groups, np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
-        if found is None or not sum(map(len, labels)):
+        if found is None or not sum(len(part.column) for part in labels):
             raise DataError(f"{self._files}: no row in the Parquet files")
         self._column, self._leaf = found.image, found.leaf
-        numbered = columnar.number(labels, found.class_names, where=self.where)
+        numbered = columnar.number(labels, where=self.where)
         self._labels, self.num_classes, self.names = numbered
         self._prepare()
 
@@ -204,7 +228,7 @@ def _check_group(path: Path, meta: Any, number: int, column: str) -> None:
     expanded = sum(
         part.total_uncompressed_size
         for part in of_column
-        if part.path_in_schema.partition(".")[0] == column
+        if f"{part.path_in_schema}.".startswith(f"{column}.")
     )
     where = f"{path}, group {number}"
     columnar.check_expansion(expanded, path.stat().st_size, where=where)

@@ -65,6 +65,7 @@ def open_arrays(
     *,
     options: str,
     check: bool = True,
+    part: str = "",
 ) -> Arrays:
     """Returns the arrays cached for some data, or makes and caches them.
 
@@ -74,10 +75,11 @@ def open_arrays(
       make: reads the files and returns (n,) arrays by name.
       options: what else the arrays depend on, including the version of their layout.
       check: whether to compare the digests of cached arrays; once per process tree is enough.
+      part: name of a part of the data, whose arrays are cached as NAME + part.
     """
     files = list(files)
     stamp = {"files": _digest_of(files, data), "options": options}
-    places = folders(data, data.with_name(data.name + SUFFIX))
+    places = folders(data, data.with_name(data.name + part + SUFFIX), part=part)
     for folder in places:
         if found := _mapped(folder, stamp, data, check=check):
             return found
@@ -114,9 +116,10 @@ def _mapped(folder: Path, stamp: object, data: Path, *, check: bool) -> Arrays |
     )
 
 
-def folders(data: Path, beside: Path) -> tuple[Path, ...]:
+def folders(data: Path, beside: Path, *, part: str = "") -> tuple[Path, ...]:
     """Returns the folders to cache in: next to the data, and the user's cache if there is one."""
-    name = hashlib.sha256(str(data.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    whole = f"{data.resolve()}{part}"
+    name = hashlib.sha256(whole.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     cache = homes.user_cache()
     return (beside,) if cache is None else (beside, cache / "arcface_jax" / name)
 

@@ -116,7 +116,7 @@ def read(path: Path) -> Table:
 
 
 def _separator(lines: Sequence[str]) -> str | None:
-    """Returns the character that most lines contain as often as the first."""
+    """Returns the first of tab, comma and semicolon in the first line and half of all lines."""
     for separator in ("\t", ",", ";"):
         counts = Counter(line.count(separator) for line in lines)
         if lines and lines[0].count(separator) and counts[0] <= 0.5 * len(lines):

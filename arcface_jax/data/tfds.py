@@ -225,7 +225,7 @@ def without_split(path: str) -> tuple[str, str]:
     #.
     """
     folder = path.removeprefix(PREFIX).partition("@")[2] if path.startswith(PREFIX) else path
-    if "#" not in path or os.path.exists(os.path.expanduser(folder or ".")):
+    if "#" not in path or (folder and os.path.exists(os.path.expanduser(folder))):
         return path, ""
     where, _, split = path.rpartition("#")
     return where, split

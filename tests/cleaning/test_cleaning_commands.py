@@ -10,11 +10,11 @@ import pattern_faces
 import pytest
 from commands import result, script
 
-from arcface_jax.cleaning import files, photos
+from arcface_jax.cleaning import apply, files, leaks, photos
 from arcface_jax.config import Config, DataConfig
 from arcface_jax.data.opening import open_source
 from arcface_jax.data.source import Source
-from arcface_jax.errors import UserError
+from arcface_jax.errors import DataError, UserError
 from arcface_jax.inference import open_model
 from arcface_jax.training import saved_runs
 
@@ -212,6 +212,26 @@ def test_apply_writes_a_new_set(cleaned, faces, tmp_path, capsys):
     assert json.loads((output / "cleaned.json").read_text())["actions"]["merge"] is True
 
 
+def test_an_image_moved_to_a_dropped_identity_counts_as_dropped(cleaned, faces, tmp_path, capsys):
+    decided = decide(cleaned, tmp_path / "decided", "mixed.csv", "drop")
+    decide(cleaned, decided, "images.csv", "keep")
+    (label, *_), found = (rows(decided / name) for name in ("mixed.csv", "images.csv"))
+    moved = found[0] | {"decision": "relabel", "suggested_label": label["label"]}
+    files.write(decided, "images.csv", [moved.values(), *(row.values() for row in found[1:])])
+    assert run("apply", faces, decided, tmp_path / "new", "--drop", "--relabel") == 0
+    values = result(capsys.readouterr().out)
+    assert values["relabeled"] == 0 and values["images"] == 240 - values["dropped"]
+    (line,) = [row for row in rows(tmp_path / "new" / "applied.csv") if row["image"]]
+    assert (line["action"], line["image"], line["new_label"]) == ("drop", moved["index"], "")
+
+
+def test_a_row_that_is_too_short_is_named(tmp_path):
+    path = tmp_path / "duplicates.csv"
+    path.write_text("decision," + ",".join(files.COLUMNS["duplicates.csv"][:-1]) + "\nmerge,1\n")
+    with pytest.raises(DataError, match=r"duplicates\.csv: label_b '' is not a whole number"):
+        apply.groups_in(path, num_classes=3)
+
+
 def test_apply_writes_a_list(cleaned, faces, tmp_path):
     target = tmp_path / "lists" / "merged.csv"
     assert run("apply", faces, cleaned, target, "--merge") == 0
@@ -262,6 +282,8 @@ def test_leaks_into_a_verification_set(model, faces, tmp_path, capsys):
     found = {int(row["index"]): row for row in rows(output / "overlap.csv")}
     assert set(found) == {8, 9, 31} and values["people"] == 2 and values["same_photo"] == 1
     assert found[31]["same_photo"] == "1" and found[31]["path_a"].endswith("8_3.png")
+    with pytest.raises(DataError, match=r"lists images of pairs, not of lfw, cfp: name the"):
+        leaks.left_out(output / "overlap.csv", {"lfw": 40, "cfp": 40})
     options = ["--targets", target, "--leave-out", output / "overlap.csv"]
     report = tmp_path / "report"
     words = ["--onnx", str(model), *map(str, options), "--report", str(report)]

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcface_jax.cleaning import neighbors, thresholds
+from arcface_jax.cleaning import mixed, neighbors, overlap, thresholds
+from arcface_jax.cleaning.identities import Identities
+from arcface_jax.errors import DataError
 from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.runtime import devices as meshes
 
@@ -79,6 +81,20 @@ def test_the_best_of_another_group(vectors):
     np.testing.assert_array_equal(found.row, cosine.argmax(axis=1))
     np.testing.assert_allclose(found.score, cosine.max(axis=1), atol=1e-6)
     assert found.row.dtype == np.int64 and jnp.isfinite(found.score).all()
+
+
+def test_a_set_with_one_image_of_each_person_has_no_mixed_identity(vectors):
+    single = Identities(vectors, np.arange(len(vectors), dtype=np.int32), len(vectors))
+    assert not len(mixed.find(single, seed=0).label)
+
+
+def test_a_set_without_enough_images_is_no_training_set_to_compare_with(vectors):
+    nobody = Identities(np.zeros_like(vectors), np.full(len(vectors), -1, np.int32), 3)
+    with pytest.raises(DataError, match="has no readable image to compare with"):
+        overlap.find(nobody, vectors[:4], seed=0)
+    one = Identities(vectors, np.zeros(len(vectors), np.int32), 1)
+    with pytest.raises(DataError, match="no two people with two readable images each"):
+        overlap.find(one, vectors[:4], seed=0)
 
 
 def test_expected_recall_and_precision():

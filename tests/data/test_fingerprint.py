@@ -202,5 +202,23 @@ def test_hosts_with_other_data_are_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(launch, "host_name", lambda: "a1")
     with pytest.raises(DataError, match=r"process 0 \(a1\), process 2 \(b7\): 128 of 128 sampled"):
         fingerprint.agreed(Own(), name="x")
+    failed = {"host": "b7", "data": {}, "problem": "train.rec cannot be read"}
+    monkeypatch.setattr(launch, "gather_text", lambda text: [text, text, json.dumps(failed)])
+    with pytest.raises(DataError, match=r"in 1 of 3 processes \(b7: train\.rec cannot be read\)"):
+        fingerprint.agreed(Own(), name="x")
     monkeypatch.setattr(launch, "gather_text", lambda text: [text, text])
     assert fingerprint.agreed(Own(), name="x") == fingerprint.of_source(Own())
+
+
+def test_a_host_that_cannot_read_its_data_does_not_leave_the_others_waiting(monkeypatch):
+    class Gone(Own):
+        def facts(self):
+            raise DataError("train.rec is gone")
+
+    def gather(text: str) -> list[str]:
+        assert json.loads(text)["problem"] == "train.rec is gone"
+        return [text, text.replace("train.rec is gone", "")]
+
+    monkeypatch.setattr(launch, "gather_text", gather)
+    with pytest.raises(DataError, match=r"in 1 of 2 processes \(.*: train\.rec is gone\)"):
+        fingerprint.agreed(Gone(), name="x")

@@ -132,9 +132,19 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path):
     put(tmp_path / "else", "1.jpg")
     (tmp_path / "set" / "ada" / "up").symlink_to(tmp_path / "set")
     (tmp_path / "set" / "bob" / "more").symlink_to(tmp_path / "else")
+    for place in ("loop", "ada/loop", "ada/loop.jpg"):
+        (tmp_path / "set" / place).symlink_to(Path(place).name)
     source = opened(tmp_path / "set")
     assert source.labels().tolist() == [0, 1, 1]
-    assert source.ignored == {"links to a folder above": 1}
+    assert source.ignored == {"links to a folder above": 1, "broken links": 3}
+
+
+def test_the_question_about_the_level_skips_images_of_the_first_level(tmp_path: Path):
+    for group in "AB":
+        put(tmp_path, f"{group}/0.jpg")
+        put(tmp_path, *(f"{group}/{group}{p}/{i}.jpg" for p in range(5) for i in range(10)))
+    with pytest.raises(DataError, match=r"as A/A0/0\.jpg: is the identity A \(2 of them\) or A0"):
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["one#two", "a,b#c", "#", "x#train"])

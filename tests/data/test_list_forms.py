@@ -153,6 +153,18 @@ def test_a_first_image_that_is_missing_is_no_header(folder: Path):
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(99), "a.csv is not text"),
         (rows(",").replace(FILES[1], f'"{FILES[1]}'), "line 2: a quote is not closed"),
         ("# only\n# comments\n", "a.csv is empty"),
+        (f"path,label\n,adam\n{rows(',')}", "a.csv, line 2: has no path"),
+        (
+            "filename,id,person_name\n"
+            + "".join(f"{file},{i // 3},p{i // 3}\n" for i, file in enumerate(FILES))
+            + "last.jpg,1\n",
+            "a.csv, line 8: 2 columns, but the first line has 3",
+        ),
+        (
+            "filename,id\n"
+            + "".join(f"{file},{i // 3},p{i % 2}\n" for i, file in enumerate(FILES)),
+            r"which column is the identity \(id or 3\)",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(folder: Path, text, message: str):

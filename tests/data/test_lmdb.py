@@ -74,6 +74,14 @@ FORMS = {
         for entry in ((b"image-" + k.zfill(9), x), (b"label-" + k.zfill(9), b"%d" % y))
     ]
     + [(b"num-samples", b"6")],
+    "pickled labels beside": [
+        entry
+        for k, x, y in PAIRS
+        for entry in (
+            (b"image-" + k.zfill(9), x),
+            (b"label-" + k.zfill(9), pickle.dumps(np.int64(y))),
+        )
+    ],
     "folders": [(f"s/{TABLE[y]}/{i}.jpg".encode(), x) for i, (_, x, y) in enumerate(PAIRS)],
     "names": [(k, pickle.dumps((x, TABLE[y]))) for k, x, y in PAIRS],
 }
@@ -124,6 +132,23 @@ def test_a_list_beside_has_the_labels(tmp_path: Path, folder: bool):
     assert source.names is not None and list(source.names) == TABLE
 
 
+def test_folders_in_keys_follow_the_rules_of_an_image_folder(tmp_path: Path):
+    nested = ["f/p0/0.jpg", "f/p0/more/1.jpg", "f/p1/2020/2.jpg", "f/p2/3.jpg"]
+    others = ["__MACOSX/p0/0.jpg", "f/.thumbs/0.jpg", "f/cover.jpg"]
+    entries = [(name.encode(), JPEGS[i % 6]) for i, name in enumerate([*nested, *others])]
+    source = opened(database(tmp_path / "a.lmdb", entries))
+    assert source.num_classes == 3 and source.ignored == {"hidden": 2, "loose images": 1}
+    found = {source.read(i).data: source.labels()[i] for i in range(len(source))}
+    assert found == dict(zip(JPEGS[:4], [0, 0, 1, 2], strict=True))
+
+
+def test_sparse_labels_below_the_writers_count_are_numbers(tmp_path: Path):
+    entries = [(b"%d" % i, pickle.dumps((JPEGS[i], y))) for i, y in enumerate((0, 1, 99))]
+    path = database(tmp_path / "a.lmdb", [*entries, (b"__classnum__", b"\x64")])
+    source = opened(path)
+    assert source.labels().tolist() == [0, 1, 99] and source.num_classes == 100
+
+
 def test_other_texts_beside_are_passed_by(tmp_path: Path):
     path = database(tmp_path / "a.lmdb", FORMS["folders"], folder=True)
     (path / "README.txt").write_text(
@@ -151,6 +176,10 @@ class Malicious:
             r"holds 2 entries and no image that can be read: key 7 has 5 bytes that begin with 68",
         ),
         ([(b"__len__", b"0")], "holds no entry"),
+        (
+            [(b"image-7", JPEGS[0]), (b"label-7", struct.pack("<i", 200))],
+            r"key label-7: c8 00 00 00 is not a label: write it as text",
+        ),
         (
             [(b"%d" % i, pickle.dumps((JPEGS[0], i if i < 9 else 20_000_000))) for i in range(10)],
             r"key 9: label 20000000 is far beyond the others",

@@ -2,12 +2,13 @@
 
 import base64
 import pickle
+import sys
 import zlib
 
 import pytest
 
-from arcface_jax.data import lmdb_values
-from arcface_jax.errors import DataError
+from arcface_jax.data import columnar, lmdb_values
+from arcface_jax.errors import DataError, UserError
 
 IMAGE = b"\xff\xd8\xff" + bytes(range(40))
 # pa.serialize((IMAGE, 7)) and pa.serialize([b"0", b"1", b"22"]) of pyarrow 11, the last releases
@@ -63,3 +64,22 @@ def test_a_pickle_that_asks_for_a_name_is_an_error():
         from collections import OrderedDict
 
         lmdb_values.parse(pickle.dumps((IMAGE, OrderedDict())), where="key 0")
+
+
+def test_a_serialized_value_that_expands_is_refused(monkeypatch):
+    pa = pytest.importorskip("pyarrow")
+    monkeypatch.setattr(columnar, "_LARGE", 1 << 16)
+    column = pa.array([[IMAGE + bytes(1 << 20)]], type=pa.list_(pa.binary()))
+    batch, sink = pa.record_batch([column], names=["x"]), pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
+        writer.write_batch(batch)
+    with pytest.raises(DataError, match="key 3: the Arrow stream in it expands to 1,0"):
+        lmdb_values.parse(bytes(16) + sink.getvalue().to_pybytes(), where="key 3")
+
+
+def test_a_serialized_value_without_pyarrow_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="need pyarrow"):
+        lmdb_values.parse(stored(PAIR), where="x")
+    assert lmdb_values.parse(pickle.dumps((IMAGE, 7)), where="x") is not None

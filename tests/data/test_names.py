@@ -63,6 +63,9 @@ def test_labels_that_are_no_identity_are_refused_with_the_line(labels, message: 
 
 
 def test_whole_numbers_follow_the_same_rule():
+    declared = names.number_integers(np.array([7000, -1, 9]), where=where, count=7001)
+    assert (declared.labels.tolist(), declared.num_classes) == ([7000, -1, 9], 7001)
+    assert names.number(["9", "7000"], where=where, count=7001).labels.tolist() == [9, 7000]
     dense = names.number_integers(np.array([2, -1, 0]), where=where)
     assert (dense.labels.tolist(), dense.num_classes, dense.names) == ([2, -1, 0], 3, None)
     sparse = names.number_integers(np.array([7000, -1, 9, 7000]), where=where)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from arcface_jax.config import DataConfig
+from arcface_jax.data import columnar
 from arcface_jax.data.opening import open_source
-from arcface_jax.errors import DataError
+from arcface_jax.errors import DataError, ImageError
 
 pa = pytest.importorskip("pyarrow")
 from pyarrow import parquet as pq  # noqa: E402  # only where pyarrow is installed
@@ -81,6 +82,53 @@ def test_columns_and_labels_of_every_form(tmp_path: Path, form: str):
     assert source.num_classes == (len(names) if names else max(labels) + 1)
 
 
+def class_label(names: list[str]) -> dict:
+    return {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+
+
+@pytest.mark.parametrize(
+    ("tables", "labels", "expected", "names"),
+    [
+        ((["al", "bo"], ["ca", "di"]), [0, 1], [0, 1, 2, 3], ["al", "bo", "ca", "di"]),
+        ((["al", "bo"], ["bo", "al", "ca"]), [0, 1], [0, 1, 1, 0], ["al", "bo", "ca"]),
+        ((["al", "bo"], ["bo", "al"]), [0, -1], [0, -1, 1, -1], ["al", "bo"]),
+        ((["al", "bo"], ["al", "bo"]), [0, 1], [0, 1, 0, 1], ["al", "bo"]),
+        # All names count, and the labels are numbers, however far apart.
+        (([f"p{i}" for i in range(1000)],) * 2, [0, 995], [0, 995] * 2, 1000),
+        (([str(i) for i in range(1000)],) * 2, [0, 995], [0, 995] * 2, None),
+    ],
+)
+def test_files_share_the_identities_whose_names_they_share(
+    tmp_path: Path, tables, labels, expected, names
+):
+    for number, table in enumerate(tables):
+        columns = {"image": IMAGES[2 * number : 2 * number + 2], "label": labels}
+        write(tmp_path / f"train-{number}.parquet", columns, metadata=class_label(table))
+    source = opened(tmp_path)
+    assert source.labels().tolist() == expected
+    assert source.num_classes == len(set().union(*tables))
+    found = None if source.names is None else list(source.names)
+    assert found == (names if isinstance(names, list | None) else tables[0])
+
+
+@pytest.mark.parametrize(
+    ("table", "labels", "message"),
+    [
+        (None, [0, 1], r"train-1\.parquet has no ClassLabel with names, and .*train-0.* has"),
+        (["ca", "ca"], [0, 1], r"train-1\.parquet and .*train-0.* have different ClassLabels"),
+        (["ca", "di"], [0, 2], r"names that occur twice, or labels without a name"),
+    ],
+)
+def test_class_labels_that_cannot_be_joined_are_refused(tmp_path: Path, table, labels, message):
+    columns = {"image": IMAGES[:2], "label": [0, 1]}
+    write(tmp_path / "train-0.parquet", columns, metadata=class_label(["al", "bo"]))
+    metadata = None if table is None else class_label(table)
+    columns = {"image": IMAGES[2:], "label": labels}
+    write(tmp_path / "train-1.parquet", columns, metadata=metadata)
+    with pytest.raises(DataError, match=message):
+        opened(tmp_path)
+
+
 def test_columns_that_are_not_clear_are_asked_about(tmp_path: Path):
     columns = {"image": IMAGES, "who": NAMES, "where": ["x", "x", "y", "y"]}
     path = write(tmp_path / "x.parquet", columns)
@@ -112,3 +160,30 @@ def test_a_row_without_a_name_and_a_number_far_beyond_are_named(tmp_path: Path):
     many = {"image": IMAGES * 2, "label": [0, 1, 2, 3, 4, 5, 6, 2_000_000]}
     with pytest.raises(DataError, match=r"group 2, row 1: label 2000000 is far beyond"):
         opened(write(tmp_path / "y.parquet", many))
+
+
+@pytest.mark.parametrize("names", [None, 5, "ab", {"0": "a"}])
+def test_class_names_that_are_no_list_are_not_used(tmp_path: Path, names):
+    metadata = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+    columns = {"image": IMAGES, "label": [0, 1, 1, 0]}
+    source = opened(write(tmp_path / "x.parquet", columns, metadata=metadata))
+    assert source.num_classes == 2 and source.names is None
+
+
+def test_an_image_path_that_is_no_text_is_no_image(tmp_path: Path):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.int64())])
+    images = pa.array([{"bytes": None, "path": 5}], kind)
+    source = opened(write(tmp_path / "x.parquet", {"image": images, "label": [0]}))
+    with pytest.raises(ImageError, match="row 0: has no bytes in its image"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("name", ["face", "face.jpg"])
+def test_a_column_that_expands_is_refused_whatever_its_name(tmp_path: Path, monkeypatch, name: str):
+    monkeypatch.setattr(columnar, "_LARGE", 1 << 16)
+    columns = {name: [bytes(1 << 20)], "label": [0]}
+    table = pa.table(columns)
+    pq.write_table(table, tmp_path / "x.parquet", compression="zstd", use_dictionary=False)
+    source = opened(tmp_path / "x.parquet")
+    with pytest.raises(ImageError, match=r"group 0: cannot be read: expands to 1,0"):
+        source.read(0)

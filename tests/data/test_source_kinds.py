@@ -315,3 +315,11 @@ def test_a_path_with_a_comma_that_exists_is_one_path(tmp_path: Path):
     (tmp_path / "c" / "lfw.bin").touch()
     assert folder_with(f"synthetic,{tmp_path / 'c'}", "lfw.bin") == tmp_path / "c"
     assert folder_with(str(folder), "lfw.bin") == folder
+    assert split_paths(",".join(100 * ["abc"])) == 100 * ["abc"]  # longer than a file's name
+
+
+@pytest.mark.parametrize("path", ["", "synthetic,", "synthetic, ,noise"])
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch, path: str):
+    monkeypatch.chdir(image_folder(tmp_path / "set"))
+    with pytest.raises(DataError, match=rf"data\.path '{path}' has an empty path: set"):
+        opened(path)

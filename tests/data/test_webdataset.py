@@ -102,6 +102,59 @@ def test_what_is_not_used_is_counted(tmp_path: Path):
     assert account(source) == f"{line} (.bin 1, .txt 1, hidden 1, no suffix 1)"
 
 
+# As an unpacked folder has them: p0, p1 and p2.
+NESTED = ["p0/0.jpg", "p0/more/1.jpg", "p1/2020/2.jpg", "p1/3.jpg", "p2/4.jpg", "p2/5.jpg"]
+HIDDEN = ["__MACOSX/p0/0.jpg", ".ipynb_checkpoints/a.jpg", "p0/.thumbs/0.jpg", "p1/Thumbs.db"]
+
+
+@pytest.mark.parametrize("top", ["", "./", "faces/"])
+def test_folders_below_an_identity_and_hidden_ones_are_not_identities(tmp_path: Path, top: str):
+    files = [(top + name, JPEGS[i % 6]) for i, name in enumerate([*NESTED, *HIDDEN])]
+    loose = [("faces/cover.jpg", JPEGS[0])] if top == "faces/" else []
+    source = opened(tar(tmp_path / "a.tar", files + loose))
+    assert source.labels().tolist() == [0, 0, 1, 1, 2, 2]
+    assert source.names is not None and list(source.names) == ["p0", "p1", "p2"]
+    assert [source.read(i).data for i in range(6)] == JPEGS
+    ignored = {"hidden": 4} | ({"loose images": 1} if loose else {})
+    assert source.ignored == ignored
+
+
+def test_the_level_of_the_identities_is_asked_for_and_can_be_given(tmp_path: Path):
+    names = [f"{g}/{g}{p}/{i}.jpg" for g in "xy" for p in range(3) for i in range(1)]
+    path = tar(tmp_path / "a.tar", [(name, JPEGS[i]) for i, name in enumerate(names)])
+    with pytest.raises(DataError, match=r"a\.tar: .*is the identity x \(2 of them\) or x0 \(6\)"):
+        opened(path)
+    for level, labels in ((1, [0, 0, 0, 1, 1, 1]), (2, [0, 1, 2, 3, 4, 5])):
+        source = open_source(DataConfig(path=str(path), identity_level=level), seed=0)
+        assert source.labels().tolist() == labels
+    with pytest.raises(DataError, match="has no image 3 folders deep"):
+        open_source(DataConfig(path=str(path), identity_level=3), seed=0)
+
+
+def test_hard_links_are_the_files_they_repeat_and_other_entries_are_counted(tmp_path: Path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name, target, kind in (
+            ("./p0/0.jpg", JPEGS[0], tarfile.REGTYPE),
+            ("./p0/1.jpg", "./p0/0.jpg", tarfile.LNKTYPE),
+            ("./p1/2.jpg", JPEGS[2], tarfile.REGTYPE),
+            ("./p1/3.jpg", "./p0/1.jpg", tarfile.LNKTYPE),  # a link to a link
+            ("./p1/4.jpg", "./p2/5.jpg", tarfile.LNKTYPE),  # the target comes later
+            ("./p1/5.jpg", "2.jpg", tarfile.SYMTYPE),
+            ("./p1/6.jpg", "", tarfile.FIFOTYPE),
+            ("./p2/5.jpg", JPEGS[5], tarfile.REGTYPE),
+            ("./p2", "", tarfile.DIRTYPE),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            data = target if isinstance(target, bytes) else b""
+            member.size, member.linkname = len(data), "" if data else str(target)
+            archive.addfile(member, io.BytesIO(data))
+    source = opened(tmp_path / "a.tar")
+    assert source.labels().tolist() == [0, 0, 1, 1, 2]
+    assert [JPEGS.index(source.read(i).data) for i in range(5)] == [0, 0, 2, 0, 5]
+    assert source.ignored == {"broken links": 1, "symbolic links": 1, "special files": 1}
+
+
 def test_an_image_without_a_label_is_unreadable_and_the_others_are_not(tmp_path: Path):
     source = opened(tar(tmp_path / "a.tar", [*samples(LABELS), ("x.jpg", JPEGS[0])]))
     assert source.labels().tolist() == [*LABELS, -1]

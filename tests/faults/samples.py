@@ -87,10 +87,11 @@ def _arrow(folder: Path) -> Path:
 
 
 def _tfds(folder: Path) -> Path:
-    from arcface_jax.data.files import open_folder
+    from arcface_jax.data.files import try_folder
     from arcface_jax.data.tools import packing, tfds_writing
 
-    source = open_folder(_folder(folder))
+    source = try_folder(_folder(folder))
+    assert source is not None
     tfds_writing.write(source, packing.select(source), folder, name="faces", shard_images=4)
     return folder / "faces" / "1.0.0"
 

@@ -72,10 +72,10 @@ def split(target: str, *, base: Path = Path()) -> tuple[Path, Path] | None:
       DataError: the list does not exist.
     """
     name, colon, folder = target.rpartition(":")
-    if not (colon and name.endswith(SUFFIXES)):
+    if not (colon and name.lower().endswith(SUFFIXES)):
         name, folder = target, ""
     path = Path(name) if Path(name).is_file() else base / name
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         return None
     if not path.is_file():
         raise DataError(f"no list of pairs at {path}: name an existing file")

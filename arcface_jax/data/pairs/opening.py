@@ -70,8 +70,11 @@ def open_for_runs(
 def _home(target: str, configs: Sequence[Config]) -> Config:
     """Returns the run whose data a target belongs to."""
     for config in configs:
-        folder, file = Path(config.data.path), target.partition(":")[0]
-        if config.data.path == target or (folder / file).is_file():
+        path, file = config.data.path, target.partition(":")[0]
+        if (
+            target in opening.split_paths(path)
+            or (opening.folder_with(path, file) / file).is_file()
+        ):
             return config
     return configs[0]
 

@@ -216,7 +216,7 @@ def images(
     Yields:
       The place, and the image.
     """
-    left = _without(np.arange(places.start, places.stop), journal)
+    left = remaining(places, journal)
     results = reading.in_order(
         selection.numbers[left],
         lambda number: checked(source, number),
@@ -234,8 +234,11 @@ def images(
             yield place, Sample(found.data, int(selection.labels[place]))
 
 
-def _without(places: np.ndarray, journal: Journal) -> np.ndarray:
-    return np.setdiff1d(places, np.array(list(journal.skipped), np.int64))
+def remaining(places: range, journal: Journal) -> np.ndarray:
+    """Returns a part of a selection without the images that the journal left out."""
+    return np.setdiff1d(
+        np.arange(places.start, places.stop), np.array([*journal.skipped], np.int64)
+    )
 
 
 def _write_images(
@@ -254,14 +257,14 @@ def _write_images(
         writer.write(0, b"", label=[0.0, 0.0])
     # Image k is record k + 1. The journal has those left out so far.
     done = max(writer.written - 1, 0)
-    good = _without(np.arange(total), journal)
+    good = remaining(range(total), journal)
     start = int(good[done]) if done < len(good) else total
     key = done + 1
     places = range(start, total)
     for _, sample in images(source, selection, journal, places=places, bad=bad, threads=threads):
         writer.write(key, sample.data, label=float(sample.label))
         key += 1
-    good = _without(np.arange(total), journal)
+    good = remaining(range(total), journal)
     return selection.labels[good]
 
 

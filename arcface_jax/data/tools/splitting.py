@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from arcface_jax.config.choices import Bad
-from arcface_jax.data import names
+from arcface_jax.data import fingerprint, names
 from arcface_jax.data.source import Source
 from arcface_jax.data.tools import packing, reading
-from arcface_jax.data.tools.packing import Packed, Selection
-from arcface_jax.errors import ImageError, UserError
-from arcface_jax.runtime.files import below, write_atomic
+from arcface_jax.data.tools.packing import Journal, Packed, Selection
+from arcface_jax.errors import DataError, ImageError, UserError
+from arcface_jax.runtime.files import PART, below, write_atomic
 
 
 def divide(
@@ -70,20 +70,23 @@ def write_folder(
     """Writes a folder per identity, with the images as stored.
 
     Folder names are numbers with leading zeros, so that names and labels sort alike; identities.txt
-    has the identities' names. Existing files are kept, so an interrupted call resumes.
+    has the identities' names. An interrupted call resumes.
 
     Args:
       source: the training set.
       selection: the images to write, their order and their labels.
-      folder: output folder.
+      folder: output folder; new, empty, or that of the interrupted call.
       bad: what to do with an image that cannot be read or is not 112 x 112.
       threads: threads that read, check and write; 0 for one per processor.
 
     Raises:
+      UserError: the folder has other files, or another unfinished job.
       ImageError: an image is bad, and `bad` is "stop".
     """
+    if not len(selection.numbers):
+        raise DataError("there is no image to pack: nothing is left of the identities asked for")
+    journal = _journal(folder, source, selection, bad)
     places = {number: place for place, number in enumerate(selection.numbers.tolist())}
-    skipped = []
     for label in np.unique(selection.labels).tolist():
         below(folder, f"{label:07d}/image")
 
@@ -96,11 +99,40 @@ def write_folder(
         target = stem.with_suffix(".jpg" if data[:2] == b"\xff\xd8" else ".png")
         write_atomic(target, data, durable=False)  # syncing millions of files takes hours
 
-    for _, found in reading.in_order(selection.numbers, copy, what="writing", threads=threads):
+    numbers = selection.numbers[packing.remaining(range(len(selection.numbers)), journal)]
+    for number, found in reading.in_order(numbers, copy, what="writing", threads=threads):
         if isinstance(found, ImageError):
             if bad == "stop":
                 raise found
-            skipped.append(str(found))
+            journal.skip(places[number], str(found))
     table = names.write(folder, packing.names_of(source, selection))
+    journal.path.unlink()
+    skipped = list(journal.skipped.values())
     images = len(selection.numbers) - len(skipped)
     return Packed([folder, table], images, selection.num_classes, skipped)
+
+
+def _journal(folder: Path, source: Source, selection: Selection, bad: Bad) -> Journal:
+    """Opens the folder's unfinished job, or starts one in an empty folder.
+
+    Raises:
+      UserError: the folder has files of no unfinished job, or of another one.
+    """
+    path = folder / "packing.json"
+    if folder.exists() and not path.exists():
+        others = (entry.name for entry in folder.iterdir() if not _is_leftover(entry.name))
+        if other := next(others, None):
+            raise UserError(
+                f"{folder} is not empty (it has {other}): name another folder, or remove it"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    job = packing.fingerprint(source, selection, bad, "folder")
+    journal = Journal(path, job, fingerprint.of_source(source))
+    if journal.resumed:
+        for part in folder.glob(f"*/*{PART}"):  # of a killed call; they have the image's content
+            part.unlink()
+    return journal
+
+
+def _is_leftover(name: str) -> bool:
+    return name.startswith(".") or name.endswith(PART)

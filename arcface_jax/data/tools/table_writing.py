@@ -36,7 +36,7 @@ def write_parquet(
       threads: threads that read and check images; 0 for one per processor.
 
     Raises:
-      UserError: the folder already has one, or pyarrow is not installed.
+      UserError: the folder already has Parquet files, or pyarrow is not installed.
       ImageError: an image is bad, and `bad` is "stop".
     """
     open_writer = columnar.import_pyarrow().parquet.ParquetWriter
@@ -87,8 +87,8 @@ def _write(
 ) -> Packed:
     if not len(selection.numbers):
         raise DataError("there is no image to pack: nothing is left of the identities asked for")
-    if path.exists():
-        raise UserError(f"{path} exists already: name another folder, or remove it")
+    if other := next(path.parent.glob(f"*{path.suffix}"), None):  # would be read as the same set
+        raise UserError(f"{other} exists already: name another folder, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     job = packing.fingerprint(source, selection, bad, path.name)
     journal = Journal(path.parent / "packing.json", job, fingerprint.of_source(source))

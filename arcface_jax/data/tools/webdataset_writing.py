@@ -40,7 +40,7 @@ def write(
     """
     if not len(selection.numbers):
         raise DataError("there is no image to pack: nothing is left of the identities asked for")
-    if (folder / names.FILE).exists() and any(folder.glob("*.tar")):
+    if any(folder.glob("*.tar")) and not (folder / "packing.json").exists():
         raise UserError(f"{folder} has tar files already: name another folder, or remove them")
     folder.mkdir(parents=True, exist_ok=True)
     job = packing.fingerprint(source, selection, bad, "webdataset", SHARD_IMAGES)

@@ -162,3 +162,14 @@ def test_the_sets_of_several_runs_are_joined_and_each_is_found_where_its_run_has
     )
     with pytest.raises(ConfigError, match="two sets have one name"):
         open_for_runs([*runs, other], ())
+
+
+def test_a_set_next_to_a_list_of_images_is_found_in_any_case(people: Path):
+    line = "Bob/Bob_0001.png,Bob/Bob_0012.png,1\n"
+    write(people, "PAIRS.CSV", line)
+    images = write(people, "train.csv", "Bob/Bob_0001.png,0\n")
+    paths = (str(people / "Bob"), f"{people / 'Bob'},{images}")
+    runs = [Config(data=DataConfig(path=path)) for path in paths]
+    (found,) = open_for_runs(runs, ["PAIRS.CSV"])
+    assert found.name == "PAIRS" and found.same.tolist() == [True]
+    assert len(open_file(f"{write(people.parent, 'P.CSV', line)}:{people}").same) == 1

@@ -451,6 +451,10 @@ def test_a_function_of_ones_own(photos: Path, tmp_path: Path, monkeypatch):
     assert set(done.rejected.values()) == {"no face"}
     with pytest.raises(UserError, match=r"returned points of shape \(3, 4\); expected \(n, 5, 2\)"):
         detectors.load("own_detector:wrong")(np.zeros((9, 9, 3), np.uint8))
+    with pytest.raises(
+        UserError, match=r"--threshold 0\.9 is for ONNX files, and own_detector:find"
+    ):
+        detectors.load("own_detector:find", threshold=0.9)
 
 
 def test_what_is_no_detector_is_refused(tmp_path: Path):

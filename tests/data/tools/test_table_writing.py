@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from arcface_jax.config import DataConfig
+from arcface_jax.data import names
 from arcface_jax.data.opening import open_source
+from arcface_jax.data.recordio.reader import RecordWriter
 from arcface_jax.data.synthetic.faces import draw_face
 
 PEOPLE = {"ada": 3, "grace": 2, "Zoë": 2}
@@ -60,3 +62,34 @@ def test_a_list_is_of_image_files(folder: Path, tmp_path: Path, capsys):
     with pytest.raises(SystemExit):
         pack(tmp_path / "records", tmp_path / "all.csv", "--format", "list")
     assert "not of image files" in capsys.readouterr().err
+
+
+def test_parquet_files_of_two_sets_do_not_come_together(folder: Path, tmp_path: Path, capsys):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train-other.parquet").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        pack(folder, tmp_path / "set", "--format", "parquet")
+    assert "train-other.parquet exists already" in capsys.readouterr().err
+
+
+def test_names_and_count_of_identities_without_images_are_kept(folder: Path, tmp_path: Path):
+    """Labels 0, 1 and 99 of 100 identities, which no rule about their density may change."""
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("lmdb")
+    faces = sorted(folder.glob("*/*.png"))[:3]
+    with RecordWriter(tmp_path / "train.rec") as writer:
+        writer.write(0, b"", label=[4.0, 104.0])
+        for key, (face, label) in enumerate(zip(faces, (0, 1, 99), strict=True), start=1):
+            writer.write(key, face.read_bytes(), label=float(label))
+        for identity in range(100):
+            writer.write(4 + identity, b"", label=[1, 1])
+    for table in (None, [f"p{label:02d}" for label in range(100)]):
+        if table:
+            names.write(tmp_path, table)
+        for form in ("parquet", "arrow", "webdataset", "lmdb"):
+            output = tmp_path / f"{form} {bool(table)}"
+            assert pack(tmp_path, output, "--format", form) == 0
+            source = open_source(DataConfig(path=str(output)), seed=0)
+            assert (source.labels().tolist(), source.num_classes) == ([0, 1, 99], 100)
+            assert (source.names and list(source.names)) == table
