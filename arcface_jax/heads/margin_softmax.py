@@ -54,7 +54,8 @@ class HeadOutput(NamedTuple):
     loss: jax.Array
     """() float32: mean of -log softmax of the target, over the samples with a known class."""
     d_embeddings: jax.Array
-    """(B, D) float32: gradient of the loss."""
+    """(B, D) float32: gradient of the loss; NaN if the centers are unchanged, so that the backbone
+    skips the step too."""
     centers: Centers
     """Centers after the update; unchanged if the loss or its gradient is not finite."""
     metrics: dict[str, jax.Array]
@@ -186,7 +187,7 @@ def _on_one_device(
         d_embeddings += d_norms[:, None] * unit
     return HeadOutput(
         loss.mean,
-        d_embeddings,
+        jnp.where(finite, d_embeddings, jnp.nan),  # no block was visited: it would be zero
         centers._replace(state=state),
         softmax_loss.metrics(softmax, loss, batch),
     )
