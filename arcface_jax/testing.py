@@ -108,6 +108,13 @@ def _check_negatives(margin: Margin, negatives: Any, cosine: jax.Array, state: S
             value,
             "negatives depends on the cosines with the own class: set negatives_need_target=True",
         )
+    if not margin.negatives_need_state:
+        moved = {name: value + 1 for name, value in state.items()}
+        _require_close(
+            jax.jit(negatives)(others, own, moved),
+            value,
+            "negatives depends on the state: set negatives_need_state=True",
+        )
 
 
 def _check_elementwise(function: Any, given: tuple[jax.Array, ...], *, what: str) -> None:

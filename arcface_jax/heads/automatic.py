@@ -9,8 +9,7 @@ from typing import Any
 from arcface_jax.config import HeadConfig
 from arcface_jax.errors import ConfigError
 from arcface_jax.heads import margins
-
-_GPUS = ("cuda", "gpu", "rocm")  # topologies and devices use different names
+from arcface_jax.runtime.devices import GPU_PLATFORMS
 
 # On a GPU every block is a dozen kernels: 8,192 classes make them long enough, and a block's
 # operands still fit into the L2 cache. On a CPU 2,048 classes are enough.
@@ -34,7 +33,7 @@ def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
     Raises:
       ConfigError: block_form cannot compute this head.
     """
-    gpu = platform in _GPUS
+    gpu = platform in GPU_PLATFORMS
     changes: dict[str, Any] = {}
     if head.block_size == 0:
         changes["block_size"] = _BLOCK_SIZE[gpu]
@@ -45,6 +44,11 @@ def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
             "head.block_form powers needs head.dtype bfloat16 or float32, one center per class and "
             f"a margin that leaves other classes' cosines as they are; got {head.dtype}, "
             f"subcenters {head.subcenters}, loss {head.loss}: use automatic"
+        )
+    elif head.block_form == "scaled" and head.dtype == "float16":
+        raise ConfigError(
+            "head.block_form scaled needs head.dtype bfloat16 or float32, got float16, in which "
+            "gradients divided by the length of a short center overflow: use automatic"
         )
     return replace(head, **changes)
 

@@ -8,7 +8,7 @@ All forms compute the same sums and gradients up to the rounding of the operands
   or read, which is most of the traffic at small batches.
 - `powers` writes exp(s cosine) in the operands' type at the end of the product, and no cosine.
   Factors per sample are multiplied into the embeddings, not into the block. Fewest bytes at large
-  batches; only for bfloat16, one center per class, and cosines that no margin changes.
+  batches; for bfloat16 and float32, one center per class, and cosines that no margin changes.
 """
 
 from collections.abc import Callable
@@ -261,7 +261,11 @@ class Powers(NamedTuple):
 
     def weights(self, samples: Samples, log_sum: jax.Array, d_target: jax.Array) -> Weights:
         weight = jnp.exp(-log_sum)
-        own = jnp.where(weight > 0, d_target / weight, 0).astype(samples.x.dtype)
+        # With equal embeddings the quotient exceeds the type's range. Half of the range leaves room
+        # for the other summands of the products.
+        largest = float(jnp.finfo(samples.x.dtype).max) / 2
+        own = jnp.clip(d_target / weight, -largest, largest)
+        own = jnp.where(weight > 0, own, 0).astype(samples.x.dtype)
         one_tile = len(own) == 1  # more tiles would need a second copy of the batch
         return Weights(weight, own, _weighted(samples.x, weight) if one_tile else None)
 

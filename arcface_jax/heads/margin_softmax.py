@@ -33,7 +33,7 @@ from arcface_jax.heads.margins import Margin, State
 from arcface_jax.heads.softmax import Batch, Loss, Softmax
 from arcface_jax.runtime.devices import AXIS
 
-# Margins whose values are below this divided by the scale need no maximum before exp().
+# Margins that give the other classes values of at most this need no maximum before exp().
 UNSHIFTED_BOUND = 1.0
 
 
@@ -54,15 +54,21 @@ class HeadOutput(NamedTuple):
     loss: jax.Array
     """() float32: mean of -log softmax of the target, over the samples with a known class."""
     d_embeddings: jax.Array
-    """(B, D) float32: gradient of the loss."""
+    """(B, D) float32: gradient of the loss; NaN if the centers are unchanged, so that the backbone
+    skips the step too."""
     centers: Centers
-    """Centers after the update; unchanged if the loss is not finite."""
+    """Centers after the update; unchanged if the loss or its gradient is not finite."""
     metrics: dict[str, jax.Array]
     """() float32, means over the samples with a known class, by name: accuracy: share of targets
     whose cosine is the largest of all classes in this step, without margin; target_cosine;
     hardest_negative_cosine: the largest of another class; below_hardest and
     below_hardest_with_margin: share of targets below that, without and with margin; largest_cosine:
     of all, not a mean; invalid_labels: () int32, how many samples have no known class."""
+
+
+def needs_shift(margin: Margin) -> bool:
+    """Returns whether the head has to subtract a running maximum before exp()."""
+    return margin.negatives is not None and margin.negatives_bound > UNSHIFTED_BOUND
 
 
 def init_centers(
@@ -162,7 +168,8 @@ def _on_one_device(
     visit, softmax = _first_visit(visit, target, batch, centers.state, margin)
     loss = softmax_loss.evaluate(softmax, batch, margin, scale=head.scale)
 
-    finite = jnp.isfinite(loss.mean)  # keeps NaN and infinity out of the centers
+    # Keeps NaN and infinity out of the centers; a finite loss may have an infinite gradient.
+    finite = jnp.isfinite(loss.mean) & jnp.all(jnp.isfinite(loss.d_target))
     d_unit, centers = _second_visit(
         visit,
         centers,
@@ -180,7 +187,7 @@ def _on_one_device(
         d_embeddings += d_norms[:, None] * unit
     return HeadOutput(
         loss.mean,
-        d_embeddings,
+        jnp.where(finite, d_embeddings, jnp.nan),  # no block was visited: it would be zero
         centers._replace(state=state),
         softmax_loss.metrics(softmax, loss, batch),
     )
@@ -237,7 +244,8 @@ def _first_visit(
 ) -> tuple[Visit, Softmax]:
     """Runs the first pass over the other classes; also returns the inputs of the second."""
     z_target = block_passes.target_cosine(visit, target)
-    if margin.negatives_need_target:
+    target_first = _target_first(margin)
+    if target_first:
         z_target = lax.psum(z_target, AXIS)
         state = margin.update(state, z_target, batch.norms, batch.valid)
     negatives, moved = margin.negatives, state
@@ -249,7 +257,7 @@ def _first_visit(
                 negative_transform=lambda cosine, own: negatives(cosine, own, moved)
             ),
         )
-    shifted = margin.negatives_bound > UNSHIFTED_BOUND
+    shifted = needs_shift(margin)
     exp_sum, hardest, local = block_passes.sum_over_others(visit, shifted=shifted)
     shift = 0.0
     if local is not None:
@@ -257,12 +265,18 @@ def _first_visit(
         exp_sum *= jnp.exp(local - shift)
     else:
         hardest = lax.pmax(hardest, AXIS)
-    if margin.negatives_need_target:
+    if target_first:
         exp_sum = lax.psum(exp_sum, AXIS)
     else:
         z_target, exp_sum = lax.psum(jnp.stack([z_target, exp_sum]), AXIS)
         state = margin.update(state, z_target, batch.norms, batch.valid)
     return visit, Softmax(z_target, jnp.log(exp_sum) + shift, hardest, state)
+
+
+def _target_first(margin: Margin) -> bool:
+    """Returns whether `negatives` needs the target cosines, or the state that they update."""
+    uses_state = margin.negatives_need_state and bool(margin.initial_state)
+    return margin.negatives_need_target or (margin.negatives is not None and uses_state)
 
 
 def _second_visit(

@@ -40,7 +40,7 @@ class Margin(NamedTuple):
     """Whether `negatives` uses the cosines with the own classes."""
     negatives_bound: float = 1.0
     """The largest value that `negatives` returns for cosines in [-1, 1]. Above 1 the head tracks a
-    running maximum."""
+    running maximum. Not used without `negatives`."""
     uses_norms: bool = False
     """Whether `target` uses the lengths."""
     extra_loss: Callable[[jax.Array], jax.Array] | None = None
@@ -50,6 +50,9 @@ class Margin(NamedTuple):
     update: Callable[[State, jax.Array, jax.Array, jax.Array], State] = lambda state, *_: state
     """(state, (B,) target cosines, (B,) lengths, (B,) bool, which of them count) -> state, before
     `target` and `negatives` see it."""
+    negatives_need_state: bool = True
+    """Whether `negatives` uses the state, if there is one. Without this and
+    `negatives_need_target`, a step needs one reduction over the devices less."""
 
 
 def make(config: HeadConfig) -> Margin:
@@ -247,7 +250,8 @@ def filter_negatives(margin: Margin, *, threshold: float) -> Margin:
         kept = jnp.where(cosine > threshold, 0.0, cosine)
         return margin.negatives(kept, target, state) if margin.negatives else kept
 
-    return margin._replace(negatives=negatives)
+    needs_state = margin.negatives is not None and margin.negatives_need_state
+    return margin._replace(negatives=negatives, negatives_need_state=needs_state)
 
 
 def _move(old: jax.Array, new: jax.Array, share: jax.Array) -> jax.Array:

@@ -180,9 +180,9 @@ def _cpu_gradients(
     in a stack, the input's gradient is a convolution with the rotated kernel; the kernel's gradient
     is not computed as a convolution.
     """
-    half = len(kernel) // 2
     if stride == 1:
         turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+        half = (len(kernel) - 1) // 2  # an even kernel's output is one pixel larger than its input
         d_x = _plain_conv(d_out, turned, stride=1, half=half)
     else:
         d_x, _ = _gradients(x, kernel, d_out, stride=stride)

@@ -71,9 +71,9 @@ def build(
     model = ModelConfig(
         network=network, embedding_size=embedding_size, dtype=dtype, options=tuple(options)
     )
-    form: dict[str, Any] = {} if stacked else {"stacked": False}
-    if gpu and "gpu" in inspect.signature(make).parameters:
-        form["gpu"] = gpu
+    known = inspect.signature(make).parameters
+    wanted: dict[str, Any] = ({} if stacked else {"stacked": False}) | ({"gpu": gpu} if gpu else {})
+    form = {name: value for name, value in wanted.items() if name in known}
 
     def module(init: layers.Initializer) -> nnx.Module:
         return make(model, bn_groups=bn_groups, init=init, **form)

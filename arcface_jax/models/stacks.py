@@ -189,6 +189,6 @@ def restack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any
             # Not reshaped to the whole wanted shape, so that a mismatch after the leading axes
             # shows.
             each = np.stack([unstacked[member] for member in members])
-            lead = 1 if wanted.shape[0] == len(members) else 2
+            lead = leading_axes(name, wanted)
             stacked[name] = each.reshape(*wanted.shape[:lead], *each.shape[1:])
     return stacked

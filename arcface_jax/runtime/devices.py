@@ -15,6 +15,8 @@ from jax.sharding import PartitionSpec as P
 from arcface_jax.errors import ConfigError
 
 AXIS = "data"
+GPU_PLATFORMS = ("gpu", "cuda", "rocm")
+"""Platforms of GPUs: devices and compile-only topologies use different names."""
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
@@ -45,7 +47,7 @@ def make(num_devices: int | Literal["own"] | None = None) -> Mesh:
 
 def is_gpu(mesh: Mesh) -> bool:
     """Returns whether a mesh consists of GPUs, present or only compiled for."""
-    return mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return mesh.devices.flat[0].platform in GPU_PLATFORMS
 
 
 def ask_for_cpu_devices(count: int) -> None:

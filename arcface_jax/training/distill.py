@@ -13,11 +13,11 @@ import optax
 from jax import lax
 
 from arcface_jax.config import DistillConfig, ScheduleConfig
+from arcface_jax.heads.block_forms import normalize
 from arcface_jax.training.optim import Schedule
 
 CENTERS = "centers"
 """The loss that adds no term: the head's loss, with the teacher's class means as centers."""
-_SHORTEST = 1e-12
 
 
 class Taught(NamedTuple):
@@ -106,10 +106,8 @@ def apply(
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """Scales (n, D) rows to length 1; rows of zeros stay zeros, with a gradient of zero."""
-    # Not jnp.linalg.norm, whose gradient at zero is NaN.
-    square = jnp.sum(jnp.square(x), axis=1, keepdims=True)
-    return x * lax.rsqrt(jnp.maximum(square, _SHORTEST**2))
+    """Scales (n, D) rows to length 1; rows of zeros stay zeros, with a finite gradient."""
+    return normalize(x)[0]  # not by jnp.linalg.norm, whose gradient at zero is NaN
 
 
 def _cosine(x: jax.Array, teacher: jax.Array, known: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from arcface_jax.config import Config, OptimizerConfig
+from arcface_jax.config import Config, HeadConfig, OptimizerConfig
 from arcface_jax.data.pipeline import BadImage
 from arcface_jax.errors import DataError
 from arcface_jax.evaluation.verification import Verification
@@ -19,7 +19,7 @@ def headline(
     kind = devices.devices.flat[0].device_kind
     begin = f"resuming at step {start} of {total}" if start else f"{total} steps"
     batch = config.data.global_batch_size
-    margin = f"{config.head.loss} {config.head.margin}"
+    margin = _margin(config.head)
     if config.distill.teacher:
         losses = f"{' + '.join(config.distill.loss)} to {config.distill.teacher}"
         margin = losses if config.distill.head == "off" else f"{margin} and {losses}"
@@ -33,6 +33,16 @@ def headline(
         f"{margin}, batch {batch}, {begin}; writing to "
         f"{config.workdir}{initial}\n{_scaling_rule(config.optimizer, batch)}"
     )
+
+
+def _margin(head: HeadConfig) -> str:
+    """Returns the loss and the values of its margin."""
+    if head.loss == "combined":
+        return f"combined ({', '.join(f'{value:g}' for value in head.margins)})"
+    if head.loss == "magface":
+        low, high = head.magface_margins
+        return f"magface {low:g} to {high:g}"
+    return head.loss if ":" in head.loss else f"{head.loss} {head.margin:g}"
 
 
 def _scaling_rule(optimizer: OptimizerConfig, batch: int) -> str:

@@ -106,6 +106,20 @@ def _load(optimizer: OptimizerConfig) -> Optimizer:
             f"optimizer.kind {optimizer.kind} returned {type(made).__name__}; expected "
             "arcface_jax.training.optim.Optimizer"
         )
+    links: Any = made.backbone
+    # A transformation is a tuple too, of functions.
+    if not isinstance(links, (tuple, list)) or not all(
+        isinstance(link, optax.GradientTransformation) for link in links
+    ):
+        raise ConfigError(
+            f"optimizer.kind {optimizer.kind} has a backbone of type {type(links).__name__}; "
+            "expected a tuple of optax.GradientTransformation"
+        )
+    if not isinstance(made.centers, class_centers.Rule):
+        raise ConfigError(
+            f"optimizer.kind {optimizer.kind} has centers of type {type(made.centers).__name__}; "
+            "expected arcface_jax.heads.centers.Rule"
+        )
     return made
 
 

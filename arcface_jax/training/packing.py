@@ -49,7 +49,9 @@ class Buffer(NamedTuple):
 Layout = tuple[Buffer, ...]
 
 
-def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout:
+def plan(
+    shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool, prefix: str = "packed"
+) -> Layout:
     """Assigns arrays to buffers.
 
     Vectors and the kernels of convolutions, of which a network has hundreds, share buffers; the
@@ -63,6 +65,7 @@ def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout
       shapes: the arrays, or something with their shapes, by dotted name.
       groups: a value for each name; only arrays with equal values may share a buffer.
       unrolled: whether the layers of stacks are applied one by one.
+      prefix: what the names of buffers start with; different in each layout of a `Packing`.
     """
     open_buffers: dict[Any, list[str]] = {}
     found: list[list[str]] = []
@@ -91,7 +94,7 @@ def plan(shapes: Arrays, groups: Mapping[str, Any], *, unrolled: bool) -> Layout
 
     return tuple(
         Buffer(
-            members[0] if stays(members) else f"packed.{number}",
+            members[0] if stays(members) else f"{prefix}.{number}",
             tuple((name, tuple(shapes[name].shape)) for name in members),
         )
         for number, members in enumerate(found)

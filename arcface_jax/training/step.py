@@ -175,6 +175,7 @@ def abstract_state(config: Config, *, num_classes: int, mesh: Mesh) -> TrainStat
 def _first_state(
     config: Config, params: Arrays, batch_stats: Arrays, *, num_classes: int, num_devices: int
 ) -> TrainState:
+    optimizer = optim.make_optimizer(config.optimizer)  # first, because it checks a plug-in
     centers = margin_softmax.init_centers(
         jax.random.key(config.seed),
         num_classes=num_classes,
@@ -187,9 +188,7 @@ def _first_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optim.make_optimizer(config.optimizer).init(
-            _pick(params, trained(config.finetune, params))
-        ),
+        opt_state=optimizer.init(_pick(params, trained(config.finetune, params))),
         centers=centers.rows,
         centers_opt=centers.moments,
         head_state=centers.state,
@@ -215,7 +214,8 @@ def make_packing(config: Config, mesh: Mesh) -> Packing:
     factors = trained(config.finetune, params)
     groups = {name: factors.get(name) for name in params}
     plan = partial(packing.plan, unrolled=network.unrolled)
-    return Packing(plan(params, groups), plan(batch_stats, dict.fromkeys(batch_stats)))
+    statistics = plan(batch_stats, dict.fromkeys(batch_stats), prefix="packed_statistics")
+    return Packing(plan(params, groups), statistics)
 
 
 class TrainStep(Protocol):

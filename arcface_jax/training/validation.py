@@ -11,8 +11,8 @@ from arcface_jax.config import Config, HeadConfig, ScheduleConfig, batch_norm_gr
 from arcface_jax.data.images import IMAGE_SIZE
 from arcface_jax.data.source import Source
 from arcface_jax.errors import ConfigError, DataError, ImageError
-from arcface_jax.heads import margin_softmax, margins
-from arcface_jax.training import step
+from arcface_jax.heads import automatic, margin_softmax, margins
+from arcface_jax.training import name_rules, optim, step
 from arcface_jax.training.distill import CENTERS
 
 # float32 overflows in exp() above this; the head sums exp(logit) without a shift
@@ -60,11 +60,32 @@ def validate(config: Config, *, num_devices: int) -> None:
     _check_batch_norm_groups(config, num_devices=num_devices)
     _check_micro_batches(config, num_devices=num_devices)
     _check_schedule(config.schedule)
+    optim.make_optimizer(config.optimizer)  # checks what a plug-in returns
     _check_drawn_pairs(config)
     _check_float32(config)
     _check_head(config.head)
     _check_finetune(config)
     _check_distill(config)
+    _check_single_images(config)
+
+
+def validate_warmup(schedule: ScheduleConfig, *, steps_per_epoch: int) -> None:
+    """Checks that the learning rate reaches its full value before the run ends.
+
+    Args:
+      schedule: the recipe's section.
+      steps_per_epoch: optimizer steps in an epoch.
+
+    Raises:
+      ConfigError: `schedule.warmup_steps` are as many as the run's steps, or more.
+    """
+    total = schedule.epochs * steps_per_epoch
+    if schedule.warmup_steps >= total:
+        raise ConfigError(
+            f"schedule.warmup_steps {schedule.warmup_steps} must be below the {total} steps of "
+            f"this run ({schedule.epochs} epochs of {steps_per_epoch}): use a shorter warm-up or "
+            "more --schedule.epochs"
+        )
 
 
 def validate_data(source: Source, path: str, *, head: Literal["on", "off"] = "on") -> None:
@@ -211,14 +232,14 @@ def _check_teacher_centers(config: Config) -> None:
 
 
 def _check_head(head: HeadConfig) -> None:
+    automatic.resolve(head, platform="cpu", batch=1)  # checks block_form, on every platform alike
     if head.scale < _SMALLEST_SCALE:
         raise ConfigError(
             f"head.scale {head.scale} is too small: all logits would be nearly equal, and the loss "
             f"would stay at chance level; use at least {_SMALLEST_SCALE:g} (the usual value is 64)"
         )
     largest = math.floor(_MAX_EXPONENT - math.log(1e8))
-    unshifted = margins.make(head).negatives_bound <= margin_softmax.UNSHIFTED_BOUND
-    if head.scale > largest and unshifted:
+    if head.scale > largest and not margin_softmax.needs_shift(margins.make(head)):
         raise ConfigError(
             f"head.scale {head.scale} is too large: exp(scale) times the number of classes "
             f"must fit into float32; use at most {largest} (the usual value is 64)"
@@ -240,7 +261,7 @@ def _check_batch_norm_groups(config: Config, *, num_devices: int) -> None:
     if bn_batch < batch and batch % bn_batch:
         raise ConfigError(
             f"model.bn_batch_size {bn_batch} does not divide data.global_batch_size {batch}: "
-            f"use one of {_divisors(batch)}"
+            f"use one of {[n for n in _divisors(batch) if n > 1]}"
         )
     groups = batch_norm_groups(config)
     if groups != 1 and groups % num_devices:
@@ -251,6 +272,23 @@ def _check_batch_norm_groups(config: Config, *, num_devices: int) -> None:
             f"cannot share evenly: use one of {[n for n in fits if n > 1]} "
             f"({batch} is one group over the whole batch), or another number of --devices: "
             f"{_device_counts(config)} fit"
+        )
+
+
+def _check_single_images(config: Config) -> None:
+    """Refuses BatchNorm over one image, which maps every embedding to zero."""
+    batch, bn_batch = config.data.global_batch_size, config.model.bn_batch_size
+    if min(batch, bn_batch) > 1:
+        return
+    statistics = step.backbone(config).shapes[1]
+    frozen = name_rules.select(
+        config.finetune.frozen_statistics, list(statistics), field="finetune.frozen_statistics"
+    )
+    if set(statistics) - set(frozen):
+        name = "data.global_batch_size" if batch == 1 else "model.bn_batch_size"
+        raise ConfigError(
+            f"{name} 1 makes BatchNorm normalize each image by itself, and all embeddings are 0: "
+            f"use a {name} of at least 2"
         )
 
 

@@ -9,7 +9,7 @@ from dense import assert_equal, compile_head, error, expected, make_case, run
 
 from arcface_jax.config import HeadConfig, OptimizerConfig
 from arcface_jax.errors import ConfigError
-from arcface_jax.heads import automatic, block_passes
+from arcface_jax.heads import automatic, block_passes, margins
 from arcface_jax.runtime import devices as meshes
 
 SGD = OptimizerConfig()
@@ -126,6 +126,7 @@ def test_a_gradient_reduced_in_bfloat16_is_the_same_to_its_precision():
         ("gpu", 1024, {"interclass_filtering_threshold": 0.4}, (8192, "scaled")),
         ("gpu", 1024, {"subcenters": 3}, (8192, "scaled")),
         ("gpu", 1024, {"dtype": "float32"}, (8192, "unit")),
+        ("rocm", 128, {}, (8192, "scaled")),
         ("gpu", 128, {"dtype": "float16"}, (8192, "unit")),
         ("gpu", 128, {"block_size": 100, "block_form": "powers"}, (100, "powers")),
     ],
@@ -142,6 +143,35 @@ def test_a_form_that_cannot_compute_the_head_is_refused(changes):
     config = HeadConfig(block_form="powers", **changes)
     with pytest.raises(ConfigError, match=r"head\.block_form powers .* use automatic"):
         automatic.resolve(config, platform="cpu", batch=8)
+
+
+def test_float16_is_refused_where_products_are_divided_by_lengths():
+    """Its gradients times 4,096 and one over a length of 0.06 exceed 65,504."""
+    config = HeadConfig(block_form="scaled", dtype="float16")
+    with pytest.raises(ConfigError, match=r"block_form scaled .* got float16.* use automatic"):
+        automatic.resolve(config, platform="cpu", batch=8)
+
+
+def test_equal_embeddings_leave_powers_finite():
+    """All cosines are 1, and the margin's exact gradient over exp(-log sum) exceeds bfloat16."""
+    config = head("powers", dtype="bfloat16", scale=69.0)
+    case = make_case(1000, config, SGD)
+    case.embeddings[:] = case.centers.rows[:] = 1
+    out = run(case, config, SGD, devices=2)
+    assert 15 < out["loss"] < 16  # ln 1000 + 69 (1 - cos 0.5)
+    assert np.isfinite(out["centers"]).all() and np.isfinite(out["d_embeddings"]).all()
+    assert (out["centers"] != 1).any()  # they were updated
+
+
+def bounded_without_negatives(config: HeadConfig) -> margins.Margin:
+    return margins.cosface(config.margin)._replace(negatives_bound=2.0)
+
+
+def test_a_bound_without_negatives_has_no_effect():
+    config = head("powers", loss=f"{__name__}:bounded_without_negatives", margin=0.4)
+    case = make_case(101, config, SGD)
+    wanted = expected(case, replace(config, loss="cosface"), SGD)
+    assert_equal(run(case, config, SGD, devices=1), wanted, tolerance=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """The sharded head against the dense formula in float64, in every form it can take."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from dense import KEY, Case, assert_equal, error, expected, make_case, run
@@ -279,6 +281,53 @@ def test_the_forms_of_gpus_are_as_precise_as_promised(form, cosine):
 @pytest.mark.parametrize("cosine", [None, 0.75], ids=["untrained", "trained"])
 def test_a_million_classes_are_as_precise(dtype, cosine):
     assert_precise(dtype, num_classes=1_000_000, size=64, cosine=cosine)  # 512 take 30 GiB
+
+
+def arccos_without_a_bound(config: HeadConfig) -> margins.Margin:
+    return margins.Margin(lambda cosine, norm, state: jnp.cos(jnp.arccos(cosine) + config.margin))
+
+
+def test_a_finite_loss_with_an_infinite_gradient_leaves_the_centers():
+    config = head(loss=f"{__name__}:arccos_without_a_bound")
+    case = make_case(101, config, SGD)
+    case.embeddings[0] = case.centers.rows[case.labels[0]] = 1  # a cosine of exactly 1
+    out = run(case, config, SGD, devices=2)
+    assert np.isfinite(out["loss"])
+    assert np.isnan(out["d_embeddings"]).all()  # so that the backbone skips the step
+    np.testing.assert_array_equal(out["centers"], case.centers.rows)
+    np.testing.assert_array_equal(out["momentum"], case.centers.moments["momentum"])
+
+
+def shrinking(config: HeadConfig) -> margins.Margin:
+    """The others' cosines times a state that the first update lowers from 1 to 0.5."""
+    return margins.Margin(
+        lambda cosine, norm, state: cosine,
+        negatives=lambda cosine, own, state: cosine * state["factor"],
+        initial_state={"factor": 1.0},
+        update=lambda state, *_: {"factor": state["factor"] / 2},
+    )
+
+
+def halving(config: HeadConfig) -> margins.Margin:
+    return margins.Margin(
+        lambda cosine, norm, state: cosine, negatives=lambda cosine, own, state: cosine / 2
+    )
+
+
+def test_negatives_see_the_updated_state_also_if_they_need_no_target():
+    config = head(loss=f"{__name__}:shrinking")
+    case = make_case(101, replace(config, loss="arcface"), SGD)
+    stateful = case._replace(centers=case.centers._replace(state={"factor": np.float32(1)}))
+    out = run(stateful, config, SGD, devices=2)
+    wanted = run(case, head(loss=f"{__name__}:halving"), SGD, devices=2)
+    assert out.pop("factor") == 0.5
+    assert_equal(out, wanted, tolerance=1e-6)
+
+
+def test_filtering_does_not_make_the_others_wait_for_the_state():
+    filtered = {"interclass_filtering_threshold": 0.4}
+    assert not margins.make(head(loss="adaface", **filtered)).negatives_need_state
+    assert margins.make(head(loss="curricularface", **filtered)).negatives_need_state
 
 
 def test_every_loss_of_the_configuration_is_tested():

@@ -36,6 +36,15 @@ def conv(*, dtype: str = "float32", kernel: int = 3, stride: int = 1):
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1), (1, 2)])
 @pytest.mark.parametrize("size", [8, 7])
 def test_convolution_and_both_gradients_equal_torch(batch, kernel, stride, size):
+    assert_equal_to_torch(batch, kernel, stride, size)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(2, 1), (4, 1), (2, 2)])
+def test_even_kernels_have_the_gradients_of_torch(kernel, stride):
+    assert_equal_to_torch(2, kernel, stride, 7)
+
+
+def assert_equal_to_torch(batch: int, kernel: int, stride: int, size: int) -> None:
     module = conv(kernel=kernel, stride=stride)
     x = images(batch, size, size, 3)
     weights = np.asarray(module.kernel[...])

@@ -266,6 +266,11 @@ def test_remat_changes_no_gradient(monkeypatch, faces):
         np.testing.assert_allclose(gradients[1][name], array, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def test_a_network_without_stacks_is_the_same_block_by_block():
+    both = [registry.build("mbf", embedding_size=8, stacked=stacked) for stacked in (True, False)]
+    assert both[0].shapes[0].keys() == both[1].shapes[0].keys()
+
+
 def test_names_of_a_stack():
     name = "blocks.0-2.mlp.fc1.kernel"
     assert stacks.names_of_members(name) == [f"blocks.{i}.mlp.fc1.kernel" for i in range(3)]

@@ -67,6 +67,21 @@ class SmallNetwork(nnx.Module):
         return self.features(self.fc(x.reshape(len(x), -1)), train=train)
 
 
+class WithoutMatrix(nnx.Module):
+    """Convolutions and BatchNorm only."""
+
+    def __init__(self, model: ModelConfig, *, bn_groups: int | str, init: layers.Initializer):
+        for name, widths in {"one": (3, 4), "two": (4, model.embedding_size)}.items():
+            conv = layers.Conv(*widths, kernel=3, stride=4, dtype=jnp.float32, init=init)
+            norm = layers.BatchNorm(widths[1], groups=bn_groups)
+            setattr(self, name, nnx.Dict({"conv": conv, "bn": norm}))
+
+    def __call__(self, x: jax.Array, *, train: bool, keys: jax.Array | None = None) -> jax.Array:
+        for block in (self.one, self.two):
+            x = block["bn"](block["conv"](x), train=train)
+        return x.mean((1, 2))
+
+
 @pytest.fixture(autouse=True)
 def _small_networks_too(monkeypatch):
     monkeypatch.setattr(packing, "FEW", 0)
@@ -132,6 +147,19 @@ def test_stacks_applied_layer_by_layer_share_buffers():
     np.testing.assert_array_equal(held["packed.1"], kernels.ravel())
     back = packing.unpack(layout, held)
     assert all(np.array_equal(back[name], arrays[name]) for name in arrays)
+
+
+def test_parameters_and_statistics_that_are_all_packed_stay_apart(packed):
+    """A network without a matrix: no buffer has an array's own name."""
+    network = configs.replace(CONFIG, model__network=f"{__name__}:WithoutMatrix")
+    network = configs.replace(network, finetune__frozen=(), finetune__rates=())
+    layouts = step.make_packing(network, meshes.make(1))
+    names = [{buffer.name for buffer in layout} for layout in layouts]
+    assert names == [{"packed.0", "packed.1"}, {"packed_statistics.0"}]
+    params, batch_stats = step.backbone(network).init(0)
+    tree = {"params": params, "batch_stats": batch_stats}
+    back = layouts.unpack(layouts.pack(jax.tree.map(jnp.asarray, tree)))
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
 
 
 def test_a_buffer_has_its_kernels_output_channels_first():

@@ -6,12 +6,14 @@ Ranges of single fields are in tests/config/test_ranges.py.
 import contextlib
 import json
 
+import optax
 import pytest
 
 from arcface_jax import config as configs
 from arcface_jax.config import Config, ScheduleConfig
 from arcface_jax.errors import ConfigError
-from arcface_jax.training import validation
+from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import optim, step, validation
 
 RUNNABLE = configs.replace(Config(workdir="w"), data__path="faces")
 
@@ -23,6 +25,18 @@ def test_the_defaults_can_be_run_on_the_device_counts_that_divide_the_batch():
             validation.validate(RUNNABLE, num_devices=num_devices)
             fits.append(num_devices)
     assert fits == [1, 2, 4, 8, 16, 32, 64, 128]
+
+
+def bare_transformation(optimizer):
+    return optax.sgd(1.0)
+
+
+def backbone_without_a_tuple(optimizer):
+    return optim.sgd(optimizer)._replace(backbone=optax.identity())
+
+
+def centers_without_a_rule(optimizer):
+    return optim.sgd(optimizer)._replace(centers=optax.identity())
 
 
 SYNTHETIC = {"evaluation__targets": ("synthetic",)}
@@ -47,7 +61,7 @@ SYNTHETIC = {"evaluation__targets": ("synthetic",)}
         (
             {"model__bn_batch_size": 48},
             1,
-            ["model.bn_batch_size 48", "data.global_batch_size 128", "[1, 2, 4, 8, 16, 32, 64,"],
+            ["model.bn_batch_size 48", "data.global_batch_size 128", "[2, 4, 8, 16, 32, 64,"],
         ),
         (
             # 4 groups on 8 devices: too few for each device to have one, too many for SyncBN.
@@ -86,6 +100,32 @@ SYNTHETIC = {"evaluation__targets": ("synthetic",)}
             ["head.beyond_pi linear", "(0.9, 0.4, 0.15)", "--head.beyond-pi none"],
         ),
         (
+            {"head__block_form": "scaled", "head__dtype": "float16"},
+            1,
+            ["head.block_form scaled", "got float16", "use automatic"],
+        ),
+        ({"model__bn_batch_size": 1}, 1, ["model.bn_batch_size 1", "are 0", "at least 2"]),
+        (
+            {"data__global_batch_size": 1, "evaluation__batch_size": 1},
+            1,
+            ["data.global_batch_size 1", "are 0", "at least 2"],
+        ),
+        (
+            {"optimizer__kind": f"{__name__}:bare_transformation"},
+            1,
+            ["optimizer.kind", "GradientTransformation", "optim.Optimizer"],
+        ),
+        (
+            {"optimizer__kind": f"{__name__}:backbone_without_a_tuple"},
+            1,
+            ["optimizer.kind", "backbone", "tuple of optax.GradientTransformation"],
+        ),
+        (
+            {"optimizer__kind": f"{__name__}:centers_without_a_rule"},
+            1,
+            ["optimizer.kind", "GradientTransformation", "heads.centers.Rule"],
+        ),
+        (
             SYNTHETIC | {"data__synthetic__pairs": 601},
             1,
             ["data.synthetic.pairs 601", "multiple of 20", "use 600"],
@@ -117,7 +157,7 @@ def test_every_batch_norm_size_that_is_offered_is_accepted(num_devices: int):
     config = configs.replace(RUNNABLE, data__global_batch_size=batch)
     config = configs.replace(config, evaluation__batch_size=num_devices)
     accepted = []
-    for size in range(1, batch + 1):
+    for size in range(2, batch + 1):
         try:
             validation.validate(
                 configs.replace(config, model__bn_batch_size=size), num_devices=num_devices
@@ -130,7 +170,7 @@ def test_every_batch_norm_size_that_is_offered_is_accepted(num_devices: int):
             accepted.append(size)
     groups = [batch // size for size in accepted]
     divisors = [n for n in range(batch, 0, -1) if batch % n == 0]
-    assert groups == [n for n in divisors if n == 1 or n % num_devices == 0]
+    assert groups == [n for n in divisors if n == 1 or (n % num_devices == 0 and n < batch)]
 
 
 def test_the_largest_scale_that_is_offered_is_accepted():
@@ -150,6 +190,29 @@ def test_a_batch_norm_size_above_the_batch_is_one_group():
     config = configs.replace(RUNNABLE, data__global_batch_size=64, model__bn_batch_size=128)
     validation.validate(config, num_devices=8)
     assert configs.batch_norm_groups(config) == 1
+
+
+def test_frozen_statistics_may_be_those_of_single_images():
+    config = configs.replace(RUNNABLE, model__bn_batch_size=1, model__network="r_tiny")
+    with pytest.raises(ConfigError, match="at least 2"):
+        validation.validate(config, num_devices=1)
+    config = configs.replace(config, finetune__frozen_statistics=("*",))
+    validation.validate(config, num_devices=1)
+
+
+def test_a_warm_up_ends_before_the_run():
+    schedule = ScheduleConfig(epochs=2, warmup_steps=19)
+    validation.validate_warmup(schedule, steps_per_epoch=10)
+    with pytest.raises(ConfigError, match=r"warmup_steps 19 must be below the 18 steps"):
+        validation.validate_warmup(schedule, steps_per_epoch=9)
+
+
+def test_a_plug_in_optimizer_is_checked_where_nothing_was_validated():
+    config = configs.replace(
+        RUNNABLE, model__network="r_tiny", optimizer__kind=f"{__name__}:bare_transformation"
+    )
+    with pytest.raises(ConfigError, match=r"expected arcface_jax\.training\.optim\.Optimizer"):
+        step.abstract_state(config, num_classes=7, mesh=meshes.make(1))
 
 
 def test_the_published_recipes_sections_are_accepted():
