@@ -235,9 +235,11 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
                 num_classes=source.num_classes,
                 chance_loss=chance_loss,
                 plateau_steps=config.logging.stuck_steps,
+                skipped=int(state.counters["skipped_steps"]),
             ),
             chance_loss=chance_loss,
             pretrained=bool(weights),
+            invalid_before=int(state.counters["invalid_labels"]),
             held=packing.pack(state),
             done=steps.start,
         )

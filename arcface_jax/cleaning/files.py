@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arcface_jax.errors import DataError
-from arcface_jax.runtime import sealed
+from arcface_jax.runtime import foreign, sealed
 from arcface_jax.runtime.files import atomic, write_atomic
 from arcface_jax.runtime.text import cells
 
@@ -146,7 +146,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     """
     path = folder / ABOUT
     try:
-        content = json.loads(path.read_bytes())
+        content = foreign.parse_json(path.read_bytes())
     except FileNotFoundError:
         raise DataError(f"{folder} holds no {ABOUT}: name the output of `data clean`") from None
     except (OSError, ValueError) as error:

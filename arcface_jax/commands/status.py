@@ -5,7 +5,6 @@
 Only reads the workdir, while the run trains or after it ended.
 """
 
-import json
 import os
 import shutil
 import time
@@ -96,14 +95,16 @@ def _last_lines(metrics: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 def _from_the_end(metrics: Path) -> Iterable[Mapping[str, Any]]:
     """Yields the readable lines in reverse order; the last one may still be being written."""
+    from arcface_jax.runtime import foreign
+
     try:
         lines = metrics.read_text(errors="replace").splitlines()
     except OSError:
         return
     for line in reversed(lines):
         try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
+            found = foreign.parse_json(line)
+        except ValueError:
             continue
         if isinstance(found, dict):
             yield found

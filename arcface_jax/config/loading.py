@@ -156,7 +156,7 @@ def from_json(text: str, *, source: str) -> Config:
     except pydantic.ValidationError as error:
         try:
             given = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             given = None  # pydantic's error has the place
         raise ConfigError(f"{source}: {explain(error, root=Config, given=given)}") from error
 
@@ -190,5 +190,11 @@ def differences(stored: Config, asked: Config) -> list[str]:
     return [
         f"{name}: the stored run has {old[name]!r}, this command asks for {new[name]!r}"
         for name in old
-        if old[name] != new[name] and not name.startswith(MAY_DIFFER_ON_RESUME)
+        if old[name] != new[name]
+        and (not name.startswith(MAY_DIFFER_ON_RESUME) or _is_added_or_dropped(name, old, new))
     ]
+
+
+def _is_added_or_dropped(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Returns whether only one of two runs has a teacher, which may move but not come or go."""
+    return name == "distill.teacher" and bool(old[name]) != bool(new[name])

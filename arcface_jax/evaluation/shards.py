@@ -250,7 +250,7 @@ class Store(NamedTuple):
             with contextlib.suppress(OSError, ValueError, EOFError):
                 np.load(self.path(number), mmap_mode="r")
                 if self.beside:
-                    json.loads(self.path_beside(number).read_bytes())
+                    foreign.parse_json(self.path_beside(number).read_bytes())
                 digests |= {path.name: sealed.file_digest(path) for path in self._files(number)}
         return digests
 

@@ -34,6 +34,18 @@ def init(key: jax.Array, *, classes: int, subcenters: int, embedding_size: int) 
     return INIT_STD * jax.random.normal(key, (classes * subcenters, embedding_size), jnp.float32)
 
 
+def of_directions(given: jax.Array, random: jax.Array) -> jax.Array:
+    """Returns rows in given directions, with the norm of `init`'s rows, sqrt(D) * `INIT_STD`.
+
+    Args:
+      given: (rows, D) float32 vectors of any length.
+      random: (rows, D) rows of `init`, which stay where the given one is zero.
+    """
+    length = INIT_STD * random.shape[1] ** 0.5
+    norm = jnp.linalg.norm(given, axis=1, keepdims=True)
+    return jnp.where(norm > 0, length * given / jnp.maximum(norm, 1e-12), random)
+
+
 class Rule(NamedTuple):
     """An optimizer whose parts are all element by element."""
 

@@ -76,7 +76,7 @@ def _length_up_to(content: bytes, step: int) -> int:
     while end:
         begin = content.rfind(b"\n", 0, end - 1) + 1
         with contextlib.suppress(ValueError, TypeError, KeyError):  # an incomplete line
-            if json.loads(content[begin:end])["step"] <= step:
+            if foreign.parse_json(content[begin:end])["step"] <= step:
                 return end
         end = begin
     return 0

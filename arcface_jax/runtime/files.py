@@ -198,25 +198,59 @@ def atomic_files(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Creates a folder that replaces `path` when the block ends without error.
 
-    If another process puts a folder there in the meantime, that one stays.
+    If another process puts a folder there in the meantime, that one stays. A folder that cannot be
+    replaced, because it is a mount point or the working directory, is filled if it is empty.
 
     Yields:
       A temporary folder.
 
     Raises:
-      OSError: the folder cannot be written.
+      OSError: the folder cannot be written; the old one stays.
     """
+    path = path.resolve() if path.name in ("", "..") else path  # "." has no name
     with _part_folder(path) as folder:
         yield folder
         for file in folder.iterdir():
             _sync(file)
         _sync_folder(folder)
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        shutil.rmtree(path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rename(path)
+        _put_in_place(folder, path)
         _sync_folder(path.parent)
+
+
+def _put_in_place(new: Path, path: Path) -> None:
+    """Moves a folder to `path`, and removes what was there once the new one has its place."""
+    if path.is_dir() and path.samefile(os.curdir):
+        _fill(path, new)
+        return
+    with _part_folder(path.with_name(f"{path.name}.old")) as trash:
+        old = trash / path.name
+        try:
+            if os.path.lexists(path):
+                path.rename(old)
+        except FileNotFoundError:  # another process has removed it
+            pass
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            _fill(path, new)
+            return
+        try:
+            new.rename(path)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # put there by another process
+                return
+            if os.path.lexists(old):
+                old.rename(path)
+            raise
+
+
+def _fill(path: Path, new: Path) -> None:
+    """Moves the contents of a folder to an empty one, possibly on another disk."""
+    if any(path.iterdir()):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+    for file in sorted(new.iterdir()):
+        _sync(Path(shutil.move(file, path / file.name)))
+    _sync_folder(path)
 
 
 def part_of(path: Path) -> Path:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,16 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Parses JSON text.
+def parse_json(
+    text: str | bytes, *, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
+    """Parses JSON text; `object_hook` as in `json.loads`.
 
     Raises:
       ValueError: it is not JSON, or is nested too deep.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=object_hook)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

@@ -20,13 +20,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from arcface_jax.config import DistributedConfig
-from arcface_jax.errors import CheckpointError, ConfigError
+from arcface_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from arcface_jax.runtime import homes, locks, signals
 from arcface_jax.runtime.signals import Stop
 
 Cluster = Literal["slurm", "ompi", "k8s"]
 _CONNECT_SECONDS = 300
-_MESSAGE_BYTES = 4096
+# Kinds of errors that a process reports to the others.
+_ERRORS = {kind.__name__: kind for kind in (ConfigError, DataError, CheckpointError, UserError)}
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
@@ -127,12 +128,51 @@ def is_first() -> bool:
 
 @contextmanager
 def first_process_first() -> Iterator[None]:
-    """Runs the block in the first process, then in all others."""
+    """Runs the block in the first process, then in all others; an error in one fails all.
+
+    A collective operation.
+
+    Raises:
+      UserError: the block has failed in another process.
+    """
     if not is_first():
-        multihost_utils.sync_global_devices("first")
-    yield
+        _raise_any()  # the first process's error
+    with failing_together():
+        yield
     if is_first():
-        multihost_utils.sync_global_devices("first")
+        _raise_any()  # the others' errors
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Runs the block in every process; an error in one fails all, which would wait for it forever.
+
+    A collective operation; the block must not contain another one.
+
+    Raises:
+      UserError: the block has failed in another process; of the same kind as there.
+    """
+    try:
+        yield
+    except Exception as error:
+        gather_text(_described(error))
+        raise
+    _raise_any()
+
+
+def _described(error: Exception) -> str:
+    """Formats an error for the other processes: its kind and its message."""
+    kind = next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), None)
+    return f"{kind}:{error}" if kind else f"{UserError.__name__}:{type(error).__name__}: {error}"
+
+
+def _raise_any() -> None:
+    """Raises the first error of another process, if one has failed; this one has not."""
+    for number, text in enumerate(gather_text("")):
+        if text:
+            kind, _, message = text.partition(":")
+            place = f" (in process {number})" if number else ""
+            raise _ERRORS[kind](f"{message}{place}")
 
 
 def gather_text(text: str) -> list[str]:
@@ -141,6 +181,8 @@ def gather_text(text: str) -> list[str]:
         return [text]
     own = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(own)], np.int32)).reshape(-1)
+    if not lengths.any():
+        return [""] * len(lengths)
     padded = np.zeros(int(lengths.max()), np.uint8)
     padded[: len(own)] = own
     everyone = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
@@ -194,16 +236,9 @@ def holding(workdir: Path) -> Iterator[None]:
             yield
         return
     with ExitStack() as stack:
-        message = np.zeros(_MESSAGE_BYTES, np.uint8)
-        if is_first():
-            try:
+        with failing_together():
+            if is_first():
                 stack.enter_context(locks.held(workdir))
-            except CheckpointError as error:
-                text = str(error).encode(errors="backslashreplace")[:_MESSAGE_BYTES]
-                message[: len(text)] = np.frombuffer(text, np.uint8)
-        message = np.asarray(multihost_utils.broadcast_one_to_all(message)).tobytes()
-        if text := message.rstrip(b"\0").decode(errors="replace"):
-            raise CheckpointError(text)
         yield
 
 

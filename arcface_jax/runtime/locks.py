@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from arcface_jax.errors import CheckpointError
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import PART, is_running
 from arcface_jax.runtime.processes import start_of
 
@@ -280,7 +281,7 @@ def _read(path: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     try:
-        found = Holder(**json.loads(text))
+        found = Holder(**foreign.parse_json(text))
         if found.token.isalnum() and found.pid + 0 == found.pid:  # checks the types
             return found
         raise ValueError

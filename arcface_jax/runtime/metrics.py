@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import math
 import os
 import socket
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from arcface_jax.errors import ConfigError, install
-from arcface_jax.runtime import checksums, damaged, launch, strict_json
+from arcface_jax.runtime import checksums, damaged, foreign, launch, strict_json
 from arcface_jax.runtime.files import atomic, open_own, reporting_disk_errors, write_atomic
 from arcface_jax.runtime.text import shown
 
@@ -153,7 +152,7 @@ def whole_lines(content: bytes) -> tuple[list[dict[str, Any]], int]:
     lines, end = [], 0
     for text in content.splitlines(keepends=True):
         try:
-            line = json.loads(text, object_hook=_null_as_nan)
+            line = foreign.parse_json(text, object_hook=_null_as_nan)
         except ValueError:
             break
         if not (isinstance(line, dict) and type(line.get("step")) is int):

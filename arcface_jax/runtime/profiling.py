@@ -63,7 +63,7 @@ class Clock:
 
 
 class Trace:
-    """Profiles some steps into WORKDIR/profile.
+    """Profiles some steps into WORKDIR/profile; other processes than the first below it.
 
     Args:
       workdir: workdir of the run.
@@ -71,7 +71,9 @@ class Trace:
     """
 
     def __init__(self, workdir: Path, steps: tuple[int, int]):
-        self._folder = workdir / "profile"
+        # JAX names a trace by second and host, and fails if it finds several in a folder.
+        folder, number = workdir / "profile", jax.process_index()
+        self._folder = folder / f"process_{number}" if number else folder
         self._first, self._last = steps
         self._open = False
 

@@ -162,27 +162,34 @@ def exit_code(config: "CheckpointConfig", by: signal.Signals) -> int:
 def watched(checkpoint: "CheckpointConfig", *, workdir: Path) -> Iterator[Stop]:
     """Collects stop signals in a `Stop`, including remembered ones.
 
-    A second signal of a kind has its usual effect.
+    A second signal of a kind has its usual effect. Python handles signals in the main thread only;
+    in another one this yields a `Stop` of the remembered signals.
     """
     import jax
 
     several = jax.process_count() > 1
     stop = Stop(checkpoint, workdir=workdir, several=several)
 
+    def restore_usual(number: int) -> None:
+        if number in usual:  # not for a remembered one that is not handled here
+            signal.signal(number, usual[signal.Signals(number)])
+
     def note(number: int, _) -> None:
         stop.signals.append(signal.Signals(number))
-        signal.signal(number, usual[signal.Signals(number)])
+        restore_usual(number)
 
     def forward(number: int, _) -> None:
         stop.forwarded = signal.Signals(number)
-        signal.signal(number, usual[signal.Signals(number)])
+        restore_usual(number)
         os.kill(os.getpid(), signal.SIGTERM)
 
     # With several processes JAX watches for SIGTERM, so that all of them stop at the same step.
-    own = [s for s in _not_ignored() if not (several and s == signal.SIGTERM)]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = _not_ignored() if in_main_thread else []
+    own = [s for s in handled if not (several and s == signal.SIGTERM)]
     previous = {s: signal.getsignal(s) for s in own}
     usual = {s: signal.SIG_DFL if h is _remember else h for s, h in previous.items()}
-    at_once = not several and checkpoint.deadline_seconds > 0
+    at_once = not several and in_main_thread and checkpoint.deadline_seconds > 0
     try:
         for s in previous:
             signal.signal(s, forward if several else note)

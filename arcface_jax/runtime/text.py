@@ -14,8 +14,8 @@ from collections.abc import Iterable
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
-# Codes of colors and weights, except 8, which hides text.
-_COLOR = re.compile("(\x1b\\[(?!8m|[0-9;]*;8[;m])[0-9;]*m)")
+# Codes of colors and weights, except 8 (or 08), which hides text.
+_COLOR = re.compile("(\x1b\\[(?!(?:[0-9]*;)*0*8[;m])[0-9;]*m)")
 # Characters that start a formula in a spreadsheet.
 _FORMULA = re.compile(r"[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

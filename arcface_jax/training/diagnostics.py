@@ -97,14 +97,17 @@ class HealthMonitor:
       num_classes: identities in the training set.
       chance_loss: expected loss at initialization.
       plateau_steps: warn when the loss has not changed for this many steps.
+      skipped: non-finite steps before this start of the run.
     """
 
-    def __init__(self, *, num_classes: int, chance_loss: float, plateau_steps: int):
+    def __init__(
+        self, *, num_classes: int, chance_loss: float, plateau_steps: int, skipped: int = 0
+    ):
         self._num_classes = num_classes
         self._chance_loss = chance_loss
         self._plateau_steps = plateau_steps
         self._losses: deque[tuple[int, float]] = deque()
-        self._skipped = 0.0
+        self._skipped = float(skipped)
         self._reported: set[str] = set()
 
     def few_labels(self, labels: np.ndarray) -> str | None:
@@ -147,6 +150,8 @@ class HealthMonitor:
 
     def plateau(self, step: int, loss: float) -> str | None:
         """Warns if the loss has stopped moving."""
+        if not math.isfinite(loss):  # of a skipped step
+            return None
         self._losses.append((step, loss))
         while self._losses[0][0] <= step - self._plateau_steps:
             self._losses.popleft()

@@ -56,9 +56,15 @@ class Evaluate(Protocol):
     """Evaluates a state on all verification sets, then by all evaluators."""
 
     def __call__(
-        self, state: step.TrainState, between: Callable[[], None] = ..., /
+        self, state: step.TrainState, between: Callable[[], None] = ..., /, *, first: bool = ...
     ) -> list[Result]:
-        """Evaluates; `between` is called before each batch, and may raise to end the evaluation."""
+        """Evaluates a state.
+
+        Args:
+          state: the state.
+          between: called before each batch; it may raise to end the evaluation.
+          first: evaluate the first verification set only.
+        """
         ...
 
 
@@ -85,11 +91,16 @@ def make(
     training_mode = step.make_embed(one_group, mode="training")
 
     def evaluate(
-        state: step.TrainState, between: Callable[[], None] = embed.nothing, /
+        state: step.TrainState,
+        between: Callable[[], None] = embed.nothing,
+        /,
+        *,
+        first: bool = False,
     ) -> list[Result]:
+        weights = step.weights(state)
         evaluated, trained = (
             embed.batched(
-                partial(embed_on_devices, *step.weights(state).values()),
+                partial(embed_on_devices, weights["params"], weights["batch_stats"]),
                 batch_size=batch_size,
                 mesh=mesh,
                 between=between,
@@ -97,11 +108,11 @@ def make(
             for embed_on_devices in (evaluation_mode, training_mode)
         )
         results: list[Result] = []
-        for target in targets:
+        for target in targets[:1] if first else targets:
             result = verification.verify(evaluated, target)
             cosine = collapse.mode_cosine(evaluated, trained, target.images, batch_size=batch_size)
             results.append(result._replace(mode_cosine=cosine))
-        return results + [measure(evaluated) for measure in measures]
+        return results + [measure(evaluated) for measure in measures if not first]
 
     return evaluate
 
@@ -196,8 +207,8 @@ def baselines(
         )
     found = {"baseline/raw": verification.raw_pixel_accuracy(targets[0])}
     if untrained is not None:
-        (first, *_) = verifications(evaluate(untrained))
-        found["baseline/untrained"] = first.accuracy
+        (result,) = verifications(evaluate(untrained, first=True))
+        found["baseline/untrained"] = result.accuracy
     return found
 
 

@@ -130,13 +130,8 @@ def _class_means(
         embeddings = embed(on_devices["image"])
         # Wait, or batches would pile up in the devices' memory.
         sums = jax.block_until_ready(add(sums, embeddings, on_devices["label"]))
-    length = class_centers.INIT_STD * random.shape[1] ** 0.5
-
-    def finish(sums: jax.Array, random: jax.Array) -> jax.Array:
-        norm = jnp.linalg.norm(sums, axis=1, keepdims=True)
-        return jnp.where(norm > 0, length * sums / jnp.maximum(norm, 1e-12), random)
-
-    return jax.jit(finish, donate_argnums=0, out_shardings=everywhere)(sums, random)
+    finish = jax.jit(class_centers.of_directions, donate_argnums=0, out_shardings=everywhere)
+    return finish(sums, random)
 
 
 def _add_on_one_device(sums: jax.Array, embeddings: jax.Array, labels: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ unchanged: scale = sqrt(var + epsilon), bias = bias + mean.
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from arcface_jax.config import Config
 from arcface_jax.data.images import IMAGE_SIZE
@@ -16,6 +17,7 @@ from arcface_jax.data.source import Source
 from arcface_jax.errors import DataError
 from arcface_jax.models import preprocess, registry
 from arcface_jax.models.registry import Arrays
+from arcface_jax.runtime import launch
 from arcface_jax.training import name_rules
 from arcface_jax.training.finetune import Weights
 
@@ -38,7 +40,7 @@ def _is_identity(batch_stats: Arrays, layer: str) -> bool:
 
 
 def complete(weights: Weights, config: Config, source: Source) -> tuple[Weights, list[str]]:
-    """Sets statistics in the BatchNorms that lack them, except frozen ones.
+    """Sets statistics in the BatchNorms that lack them, except frozen ones; a collective operation.
 
     Args:
       weights: initial weights of the run.
@@ -58,8 +60,9 @@ def complete(weights: Weights, config: Config, source: Source) -> tuple[Weights,
     missing = [name for name in folded(batch_stats) if f"{name}.mean" not in frozen]
     if not missing:
         return weights, []
-    images = _images(source, config.data.path)
-    measured = _measure(weights, config, images)
+    with launch.failing_together():
+        images = _images(source, config.data.path)
+    measured = _of_first_host(_measure(weights, config, images))
     params, batch_stats = dict(params), dict(batch_stats)
     for layer in missing:
         mean, var = (measured[f"{layer}.{last}"] for last in ("mean", "var"))
@@ -88,6 +91,15 @@ def _images(source: Source, name: str) -> np.ndarray:
     if not len(readable):
         raise DataError(f"none of {len(numbers)} images of {name} can be read: check the data")
     return readable
+
+
+def _of_first_host(measured: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the first host's float64 arrays, bit for bit: another device may sum differently."""
+    if jax.process_count() == 1:
+        return measured
+    bits = {name: array.view(np.uint32) for name, array in measured.items()}
+    found = multihost_utils.broadcast_one_to_all(bits)
+    return {name: np.asarray(array).view(np.float64) for name, array in found.items()}
 
 
 def _measure(weights: Weights, config: Config, images: np.ndarray) -> dict[str, np.ndarray]:

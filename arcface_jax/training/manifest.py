@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from arcface_jax.config import Config, loading
 from arcface_jax.heads import automatic
 from arcface_jax.models.registry import Arrays
-from arcface_jax.runtime import damaged, launch
+from arcface_jax.runtime import damaged, foreign, launch
 from arcface_jax.runtime.files import complete_steps, reporting_disk_errors, write_atomic
 from arcface_jax.training.step import TrainState
 
@@ -81,7 +81,7 @@ def _earlier_starts(path: Path) -> list[dict[str, Any]] | None:
     if not path.exists():
         return []
     try:
-        starts = json.loads(path.read_bytes())
+        starts = foreign.parse_json(path.read_bytes())
     except ValueError:
         return None
     return starts if isinstance(starts, list) else None
@@ -104,7 +104,12 @@ def _this_start(config: Config) -> dict[str, Any]:
 
 
 def _checkout() -> dict[str, Any] | None:
-    """Returns commit and changed files of the code's checkout; None if installed without one."""
+    """Returns commit and changed files of the code's checkout; None if installed without one.
+
+    A virtual environment may lie in a repository of the user's, which does not track this file.
+    """
+    if _git_output("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
     commit = _git_output("rev-parse", "HEAD")
     if commit is None:
         return None

@@ -82,10 +82,10 @@ def bad_image(image: BadImage) -> str:
     return f"skipped unreadable image {image.where}: {image.problem} (substituted)"
 
 
-def invalid_labels(count: float, step: int, dataset: Mapping[str, Any]) -> DataError:
-    """Returns the error for a run with labels that are not classes."""
-    last = dataset["num_classes"] - 1
+def invalid_labels(count: float, *, first: int, last: int, dataset: Mapping[str, Any]) -> DataError:
+    """Returns the error for steps `first` to `last` of a run with labels that are not classes."""
     return DataError(
-        f"{count:.0f} images up to step {step} have labels outside [0, {last}]; they were excluded "
+        f"{count:.0f} images in steps {first} to {last} have labels outside "
+        f"[0, {dataset['num_classes'] - 1}]; they were excluded "
         "from the loss, so this checkpoint is usable. Relabel identities contiguously from 0"
     )

@@ -90,6 +90,9 @@ class Run:
     pretrained: bool
     """Whether the run starts from other than random weights."""
 
+    invalid_before: int
+    """Images with invalid labels up to `steps.start`, which an earlier start reported."""
+
     held: TrainState
     """The state as the train step stores it."""
     done: int
@@ -175,9 +178,11 @@ class Run:
         if values["train/skipped_in_row"] >= limit:
             self.save()
             raise self.failure(self.held, batch, values)
-        if values["train/invalid_labels"]:
+        if invalid := values["train/invalid_labels"] - self.invalid_before:
             self.save()
-            raise messages.invalid_labels(values["train/invalid_labels"], self.done, self.dataset)
+            raise messages.invalid_labels(
+                invalid, first=self.steps.start + 1, last=self.done, dataset=self.dataset
+            )
 
     def raise_if_untrained(self) -> None:
         """Refuses the result of a complete run that never changed its weights."""
@@ -201,6 +206,8 @@ class Run:
         """
         self.results = self.evaluate(self.state, stop.raise_if_stopped)
         self.evaluated_at = self.done
+        if not self.results:  # without verification sets and evaluators
+            return
         self.log.write(self.done, evaluators.metrics(self.results))
         self.terminal.print(
             f"step {self.done}/{self.steps.total}  {messages.accuracies(self.results)}"

@@ -239,6 +239,8 @@ def _read(
             named = isinstance(which, int)
             if (named and number is None) or not _is_removed(workdir, number):
                 raise
+            if number is None and attempt == _ATTEMPTS - 1:
+                raise  # no checkpoint was chosen that the run could have removed
             if named or attempt == _ATTEMPTS - 1:
                 raise CheckpointError(
                     f"{workdir}: the checkpoint of step {number} was removed by its run while it "

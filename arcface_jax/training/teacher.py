@@ -28,7 +28,7 @@ from arcface_jax.errors import ConfigError, DataError, UserError
 from arcface_jax.evaluation.embed import Model
 from arcface_jax.evaluation.embeddings import normalize
 from arcface_jax.evaluation.shards import Store, of_first_host
-from arcface_jax.heads.centers import INIT_STD
+from arcface_jax.heads.centers import of_directions
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.runtime import launch, sealed
@@ -143,13 +143,15 @@ def open_cache(
         "shard": SHARD,
     }
     count = -(-len(source) // SHARD)
+    size = model.input.embedding_size
     try:
-        if first:
-            store.agree(settings)
-        missing = of_first_host(store.missing(count) if first else [], count)
-        size = model.input.embedding_size
-        if first and missing:
-            _require_room(folder, len(source), missing, size=size, views=distill.views)
+        missing: list[int] = []
+        with launch.failing_together():
+            if first:
+                store.agree(settings)
+                missing = store.missing(count)
+                _require_room(folder, len(source), missing, size=size, views=distill.views)
+        missing = of_first_host(missing, count)
         _fill(model, source, store, missing, distill=distill, data=data, between=between)
         return _map(store, count, embedding_size=embedding_size)
     except OSError as error:
@@ -192,16 +194,18 @@ def _fill(
             share = -(-len(rows) // jax.process_count())
             own = rows[share * jax.process_index() :][:share]
             parts = []
-            for images, failed in _pieces(source, own, threads=pipeline.num_threads(data)):
-                between()
-                part = _views(model, images, views=distill.views)
-                part[failed] = 0
-                unreadable += len(failed)
-                parts.append(part)
-                bar.advance(task, len(images) * jax.process_count())
+            with launch.failing_together():
+                for images, failed in _pieces(source, own, threads=pipeline.num_threads(data)):
+                    between()
+                    part = _views(model, images, views=distill.views)
+                    part[failed] = 0
+                    unreadable += len(failed)
+                    parts.append(part)
+                    bar.advance(task, len(images) * jax.process_count())
             shard = _of_all_hosts(parts, share, model.input.embedding_size, distill.views)
-            if not hidden:
-                store.write(number, shard[: len(rows)])
+            with launch.failing_together():
+                if not hidden:
+                    store.write(number, shard[: len(rows)])
     if unreadable:
         print(
             f"teacher: {unreadable:,} images cannot be read and have no embedding", file=sys.stderr
@@ -256,14 +260,13 @@ def _of_all_hosts(parts: list[np.ndarray], share: int, size: int, views: str) ->
 
 
 def _map(store: Store, count: int, *, embedding_size: int) -> Cache:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("teacher's cache")
-    lacking = [number for number in range(count) if not store.path(number).is_file()]
-    if lacking:
-        raise DataError(
-            f"{store.folder} has no {store.path(lacking[0]).name} on {launch.host_name()}: "
-            "--distill.cache has to be a folder that all hosts share"
-        )
+    with launch.failing_together():  # all shards are written: `_fill` ended so
+        lacking = [number for number in range(count) if not store.path(number).is_file()]
+        if lacking:
+            raise DataError(
+                f"{store.folder} has no {store.path(lacking[0]).name} on {launch.host_name()}: "
+                "--distill.cache has to be a folder that all hosts share"
+            )
     shards = tuple(np.load(store.path(number), mmap_mode="r") for number in range(count))
     size = shards[0].shape[2]
     if size == embedding_size:
@@ -314,12 +317,7 @@ def centers(cache: Cache, source: Source, random: jax.Array, *, mesh: Mesh) -> j
     means[: source.num_classes] = cache.class_means(source.labels(), source.num_classes)
     split = meshes.split(mesh)
     given = jax.make_array_from_callback(means.shape, split, lambda index: means[index])
-    length = INIT_STD * random.shape[1] ** 0.5
-
-    def choose(given: jax.Array, random: jax.Array) -> jax.Array:
-        return jnp.where(jnp.any(given != 0, axis=1, keepdims=True), length * given, random)
-
-    return jax.jit(choose, out_shardings=split)(given, random)
+    return jax.jit(of_directions, out_shardings=split)(given, random)
 
 
 class Online(NamedTuple):

@@ -267,7 +267,6 @@ def test_differences_are_those_that_change_what_is_computed():
         "optimizer.micro_batches",
         "optimizer.stop_after_skipped",
         "schedule.extend",
-        "distill.teacher",
         "distill.cache",
         "evaluation",
         "checkpoint",
@@ -352,3 +351,11 @@ def test_changed_settings_are_those_that_differ_from_the_defaults():
         "data.path": ("faces", ""),
         "schedule.decay_epochs": ([3, 5], []),
     }
+
+
+def test_a_teacher_may_move_but_not_come_or_go():
+    without, here, there = (configs.replace(Config(), distill__teacher=x) for x in ("", "a", "b"))
+    assert loading.differences(here, there) == []
+    for stored, asked in ((without, here), (here, without)):
+        (line,) = loading.differences(stored, asked)
+        assert line.startswith("distill.teacher: the stored run has ")

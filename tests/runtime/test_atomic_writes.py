@@ -256,3 +256,89 @@ def test_standard_output_is_not_replaced(tmp_path: Path):
     with (tmp_path / "redirected").open("w") as output:
         subprocess.run([sys.executable, "-c", code], stdout=output, check=True)
     assert (tmp_path / "redirected").read_text() == "x" and Path("/dev/stdout").is_symlink()
+
+
+# ---- Folders that cannot be replaced -------------------------------------------------------------
+
+
+def fill(path: Path) -> None:
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("new")
+        (folder / "b").write_text("new")
+
+
+def failing_renames(monkeypatch, path: Path, number: int) -> None:
+    """Renames from and to a path fail as those of a mount point or of a forbidden folder do."""
+    rename = Path.rename
+
+    def refused(self, target):
+        if path in (self, Path(target)):
+            raise OSError(number, os.strerror(number), str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+
+
+def test_an_empty_mount_point_is_filled_and_another_stays(tmp_path: Path, monkeypatch):
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    failing_renames(monkeypatch, mount, errno.EBUSY)
+    fill(mount)
+    assert names(mount) == ["a", "b"] and (mount / "a").read_text() == "new"
+    (mount / "a").write_text("old")
+    with pytest.raises(OSError, match="not empty"):
+        fill(mount)
+    assert (mount / "a").read_text() == "old" and names(tmp_path) == ["mount"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EXDEV])
+def test_a_folder_that_cannot_be_moved_into_place_is_an_error(tmp_path: Path, monkeypatch, number):
+    target = tmp_path / "target"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(number)):
+        failing_renames(patch, target, number)
+        fill(target)
+    assert names(tmp_path) == []
+    target.mkdir()
+    (target / "old").write_text("x")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=os.strerror(number)):
+        failing_renames(patch, target, number)
+        fill(target)
+    assert names(tmp_path) == ["target"] and names(target) == ["old"]
+
+
+def test_the_old_folder_returns_if_the_new_one_cannot_take_its_place(tmp_path: Path, monkeypatch):
+    target, rename = tmp_path / "target", Path.rename
+    target.mkdir()
+    (target / "old").write_text("x")
+
+    def refused(self, to):
+        if to == target and self.parent == tmp_path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        fill(target)
+    assert names(tmp_path) == ["target"] and names(target) == ["old"]
+
+
+def test_a_folder_that_appears_in_the_meantime_stays(tmp_path: Path, monkeypatch):
+    target, rename = tmp_path / "target", Path.rename
+
+    def late(self, to):
+        target.mkdir()
+        (target / "theirs").write_text("x")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", late)
+    fill(target)
+    assert names(tmp_path) == ["target"] and names(target) == ["theirs"]
+
+
+def test_the_working_directory_is_filled(tmp_path: Path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    fill(Path())
+    assert os.listdir() and names(Path.cwd()) == ["a", "b"] and names(tmp_path) == ["here"]
+    with pytest.raises(OSError, match="not empty"):
+        fill(Path())

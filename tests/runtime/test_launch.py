@@ -6,13 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import HANG, ROOT, wait_until
 
 from arcface_jax.config import DistributedConfig
-from arcface_jax.errors import ConfigError
+from arcface_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from arcface_jax.runtime import launch
 
 # Calm enough that another order of sums stays a rounding error for ten steps.
@@ -213,3 +215,94 @@ def test_a_process_takes_its_hosts_devices_or_one(cluster, environment, devices)
 def test_incomplete_options_are_refused(config):
     with pytest.raises(ConfigError, match=r"distributed\.process_id"):
         launch.join_processes(config)
+
+
+@pytest.fixture
+def in_three(monkeypatch):
+    """Calls a function of the process number in three threads that act as processes.
+
+    Returns what each call raised; one that waits for the others in vain raises BrokenBarrierError.
+    """
+    barrier, local, texts = threading.Barrier(3), threading.local(), {}
+
+    def gather_text(text: str) -> list[str]:
+        texts[local.number] = text
+        barrier.wait(HANG)
+        found = [texts[number] for number in range(3)]
+        barrier.wait(HANG)
+        return found
+
+    monkeypatch.setattr(launch, "gather_text", gather_text)
+    monkeypatch.setattr(launch, "is_first", lambda: local.number == 0)
+
+    def call(function: Callable[[int], None]) -> list[Exception | None]:
+        raised: list[Exception | None] = [None] * 3
+
+        def run(number: int) -> None:
+            local.number = number
+            try:
+                function(number)
+            except Exception as error:
+                raised[number] = error
+
+        threads = [threading.Thread(target=run, args=[number]) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return raised
+
+    return call
+
+
+def test_the_first_process_goes_first_and_its_error_fails_all(in_three):
+    order = []
+
+    def run(number: int) -> None:
+        with launch.first_process_first():
+            order.append(number)
+
+    assert in_three(run) == [None] * 3
+    assert order[0] == 0 and sorted(order) == [0, 1, 2]
+
+    def refuse(number: int) -> None:
+        with launch.first_process_first():
+            order.append(number)
+            raise CheckpointError("model.network: it was r18: name another --workdir")
+
+    order.clear()
+    errors = in_three(refuse)
+    assert order == [0]
+    assert {(type(error), str(error)) for error in errors} == {
+        (CheckpointError, "model.network: it was r18: name another --workdir")
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (DataError("no such: folder"), DataError, "no such: folder (in process 2)"),
+        (OSError(28, "No space left"), UserError, "OSError: [Errno 28] No space left (in proc"),
+    ],
+)
+@pytest.mark.parametrize("block", [launch.failing_together, launch.first_process_first])
+def test_an_error_in_any_process_fails_all(in_three, block, error, kind, message):
+    def run(number: int) -> None:
+        with block():
+            if number == 2:
+                raise error
+
+    *others, own = in_three(run)
+    assert own is error
+    for other in others:
+        assert type(other) is kind and str(other).startswith(message)
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_resume_ends_in_all_its_processes(tmp_path):
+    """One that wrote only its config.json, with another option; each process prints why."""
+    finish(start(tmp_path / "run", "--schedule.epochs", "1", processes=1, devices=4))
+    running = start(tmp_path / "run", "--head.margin", "0.3", processes=2, devices=2)
+    texts = [process.communicate(timeout=HANG)[1] for process in running]
+    assert [process.returncode for process in running] == [2, 2], texts
+    assert all("head.margin: the stored run has 0.2" in text for text in texts)

@@ -6,18 +6,22 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from commands import HANG, ROOT, result, run_process, wait_until
 
 from arcface_jax.commands import Result, command
+from arcface_jax.config import CheckpointConfig
 from arcface_jax.data.synthetic import faces
+from arcface_jax.runtime import signals
 
 # Six steps an epoch.
 RECIPE = """
@@ -378,3 +382,28 @@ def test_the_same_seed_gives_the_same_bits_after_fifty_steps(tmp_path):
     other = weights(run.workdir)
     moved = [name for name in one if not np.array_equal(one[name], other[name], equal_nan=True)]
     assert len(moved) > len(one) / 2, "another seed gives others: the comparison can fail"
+
+
+def test_a_run_in_processes_takes_a_sigterm_from_before_they_connected(tmp_path, monkeypatch):
+    """JAX, which watches for SIGTERM from then on, gets it again."""
+    came = []
+    monkeypatch.setattr(signals, "_remembered", [signal.SIGTERM])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "kill", lambda *args: came.append(args))
+    with signals.watched(CheckpointConfig(), workdir=tmp_path) as stop:
+        assert stop.forwarded is signal.SIGTERM and not stop
+    assert came == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_run_in_another_thread_does_not_handle_signals(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "_remembered", [signal.SIGHUP])
+    before, found = [signal.getsignal(s) for s in signals._SIGNALS], []
+
+    def watch() -> None:
+        with signals.watched(CheckpointConfig(deadline_seconds=60), workdir=tmp_path) as stop:
+            found.append(([signal.getsignal(s) for s in signals._SIGNALS], stop.signals))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    thread.join()
+    assert found == [(before, [signal.SIGHUP])]

@@ -93,3 +93,13 @@ def test_a_name_is_no_formula_in_a_picture():
     figure = Figure()
     figure.subplots().set_title(drawn("$a_{ $b" + ODD))
     figure.savefig(io.BytesIO())
+
+
+@pytest.mark.parametrize("code", ["8", "08", "8;1", "08;1", "1;8", "1;008;4", ";8"])
+def test_no_code_hides_text(code: str):
+    assert shown(f"a\x1b[{code}mb", colors=True) == f"a\\x1b[{code}mb"
+
+
+@pytest.mark.parametrize("code", ["", "0", "1;31", "38;5;208", "48;2;80;18;88", "98"])
+def test_codes_of_colors_pass(code: str):
+    assert shown(f"a\x1b[{code}mb\x07", colors=True) == f"a\x1b[{code}mb\\x07"

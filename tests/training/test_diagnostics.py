@@ -137,3 +137,17 @@ def test_what_is_better_than_chance_is_not_explained_away():
     result = verified(person, mode_cosine=0.1)
     assert result.accuracy == 1
     assert explain_chance_accuracy(result, loss=3.0, chance_loss=20.0) is None
+
+
+def test_a_loss_of_skipped_steps_has_not_plateaued():
+    assert warnings_about(np.where(np.arange(60) % 7 == 3, np.nan, np.linspace(40, 30, 60))) == []
+    assert warnings_about([np.nan] * 60) == []
+    (text,) = warnings_about([np.nan if k == 30 else 40.0 for k in range(60)])
+    assert "plateaued at 40.00" in text
+
+
+def test_a_resumed_run_does_not_report_earlier_skipped_steps():
+    health = monitor(skipped=37)
+    assert health.skipped_steps(1020, {"train/skipped_steps": 37.0}) is None
+    text = health.skipped_steps(1040, {"train/skipped_steps": 39.0})
+    assert text is not None and "skipped 2 non-finite step(s)" in text and "39 total" in text

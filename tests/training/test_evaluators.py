@@ -2,17 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import small_network
 
 from arcface_jax import config as c
+from arcface_jax.data.pairs.bins import PairSet
 from arcface_jax.errors import CheckpointError, ConfigError
-from arcface_jax.evaluation import verification
-from arcface_jax.models import layers
+from arcface_jax.evaluation import collapse, embed, verification
+from arcface_jax.models import layers, registry
+from arcface_jax.runtime import devices as meshes
 from arcface_jax.train import train
-from arcface_jax.training import saved_runs, step
+from arcface_jax.training import evaluators, saved_runs, step
 from arcface_jax.training.network import Network
 
 BEST = "eval/synthetic/auc"
@@ -127,3 +131,41 @@ def test_running_statistics_that_never_move_are_found_and_explained(
     assert "no better than chance (0.500)" in words[-1]
     assert "Training mode and evaluation mode disagree" in words[-1]
     assert f"{measured(tmp_path / 'broken', name)[6]:.2f}. BatchNorm's running" in words[-1]
+
+
+def test_without_a_metric_there_is_no_best_in_a_live_run_either(sound: Path, monkeypatch):
+    monkeypatch.setattr(saved_runs.locks, "find", lambda workdir: ("a holder", True))
+    monkeypatch.setattr(saved_runs, "_PAUSE_SECONDS", 0.0)
+    with pytest.raises(CheckpointError, match="has no best checkpoint"):
+        saved_runs.restore_backbone(sound, "best")
+
+
+def test_baselines_are_of_the_first_set_and_weights_go_by_name(monkeypatch):
+    """A state's running means may come in any order of their names."""
+    given, measured = [], []
+
+    def verify(embed, target):
+        given.append(embed.args)
+        measured.append(target.name)
+        return verified._replace(name=target.name, accuracy=0.75)
+
+    same = np.arange(20) % 2 == 0
+    images = np.zeros((40, 1, 1, 3), np.uint8)
+    sets = [PairSet(name, images, same) for name in ("one", "two")]
+    embeddings = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
+    verified = verification.verify(lambda _: embeddings, sets[0])
+    monkeypatch.setattr(verification, "verify", verify)
+    monkeypatch.setattr(verification, "raw_pixel_accuracy", lambda target: 0.5)
+    monkeypatch.setattr(collapse, "mode_cosine", lambda *args, **kwargs: 1.0)
+    monkeypatch.setattr(embed, "batched", lambda function, **_: function)
+    network = registry.build(small_network.NAME, embedding_size=8)
+    evaluate = evaluators.make(
+        sets,
+        [lambda _: evaluators.Measured("own", {"x": 1.0})],
+        **{"backbone": network, "one_group": network, "batch_size": 40, "mesh": meshes.make(1)},
+    )
+    state: Any = SimpleNamespace(ema={"batch_stats": "statistics", "params": "parameters"})
+    found = evaluators.baselines(sets, evaluate, state)
+    assert found == {"baseline/raw": 0.5, "baseline/untrained": 0.75}
+    assert measured == ["one"] and given == [("parameters", "statistics")]
+    assert [result.name for result in evaluate(state)] == ["one", "two", "own"]

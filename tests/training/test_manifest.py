@@ -11,14 +11,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import HANG, ROOT, run_process
 
 from arcface_jax.errors import ConfigError
-from arcface_jax.runtime import metrics
+from arcface_jax.runtime import metrics, profiling
 from arcface_jax.runtime.metrics import MetricsFile
-from arcface_jax.training import diagnostics, saved_runs
+from arcface_jax.training import diagnostics, manifest, saved_runs
 
 RECIPE = """
 from arcface_jax import config as c
@@ -178,3 +179,43 @@ def test_two_processes_agree_which_is_slower():
     assert said[0] == said[1]
     assert said[0][0] == {"perf/slowest_host_ms": 80.0, "perf/slowest_host": 0}
     assert "host 0/2" in said[0][1]
+
+
+def git(folder: Path, *words: str) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", "-C", str(folder), *identity, *words], check=True, capture_output=True)
+
+
+def test_the_commit_is_that_of_a_repository_that_tracks_the_code(tmp_path, monkeypatch):
+    """Not of the user's own, in which the virtual environment lies."""
+    git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "-m", "theirs")
+    code = tmp_path / "lib" / "manifest.py"
+    code.parent.mkdir()
+    code.write_text("")
+    monkeypatch.setattr(manifest, "__file__", str(code))
+    assert manifest._checkout() is None
+    git(tmp_path, "add", "lib")
+    git(tmp_path, "commit", "-m", "ours")
+    code.write_text("changed")
+    found = manifest._checkout()
+    assert found is not None and len(found["commit"]) == 40
+    assert found["changed"] == [" M lib/manifest.py"]
+
+
+def test_deep_nesting_in_a_workdir_is_damage(tmp_path):
+    deep = b"[" * 100_000
+    (tmp_path / "environment.json").write_bytes(deep)
+    assert manifest._earlier_starts(tmp_path / "environment.json") is None
+    line = b'{"step": 1, "train/loss": null}\n'
+    ((found,), length) = metrics.whole_lines(line + deep + b"\n")
+    assert found["step"] == 1 and np.isnan(found["train/loss"]) and length == len(line)
+
+
+def test_each_process_has_its_own_folder_of_the_profile(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path, **_: folders.append(path))
+    for number in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        profiling.Trace(tmp_path, (1, 1)).before(1)
+    assert folders == [tmp_path / "profile", tmp_path / "profile" / "process_1"]

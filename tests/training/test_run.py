@@ -1,6 +1,7 @@
 """When a run evaluates and saves, and what `train` hands back."""
 
 import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import small_network
 
 from arcface_jax import config as c
 from arcface_jax.data.synthetic import faces
+from arcface_jax.data.synthetic.source import SyntheticSource
 from arcface_jax.errors import ConfigError, DataError, UserError
 from arcface_jax.models import registry
 from arcface_jax.runtime import devices as meshes
@@ -142,3 +144,53 @@ def test_only_a_run_that_skipped_every_step_is_untrained(tmp_path):
     check(done=3, skipped=2)
     with pytest.raises(UserError, match=r"all 3 steps were skipped .* --optimizer\.loss-scale"):
         check(done=3, skipped=3)
+
+
+def test_labels_that_an_earlier_start_reported_do_not_end_a_resumed_run(tmp_path):
+    saves = []
+    run: Any = SimpleNamespace(
+        config=config(tmp_path),
+        steps=SimpleNamespace(start=20, total=100),
+        done=30,
+        invalid_before=3,
+        dataset={"num_classes": 10},
+        save=lambda: saves.append(1),
+    )
+    values = {"train/skipped_in_row": 0.0, "train/invalid_labels": 3.0}
+    Run.raise_if_failing(run, {}, values)
+    with pytest.raises(
+        DataError, match=r"^2 images in steps 21 to 30 have labels outside \[0, 9\]"
+    ):
+        Run.raise_if_failing(run, {}, values | {"train/invalid_labels": 5.0})
+    assert saves == [1]
+
+
+def test_a_run_without_verification_sets_logs_no_evaluation(finished):
+    run, _ = finished
+    lines = (Path(run.workdir) / "metrics.jsonl").read_text().splitlines()
+    assert all(len(json.loads(line)) > 1 for line in lines)
+
+
+class MislabeledSource(SyntheticSource):
+    """Labels one image with a class that does not exist, until it is relabeled."""
+
+    relabeled = False
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image, label = super().__getitem__(index)
+        return image, label if index or self.relabeled else 99
+
+
+def open_mislabeled(argument: str, data: c.DataConfig, *, seed: int) -> MislabeledSource:
+    return MislabeledSource(seed=seed, identities=4, images_per_identity=4)
+
+
+@pytest.mark.slow
+def test_a_run_stopped_by_bad_labels_resumes_once_they_are_fixed(tmp_path, monkeypatch):
+    mislabeled = config(
+        tmp_path / "run", data__path=f"{__name__}:open_mislabeled", data__changed="accept"
+    )
+    with pytest.raises(DataError, match="have labels outside"):
+        train(mislabeled)
+    monkeypatch.setattr(MislabeledSource, "relabeled", True)
+    assert train(mislabeled).step == 4

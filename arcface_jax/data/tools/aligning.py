@@ -34,6 +34,7 @@ from arcface_jax.data.images import (
 )
 from arcface_jax.data.tools import reading
 from arcface_jax.errors import DataError, ImageError
+from arcface_jax.runtime import foreign
 from arcface_jax.runtime.files import atomic, below, open_own, write_atomic
 from arcface_jax.runtime.text import cells
 
@@ -293,7 +294,7 @@ def _before(output: Path, settings: Mapping[str, Any]) -> dict[str, _Done]:
     """
     try:
         lines = (output / JOURNAL).read_text(encoding="utf-8").splitlines()
-        stored = json.loads(lines[0])
+        stored = foreign.parse_json(lines[0])
     except (FileNotFoundError, IndexError, ValueError):
         other = next(Walk(output).files(), None) if output.is_dir() else None
         if other is None:
@@ -318,7 +319,7 @@ def _before(output: Path, settings: Mapping[str, Any]) -> dict[str, _Done]:
 def _parsed(line: str) -> _Done | None:
     """Parses a journal line; None for the last line of a run that was killed while writing it."""
     try:
-        path, state, face, measures = json.loads(line)
+        path, state, face, measures = foreign.parse_json(line)
         return _Done(path, tuple(state), face, tuple(measures))
     except (ValueError, TypeError):
         return None
