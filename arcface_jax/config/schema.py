@@ -607,12 +607,11 @@ def replace(config: Config, **changes: Any) -> Config:
     for name, value in changes.items():
         head, _, rest = name.partition("__")
         if rest:
-            inner: Any = getattr(config, head, None)
-            if not dataclasses.is_dataclass(inner):
+            if not dataclasses.is_dataclass(getattr(config, head, None)):
                 raise ConfigError(
                     f"{name.replace('__', '.')} is unknown: {head} is not a section of "
                     f"{type(config).__name__}"
                 )
-            value = replace(inner, **{rest: value})
+            value = replace(getattr(config, head), **{rest: value})
         config = dataclasses.replace(config, **{head: value})
     return config

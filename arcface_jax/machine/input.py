@@ -134,8 +134,10 @@ def _encoded(source: Source) -> tuple[list[bytes], list[ImageError]]:
     intact, damaged = [], []
     for place in np.random.default_rng(0).permutation(len(source))[:_IN_MEMORY].tolist():
         try:
-            source[place]
-            intact.append(source.read(place).data)
+            encoded = source.read(place).data
+            if images.pixels(encoded) is None:
+                source[place]  # raises the error that names it
+            intact.append(encoded)
         except ImageError as error:
             damaged.append(error)
     if not intact:

@@ -99,7 +99,7 @@ def test_what_the_recipe_names_has_to_exist(tmp_path):
         data__path=str(tmp_path),
         init_from=str(there),
         distill__teacher=str(there),
-        evaluation__targets=("there.bin", "synthetic", "arcface_jax.testing:check_head"),
+        evaluation__targets=("there.bin", "synthetic", "arcface_jax.plugins:parse"),
     )
     assert doctor.check_files(config).verdict == "ok"
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
