@@ -100,7 +100,7 @@ def train(config: Config, init: finetune.Weights | None = None) -> Outcome:
         validation.validate_data(source, config.data.path, head=config.distill.head)
         targets = _open_targets(config)
         images = order.make(len(source), config.data, seed=config.seed)
-        validation.validate_warmup(config.schedule, steps_per_epoch=images.steps_per_epoch)
+        validation.validate_learning(config, steps_per_epoch=images.steps_per_epoch)
         dataset = checkpoint.describe(source, config.data)
         weights = _initial_weights(config, init)
         notes: list[str] = []

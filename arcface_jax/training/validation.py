@@ -66,19 +66,20 @@ def validate(config: Config, *, num_devices: int) -> None:
     _check_head(config.head)
     _check_finetune(config)
     _check_distill(config)
-    _check_single_images(config)
 
 
-def validate_warmup(schedule: ScheduleConfig, *, steps_per_epoch: int) -> None:
-    """Checks that the learning rate reaches its full value before the run ends.
+def validate_learning(config: Config, *, steps_per_epoch: int) -> None:
+    """Refuses what can run, and be timed and planned, but trains nothing.
 
     Args:
-      schedule: the recipe's section.
+      config: the configuration.
       steps_per_epoch: optimizer steps in an epoch.
 
     Raises:
-      ConfigError: `schedule.warmup_steps` are as many as the run's steps, or more.
+      ConfigError: `schedule.warmup_steps` are as many as the run's steps or more, or BatchNorm
+        would normalize single images.
     """
+    schedule = config.schedule
     total = schedule.epochs * steps_per_epoch
     if schedule.warmup_steps >= total:
         raise ConfigError(
@@ -86,6 +87,7 @@ def validate_warmup(schedule: ScheduleConfig, *, steps_per_epoch: int) -> None:
             f"this run ({schedule.epochs} epochs of {steps_per_epoch}): use a shorter warm-up or "
             "more --schedule.epochs"
         )
+    _check_single_images(config)
 
 
 def validate_data(source: Source, path: str, *, head: Literal["on", "off"] = "on") -> None:

@@ -104,12 +104,6 @@ SYNTHETIC = {"evaluation__targets": ("synthetic",)}
             1,
             ["head.block_form scaled", "got float16", "use automatic"],
         ),
-        ({"model__bn_batch_size": 1}, 1, ["model.bn_batch_size 1", "are 0", "at least 2"]),
-        (
-            {"data__global_batch_size": 1, "evaluation__batch_size": 1},
-            1,
-            ["data.global_batch_size 1", "are 0", "at least 2"],
-        ),
         (
             {"optimizer__kind": f"{__name__}:bare_transformation"},
             1,
@@ -157,7 +151,7 @@ def test_every_batch_norm_size_that_is_offered_is_accepted(num_devices: int):
     config = configs.replace(RUNNABLE, data__global_batch_size=batch)
     config = configs.replace(config, evaluation__batch_size=num_devices)
     accepted = []
-    for size in range(2, batch + 1):
+    for size in range(1, batch + 1):
         try:
             validation.validate(
                 configs.replace(config, model__bn_batch_size=size), num_devices=num_devices
@@ -170,7 +164,7 @@ def test_every_batch_norm_size_that_is_offered_is_accepted(num_devices: int):
             accepted.append(size)
     groups = [batch // size for size in accepted]
     divisors = [n for n in range(batch, 0, -1) if batch % n == 0]
-    assert groups == [n for n in divisors if n == 1 or (n % num_devices == 0 and n < batch)]
+    assert groups == [n for n in divisors if n == 1 or n % num_devices == 0]
 
 
 def test_the_largest_scale_that_is_offered_is_accepted():
@@ -192,19 +186,20 @@ def test_a_batch_norm_size_above_the_batch_is_one_group():
     assert configs.batch_norm_groups(config) == 1
 
 
-def test_frozen_statistics_may_be_those_of_single_images():
-    config = configs.replace(RUNNABLE, model__bn_batch_size=1, model__network="r_tiny")
-    with pytest.raises(ConfigError, match="at least 2"):
-        validation.validate(config, num_devices=1)
+@pytest.mark.parametrize("field", ["model__bn_batch_size", "data__global_batch_size"])
+def test_batch_norm_of_single_images_is_refused_unless_frozen(field):
+    config = configs.replace(RUNNABLE, model__network="r_tiny", **{field: 1})
+    with pytest.raises(ConfigError, match=rf"{field.replace('__', '.')} 1 .* at least 2"):
+        validation.validate_learning(config, steps_per_epoch=10)
     config = configs.replace(config, finetune__frozen_statistics=("*",))
-    validation.validate(config, num_devices=1)
+    validation.validate_learning(config, steps_per_epoch=10)
 
 
 def test_a_warm_up_ends_before_the_run():
-    schedule = ScheduleConfig(epochs=2, warmup_steps=19)
-    validation.validate_warmup(schedule, steps_per_epoch=10)
+    config = configs.replace(RUNNABLE, schedule=ScheduleConfig(epochs=2, warmup_steps=19))
+    validation.validate_learning(config, steps_per_epoch=10)
     with pytest.raises(ConfigError, match=r"warmup_steps 19 must be below the 18 steps"):
-        validation.validate_warmup(schedule, steps_per_epoch=9)
+        validation.validate_learning(config, steps_per_epoch=9)
 
 
 def test_a_plug_in_optimizer_is_checked_where_nothing_was_validated():
