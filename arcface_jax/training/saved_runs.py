@@ -113,7 +113,8 @@ def _restore_centers(
     rows = classes * config.head.subcenters  # the rest is padding
     with checksums.reporting_unreadable(path.parent):
         # A Checkpointer would warn that this item has no metadata of a whole checkpoint.
-        tree: Any = ocp.PyTreeCheckpointHandler().metadata(path)
+        stored = manager.directory / str(number) / item
+        tree: Any = ocp.PyTreeCheckpointHandler().metadata(stored)
         wanted = {"centers": tree["centers"]}
         if "momentum" in tree.get("centers_opt", {}):
             wanted["centers_opt"] = {"momentum": tree["centers_opt"]["momentum"]}

@@ -99,7 +99,7 @@ def test_numbers_and_names_stand_on_the_page(rows, page):
             f"{result.tars[0].threshold:.4f}",
             f"{2 - 2 * result.tars[1].threshold:.4f}",
             f"{result.threshold:.4f}",
-            "needs 1,000 different pairs",
+            "needs 1,000 pairs of two people",
         ):
             assert value in parsed.text, value
 
