@@ -10,9 +10,10 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def read(path: str | Path, *, most: int | None = None) -> bytes:
@@ -77,7 +78,7 @@ def parse_json(
         raise ValueError("it is nested too deep") from None
 
 
-def load_array(path: str | Path) -> np.ndarray:
+def load_array(path: str | Path) -> "np.ndarray":
     """Maps the array of a `.npy` file: its header cannot claim more than the file has.
 
     Raises:
@@ -85,6 +86,8 @@ def load_array(path: str | Path) -> np.ndarray:
       ValueError: it is not such a file, or is truncated.
     """
     require_regular(path)
+    import numpy as np  # here, because `arcface-jax status` does not need it
+
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:
