@@ -1,6 +1,5 @@
 """Arrow files with image bytes and labels, as Hugging Face's `save_to_disk` writes them."""
 
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,7 +9,6 @@ import numpy as np
 
 from arcface_jax.data import arrow_messages, columnar, splits
 from arcface_jax.data.indexed import files_of
-from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.splits import Chosen
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime import foreign
@@ -103,7 +101,7 @@ def _are(kind: type, values: object) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
-class ArrowSource(Source):
+class ArrowSource(columnar.TableSource):
     """A column of images (bytes, or a struct with bytes and path) and a column of labels.
 
     Files are mapped, and a row is read without its neighbors. Labels are as in `ParquetSource`.
@@ -116,8 +114,6 @@ class ArrowSource(Source):
     Raises (the constructor): DataError where a file is damaged, or has other columns.
     """
 
-    unit = "rows"
-
     def __init__(
         self,
         files: Sequence[Path],
@@ -125,8 +121,8 @@ class ArrowSource(Source):
         columns: str = "",
         ignored: Mapping[str, int] = MappingProxyType({}),
     ):
+        super().__init__()
         self._files, self.ignored = [file.absolute() for file in files], dict(ignored)
-        self._prepare()
         tables = [_mapped(file) for file in self._files]
         found = None
         labels, lengths = [], []
@@ -142,41 +138,6 @@ class ArrowSource(Source):
         numbered = columnar.number(labels, where=self.where)
         self._labels, self.num_classes, self.names = numbered
 
-    def _prepare(self) -> None:
-        self._opened: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict:
-        own = ("_opened", "_lock")
-        return {name: value for name, value in vars(self).items() if name not in own}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._prepare()
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, index: int) -> Sample:
-        """Returns the image's bytes and its label.
-
-        Raises:
-          ImageError: image or label cannot be read, or is missing.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        label = int(self._labels[index])
-        if label < 0:
-            raise columnar.no_label(self.where(index))
-        file, row = self._place(index)
-        value = self._images(file)[row].as_py()
-        folder = self._files[file].parent
-        return Sample(columnar.image_bytes(value, folder, where=lambda: self.where(index)), label)
-
-    def labels(self) -> np.ndarray:
-        """Returns (len,) int32; -1 where the label is not a whole number >= 0."""
-        return self._labels
-
     def where(self, index: int) -> str:
         """Returns the file and the row in it."""
         file, row = self._place(index)
@@ -191,18 +152,17 @@ class ArrowSource(Source):
             "labels": array_digest(self._labels),
         }
 
-    def _place(self, index: int) -> tuple[int, int]:
-        file = int(np.searchsorted(self._ends, index, side="right"))
-        return file, index - (int(self._ends[file - 1]) if file else 0)
+    def _file(self, chunk: int) -> Path:
+        return self._files[chunk]
 
-    def _images(self, file: int) -> Any:
+    def _images(self, chunk: int) -> Any:
         with self._lock:
-            if file not in self._opened:
+            if chunk not in self._kept:
                 try:
-                    self._opened[file] = _mapped(self._files[file])[self._column]
+                    self._kept[chunk] = _mapped(self._files[chunk])[self._column]
                 except (DataError, KeyError) as error:
-                    raise ImageError(str(self._files[file]), f"cannot be read: {error}") from error
-            return self._opened[file]
+                    raise ImageError(str(self._files[chunk]), f"cannot be read: {error}") from error
+            return self._kept[chunk]
 
 
 def _mapped(path: Path) -> Any:

@@ -4,6 +4,9 @@ Columns are found by type and name. Images are bytes, or Hugging Face's struct o
 labels are whole numbers, text, a dictionary, or a ClassLabel, whose names are in the schema.
 """
 
+import threading
+from abc import abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ import numpy as np
 from arcface_jax.data import lists, names
 from arcface_jax.data.images import read_file
 from arcface_jax.data.names import Names
+from arcface_jax.data.source import Sample, Source
 from arcface_jax.errors import DataError, ImageError, UserError, install
 from arcface_jax.runtime import foreign
 
@@ -39,6 +43,70 @@ class Labels(NamedTuple):
     """Column of pyarrow, numbers or names."""
     class_names: list[str] | None
     """As in `Columns`."""
+
+
+class TableSource(Source):
+    """Rows in chunks whose column of images is read as a whole: files, or groups of rows.
+
+    A subclass finds the chunks and reads them; labels are read once, and numbered by `number`.
+    """
+
+    unit = "rows"
+    _ends: np.ndarray
+    """(chunks,) int64 row after the last one of each chunk."""
+    _labels: np.ndarray
+    """(rows,) int32 identities; -1 for an invalid label."""
+
+    def __init__(self):
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self._kept: OrderedDict[int, Any] = OrderedDict()  # columns of images, by chunk
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        own = ("_kept", "_lock")
+        return {name: value for name, value in vars(self).items() if name not in own}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._prepare()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def read(self, index: int) -> Sample:
+        """Returns the image's bytes and its label.
+
+        Raises:
+          ImageError: image or label cannot be read, or is missing.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        label = int(self._labels[index])
+        if label < 0:
+            problem = "has no label that is a whole number from 0: write the file with them"
+            raise ImageError(self.where(index), problem, kind="no label")
+        chunk, row = self._place(index)
+        value, folder = self._images(chunk)[row].as_py(), self._file(chunk).parent
+        return Sample(_image_bytes(value, folder, where=lambda: self.where(index)), label)
+
+    def labels(self) -> np.ndarray:
+        """Returns (len,) int32; -1 where the label is not a whole number >= 0."""
+        return self._labels
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Returns the chunk of a row, and the row's number in it."""
+        chunk = int(np.searchsorted(self._ends, index, side="right"))
+        return chunk, index - (int(self._ends[chunk - 1]) if chunk else 0)
+
+    @abstractmethod
+    def _file(self, chunk: int) -> Path:
+        """Returns the file of a chunk."""
+
+    @abstractmethod
+    def _images(self, chunk: int) -> Any:
+        """Returns the column of images of a chunk; raises ImageError if it cannot be read."""
 
 
 def import_pyarrow() -> Any:
@@ -168,7 +236,7 @@ def check_expansion(expanded: int, size: int, *, where: str) -> None:
         )
 
 
-def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
+def _image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
     """Returns the encoded image of a cell: its bytes, or the contents of the file that it names.
 
     Args:
@@ -188,12 +256,6 @@ def image_bytes(value: Any, folder: Path, *, where: Callable[[], str]) -> bytes:
             where(), "has no bytes in its image: write the file with them", kind="no image"
         )
     return data
-
-
-def no_label(where: str) -> ImageError:
-    """Returns the error for a row without a valid label."""
-    problem = "has no label that is a whole number from 0: write the file with them"
-    return ImageError(where, problem, kind="no label")
 
 
 def _numbered(labels: Sequence[Any], where: Callable[[int], str]) -> names.Numbered:

@@ -2,8 +2,6 @@
 
 import contextlib
 import glob
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from arcface_jax.data import columnar, splits
-from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.splits import Chosen
 from arcface_jax.errors import DataError, ImageError
 from arcface_jax.runtime import foreign
@@ -55,7 +52,7 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
     return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 
-class ParquetSource(Source):
+class ParquetSource(columnar.TableSource):
     """A column of images (bytes, or a struct with bytes and path) and a column of labels.
 
     Labels are whole numbers, names as text or as a dictionary, or the hub's ClassLabel, whose names
@@ -72,8 +69,6 @@ class ParquetSource(Source):
     Raises (the constructor): DataError where a file is damaged, or has other columns.
     """
 
-    unit = "rows"
-
     def __init__(
         self,
         files: Sequence[Path],
@@ -81,6 +76,7 @@ class ParquetSource(Source):
         columns: str = "",
         ignored: Mapping[str, int] = MappingProxyType({}),
     ):
+        super().__init__()
         self._files, self.ignored = list(files), dict(ignored)
         groups, labels, found = [], [], None
         self._sizes = np.zeros(len(files), np.int64)
@@ -105,49 +101,12 @@ class ParquetSource(Source):
         self._column, self._leaf = found.image, found.leaf
         numbered = columnar.number(labels, where=self.where)
         self._labels, self.num_classes, self.names = numbered
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict:
-        own = ("_kept", "_lock")
-        return {name: value for name, value in vars(self).items() if name not in own}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._prepare()
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def read(self, index: int) -> Sample:
-        """Returns the image's bytes and its label.
-
-        Raises:
-          ImageError: image or label cannot be read, or is missing.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        row = index - int(self._ends[group] - self._groups[group, 2])
-        label = int(self._labels[index])
-        if label < 0:
-            raise columnar.no_label(self.where(index))
-        value = self._images(group)[row].as_py()
-        folder = self._files[int(self._groups[group, 0])].parent
-        return Sample(columnar.image_bytes(value, folder, where=lambda: self.where(index)), label)
-
-    def labels(self) -> np.ndarray:
-        """Returns (len,) int32; -1 where the label is not a whole number >= 0."""
-        return self._labels
 
     def where(self, index: int) -> str:
         """Returns the file, the row group and the row in it."""
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        file, number, rows = self._groups[group].tolist()
-        return f"{self._files[file]}, group {number}, row {index - int(self._ends[group]) + rows}"
+        chunk, row = self._place(index)
+        file, group, _ = self._groups[chunk].tolist()
+        return f"{self._files[file]}, group {group}, row {row}"
 
     def facts(self) -> Mapping[str, int | str]:
         """Returns sizes of the files, and digests of their labels and row groups."""
@@ -159,12 +118,15 @@ class ParquetSource(Source):
             "labels": array_digest(self._labels),
         }
 
-    def _images(self, group: int) -> Any:
+    def _file(self, chunk: int) -> Path:
+        return self._files[int(self._groups[chunk, 0])]
+
+    def _images(self, chunk: int) -> Any:
         with self._lock:
-            if group in self._kept:
-                self._kept.move_to_end(group)
-                return self._kept[group]
-        file, number, _ = self._groups[group].tolist()
+            if chunk in self._kept:
+                self._kept.move_to_end(chunk)
+                return self._kept[chunk]
+        file, number, _ = self._groups[chunk].tolist()
         path = self._files[file]
         try:
             # Opened for each group: nothing stays open, and threads do not share a reader.
@@ -175,7 +137,7 @@ class ParquetSource(Source):
             problem = _first_line(error).removeprefix(f"{path}, group {number} ")
             raise ImageError(f"{path}, group {number}", f"cannot be read: {problem}") from error
         with self._lock:
-            self._kept[group] = images
+            self._kept[chunk] = images
             while len(self._kept) > _GROUPS_KEPT:
                 self._kept.popitem(last=False)
         return images
