@@ -174,13 +174,19 @@ def fail(workdir: Path) -> None:
 
 def weights(workdir: Path) -> dict[str, np.ndarray]:
     """All arrays of the newest checkpoint."""
-    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda p: int(p.name))
     arrays: dict[str, np.ndarray] = {}
-    with ocp.PyTreeCheckpointer() as reader:
-        for item in ("backbone", "training"):
-            tree = reader.metadata(newest / item).item_metadata.tree
-            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            found = reader.restore(newest / item, restore_args=as_numpy)
+    items = ("backbone", "ema", "training")
+    handlers: dict = {item: ocp.PyTreeCheckpointHandler() for item in items}
+    handlers["dataset"] = ocp.JsonCheckpointHandler()
+    with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as manager:
+        step = manager.latest_step()
+        trees = manager.item_metadata(step)
+        for item in items:
+            as_numpy = jax.tree.map(
+                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[item].tree
+            )
+            restore = {item: ocp.args.PyTreeRestore(restore_args=as_numpy)}
+            found = manager.restore(step, args=ocp.args.Composite(**restore))[item]
             leaves = jax.tree_util.tree_leaves_with_path(found)
             arrays |= {f"{item}{jax.tree_util.keystr(k)}": np.asarray(v) for k, v in leaves}
     return arrays
