@@ -285,6 +285,8 @@ def _twelve_bits(encoded: np.ndarray) -> np.ndarray | None:
 
     OpenCV takes the upper 8 of the 16 bits, which makes a 12-bit image nearly black.
     """
+    if encoded[:2].tobytes() == b"\xff\xd8":  # JPEG, the usual case: a microsecond counts
+        return None
     if not formats.may_have_16_bits(encoded[: formats.HEAD].tobytes()):
         return None
     # Not IMREAD_COLOR_RGB, which OpenCV 5.0 ignores in TIFF files of 16 bits.
