@@ -173,15 +173,16 @@ def fail(workdir: Path) -> None:
 
 
 def weights(workdir: Path) -> dict[str, np.ndarray]:
-    """All arrays of the newest checkpoint."""
+    """All arrays of the newest checkpoint, those of the running mean included if there is one."""
     arrays: dict[str, np.ndarray] = {}
-    items = ("backbone", "ema", "training")
-    handlers: dict = {item: ocp.PyTreeCheckpointHandler() for item in items}
+    handlers: dict = {
+        item: ocp.PyTreeCheckpointHandler() for item in ("backbone", "ema", "training")
+    }
     handlers["dataset"] = ocp.JsonCheckpointHandler()
     with ocp.CheckpointManager(workdir / "checkpoints", item_handlers=handlers) as manager:
         step = manager.latest_step()
         trees = manager.item_metadata(step)
-        for item in items:
+        for item in {*trees} - {"dataset"}:
             as_numpy = jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[item].tree
             )

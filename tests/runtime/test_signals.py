@@ -288,19 +288,15 @@ def image_folder(folder: Path) -> Path:
     return folder
 
 
-def replace_by_pipes(folder: Path) -> None:
-    """Reading an image never ends any more."""
-    for path in folder.rglob("*.png"):
-        path.unlink()
-        os.mkfifo(path)
+STALLING = "tests.support.stalling_faces:make:"
 
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
-    data = image_folder(tmp_path / "data")
-    with Run(tmp_path, "--data.path", str(data)) as run:
+    stalled = tmp_path / "stalled"
+    with Run(tmp_path, "--data.path", f"{STALLING}{stalled}") as run:
         run.wait_for(lambda: run.steps() >= 1)
-        replace_by_pipes(data)
+        stalled.touch()
         time.sleep(3)
         run.process.send_signal(signal.SIGTERM)
         time.sleep(2)
@@ -313,12 +309,12 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("abort", [False, True], ids=["says it", "ends it"])
 def test_a_step_that_hangs_is_found_by_the_watchdog(tmp_path, abort):
-    """The images become pipes that nobody writes to; the first step compiles, and is no hang."""
-    data = image_folder(tmp_path / "data")
+    """Images cannot be read any more; the first step compiles, and is no hang."""
+    stalled = tmp_path / "stalled"
     options = ("--logging.watchdog-seconds", "30", "--logging.watchdog-abort", str(abort))
-    with Run(tmp_path, "--data.path", str(data), *options) as run:
+    with Run(tmp_path, "--data.path", f"{STALLING}{stalled}", *options) as run:
         run.wait_for(lambda: run.steps() >= 1)
-        replace_by_pipes(data)
+        stalled.touch()
         if abort:
             code, said = run.end()
             assert code == 1
