@@ -94,7 +94,7 @@ def clean(
         )
     opening = _Opening(model, network, step, onnx_options, batch_size)
     with own_options({"data.path": "--data"}):
-        source = open_set(data, reading)
+        source = open_set(data, reading, output=output)
     if level == "images":
         options = {"kinds": find, "seed": seed}
         findings, files = pipeline.by_images(opening.open(), source, output, **options)
@@ -138,13 +138,13 @@ def overlap(
 
     opening = _Opening(model, network, step, onnx_options, batch_size)
     with own_options({"data.path": "A"}):
-        training_set = open_set(first, reading)
+        training_set = open_set(first, reading, output=output)
     if second.endswith(".bin") or (":" in second and lists.split(second)):
         with own_options({"evaluation.targets": "B"}):
             found = leaks.in_pairs(opening.open(), training_set, second, output, seed=seed)
     else:
         with own_options({"data.path": "B"}):
-            other = open_set(second, reading)
+            other = open_set(second, reading, output=output)
         found = leaks.in_set(opening.open(), training_set, other, output, seed=seed)
     print(
         f"{found.images:,} images of {found.people:,} people of the training set, "
@@ -191,7 +191,7 @@ def apply(
 
     actions = applying.Actions(merge, drop, relabel)
     options = {"actions": actions, "force": force, "bad": bad, "threads": threads}
-    done = applying.apply(open_set(path, reading), findings, output, **options)
+    done = applying.apply(open_set(path, reading, output=output), findings, output, **options)
     return _report(done, output)
 
 

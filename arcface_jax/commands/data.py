@@ -83,7 +83,8 @@ def inspect(
     from arcface_jax.data.tools import inspection
     from arcface_jax.evaluation.report import sets
 
-    source = open_set(path, reading, quiet=True)
+    source = open_set(path, reading, output=output, quiet=True)
+    output.mkdir(parents=True, exist_ok=True)  # before every image is read
     report = inspection.inspect(source, most=most, seed=seed, threads=threads)
     print(account(source, unreadable=report.unreadable_kinds), *notes(source), sep="\n")
     print(*inspection.in_words(report), sep="\n")
@@ -119,6 +120,7 @@ def pack(
       threads: 0 for one per processor.
       reading: Properties of the set that its files do not state.
     """
+    from arcface_jax.data import lists
     from arcface_jax.data.tools import (
         list_writing,
         lmdb_writing,
@@ -128,7 +130,15 @@ def pack(
         webdataset_writing,
     )
 
-    source = open_set(path, reading)
+    is_list = output.suffix.lower() in lists.SUFFIXES
+    if format == "list" and not is_list:
+        raise UserError(f"--format list writes a file: name {output}.csv")
+    if is_list and format != "list":
+        raise UserError(
+            f"{output} has the name of a list, and --format {format} writes a folder: add --format "
+            "list, or name a folder"
+        )
+    source = open_set(path, reading, output=output)
     selection = packing.select(source, renumber=renumber)
     write = {
         "recordio": packing.pack,
@@ -167,7 +177,7 @@ def to_tfds(
     """
     from arcface_jax.data.tools import packing, tfds_writing
 
-    source = open_set(path, reading)
+    source = open_set(path, reading, output=output)
     selection = packing.select(source, renumber=renumber)
     options = {"name": name, "shard_images": shard_images, "bad": bad, "threads": threads}
     done = tfds_writing.write(source, selection, output, **options)
@@ -198,7 +208,7 @@ def merge(
     from arcface_jax.data.tools import packing
 
     with own_options({"data.path": "--paths"}):
-        parts = [open_set(path, reading) for path in paths]
+        parts = [open_set(path, reading, output=output) for path in paths]
     source = opening.JoinedSource(parts)
     selection = packing.select(source)
     if same is not None:
@@ -235,7 +245,7 @@ def split(
     """
     from arcface_jax.data.tools import packing, splitting
 
-    source = open_set(path, reading)
+    source = open_set(path, reading, output=output)
     groups = None
     if same is not None:
         from arcface_jax.cleaning.apply import groups_in
@@ -278,6 +288,8 @@ def pairs(
     from arcface_jax.data.pairs import lists
     from arcface_jax.data.tools import pair_sets
 
+    if output.exists():
+        raise UserError(f"{output} exists: name a new file")
     if ":" in path and (found := lists.split(path)):
         if disjoint:
             raise UserError(

@@ -27,6 +27,20 @@ from arcface_jax.runtime import sealed
 from arcface_jax.runtime.files import write_atomic
 from arcface_jax.runtime.sealed import DamagedError
 
+JOURNAL = "packing.json"
+"""State of an unfinished job, in its folder."""
+# Files by which a folder is read as a training set.
+_SETS = (
+    "train.rec",
+    "train.idx",
+    "*.parquet",
+    "*.arrow",
+    "*.tar",
+    "*.lmdb",
+    "data.mdb",
+    "dataset_info.json",
+)
+
 
 class Selection(NamedTuple):
     """Images in the order in which they are written, and their new labels."""
@@ -100,13 +114,10 @@ def pack(
       UserError: the folder has a finished record file, or another unfinished one.
       ImageError: an image is bad, and `bad` is "stop".
     """
-    if not len(selection.numbers):
-        raise DataError("there is no image to pack: nothing is left of the identities asked for")
-    if (folder / "train.rec").exists():
-        raise UserError(f"{folder} has a train.rec already: name another folder, or remove it")
+    require_new(folder, selection)
     folder.mkdir(parents=True, exist_ok=True)
     data = fingerprints.of_source(source)
-    journal = Journal(folder / "packing.json", fingerprint(source, selection, bad), data)
+    journal = Journal(folder / JOURNAL, fingerprint(source, selection, bad), data)
     partial = folder / "packing.rec"
     if partial.exists() and not journal.resumed:
         print(f"note: {journal.path} is missing, so packing starts over", file=sys.stderr)
@@ -122,6 +133,27 @@ def pack(
     journal.path.unlink()
     files = [*(folder / name for name in ("train.rec", "train.idx", "property")), table]
     return Packed(files, len(written), selection.num_classes, list(journal.skipped.values()))
+
+
+def require_new(folder: Path, selection: Selection, *, shards: str = "") -> None:
+    """Checks that a selection has images, and that its folder holds no training set.
+
+    Args:
+      folder: output folder.
+      selection: the images to write.
+      shards: pattern of the files that an interrupted call leaves finished.
+
+    Raises:
+      DataError: the selection is empty.
+      UserError: the folder has files of a training set.
+    """
+    if not len(selection.numbers):
+        raise DataError("there is no image to pack: nothing is left of the identities asked for")
+    own = shards if (folder / JOURNAL).exists() else ""
+    patterns = [pattern for pattern in _SETS if pattern != own]
+    found = (path for pattern in patterns for path in sorted(folder.glob(pattern)))
+    if path := next(found, None):
+        raise UserError(f"{folder} has a {path.name} already: name another folder, or remove it")
 
 
 def checked(source: Source, number: int) -> Sample:

@@ -118,7 +118,7 @@ def _journal(folder: Path, source: Source, selection: Selection, bad: Bad) -> Jo
     Raises:
       UserError: the folder has files of no unfinished job, or of another one.
     """
-    path = folder / "packing.json"
+    path = folder / packing.JOURNAL
     if folder.exists() and not path.exists():
         others = (entry.name for entry in folder.iterdir() if not _is_leftover(entry.name))
         if other := next(others, None):

@@ -62,7 +62,7 @@ def write(
         raise UserError(f"{target} is a data set already: choose another --name, or remove it")
     target.mkdir(parents=True, exist_ok=True)
     job = packing.fingerprint(source, selection, bad, shard_images)
-    journal = Journal(target / "packing.json", job, fingerprint.of_source(source))
+    journal = Journal(target / packing.JOURNAL, job, fingerprint.of_source(source))
     count = -(-len(selection.numbers) // shard_images)
     features = _features(source, selection)
     lengths, sizes = [], []

@@ -158,5 +158,5 @@ def test_tars_of_another_set_are_not_added_to(tmp_path: Path):
     source = opened(folders(tmp_path / "a", ["a", "b"]))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train-000001.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="has tar files already"):
+    with pytest.raises(UserError, match=r"has a train-000001\.tar already"):
         webdataset_writing.write(source, packing.select(source), tmp_path / "out")
