@@ -45,8 +45,8 @@ def write(
     job = packing.fingerprint(source, selection, bad, "lmdb")
     journal = Journal(folder / packing.JOURNAL, job, fingerprint.of_source(source))
     places = range(len(selection.numbers))
-    found = packing.images(source, selection, journal, places=places, bad=bad, threads=threads)
-    with atomic_files(path) as part:
+    reading = packing.images(source, selection, journal, places=places, bad=bad, threads=threads)
+    with reading as found, atomic_files(path) as part:
         images = _write_database(part, found, selection.num_classes)
     table = names.write(folder, packing.names_of(source, selection))
     journal.path.unlink()

@@ -4,9 +4,10 @@ The images' bytes are unchanged. They are ordered by identity, as the format's i
 require. An interrupted pack resumes where it stopped.
 """
 
+import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -240,30 +241,35 @@ def fingerprint(source: Source, selection: Selection, *options: object) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
 def images(
     source: Source, selection: Selection, journal: Journal, *, places: range, bad: Bad, threads: int
-) -> Iterator[tuple[int, Sample]]:
-    """Yields the good images of a part of the selection, with their new labels.
+) -> Iterator[Iterator[tuple[int, Sample]]]:
+    """Reads the good images of a part of the selection, with their new labels.
 
     Yields:
-      The place, and the image.
+      An iterator over the place and the image of each.
     """
     left = remaining(places, journal)
-    results = reading.in_order(
+
+    def good(results: Iterable[tuple[int, Sample | ImageError]]) -> Iterator[tuple[int, Sample]]:
+        for place, (_, found) in zip(left.tolist(), results, strict=True):
+            if isinstance(found, ImageError):
+                if bad == "stop":
+                    raise found
+                journal.skip(place, str(found))
+            else:
+                yield place, Sample(found.data, int(selection.labels[place]))
+
+    with reading.in_order(
         selection.numbers[left],
         lambda number: checked(source, number),
         what="packing",
         threads=threads,
         done=places.start,
         total=len(selection.numbers),
-    )
-    for place, (_, found) in zip(left.tolist(), results, strict=True):
-        if isinstance(found, ImageError):
-            if bad == "stop":
-                raise found
-            journal.skip(place, str(found))
-        else:
-            yield place, Sample(found.data, int(selection.labels[place]))
+    ) as results:
+        yield good(results)
 
 
 def remaining(places: range, journal: Journal) -> np.ndarray:
@@ -293,9 +299,10 @@ def _write_images(
     start = int(good[done]) if done < len(good) else total
     key = done + 1
     places = range(start, total)
-    for _, sample in images(source, selection, journal, places=places, bad=bad, threads=threads):
-        writer.write(key, sample.data, label=float(sample.label))
-        key += 1
+    with images(source, selection, journal, places=places, bad=bad, threads=threads) as found:
+        for _, sample in found:
+            writer.write(key, sample.data, label=float(sample.label))
+            key += 1
     good = remaining(range(total), journal)
     return selection.labels[good]
 

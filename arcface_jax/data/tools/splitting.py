@@ -100,11 +100,12 @@ def write_folder(
         write_atomic(target, data, durable=False)  # syncing millions of files takes hours
 
     numbers = selection.numbers[packing.remaining(range(len(selection.numbers)), journal)]
-    for number, found in reading.in_order(numbers, copy, what="writing", threads=threads):
-        if isinstance(found, ImageError):
-            if bad == "stop":
-                raise found
-            journal.skip(places[number], str(found))
+    with reading.in_order(numbers, copy, what="writing", threads=threads) as results:
+        for number, found in results:
+            if isinstance(found, ImageError):
+                if bad == "stop":
+                    raise found
+                journal.skip(places[number], str(found))
     table = names.write(folder, packing.names_of(source, selection))
     journal.path.unlink()
     skipped = list(journal.skipped.values())

@@ -89,10 +89,10 @@ def _write(
     job = packing.fingerprint(source, selection, bad, path.name)
     journal = Journal(path.parent / packing.JOURNAL, job, fingerprint.of_source(source))
     places = range(len(selection.numbers))
-    found = packing.images(source, selection, journal, places=places, bad=bad, threads=threads)
+    reading = packing.images(source, selection, journal, places=places, bad=bad, threads=threads)
     schema = _schema(_features(source, selection))
     images = 0
-    with atomic_files(path) as part, open_writer(part, schema) as writer:
+    with reading as found, atomic_files(path) as part, open_writer(part, schema) as writer:
         for batch in _batches(found, schema):
             writer.write_batch(batch)
             images += len(batch)

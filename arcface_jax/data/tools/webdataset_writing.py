@@ -47,10 +47,10 @@ def write(
         path = folder / f"train-{len(shards):06d}.tar"
         places = range(begin, min(begin + SHARD_IMAGES, total))
         if not journal.has(path):
-            found = packing.images(
+            with packing.images(
                 source, selection, journal, places=places, bad=bad, threads=threads
-            )
-            _write_shard(path, found)
+            ) as found:
+                _write_shard(path, found)
             journal.finish(path)
         shards.append(path)
     table = names.write(folder, packing.names_of(source, selection))
