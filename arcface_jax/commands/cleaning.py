@@ -16,6 +16,7 @@ from arcface_jax.commands.training_sets import (
     open_set,
 )
 from arcface_jax.config.choices import Bad, OnnxOptions, Which
+from arcface_jax.config.command_line import Count
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def clean(
     step: Which = "latest",
     onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
     batch_size: int = 64,
-    seed: int = 0,
+    seed: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Finds people under two labels, labels with two people, and images under a wrong label.
@@ -116,7 +117,7 @@ def overlap(
     step: Which = "latest",
     onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
     batch_size: int = 64,
-    seed: int = 0,
+    seed: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Finds people of a training set in another set, and photographs that are in both.
@@ -170,7 +171,7 @@ def apply(
     relabel: bool = False,
     force: bool = False,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes a copy of a training set with the decisions of `clean` applied.

@@ -28,6 +28,7 @@ from arcface_jax.commands.training_sets import (
 )
 from arcface_jax.config import AugmentConfig, DataConfig, command_line
 from arcface_jax.config.choices import Bad, FaceChoice
+from arcface_jax.config.command_line import Count, Positive, Quality, Share
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax data") -> Result:
 def inspect(
     path: TrainingSet,
     output: Path = Path("runs/inspect"),
-    most: int = 0,
-    seed: int = 0,
-    threads: int = 0,
+    most: Count = 0,
+    seed: Count = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Reads every image and reports counts, sizes, copies, damage, and a sheet of samples.
@@ -104,7 +105,7 @@ def pack(
     ] = "recordio",
     renumber: bool = False,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes a training set as train.rec for insightface, or in another format.
@@ -157,10 +158,10 @@ def to_tfds(
     path: TrainingSet,
     output: Output,
     name: str = "faces",
-    shard_images: int = 50_000,
+    shard_images: Positive = 50_000,
     renumber: bool = False,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes a training set as ArrayRecord files; tfds.data_source(NAME, data_dir=OUTPUT) opens it.
@@ -189,7 +190,7 @@ def merge(
     paths: tuple[str, ...],
     same: Path | None = None,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes several training sets as one record file; they share identities only by --same.
@@ -223,11 +224,11 @@ def split(
     path: TrainingSet,
     output: Output,
     fraction: float = 0.1,
-    min_images: int = 1,
+    min_images: Count = 1,
     same: Path | None = None,
-    seed: int = 0,
+    seed: Count = 0,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Divides the identities into record files to train and to evaluate on, numbered from 0.
@@ -266,9 +267,9 @@ def split(
 def pairs(
     path: TrainingSet,
     output: Output,
-    pairs: int = 0,
+    pairs: Count = 0,
     disjoint: bool = False,
-    seed: int = 0,
+    seed: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes a verification set (.bin) that insightface reads.
@@ -323,13 +324,13 @@ def align(
     output: Output,
     points: Path | None = None,
     detector: str = "",
-    threshold: float = 0.5,
+    threshold: Share = 0.5,
     detector_size: int = 0,
     choose: FaceChoice = "auto",
     min_eyes: float = 0.0,
-    quality: int = 95,
+    quality: Quality = 95,
     format: Literal["jpeg", "png"] = "jpeg",
-    threads: int = 0,
+    threads: Count = 0,
 ) -> Values:
     """Aligns photographs to 112 x 112 by five points of each face.
 
@@ -448,7 +449,7 @@ def detector(check: Path, img: Path | None = None, detector_size: int = 0) -> Va
 def bench(
     path: TrainingSet,
     workers: tuple[int, ...] = (0, 1, 2),
-    threads: int = 0,
+    threads: Count = 0,
     batch_size: int = 128,
     augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
     rounds: int = 5,

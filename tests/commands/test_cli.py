@@ -113,6 +113,11 @@ def test_the_program_lists_its_commands_and_its_version(capsys):
         (["export"], "expects one of torch, onnx, stablehlo, safetensors, hub"),
         (["export", "onx"], "arcface-jax export has no command 'onx': did you mean onnx?"),
         (["import", "center"], "did you mean centers?"),
+        (["data", "inspect", "faces", "--threads", "-1"], "-1 must be 0 or more"),
+        (["data", "split", "faces", "a", "--seed", "-1"], "-1 must be 0 or more"),
+        (["data", "to-tfds", "faces", "a", "--shard-images", "0"], "0 must be 1 or more"),
+        (["data", "align", "faces", "a", "--quality", "900"], "900 must be 1 to 100"),
+        (["protocol", "groups", "--threads", "0"], "0 must be 1 or more"),
         (
             ["export", "safetensors", "--checkpoint", "w", "--output", "b.pth"],
             "end in .safetensors",

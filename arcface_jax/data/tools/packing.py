@@ -260,6 +260,7 @@ def images(
                 journal.skip(place, str(found))
             else:
                 yield place, Sample(found.data, int(selection.labels[place]))
+        require_good(selection, journal)
 
     with reading.in_order(
         selection.numbers[left],
@@ -270,6 +271,19 @@ def images(
         total=len(selection.numbers),
     ) as results:
         yield good(results)
+
+
+def require_good(selection: Selection, journal: Journal) -> None:
+    """Checks that not all images were left out, because no reader opens a set without images.
+
+    Raises:
+      DataError: all were.
+    """
+    if len(journal.skipped) == len(selection.numbers):
+        raise DataError(
+            f"all {len(selection.numbers):,} images were left out, the first because of "
+            f"{next(iter(journal.skipped.values()))}"
+        )
 
 
 def remaining(places: range, journal: Journal) -> np.ndarray:

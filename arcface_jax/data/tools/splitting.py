@@ -43,9 +43,10 @@ def divide(
     identities = identities[counts >= min_images]
     held_out = round(fraction * len(identities))
     if len(identities) < 2:
+        fix = "use a smaller --min-images" if present > 1 else "name a set with more identities"
         raise UserError(
             f"--min-images {min_images} leaves {len(identities)} of {present} identities, and a "
-            "split needs two: use a smaller --min-images"
+            f"split needs two: {fix}"
         )
     if not 0 < held_out < len(identities):
         raise UserError(
@@ -106,6 +107,7 @@ def write_folder(
                 if bad == "stop":
                     raise found
                 journal.skip(places[number], str(found))
+    packing.require_good(selection, journal)
     table = names.write(folder, packing.names_of(source, selection))
     journal.path.unlink()
     skipped = list(journal.skipped.values())

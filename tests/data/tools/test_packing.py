@@ -259,6 +259,23 @@ def test_no_thread_outlives_an_error(tmp_path: Path, kind: str):
     assert set(threading.enumerate()) <= before, caught
 
 
+@pytest.mark.parametrize("kind", ["recordio", "folder", "webdataset"])
+def test_a_set_without_a_good_image_is_not_written(tmp_path: Path, kind: str):
+    path = listed(tmp_path / "in", [0, 1])
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"no image")
+    write = {
+        "recordio": packing.pack,
+        "folder": splitting.write_folder,
+        "webdataset": webdataset_writing.write,
+    }[kind]
+    source, output = opened(path), tmp_path / "a"
+    for _ in range(2):  # it is not a set on the second try either
+        with pytest.raises(DataError, match=r"all 2 images were left out.*0\.jpg: 8 bytes"):
+            write(source, packing.select(source), output, bad="skip")
+    assert not {"train.rec", "train-000000.tar"} & {path.name for path in output.iterdir()}
+
+
 def test_what_cannot_be_packed_says_why(tmp_path: Path):
     source = opened(listed(tmp_path / "in", [0, 1]))
     packing.pack(source, packing.select(source), tmp_path / "a")
