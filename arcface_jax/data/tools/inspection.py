@@ -244,7 +244,8 @@ def warnings(report: Report) -> list[str]:
 
 def _some(places: list[str]) -> str:
     more = f", and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-    return "; ".join(places[:_SHOWN]) + more
+    # A file's name may contain a line break.
+    return "; ".join(places[:_SHOWN]).replace("\n", "\\n") + more
 
 
 def write(report: Report, source: Source, folder: Path, *, seed: int = 0) -> list[Path]:

@@ -109,6 +109,10 @@ def test_a_cleaned_list_has_the_labels_of_its_label_map(tmp_path: Path):
     assert mapped is not None and mapped.tolist() == [0, -1, 1]
     old = {data: mapped[label] for data, label, _ in content(source)}
     assert all(old[data] == label for data, label, _ in content(opened(target)))
+    other, actions = tmp_path / "out" / "other.csv", apply.Actions(drop=True)
+    with pytest.raises(UserError, match=r"has the label_map\.csv of another set"):
+        apply.apply(source, tmp_path / "clean", other, actions=actions)
+    assert not other.exists()
 
 
 def write_folder(source: Source, folder: Path, **options) -> packing.Packed:
