@@ -9,6 +9,22 @@ import select
 import sys
 from collections.abc import Iterable, Iterator
 
+# These errors always mean that something could not be written.
+FIXES = {
+    errno.ENOSPC: "Free disk space",
+    errno.EDQUOT: "Free disk space or raise the quota",
+    errno.EROFS: "Make the disk writable",
+    errno.EFBIG: "Raise the file size limit (ulimit -f)",
+}
+_OTHER_PATH = {
+    errno.EEXIST: "Name another path, or remove it",
+    errno.ENOTDIR: "A file is where a folder is expected: name another path",
+    errno.EISDIR: "It is a folder: name a file",
+    errno.EACCES: "Change its permissions, or name another path",
+    errno.EPERM: "Change its permissions, or name another path",
+    errno.ELOOP: "Its symbolic links lead in a circle: name another path",
+}
+
 
 class UserError(Exception):
     """A problem outside the code: a path, a file, an option, a combination of options.
@@ -54,9 +70,9 @@ class CheckpointError(UserError):
 def reported() -> Iterator[None]:
     """Turns the end of a command, except by a bug, into one message and an exit code.
 
-    A UserError is reported on stderr with exit code 2, and so is a path that is too long; Ctrl-C
-    exits with 130. If the reader of stdout has gone, as in `| head`, the exit code is 1. Any other
-    exception propagates.
+    A UserError is reported on stderr with exit code 2, and so is a full disk, or a path that cannot
+    be used; Ctrl-C exits with 130. If the reader of stdout has gone, as in `| head`, the exit code
+    is 1. Any other exception propagates.
     """
     try:
         yield
@@ -71,15 +87,29 @@ def reported() -> Iterator[None]:
             raise
         raise SystemExit(1) from None
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        message = _of_the_system(error)
+        if message is None:
             raise
-        name = str(error.filename)
-        print(
-            f"error: {name[:60]}... is a path of {len(name):,} characters, longer than this "
-            "system's files have: name an existing file or folder",
-            file=sys.stderr,
-        )
+        print(f"error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _of_the_system(error: OSError) -> str | None:
+    """Returns the message for a path or a disk that cannot be used; None for other errors."""
+    if error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        return (
+            f"{name[:60]}... is a path of {len(name):,} characters, longer than this system's "
+            "files have: name an existing file or folder"
+        )
+    reason, fix = os.strerror(error.errno or 0), FIXES.get(error.errno or 0)
+    if fix is not None:
+        place = "the output" if error.filename is None else error.filename
+        return f"cannot write {place}: {reason}. {fix} and rerun the same command"
+    fix = _OTHER_PATH.get(error.errno or 0)
+    if fix is None or error.filename is None:
+        return None
+    return f"cannot use {error.filename}: {reason}. {fix}"
 
 
 def _stdout_is_closed() -> bool:

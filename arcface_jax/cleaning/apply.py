@@ -110,6 +110,10 @@ def apply(
     selection, mapped = select(source, plan)
     is_list = output.suffix.lower() in SUFFIXES
     folder = output.parent if is_list else output
+    if (folder / label_map.FILE).exists():  # by which runs would move the centers of both sets
+        raise UserError(
+            f"{folder} has the {label_map.FILE} of another set: name an output in another folder"
+        )
     if is_list:
         packed = list_writing.write(source, selection, output)
     else:

@@ -54,7 +54,9 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     from arcface_jax.evaluation import calibration, verification
     from arcface_jax.evaluation.embed import Embed
     from arcface_jax.inference.embedder import Embedder
+    from arcface_jax.runtime.files import require_place
 
+    require_place(arguments.output)
     config = config_of(arguments.model)
     how = arguments.align
     if how.detector is not None:
@@ -62,6 +64,7 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax calibrate") -> Result
     with own_options({"evaluation.targets": "--pairs"}):
         (pair_set,) = open_for_runs([config], [arguments.pairs], aligner=aligner.of_options(how))
     verification.check(pair_set)
+    calibration.check_targets(pair_set, far=arguments.far, far_check=arguments.far_check)
     model = open_model(arguments.model, batch_size=arguments.batch_size)
     # tyro cannot distinguish an omitted option from its default.
     given = any(word.partition("=")[0] in ("--flip", "--no-flip") for word in words)

@@ -16,6 +16,7 @@ from arcface_jax.commands.training_sets import (
     open_set,
 )
 from arcface_jax.config.choices import Bad, OnnxOptions, Which
+from arcface_jax.config.command_line import Count
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def clean(
     step: Which = "latest",
     onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
     batch_size: int = 64,
-    seed: int = 0,
+    seed: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Finds people under two labels, labels with two people, and images under a wrong label.
@@ -94,7 +95,7 @@ def clean(
         )
     opening = _Opening(model, network, step, onnx_options, batch_size)
     with own_options({"data.path": "--data"}):
-        source = open_set(data, reading)
+        source = open_set(data, reading, output=output)
     if level == "images":
         options = {"kinds": find, "seed": seed}
         findings, files = pipeline.by_images(opening.open(), source, output, **options)
@@ -116,7 +117,7 @@ def overlap(
     step: Which = "latest",
     onnx_options: OmitArgPrefixes[OnnxOptions] = _OF_ITSELF,
     batch_size: int = 64,
-    seed: int = 0,
+    seed: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Finds people of a training set in another set, and photographs that are in both.
@@ -138,13 +139,13 @@ def overlap(
 
     opening = _Opening(model, network, step, onnx_options, batch_size)
     with own_options({"data.path": "A"}):
-        training_set = open_set(first, reading)
+        training_set = open_set(first, reading, output=output)
     if second.endswith(".bin") or (":" in second and lists.split(second)):
         with own_options({"evaluation.targets": "B"}):
             found = leaks.in_pairs(opening.open(), training_set, second, output, seed=seed)
     else:
         with own_options({"data.path": "B"}):
-            other = open_set(second, reading)
+            other = open_set(second, reading, output=output)
         found = leaks.in_set(opening.open(), training_set, other, output, seed=seed)
     print(
         f"{found.images:,} images of {found.people:,} people of the training set, "
@@ -170,7 +171,7 @@ def apply(
     relabel: bool = False,
     force: bool = False,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes a copy of a training set with the decisions of `clean` applied.
@@ -191,7 +192,7 @@ def apply(
 
     actions = applying.Actions(merge, drop, relabel)
     options = {"actions": actions, "force": force, "bad": bad, "threads": threads}
-    done = applying.apply(open_set(path, reading), findings, output, **options)
+    done = applying.apply(open_set(path, reading, output=output), findings, output, **options)
     return _report(done, output)
 
 

@@ -28,6 +28,7 @@ from arcface_jax.commands.training_sets import (
 )
 from arcface_jax.config import AugmentConfig, DataConfig, command_line
 from arcface_jax.config.choices import Bad, FaceChoice
+from arcface_jax.config.command_line import Count, Positive, Quality, Share
 from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,9 +65,9 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax data") -> Result:
 def inspect(
     path: TrainingSet,
     output: Path = Path("runs/inspect"),
-    most: int = 0,
-    seed: int = 0,
-    threads: int = 0,
+    most: Count = 0,
+    seed: Count = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Reads every image and reports counts, sizes, copies, damage, and a sheet of samples.
@@ -83,7 +84,8 @@ def inspect(
     from arcface_jax.data.tools import inspection
     from arcface_jax.evaluation.report import sets
 
-    source = open_set(path, reading, quiet=True)
+    source = open_set(path, reading, output=output, quiet=True)
+    output.mkdir(parents=True, exist_ok=True)  # before every image is read
     report = inspection.inspect(source, most=most, seed=seed, threads=threads)
     print(account(source, unreadable=report.unreadable_kinds), *notes(source), sep="\n")
     print(*inspection.in_words(report), sep="\n")
@@ -103,7 +105,7 @@ def pack(
     ] = "recordio",
     renumber: bool = False,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes a training set as train.rec for insightface, or in another format.
@@ -119,6 +121,7 @@ def pack(
       threads: 0 for one per processor.
       reading: Properties of the set that its files do not state.
     """
+    from arcface_jax.data import lists
     from arcface_jax.data.tools import (
         list_writing,
         lmdb_writing,
@@ -128,7 +131,15 @@ def pack(
         webdataset_writing,
     )
 
-    source = open_set(path, reading)
+    is_list = output.suffix.lower() in lists.SUFFIXES
+    if format == "list" and not is_list:
+        raise UserError(f"--format list writes a file: name {output}.csv")
+    if is_list and format != "list":
+        raise UserError(
+            f"{output} has the name of a list, and --format {format} writes a folder: add --format "
+            "list, or name a folder"
+        )
+    source = open_set(path, reading, output=output)
     selection = packing.select(source, renumber=renumber)
     write = {
         "recordio": packing.pack,
@@ -147,10 +158,10 @@ def to_tfds(
     path: TrainingSet,
     output: Output,
     name: str = "faces",
-    shard_images: int = 50_000,
+    shard_images: Positive = 50_000,
     renumber: bool = False,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes a training set as ArrayRecord files; tfds.data_source(NAME, data_dir=OUTPUT) opens it.
@@ -167,7 +178,7 @@ def to_tfds(
     """
     from arcface_jax.data.tools import packing, tfds_writing
 
-    source = open_set(path, reading)
+    source = open_set(path, reading, output=output)
     selection = packing.select(source, renumber=renumber)
     options = {"name": name, "shard_images": shard_images, "bad": bad, "threads": threads}
     done = tfds_writing.write(source, selection, output, **options)
@@ -179,7 +190,7 @@ def merge(
     paths: tuple[str, ...],
     same: Path | None = None,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes several training sets as one record file; they share identities only by --same.
@@ -198,7 +209,7 @@ def merge(
     from arcface_jax.data.tools import packing
 
     with own_options({"data.path": "--paths"}):
-        parts = [open_set(path, reading) for path in paths]
+        parts = [open_set(path, reading, output=output) for path in paths]
     source = opening.JoinedSource(parts)
     selection = packing.select(source)
     if same is not None:
@@ -213,11 +224,11 @@ def split(
     path: TrainingSet,
     output: Output,
     fraction: float = 0.1,
-    min_images: int = 1,
+    min_images: Count = 1,
     same: Path | None = None,
-    seed: int = 0,
+    seed: Count = 0,
     bad: Bad = "stop",
-    threads: int = 0,
+    threads: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Divides the identities into record files to train and to evaluate on, numbered from 0.
@@ -235,7 +246,7 @@ def split(
     """
     from arcface_jax.data.tools import packing, splitting
 
-    source = open_set(path, reading)
+    source = open_set(path, reading, output=output)
     groups = None
     if same is not None:
         from arcface_jax.cleaning.apply import groups_in
@@ -256,9 +267,9 @@ def split(
 def pairs(
     path: TrainingSet,
     output: Output,
-    pairs: int = 0,
+    pairs: Count = 0,
     disjoint: bool = False,
-    seed: int = 0,
+    seed: Count = 0,
     reading: How = AS_FOUND,
 ) -> Values:
     """Writes a verification set (.bin) that insightface reads.
@@ -278,6 +289,8 @@ def pairs(
     from arcface_jax.data.pairs import lists
     from arcface_jax.data.tools import pair_sets
 
+    if output.exists():
+        raise UserError(f"{output} exists: name a new file")
     if ":" in path and (found := lists.split(path)):
         if disjoint:
             raise UserError(
@@ -311,13 +324,13 @@ def align(
     output: Output,
     points: Path | None = None,
     detector: str = "",
-    threshold: float = 0.5,
+    threshold: Share = 0.5,
     detector_size: int = 0,
     choose: FaceChoice = "auto",
     min_eyes: float = 0.0,
-    quality: int = 95,
+    quality: Quality = 95,
     format: Literal["jpeg", "png"] = "jpeg",
-    threads: int = 0,
+    threads: Count = 0,
 ) -> Values:
     """Aligns photographs to 112 x 112 by five points of each face.
 
@@ -436,7 +449,7 @@ def detector(check: Path, img: Path | None = None, detector_size: int = 0) -> Va
 def bench(
     path: TrainingSet,
     workers: tuple[int, ...] = (0, 1, 2),
-    threads: int = 0,
+    threads: Count = 0,
     batch_size: int = 128,
     augment: tuple[Literal["dali", "adaface", "erasing"], ...] = (),
     rounds: int = 5,

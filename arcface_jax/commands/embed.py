@@ -191,6 +191,11 @@ def _verify(
                 "which has a threshold: give one of the two"
             )
         threshold = calibration.read(decision.calibration)
+        if flip and not threshold.flip:
+            raise UserError(
+                f"--flip does not go with --calibration {decision.calibration}, whose threshold is "
+                "for single embeddings: omit --flip, or calibrate with it"
+            )
         flip = threshold.flip
     how = dataclasses.replace(how, flip=flip)
     embedder = open_embedder(choice, how, batch_size=1, devices=1)

@@ -140,11 +140,13 @@ def main(words: Sequence[str], *, prog: str = "arcface-jax evaluate") -> Result:
         return _check_input(arguments)
     from arcface_jax.evaluation.report import document, tables
 
+    if arguments.report is not None:
+        arguments.report.mkdir(parents=True, exist_ok=True)
     evaluated = evaluate(arguments)
-    page = arguments.report and document.write(arguments.report, evaluated, made=datetime.now())
     results = [one.result for one in evaluated]
     words = [*tables.forms(results), *tables.remarks(results)]
     console().print(*tables.summary(results), *words, sep="\n")
+    page = arguments.report and document.write(arguments.report, evaluated, made=datetime.now())
     metrics: dict[str, float] = {}
     for result in results:
         metrics |= result.metrics()

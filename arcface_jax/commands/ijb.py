@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes
 from arcface_jax.commands import Result, command, console
 from arcface_jax.config import DistributedConfig, command_line
 from arcface_jax.config.choices import IjbProtocol
+from arcface_jax.config.command_line import Positive
 from arcface_jax.errors import UserError
 from arcface_jax.inference.open_model import ModelChoice, open_model
 
@@ -34,7 +35,7 @@ class Arguments:
     """N feature norm, D detector score, F flipped images, or none; several are compared."""
     batch_size: int = 256
     """Images per forward pass, over all devices."""
-    threads: int = os.cpu_count() or 4
+    threads: Positive = os.cpu_count() or 4
     """Threads that read and align images."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """With several hosts, each embeds its part of the images."""

@@ -18,6 +18,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from arcface_jax.commands import Result, command, console, own_options
 from arcface_jax.config import command_line
 from arcface_jax.config.choices import RankProtocol
+from arcface_jax.config.command_line import Positive
 from arcface_jax.errors import UserError
 from arcface_jax.inference.open_model import ModelChoice, config_of, open_model
 
@@ -48,7 +49,7 @@ class Options:
     """Embed images as f(image) + f(flipped image)."""
     batch_size: int = 256
     """Images per forward pass, over all devices."""
-    threads: int = os.cpu_count() or 4
+    threads: Positive = os.cpu_count() or 4
     """Threads that read images."""
 
 

@@ -1,5 +1,6 @@
 """Open training sets in commands: options about their format, the account line, notes."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from arcface_jax.commands import own_names
 from arcface_jax.config import DataConfig
+from arcface_jax.errors import UserError
 
 if TYPE_CHECKING:
     from arcface_jax.data.source import Source
@@ -47,15 +49,38 @@ OPTIONS = {
 }
 
 
-def open_set(path: str, reading: Reading, *, quiet: bool = False) -> "Source":
-    """Opens a training set, and prints an account of its contents."""
-    from arcface_jax.data import opening
+def open_set(
+    path: str, reading: Reading, *, output: Path | None = None, quiet: bool = False
+) -> "Source":
+    """Opens a training set, and prints an account of its contents.
+
+    Args:
+      path: the training set.
+      reading: properties that its files do not state.
+      output: folder, or list, that the command writes.
+      quiet: print nothing.
+
+    Raises:
+      UserError: the output is inside an image folder, and would be read as an identity of it.
+    """
+    from arcface_jax.data import lists, opening
     from arcface_jax.data.source import account
 
     source = opening.open_source(DataConfig(path=path, **asdict(reading)), seed=0)
+    if output is not None and output.suffix.lower() not in lists.SUFFIXES:
+        _require_apart(output, opening.image_folders(path, source))
     if not quiet:
         print(account(source), *notes(source), sep="\n")
     return source
+
+
+def _require_apart(output: Path, folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"the output {output} is inside {folder}, an image folder, which it would change: "
+                "name another folder"
+            )
 
 
 def notes(source: "Source") -> list[str]:

@@ -6,6 +6,7 @@ one per line.
 """
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,37 @@ import tyro
 from arcface_jax import errors
 
 T = TypeVar("T")
+
+
+def _within(
+    kind: type[int] | type[float], least: float, most: float = math.inf
+) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """Returns how a number in a range is parsed; others are refused like words."""
+
+    def parsed(words: list[str]) -> int | float:
+        number = kind(words[0])
+        if not least <= number <= most:
+            upto = f" to {most}" if most < math.inf else " or more"
+            raise ValueError(f"{number} must be {least}{upto}")
+        return number
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=kind.__name__.upper(),
+        instance_from_str=parsed,
+        is_instance=lambda value: isinstance(value, (int, kind)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Count = Annotated[int, _within(int, 0)]
+"""A whole number, from 0."""
+Positive = Annotated[int, _within(int, 1)]
+"""A whole number, from 1."""
+Share = Annotated[float, _within(float, 0, 1)]
+"""A number from 0 to 1."""
+Quality = Annotated[int, _within(int, 1, 100)]
+"""Quality of a JPEG file."""
 
 
 def parse(

@@ -12,7 +12,7 @@ from arcface_jax import plugins
 from arcface_jax.config import DataConfig
 from arcface_jax.data import arrow, lists, names, parquet, splits, tfds, webdataset
 from arcface_jax.data.arrow import ArrowSource
-from arcface_jax.data.files import open_unlabeled, try_folder
+from arcface_jax.data.files import FilesSource, open_unlabeled, try_folder
 from arcface_jax.data.lmdb import LmdbSource, find_lmdb
 from arcface_jax.data.parquet import ParquetSource
 from arcface_jax.data.recordio.source import RecordSource
@@ -57,6 +57,22 @@ def folder_with(path: str, name: str) -> Path:
     places = [_folder(part) for part in split_paths(path)]
     folders = [place if os.path.isdir(place) else place.parent for place in places]
     return next((folder for folder in folders if (folder / name).is_file()), folders[0])
+
+
+def image_folders(path: str, source: Source) -> list[Path]:
+    """Returns the image folders among the training sets of a path.
+
+    Args:
+      path: the path, as in `data.path`.
+      source: what `open_source` made of it.
+    """
+    parts = source.parts if isinstance(source, JoinedSource) else [source]
+    found = [
+        Path(place)
+        for place, part in zip(split_paths(path), parts, strict=True)
+        if isinstance(part, FilesSource)
+    ]
+    return [folder for folder in found if folder.is_dir()]
 
 
 class OpenSource(Protocol):
@@ -222,7 +238,7 @@ class JoinedSource(Source):
     """Several training sets, concatenated; each set's labels follow those before it."""
 
     def __init__(self, parts: Sequence[Source]):
-        self._parts = list(parts)
+        self.parts = list(parts)
         self._ends = np.cumsum([len(part) for part in parts]).tolist()
         self._offsets = np.cumsum([0, *(part.num_classes for part in parts)]).tolist()
         self.num_classes = self._offsets[-1]
@@ -243,13 +259,13 @@ class JoinedSource(Source):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """Returns an image, (112, 112, 3) uint8 RGB, and its label."""
         part, inside = self._locate(index)
-        image, label = self._parts[part][inside]
+        image, label = self.parts[part][inside]
         return image, label + self._offsets[part]
 
     def read(self, index: int) -> Sample:
         """Returns the image's bytes and its label."""
         part, inside = self._locate(index)
-        data, label = self._parts[part].read(inside)
+        data, label = self.parts[part].read(inside)
         return Sample(data, label + self._offsets[part])
 
     def load(
@@ -259,7 +275,7 @@ class JoinedSource(Source):
         of = np.searchsorted(self._ends, numbers, side="right")
         failed: list[tuple[int, ImageError]] = []
         for number in np.unique(of).tolist():
-            part, here = self._parts[number], of == number
+            part, here = self.parts[number], of == number
             begin = self._ends[number] - len(part)
             failed += part.load(numbers[here] - begin, rows[here], images, labels)
             labels[rows[here]] += self._offsets[number]
@@ -267,7 +283,7 @@ class JoinedSource(Source):
 
     def labels(self) -> np.ndarray:
         """Returns (len,) int32; -1 where it cannot be read."""
-        each = [part.labels() for part in self._parts]
+        each = [part.labels() for part in self.parts]
         moved = [
             np.where(x < 0, x, x + np.int32(offset))
             for x, offset in zip(each, self._offsets, strict=False)  # the last offset is the total
@@ -277,12 +293,12 @@ class JoinedSource(Source):
     def where(self, index: int) -> str:
         """Describes an image's place as its part does."""
         part, inside = self._locate(index)
-        return self._parts[part].where(inside)
+        return self.parts[part].where(inside)
 
     def facts(self) -> Mapping[str, int | str]:
         """Returns the facts of each part, and its numbers of images and identities."""
-        facts: dict[str, int | str] = {"form": f"{len(self._parts)} sets joined"}
-        for number, part in enumerate(self._parts, start=1):
+        facts: dict[str, int | str] = {"form": f"{len(self.parts)} sets joined"}
+        for number, part in enumerate(self.parts, start=1):
             own = {"images": len(part), "classes": part.num_classes, **part.facts()}
             facts |= {f"set {number} {name}": value for name, value in own.items()}
         return facts

@@ -97,7 +97,7 @@ class ParquetSource(columnar.TableSource):
         self._groups = np.array(groups, np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
         if found is None or not sum(len(part.column) for part in labels):
-            raise DataError(f"{self._files}: no row in the Parquet files")
+            raise DataError(f"{self._files[0].parent}: no row in the Parquet files")
         self._column, self._leaf = found.image, found.leaf
         numbered = columnar.number(labels, where=self.where)
         self._labels, self.num_classes, self.names = numbered

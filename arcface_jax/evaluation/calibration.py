@@ -107,11 +107,7 @@ def calibrate(
       DataError: there are fewer than 1 / far different pairs, or no threshold has such a FAR, or
         far_check is not above far, or as `roc.tar_at_far`.
     """
-    if far_check is not None and not far < far_check < 1:
-        raise DataError(
-            f"a FAR of {far_check:g} for pairs to check is not between {far:g}, the FAR of "
-            f"accepted pairs, and 1: use a higher --far-check"
-        )
+    check_targets(pairs, far=far, far_check=far_check)
     score = np.round(1 - verification.pair_distances(embeddings) / 2, _DECIMALS)
     at = _operating_point(score, pairs, far)
     check = None if far_check is None else _operating_point(score, pairs, far_check)
@@ -143,16 +139,38 @@ def calibrate(
     )
 
 
+def check_targets(pairs: PairSet, *, far: float, far_check: float | None) -> None:
+    """Checks, before images are embedded, that the pairs can show the target rates.
+
+    Args:
+      pairs: pairs of both kinds.
+      far: as in `calibrate`.
+      far_check: as in `calibrate`.
+
+    Raises:
+      DataError: there are fewer than 1 / far different pairs, a target is outside (0, 1), or
+        far_check is not above far.
+    """
+    roc.check_fars([far])
+    if far_check is not None and not far < far_check < 1:
+        raise DataError(
+            f"a FAR of {far_check:g} for pairs to check is not between {far:g}, the FAR of "
+            f"accepted pairs, and 1: use a higher --far-check"
+        )
+    different = int(np.sum(~pairs.same))
+    if not roc.allowed(far, different):
+        raise DataError(
+            f"{pairs.name}: {different:,} pairs of different people cannot show a FAR of "
+            f"{roc.far_label(far)}: that needs at least {roc.pairs_needed(far):,}, and "
+            f"{ENOUGH_ERRORS / far:,.0f} to be reliable; use more pairs, or a higher --far"
+        )
+
+
 def _operating_point(score: np.ndarray, pairs: PairSet, far: float) -> _Point:
     """Finds the lowest threshold whose FAR is at most the target."""
     (at,) = roc.tar_at_far(score, pairs.same, fars=[far])
     same, different = score[pairs.same], score[~pairs.same]
-    if at.threshold is None:
-        raise DataError(
-            f"{pairs.name}: {len(different):,} pairs of different people cannot show a FAR of "
-            f"{at.label}: that needs at least {at.pairs_needed:,}, and "
-            f"{ENOUGH_ERRORS / far:,.0f} to be reliable; use more pairs, or a higher --far"
-        )
+    assert at.threshold is not None  # there are enough pairs
     if not np.isfinite(at.threshold):
         raise DataError(
             f"{pairs.name}: every threshold that accepts a pair has a FAR above {at.label}: the "

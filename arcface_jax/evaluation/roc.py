@@ -54,7 +54,12 @@ class TarAtFar(NamedTuple):
     @property
     def label(self) -> str:
         """The target as text, such as `1e-3`."""
-        return np.format_float_scientific(self.far, trim="-", exp_digits=1)
+        return far_label(self.far)
+
+
+def far_label(far: float) -> str:
+    """Returns a target as text, such as `1e-3`."""
+    return np.format_float_scientific(far, trim="-", exp_digits=1)
 
 
 def checked(score: np.ndarray, same: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

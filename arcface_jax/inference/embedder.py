@@ -219,7 +219,8 @@ class Embedder:
           threshold: lowest cosine of the same person; or a calibration, or its JSON file.
 
         Raises:
-          UserError: the calibration is for another model, or for faces embedded in another way.
+          UserError: the calibration is for another model, or for faces embedded in another way; or
+            the threshold is no cosine.
           DataError: as `similarity`.
         """
         if isinstance(threshold, str | Path):
@@ -228,6 +229,11 @@ class Embedder:
         if isinstance(threshold, Calibration):
             self._check(threshold, has_embeddings=_are_embeddings(a) or _are_embeddings(b))
             check, threshold = threshold.threshold_check, threshold.threshold_cosine
+        elif not -1 <= threshold <= 1:
+            raise UserError(
+                f"threshold {threshold:g} is no cosine, which is -1 to 1: of a squared distance d "
+                "it is 1 - d / 2"
+            )
         score = self.similarity(a, b, between="pairs")
         same = score >= threshold
         below = np.where(score >= (threshold if check is None else check), "check", "other")

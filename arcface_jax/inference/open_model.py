@@ -312,7 +312,10 @@ def open_models(choices: ModelChoices, *, batch_size: int = 64) -> dict[str, "Mo
     """
     each = choices.each()
     if not each:
-        open_model(ModelChoice())  # raises the error that explains how to name one
+        raise UserError(
+            "no network is named: name one or several with --workdir FOLDER, --weight FILE.pth or "
+            "a hub folder, or --onnx FILE.onnx"
+        )
     models: dict[str, Model] = {}
     for choice in each:
         path = choice.workdir or choice.weight or choice.onnx or Path()

@@ -25,18 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from arcface_jax.errors import CheckpointError, UserError
+from arcface_jax.errors import FIXES, CheckpointError, UserError
 
 PART = ".part"
 """Suffix of everything that is being written."""
 
-# These errors always mean that something could not be written.
-_FIXES = {
-    errno.ENOSPC: "Free disk space",
-    errno.EDQUOT: "Free disk space or raise the quota",
-    errno.EROFS: "Make the disk writable",
-    errno.EFBIG: "Raise the file size limit (ulimit -f)",
-}
 # How TensorStore, which writes the arrays, formats the system's error.
 _IN_TEXT = re.compile(r"os_error_code='(\d+)'|OS error (\d+)")
 _UNFINISHED = "[0-9]*.orbax-checkpoint-tmp*"
@@ -347,7 +340,7 @@ def reporting_disk_errors(workdir: Path, writing: Path | None = None) -> Iterato
         yield
     except Exception as error:
         found = _of_the_system(error)
-        if found is None or (writing is None and found.errno not in _FIXES):
+        if found is None or (writing is None and found.errno not in FIXES):
             raise
         message = _message(workdir, found, writing)
         _release_frames(error)
@@ -407,7 +400,7 @@ def _message(workdir: Path, error: OSError, writing: Path | None) -> str:
     unfinished = unfinished_steps(workdir)
     if path == workdir / "checkpoints" and unfinished:
         path = f"{path / str(unfinished[-1])} (the checkpoint of step {unfinished[-1]})"
-    fix = _FIXES.get(error.errno or 0, "Check that disk")
+    fix = FIXES.get(error.errno or 0, "Check that disk")
     return (
         f"cannot write {path}: {error.strerror}. {fix} and rerun the same command; "
         f"{resume_point(workdir)}"

@@ -1,5 +1,6 @@
 """The command `arcface-jax`: what it offers, how fast it answers, and what it accepts."""
 
+import errno
 import importlib
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import arcface_jax
-from arcface_jax import cli
+from arcface_jax import cli, errors
 from arcface_jax.commands import Result, command
 from arcface_jax.errors import UserError
 
@@ -49,7 +50,7 @@ def test_help_and_a_mistyped_option_are_answered_at_once(name: str):
 ANSWER = """
 import contextlib, json, os, sys
 import tyro
-from arcface_jax import cli
+from arcface_jax import cli, errors
 
 def answer(words):
     with contextlib.redirect_stdout(open("out", "w")), contextlib.redirect_stderr(open("err", "w")):
@@ -112,6 +113,11 @@ def test_the_program_lists_its_commands_and_its_version(capsys):
         (["export"], "expects one of torch, onnx, stablehlo, safetensors, hub"),
         (["export", "onx"], "arcface-jax export has no command 'onx': did you mean onnx?"),
         (["import", "center"], "did you mean centers?"),
+        (["data", "inspect", "faces", "--threads", "-1"], "-1 must be 0 or more"),
+        (["data", "split", "faces", "a", "--seed", "-1"], "-1 must be 0 or more"),
+        (["data", "to-tfds", "faces", "a", "--shard-images", "0"], "0 must be 1 or more"),
+        (["data", "align", "faces", "a", "--quality", "900"], "900 must be 1 to 100"),
+        (["protocol", "groups", "--threads", "0"], "0 must be 1 or more"),
         (
             ["export", "safetensors", "--checkpoint", "w", "--output", "b.pth"],
             "end in .safetensors",
@@ -199,6 +205,25 @@ def test_result_has_seconds_and_files_at_the_end(capsys):
         body(-1)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: value -1 must be positive\n"
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "expected"),
+    [
+        (errno.ENOSPC, None, "cannot write the output: No space left on device. Free disk space"),
+        (errno.EROFS, "a/b", "cannot write a/b: Read-only file system. Make the disk writable"),
+        (errno.EACCES, "a/b", "cannot use a/b: Permission denied. Change its permissions"),
+        (errno.EISDIR, "a/b", "cannot use a/b: Is a directory. It is a folder: name a file"),
+        (errno.EISDIR, None, None),
+        (errno.ECHILD, "a/b", None),
+    ],
+)
+def test_a_path_or_disk_that_cannot_be_used_ends_in_one_line(number, name, expected, capsys):
+    with pytest.raises(SystemExit if expected else OSError) as stop, errors.reported():
+        raise OSError(number, "in the library's words", name)
+    if expected:
+        assert isinstance(stop.value, SystemExit) and stop.value.code == 2
+        assert capsys.readouterr().err.startswith(f"error: {expected}")
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_packing_tars_resumes_and_refuses_a_finished_folder(
     assert len(opened(tmp_path / "out")) == 24
     with pytest.raises(SystemExit):
         command.main(words)
-    with pytest.raises(UserError, match="has tar files already"):
+    with pytest.raises(UserError, match=r"has a train-000000\.tar already"):
         source = opened(records)
         selection = webdataset_writing.packing.select(source)
         webdataset_writing.write(source, selection, tmp_path / "out")

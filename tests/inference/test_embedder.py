@@ -362,6 +362,8 @@ def test_similarity_and_verdict(embedder, expected):
     close(verdict.score, pairs)
     with pytest.raises(DataError, match="got 3 and 2 faces"):
         embedder.verify(FACES[:3], FACES[3:5], threshold=0.5)
+    with pytest.raises(UserError, match=r"threshold 1\.45 is no cosine"):
+        embedder.verify(FACES[:2], FACES[3:5], threshold=1.45)
 
 
 def test_embeddings_that_are_not_finite_are_an_error():

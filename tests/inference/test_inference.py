@@ -11,6 +11,7 @@ import torch
 from commands import script
 
 from arcface_jax import cli
+from arcface_jax.commands import calibrate, evaluate
 from arcface_jax.convert import parity, torch_iresnet, weights
 from arcface_jax.data.synthetic import faces
 from arcface_jax.evaluation import verification
@@ -158,7 +159,8 @@ def test_verdicts_by_a_number_and_without(run):
     pair = ("--verify", "faces/0.png", "faces/0.png")
     same = run("inference", *pair, "--threshold", "0.99")
     assert same["same"] is True and "the same person: cosine 1.0000" in same["out"]
-    assert run("inference", *pair, "--threshold", "1.01")["same"] is False
+    other = ("--verify", "faces/0.png", "faces/1.png")
+    assert run("inference", *other, "--threshold", "1")["same"] is False
     assert "same" not in run("inference", *pair)
 
 
@@ -183,12 +185,35 @@ def test_verdicts_by_a_number_and_without(run):
             "--verify a b --calibration c.json --threshold 0.3",
             "--threshold 0.3 does not go with --calibration c.json",
         ),
+        ("inference", "--verify faces/0.png faces/1.png --threshold 1.45", "1 - d / 2"),
         ("calibrate", "--pairs no.bin --output c.json", "no verification set at"),
+        ("calibrate", "--pairs pairs.bin --output no/c.json", "there is no folder no"),
+        ("calibrate", "--pairs pairs.bin --far 2 --output d.json", "between 0 and 1"),
         ("calibrate", "--pairs pairs.bin --output d.json", "20 pairs of different people cannot"),
     ],
 )
 def test_errors_in_one_message(run, name, words, named):
     assert named in run(name, *words.split())["error"]
+
+
+def test_a_report_that_cannot_be_written_ends_evaluate_before_it_embeds(run, folder, monkeypatch):
+    (folder / "a_file").write_bytes(b"")
+    monkeypatch.setattr(evaluate, "open_models", None)
+    words = ["--targets", "pairs.bin", "--report", "a_file"]
+    assert "cannot use a_file: File exists" in run("evaluate", *words)["error"]
+
+
+def test_calibrate_embeds_nothing_for_rates_that_the_pairs_cannot_show(run, monkeypatch):
+    monkeypatch.setattr(calibrate, "open_model", None)
+    words = ["--pairs", "pairs.bin", "--output", "d.json", "--far"]
+    assert "20 pairs of different people cannot" in run("calibrate", *words, "0.001")["error"]
+    assert "higher --far-check" in run("calibrate", *words, "0.1", "--far-check", "0.1")["error"]
+
+
+def test_flip_does_not_change_the_form_of_a_calibration(run):
+    run("calibrate", "--pairs", "pairs.bin", "--far", "0.1", "--no-flip", "--output", "single.json")
+    words = ["--verify", "faces/0.png", "faces/1.png", "--calibration", "single.json", "--flip"]
+    assert "--flip does not go with --calibration single.json" in run("inference", *words)["error"]
 
 
 def test_pairs_to_calibrate_on_may_be_a_list_and_a_folder(run, folder):

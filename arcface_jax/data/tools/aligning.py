@@ -181,15 +181,17 @@ def align_folder(
 
     done, rejected = dict(kept), {}
     output.mkdir(parents=True, exist_ok=True)
-    with _journal(output, settings, before.values()) as note:
-        looked = reading.in_order(
+    with (
+        _journal(output, settings, before.values()) as note,
+        reading.in_order(
             range(len(todo)),
             lambda number: job.make(todo[number], targets[todo[number]]),
             what="aligning",
             threads=threads,
             done=len(kept),
             total=len(targets),
-        )
+        ) as looked,
+    ):
         for number, found in looked:
             if isinstance(found, ImageError):
                 rejected[todo[number]] = found.problem

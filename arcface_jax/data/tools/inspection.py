@@ -116,18 +116,19 @@ def inspect(source: Source, *, most: int = 0, seed: int = 0, threads: int = 0) -
 
     leans: list[float] = []
     same: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
-    for number, found in reading.in_order(numbers, look, what="looking", threads=threads):
-        report.looked_at += 1
-        if isinstance(found, ImageError):
-            report.unreadable.append(str(found))
-            report.unreadable_kinds[found.kind] += 1
-            continue
-        seen, stored = found
-        report.sizes[seen.size] += 1
-        report.bytes_stored += stored
-        report.gray += seen.gray
-        leans.append(seen.lean)
-        same[seen.digest].append((number, seen.label))
+    with reading.in_order(numbers, look, what="looking", threads=threads) as results:
+        for number, found in results:
+            report.looked_at += 1
+            if isinstance(found, ImageError):
+                report.unreadable.append(str(found))
+                report.unreadable_kinds[found.kind] += 1
+                continue
+            seen, stored = found
+            report.sizes[seen.size] += 1
+            report.bytes_stored += stored
+            report.gray += seen.gray
+            leans.append(seen.lean)
+            same[seen.digest].append((number, seen.label))
     report.is_bgr = colors.lean_is_bgr(np.array(leans)[~np.isnan(leans)])
     _add_copies(report, source, same.values())
     return report
@@ -243,7 +244,8 @@ def warnings(report: Report) -> list[str]:
 
 def _some(places: list[str]) -> str:
     more = f", and {len(places) - _SHOWN} more" if len(places) > _SHOWN else ""
-    return "; ".join(places[:_SHOWN]) + more
+    # A file's name may contain a line break.
+    return "; ".join(places[:_SHOWN]).replace("\n", "\\n") + more
 
 
 def write(report: Report, source: Source, folder: Path, *, seed: int = 0) -> list[Path]:

@@ -40,8 +40,8 @@ def write(
     del bad, threads
     if not isinstance(source, FilesSource):
         raise UserError(
-            f"{path} is a list, and this training set is not of image files: name a folder, to "
-            "which a record file is written"
+            f"{path} is a list, and this training set is not of image files, so there are no paths "
+            "to list: name a folder, and a --format that holds images"
         )
     if path.exists():
         raise UserError(f"{path} exists: name a new list")

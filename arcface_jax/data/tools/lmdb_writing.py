@@ -16,7 +16,7 @@ from arcface_jax.data.lmdb import import_lmdb
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import packing
 from arcface_jax.data.tools.packing import Journal, Packed, Selection
-from arcface_jax.errors import DataError, UserError
+from arcface_jax.errors import UserError
 from arcface_jax.runtime.files import atomic_files
 
 _FILE = "train.lmdb"
@@ -39,17 +39,14 @@ def write(
       UserError: the folder already has an LMDB, or lmdb is not installed.
       ImageError: an image is bad, and `bad` is "stop".
     """
-    if not len(selection.numbers):
-        raise DataError("there is no image to pack: nothing is left of the identities asked for")
     path = folder / _FILE
-    if path.exists():
-        raise UserError(f"{folder} has a {_FILE} already: name another folder, or remove it")
+    packing.require_new(folder, selection)
     folder.mkdir(parents=True, exist_ok=True)
     job = packing.fingerprint(source, selection, bad, "lmdb")
-    journal = Journal(folder / "packing.json", job, fingerprint.of_source(source))
+    journal = Journal(folder / packing.JOURNAL, job, fingerprint.of_source(source))
     places = range(len(selection.numbers))
-    found = packing.images(source, selection, journal, places=places, bad=bad, threads=threads)
-    with atomic_files(path) as part:
+    reading = packing.images(source, selection, journal, places=places, bad=bad, threads=threads)
+    with reading as found, atomic_files(path) as part:
         images = _write_database(part, found, selection.num_classes)
     table = names.write(folder, packing.names_of(source, selection))
     journal.path.unlink()
@@ -77,6 +74,8 @@ def _write_database(path: Path, found: Iterable[tuple[int, Sample]], classes: in
             b"__classnum__": _number(classes),
         }
         _put(lmdb, environment, list(facts.items()))
+    except lmdb.Error as error:  # of a full disk, too
+        raise UserError(f"cannot write {path}: {error}") from error
     finally:
         environment.close()
     return count

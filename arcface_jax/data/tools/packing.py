@@ -4,9 +4,10 @@ The images' bytes are unchanged. They are ordered by identity, as the format's i
 require. An interrupted pack resumes where it stopped.
 """
 
+import contextlib
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,20 @@ from arcface_jax.errors import DataError, ImageError, UserError
 from arcface_jax.runtime import sealed
 from arcface_jax.runtime.files import write_atomic
 from arcface_jax.runtime.sealed import DamagedError
+
+JOURNAL = "packing.json"
+"""State of an unfinished job, in its folder."""
+# Files by which a folder is read as a training set.
+_SETS = (
+    "train.rec",
+    "train.idx",
+    "*.parquet",
+    "*.arrow",
+    "*.tar",
+    "*.lmdb",
+    "data.mdb",
+    "dataset_info.json",
+)
 
 
 class Selection(NamedTuple):
@@ -100,13 +115,10 @@ def pack(
       UserError: the folder has a finished record file, or another unfinished one.
       ImageError: an image is bad, and `bad` is "stop".
     """
-    if not len(selection.numbers):
-        raise DataError("there is no image to pack: nothing is left of the identities asked for")
-    if (folder / "train.rec").exists():
-        raise UserError(f"{folder} has a train.rec already: name another folder, or remove it")
+    require_new(folder, selection)
     folder.mkdir(parents=True, exist_ok=True)
     data = fingerprints.of_source(source)
-    journal = Journal(folder / "packing.json", fingerprint(source, selection, bad), data)
+    journal = Journal(folder / JOURNAL, fingerprint(source, selection, bad), data)
     partial = folder / "packing.rec"
     if partial.exists() and not journal.resumed:
         print(f"note: {journal.path} is missing, so packing starts over", file=sys.stderr)
@@ -122,6 +134,27 @@ def pack(
     journal.path.unlink()
     files = [*(folder / name for name in ("train.rec", "train.idx", "property")), table]
     return Packed(files, len(written), selection.num_classes, list(journal.skipped.values()))
+
+
+def require_new(folder: Path, selection: Selection, *, shards: str = "") -> None:
+    """Checks that a selection has images, and that its folder holds no training set.
+
+    Args:
+      folder: output folder.
+      selection: the images to write.
+      shards: pattern of the files that an interrupted call leaves finished.
+
+    Raises:
+      DataError: the selection is empty.
+      UserError: the folder has files of a training set.
+    """
+    if not len(selection.numbers):
+        raise DataError("there is no image to pack: nothing is left of the identities asked for")
+    own = shards if (folder / JOURNAL).exists() else ""
+    patterns = [pattern for pattern in _SETS if pattern != own]
+    found = (path for pattern in patterns for path in sorted(folder.glob(pattern)))
+    if path := next(found, None):
+        raise UserError(f"{folder} has a {path.name} already: name another folder, or remove it")
 
 
 def checked(source: Source, number: int) -> Sample:
@@ -208,30 +241,49 @@ def fingerprint(source: Source, selection: Selection, *options: object) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
 def images(
     source: Source, selection: Selection, journal: Journal, *, places: range, bad: Bad, threads: int
-) -> Iterator[tuple[int, Sample]]:
-    """Yields the good images of a part of the selection, with their new labels.
+) -> Iterator[Iterator[tuple[int, Sample]]]:
+    """Reads the good images of a part of the selection, with their new labels.
 
     Yields:
-      The place, and the image.
+      An iterator over the place and the image of each.
     """
     left = remaining(places, journal)
-    results = reading.in_order(
+
+    def good(results: Iterable[tuple[int, Sample | ImageError]]) -> Iterator[tuple[int, Sample]]:
+        for place, (_, found) in zip(left.tolist(), results, strict=True):
+            if isinstance(found, ImageError):
+                if bad == "stop":
+                    raise found
+                journal.skip(place, str(found))
+            else:
+                yield place, Sample(found.data, int(selection.labels[place]))
+        require_good(selection, journal)
+
+    with reading.in_order(
         selection.numbers[left],
         lambda number: checked(source, number),
         what="packing",
         threads=threads,
         done=places.start,
         total=len(selection.numbers),
-    )
-    for place, (_, found) in zip(left.tolist(), results, strict=True):
-        if isinstance(found, ImageError):
-            if bad == "stop":
-                raise found
-            journal.skip(place, str(found))
-        else:
-            yield place, Sample(found.data, int(selection.labels[place]))
+    ) as results:
+        yield good(results)
+
+
+def require_good(selection: Selection, journal: Journal) -> None:
+    """Checks that not all images were left out, because no reader opens a set without images.
+
+    Raises:
+      DataError: all were.
+    """
+    if len(journal.skipped) == len(selection.numbers):
+        raise DataError(
+            f"all {len(selection.numbers):,} images were left out, the first because of "
+            f"{next(iter(journal.skipped.values()))}"
+        )
 
 
 def remaining(places: range, journal: Journal) -> np.ndarray:
@@ -261,9 +313,10 @@ def _write_images(
     start = int(good[done]) if done < len(good) else total
     key = done + 1
     places = range(start, total)
-    for _, sample in images(source, selection, journal, places=places, bad=bad, threads=threads):
-        writer.write(key, sample.data, label=float(sample.label))
-        key += 1
+    with images(source, selection, journal, places=places, bad=bad, threads=threads) as found:
+        for _, sample in found:
+            writer.write(key, sample.data, label=float(sample.label))
+            key += 1
     good = remaining(range(total), journal)
     return selection.labels[good]
 

@@ -9,6 +9,7 @@ import numpy as np
 from arcface_jax.data.images import IMAGE_SIZE, decode_any_size, encode, square
 from arcface_jax.data.pairs import lists
 from arcface_jax.data.source import Source
+from arcface_jax.data.tools import packing
 from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime.files import write_atomic
 
@@ -161,8 +162,11 @@ def from_source(source: Source, chosen: np.ndarray, same: np.ndarray, path: Path
       chosen: (n, 2) image numbers.
       same: (n,) bool.
       path: the `.bin` file.
+
+    Raises:
+      ImageError: an image cannot be read or is not 112 x 112.
     """
-    write([source.read(int(number)).data for number in chosen.ravel()], same, path)
+    write([packing.checked(source, int(n)).data for n in chosen.ravel()], same, path)
 
 
 def from_list(pairs: Sequence[lists.Pair], path: Path) -> None:

@@ -1,5 +1,6 @@
 """Read a whole training set in order, with threads and a progress bar."""
 
+import contextlib
 import os
 import sys
 from collections import deque
@@ -24,6 +25,7 @@ T = TypeVar("T")
 _AHEAD = 64  # images in flight per thread
 
 
+@contextlib.contextmanager
 def in_order(
     numbers: Sequence[int] | np.ndarray,
     look: Callable[[int], T],
@@ -32,8 +34,10 @@ def in_order(
     threads: int = 0,
     done: int = 0,
     total: int | None = None,
-) -> Iterator[tuple[int, T | ImageError]]:
-    """Applies a function to image numbers in parallel and yields the results in their order.
+) -> Iterator[Iterator[tuple[int, T | ImageError]]]:
+    """Applies a function to image numbers in parallel, with the results in their order.
+
+    A context, because a generator that an error abandons ends late, and in any thread.
 
     Args:
       numbers: numbers of the images.
@@ -44,13 +48,14 @@ def in_order(
       total: numbers of the whole job, where this call does a part of it.
 
     Yields:
-      Each number, and what `look` returned, or the ImageError that it raised.
+      An iterator over each number and what `look` returned, or the ImageError that it raised.
     """
     threads = threads or os.cpu_count() or 1
     waiting: deque[tuple[int, Future]] = deque()
     with _progress() as progress, ThreadPoolExecutor(threads) as pool:
         task = progress.add_task(what, total=total or len(numbers), completed=done)
-        try:
+
+        def results() -> Iterator[tuple[int, T | ImageError]]:
             for number in map(int, numbers):
                 waiting.append((number, pool.submit(look, number)))
                 if len(waiting) > threads * _AHEAD:
@@ -59,6 +64,9 @@ def in_order(
             while waiting:
                 yield _result(*waiting.popleft())
                 progress.advance(task)
+
+        try:
+            yield results()
         finally:
             for _, future in waiting:
                 future.cancel()

@@ -43,9 +43,10 @@ def divide(
     identities = identities[counts >= min_images]
     held_out = round(fraction * len(identities))
     if len(identities) < 2:
+        fix = "use a smaller --min-images" if present > 1 else "name a set with more identities"
         raise UserError(
             f"--min-images {min_images} leaves {len(identities)} of {present} identities, and a "
-            "split needs two: use a smaller --min-images"
+            f"split needs two: {fix}"
         )
     if not 0 < held_out < len(identities):
         raise UserError(
@@ -100,11 +101,13 @@ def write_folder(
         write_atomic(target, data, durable=False)  # syncing millions of files takes hours
 
     numbers = selection.numbers[packing.remaining(range(len(selection.numbers)), journal)]
-    for number, found in reading.in_order(numbers, copy, what="writing", threads=threads):
-        if isinstance(found, ImageError):
-            if bad == "stop":
-                raise found
-            journal.skip(places[number], str(found))
+    with reading.in_order(numbers, copy, what="writing", threads=threads) as results:
+        for number, found in results:
+            if isinstance(found, ImageError):
+                if bad == "stop":
+                    raise found
+                journal.skip(places[number], str(found))
+    packing.require_good(selection, journal)
     table = names.write(folder, packing.names_of(source, selection))
     journal.path.unlink()
     skipped = list(journal.skipped.values())
@@ -118,7 +121,7 @@ def _journal(folder: Path, source: Source, selection: Selection, bad: Bad) -> Jo
     Raises:
       UserError: the folder has files of no unfinished job, or of another one.
     """
-    path = folder / "packing.json"
+    path = folder / packing.JOURNAL
     if folder.exists() and not path.exists():
         others = (entry.name for entry in folder.iterdir() if not _is_leftover(entry.name))
         if other := next(others, None):

@@ -15,7 +15,6 @@ from arcface_jax.data import columnar, fingerprint
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import packing
 from arcface_jax.data.tools.packing import Journal, Packed, Selection
-from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime.files import atomic_files, write_atomic
 
 PARQUET, ARROW = "train.parquet", "data-00000-of-00001.arrow"
@@ -85,18 +84,15 @@ def _write(
     bad: Bad,
     threads: int,
 ) -> Packed:
-    if not len(selection.numbers):
-        raise DataError("there is no image to pack: nothing is left of the identities asked for")
-    if other := next(path.parent.glob(f"*{path.suffix}"), None):  # would be read as the same set
-        raise UserError(f"{other} exists already: name another folder, or remove it")
+    packing.require_new(path.parent, selection)
     path.parent.mkdir(parents=True, exist_ok=True)
     job = packing.fingerprint(source, selection, bad, path.name)
-    journal = Journal(path.parent / "packing.json", job, fingerprint.of_source(source))
+    journal = Journal(path.parent / packing.JOURNAL, job, fingerprint.of_source(source))
     places = range(len(selection.numbers))
-    found = packing.images(source, selection, journal, places=places, bad=bad, threads=threads)
+    reading = packing.images(source, selection, journal, places=places, bad=bad, threads=threads)
     schema = _schema(_features(source, selection))
     images = 0
-    with atomic_files(path) as part, open_writer(part, schema) as writer:
+    with reading as found, atomic_files(path) as part, open_writer(part, schema) as writer:
         for batch in _batches(found, schema):
             writer.write_batch(batch)
             images += len(batch)

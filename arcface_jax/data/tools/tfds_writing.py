@@ -62,7 +62,7 @@ def write(
         raise UserError(f"{target} is a data set already: choose another --name, or remove it")
     target.mkdir(parents=True, exist_ok=True)
     job = packing.fingerprint(source, selection, bad, shard_images)
-    journal = Journal(target / "packing.json", job, fingerprint.of_source(source))
+    journal = Journal(target / packing.JOURNAL, job, fingerprint.of_source(source))
     count = -(-len(selection.numbers) // shard_images)
     features = _features(source, selection)
     lengths, sizes = [], []
@@ -70,10 +70,10 @@ def write(
         path = target / f"{name}-{_SPLIT}.array_record-{shard:05d}-of-{count:05d}"
         places = range(shard * shard_images, min((shard + 1) * shard_images, len(selection.labels)))
         if not journal.has(path):
-            found = packing.images(
+            with packing.images(
                 source, selection, journal, places=places, bad=bad, threads=threads
-            )
-            _write_shard(path, features, found)
+            ) as found:
+                _write_shard(path, features, found)
             journal.finish(path)
         lengths.append(len(places) - sum(place in journal.skipped for place in places))
         sizes.append(path.stat().st_size)

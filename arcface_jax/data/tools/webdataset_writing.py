@@ -13,7 +13,6 @@ from arcface_jax.data import fingerprint, formats, names
 from arcface_jax.data.source import Sample, Source
 from arcface_jax.data.tools import packing
 from arcface_jax.data.tools.packing import Journal, Packed, Selection
-from arcface_jax.errors import DataError, UserError
 from arcface_jax.runtime.files import atomic_files
 
 SHARD_IMAGES = 10_000
@@ -38,23 +37,20 @@ def write(
       UserError: the folder has finished shards, or another unfinished job.
       ImageError: an image is bad, and `bad` is "stop".
     """
-    if not len(selection.numbers):
-        raise DataError("there is no image to pack: nothing is left of the identities asked for")
-    if any(folder.glob("*.tar")) and not (folder / "packing.json").exists():
-        raise UserError(f"{folder} has tar files already: name another folder, or remove them")
+    packing.require_new(folder, selection, shards="*.tar")
     folder.mkdir(parents=True, exist_ok=True)
     job = packing.fingerprint(source, selection, bad, "webdataset", SHARD_IMAGES)
-    journal = Journal(folder / "packing.json", job, fingerprint.of_source(source))
+    journal = Journal(folder / packing.JOURNAL, job, fingerprint.of_source(source))
     total = len(selection.numbers)
     shards = []
     for begin in range(0, total, SHARD_IMAGES):
         path = folder / f"train-{len(shards):06d}.tar"
         places = range(begin, min(begin + SHARD_IMAGES, total))
         if not journal.has(path):
-            found = packing.images(
+            with packing.images(
                 source, selection, journal, places=places, bad=bad, threads=threads
-            )
-            _write_shard(path, found)
+            ) as found:
+                _write_shard(path, found)
             journal.finish(path)
         shards.append(path)
     table = names.write(folder, packing.names_of(source, selection))

@@ -65,6 +65,16 @@ def test_everything_planted_is_found_counted_and_named(tmp_path: Path):
         assert part in text, part
 
 
+def test_a_line_break_in_a_name_does_not_break_a_line(tmp_path: Path):
+    for name in ("a\nb", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(encode(face(0)))
+    source = open_source(DataConfig(path=str(tmp_path)), seed=0)
+    lines = inspection.in_words(inspection.inspect(source))
+    assert any(r"a\nb/0.png = " in line for line in lines)
+    assert not any("\n" in line for line in lines if line.startswith("warning"))
+
+
 def test_the_histogram_counts_every_identity(tmp_path: Path):
     labels = np.repeat([0, 1, 2, 3], [1, 2, 3, 20])
     (tmp_path / "x.csv").write_text("".join(f"{i}.png,{y}\n" for i, y in enumerate(labels)))

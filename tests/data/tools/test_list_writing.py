@@ -109,6 +109,10 @@ def test_a_cleaned_list_has_the_labels_of_its_label_map(tmp_path: Path):
     assert mapped is not None and mapped.tolist() == [0, -1, 1]
     old = {data: mapped[label] for data, label, _ in content(source)}
     assert all(old[data] == label for data, label, _ in content(opened(target)))
+    other, actions = tmp_path / "out" / "other.csv", apply.Actions(drop=True)
+    with pytest.raises(UserError, match=r"has the label_map\.csv of another set"):
+        apply.apply(source, tmp_path / "clean", other, actions=actions)
+    assert not other.exists()
 
 
 def write_folder(source: Source, folder: Path, **options) -> packing.Packed:
@@ -158,5 +162,5 @@ def test_tars_of_another_set_are_not_added_to(tmp_path: Path):
     source = opened(folders(tmp_path / "a", ["a", "b"]))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train-000001.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="has tar files already"):
+    with pytest.raises(UserError, match=r"has a train-000001\.tar already"):
         webdataset_writing.write(source, packing.select(source), tmp_path / "out")

@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from arcface_jax.data import fingerprint
 from arcface_jax.data.opening import open_source
 from arcface_jax.data.recordio.reader import RecordReader, RecordWriter
 from arcface_jax.data.source import Source
-from arcface_jax.data.tools import packing, splitting, tfds_writing
+from arcface_jax.data.tools import packing, splitting, tfds_writing, webdataset_writing
 from arcface_jax.errors import DataError, ImageError, UserError
 
 ROOT = Path(__file__).parents[3]
@@ -240,6 +241,39 @@ def test_bad_images_stop_the_job_or_are_left_out(tmp_path: Path):
     assert (done.images, done.identities, len(done.skipped)) == (2, 3, 2)
     seen = witness.read(tmp_path / "b" / "train.rec")
     assert [seen[key].labels for key in range(6)] == [(3, 6), (0,), (2,), (1, 2), (2, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("kind", ["recordio", "folder", "webdataset"])
+def test_no_thread_outlives_an_error(tmp_path: Path, kind: str):
+    """A progress bar that still runs is drawn below the message, and may fail when collected."""
+    path = listed(tmp_path / "in", [0, 1, 1, 2])
+    (tmp_path / "in" / "1.jpg").write_bytes(b"no image")
+    source, before = opened(path), set(threading.enumerate())
+    write = {
+        "recordio": packing.pack,
+        "folder": splitting.write_folder,
+        "webdataset": webdataset_writing.write,
+    }[kind]
+    with pytest.raises(ImageError) as caught:
+        write(source, packing.select(source), tmp_path / "a")
+    assert set(threading.enumerate()) <= before, caught
+
+
+@pytest.mark.parametrize("kind", ["recordio", "folder", "webdataset"])
+def test_a_set_without_a_good_image_is_not_written(tmp_path: Path, kind: str):
+    path = listed(tmp_path / "in", [0, 1])
+    for name in ("0.jpg", "1.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"no image")
+    write = {
+        "recordio": packing.pack,
+        "folder": splitting.write_folder,
+        "webdataset": webdataset_writing.write,
+    }[kind]
+    source, output = opened(path), tmp_path / "a"
+    for _ in range(2):  # it is not a set on the second try either
+        with pytest.raises(DataError, match=r"all 2 images were left out.*0\.jpg: 8 bytes"):
+            write(source, packing.select(source), output, bad="skip")
+    assert not {"train.rec", "train-000000.tar"} & {path.name for path in output.iterdir()}
 
 
 def test_what_cannot_be_packed_says_why(tmp_path: Path):

@@ -16,7 +16,7 @@ from arcface_jax.data.opening import open_source
 from arcface_jax.data.pairs import lists
 from arcface_jax.data.pairs.bins import read_bin
 from arcface_jax.data.tools import pair_sets
-from arcface_jax.errors import DataError, UserError
+from arcface_jax.errors import DataError, ImageError, UserError
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(90), np.arange(90) % 6 + 1))
 
@@ -120,8 +120,11 @@ def test_a_list_becomes_the_set_that_it_names(tmp_path: Path):
     assert read_bin(output).same.tolist() == issame
     comma = tmp_path / "pairs.csv"
     comma.write_text("p0/p0_0001.png,p0/p0_0002.jpg,1\np0/p0_0001.png,p1/p1_0001.png,0\n")
-    assert commands.pairs(f"{comma}:{tmp_path / 'faces'}", output)["images"] == 3
-    np.testing.assert_array_equal(read_bin(output).images[3], face(1))
+    other = tmp_path / "b.bin"
+    assert commands.pairs(f"{comma}:{tmp_path / 'faces'}", other)["images"] == 3
+    np.testing.assert_array_equal(read_bin(other).images[3], face(1))
+    with pytest.raises(UserError, match=r"b\.bin exists: name a new file"):
+        commands.pairs(target, other)
 
 
 def test_a_balanced_part_of_a_list(tmp_path: Path):
@@ -143,6 +146,18 @@ def test_a_balanced_part_of_a_list(tmp_path: Path):
     commands.pairs(target, tmp_path / "b.bin", pairs=40, seed=1)
     assert (tmp_path / "b.bin").read_bytes() == output.read_bytes()
     with pytest.raises(DataError, match="30 pairs of one person and 25 of two, and --pairs 60"):
-        commands.pairs(target, output, pairs=60)
+        commands.pairs(target, tmp_path / "c.bin", pairs=60)
     with pytest.raises(UserError, match="--disjoint does not apply to pair lists"):
-        commands.pairs(target, output, disjoint=True)
+        commands.pairs(target, tmp_path / "c.bin", disjoint=True)
+
+
+def test_damaged_images_do_not_get_into_a_set(tmp_path: Path):
+    for name in ("a", "b"):
+        (tmp_path / "faces" / name).mkdir(parents=True)
+        for number in range(5):
+            (tmp_path / "faces" / name / f"{number}.png").write_bytes(encode(face(number)))
+    cut = tmp_path / "faces" / "a" / "3.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+    with pytest.raises(ImageError, match=r"a/3\.png"):
+        commands.pairs(str(tmp_path / "faces"), tmp_path / "a.bin", pairs=20)
+    assert not (tmp_path / "a.bin").exists()

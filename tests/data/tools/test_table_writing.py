@@ -54,7 +54,46 @@ def test_a_finished_set_is_not_written_over(folder: Path, tmp_path: Path, capsys
     assert pack(folder, tmp_path / "set", "--format", "parquet") == 0
     with pytest.raises(SystemExit):
         pack(folder, tmp_path / "set", "--format", "parquet")
-    assert "exists already" in capsys.readouterr().err
+    assert "has a train.parquet already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["pack", "FACES", "FACES"], "is inside"),
+        (["pack", "FACES", "FACES/packed", "--format", "folder"], "is inside"),
+        (["inspect", "FACES", "--output", "FACES/report"], "is inside"),
+        (["merge", "FACES/all", "--paths", "noise", "noise,FACES"], "is inside"),
+        (["clean", "model.onnx", "--data", "FACES", "--output", "FACES/clean"], "is inside"),
+        (["pack", "FACES", "all.csv"], "add --format list, or name a folder"),
+        (["pack", "FACES", "all", "--format", "list"], "name all.csv"),
+        (["pack", "FACES", "FILE"], "cannot use FILE"),
+        (["pack", "FACES", "FILE/sub", "--format", "lmdb"], "cannot use FILE/sub"),
+        (["inspect", "FACES", "--output", "FILE"], "cannot use FILE"),
+        (["split", "FACES", "FILE", "--fraction", "0.4"], "cannot use FILE/train"),
+    ],
+)
+def test_an_output_that_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, monkeypatch, capsys, words: list[str], expected: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path("FACES").symlink_to(folder)
+    Path("FILE").write_bytes(b"")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        commands.script("data").main(words)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err and "images of" not in captured.out
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_two_sets_do_not_share_a_folder(folder: Path, tmp_path: Path, capsys):
+    pytest.importorskip("pyarrow")
+    assert pack(folder, tmp_path / "set") == 0
+    with pytest.raises(SystemExit):
+        pack(folder, tmp_path / "set", "--format", "parquet")
+    assert "has a train.rec already" in capsys.readouterr().err
 
 
 def test_a_list_is_of_image_files(folder: Path, tmp_path: Path, capsys):
@@ -70,7 +109,7 @@ def test_parquet_files_of_two_sets_do_not_come_together(folder: Path, tmp_path: 
     (tmp_path / "set" / "train-other.parquet").write_bytes(b"")
     with pytest.raises(SystemExit):
         pack(folder, tmp_path / "set", "--format", "parquet")
-    assert "train-other.parquet exists already" in capsys.readouterr().err
+    assert "has a train-other.parquet already" in capsys.readouterr().err
 
 
 def test_names_and_count_of_identities_without_images_are_kept(folder: Path, tmp_path: Path):
