@@ -28,9 +28,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from arcface_jax.errors import CheckpointError
+from arcface_jax.errors import FIXES, CheckpointError
 from arcface_jax.runtime import foreign
-from arcface_jax.runtime.files import PART, is_running
+from arcface_jax.runtime.files import PART, complete_steps, is_running, resume_point
 from arcface_jax.runtime.processes import start_of
 
 LOCK = "run.lock"
@@ -112,10 +112,7 @@ def held(workdir: Path, *, between: Callable[[], None] = _nothing) -> Iterator[N
         me = _take_workdir(workdir, key / LOCK, between)
     except OSError as error:
         _remove_empty(missing)
-        raise CheckpointError(
-            f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
-            "or choose another --workdir"
-        ) from error
+        raise cannot_write(workdir, error) from error
     hold = _holds[key] = _Hold(me)
     beat = threading.Thread(target=_beat, args=[key / LOCK, hold], name="lock", daemon=True)
     beat.start()
@@ -158,6 +155,15 @@ def find(workdir: Path) -> tuple[Holder, bool] | None:
             fresh = time.time() - path.stat().st_mtime < STALE_SECONDS
             return holder, fresh if runs is None else runs
     return None
+
+
+def cannot_write(workdir: Path, error: OSError) -> CheckpointError:
+    """Returns the error for a workdir that the system does not let the run write to."""
+    fix = FIXES.get(error.errno or 0, "Change its permissions")
+    message = f"cannot write to --workdir {workdir}: {error.strerror}. {fix}"
+    if complete_steps(workdir):
+        return CheckpointError(f"{message} and rerun the same command; {resume_point(workdir)}")
+    return CheckpointError(f"{message}, or choose another --workdir")
 
 
 def is_lock_file(path: Path) -> bool:

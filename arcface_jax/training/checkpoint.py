@@ -115,10 +115,7 @@ def _prepare(config: Config) -> None:
         damaged.warn(damaged.set_aside_wrong_kinds(workdir))
         _write_config(workdir, text or loading.to_json(config), repaired=problem is not None)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write to --workdir {workdir}: {error.strerror}. Free space, fix permissions, "
-            "or choose another --workdir"
-        ) from error
+        raise locks.cannot_write(workdir, error) from error
 
 
 def holds_config(workdir: Path) -> bool:

@@ -187,7 +187,7 @@ def test_a_read_only_workdir_is_one_message_and_stays_as_it_is(disk):
     for which in rest:
         message = one_message(*which)
         assert str(disk) in message and "Read-only file system" in message
-        assert "writable" in message
+        assert "Make the disk writable" in message
     assert "it resumes from step 4 " in one_message(*rest[2])
     assert (disk.parent / "after").read_text().split() == ["empty", "run"]
 
