@@ -304,16 +304,17 @@ def _loop(run: Run, stop: signals.Stop) -> None:
         if run.done % logging.every_steps == 0 or run.done == steps.total:
             values = run.log_step(metrics)
             run.raise_if_failing(batch, values)
-        if run.done in steps.evaluate_at | steps.save_at:
+        evaluates, saves = steps.evaluates(run.done), steps.saves(run.done)
+        if evaluates or saves:
             with run.clock.blocked():
                 jax.block_until_ready(metrics)  # or training time would count as pause
         diagnostics.disarm_watchdog()
         with run.clock.paused():
             run.terminal.print_all(run.trace.after(run.done, metrics))
-            if run.done in steps.evaluate_at:
+            if evaluates:
                 run.evaluate_and_log(stop)
                 run.explain(metrics)
-            if run.done in steps.save_at:
+            if saves:
                 run.save(run.score())
 
 

@@ -90,6 +90,7 @@ def test_a_resumed_run_returns_the_same_state_which_can_be_trained_further(finis
         ((2, 0), "eval/lfw/auc", {6, 12}, {6, 12}),
         ((3, 4), "eval/lfw/auc", {9, 12}, {9, 12}),
         ((0.01, 0), "", set(range(1, 13)), {12}),
+        ((1e308, 1e308), "", {12}, {12}),
     ],
 )
 def test_steps_to_evaluate_and_save_at(every, best, evaluate_at, save_at):
@@ -102,7 +103,8 @@ def test_steps_to_evaluate_and_save_at(every, best, evaluate_at, save_at):
         per_epoch=3,
     )
     assert (steps.start, steps.total, steps.per_epoch) == (2, 12, 3)
-    assert (steps.evaluate_at, steps.save_at) == (evaluate_at, save_at)
+    assert {step for step in range(13) if steps.evaluates(step)} == evaluate_at
+    assert {step for step in range(13) if steps.saves(step)} == save_at
 
 
 def test_weights_of_pytorch_without_pytorch_are_an_error_with_the_install_command(
