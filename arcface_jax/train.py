@@ -358,6 +358,11 @@ def _read_weights(path: Path, network: str) -> finetune.Weights:
     """Reads the weights of a file; the only code in training that needs PyTorch or ONNX."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"init_from {path}: reading it needs PyTorch: {install('torch')}")
+    if not path.exists():
+        raise ConfigError(
+            f"init_from {path} does not exist: name the workdir of a run, or a .pth, .safetensors "
+            "or .onnx file"
+        )
     from arcface_jax.convert import file_kinds, from_onnx, weights
 
     load = from_onnx.load if file_kinds.is_onnx(path) else weights.load
