@@ -127,7 +127,7 @@ def test_a_start_that_saved_no_checkpoint_does_not_bind_the_next_one(finished, t
     run, _ = finished
     more = c.replace(run, data__synthetic__identities=5, init_from=run.workdir)
     first = c.replace(more, workdir=str(tmp_path / "run"), finetune__centers="kept")
-    with pytest.raises(CheckpointError, match="use --finetune.centers class_means or random"):
+    with pytest.raises(CheckpointError, match=r"use --finetune\.centers class_means or random"):
         train(first)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "before/lfw/accuracy": 0.5}\n')
     outcome = train(c.replace(first, finetune__centers="random"))
