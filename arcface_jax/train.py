@@ -304,16 +304,17 @@ def _loop(run: Run, stop: signals.Stop) -> None:
         if run.done % logging.every_steps == 0 or run.done == steps.total:
             values = run.log_step(metrics)
             run.raise_if_failing(batch, values)
-        if run.done in steps.evaluate_at | steps.save_at:
+        evaluates, saves = steps.evaluates(run.done), steps.saves(run.done)
+        if evaluates or saves:
             with run.clock.blocked():
                 jax.block_until_ready(metrics)  # or training time would count as pause
         diagnostics.disarm_watchdog()
         with run.clock.paused():
             run.terminal.print_all(run.trace.after(run.done, metrics))
-            if run.done in steps.evaluate_at:
+            if evaluates:
                 run.evaluate_and_log(stop)
                 run.explain(metrics)
-            if run.done in steps.save_at:
+            if saves:
                 run.save(run.score())
 
 
@@ -357,6 +358,11 @@ def _read_weights(path: Path, network: str) -> finetune.Weights:
     """Reads the weights of a file; the only code in training that needs PyTorch or ONNX."""
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(f"init_from {path}: reading it needs PyTorch: {install('torch')}")
+    if not path.exists():
+        raise ConfigError(
+            f"init_from {path} does not exist: name the workdir of a run, or a .pth, .safetensors "
+            "or .onnx file"
+        )
     from arcface_jax.convert import file_kinds, from_onnx, weights
 
     load = from_onnx.load if file_kinds.is_onnx(path) else weights.load

@@ -11,6 +11,7 @@ import pytest
 
 from arcface_jax import config as configs
 from arcface_jax import testing
+from arcface_jax.commands import train as train_command
 from arcface_jax.config import Config, HeadConfig, ModelConfig, OptimizerConfig
 from arcface_jax.convert import to_onnx, to_torch
 from arcface_jax.convert.onnx_graph import Form
@@ -163,6 +164,20 @@ def test_without_a_torch_twin_there_is_no_torch_file(run, config, tmp_path):
     with pytest.raises(UserError, match=r"mypkg\.nets:convnext has no torch twin.*jax2onnx"):
         to_torch.export(Path(config.workdir), tmp_path / "backbone.pth")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_trains_a_network_without_a_torch_twin_succeeds(run, config, folder, capsys):
+    recipe = folder / "again.py"
+    recipe.write_text(
+        "from pathlib import Path\nfrom arcface_jax.config import loading\n\n\n"
+        "def get_config():\n"
+        f"    return loading.from_json(Path({config.workdir!r}, 'config.json').read_text(), "
+        "source='config.json')\n"
+    )
+    assert train_command.main([str(recipe), "--compilation-cache="]) == 0
+    *_, note, result = capsys.readouterr().out.strip().splitlines()
+    assert note.startswith("no backbone.pth: mypkg.nets:convnext has no torch twin")
+    assert result.startswith("RESULT ") and not (Path(config.workdir) / "backbone.pth").exists()
 
 
 def test_onnx_without_jax2onnx_names_the_extra(run, config, tmp_path, monkeypatch):

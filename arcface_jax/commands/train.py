@@ -86,7 +86,7 @@ def _train_here(config: Config) -> Result:
     first = launch.is_first()
     if first and outcome.stopped_by is None:
         with reporting_disk_errors(workdir):
-            files += _export(workdir)
+            files += _export(workdir, config.model.network)
     stopped_by = outcome.stopped_by or signals.remembered()
     code = 0 if stopped_by is None else signals.exit_code(config.checkpoint, stopped_by)
     if first and (compared := tables.before_and_after(outcome.results)):
@@ -97,8 +97,8 @@ def _train_here(config: Config) -> Result:
     return Result(values, files, code=code, reported=first)
 
 
-def _export(workdir: Path) -> list[Path]:
-    """Writes WORKDIR/backbone.pth if torch is installed, and returns its path."""
+def _export(workdir: Path, network: str) -> list[Path]:
+    """Writes WORKDIR/backbone.pth if torch is installed and has the network; returns its path."""
     from arcface_jax.runtime import signals
 
     if stopped := signals.remembered():
@@ -107,8 +107,11 @@ def _export(workdir: Path) -> list[Path]:
     if importlib.util.find_spec("torch") is None:
         print(f"no backbone.pth: PyTorch is not installed; {errors.install('torch')}")
         return []
-    from arcface_jax.convert import to_torch
+    from arcface_jax.convert import to_torch, twins
 
+    if twins.find(network) is None:
+        print(f"no backbone.pth: {twins.missing(network)}")
+        return []
     path = workdir / "backbone.pth"
     error = to_torch.export(workdir, path)
     print(f"{path}: embeddings equal JAX's to {error:.1e} (relative)")

@@ -65,7 +65,8 @@ def _sentence(item: Any, prefix: str, section: type, *, root: type, given: Any) 
     if item["type"] in _BOUNDS:
         key, words = _BOUNDS[item["type"]]
         bound = item["ctx"][key]
-        expected = f"{words} {bound:g}" if (key, bound) != ("ge", 0) else "must not be negative"
+        limit = str(bound) if isinstance(bound, int) else f"{bound:g}"
+        expected = f"{words} {limit}" if (key, bound) != ("ge", 0) else "must not be negative"
     elif item["type"] == "value_error":
         expected = str(item["ctx"]["error"])
     else:

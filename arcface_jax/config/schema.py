@@ -17,9 +17,7 @@ from pydantic import (
     AliasChoices,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
 )
 
 from arcface_jax import plugins
@@ -111,6 +109,12 @@ def _columns(value: str) -> str:
 # Limits of head.margins: SphereFace uses factors up to 4, and two cosines differ by at most 2.
 _LARGEST_FACTOR, _LARGEST_COSINES = 10.0, 2.0
 
+# Steps, images, labels and rows are int32.
+_LARGEST_INT = 2**31 - 1
+PositiveInt = Annotated[int, Field(gt=0, le=_LARGEST_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
+# threading and faulthandler refuse waits of more than 292 years.
+Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Share = Annotated[float, Field(ge=0, le=1), Hint("a share, 0 to 1")]
 Increasing = Annotated[tuple[float, float], AfterValidator(_increasing)]
 
@@ -378,7 +382,7 @@ class ScheduleConfig:
         tuple[int, ...], AfterValidator(_increasing), Hint("for instance (10, 16, 22)")
     ] = ()
     """step: epochs at whose start the rate drops."""
-    decay_factor: PositiveFloat = 0.1
+    decay_factor: Annotated[float, Field(gt=0, le=1), Hint("0.1 divides the rate by ten")] = 0.1
     """step: factor on the rate."""
     extend: bool = False
     """Resume a run under the epochs and decay_epochs given here, which may
@@ -477,9 +481,9 @@ class CheckpointConfig:
     eval/lfw/tar@far=1e-3, eval/lfw/eer. Saves at every evaluation."""
     keep_best: PositiveInt = 1
     """Best checkpoints to keep, besides the newest."""
-    requeue_exit_code: NonNegativeInt = 0
+    requeue_exit_code: Annotated[int, Field(ge=0, le=255), Hint("85 is usual")] = 0
     """Exit code of a resumable run that SIGTERM stopped; 0 is the usual 143."""
-    deadline_seconds: NonNegativeFloat = 0.0
+    deadline_seconds: Seconds = 0.0
     """Seconds after SIGTERM or Ctrl-C before a run abandons its step or save and exits; 0 waits."""
 
 
@@ -503,7 +507,7 @@ class LoggingConfig:
         Hint("for instance 10 20; 0 0 is off"),
     ] = (0, 0)
     """First and last step of a profiler trace in WORKDIR/profile; 0 0 is off."""
-    watchdog_seconds: NonNegativeFloat = 0.0
+    watchdog_seconds: Seconds = 0.0
     """Print the stacks of all threads to stderr when a step, compilation
     included, takes longer; 0 is off."""
     watchdog_abort: bool = False
@@ -531,7 +535,7 @@ class Config:
 
     workdir: str = ""
     """Output folder; the same command resumes a run that stopped there."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0  # JAX's keys take 32 bits
     """Seed of initialization, data order, augmentation and sampling."""
     deterministic: bool = False
     """Make GPUs sum in a fixed order, which is slower; CPUs always do."""

@@ -47,6 +47,15 @@ def sign(network: str) -> str | None:
     return next((name for networks, _, name in _FAMILIES if network in networks), None)
 
 
+def missing(network: str) -> str:
+    """Returns the message for a network without a twin."""
+    return (
+        f"{network} has no torch twin, so it has no form for PyTorch: export ONNX (pip install "
+        "'arcface-jax[jax2onnx]') or StableHLO, or give the function that makes the network "
+        "the attribute torch_twin (docs/extending.md)"
+    )
+
+
 def require(network: str) -> Twin:
     """Returns `find(network)`, or raises without a twin.
 
@@ -55,11 +64,7 @@ def require(network: str) -> Twin:
     """
     twin = find(network)
     if twin is None:
-        raise UserError(
-            f"{network} has no torch twin, so it has no form for PyTorch: export ONNX (pip install "
-            "'arcface-jax[jax2onnx]') or StableHLO, or give the function that makes the network "
-            "the attribute torch_twin (docs/extending.md)"
-        )
+        raise UserError(missing(network))
     return twin
 
 

@@ -65,8 +65,8 @@ def open_workdir(config: Config) -> ocp.CheckpointManager:
     """Creates WORKDIR with its config.json, or checks that the run in it can be resumed.
 
     Raises:
-      CheckpointError: the folder contains another run (every difference is named), or cannot be
-        written. Its contents are unchanged.
+      CheckpointError: the folder contains another run with a checkpoint (every difference is
+        named), or cannot be written. Its contents are unchanged.
     """
     workdir = Path(config.workdir)
     folder = folder_of(workdir)
@@ -95,12 +95,13 @@ def _noting_checksums(workdir: Path) -> ocp.options.AsyncOptions:
 def _prepare(config: Config) -> None:
     workdir = Path(config.workdir)
     text, problem = _stored_config(workdir)
+    different: list[str] = []
     if text is not None:
         stored = _parse_config(workdir, text)
         different = loading.differences(stored, config)
         if config.schedule.extend:  # `extension` checks these once the progress is known
             different = [line for line in different if not line.startswith(EXTENDABLE)]
-        if different:
+        if different and (complete_steps(workdir) or checksums.missing(workdir)):
             raise _not_resumable(workdir, different)
     elif damaged.is_there(workdir / CONFIG):
         raise CheckpointError(f"{problem}; restore it from backup, or use another --workdir")
@@ -113,6 +114,10 @@ def _prepare(config: Config) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         damaged.warn([problem] if problem else [])
         damaged.warn(damaged.set_aside_wrong_kinds(workdir))
+        if different:  # an earlier start ended before its first checkpoint
+            (workdir / METRICS).unlink(missing_ok=True)
+            replace_config(workdir, config)
+            return
         _write_config(workdir, text or loading.to_json(config), repaired=problem is not None)
     except OSError as error:
         raise locks.cannot_write(workdir, error) from error

@@ -57,6 +57,7 @@ def make_schedule(schedule: ScheduleConfig, *, base_rate: float, steps_per_epoch
             {
                 epoch * steps_per_epoch - warmup: schedule.decay_factor
                 for epoch in schedule.decay_epochs
+                if epoch < schedule.epochs
             },
         )
     warm = optax.linear_schedule(0.0, base_rate, max(warmup, 1))

@@ -36,10 +36,21 @@ class Steps(NamedTuple):
     """Steps already done: 0, or the step of the checkpoint that the run resumes from."""
     total: int
     per_epoch: int
-    evaluate_at: set[int]
-    """Steps after which the state is evaluated, including the last one."""
-    save_at: set[int]
-    """Steps after which the state is saved, including the last one."""
+    evaluate_every: int
+    """Steps between two evaluations; the last step is followed by one too."""
+    save_every: int
+    """Steps between two checkpoints; the last step is followed by one too."""
+    save_evaluated: bool
+    """Whether every evaluated state is saved."""
+
+    def evaluates(self, step: int) -> bool:
+        """Returns whether the state after `step` steps is evaluated."""
+        return step == self.total or (step > 0 and step % self.evaluate_every == 0)
+
+    def saves(self, step: int) -> bool:
+        """Returns whether the state after `step` steps is saved."""
+        periodic = step == self.total or (step > 0 and step % self.save_every == 0)
+        return periodic or (self.save_evaluated and self.evaluates(step))
 
 
 def plan_steps(
@@ -52,17 +63,18 @@ def plan_steps(
 ) -> Steps:
     """Returns the steps of a run that starts at step `start`, with `per_epoch` steps per epoch."""
     total = per_epoch * schedule.epochs
-    evaluate_at = _milestones(evaluation.every_epochs, per_epoch, total)
-    save_at = _milestones(checkpoint.every_epochs, per_epoch, total)
-    if checkpoint.best_metric:
-        save_at |= evaluate_at
-    return Steps(start, total, per_epoch, evaluate_at, save_at)
 
+    def interval(every_epochs: float) -> int:
+        return max(1, round(min(every_epochs * per_epoch, total))) if every_epochs else total
 
-def _milestones(every_epochs: float, per_epoch: int, total: int) -> set[int]:
-    """Returns the steps after which a periodic event is due, including the last one."""
-    interval = max(1, round(every_epochs * per_epoch)) if every_epochs else total
-    return {*range(interval, total, interval), total}
+    return Steps(
+        start,
+        total,
+        per_epoch,
+        evaluate_every=interval(evaluation.every_epochs),
+        save_every=interval(checkpoint.every_epochs),
+        save_evaluated=bool(checkpoint.best_metric),
+    )
 
 
 @dataclass
@@ -194,7 +206,7 @@ class Run:
 
     def evaluate_if_missing(self, stop: signals.Stop) -> None:
         """Repeats an evaluation that a signal interrupted before this run resumed."""
-        missing = self.done in self.steps.evaluate_at and not self.log.has(self.done, "eval/")
+        missing = self.steps.evaluates(self.done) and not self.log.has(self.done, "eval/")
         if missing and self.config.evaluation.targets:
             self.evaluate_and_log(stop)
 
@@ -226,7 +238,7 @@ class Run:
     def score(self) -> dict[str, float] | None:
         """Returns {checkpoint.best_metric: its value}, if this step was evaluated."""
         name = self.config.checkpoint.best_metric
-        if not name or self.done not in self.steps.evaluate_at:
+        if not name or not self.steps.evaluates(self.done):
             return None
         return {name: evaluators.metrics(self.results)[name]}
 

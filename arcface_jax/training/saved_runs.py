@@ -281,7 +281,7 @@ def _choose(manager: ocp.CheckpointManager, which: Which, workdir: Path) -> int:
     steps = complete_steps(workdir)
     if not steps:
         raise CheckpointError(
-            f"{workdir} holds no checkpoint yet: train first, or name another --checkpoint"
+            f"{workdir} holds no checkpoint yet: train first, or name another run"
         )
     if which in ("latest", "best"):
         damaged.warn(checksums.missing(workdir))

@@ -20,6 +20,7 @@ from arcface_jax.training.distill import CENTERS
 _MAX_EXPONENT = 88.0
 # Below this scale all logits are nearly equal, and the loss stays near the log of the classes.
 _SMALLEST_SCALE = 1.0
+_MOST_STEPS = int(np.iinfo(np.int32).max)  # the state's step is int32
 # Sections whose numbers are used by the step in float32.
 _COMPUTED = ("head.", "optimizer.", "schedule.", "finetune.rates", "distill.")
 
@@ -76,11 +77,17 @@ def validate_learning(config: Config, *, steps_per_epoch: int) -> None:
       steps_per_epoch: optimizer steps in an epoch.
 
     Raises:
-      ConfigError: `schedule.warmup_steps` are as many as the run's steps or more, or BatchNorm
-        would normalize single images.
+      ConfigError: the run has too many steps to count, `schedule.warmup_steps` are as many as
+        its steps or more, or BatchNorm would normalize single images.
     """
     schedule = config.schedule
     total = schedule.epochs * steps_per_epoch
+    if total > _MOST_STEPS:
+        raise ConfigError(
+            f"schedule.epochs {schedule.epochs} of {steps_per_epoch} steps are more steps than "
+            f"int32 counts: use at most {_MOST_STEPS // steps_per_epoch} epochs, or a larger "
+            "data.global_batch_size"
+        )
     if schedule.warmup_steps >= total:
         raise ConfigError(
             f"schedule.warmup_steps {schedule.warmup_steps} must be below the {total} steps of "
@@ -308,12 +315,17 @@ def _check_micro_batches(config: Config, *, num_devices: int) -> None:
     if slices > 1 and groups % (slices * num_devices):
         batch, unit = config.data.global_batch_size, slices * num_devices
         fits = [n for n in _divisors(batch) if (batch // n) % unit == 0 and n > 1]
+        fix = (
+            f"use a model.bn_batch_size of {fits}"
+            if fits
+            else f"use fewer slices, so that each has at least 2 of the {batch} images"
+            if batch % unit == 0
+            else f"the batch is not a multiple of {unit}: use another number of slices"
+        )
         raise ConfigError(
             f"optimizer.micro_batches {slices}: each of {num_devices} devices takes {slices} "
             "slices of whole BatchNorm groups, and model.bn_batch_size "
-            f"{config.model.bn_batch_size} makes {groups} groups of the batch of {batch}: use a "
-            "model.bn_batch_size of "
-            f"{fits or 'none, for the batch is no multiple of ' + str(unit)}"
+            f"{config.model.bn_batch_size} makes {groups} groups of the batch of {batch}: {fix}"
         )
 
 
@@ -352,4 +364,5 @@ def _check_drawn_pairs(config: Config) -> None:
 
 
 def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

@@ -89,6 +89,7 @@ def test_a_value_at_the_edge_is_accepted_and_the_next_one_refused(edge: Edge):
 # Independent of the schema: field, value out of range, what the message has.
 REFUSED: list[tuple[str, Any, list[str]]] = [
     ("seed", -1, ["must not be negative"]),
+    ("seed", 2**32, ["at most 4294967295"]),
     ("devices", 0, ["must be greater than 0", "leave it out"]),
     ("data.global_batch_size", 0, ["must be greater than 0", "128"]),
     ("data.prefetch_batches", 0, ["must be greater than 0"]),
@@ -139,6 +140,9 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("schedule.warmup_epochs", -0.5, ["must not be negative"]),
     ("schedule.warmup_steps", -1, ["must not be negative"]),
     ("schedule.decay_factor", 0.0, ["must be greater than 0"]),
+    ("schedule.decay_factor", 10.0, ["at most 1", "0.1 divides"]),
+    ("schedule.epochs", 2**31, ["at most 2147483647"]),
+    ("data.noise.images", 10**23, ["at most 2147483647"]),
     ("schedule.decay_epochs", (10, 10, 16), ["(10, 10, 16)", "increase", "(10, 16, 22)"]),
     ("schedule.decay_epochs", (16, 10), ["(16, 10)", "increase", "(10, 16, 22)"]),
     ("schedule.decay_epochs", (0, 10), ["(0, 10)", "above 0", "(10, 16, 22)"]),
@@ -148,6 +152,7 @@ REFUSED: list[tuple[str, Any, list[str]]] = [
     ("evaluation.every_epochs", -1.0, ["must not be negative"]),
     ("checkpoint.keep", 0, ["must be greater than 0"]),
     ("checkpoint.requeue_exit_code", -1, ["must not be negative"]),
+    ("checkpoint.requeue_exit_code", 256, ["at most 255"]),
     ("checkpoint.deadline_seconds", -1.0, ["must not be negative"]),
     ("logging.every_steps", 0, ["must be greater than 0"]),
     ("logging.watchdog_seconds", -1.0, ["must not be negative"]),

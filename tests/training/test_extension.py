@@ -78,9 +78,10 @@ def test_an_extended_polynomial_run_follows_the_new_schedule(tmp_path, capsys):
 
 
 def begun(workdir: Path, **changes) -> c.Config:
-    """The configuration of a run of which only config.json is there."""
+    """The configuration of a run: config.json, and the note that it saved step 20."""
     stored = config(workdir, **changes)
-    workdir.mkdir()
+    (workdir / "checksums").mkdir(parents=True)
+    (workdir / "checksums" / "20.json").touch()
     (workdir / "config.json").write_text(loading.to_json(stored))
     return stored
 

@@ -14,7 +14,7 @@ import small_network
 from arcface_jax import config as c
 from arcface_jax.data.synthetic import faces
 from arcface_jax.data.synthetic.source import SyntheticSource
-from arcface_jax.errors import ConfigError, DataError, UserError
+from arcface_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from arcface_jax.models import registry
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.train import Outcome, train
@@ -90,6 +90,7 @@ def test_a_resumed_run_returns_the_same_state_which_can_be_trained_further(finis
         ((2, 0), "eval/lfw/auc", {6, 12}, {6, 12}),
         ((3, 4), "eval/lfw/auc", {9, 12}, {9, 12}),
         ((0.01, 0), "", set(range(1, 13)), {12}),
+        ((1e308, 1e308), "", {12}, {12}),
     ],
 )
 def test_steps_to_evaluate_and_save_at(every, best, evaluate_at, save_at):
@@ -102,7 +103,8 @@ def test_steps_to_evaluate_and_save_at(every, best, evaluate_at, save_at):
         per_epoch=3,
     )
     assert (steps.start, steps.total, steps.per_epoch) == (2, 12, 3)
-    assert (steps.evaluate_at, steps.save_at) == (evaluate_at, save_at)
+    assert {step for step in range(13) if steps.evaluates(step)} == evaluate_at
+    assert {step for step in range(13) if steps.saves(step)} == save_at
 
 
 def test_weights_of_pytorch_without_pytorch_are_an_error_with_the_install_command(
@@ -112,6 +114,27 @@ def test_weights_of_pytorch_without_pytorch_are_an_error_with_the_install_comman
     with pytest.raises(ConfigError, match=r"init_from .*backbone\.pth.*arcface-jax\[torch\]"):
         train(config(tmp_path / "run", init_from=str(tmp_path / "backbone.pth")))
     assert not (tmp_path / "run").exists()
+
+
+def test_initial_weights_that_do_not_exist_are_an_error_with_all_that_could_be_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"init_from .*nothing does not exist: .*workdir.*onnx"):
+        train(config(tmp_path / "run", init_from=str(tmp_path / "nothing")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_that_saved_no_checkpoint_does_not_bind_the_next_one(finished, tmp_path):
+    """The refusal names another value of an option: the same workdir has to accept it."""
+    run, _ = finished
+    more = c.replace(run, data__synthetic__identities=5, init_from=run.workdir)
+    first = c.replace(more, workdir=str(tmp_path / "run"), finetune__centers="kept")
+    with pytest.raises(CheckpointError, match=r"use --finetune\.centers class_means or random"):
+        train(first)
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "before/lfw/accuracy": 0.5}\n')
+    outcome = train(c.replace(first, finetune__centers="random"))
+    assert outcome.step == 4 and outcome.results == {}
+    assert saved_runs.restore_backbone(tmp_path / "run")[0].finetune.centers == "random"
+    with pytest.raises(CheckpointError, match="centers: the stored run has 'random'"):
+        train(first)
 
 
 @pytest.mark.slow

@@ -202,6 +202,33 @@ def test_a_warm_up_ends_before_the_run():
         validation.validate_learning(config, steps_per_epoch=9)
 
 
+def test_the_steps_of_a_run_are_counted_in_int32():
+    config = configs.replace(RUNNABLE, schedule=ScheduleConfig(epochs=2**31 - 1))
+    validation.validate_learning(config, steps_per_epoch=1)
+    with pytest.raises(ConfigError, match=r"use at most 214748364 epochs"):
+        validation.validate_learning(config, steps_per_epoch=10)
+
+
+@pytest.mark.parametrize(
+    ("slices", "fix"),
+    [
+        (4, r"use a model\.bn_batch_size of \[2\]"),
+        (8, "each has at least 2 of the 8 images"),
+        (3, "the batch is not a multiple of 3"),
+        (2**31 - 1, "the batch is not a multiple of 2147483647"),
+    ],
+)
+def test_micro_batches_that_do_not_fit_name_what_does(slices: int, fix: str):
+    config = configs.replace(
+        RUNNABLE,
+        data__global_batch_size=8,
+        model__bn_batch_size=8,
+        optimizer__micro_batches=slices,
+    )
+    with pytest.raises(ConfigError, match=fix):
+        validation.validate(config, num_devices=1)
+
+
 def test_a_plug_in_optimizer_is_checked_where_nothing_was_validated():
     config = configs.replace(
         RUNNABLE, model__network="r_tiny", optimizer__kind=f"{__name__}:bare_transformation"
