@@ -148,8 +148,8 @@ def check_metric(name: str, sets: Sequence[PairSet]) -> None:
         known += [f"eval/{pairs.name}/{metric}" for metric in metrics]
     if name not in known:
         raise ConfigError(
-            f"checkpoint.best_metric {name} is not measured in this run: use one of "
-            f"{', '.join(known) or 'a metric of a set in --evaluation.targets'}"
+            f"checkpoint.best_metric {name} is not measured in this run: "
+            + (f"use one of {', '.join(known)}" if known else "name a set in --evaluation.targets")
         )
 
 

@@ -72,6 +72,11 @@ def _by_options(config: DistributedConfig) -> bool:
     """Returns whether the options name several processes."""
     count = config.num_processes
     if count == 1 or (count is None and not config.coordinator and config.process_id is None):
+        if config.local_devices:
+            raise ConfigError(
+                f"distributed.local_devices {config.local_devices} is for one of several processes "
+                "of a host: use --devices N, or choose GPUs by CUDA_VISIBLE_DEVICES"
+            )
         return False
     if count is None or not config.coordinator or config.process_id is None:
         raise ConfigError(
@@ -79,10 +84,18 @@ def _by_options(config: DistributedConfig) -> bool:
             f"set together, got {config.coordinator!r}, {count} and {config.process_id}: set all "
             "three, or none under SLURM, Open MPI or Kubernetes"
         )
-    if count < 1 or not 0 <= config.process_id < count or ":" not in config.coordinator:
+    if count < 1:
+        raise ConfigError(f"distributed.num_processes {count} must be greater than 0")
+    if not 0 <= config.process_id < count:
         raise ConfigError(
             f"distributed.process_id {config.process_id} must be 0 to num_processes - 1 "
-            f"({count - 1}), and distributed.coordinator {config.coordinator!r} must be HOST:PORT"
+            f"({count - 1})"
+        )
+    host, _, port = config.coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(
+            f"distributed.coordinator {config.coordinator!r} must be HOST:PORT, with a port from 1 "
+            "to 65535"
         )
     return True
 

@@ -159,6 +159,10 @@ def find(workdir: Path) -> tuple[Holder, bool] | None:
 
 def cannot_write(workdir: Path, error: OSError) -> CheckpointError:
     """Returns the error for a workdir that the system does not let the run write to."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return CheckpointError(
+            f"--workdir {workdir} is a file, or leads through one: choose another --workdir"
+        )
     fix = FIXES.get(error.errno or 0, "Change its permissions")
     message = f"cannot write to --workdir {workdir}: {error.strerror}. {fix}"
     if complete_steps(workdir):

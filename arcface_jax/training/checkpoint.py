@@ -115,6 +115,13 @@ def _prepare(config: Config) -> None:
         damaged.warn([problem] if problem else [])
         damaged.warn(damaged.set_aside_wrong_kinds(workdir))
         if different:  # an earlier start ended before its first checkpoint
+            names = ", ".join(line.partition(":")[0] for line in different)
+            damaged.warn(
+                [
+                    f"{workdir} was begun with another {names}, and saved no checkpoint: "
+                    "this run starts over in it"
+                ]
+            )
             (workdir / METRICS).unlink(missing_ok=True)
             replace_config(workdir, config)
             return

@@ -78,7 +78,7 @@ def validate_learning(config: Config, *, steps_per_epoch: int) -> None:
 
     Raises:
       ConfigError: the run has too many steps to count, `schedule.warmup_steps` are as many as
-        its steps or more, or BatchNorm would normalize single images.
+        its steps or more, no step would be profiled, or BatchNorm would normalize single images.
     """
     schedule = config.schedule
     total = schedule.epochs * steps_per_epoch
@@ -93,6 +93,11 @@ def validate_learning(config: Config, *, steps_per_epoch: int) -> None:
             f"schedule.warmup_steps {schedule.warmup_steps} must be below the {total} steps of "
             f"this run ({schedule.epochs} epochs of {steps_per_epoch}): use a shorter warm-up or "
             "more --schedule.epochs"
+        )
+    if config.logging.profile_steps[0] > total:
+        raise ConfigError(
+            f"logging.profile_steps {config.logging.profile_steps} are after the last of the "
+            f"{total} steps of this run: name earlier steps"
         )
     _check_single_images(config)
 
@@ -193,6 +198,10 @@ def _check_distill(config: Config) -> None:
                 "--distill.teacher"
             )
         return
+    if head_is_off and distill.weight == 0:
+        raise ConfigError(
+            "distill.weight 0 with --distill.head off leaves no loss: use a weight greater than 0"
+        )
     if config.data.augment.sets and not distill.online:
         raise ConfigError(
             f"data.augment.sets {' '.join(config.data.augment.sets)} changes the images, and the "

@@ -203,17 +203,31 @@ def test_a_process_takes_its_hosts_devices_or_one(cluster, environment, devices)
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "message"),
     [
-        DistributedConfig(coordinator="a:1"),
-        DistributedConfig(num_processes=2),
-        DistributedConfig(process_id=0),
-        DistributedConfig(coordinator="a:1", num_processes=2, process_id=2),
-        DistributedConfig(coordinator="a", num_processes=2, process_id=1),
+        (DistributedConfig(coordinator="a:1"), "must be set together, got 'a:1', None and None"),
+        (DistributedConfig(num_processes=2), "must be set together"),
+        (DistributedConfig(process_id=0), "must be set together"),
+        (
+            DistributedConfig(coordinator="a:1", num_processes=2, process_id=2),
+            r"process_id 2 must be 0 to num_processes - 1 \(1\)$",
+        ),
+        (
+            DistributedConfig(coordinator="a:1", num_processes=-2, process_id=0),
+            "num_processes -2 must be greater than 0$",
+        ),
+        *(
+            (
+                DistributedConfig(coordinator=wrong, num_processes=2, process_id=1),
+                f"^distributed.coordinator '{wrong}' must be HOST:PORT",
+            )
+            for wrong in ("a", "a:", ":1", "a:b", "a:0", "a:99999")
+        ),
+        (DistributedConfig(local_devices=(5,)), r"local_devices \(5,\) is for one of several"),
     ],
 )
-def test_incomplete_options_are_refused(config):
-    with pytest.raises(ConfigError, match=r"distributed\.process_id"):
+def test_incomplete_or_wrong_options_are_refused(config, message):
+    with pytest.raises(ConfigError, match=message):
         launch.join_processes(config)
 
 

@@ -199,6 +199,7 @@ def test_the_teacher_costs_less_than_a_hundredth_of_the_step():
         ({"distill__teacher": "", "distill__compatible": True}, ["--distill.teacher"]),
         ({"data__unlabeled": True}, ["--distill.head off"]),
         ({"distill__compatible": True, "distill__loss": ("relational",)}, ["add cosine"]),
+        ({"distill__head": "off", "distill__weight": 0.0}, ["distill.weight 0", "head off"]),
         ({"distill__head": "off", "distill__loss": ("centers",)}, ["--distill.loss cosine"]),
         ({"distill__loss": ("centers",), "head__subcenters": 2}, ["--head.subcenters 1"]),
         ({"distill__loss": ("centers",), "distill__online": True}, ["--distill.no-online"]),

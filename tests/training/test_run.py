@@ -122,7 +122,7 @@ def test_initial_weights_that_do_not_exist_are_an_error_with_all_that_could_be_n
     assert not (tmp_path / "run").exists()
 
 
-def test_a_start_that_saved_no_checkpoint_does_not_bind_the_next_one(finished, tmp_path):
+def test_a_start_that_saved_no_checkpoint_does_not_bind_the_next_one(finished, tmp_path, capsys):
     """The refusal names another value of an option: the same workdir has to accept it."""
     run, _ = finished
     more = c.replace(run, data__synthetic__identities=5, init_from=run.workdir)
@@ -131,6 +131,7 @@ def test_a_start_that_saved_no_checkpoint_does_not_bind_the_next_one(finished, t
         train(first)
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "before/lfw/accuracy": 0.5}\n')
     outcome = train(c.replace(first, finetune__centers="random"))
+    assert "begun with another finetune.centers, and saved no checkpoint" in capsys.readouterr().err
     assert outcome.step == 4 and outcome.results == {}
     assert saved_runs.restore_backbone(tmp_path / "run")[0].finetune.centers == "random"
     with pytest.raises(CheckpointError, match="centers: the stored run has 'random'"):

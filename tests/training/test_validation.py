@@ -202,6 +202,15 @@ def test_a_warm_up_ends_before_the_run():
         validation.validate_learning(config, steps_per_epoch=9)
 
 
+def test_profiled_steps_are_steps_of_the_run():
+    config = configs.replace(
+        RUNNABLE, schedule=ScheduleConfig(epochs=1), logging__profile_steps=(50, 60)
+    )
+    validation.validate_learning(config, steps_per_epoch=50)
+    with pytest.raises(ConfigError, match=r"profile_steps \(50, 60\) are after the last of the 49"):
+        validation.validate_learning(config, steps_per_epoch=49)
+
+
 def test_the_steps_of_a_run_are_counted_in_int32():
     config = configs.replace(RUNNABLE, schedule=ScheduleConfig(epochs=2**31 - 1))
     validation.validate_learning(config, steps_per_epoch=1)
