@@ -11,9 +11,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
@@ -24,11 +25,15 @@ from arcface_jax.errors import UserError
 from arcface_jax.runtime import tables
 from arcface_jax.runtime.files import write_atomic
 
-Kind = Literal["tests", "step", "head", "reference"]
+Kind = Literal["tests", "step", "head", "forms", "reference"]
 GB = 1e9
 _CUBLAS = "--xla_gpu_enable_triton_gemm=false"
 # How far a process may overrun before it is killed and its item counts as failed.
-_LIMITS = {"tests": 420, "step": 300, "head": 150, "reference": 300}
+_LIMITS = {"tests": 300, "step": 300, "head": 150, "forms": 240, "reference": 300}
+# Kernels of each program in the table; gpu.json has more.
+_SHOWN = 8
+# Tests compile more than they compute; each of these processes takes its share of the GPU's memory.
+_TEST_PROCESSES = 4
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,6 @@ class Item(NamedTuple):
     batch: int = 128
     """Batch size over all devices."""
     devices: int = 1
-    block_size: int = 0
-    """Classes in a block of the head; 0 is the default."""
     xla_flags: str = ""
     """Flags appended to XLA_FLAGS."""
     trace: bool = False
@@ -76,17 +79,9 @@ _REAL = (
     Item("r100, 250 k ids", "step", "r100", 250_000, 128, trace=True),
     Item("head, 1.25 M ids", "head", "", 1_250_000, 1024, trace=True),
     *(
-        Item(
-            f"head, {classes // 1000} k ids, block {block}, {product}",
-            "head",
-            classes=classes,
-            batch=batch,
-            block_size=block,
-            xla_flags=flags,
-        )
-        for classes, batch in ((1_000_000, 128), (1_250_000, 1024))
+        Item(f"head, {ids} ids, {product}", "forms", "", classes, batch, xla_flags=flags)
+        for ids, classes, batch in (("1 M", 1_000_000, 128), ("1.25 M", 1_250_000, 1024))
         for product, flags in (("Triton or cuBLAS", ""), ("cuBLAS", _CUBLAS))
-        for block in (2048, 8192, 16384)
     ),
     Item("arcface_torch, r50, 1 M ids", "reference", "r50", 1_000_000, 128),
     Item("r50, 10 M ids", "step", "r50", 10_000_000, 128),
@@ -124,7 +119,10 @@ def run(arguments: Gpu) -> dict[str, Any]:
     asked = items(arguments.sizes)
     folder = arguments.output / "items"
     folder.mkdir(parents=True, exist_ok=True)
-    answers = {item.name: _read(folder / _file(item), item, arguments.again) for item in asked}
+    answers = {
+        item.name: _read(folder / f"{file_name(item)}.json", item, arguments.again)
+        for item in asked
+    }
     left = []
     for item in asked:
         if answers[item.name]:
@@ -139,12 +137,12 @@ def run(arguments: Gpu) -> dict[str, Any]:
             continue
         answer = _ask(item, arguments, limit=min(_LIMITS[item.kind], max(remaining, 60)))
         answers[item.name] = answer
-        write_atomic(folder / _file(item), json.dumps(answer, indent=2) + "\n")
+        write_atomic(folder / f"{file_name(item)}.json", json.dumps(answer, indent=2) + "\n")
         print(f"{item.name}: {_summary(answer)}", flush=True)
     report = {"machine": machine, "answers": {k: v for k, v in answers.items() if v}, "left": left}
     write_atomic(arguments.output / "gpu.json", json.dumps(report, indent=2) + "\n")
     shown = _tables(asked, report)
-    console = Console(width=max(112, Console().width))
+    console = Console(width=max(132, Console().width))
     for table in shown:
         console.print(table)
     write_atomic(arguments.output / "gpu.md", _page(machine, shown))
@@ -179,8 +177,16 @@ def _reason_to_leave_out(item: Item, arguments: Gpu, machine: dict[str, Any]) ->
 def _ask(item: Item, arguments: Gpu, *, limit: float) -> dict[str, Any]:
     """Measures one item, and returns the result or {"failed": reason}."""
     if item.kind == "tests":
-        words = ["-m", "pytest", "-m", "gpu", "-q", "-n", "0", "-p", "no:cacheprovider"]
-        done = _process([*words, "tests/gpu"], limit=limit, last_line=_pytest_line)
+        words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+        done = _process(
+            [*words, "-n", str(_TEST_PROCESSES), "--dist", "load"],
+            limit=limit,
+            last_line=_pytest_line,
+            environment={
+                "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / _TEST_PROCESSES:.2f}",
+                "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),  # else tests/conftest.py chooses
+            },
+        )
     elif item.kind == "reference":
         words = ["-m", "benchmarks.reference_step", str(arguments.reference)]
         sizes = {"network": item.network, "batch": item.batch, "classes": item.classes}
@@ -188,10 +194,12 @@ def _ask(item: Item, arguments: Gpu, *, limit: float) -> dict[str, Any]:
         done = _process(words, limit=limit)
     else:
         done = _process(
-            ["-m", "benchmarks.gpu_item"],
+            ["-m", "benchmarks.gpu_item", str(arguments.output.absolute() / "programs")],
             limit=limit,
             given=json.dumps(item._asdict()),
-            xla_flags=item.xla_flags,
+            environment={
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {item.xla_flags}".strip()
+            },
         )
     return {"failed": done} if isinstance(done, str) else done
 
@@ -205,21 +213,17 @@ def _process(
     *,
     limit: float,
     given: str = "",
-    xla_flags: str = "",
+    environment: Mapping[str, str] = MappingProxyType({}),
     last_line: Callable[[str], dict[str, Any]] = json.loads,
 ) -> dict[str, Any] | str:
     """Runs Python; returns the content of its last line, or a line with the reason for failure."""
     root = Path(__file__).parents[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip(),
-    }
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     try:
         done = subprocess.run(
             [sys.executable, *words],
             cwd=root,
-            env=environment,
+            env={**os.environ, "PYTHONPATH": path, **environment},
             input=given,
             capture_output=True,
             text=True,
@@ -233,8 +237,9 @@ def _process(
     return last_line(done.stdout.strip().splitlines()[-1])
 
 
-def _file(item: Item) -> str:
-    return item.name.replace(",", "").replace(" ", "_") + ".json"
+def file_name(item: Item) -> str:
+    """Returns the item's name as the name of a file, without a suffix."""
+    return item.name.replace(",", "").replace(" ", "_")
 
 
 def _read(path: Path, item: Item, again: tuple[str, ...]) -> dict[str, Any]:
@@ -250,13 +255,18 @@ def _summary(answer: dict[str, Any]) -> str:
     for key in ("failed", "outcome"):
         if key in answer:
             return f"{key}: {answer[key]}"
+    if "forms" in answer:
+        return ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in answer["forms"].items())
     return f"{1000 * answer['seconds']:.1f} ms"
 
 
 def _tables(asked: list[Item], report: dict[str, Any]) -> list[Table]:
-    """Makes tables of time and memory, of time by kind of kernel, and of items without results."""
+    """Makes tables of time and memory, of time by kind of kernel, of the longest kernels, of the
+    head's forms, and of items without results.
+    """
     answers: dict[str, dict[str, Any]] = report["answers"]
-    heads = ["ms", "images/s", "peak GB", "compiled GB", "temporary GB", "kernels", "busy"]
+    heads = ["ms", "modeled ms", "images/s", "peak GB", "compiled GB", "temporary GB"]
+    heads += ["traffic GB", "kernels", "busy"]
     times = tables.new("time and memory of a step", heads, names=["program"])
     for item in asked:
         found = answers.get(item.name, {})
@@ -269,12 +279,22 @@ def _tables(asked: list[Item], report: dict[str, Any]) -> list[Table]:
         if "share_of_time" in answer:
             share = answer["share_of_time"]
             profile.add_row(name, *(f"{share.get(kind, 0):.1%}" for kind in kinds))
+    compared = {name: answer["forms"] for name, answer in answers.items() if "forms" in answer}
+    columns = list(dict.fromkeys(form for found in compared.values() for form in found))
+    forms = tables.new("ms of the head by form and block size", columns, names=["program"])
+    for name, found in compared.items():
+        forms.add_row(name, *(f"{1000 * found[form]:.2f}" for form in columns))
+    longest = tables.new("longest kernels", ["runs", "ms"], names=["program", "kernel", "part"])
+    for name, answer in answers.items():
+        for kernel in answer.get("longest_kernels", [])[:_SHOWN]:
+            row = (kernel["name"][:60], kernel["part"], f"{kernel['runs']:.0f}")
+            longest.add_row(name, *row, f"{1000 * kernel['seconds']:.2f}")
     others = tables.new("other answers", [], names=["item", "answer"])
     for name, answer in answers.items():
         words = next((answer[k] for k in ("outcome", "failed", "left_out") if k in answer), None)
         if words:
             others.add_row(name, words)
-    return [table for table in (times, profile, others) if table.row_count]
+    return [table for table in (times, profile, longest, forms, others) if table.row_count]
 
 
 def _most(shares: list[dict[str, float]], kind: str) -> float:
@@ -288,8 +308,9 @@ def _cells(found: dict[str, Any], item: Item) -> list[str]:
     images = "" if item.kind == "head" else f"{item.batch / found['seconds']:.0f}"
     kernels = "" if found.get("kernels") is None else f"{found['kernels']:.0f}"
     busy = "" if found.get("busy") is None else f"{found['busy']:.0%}"
-    memory = [gigabytes(f"{name}_bytes") for name in ("peak", "compiled", "temporary")]
-    return [f"{1000 * found['seconds']:.2f}", images, *memory, kernels, busy]
+    memory = [gigabytes(f"{name}_bytes") for name in ("peak", "compiled", "temporary", "hbm")]
+    modeled = f"{1000 * found['modeled_seconds']:.2f}" if "modeled_seconds" in found else ""
+    return [f"{1000 * found['seconds']:.2f}", modeled, images, *memory, kernels, busy]
 
 
 def _page(machine: dict[str, Any], shown: list[Table]) -> str:

@@ -1,70 +1,97 @@
-"""Measure one item of `python -m benchmarks gpu`: JSON on standard input, the result printed."""
+"""Measure one item of `python -m benchmarks gpu`: JSON on standard input, the result printed.
 
+The argument is a folder: profiled programs leave their text and their trace there.
+"""
+
+import gzip
 import json
 import re
+import shutil
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from arcface_jax import config as configs
-from arcface_jax.machine import timing
+from arcface_jax.machine import gpu, hlo, roofline, timing
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import optim, step
 from benchmarks import head
-from benchmarks.gpu import Item
+from benchmarks.gpu import Item, file_name
 from benchmarks.step import Case, draw_batch, make_config
 
 # Timed steps, dispatched together as in training.
 _STEPS, _TRACED = 20, 3
+# Kernels listed by name, those with the most time.
+_LISTED = 40
+# Blocks and forms of the head that are compared.
+_FORMS = (
+    ("scaled", 8192),
+    ("powers", 8192),
+    ("unit", 8192),
+    ("scaled", 2048),
+    ("scaled", 16384),
+    ("powers", 16384),
+)
 
 # The first match in the name of a CUDA kernel or XLA operation determines the kind.
 _KINDS = {
     "collectives": r"nccl|all[-_]?(reduce|gather)|reduce[-_]?scatter",
-    "attention": r"fmha|flash|attention",
-    "convolutions": r"conv|cudnn|wgrad|dgrad|fprop|xmma_implicit",
+    "attention": r"fmha|flash|sdpa|attention",
+    "convolutions": r"conv(?!ert)|cudnn|wgrad|dgrad|fprop|xmma_implicit",
     "matrix products": r"gemm|cutlass|nvjet|cublas|\bdot|ynn",
-    "copies": r"memcpy|memset|copy|transpose",
+    "copies": r"memcpy|memset|copy|transpose|nhwc|nchw",
     "reductions": r"reduce",
     "elementwise": r"fusion|loop|wrapped|add|multiply|select|broadcast|slice|convert",
 }
 
 
-def measure(item: Item) -> dict[str, Any]:
+def measure(item: Item, folder: Path) -> dict[str, Any]:
     """Measures a step's time and memory and, if requested, the share of time by kind of kernel."""
     meshes.ask_for_cpu_devices(item.devices)
+    if item.kind == "forms":
+        return {"forms": dict(_forms(item)), **timing.machine()}
     run, compiled, seconds_to_compile = (_head if item.kind == "head" else _step)(item)
     memory = compiled.memory_analysis()
-    out = jax.block_until_ready(run())
-    begin = time.perf_counter()
-    for _ in range(_STEPS):
-        out = run()
-    jax.block_until_ready(out)
+    seconds = _seconds(run)
     stats = jax.devices()[0].memory_stats() or {}
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
-        "seconds": (time.perf_counter() - begin) / _STEPS,
+        "seconds": seconds,
         "compile_seconds": seconds_to_compile,
         "temporary_bytes": memory.temp_size_in_bytes,
         "compiled_bytes": sizes - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "limit_bytes": stats.get("bytes_limit"),
         **timing.machine(),
-        **(_trace(run) if item.trace else {}),
+        **(_profile(run, compiled.as_text(), item, folder) if item.trace else {}),
     }
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    """Measures the mean of steps dispatched together, after two others."""
+    run()
+    jax.block_until_ready(run())
+    begin = time.perf_counter()
+    jax.block_until_ready([run() for _ in range(_STEPS)])
+    return (time.perf_counter() - begin) / _STEPS
+
+
+def _forms(item: Item) -> Iterator[tuple[str, float]]:
+    """Yields names and seconds of the head's forms."""
+    for form, block_size in _FORMS:
+        run, _, _ = _head(item, block_form=form, block_size=block_size)
+        yield f"{form} {block_size:,}", _seconds(run)
 
 
 def _step(item: Item) -> tuple[Callable[[], Any], Any, float]:
     """Makes the train step in bfloat16, which passes its state on."""
     case: Any = Case(item.network, item.batch, item.classes, item.devices, "bfloat16")  # pyright: ignore[reportArgumentType]  # names come from items()
     config = make_config(case)
-    if item.block_size:
-        config = configs.replace(config, head__block_size=item.block_size)
     mesh = meshes.make(item.devices)
     batch = meshes.to_devices(draw_batch(case), mesh)
     state = step.init_state(config, num_classes=case.classes, mesh=mesh)
@@ -85,37 +112,71 @@ def _step(item: Item) -> tuple[Callable[[], Any], Any, float]:
     return run, compiled, seconds
 
 
-def _head(item: Item) -> tuple[Callable[[], Any], Any, float]:
-    """Makes the head's step on random embeddings."""
-    case = head.Case(item.classes, item.batch, item.devices, dtype="bfloat16")
-    if item.block_size:
-        case = case._replace(block_size=item.block_size)
+def _head(item: Item, **form: Any) -> tuple[Callable[[], Any], Any, float]:
+    """Makes the head's step on random embeddings, in the automatic form or a given one."""
+    case = head.Case(item.classes, item.batch, item.devices, dtype="bfloat16", **form)
     begin = time.perf_counter()
     method = head.compile_method("blocked", case)
     seconds = time.perf_counter() - begin
     return head.stepper("blocked", method, case), method.run, seconds
 
 
-def _trace(run: Callable[[], Any]) -> dict[str, Any]:
-    """Profiles a step: its kernels, the busy share of time, and each kind's share of it."""
-    with tempfile.TemporaryDirectory() as folder:
+def _profile(run: Callable[[], Any], text: str, item: Item, folder: Path) -> dict[str, Any]:
+    """Profiles a step: its kernels, the busy share of time, each kind's share of it, and the
+    longest kernels; and models its time.
+
+    `folder` gets `NAME.txt.gz`, the scheduled program, and `NAME.xplane.pb`, the profile.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(folder / f"{file_name(item)}.txt.gz", "wt") as file:
+        file.write(text)
+    with tempfile.TemporaryDirectory() as temporary:
         out, begin = None, time.perf_counter()
-        with jax.profiler.trace(folder):
+        with jax.profiler.trace(temporary):
             for _ in range(_TRACED):
                 out = run()
             jax.block_until_ready(out)
             seconds = time.perf_counter() - begin
-        (path,) = Path(folder).rglob("*.xplane.pb")
+        (path,) = Path(temporary).rglob("*.xplane.pb")
         kernels = _kernels(jax.profiler.ProfileData.from_file(str(path)))
-    total = defaultdict(float)
+        shutil.copy(path, folder / f"{file_name(item)}.xplane.pb")
+    total, by_name = defaultdict(float), defaultdict(list)
     for name, nanoseconds in kernels:
         total[kind(name)] += nanoseconds
+        by_name[name].append(nanoseconds)
     busy = sum(total.values())
+    longest = sorted(by_name, key=lambda name: -sum(by_name[name]))[:_LISTED]
+    module = hlo.parse(text) if jax.default_backend() == "gpu" else None
+    parts = (
+        {k.name.replace(".", "_").replace("-", "_"): k.part for k in module.kernels}
+        if module
+        else {}
+    )
     return {
         "kernels": len(kernels) / _TRACED,
         "busy": 1e-9 * busy / seconds,
         "share_of_time": {name: value / busy for name, value in total.items()} if busy else {},
+        "longest_kernels": [
+            {
+                "name": name,
+                "part": parts.get(name, ""),
+                "runs": len(by_name[name]) / _TRACED,
+                "seconds": 1e-9 * sum(by_name[name]) / _TRACED,
+            }
+            for name in longest
+        ],
+        **(_modeled(module, item.devices) if module else {}),
     }
+
+
+def _modeled(module: hlo.Module, devices: int) -> dict[str, float]:
+    """Returns the program's traffic and, for the GPUs that are known, its modeled time."""
+    found: dict[str, float] = {"hbm_bytes": module.total.bytes}
+    name = gpu.name_of(jax.devices()[0].device_kind)
+    if name is not None:
+        assumed = roofline.assume(name, devices=devices)
+        found["modeled_seconds"] = roofline.estimate(module, assumed, devices=devices).seconds
+    return found
 
 
 def _kernels(profile: Any) -> list[tuple[str, float]]:
@@ -143,4 +204,4 @@ def kind(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Item(**json.load(sys.stdin)))))
+    print(json.dumps(measure(Item(**json.load(sys.stdin)), Path(sys.argv[1]))))

@@ -41,6 +41,7 @@ class Case(NamedTuple):
     """Length of the embedding."""
     dtype: Dtype = "float32"
     block_size: int = 0
+    block_form: Literal["automatic", "unit", "scaled", "powers"] = "automatic"
     optimizer: Literal["sgd", "adamw"] = "sgd"
 
 
@@ -208,6 +209,7 @@ def _sharded(name: str, case: Case, mesh: Mesh) -> Callable:
         dtype=case.dtype,
         sample_rate=rate,
         block_size=case.block_size,
+        block_form=case.block_form,
     )
 
     def step(embeddings, labels, rows, moments, step):
