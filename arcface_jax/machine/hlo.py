@@ -310,7 +310,8 @@ def _instruction(name: str, rest: str, *, is_root: bool) -> Instruction:
     arguments = rest[opening + 1 : closing]
     operands = tuple(_OPERAND.findall(arguments))
     attributes = rest[closing + 1 :]
-    op = rest[:opening]
+    # JAX 0.11's XLA starts some fusions asynchronously; they are kernels like the others.
+    op = rest[:opening].replace("fusion-start", "fusion")
     return Instruction(name, op, shapes(kind), operands, attributes, is_root, arguments)
 
 
@@ -501,7 +502,14 @@ def _traffic(
         return update, update
     if found.op == "copy-start":
         return operands[0], operands[0]
-    return sum(operands), found.bytes
+    return sum(operands), found.bytes - _workspace(found)
+
+
+def _workspace(found: Instruction) -> int:
+    """Returns the size of the scratch memory that a library call lists as its last result."""
+    last = found.shapes[-1] if len(found.shapes) > 1 else None
+    scratch = found.op == "custom-call" and last is not None and last.dtype in ("s8", "u8")
+    return last.bytes if scratch and last and len(last.dims) == 1 else 0
 
 
 def _lists_operands(found: Instruction, operands: list[int]) -> bool:

@@ -134,6 +134,38 @@ def test_generic_asynchronous_instructions_are_what_they_call():
     assert module.kernels[1].bytes == 2 * 80 * F32
 
 
+def test_an_asynchronous_fusion_reads_what_it_slices():
+    """As JAX 0.11.2's XLA wrote it for an H100."""
+    module = by_hand(
+        "  %stack = bf16[24,384,512]{2,1,0} parameter(0)\n"
+        "  %place = s32[] parameter(1)\n"
+        "  %fusion-start.2 = ((bf16[24,384,512]{2,1,0}, s32[]), bf16[1,384,512]{2,1,0}, u32[]) "
+        "fusion-start(%stack, %place), kind=kLoop, calls=%taken\n"
+        "  ROOT %fusion-done.2 = bf16[1,384,512]{2,1,0} fusion-done(%fusion-start.2)",
+        others="%taken (p0: bf16[24,384,512], p1: s32[]) -> bf16[1,384,512] {\n"
+        "  %p0 = bf16[24,384,512]{2,1,0} parameter(0)\n"
+        "  %p1 = s32[] parameter(1)\n"
+        "  %zero = s32[] constant(0)\n"
+        "  ROOT %slice = bf16[1,384,512]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), "
+        "dynamic_slice_sizes={1,384,512}\n}\n",
+    )
+    (kernel,) = module.kernels
+    assert kernel.kind == "fusion"
+    assert (kernel.read, kernel.written) == (384 * 512 * BF16 + 4, 384 * 512 * BF16)
+
+
+def test_the_workspace_of_a_library_call_is_no_traffic():
+    module = by_hand(
+        "  %a = bf16[128,512]{1,0} parameter(0)\n"
+        "  %b = bf16[512,256]{1,0} parameter(1)\n"
+        "  ROOT %custom-call.1 = (f32[128,256]{1,0}, s8[33554432]{0}) custom-call(%a, %b), "
+        'custom_call_target="__cublas$lt$matmul"'
+    )
+    (kernel,) = module.kernels
+    assert kernel.kind == "gemm"
+    assert (kernel.read, kernel.written) == ((128 + 256) * 512 * BF16, 128 * 256 * F32)
+
+
 def test_slices_of_one_operand_are_added_and_the_same_slice_is_read_once():
     fused = """%fused (p: f32[1000]) -> (f32[10], f32[20]) {
   %p = f32[1000]{0} parameter(0)
