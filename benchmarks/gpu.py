@@ -177,9 +177,9 @@ def _reason_to_leave_out(item: Item, arguments: Gpu, machine: dict[str, Any]) ->
 def _ask(item: Item, arguments: Gpu, *, limit: float) -> dict[str, Any]:
     """Measures one item, and returns the result or {"failed": reason}."""
     if item.kind == "tests":
-        words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+        words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
         done = _process(
-            [*words, "-n", str(_TEST_PROCESSES), "--dist", "load"],
+            [*words, "tests/gpu", "-n", str(_TEST_PROCESSES), "--dist", "load"],
             limit=limit,
             last_line=_pytest_line,
             environment={

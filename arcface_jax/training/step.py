@@ -524,13 +524,15 @@ def make_embed(
     """Makes (params, batch_stats, uint8 images (B, 112, 112, 3)) -> (B, D) float32 for inference.
 
     In training mode BatchNorm uses the statistics of these images, and dropout and similar layers
-    are active, with the same random numbers at each call.
+    are active, with the same random numbers at each call. Float32 products stay float32: recent
+    GPUs would round their operands to TF32, and embeddings would depend on the machine.
     """
     train = mode == "training"
 
     def embed(params: Arrays, batch_stats: Arrays, images: jax.Array) -> jax.Array:
-        x = preprocess.normalize(images)
-        keys = jax.random.split(jax.random.key(0), len(x)) if train else None
-        return network.apply(params, batch_stats, x, train=train, keys=keys)[0]
+        with jax.default_matmul_precision("highest"):
+            x = preprocess.normalize(images)
+            keys = jax.random.split(jax.random.key(0), len(x)) if train else None
+            return network.apply(params, batch_stats, x, train=train, keys=keys)[0]
 
     return jax.jit(embed)

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from arcface_jax.models import vit
+from arcface_jax.models import registry, vit
 from arcface_jax.models.layers import BatchNorm
 from arcface_jax.runtime import devices as meshes
+from arcface_jax.training import optim, step
+from benchmarks import head
 from benchmarks import step as benchmark
 from benchmarks.step import Case
 
@@ -95,3 +97,72 @@ def test_batch_norm_in_one_pass_keeps_the_variance():
     norm(x, train=True)
     exact = np.asarray(x, np.float64).var((0, 1, 2), ddof=1)
     np.testing.assert_allclose(norm.var[...], exact, rtol=2e-6)
+
+
+def on_the_cpu() -> jax.sharding.Mesh:
+    """A mesh of one CPU, beside the GPU."""
+    return jax.make_mesh(
+        (1,), (meshes.AXIS,), (jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:1]
+    )
+
+
+@pytest.mark.parametrize("network", ["r18", "mbf", "vit_t", "edgeface_xs"])
+def test_float32_embeddings_are_those_of_a_cpu(network):
+    """Exports are checked to 1e-4 against torch on the CPU; TF32 would miss that."""
+    backbone = registry.build(network)
+    params, batch_stats = backbone.init(0)
+    images = np.random.default_rng(0).integers(0, 256, (8, 112, 112, 3), dtype=np.uint8)
+    embed = step.make_embed(backbone)
+    ours, theirs = (
+        np.asarray(embed(*jax.device_put((params, batch_stats, images), device)))
+        for device in (jax.devices()[0], jax.devices("cpu")[0])
+    )
+    error = np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
+    assert error.max() < 1e-5
+
+
+def test_float32_steps_are_those_of_a_cpu():
+    """With the forms for GPUs: packed parameters, the head's blocks of 8,192 classes."""
+    case = Case("r18", 16, 20_000, 1, "float32")
+    config = benchmark.make_config(case)
+    schedule = optim.make_schedule(config.schedule, base_rate=0.1, steps_per_epoch=100)
+    found = []
+    with jax.default_matmul_precision("highest"):
+        for mesh in (meshes.make(1), on_the_cpu()):
+            state = step.init_state(config, num_classes=case.classes, mesh=mesh)
+            run = step.make_train_step(
+                config, num_classes=case.classes, schedule=schedule, mesh=mesh
+            )
+            batch = meshes.to_devices(benchmark.draw_batch(case), mesh)
+            losses = []
+            for _ in range(3):
+                state, metrics = run(state, batch)
+                losses.append(float(metrics["train/loss"]))
+            packing = step.make_packing(config, mesh)
+            found.append((losses, np.asarray(packing.unpack(state).params["fc.kernel"])))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-4)
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [128, 1024])
+@pytest.mark.parametrize("form", ["unit", "scaled", "powers"])
+def test_the_heads_forms_compute_the_same(batch, form):
+    """In bfloat16, with whatever the autotuner chose for their products, against float32."""
+    rng = np.random.default_rng(0)
+    classes, size = 100_000, 512
+    embeddings = rng.normal(size=(batch, size)).astype(np.float32)
+    labels = rng.integers(0, classes, batch, dtype=np.int32)
+    rows = rng.normal(size=(classes, size)).astype(np.float32)
+
+    def one_step(**options):
+        case = head.Case(classes, batch, 1, **options)
+        moments = {"momentum": jnp.zeros_like(rows)}
+        given = jax.device_put((embeddings, labels, rows, moments, np.int32(0)))
+        loss, d_embeddings, _, moments = head.compile_method("blocked", case).run(*given)
+        return float(loss), np.asarray(d_embeddings), np.asarray(moments["momentum"])
+
+    exact = one_step(dtype="float32", block_form="unit")
+    found = one_step(dtype="bfloat16", block_form=form)
+    assert found[0] == pytest.approx(exact[0], rel=1e-3)
+    for ours, theirs in zip(found[1:], exact[1:], strict=True):
+        assert np.linalg.norm(ours - theirs) < 2e-2 * np.linalg.norm(theirs)

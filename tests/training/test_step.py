@@ -8,6 +8,7 @@ import small_network
 from arcface_jax import config as configs
 from arcface_jax.config import Config
 from arcface_jax.data.synthetic.faces import draw_face
+from arcface_jax.models import registry
 from arcface_jax.runtime import devices as meshes
 from arcface_jax.training import optim, step
 
@@ -122,3 +123,19 @@ def test_gradients_are_reduced_in_few_all_reduces(batch):
     text = run.lower(state, meshes.to_devices(batch, mesh)).compile().as_text()
     assert text.count(" all-reduce(") <= 5
     assert text.count(" all-gather(") <= 2  # embeddings and labels
+
+
+@pytest.mark.parametrize("network", ["r_tiny", "vit_t", "edgeface_xs"])
+@pytest.mark.parametrize("mode", ["evaluation", "training"])
+def test_embedding_keeps_float32_products_in_float32(network, mode):
+    """A GPU would round their operands to TF32 and miss the bound of every export."""
+    backbone = registry.build(network)
+    weights = jax.eval_shape(lambda: backbone.init(0))
+    images = jax.ShapeDtypeStruct((2, 112, 112, 3), np.uint8)
+    text = step.make_embed(backbone, mode=mode).lower(*weights, images).as_text()
+    products = [
+        x for x in text.splitlines() if "stablehlo.dot_general" in x or ".convolution(" in x
+    ]
+    assert len(products) > 8
+    for line in products:
+        assert line.count("HIGHEST") == 2, line
