@@ -1,22 +1,23 @@
 """Settings of the head that depend on the machine, resolved once at start.
 
-Chosen by reading the programs that XLA compiles for an H100 (docs/gpu.md) and by timing on CPUs.
+Chosen by timing on an H100 (docs/gpu.md) and on CPUs.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from arcface_jax.config import HeadConfig
 from arcface_jax.errors import ConfigError
 from arcface_jax.heads import margins
 from arcface_jax.runtime.devices import GPU_PLATFORMS
 
-# On a GPU every block is a dozen kernels: 8,192 classes make them long enough, and a block's
-# operands still fit into the L2 cache. On a CPU 2,048 classes are enough.
-_BLOCK_SIZE = {True: 8192, False: 2048}
+# On a GPU every block is a dozen kernels: large blocks make them long enough, as long as the L2
+# cache holds a block's operands. Small batches, which leave most of the cache to the centers, are
+# faster with twice as many.
+_BLOCK_SIZE = {"gpu": 8192, "gpu, small batch": 16_384, "cpu": 2048}
 
 # Up to this batch, the block's rows are most of the traffic; above it, the (B, n) products.
-_SMALL_BATCH = 512
+_SMALL_BATCH = 384
 
 # A block's products with a tile of the batch have at most this many bytes of float32.
 _TILE_BYTES = 64 * 2**20
@@ -35,10 +36,9 @@ def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
     """
     gpu = platform in GPU_PLATFORMS
     changes: dict[str, Any] = {}
-    if head.block_size == 0:
-        changes["block_size"] = _BLOCK_SIZE[gpu]
-    if head.block_form == "automatic":
-        changes["block_form"] = _form(head, gpu=gpu, batch=batch)
+    form = head.block_form
+    if form == "automatic":
+        form = changes["block_form"] = _form(head, gpu=gpu, batch=batch)
     elif head.block_form == "powers" and not _keeps_cosines(head):
         raise ConfigError(
             "head.block_form powers needs head.dtype bfloat16 or float32, one center per class and "
@@ -50,6 +50,10 @@ def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
             "head.block_form scaled needs head.dtype bfloat16 or float32, got float16, in which "
             "gradients divided by the length of a short center overflow: use automatic"
         )
+    if head.block_size == 0:
+        small = form == "scaled" and batch <= _SMALL_BATCH and head.subcenters == 1
+        where = "cpu" if not gpu else "gpu, small batch" if small else "gpu"
+        changes["block_size"] = _BLOCK_SIZE[where]
     return replace(head, **changes)
 
 
@@ -61,7 +65,7 @@ def tiles(head: HeadConfig, *, batch: int, devices: int) -> int:
     return next((count for count in counts if batch // count <= largest), each)
 
 
-def _form(head: HeadConfig, *, gpu: bool, batch: int) -> str:
+def _form(head: HeadConfig, *, gpu: bool, batch: int) -> Literal["unit", "scaled", "powers"]:
     if not gpu or head.dtype != "bfloat16":
         return "unit"
     return "powers" if batch > _SMALL_BATCH and _keeps_cosines(head) else "scaled"
