@@ -98,8 +98,15 @@ def measure(arguments: Head) -> list[Measurement]:
     for classes in arguments.classes:
         for batch in arguments.batches:
             for devices in arguments.devices:
-                settings = (arguments.dtype, arguments.block_size, arguments.optimizer)
-                case = Case(classes, batch, devices, arguments.size, *settings)
+                case = Case(
+                    classes,
+                    batch,
+                    devices,
+                    arguments.size,
+                    dtype=arguments.dtype,
+                    block_size=arguments.block_size,
+                    optimizer=arguments.optimizer,
+                )
                 ours = head.measure(case, methods=arguments.methods, repeats=arguments.repeats)
                 rows += head.beside_dense([*ours, *reference(arguments, case)])
                 print(f"measured {classes:,} classes, batch {batch}, {devices} devices", flush=True)

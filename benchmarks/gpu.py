@@ -284,6 +284,12 @@ def _tables(asked: list[Item], report: dict[str, Any]) -> list[Table]:
     forms = tables.new("ms of the head by form and block size", columns, names=["program"])
     for name, found in compared.items():
         forms.add_row(name, *(f"{1000 * found[form]:.2f}" for form in columns))
+    split = {name: answer.get("seconds_by_part") for name, answer in answers.items()}
+    named = dict.fromkeys(part for found in split.values() if found for part in found)
+    by_part = tables.new("ms of a step by part", list(named), names=["program"])
+    for name, found in split.items():
+        if found:
+            by_part.add_row(name, *(f"{1000 * found.get(part, 0):.2f}" for part in named))
     longest = tables.new("longest kernels", ["runs", "ms"], names=["program", "kernel", "part"])
     for name, answer in answers.items():
         for kernel in answer.get("longest_kernels", [])[:_SHOWN]:
@@ -294,7 +300,7 @@ def _tables(asked: list[Item], report: dict[str, Any]) -> list[Table]:
         words = next((answer[k] for k in ("outcome", "failed", "left_out") if k in answer), None)
         if words:
             others.add_row(name, words)
-    return [table for table in (times, profile, longest, forms, others) if table.row_count]
+    return [table for table in (times, profile, by_part, longest, forms, others) if table.row_count]
 
 
 def _most(shares: list[dict[str, float]], kind: str) -> float:

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -140,33 +140,44 @@ def _profile(run: Callable[[], Any], text: str, item: Item, folder: Path) -> dic
         (path,) = Path(temporary).rglob("*.xplane.pb")
         kernels = _kernels(jax.profiler.ProfileData.from_file(str(path)))
         shutil.copy(path, folder / f"{file_name(item)}.xplane.pb")
-    total, by_name = defaultdict(float), defaultdict(list)
-    for name, nanoseconds in kernels:
-        total[kind(name)] += nanoseconds
-        by_name[name].append(nanoseconds)
-    busy = sum(total.values())
-    longest = sorted(by_name, key=lambda name: -sum(by_name[name]))[:_LISTED]
+    busy = sum(kernel.nanoseconds for kernel in kernels)
     module = hlo.parse(text) if jax.default_backend() == "gpu" else None
-    parts = (
-        {k.name.replace(".", "_").replace("-", "_"): k.part for k in module.kernels}
-        if module
-        else {}
-    )
+    parts = _parts(module) if module else {}
+    kinds, by_part, by_name = defaultdict(float), defaultdict(float), defaultdict(list)
+    for kernel in kernels:
+        kinds[kind(kernel.name)] += kernel.nanoseconds
+        by_part[_part(kernel, parts)] += kernel.nanoseconds
+        by_name[kernel.name].append(kernel)
+    longest = sorted(by_name.values(), key=lambda runs: -sum(x.nanoseconds for x in runs))
     return {
         "kernels": len(kernels) / _TRACED,
         "busy": 1e-9 * busy / seconds,
-        "share_of_time": {name: value / busy for name, value in total.items()} if busy else {},
+        "share_of_time": {name: value / busy for name, value in kinds.items()} if busy else {},
+        "seconds_by_part": {name: 1e-9 * ns / _TRACED for name, ns in by_part.items()},
         "longest_kernels": [
             {
-                "name": name,
-                "part": parts.get(name, ""),
-                "runs": len(by_name[name]) / _TRACED,
-                "seconds": 1e-9 * sum(by_name[name]) / _TRACED,
+                "name": runs[0].name,
+                "part": _part(runs[0], parts),
+                "runs": len(runs) / _TRACED,
+                "seconds": 1e-9 * sum(kernel.nanoseconds for kernel in runs) / _TRACED,
             }
-            for name in longest
+            for runs in longest[:_LISTED]
         ],
         **(_modeled(module, item.devices) if module else {}),
     }
+
+
+def _parts(module: hlo.Module) -> dict[str, str]:
+    """Returns the part of the step of each instruction, by the name of its kernel."""
+    return {re.sub(r"\W", "_", kernel.name): kernel.part for kernel in module.kernels}
+
+
+def _part(kernel: "Ran", parts: dict[str, str]) -> str:
+    """Returns the part that a kernel belongs to; cuDNN's and cuBLAS's say so outside CUDA graphs
+    only.
+    """
+    names = (re.sub(r"\W", "_", name) for name in (kernel.name, kernel.instruction))
+    return next((parts[name] for name in names if name in parts), "unknown")
 
 
 def _modeled(module: hlo.Module, devices: int) -> dict[str, float]:
@@ -179,10 +190,18 @@ def _modeled(module: hlo.Module, devices: int) -> dict[str, float]:
     return found
 
 
-def _kernels(profile: Any) -> list[tuple[str, float]]:
-    """Returns names and nanoseconds of the kernels on the first device; on a CPU, of XLA
-    operations.
-    """
+class Ran(NamedTuple):
+    """One run of a kernel in a profile."""
+
+    name: str
+    """Name of the CUDA kernel; on a CPU, of the XLA operation."""
+    instruction: str
+    """Name of the XLA instruction that launched it, or of its CUDA graph."""
+    nanoseconds: float
+
+
+def _kernels(profile: Any) -> list[Ran]:
+    """Returns the kernels on the first device; on a CPU, XLA's operations."""
     planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU:0")]
     found = []
     for plane in planes or [plane for plane in profile.planes if plane.name == "/host:CPU"]:
@@ -190,8 +209,9 @@ def _kernels(profile: Any) -> list[tuple[str, float]]:
             if planes and not line.name.startswith("Stream"):
                 continue  # XLA's own lines repeat the same time by module and operation
             for event in line.events:
-                if planes or any(name == "hlo_op" for name, _ in event.stats):
-                    found.append((event.name, event.duration_ns))
+                launched_by = next((str(x) for name, x in event.stats if name == "hlo_op"), "")
+                if planes or launched_by:
+                    found.append(Ran(event.name, launched_by, event.duration_ns))
     return found
 
 
