@@ -114,7 +114,7 @@ class Conv(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.convolve(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return y if self.bias is None else y + _per_channel(self.bias[...].astype(self.dtype), y)
+        return y if self.bias is None else _add_bias(y, self.bias[...])
 
 
 def _plain_conv(
@@ -382,6 +382,13 @@ def _per_channel(values: jax.Array, x: jax.Array) -> jax.Array:
     return values.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def _add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Adds in float32, so that the bias's gradient is a float32 sum over the batch in every type of
+    y.
+    """
+    return (y.astype(jnp.float32) + _per_channel(bias, y)).astype(y.dtype)
+
+
 def _prelu(x: jax.Array, slope: jax.Array) -> jax.Array:
     return jnp.where(x >= 0, x, _per_channel(slope, x) * x)
 
@@ -495,9 +502,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        if self.bias is None:
-            return y
-        return y + self.bias[...].astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        return y if self.bias is None else _add_bias(y, self.bias[...])
 
 
 class LayerNorm(nnx.Module):

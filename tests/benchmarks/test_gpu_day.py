@@ -11,9 +11,9 @@ from benchmarks.gpu import Gpu
 CPU = {"platform": "cpu", "device": "a CPU", "devices": 1, "jax": "0"}
 
 
-def test_an_item_is_measured_in_a_process_of_its_own():
+def test_an_item_is_measured_in_a_process_of_its_own(tmp_path):
     (toy,) = [item for item in gpu.items("toy") if item.kind == "head"]
-    answer = gpu._ask(toy, Gpu(sizes="toy"), limit=300)
+    answer = gpu._ask(toy, Gpu(sizes="toy", output=tmp_path), limit=300)
     assert answer["seconds"] > 0 and answer["kernels"] > 10
     assert answer["compiled_bytes"] > answer["temporary_bytes"] > 0
     assert sum(answer["share_of_time"].values()) == pytest.approx(1)
@@ -22,6 +22,13 @@ def test_an_item_is_measured_in_a_process_of_its_own():
 def test_a_failure_is_told_by_its_last_lines():
     impossible = gpu.Item("impossible", "head", classes=100, batch=-1)
     assert "exit code 1" in gpu._ask(impossible, Gpu(), limit=300)["failed"]
+
+
+def test_the_heads_forms_are_measured_in_one_process(tmp_path):
+    (toy,) = [item for item in gpu.items("toy") if item.kind == "forms"]
+    answer = gpu._ask(toy, Gpu(sizes="toy", output=tmp_path), limit=300)
+    assert {"scaled 16,384", "powers 8,192", "unit 8,192"} <= set(answer["forms"])
+    assert all(seconds > 0 for seconds in answer["forms"].values())
 
 
 @pytest.mark.slow
@@ -38,6 +45,11 @@ def test_toys_run_to_the_end(tmp_path, capsys, monkeypatch):
     assert step["compiled_bytes"] > step["temporary_bytes"] > head["temporary_bytes"]
     assert "skipped" in outcome["answers"]["tests"]["outcome"]
     assert "--reference" in outcome["answers"]["arcface_torch, r50, 1 M ids"]["left_out"]
+    longest = step["longest_kernels"]
+    assert len(longest) > 10 and longest[0]["seconds"] >= longest[-1]["seconds"] > 0
+    assert sum(step["seconds_by_part"].values()) > longest[0]["seconds"]
+    kept = {path.name for path in (tmp_path / "programs").iterdir()}
+    assert {"r50_1_M_ids.txt.gz", "r50_1_M_ids.xplane.pb", "head_1.25_M_ids.txt.gz"} <= kept
     page = (tmp_path / "gpu.md").read_text()
     assert "| r50, 1 M ids |" in page and "device a CPU" in page
 
@@ -95,6 +107,8 @@ def test_real_sizes_need_a_gpu(tmp_path, monkeypatch):
         ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopA_NNT", "matrix products"),
         ("gemm_fusion_dot_12", "matrix products"),
         ("MemcpyD2D", "copies"),
+        ("loop_convert_fusion_6", "elementwise"),
+        ("void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16>", "convolutions"),
         ("input_reduce_fusion_3", "reductions"),
         ("loop_add_fusion", "elementwise"),
         ("unheard_of", "other"),

@@ -302,3 +302,22 @@ def test_convolutions_are_initialized_as_insightface_does():
     kernel = params["layer4.1.conv1.kernel"]
     assert np.std(kernel) == pytest.approx(0.1, rel=0.01)
     assert abs(np.mean(kernel)) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_the_gradient_of_a_bias_is_summed_in_float32(kind, dtype):
+    """Summed in the layer's type, as JAX transposes an addition, it would be off by 4e-3."""
+    init, compute = RandomInitializer(0), jnp.dtype(dtype)
+    if kind == "linear":
+        module, shape = Linear(4, 8, dtype=compute, init=init), (16_000,)
+    else:
+        module = Conv(4, 8, kernel=1, bias=True, dtype=compute, init=init)
+        shape = (16, 25, 40)
+    d = jnp.asarray(0.003 + 0.01 * images(*shape, 8), compute)
+    graph, params = nnx.split(module)
+    x = jnp.zeros((*shape, 4), compute)
+    gradient = jax.vjp(lambda params: nnx.merge(graph, params)(x), params)[1](d)[0]
+    exact = np.asarray(d, np.float64).reshape(-1, 8).sum(0)
+    assert gradient["bias"][...].dtype == jnp.float32
+    np.testing.assert_allclose(gradient["bias"][...], exact, rtol=1e-5)
