@@ -32,8 +32,9 @@ _CUBLAS = "--xla_gpu_enable_triton_gemm=false"
 _LIMITS = {"tests": 420, "step": 300, "head": 150, "forms": 240, "reference": 300}
 # Kernels of each program in the table; gpu.json has more.
 _SHOWN = 8
-# Tests compile more than they compute; each of these processes takes its share of the GPU's memory.
-_TEST_PROCESSES = 4
+# Tests compile more than they compute: up to this many processes share a GPU, each with as much of
+# its memory as the largest test needs.
+_TEST_PROCESSES, _TEST_BYTES = 4, 10 * GB
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,11 @@ _REAL = (
     Item("r100, 250 k ids", "step", "r100", 250_000, 128, trace=True),
     Item("head, 1.25 M ids", "head", "", 1_250_000, 1024, trace=True),
     *(
-        Item(f"head, {ids} ids, {product}", "forms", "", classes, batch, xla_flags=flags)
-        for ids, classes, batch in (("1 M", 1_000_000, 128), ("1.25 M", 1_250_000, 1024))
+        Item(f"head, {ids} ids, batch {batch}, {product}", "forms", "", classes, batch, 1, flags)
+        for ids, classes, batch in (
+            *(("1 M", 1_000_000, batch) for batch in (128, 256, 512)),
+            ("1.25 M", 1_250_000, 1024),
+        )
         for product, flags in (("Triton or cuBLAS", ""), ("cuBLAS", _CUBLAS))
     ),
     Item("arcface_torch, r50, 1 M ids", "reference", "r50", 1_000_000, 128),
@@ -135,7 +139,8 @@ def run(arguments: Gpu) -> dict[str, Any]:
         if remaining < _LIMITS[item.kind] and remaining < 60 * arguments.minutes - 30:
             left.append(item.name)
             continue
-        answer = _ask(item, arguments, limit=min(_LIMITS[item.kind], max(remaining, 60)))
+        limit = min(_LIMITS[item.kind], max(remaining, 60))
+        answer = _ask(item, arguments, limit=limit, memory=machine["bytes_limit"])
         answers[item.name] = answer
         write_atomic(folder / f"{file_name(item)}.json", json.dumps(answer, indent=2) + "\n")
         print(f"{item.name}: {_summary(answer)}", flush=True)
@@ -153,10 +158,12 @@ def run(arguments: Gpu) -> dict[str, Any]:
 
 
 def _machine() -> dict[str, Any]:
-    """Returns device, count and versions, from a process that does not keep the GPU."""
+    """Returns device, memory, count and versions, from a process that does not keep the GPU."""
     code = (
         "import json; import jax; from arcface_jax.machine import timing; "
-        "print(json.dumps({'platform': jax.default_backend(), **timing.machine()}))"
+        "limit = (jax.devices()[0].memory_stats() or {}).get('bytes_limit'); "
+        "facts = {'platform': jax.default_backend(), 'bytes_limit': limit, **timing.machine()}; "
+        "print(json.dumps(facts))"
     )
     done = _process(["-c", code], limit=120)
     if isinstance(done, str):
@@ -174,17 +181,21 @@ def _reason_to_leave_out(item: Item, arguments: Gpu, machine: dict[str, Any]) ->
     return None
 
 
-def _ask(item: Item, arguments: Gpu, *, limit: float) -> dict[str, Any]:
-    """Measures one item, and returns the result or {"failed": reason}."""
+def _ask(
+    item: Item, arguments: Gpu, *, limit: float, memory: float | None = None
+) -> dict[str, Any]:
+    """Measures one item on GPUs of so many bytes; returns the result or {"failed": reason}."""
     if item.kind == "tests":
         words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+        processes = int(max(1, min(_TEST_PROCESSES, (memory or 0) // _TEST_BYTES)))
+        shares = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / processes:.2f}"}
         done = _process(
-            [*words, "tests/gpu", "-n", str(_TEST_PROCESSES), "--dist", "load"],
+            [*words, "tests/gpu", "-n", str(processes), "--dist", "load"],
             limit=limit,
             last_line=_pytest_line,
             environment={
-                "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.8 / _TEST_PROCESSES:.2f}",
                 "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),  # else tests/conftest.py chooses
+                **(shares if processes > 1 else {}),
             },
         )
     elif item.kind == "reference":
@@ -256,14 +267,15 @@ def _summary(answer: dict[str, Any]) -> str:
         if key in answer:
             return f"{key}: {answer[key]}"
     if "forms" in answer:
-        return ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in answer["forms"].items())
+        return ", ".join(
+            f"{name} {s if isinstance(s, str) else f'{1000 * s:.1f} ms'}"
+            for name, s in answer["forms"].items()
+        )
     return f"{1000 * answer['seconds']:.1f} ms"
 
 
 def _tables(asked: list[Item], report: dict[str, Any]) -> list[Table]:
-    """Makes tables of time and memory, of time by kind of kernel, of the longest kernels, of the
-    head's forms, and of items without results.
-    """
+    """Makes the tables that have rows."""
     answers: dict[str, dict[str, Any]] = report["answers"]
     heads = ["ms", "modeled ms", "images/s", "peak GB", "compiled GB", "temporary GB"]
     heads += ["traffic GB", "kernels", "busy"]
@@ -272,35 +284,47 @@ def _tables(asked: list[Item], report: dict[str, Any]) -> list[Table]:
         found = answers.get(item.name, {})
         if "seconds" in found:
             times.add_row(item.name, *_cells(found, item))
-    shares = [answer["share_of_time"] for answer in answers.values() if "share_of_time" in answer]
-    kinds = sorted({kind for share in shares for kind in share}, key=lambda k: -_most(shares, k))
-    profile = tables.new("share of the time by kind of kernel", kinds, names=["program"])
-    for name, answer in answers.items():
-        if "share_of_time" in answer:
-            share = answer["share_of_time"]
-            profile.add_row(name, *(f"{share.get(kind, 0):.1%}" for kind in kinds))
-    compared = {name: answer["forms"] for name, answer in answers.items() if "forms" in answer}
-    columns = list(dict.fromkeys(form for found in compared.values() for form in found))
-    forms = tables.new("ms of the head by form and block size", columns, names=["program"])
-    for name, found in compared.items():
-        forms.add_row(name, *(f"{1000 * found[form]:.2f}" for form in columns))
-    split = {name: answer.get("seconds_by_part") for name, answer in answers.items()}
-    named = dict.fromkeys(part for found in split.values() if found for part in found)
-    by_part = tables.new("ms of a step by part", list(named), names=["program"])
-    for name, found in split.items():
-        if found:
-            by_part.add_row(name, *(f"{1000 * found.get(part, 0):.2f}" for part in named))
-    longest = tables.new("longest kernels", ["runs", "ms"], names=["program", "kernel", "part"])
-    for name, answer in answers.items():
-        for kernel in answer.get("longest_kernels", [])[:_SHOWN]:
-            row = (kernel["name"][:60], kernel["part"], f"{kernel['runs']:.0f}")
-            longest.add_row(name, *row, f"{1000 * kernel['seconds']:.2f}")
     others = tables.new("other answers", [], names=["item", "answer"])
     for name, answer in answers.items():
-        words = next((answer[k] for k in ("outcome", "failed", "left_out") if k in answer), None)
-        if words:
-            others.add_row(name, words)
-    return [table for table in (times, profile, by_part, longest, forms, others) if table.row_count]
+        for key in ("outcome", "failed", "left_out", "profile_failed"):
+            if key in answer:
+                others.add_row(name, answer[key])
+        for form, reason in answer.get("forms", {}).items():
+            if isinstance(reason, str):
+                others.add_row(f"{name}, {form}", reason)
+    made = [times, *_profiles(answers), _forms(answers), others]
+    return [table for table in made if table.row_count]
+
+
+def _profiles(answers: dict[str, dict[str, Any]]) -> list[Table]:
+    """Makes tables of time by kind of kernel and by part, and of the longest kernels."""
+    profiled = {name: answer for name, answer in answers.items() if "share_of_time" in answer}
+    shares = [answer["share_of_time"] for answer in profiled.values()]
+    kinds = sorted({kind for share in shares for kind in share}, key=lambda k: -_most(shares, k))
+    parts = {part: 0 for answer in profiled.values() for part in answer["seconds_by_part"]}
+    by_kind = tables.new("share of the time by kind of kernel", kinds, names=["program"])
+    by_part = tables.new("ms of a step by part", list(parts), names=["program"])
+    longest = tables.new("longest kernels", ["runs", "ms"], names=["program", "kernel", "part"])
+    for name, answer in profiled.items():
+        share, seconds = answer["share_of_time"], answer["seconds_by_part"]
+        by_kind.add_row(name, *(f"{share.get(kind, 0):.1%}" for kind in kinds))
+        by_part.add_row(name, *(f"{1000 * seconds.get(part, 0):.2f}" for part in parts))
+        for kernel in answer["longest_kernels"][:_SHOWN]:
+            row = (kernel["name"][:60], kernel["part"], f"{kernel['runs']:.0f}")
+            longest.add_row(name, *row, f"{1000 * kernel['seconds']:.2f}")
+    return [by_kind, by_part, longest]
+
+
+def _forms(answers: dict[str, dict[str, Any]]) -> Table:
+    """Makes a table of the head's time by form and block size; a form that failed has no cell."""
+    compared = {name: answer["forms"] for name, answer in answers.items() if "forms" in answer}
+    columns = list(dict.fromkeys(form for found in compared.values() for form in found))
+    table = tables.new("ms of the head by form and block size", columns, names=["program"])
+    for name, found in compared.items():
+        seconds = {form: s for form, s in found.items() if not isinstance(s, str)}
+        cells = (f"{1000 * seconds[form]:.2f}" if form in seconds else "" for form in columns)
+        table.add_row(name, *cells)
+    return table
 
 
 def _most(shares: list[dict[str, float]], kind: str) -> float:

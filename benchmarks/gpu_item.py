@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +30,9 @@ _STEPS, _TRACED = 20, 3
 _LISTED = 40
 # Blocks and forms of the head that are compared.
 _FORMS = (
-    ("scaled", 8192),
-    ("powers", 8192),
+    *(("scaled", size) for size in (2048, 8192, 16384, 32768)),
+    *(("powers", size) for size in (8192, 16384)),
     ("unit", 8192),
-    ("scaled", 2048),
-    ("scaled", 16384),
-    ("powers", 16384),
 )
 
 # The first match in the name of a CUDA kernel or XLA operation determines the kind.
@@ -60,7 +57,7 @@ def measure(item: Item, folder: Path) -> dict[str, Any]:
     seconds = _seconds(run)
     stats = jax.devices()[0].memory_stats() or {}
     sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return {
+    found = {
         "seconds": seconds,
         "compile_seconds": seconds_to_compile,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -68,8 +65,13 @@ def measure(item: Item, folder: Path) -> dict[str, Any]:
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "limit_bytes": stats.get("bytes_limit"),
         **timing.machine(),
-        **(_profile(run, compiled.as_text(), item, folder) if item.trace else {}),
     }
+    if item.trace:
+        try:
+            found |= _profile(run, compiled.as_text(), item, folder)
+        except Exception as error:  # whatever goes wrong, the times above are kept
+            found["profile_failed"] = f"{type(error).__name__}: {error}"
+    return found
 
 
 def _seconds(run: Callable[[], Any]) -> float:
@@ -81,11 +83,16 @@ def _seconds(run: Callable[[], Any]) -> float:
     return (time.perf_counter() - begin) / _STEPS
 
 
-def _forms(item: Item) -> Iterator[tuple[str, float]]:
-    """Yields names and seconds of the head's forms."""
+def _forms(item: Item) -> Iterator[tuple[str, float | str]]:
+    """Yields names and seconds of the head's forms, or why one has none."""
     for form, block_size in _FORMS:
-        run, _, _ = _head(item, block_form=form, block_size=block_size)
-        yield f"{form} {block_size:,}", _seconds(run)
+        name = f"{form} {block_size:,}"
+        try:
+            run, _, _ = _head(item, block_form=form, block_size=block_size)
+            yield name, _seconds(run)
+        except jax.errors.JaxRuntimeError as error:  # out of memory, for instance
+            yield name, str(error).splitlines()[0]
+        run = None  # the centers of one form at a time
 
 
 def _step(item: Item) -> tuple[Callable[[], Any], Any, float]:
@@ -131,52 +138,78 @@ def _profile(run: Callable[[], Any], text: str, item: Item, folder: Path) -> dic
     with gzip.open(folder / f"{file_name(item)}.txt.gz", "wt") as file:
         file.write(text)
     with tempfile.TemporaryDirectory() as temporary:
-        out, begin = None, time.perf_counter()
         with jax.profiler.trace(temporary):
-            for _ in range(_TRACED):
-                out = run()
-            jax.block_until_ready(out)
-            seconds = time.perf_counter() - begin
+            jax.block_until_ready([run() for _ in range(_TRACED)])
         (path,) = Path(temporary).rglob("*.xplane.pb")
         kernels = _kernels(jax.profiler.ProfileData.from_file(str(path)))
         shutil.copy(path, folder / f"{file_name(item)}.xplane.pb")
-    busy = sum(kernel.nanoseconds for kernel in kernels)
     module = hlo.parse(text) if jax.default_backend() == "gpu" else None
-    parts = _parts(module) if module else {}
-    kinds, by_part, by_name = defaultdict(float), defaultdict(float), defaultdict(list)
-    for kernel in kernels:
-        kinds[kind(kernel.name)] += kernel.nanoseconds
-        by_part[_part(kernel, parts)] += kernel.nanoseconds
-        by_name[kernel.name].append(kernel)
-    longest = sorted(by_name.values(), key=lambda runs: -sum(x.nanoseconds for x in runs))
     return {
-        "kernels": len(kernels) / _TRACED,
-        "busy": 1e-9 * busy / seconds,
-        "share_of_time": {name: value / busy for name, value in kinds.items()} if busy else {},
-        "seconds_by_part": {name: 1e-9 * ns / _TRACED for name, ns in by_part.items()},
-        "longest_kernels": [
-            {
-                "name": runs[0].name,
-                "part": _part(runs[0], parts),
-                "runs": len(runs) / _TRACED,
-                "seconds": 1e-9 * sum(kernel.nanoseconds for kernel in runs) / _TRACED,
-            }
-            for runs in longest[:_LISTED]
-        ],
+        **summary(kernels, _parts(module) if module else {}),
         **(_modeled(module, item.devices) if module else {}),
     }
 
 
+def summary(kernels: Sequence["Ran"], parts: Mapping[str, str]) -> dict[str, Any]:
+    """Returns a step's number of kernels, the share of time in which one runs, shares of time by
+    kind, seconds by part, and the longest kernels.
+
+    Args:
+      kernels: those of `_TRACED` steps.
+      parts: the part of the step that each instruction belongs to, by its kernel's name.
+    """
+    kinds, by_part, by_name = defaultdict(float), defaultdict(float), defaultdict(list)
+    for kernel in kernels:
+        part = _part(kernel, parts)
+        kinds[kind(kernel.name)] += kernel.nanoseconds
+        by_part[part] += kernel.nanoseconds
+        by_name[kernel.name, part].append(kernel.nanoseconds)
+    total = sum(kinds.values())
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    return {
+        "kernels": len(kernels) / _TRACED,
+        "busy": _busy(kernels),
+        "share_of_time": {name: value / total for name, value in kinds.items()} if total else {},
+        "seconds_by_part": {name: 1e-9 * ns / _TRACED for name, ns in by_part.items()},
+        "longest_kernels": [
+            {
+                "name": name,
+                "part": part,
+                "runs": len(runs) / _TRACED,
+                "seconds": 1e-9 * sum(runs) / _TRACED,
+            }
+            for (name, part), runs in longest[:_LISTED]
+        ],
+    }
+
+
+def _busy(kernels: Sequence["Ran"]) -> float:
+    """Returns the share of the time from the first kernel to the last in which one runs."""
+    covered, until = 0.0, float("-inf")
+    for kernel in sorted(kernels, key=lambda kernel: kernel.start):
+        end = kernel.start + kernel.nanoseconds
+        covered += max(0.0, end - max(kernel.start, until))
+        until = max(until, end)
+    first = min((kernel.start for kernel in kernels), default=0.0)
+    return covered / (until - first) if covered else 0.0
+
+
 def _parts(module: hlo.Module) -> dict[str, str]:
     """Returns the part of the step of each instruction, by the name of its kernel."""
-    return {re.sub(r"\W", "_", kernel.name): kernel.part for kernel in module.kernels}
+    return {_kernel_name(kernel.name): kernel.part for kernel in module.kernels}
 
 
-def _part(kernel: "Ran", parts: dict[str, str]) -> str:
-    """Returns the part that a kernel belongs to; cuDNN's and cuBLAS's say so outside CUDA graphs
-    only.
+def _kernel_name(instruction: str) -> str:
+    return re.sub(r"\W", "_", instruction)
+
+
+def _part(kernel: "Ran", parts: Mapping[str, str]) -> str:
+    """Returns the part that a kernel belongs to.
+
+    Its instruction tells, which in CUDA graphs is the graph's; there XLA's own kernels are known by
+    name and those of cuDNN and cuBLAS are not.
     """
-    names = (re.sub(r"\W", "_", name) for name in (kernel.name, kernel.instruction))
+    names = (_kernel_name(name) for name in (kernel.instruction, kernel.name))
     return next((parts[name] for name in names if name in parts), "unknown")
 
 
@@ -197,6 +230,8 @@ class Ran(NamedTuple):
     """Name of the CUDA kernel; on a CPU, of the XLA operation."""
     instruction: str
     """Name of the XLA instruction that launched it, or of its CUDA graph."""
+    start: float
+    """Nanoseconds since some event."""
     nanoseconds: float
 
 
@@ -211,7 +246,8 @@ def _kernels(profile: Any) -> list[Ran]:
             for event in line.events:
                 launched_by = next((str(x) for name, x in event.stats if name == "hlo_op"), "")
                 if planes or launched_by:
-                    found.append(Ran(event.name, launched_by, event.duration_ns))
+                    times = (event.start_ns, event.duration_ns)
+                    found.append(Ran(event.name, launched_by, *times))
     return found
 
 

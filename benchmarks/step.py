@@ -104,7 +104,13 @@ def draw_batch(case: Case) -> dict[str, np.ndarray]:
 
 
 def compile_parts(case: Case, parts: Sequence[str] = PARTS) -> dict[str, Program]:
-    """Compiles some of `PARTS` of this project, with a state of their own."""
+    """Compiles some of `PARTS` of this project, with a state of their own.
+
+    Raises:
+      ValueError: a part is unknown.
+    """
+    if unknown := set(parts) - set(PARTS):
+        raise ValueError(f"unknown parts {sorted(unknown)}: use some of {', '.join(PARTS)}")
     config, mesh = make_config(case), meshes.make(case.devices)
     batch = meshes.to_devices(draw_batch(case), mesh)
     packing = step.make_packing(config, mesh)

@@ -304,8 +304,8 @@ class HeadConfig:
     """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
     block_size: NonNegativeInt = 0
     """Classes that a device processes at a time; limits the head's memory
-    and does not affect the result. 0 is automatic: 8192 on GPUs, 16384 for
-    small batches there, 2048 on CPUs."""
+    and does not affect the result. 0 is automatic: 8192 on GPUs, 16384
+    there in bfloat16 for batches up to 384, 2048 on CPUs (docs/head.md)."""
     block_form: Literal["automatic", "unit", "scaled", "powers"] = "automatic"
     """How a block is multiplied with the batch (docs/head.md): the same
     result with different rounding and memory traffic. automatic chooses by

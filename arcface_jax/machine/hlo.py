@@ -310,9 +310,10 @@ def _instruction(name: str, rest: str, *, is_root: bool) -> Instruction:
     arguments = rest[opening + 1 : closing]
     operands = tuple(_OPERAND.findall(arguments))
     attributes = rest[closing + 1 :]
-    # JAX 0.11's XLA starts some fusions asynchronously; they are kernels like the others.
-    op = rest[:opening].replace("fusion-start", "fusion")
-    return Instruction(name, op, shapes(kind), operands, attributes, is_root, arguments)
+    op, results = rest[:opening], shapes(kind)
+    if op == "fusion-start":  # a kernel like other fusions; its type is (operands, result, u32[])
+        op, results = "fusion", results[len(operands) : -1]
+    return Instruction(name, op, results, operands, attributes, is_root, arguments)
 
 
 def _closing(text: str, begin: int) -> int:
@@ -507,9 +508,10 @@ def _traffic(
 
 def _workspace(found: Instruction) -> int:
     """Returns the size of the scratch memory that a library call lists as its last result."""
-    last = found.shapes[-1] if len(found.shapes) > 1 else None
-    scratch = found.op == "custom-call" and last is not None and last.dtype in ("s8", "u8")
-    return last.bytes if scratch and last and len(last.dims) == 1 else 0
+    if found.op != "custom-call" or len(found.shapes) < 2:
+        return 0
+    last = found.shapes[-1]
+    return last.bytes if last.dtype in ("s8", "u8") and len(last.dims) == 1 else 0
 
 
 def _lists_operands(found: Instruction, operands: list[int]) -> bool:

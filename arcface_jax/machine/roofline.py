@@ -45,8 +45,8 @@ class Assumptions(NamedTuple):
     def lines(self) -> list[str]:
         """Describes the assumptions of the model."""
         return [
-            "modeled, not timed (an H100 took 0.89 to 1.10 of the times of five programs): each "
-            f"kernel takes the longest of {1e6 * self.launch:g} us, its "
+            "modeled, not measured (an H100 took 0.89 to 1.10 times as long for five programs): "
+            f"each kernel takes the longest of {1e6 * self.launch:g} us, its "
             f"HBM traffic at {self.bandwidth_share:.0%} of {self.gpu.bandwidth / 1e12:.2f} TB/s, "
             f"and its FLOPs at {self.peak_share:.0%} of the peak ({self.peak / 1e12:.0f} TFLOP/s "
             f"in 16 bits, {self.peak_float32 / 1e12:.3g} in float32)",

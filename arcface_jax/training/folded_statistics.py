@@ -111,7 +111,8 @@ def _measure(weights: Weights, config: Config, images: np.ndarray) -> dict[str, 
 
     @jax.jit
     def run(params: Arrays, batch_stats: Arrays, batch: jax.Array) -> Arrays:
-        return network.apply(params, batch_stats, preprocess.normalize(batch), train=False)[1]
+        with jax.default_matmul_precision("highest"):  # as `step.make_embed`
+            return network.apply(params, batch_stats, preprocess.normalize(batch), train=False)[1]
 
     sums: dict[str, np.ndarray] = {}
     for start in range(0, len(images), _BATCH):

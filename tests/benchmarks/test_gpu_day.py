@@ -1,14 +1,18 @@
 """`python -m benchmarks gpu` to its end at toy sizes, in parts, and after failures."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from arcface_jax.errors import UserError
+from arcface_jax.machine import hlo
 from benchmarks import gpu, gpu_item
 from benchmarks.gpu import Gpu
 
-CPU = {"platform": "cpu", "device": "a CPU", "devices": 1, "jax": "0"}
+CPU = {"platform": "cpu", "bytes_limit": None, "device": "a CPU", "devices": 1, "jax": "0"}
 
 
 def test_an_item_is_measured_in_a_process_of_its_own(tmp_path):
@@ -29,6 +33,74 @@ def test_the_heads_forms_are_measured_in_one_process(tmp_path):
     answer = gpu._ask(toy, Gpu(sizes="toy", output=tmp_path), limit=300)
     assert {"scaled 16,384", "powers 8,192", "unit 8,192"} <= set(answer["forms"])
     assert all(seconds > 0 for seconds in answer["forms"].values())
+
+
+def test_a_profile_is_summed_by_kind_and_part():
+    """Of a loop and three convolutions, compiled for an H100."""
+    programs = Path(__file__).parents[1] / "machine" / "programs"
+    parts = gpu_item._parts(hlo.parse((programs / "convolution.hlo").read_text()))
+    assert parts["cudnn_conv_1"] == "convolutions"
+    # A library's kernel is known by its instruction, XLA's in a CUDA graph by its name.
+    events = [
+        SimpleNamespace(name=name, start_ns=start, duration_ns=ns, stats=[("hlo_op", instruction)])
+        for name, start, ns, instruction in (
+            ("sm90_xmma_fprop", 0, 60, "cudnn-conv.1"),
+            ("sm90_xmma_fprop", 60, 30, "command_buffer"),
+            ("copy_1", 80, 20, "command_buffer"),
+            ("nvjet_tst", 150, 50, "command_buffer"),
+        )
+    ]
+    parts["copy_1"] = "batch_norm_elementwise"
+    lines = [
+        SimpleNamespace(name="Stream #13(Compute)", events=events[:2]),
+        SimpleNamespace(name="Stream #14(Memcpy)", events=events[2:]),
+        SimpleNamespace(name="XLA Ops", events=events),  # the same again
+    ]
+    planes = [SimpleNamespace(name="/device:GPU:0", lines=lines)]
+    planes.append(SimpleNamespace(name="/device:GPU:1", lines=lines))
+    kernels = gpu_item._kernels(SimpleNamespace(planes=planes))
+    found = gpu_item.summary(kernels, parts)
+    assert found["kernels"] == pytest.approx(4 / 3)  # of three steps
+    assert found["busy"] == pytest.approx(150 / 200)  # 80 to 90 is covered twice
+    milliseconds = {name: 3e9 * s for name, s in found["seconds_by_part"].items()}
+    assert milliseconds == pytest.approx(
+        {"convolutions": 60, "batch_norm_elementwise": 20, "unknown": 80}
+    )
+    longest = [(kernel["name"], kernel["part"]) for kernel in found["longest_kernels"]]
+    assert longest[0] == ("sm90_xmma_fprop", "convolutions")
+    assert ("sm90_xmma_fprop", "unknown") in longest
+    shares = {"convolutions": 90 / 160, "copies": 20 / 160, "matrix products": 50 / 160}
+    assert found["share_of_time"] == pytest.approx(shares)
+
+
+def test_a_failed_profile_keeps_the_times(tmp_path, monkeypatch):
+    def profile(*arguments):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(gpu_item, "_profile", profile)
+    (toy,) = [item for item in gpu.items("toy") if item.kind == "head"]
+    found = gpu_item.measure(toy, tmp_path)
+    assert found["seconds"] > 0 and found["profile_failed"] == "ValueError: no such thing"
+
+
+def test_a_form_that_fails_leaves_the_others(monkeypatch):
+    (toy,) = [item for item in gpu.items("toy") if item.kind == "forms"]
+    compile_one = gpu_item._head
+
+    def head(item, *, block_form, block_size):
+        if block_form == "powers":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return compile_one(item, block_form=block_form, block_size=block_size)
+
+    monkeypatch.setattr(gpu_item, "_head", head)
+    monkeypatch.setattr(gpu_item, "_FORMS", (("powers", 8192), ("scaled", 8192)))
+    found = dict(gpu_item._forms(toy))
+    assert found["powers 8,192"] == "RESOURCE_EXHAUSTED: out of memory"
+    assert found["scaled 8,192"] > 0
+    report = {"answers": {toy.name: {"forms": found}}}
+    titles = {str(table.title): table for table in gpu._tables([toy], report)}
+    assert titles["ms of the head by form and block size"].row_count == 1
+    assert titles["other answers"].row_count == 1
 
 
 @pytest.mark.slow
@@ -59,7 +131,7 @@ def asked(monkeypatch):
     """The names of the items that are measured; every measurement is a second, or fails."""
     asked = []
 
-    def answer(item, arguments, *, limit):
+    def answer(item, arguments, *, limit, memory):
         asked.append(item.name)
         return {"failed": "out of memory"} if item.name == "vit_b" else {"seconds": 1.0}
 

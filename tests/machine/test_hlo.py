@@ -150,7 +150,7 @@ def test_an_asynchronous_fusion_reads_what_it_slices():
         "dynamic_slice_sizes={1,384,512}\n}\n",
     )
     (kernel,) = module.kernels
-    assert kernel.kind == "fusion"
+    assert (kernel.kind, kernel.dtype) == ("fusion", "bf16")
     assert (kernel.read, kernel.written) == (384 * 512 * BF16 + 4, 384 * 512 * BF16)
 
 

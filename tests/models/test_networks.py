@@ -64,8 +64,9 @@ def faces() -> np.ndarray:
 
 # The largest relative difference between two float32 networks.
 BOUND = 1e-5
-# The float32 errors of two networks are above it in torch too: beside float64, on faces of LFW,
-# ours is 1.30e-5 and torch's 1.17e-5 for mbf_large, 0.76e-5 and 1.11e-5 for r2060.
+# Two float32 networks of these may differ by more. Beside float64, on faces of LFW, ours is off by
+# 1.30e-5 and torch's by 1.17e-5 for mbf_large, 0.76e-5 and 1.11e-5 for r2060, 0.84e-5 and 0.87e-5
+# for r200.
 BEYOND_FLOAT32 = ("r200", "mbf_large", "r2060")
 
 
