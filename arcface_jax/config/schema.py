@@ -304,8 +304,9 @@ class HeadConfig:
     """Type of the matrix products' operands; sums, exponents and the log-sum-exp stay float32."""
     block_size: NonNegativeInt = 0
     """Classes that a device processes at a time; limits the head's memory
-    and does not affect the result. 0 is automatic: 8192 on GPUs, 16384
-    there in bfloat16 for batches up to 384, 2048 on CPUs (docs/head.md)."""
+    and does not affect the result. 0 is automatic (docs/head.md): 8192 on
+    GPUs, 16384 from Hopper on in bfloat16 for batches up to 384, 2048 on
+    CPUs."""
     block_form: Literal["automatic", "unit", "scaled", "powers"] = "automatic"
     """How a block is multiplied with the batch (docs/head.md): the same
     result with different rounding and memory traffic. automatic chooses by

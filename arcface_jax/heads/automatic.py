@@ -19,17 +19,21 @@ _BLOCK_SIZE = {"gpu": 8192, "gpu, small batch": 16_384, "cpu": 2048}
 # On an H100 `scaled` is faster at 256 samples and `powers` at 512; this is halfway.
 _SMALL_BATCH = 384
 
+# An A100's compiled program moves a sixth more bytes with the larger blocks.
+_HOPPER = 9.0
+
 # A block's products with a tile of the batch have at most this many bytes of float32.
 _TILE_BYTES = 64 * 2**20
 
 
-def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
+def resolve(head: HeadConfig, *, platform: str, batch: int, capability: float = 0.0) -> HeadConfig:
     """Replaces `automatic` settings by actual values.
 
     Args:
       head: as configured.
       platform: platform of the mesh's devices, which need not be in this machine.
       batch: embeddings over all devices.
+      capability: compute capability of NVIDIA GPUs, see `devices.compute_capability`.
 
     Raises:
       ConfigError: block_form cannot compute this head.
@@ -52,6 +56,7 @@ def resolve(head: HeadConfig, *, platform: str, batch: int) -> HeadConfig:
         )
     if head.block_size == 0:
         small = form == "scaled" and batch <= _SMALL_BATCH and head.subcenters == 1
+        small &= capability >= _HOPPER
         where = "cpu" if not gpu else "gpu, small batch" if small else "gpu"
         changes["block_size"] = _BLOCK_SIZE[where]
     return replace(head, **changes)

@@ -31,7 +31,7 @@ from arcface_jax.heads.blocks import EveryClass, ListedClasses, Walk
 from arcface_jax.heads.centers import Moments
 from arcface_jax.heads.margins import Margin, State
 from arcface_jax.heads.softmax import Batch, Loss, Softmax
-from arcface_jax.runtime.devices import AXIS
+from arcface_jax.runtime.devices import AXIS, compute_capability
 
 # Margins that give the other classes values of at most this need no maximum before exp().
 UNSHIFTED_BOUND = 1.0
@@ -126,7 +126,12 @@ def apply(
       optimizer: optimizer of the centers; its clip_norm applies to the backbone only.
       mesh: the devices.
     """
-    head = automatic.resolve(head, platform=mesh.devices.flat[0].platform, batch=len(embeddings))
+    head = automatic.resolve(
+        head,
+        platform=mesh.devices.flat[0].platform,
+        batch=len(embeddings),
+        capability=compute_capability(mesh),
+    )
     shard = P(AXIS)
     placed = Centers._make((shard, shard, P()))
     # Some values are not known to be equal on all devices, for example the sampled classes.

@@ -23,6 +23,7 @@ from arcface_jax.config import Config, loading
 from arcface_jax.heads import automatic
 from arcface_jax.models.registry import Arrays
 from arcface_jax.runtime import damaged, foreign, launch
+from arcface_jax.runtime.devices import compute_capability
 from arcface_jax.runtime.files import complete_steps, reporting_disk_errors, write_atomic
 from arcface_jax.training.step import TrainState
 
@@ -198,7 +199,12 @@ def _setting_lines(config: Config, changed: dict[str, tuple[object, object]]) ->
 def _automatic_lines(config: Config, devices: Mesh) -> list[str]:
     """Returns the settings chosen automatically, with their values on this mesh."""
     platform = devices.devices.flat[0].platform
-    head = automatic.resolve(config.head, platform=platform, batch=config.data.global_batch_size)
+    head = automatic.resolve(
+        config.head,
+        platform=platform,
+        batch=config.data.global_batch_size,
+        capability=compute_capability(devices),
+    )
     given = {
         "head.block_size": config.head.block_size != 0,
         "head.block_form": config.head.block_form != "automatic",

@@ -120,23 +120,28 @@ def test_a_gradient_reduced_in_bfloat16_is_the_same_to_its_precision():
     ("platform", "batch", "changes", "wanted"),
     [
         ("cpu", 1024, {}, (2048, "unit")),
-        ("gpu", 128, {}, (16_384, "scaled")),
-        ("gpu", 384, {}, (16_384, "scaled")),
+        ("gpu", 128, {}, (8192, "scaled")),
+        ("gpu 8.0", 128, {}, (8192, "scaled")),
+        ("gpu 9.0", 128, {}, (16_384, "scaled")),
+        ("gpu 10.0", 384, {}, (16_384, "scaled")),
         ("gpu", 512, {}, (8192, "powers")),
         ("cuda", 1024, {}, (8192, "powers")),
-        ("gpu", 128, {"subcenters": 3}, (8192, "scaled")),
-        ("gpu", 128, {"block_form": "unit"}, (8192, "unit")),
+        ("gpu 9.0", 128, {"subcenters": 3}, (8192, "scaled")),
+        ("gpu 9.0", 128, {"block_form": "unit"}, (8192, "unit")),
         ("gpu", 1024, {"loss": "curricularface"}, (8192, "scaled")),
         ("gpu", 1024, {"interclass_filtering_threshold": 0.4}, (8192, "scaled")),
         ("gpu", 1024, {"subcenters": 3}, (8192, "scaled")),
         ("gpu", 1024, {"dtype": "float32"}, (8192, "unit")),
-        ("rocm", 128, {}, (16_384, "scaled")),
+        ("rocm", 128, {}, (8192, "scaled")),
         ("gpu", 128, {"dtype": "float16"}, (8192, "unit")),
         ("gpu", 128, {"block_size": 100, "block_form": "powers"}, (100, "powers")),
     ],
 )
 def test_automatic_settings_follow_from_platform_batch_and_head(platform, batch, changes, wanted):
-    resolved = automatic.resolve(HeadConfig(**changes), platform=platform, batch=batch)
+    name, _, capability = platform.partition(" ")
+    resolved = automatic.resolve(
+        HeadConfig(**changes), platform=name, batch=batch, capability=float(capability or 0)
+    )
     assert (resolved.block_size, resolved.block_form) == wanted
 
 
